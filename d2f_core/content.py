@@ -1,0 +1,28 @@
+"""What a directory holds, as one hash, and where downloads are kept."""
+
+import hashlib
+import os
+from pathlib import Path
+
+HASHED_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
+"""Configs, weights and vocabularies: what decides how a model computes. A model card may change."""
+
+
+def cache_root() -> Path:
+    """Where downloads are kept: `$D2F_CACHE`, or `~/.cache/diff2flow`."""
+    return Path(os.environ.get("D2F_CACHE") or Path.home() / ".cache" / "diff2flow")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hash_directory(path: Path, parts: tuple[str, ...] = ("",)) -> str:
+    """sha256 over the sorted (relative name, sha256) of the configs and weights under `path`'s `parts`."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for file in sorted((path / part).rglob("*")):
+            if file.is_file() and file.suffix in HASHED_SUFFIXES:
+                digest.update(f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()

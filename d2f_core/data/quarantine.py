@@ -1,0 +1,50 @@
+"""The ledger of samples that were left out, each with its reason, so that nothing is lost without a trace."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2f_core.storage import arrow_filesystem, join, write_bytes
+
+QUARANTINE_NAME = "quarantine.parquet"
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("sample_id", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """A sample that was left out."""
+
+    source_uri: str
+    sample_id: str | None
+    """None when it lacks the image or the caption that make up the id."""
+    reason: str
+    """A code and a detail: `too_small: 20x30 px, the short side must be at least 64`."""
+
+
+def write_quarantine(uri: str, bad: Sequence[BadSample]) -> None:
+    """Write the ledger of the table at `uri`; an empty one too, so that a reader need not ask."""
+    table = pa.Table.from_pylist([asdict(sample) for sample in bad], QUARANTINE_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_bytes(join(uri, QUARANTINE_NAME), sink.getvalue().to_pybytes())
+
+
+def read_quarantine(uri: str) -> list[BadSample]:
+    """The ledger of the table at `uri`. Raises FileNotFoundError when there is none."""
+    filesystem, path = arrow_filesystem(join(uri, QUARANTINE_NAME))
+    return [BadSample(**row) for row in pq.read_table(path, filesystem=filesystem).to_pylist()]
+
+
+def reason_counts(bad: Iterable[BadSample]) -> dict[str, int]:
+    """Samples by the code of their reason, most frequent first."""
+    return dict(Counter(sample.reason.partition(":")[0] for sample in bad).most_common())

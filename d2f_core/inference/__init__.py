@@ -1,0 +1,1 @@
+"""Ray Data jobs: images to latents, prompts to images, and pictures of the result."""

@@ -1,0 +1,144 @@
+"""Captioned images in, a latent table out: Ray Data reads and decodes, an actor pool encodes, tasks write.
+
+A killed job goes on where it was when the same command is given again, and ends with the same bytes.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import ray
+import ray.data
+
+from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
+from d2f_core.data.quarantine import QUARANTINE_NAME, reason_counts, write_quarantine
+from d2f_core.data.sources import SourcePlan
+from d2f_core.inference.encode_job import (
+    EncodeConfig,
+    EncodeError,
+    EncodeJob,
+    check_complete_table,
+    check_encode,
+    claim_output,
+)
+from d2f_core.inference.encode_records import (
+    PROGRESS,
+    ChunkRecord,
+    drop_duplicates,
+    read_records,
+    unfinished_shards,
+)
+from d2f_core.inference.encode_stages import ChunkEncoder, prepare_shards, work_item, write_row
+from d2f_core.progress import Progress
+from d2f_core.storage import join, remove_tree
+
+__all__ = ["EncodeConfig", "EncodeError", "check_encode", "encode_latents"]
+
+logger = logging.getLogger(__name__)
+
+# Fractions: reading waits for the network and writing is short. They differ from an actor's whole CPUs, which also
+# keeps Ray from fusing reading and encoding into one process, so that decoding can run beside a busy GPU.
+PREPARE_CPUS, WRITE_CPUS = 0.5, 0.25
+MAX_INPUT_BLOCKS = 1000
+BLOCK_BYTES = 2**20
+"""A chunk of this size or more goes on by itself instead of waiting for its shard's others."""
+
+
+def encode_latents(config: EncodeConfig) -> Manifest:
+    """Write what is missing of the latent table; needs a running Ray. A finished table is left alone.
+
+    Raises:
+        ValueError: see `check_encode`; also an output of another job, too small a cluster, or no usable image at all.
+    """
+    job, source = check_encode(config)
+    if manifest_exists(config.output):
+        manifest = read_manifest(config.output)
+        check_complete_table(job, manifest)
+        remove_tree(join(config.output, PROGRESS))
+        logger.info("%s: complete with %d rows, nothing to do", config.output, manifest.num_rows)
+        return manifest
+    claim_output(job)
+    records = read_records(config.output)
+    todo = unfinished_shards(len(source.shards), records)
+    progress = _progress(source, records, todo)
+    for record in _run(job, source, todo) if todo else ():
+        records.append(record)
+        progress.advance(record.read if source.num_rows is not None else int(record.last))
+    return finish_table(job, records)
+
+
+def _progress(source: SourcePlan, records: Sequence[ChunkRecord], todo: Mapping[int, Any]) -> Progress:
+    if source.num_rows is None:  # tars do not say how many samples they hold
+        total = len(source.shards)
+        return Progress("encode_latents", total, "tars", done=total - len(todo))
+    return Progress("encode_latents", source.num_rows, "images", done=sum(record.read for record in records))
+
+
+def _run(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[ChunkRecord]:
+    """Encode the unfinished shards; one record per chunk, as they are written."""
+    config = job.config
+    actors = min(config.num_actors, len(todo))
+    _require_resources(actors, config)
+    items = [work_item(number, source.shards[number], done) for number, done in todo.items()]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
+    dataset.context.target_max_block_size = BLOCK_BYTES
+    dataset.context.enable_progress_bars = sys.stderr.isatty()
+    dataset.context.print_on_execution_start = False
+    rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    dataset = dataset.map_batches(cast(Any, partial(prepare_shards, job=job)), num_cpus=PREPARE_CPUS, **rows)
+    dataset = dataset.map_batches(
+        cast(Any, ChunkEncoder),
+        fn_constructor_args=(job,),
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor or None,
+        **rows,
+    )
+    dataset = dataset.map_batches(cast(Any, partial(write_row, output=config.output)), num_cpus=WRITE_CPUS, **rows)
+    for row in dataset.iter_rows():
+        if row["problem"] is not None:
+            raise EncodeError(row["problem"])
+        yield ChunkRecord.from_json(row["record"])
+
+
+def _require_resources(actors: int, config: EncodeConfig) -> None:
+    there = ray.cluster_resources()
+    cpus = actors * config.cpus_per_actor + PREPARE_CPUS + WRITE_CPUS
+    for resource, needed in (("CPU", cpus), ("GPU", actors * config.gpus_per_actor)):
+        if needed > there.get(resource, 0):
+            raise EncodeError(
+                f"{actors} actors and their readers need {needed:g} {resource}, and the cluster has "
+                f"{there.get(resource, 0):g}. Lower num_actors, or add nodes."
+            )
+
+
+def finish_table(job: EncodeJob, records: Sequence[ChunkRecord]) -> Manifest:
+    """Drop samples that came twice, write the ledger, and declare the table complete."""
+    output = job.config.output
+    records = drop_duplicates(output, records)
+    files = tuple(record.file for record in records if record.file is not None)
+    bad = [sample for record in records for sample in record.bad]
+    write_quarantine(output, bad)
+    counts = {
+        "read": sum(record.read for record in records),
+        "written": sum(file.rows for file in files),
+        "quarantined": len(bad),
+        "duplicates": sum(record.duplicates for record in records),
+    }
+    reasons = ", ".join(f"{count} {code}" for code, count in reason_counts(bad).items())
+    if not counts["written"]:
+        raise EncodeError(
+            f"None of the {counts['read']} samples in {job.config.source.uri!r} can be used ({reasons or 'empty'}). "
+            f"The reasons are in {join(output, QUARANTINE_NAME)!r}."
+        )
+    manifest = Manifest(kind="latents", files=files, fingerprint=job.fingerprint, inputs=job.inputs, counts=counts)
+    write_manifest(output, manifest)
+    remove_tree(join(output, PROGRESS))
+    logger.info(
+        "%s: %d images read, %d written, %d quarantined%s, %d duplicates",
+        output, counts["read"], counts["written"], counts["quarantined"], f" ({reasons})" if reasons else "",
+        counts["duplicates"],
+    )  # fmt: skip
+    return manifest

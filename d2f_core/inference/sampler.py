@@ -1,0 +1,151 @@
+"""The actor of a generation job: loads the weights once, then turns chunks of prompts into images and an index part."""
+
+import dataclasses
+import hashlib
+import io
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d2f_core.data.manifest import write_part
+from d2f_core.inference.plan import PROMPTS_NAME, Plan, part_name
+from d2f_core.model.artifact import load_model, to_uint8
+from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.sampling import sample_latents
+from d2f_core.model.text_encoder import load_text_encoder
+from d2f_core.randomness import keyed_normal
+from d2f_core.storage import arrow_filesystem, join, write_bytes
+from d2f_core.tracking import resolve_model
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("negative_prompt", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("solver", pa.string(), nullable=False),
+        pa.field("steps", pa.int32(), nullable=False),
+        pa.field("guidance", pa.float64(), nullable=False),
+        pa.field("num_evaluations", pa.int32(), nullable=False),
+        pa.field("image_uri", pa.string()),
+        pa.field("image_sha256", pa.string()),
+        pa.field("model_uri", pa.string(), nullable=False),
+        pa.field("model_hash", pa.string(), nullable=False),
+        # Null when there is an image; otherwise why there is none.
+        pa.field("error", pa.string()),
+    ]
+)
+KEPT_PROMPTS = 256
+UPLOAD_THREADS = 8
+
+
+class ChunkSampler:
+    """Ray Data actor: a batch of one chunk number in, that chunk's index part (as a TableFile) out."""
+
+    def __init__(self, plan: Plan, output: str, threads: int) -> None:
+        self.plan, self.output = plan, output
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Set even for a single actor: with another number of threads sums come out in another order.
+        torch.set_num_threads(threads)
+        filesystem, path = arrow_filesystem(join(output, PROMPTS_NAME))
+        self.prompts = pq.ParquetFile(filesystem.open_input_file(path))
+        self.model = load_model(resolve_model(plan.model_uri)).to(self.device)
+        if self.model.content_hash != plan.model_hash:
+            raise ValueError(
+                f"{plan.model_uri!r} has the hash {self.model.content_hash} on this node, and {plan.model_hash} where "
+                "the job started. Put the model where every node reads the same files: s3:// or models:/."
+            )
+        self.autoencoder = load_autoencoder(self.model.base, device=self.device)
+        self.text_encoder = load_text_encoder(self.model.base, device=self.device)
+        self.states: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        (chunk,) = (int(number) for number in batch["chunk"])
+        rows = self.prompts.read_row_group(chunk).to_pylist()
+        index: list[dict[str, Any]] = []
+        with ThreadPoolExecutor(UPLOAD_THREADS) as uploads:
+            writes = []
+            for steps in self.plan.steps:
+                for start in range(0, len(rows), self.plan.batch_size):
+                    made = self._sample(rows[start : start + self.plan.batch_size], steps)
+                    writes += [uploads.submit(write_bytes, row["image_uri"], png) for row, png in made if png]
+                    index += [row for row, _ in made]
+            for write in writes:
+                write.result()
+        # Last: an index part says that all images of its chunk are there.
+        part = write_part(self.output, part_name(chunk), pa.Table.from_pylist(index, schema=INDEX_SCHEMA))
+        failed = sum(row["error"] is not None for row in index)
+        return {"chunk": [chunk], "failed": [failed], "part": [dataclasses.asdict(part)]}
+
+    def _sample(self, rows: Sequence[dict[str, Any]], steps: int) -> list[tuple[dict[str, Any], bytes | None]]:
+        """One index row per prompt, with its image's bytes or None."""
+        plan = self.plan
+        seeds = [plan.seed if row["seed"] is None else row["seed"] for row in rows]
+        keys = [row["sample_id"] for row in rows]
+        noise = [keyed_normal(seed, [key], plan.latent_shape) for seed, key in zip(seeds, keys, strict=True)]
+        latents, evaluations = sample_latents(
+            self.model,
+            torch.from_numpy(np.concatenate(noise)).to(self.device),
+            self._text([row["prompt"] for row in rows]),
+            self._text([row["negative_prompt"] for row in rows]),
+            solver=plan.solver,
+            steps=steps,
+            guidance=plan.guidance,
+        )
+        pixels = self.autoencoder.decode(latents)
+        # Asked of the latents too: decoding clamps an infinite value into an image like any other.
+        finite = (latents.flatten(1).isfinite().all(1) & pixels.flatten(1).isfinite().all(1)).tolist()
+        images = to_uint8(pixels.nan_to_num()).numpy()
+        made = []
+        for row, seed, image, usable in zip(rows, seeds, images, finite, strict=True):
+            png = _png(image) if usable else None
+            made.append((self._index_row(row, seed, steps, evaluations, png), png))
+        return made
+
+    def _index_row(
+        self, row: dict[str, Any], seed: int, steps: int, evaluations: int, png: bytes | None
+    ) -> dict[str, Any]:
+        uri = join(self.output, f"images/{row['sample_id']}-{steps}.{self.plan.format}")
+        return {
+            "sample_id": row["sample_id"],
+            "prompt": row["prompt"],
+            "negative_prompt": row["negative_prompt"],
+            "seed": seed,
+            "solver": self.plan.solver,
+            "steps": steps,
+            "guidance": self.plan.guidance,
+            "num_evaluations": evaluations,
+            "image_uri": None if png is None else uri,
+            "image_sha256": None if png is None else hashlib.sha256(png).hexdigest(),
+            "model_uri": self.plan.model_uri,
+            "model_hash": self.plan.model_hash,
+            "error": "the image is not finite" if png is None else None,
+        }
+
+    def _text(self, captions: Sequence[str]) -> Tensor:
+        """Text states [len(captions), tokens, width], each caption encoded once and by itself.
+
+        By itself, because in a batch its states would depend, by rounding, on which captions were already known here.
+        """
+        for caption in captions:
+            if caption not in self.states:
+                self.states[caption] = self.text_encoder.encode([caption])
+            self.states.move_to_end(caption)
+        stacked = torch.cat([self.states[caption] for caption in captions])
+        while len(self.states) > KEPT_PROMPTS:
+            self.states.popitem(last=False)
+        return stacked
+
+
+def _png(image: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, format="PNG")
+    return sink.getvalue()

@@ -1,0 +1,1 @@
+"""Networks and their weights: diffusers, transformers and PEFT live here."""

@@ -1,0 +1,70 @@
+"""Pixels to latents and back, with the scaling that the diffusion network was trained with."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from d2f_core.model.base import BaseModel, BaseModelError, hash_directory
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """An AutoencoderKL in evaluation mode. Latents are scaled: about unit variance, as the UNet reads them."""
+
+    network: AutoencoderKL
+    fingerprint: str
+    """sha256 of the weights, the config and the scaling: latents of another fingerprint do not fit."""
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(cast(Any, self.network.config).scaling_factor)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(cast(Any, self.network.config).latent_channels)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(cast(Any, self.network.config).block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [batch, C, H/f, W/f] of the scaled latents of pixels [batch, 3, H, W] in [-1, 1]."""
+        posterior = cast(Any, self.network.encode(pixels.to(self.network.dtype))).latent_dist
+        return posterior.mean.float() * self.scaling_factor, posterior.std.float() * self.scaling_factor
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [batch, 3, H, W] in [-1, 1] of scaled latents [batch, C, H/f, W/f]."""
+        unscaled = (latents / self.scaling_factor).to(self.network.dtype)
+        return cast(Any, self.network.decode(unscaled)).sample.float().clamp(-1, 1)
+
+
+def autoencoder_fingerprint(base: BaseModel) -> str:
+    """The fingerprint of a base model's autoencoder, without loading it."""
+    directory = base.path / "vae"
+    if not (directory / "config.json").is_file():
+        raise BaseModelError(f"{base.uri!r} has no vae/config.json. Copy the vae directory of the original model.")
+    scaling = json.loads((directory / "config.json").read_text()).get("scaling_factor")
+    return hashlib.sha256(f"{hash_directory(directory)} {scaling}".encode()).hexdigest()
+
+
+def load_autoencoder(
+    base: BaseModel, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """The base model's autoencoder, frozen.
+
+    Raises:
+        BaseModelError: the base model has no vae with safetensors.
+    """
+    fingerprint = autoencoder_fingerprint(base)
+    if not any((base.path / "vae").glob("*.safetensors")):
+        raise BaseModelError(f"{base.uri!r} has no safetensors in vae/. Train or convert the autoencoder first.")
+    network = AutoencoderKL.from_pretrained(base.path / "vae", torch_dtype=dtype, use_safetensors=True)
+    return Autoencoder(network.to(device).eval().requires_grad_(False), fingerprint)

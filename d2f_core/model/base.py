@@ -1,0 +1,124 @@
+"""A base model by URI: a directory in diffusers' layout, local, on S3 or on a hub, and its content hash.
+
+model_index.json  unet/  vae/  scheduler/scheduler_config.json  text_encoder/  tokenizer/
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2f_core import storage
+from d2f_core.objective.schedule import NoiseSchedule
+
+PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+PROJECT_ROOT = Path(__file__).parents[2]
+"""Relative directories are also looked for beside the code: a Ray worker's own working directory is elsewhere."""
+HASHED_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
+
+
+class BaseModelError(ValueError):
+    """A base model that cannot be used, with the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A verified base model on this machine's disk."""
+
+    uri: str
+    """Where it was asked for."""
+    path: Path
+    """Where it lies on this machine."""
+    content_hash: str
+    """sha256 over names and contents of its configs and safetensors."""
+    prediction_type: str
+    """epsilon, v_prediction or sample, as diffusers spells it."""
+    scheduler_config: Mapping[str, Any]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.from_scheduler_config(self.scheduler_config)
+
+
+def cache_root() -> Path:
+    """Where downloads are kept: `$D2F_CACHE`, or `~/.cache/diff2flow`."""
+    return Path(os.environ.get("D2F_CACHE") or Path.home() / ".cache" / "diff2flow")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hash_directory(path: Path, parts: tuple[str, ...] = ("",)) -> str:
+    """sha256 over the sorted (relative name, sha256) of the configs and weights under `path`'s `parts`."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for file in sorted((path / part).rglob("*")):
+            if file.is_file() and file.suffix in HASHED_SUFFIXES:
+                digest.update(f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def local_copy(uri: str, *, cache_dir: Path | None = None) -> Path:
+    """The directory behind `uri` on this disk; S3 prefixes are downloaded once per version of their objects."""
+    if uri.startswith("s3://"):
+        storage.check_reachable(uri)
+        fs, path = storage.filesystem(uri)
+        listing = sorted((name, info.get("ETag"), info["size"]) for name, info in fs.find(path, detail=True).items())
+        if not listing:
+            raise BaseModelError(f"{uri!r} holds no files. Check the URI, or upload the model there first.")
+        version = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
+        target = (cache_dir or cache_root()) / "models" / version
+        return target if target.is_dir() else storage.download_tree(uri, target)
+    local = Path(uri.removeprefix("file://")).expanduser()
+    for place in (local, PROJECT_ROOT / local):
+        if place.is_dir():
+            return place
+    if uri.count("/") == 1 and not uri.startswith((".", "/", "~")) and not local.parent.is_dir():
+        return _from_hub(uri)
+    raise BaseModelError(
+        f"No directory {uri!r}. Give a local directory, an s3:// prefix, or a hub id such as owner/name."
+    )
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    patterns = [f"{part}/*{suffix}" for part in PARTS for suffix in HASHED_SUFFIXES] + ["model_index.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise BaseModelError(
+            f"{name!r} is no local directory and could not be fetched from the hub ({type(error).__name__}). Check the "
+            "spelling and the network, or download it and give the directory."
+        ) from error
+
+
+def resolve_base(uri: str, *, cache_dir: Path | None = None) -> BaseModel:
+    """Fetch and check a base model.
+
+    Raises:
+        BaseModelError: nothing there, or a needed part is missing.
+        ScheduleError: the scheduler config cannot be used.
+    """
+    path = local_copy(uri, cache_dir=cache_dir)
+    for needed in ("unet/config.json", "scheduler/scheduler_config.json"):
+        if not (path / needed).is_file():
+            raise BaseModelError(
+                f"{uri!r} has no {needed}. A base model is a directory in diffusers' layout; save one with "
+                "DiffusionPipeline.save_pretrained, or copy the missing part from the original model."
+            )
+    config = json.loads((path / "scheduler/scheduler_config.json").read_text())
+    base = BaseModel(
+        uri=uri,
+        path=path,
+        content_hash=hash_directory(path, PARTS),
+        prediction_type=config.get("prediction_type", "epsilon"),
+        scheduler_config=config,
+    )
+    NoiseSchedule.from_scheduler_config(config)
+    return base

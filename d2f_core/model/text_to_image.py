@@ -1,0 +1,167 @@
+"""Text to image on latents: rows -> batch -> loss, the validation loss, and a look at samples.
+
+Every random number of a sample is keyed by (seed, epoch, row): no worker, restart or batch size changes it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from d2f_core.model.artifact import SamplingDefaults, TrainedModel, to_uint8
+from d2f_core.model.autoencoder import Autoencoder, load_autoencoder
+from d2f_core.model.base import BaseModel
+from d2f_core.model.denoiser import as_denoiser, load_unet
+from d2f_core.model.lora import LoraConfig, add_lora
+from d2f_core.model.sampling import sample_latents
+from d2f_core.model.text_encoder import load_text_encoder
+from d2f_core.objective.alignment import VelocityField
+from d2f_core.objective.loss import LOSSES, flow_validation_loss
+from d2f_core.randomness import keyed_normal, keyed_uniform
+
+VALIDATION_TIMES = 10
+CACHED_CAPTIONS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained, from what, with which loss."""
+
+    base: str
+    """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
+    from_scratch: bool = False
+    """Keep the base's architecture, but start from new random weights."""
+    objective: Literal["diff2flow", "flow_matching", "diffusion"] = "diff2flow"
+    """The loss: through the alignment, naive flow matching, or the base's own."""
+    method: Literal["full", "lora"] = "lora"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Used when method is lora."""
+    caption_dropout: float = 0.1
+    """Share of samples trained with the empty caption, which guidance needs."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout} must lie in [0, 1). Use 0.02 to 0.15.")
+        if self.from_scratch and self.method == "lora":
+            raise ValueError("from_scratch=True with method='lora' would adapt random weights. Use method='full'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Samples drawn during training, always from the same noise."""
+
+    prompts: tuple[str, ...] = ()
+    steps: int = 10
+    guidance: float = 3.0
+    columns: int = 8
+
+
+def build_network(base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
+    """The module to train: gradients are on for just what the method trains."""
+    unet = load_unet(base, from_scratch=config.from_scratch, seed=seed)
+    if config.method == "lora":
+        return add_lora(unet, config.lora, seed=seed)
+    return unet.requires_grad_(True)
+
+
+def sample_keys(epochs: Sequence[int], rows: Sequence[int]) -> list[str]:
+    """The names under which samples draw their random numbers."""
+    return [f"{epoch}/{row}" for epoch, row in zip(epochs, rows, strict=True)]
+
+
+class TextToImage:
+    """The task on one worker's device. Its methods are what the training rails call."""
+
+    def __init__(self, base: BaseModel, config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str) -> None:
+        self.base, self.config, self.seed, self.dtype, self.device = base, config, seed, dtype, device
+        self.module = build_network(base, config, seed)
+        self._text_encoder = load_text_encoder(base, device=device)
+        self._states: dict[str, Tensor] = {}
+
+    def text_states(self, captions: Sequence[str]) -> Tensor:
+        """[len(captions), tokens, width]; each distinct caption is encoded once."""
+        new = sorted(set(captions) - self._states.keys())
+        if len(self._states) + len(new) > CACHED_CAPTIONS:
+            self._states.clear()
+            new = sorted(set(captions))
+        if new:
+            # Cloned: an inference tensor may not take part in autograd.
+            self._states.update(zip(new, self._text_encoder.encode(new).clone().unbind(0), strict=True))
+        return torch.stack([self._states[caption] for caption in captions])
+
+    def to_batch(self, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Columns of a latent table, with `epoch` and `row`, -> tensors."""
+        keys = sample_keys(arrays["epoch"], arrays["row"])
+        mean = np.asarray(arrays["latent_mean"], dtype=np.float32)
+        std = np.asarray(arrays["latent_std"], dtype=np.float32)
+        data = mean + std * keyed_normal(self.seed, keys, mean.shape[1:], "latent")
+        dropped = keyed_uniform(self.seed, keys, "caption") < self.config.caption_dropout
+        captions = ["" if drop else str(caption) for drop, caption in zip(dropped, arrays["caption"], strict=True)]
+        return {
+            "data": torch.from_numpy(data).to(self.device),
+            "noise": torch.from_numpy(keyed_normal(self.seed, keys, mean.shape[1:], "noise")).to(self.device),
+            "uniform": torch.from_numpy(keyed_uniform(self.seed, keys, "time")).to(self.device),
+            "text_states": self.text_states(captions),
+        }
+
+    def loss(self, network: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+        """Loss per sample [batch]."""
+        field_ = VelocityField(as_denoiser(network, self.dtype), self.base.schedule, self.base.prediction_type)
+        return LOSSES[self.config.objective](field_, **batch)
+
+    def model(self, network: Callable[..., Any]) -> TrainedModel:
+        """What is being trained, ready to sample."""
+        return TrainedModel(
+            base=self.base,
+            network=cast(nn.Module, network),
+            objective=self.config.objective,
+            sampling=SamplingDefaults(),
+            content_hash="",
+        )
+
+    def validation_loss(self, network: Callable[..., Any], arrays: Mapping[str, Any]) -> tuple[float, int]:
+        """Sum and count of the flow loss at fixed times with fixed noise: comparable between steps, losses and runs."""
+        data = torch.from_numpy(np.asarray(arrays["latent_mean"], dtype=np.float32)).to(self.device)
+        keys = sample_keys([0] * len(data), arrays["row"])
+        noise = torch.from_numpy(keyed_normal(0, keys, tuple(data.shape[1:]), "validation")).to(self.device)
+        times = (torch.arange(VALIDATION_TIMES, device=self.device) + 0.5) / VALIDATION_TIMES
+        states = self.text_states([str(caption) for caption in arrays["caption"]])
+        losses = flow_validation_loss(self.model(network).velocity_field, data, noise, times, text_states=states)
+        return float(losses.sum()), losses.numel()
+
+    def preview(self, network: Callable[..., Any], config: PreviewConfig, prompts: Sequence[str]) -> list[Image.Image]:
+        """One image per prompt; the noise belongs to the prompt."""
+        autoencoder = load_autoencoder(self.base, device=self.device)
+        shape = latent_shape(autoencoder, cast(Any, self.module).config)
+        noise = torch.from_numpy(keyed_normal(0, prompts, shape, "preview")).to(self.device)
+        latents, _ = sample_latents(
+            self.model(network),
+            noise,
+            self.text_states(prompts),
+            self.text_states([""] * len(prompts)),
+            solver="ddim" if self.config.objective == "diffusion" else "euler",
+            steps=config.steps,
+            guidance=config.guidance,
+        )
+        return [Image.fromarray(image) for image in to_uint8(autoencoder.decode(latents)).numpy()]
+
+
+def latent_shape(autoencoder: Autoencoder, unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, h, w) of the size that the network was made for."""
+    side = int(unet_config["sample_size"])
+    return autoencoder.latent_channels, side, side
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Images side by side on white, row by row."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet

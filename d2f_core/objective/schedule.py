@@ -1,0 +1,99 @@
+"""The noise levels a diffusion network was trained on, and which of them a flow time asks for.
+
+A network trained at timestep k saw `alphas_cumprod[k]`, k = 0..T-1. Flow time holds the same data-to-noise ratio when
+`t == alpha / (alpha + sigma)`, which falls with k; `timestep_at` inverts exactly that table.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ScheduleError(ValueError):
+    """A scheduler config that cannot be used as it is."""
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """Float64 betas [T] from a diffusers scheduler config."""
+    trained = config.get("trained_betas")
+    if trained is not None:
+        return torch.as_tensor(trained, dtype=torch.float64)
+    missing = [name for name in ("num_train_timesteps", "beta_schedule") if name not in config]
+    if missing:
+        raise ScheduleError(f"The scheduler config has no {missing}. Take scheduler_config.json from the base model.")
+    count, kind = int(config["num_train_timesteps"]), config["beta_schedule"]
+    if kind == "squaredcos_cap_v2":
+        bars = [math.cos((k / count + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(count + 1)]
+        return torch.tensor([min(1 - bars[k + 1] / bars[k], 0.999) for k in range(count)], dtype=torch.float64)
+    if "beta_start" not in config or "beta_end" not in config:
+        raise ScheduleError(f"beta_schedule {kind!r} needs beta_start and beta_end. Add both to the scheduler config.")
+    start, end = float(config["beta_start"]), float(config["beta_end"])
+    if kind == "linear":
+        return torch.linspace(start, end, count, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    raise ScheduleError(
+        f"beta_schedule {kind!r} is not known. Known: linear, scaled_linear, squaredcos_cap_v2, or trained_betas."
+    )
+
+
+def _to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha bar) so that the last level is pure noise (Lin et al. 2024, arXiv:2305.08891)."""
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The table of trained noise levels."""
+
+    alphas_cumprod: Tensor
+    """Float64 [T]; entry k is what the network saw at timestep k. Falls with k."""
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """Read a diffusers scheduler config.
+
+        Raises:
+            ScheduleError: a field is missing or unknown, betas leave (0, 1), or `epsilon` meets zero terminal SNR.
+        """
+        betas = _betas(config)
+        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ScheduleError(f"betas must be at least two numbers in (0, 1), got shape {tuple(betas.shape)}.")
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if config.get("rescale_betas_zero_snr"):
+            alphas_cumprod = _to_zero_terminal_snr(alphas_cumprod)
+            if config.get("prediction_type", "epsilon") == "epsilon":
+                raise ScheduleError(
+                    "prediction_type 'epsilon' with rescale_betas_zero_snr: at zero signal, noise says nothing about "
+                    "the data. Use a v_prediction base, or set rescale_betas_zero_snr to false."
+                )
+        return cls(alphas_cumprod)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @property
+    def flow_times(self) -> Tensor:
+        """Float64 [T]: the flow time with the data-to-noise ratio of each timestep; falls with the timestep."""
+        alpha, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        return alpha / (alpha + sigma)
+
+    @property
+    def trained_range(self) -> tuple[float, float]:
+        """Lowest and highest flow time that the network has seen."""
+        times = self.flow_times
+        return float(times[-1]), float(times[0])
+
+    def timestep_at(self, t: Tensor) -> Tensor:
+        """Float64 [batch], fractional: linear in `t` between neighbours in the table; outside it the nearest one."""
+        rising = self.flow_times.flip(0).to(t.device)
+        t = t.double().clamp(rising[0], rising[-1])
+        right = torch.searchsorted(rising, t).clamp(1, len(rising) - 1)
+        low, high = rising[right - 1], rising[right]
+        return (len(rising) - 1) - (right - 1 + (t - low) / (high - low))

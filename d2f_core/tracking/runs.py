@@ -1,0 +1,153 @@
+"""One MLflow run per training: its config, metrics and pictures.
+
+Nothing here keeps state in the process: a `RunHandle` is three strings and can be sent to any worker.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from d2f_core.tracking.server import TrackingError, attempt, client_for, tag_equals, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+RUN_KEY_TAG = "d2f.run_key"
+MAX_PARAM_CHARS = 6000
+MAX_PARAMS_PER_CALL = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHandle:
+    """An MLflow run by address: picklable, usable in any process that reaches the server."""
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def url(self) -> str:
+        """The run's page."""
+        return f"{self.tracking_uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write all metrics of a step in one request, again and again while the server is away; see `attempt`."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)  # taken once: a repeated request then overwrites instead of doubling the point
+        entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        client = client_for(self.tracking_uri)
+        attempt(f"log metrics of step {step}", lambda: client.log_batch(self.run_id, metrics=entries))
+
+    def log_image(self, name: str, image: "Image.Image", step: int) -> None:
+        """Add a picture to the series `name`; MLflow shows the series with a slider over `step`."""
+        client = client_for(self.tracking_uri)
+        attempt(f"log image {name!r}", lambda: client.log_image(self.run_id, image, key=name, step=step))
+
+    def log_text(self, text: str, path: str) -> None:
+        """Write a text artifact at `path` inside the run."""
+        attempt(f"log {path!r}", lambda: client_for(self.tracking_uri).log_text(self.run_id, text, path))
+
+    def log_file(self, file: Path, directory: str = "") -> None:
+        """Copy a local file into `directory` of the run's artifacts."""
+        client = client_for(self.tracking_uri)
+        attempt(f"log {file.name!r}", lambda: client.log_artifact(self.run_id, str(file), directory or None))
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        attempt("end the run", lambda: client_for(self.tracking_uri).set_terminated(self.run_id, status))
+
+
+def start_run(
+    *,
+    experiment: str,
+    run_key: str,
+    name: str,
+    config_yaml: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> RunHandle:
+    """The one run that belongs to `run_key`: a new one, or the same again when a training is resumed.
+
+    Args:
+        run_key: what identifies the training, e.g. its output URI.
+        config_yaml: the resolved config, kept as the artifact `config.yaml`.
+        params: flat or nested; nested names are joined by dots. A value that changed since the first start keeps its
+            first value in MLflow, which allows no change, and is reported in the log.
+    """
+    uri = tracking_uri()
+    client = client_for(uri)
+    experiment_id = _experiment_id(client, experiment)
+    found = _search(client, experiment_id, run_key)
+    all_tags = {**tags, RUN_KEY_TAG: run_key.rstrip("/")}
+    if found:
+        run = found[0]
+        logger.info("continuing MLflow run %s of %s", run.info.run_id, run_key)
+        attempt("reopen the run", lambda: client.update_run(run.info.run_id, status="RUNNING"))
+    else:
+        run = attempt("create a run", lambda: client.create_run(experiment_id, tags=all_tags, run_name=name))
+    handle = RunHandle(tracking_uri=uri, experiment_id=experiment_id, run_id=run.info.run_id)
+    _log_params(client, handle.run_id, _flatten(params), run.data.params)
+    handle.log_text(config_yaml, "config.yaml")
+    return handle
+
+
+def find_run(*, experiment: str, run_key: str) -> RunHandle | None:
+    """The run that `start_run` made for `run_key`; None when there is none."""
+    uri = tracking_uri()
+    client = client_for(uri)
+    there = attempt("look up the experiment", lambda: client.get_experiment_by_name(experiment))
+    if there is None:
+        return None
+    found = _search(client, there.experiment_id, run_key)
+    if not found:
+        return None
+    return RunHandle(tracking_uri=uri, experiment_id=there.experiment_id, run_id=found[0].info.run_id)
+
+
+def _search(client: "MlflowClient", experiment_id: str, run_key: str) -> "list[Run]":
+    """Runs of a key; the oldest first, should two processes ever have started it at once."""
+    query, order = tag_equals(RUN_KEY_TAG, run_key.rstrip("/")), ["attributes.start_time ASC"]
+    return list(attempt("look up the run", lambda: client.search_runs([experiment_id], query, order_by=order)))
+
+
+def _experiment_id(client: "MlflowClient", name: str) -> str:
+    for _ in range(2):
+        found = attempt("look up the experiment", lambda: client.get_experiment_by_name(name))
+        if found is not None and found.lifecycle_stage != "active":
+            raise TrackingError(f"MLflow experiment {name!r} is deleted. Restore it, or choose another name.")
+        if found is not None:
+            return found.experiment_id
+        try:
+            return attempt("create the experiment", lambda: client.create_experiment(name))
+        except TrackingError as error:  # another process created it between the two calls
+            logger.info("%s", error)
+    raise TrackingError(f"MLflow neither finds nor creates the experiment {name!r}. Choose another name.")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value)[:MAX_PARAM_CHARS]
+    return flat
+
+
+def _log_params(client: "MlflowClient", run_id: str, params: dict[str, str], known: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    for name in sorted(params.keys() & known.keys()):
+        if params[name] != known[name]:
+            logger.warning("param %s is now %s; the run keeps its first value %s", name, params[name], known[name])
+    new = [Param(name, value) for name, value in params.items() if name not in known]
+    for start in range(0, len(new), MAX_PARAMS_PER_CALL):
+        batch = new[start : start + MAX_PARAMS_PER_CALL]
+        attempt("log params", lambda batch=batch: client.log_batch(run_id, params=batch))

@@ -1,0 +1,120 @@
+"""The MLflow server: where it is, whether it answers, and how long to insist."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import requests
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+CHECK_SECONDS = 9.0
+RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Seconds between the attempts of one write; after the last one the error is raised."""
+TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
+
+T = TypeVar("T")
+
+
+class TrackingError(ValueError):
+    """MLflow cannot be used, or refused a request; one line with the value, the rule and the fix."""
+
+
+def tracking_uri() -> str:
+    """The server's address.
+
+    Raises:
+        TrackingError: it is not set. MLflow would then write a database into the current directory.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+    if not uri:
+        raise TrackingError(
+            "MLFLOW_TRACKING_URI is not set. It must name an MLflow server, e.g. http://127.0.0.1:5000; set it."
+        )
+    return uri
+
+
+def client_for(uri: str) -> "MlflowClient":
+    """A client of the server at `uri`, for tracking and registry alike."""
+    # MLflow's own retries are silent and last four minutes a call; the loop in `attempt` says what it waits for.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def attempt(what: str, call: Callable[[], T], *, delays: tuple[float, ...] = RETRY_DELAYS) -> T:
+    """Call, and call again after each delay while the server does not answer.
+
+    Raises:
+        TrackingError: at once when the server refuses, and after the last attempt when it cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for delay in (*delays, None):
+        try:
+            return call()
+        except (MlflowException, requests.RequestException) as error:
+            transient = not isinstance(error, MlflowException) or error.error_code in TRANSIENT
+            if not transient:
+                raise TrackingError(f"MLflow refused to {what}: {one_line(error)}") from error
+            if delay is None:
+                raise TrackingError(
+                    f"MLflow could not {what} in {len(delays) + 1} attempts: {one_line(error)}. Check that the server "
+                    "is up; the same command goes on from there."
+                ) from error
+            logger.warning("could not %s (%s); again in %.0f s", what, one_line(error), delay)
+        time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+def check_tracking() -> str:
+    """Refuse an unusable server before any work starts, within 10 seconds; returns its address.
+
+    Raises:
+        TrackingError: MLFLOW_TRACKING_URI is unset, nothing answers there, or it refuses a read.
+    """
+    uri = tracking_uri()
+    fix = "Start the server, or correct MLFLOW_TRACKING_URI (and MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN)."
+    if uri.startswith(("http://", "https://")):
+        try:
+            requests.get(f"{uri}/health", timeout=(2.0, 3.0))
+        except requests.RequestException as error:
+            reason = type(error).__name__
+            raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} does not answer ({reason}). {fix}") from None
+    outcome: list[BaseException | None] = []
+
+    def probe() -> None:
+        try:
+            client_for(uri).search_experiments(max_results=1)
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    # A daemon thread, so that a server which accepts and never answers does not hold up the exit either.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(CHECK_SECONDS - 5.0)
+    if not outcome:
+        raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} gave no answer to a first request in time. {fix}")
+    if outcome[0] is not None:
+        raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} refused a first request ({one_line(outcome[0])}). {fix}")
+    return uri
+
+
+def tag_equals(tag: str, value: str) -> str:
+    """MLflow search filter for one tag."""
+    if "'" in value:
+        raise TrackingError(f"{value!r} holds a single quote, which MLflow's search cannot express. Rename it.")
+    return f"tags.`{tag}` = '{value}'"

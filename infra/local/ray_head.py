@@ -1,0 +1,95 @@
+"""The Ray head with its job server, token authentication on, every socket on 127.0.0.1."""
+
+import hashlib
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from infra.local.part import Part, command, get
+from infra.local.processes import StackError, name_of, owned
+from infra.local.state import State
+
+OBJECT_STORE_BYTES = 1_000_000_000
+LOGICAL_CPUS = max(8, os.cpu_count() or 1)
+"""More than a small machine has: Ray Data's tasks need slots of their own beside two train workers."""
+KEPT_SESSIONS = 5
+
+
+def ray_variables(state: State) -> dict[str, str]:
+    """What a driver or `ray job submit` needs to reach the head."""
+    return {
+        "RAY_ADDRESS": f"127.0.0.1:{state.ports['ray']}",
+        "RAY_API_SERVER_ADDRESS": state.url("ray_dashboard"),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(state.token_path),
+        # Makes Ray use 127.0.0.1 as the node's address (on Linux too), where it would take the machine's outer one.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def ray_part(state: State, client_variables: dict[str, str]) -> Part:
+    """The head; jobs inherit its environment, so it carries what they need to find S3 and MLflow."""
+    ports, temp = state.ports, temp_directory(state.directory)
+    argv = (
+        command("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={ports['ray']}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={ports['ray_dashboard']}", "--include-dashboard=true",
+        f"--dashboard-agent-listen-port={ports['ray_agent']}", f"--ray-client-server-port={ports['ray_client']}",
+        "--min-worker-port=0", "--max-worker-port=0",  # any free ones: the default range overlaps other servers
+        f"--num-cpus={LOGICAL_CPUS}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={temp}",
+        "--disable-usage-stats", "--log-color=false",
+    )  # fmt: skip
+    variables = {
+        **{key: value for key, value in client_variables.items() if key != "RAY_ADDRESS"},
+        "RAY_TMPDIR": str(temp),  # else the head names itself in /tmp/ray as the machine's current cluster
+        "PYTHONUNBUFFERED": "1",
+        "D2F_RAY_VERSION": version("ray"),
+        **({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}),
+    }
+    return Part(
+        name="ray",
+        argv=argv,
+        variables=variables,
+        problem=lambda: _problem(state),
+        address=state.url("ray_dashboard"),
+        start_seconds=180.0,
+        stop_seconds=20.0,
+        before_start=lambda: _make_private(temp),
+        after_stop=lambda: _keep_logs(temp, state.directory / "logs"),
+    )
+
+
+def temp_directory(directory: Path) -> Path:
+    """Ray's temporary directory: short, for a Unix socket's path is limited to 107 bytes, and one per stack."""
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
+    return Path(f"/tmp/d2f-{os.getuid()}-{name}")
+
+
+def _problem(state: State) -> str | None:
+    # For a second after the death of one of these the other processes still answer.
+    missing = {"gcs_server", "raylet"} - {name_of(o.process) for o in owned(state.directory, "ray")}
+    if missing:
+        return f"no process {' and no '.join(sorted(missing))}"
+    raylet = get(f"{state.url('ray_agent')}/api/local_raylet_healthz", token=state.ray_token)
+    return raylet or get(f"{state.url('ray_dashboard')}/api/jobs/", token=state.ray_token)
+
+
+def _has_gpu() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _make_private(temp: Path) -> None:
+    temp.mkdir(mode=0o700, exist_ok=True)
+    if temp.is_symlink() or temp.stat().st_uid != os.getuid():
+        raise StackError(f"{temp} is not a directory of this user; Ray's temporary files need one. Remove it.")
+
+
+def _keep_logs(temp: Path, logs: Path) -> None:
+    """Move the sessions' logs to the stack's log directory, and remove everything else that Ray left."""
+    for session in temp.glob("session_2*"):
+        if (session / "logs").is_dir():
+            shutil.copytree(session / "logs", logs / "ray" / session.name, symlinks=True, dirs_exist_ok=True)
+    for old in sorted((logs / "ray").glob("session_2*"))[:-KEPT_SESSIONS]:
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(temp, ignore_errors=True)

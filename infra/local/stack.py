@@ -1,0 +1,224 @@
+"""The whole stack: bring it up from any state it may be in, say how it is, take it down. Data stay on disk."""
+
+import contextlib
+import dataclasses
+import fcntl
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.local import processes
+from infra.local.mlflow_server import mlflow_part, mlflow_variables
+from infra.local.part import Part, past_proxies
+from infra.local.ports import choose
+from infra.local.processes import StackError
+from infra.local.ray_head import ray_part, ray_variables
+from infra.local.seaweed import s3_part, s3_variables
+from infra.local.state import State, load_state, save_state
+
+PARTS = ("s3", "mlflow", "ray")
+LOCK_SECONDS = 600.0
+PATIENCE_SECONDS = 30.0
+"""How long a live server may fail to answer (the machine may be busy training) before it is replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackEnv:
+    """The environment by which programs find the stack, and the addresses in it."""
+
+    directory: Path
+    variables: Mapping[str, str]
+    started: tuple[str, ...]
+    """Parts that this call had to start; empty when everything was running."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartStatus:
+    name: str
+    state: str
+    """`running`, `stopped`, or what is wrong."""
+    pids: tuple[int, ...]
+    memory: int
+    """Resident bytes of all its processes; shared pages are counted in each."""
+    address: str
+    log: Path
+
+
+class Stack:
+    """The servers of one directory; two stacks with different directories live side by side."""
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        parts: Sequence[str] = PARTS,
+        tied: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ):
+        """
+        Args:
+            directory: where state, data and logs are kept.
+            parts: the servers wanted, out of `PARTS`.
+            tied: servers end when this process ends; for tests.
+            say: receives a line of progress for each server that was started.
+        """
+        unknown = set(parts) - set(PARTS)
+        if unknown or ("mlflow" in parts and "s3" not in parts):
+            raise StackError(f"parts={tuple(parts)}: choose from {PARTS}; mlflow keeps its artifacts in s3.")
+        self.directory = Path(directory).expanduser().resolve()
+        self.names = tuple(name for name in PARTS if name in parts)
+        self._tied = tied
+        self._say = say
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def up(self) -> StackEnv:
+        """Start what does not run, replace what is broken or outdated, keep what is well.
+
+        Raises:
+            StackError: a fixed port is taken, or a server does not answer within its time (with its log's end).
+        """
+        with self._locked():
+            state = load_state(self.directory)
+            well = self._well(state)
+            for name in PARTS:
+                if name not in well and name in self.names:
+                    self._stop(name, state)
+            ports = choose(state.ports, busy_is_ours=[port for port in state.ports if port.split("_")[0] in well])
+            state = dataclasses.replace(state, ports=ports)
+            parts = self._parts(state)
+            # A server started with other ports or credentials than those chosen now is replaced as well.
+            outdated = [n for n in well if any(o.digest != parts[n].digest for o in self._owned(n))]
+            for name in outdated:
+                self._stop(name, state)
+            variables = {**self._variables(state), **past_proxies()}
+            save_state(state, variables)
+            started = tuple(n for n in self.names if n not in well or n in outdated)
+            self._start([parts[name] for name in started], state)
+            return StackEnv(directory=self.directory, variables=variables, started=started)
+
+    def down(self) -> int:
+        """Stop every process of this stack, jobs included. Returns how many there were."""
+        if not self.directory.is_dir():  # deleted under the running servers
+            return self._kill(self._owned, 10.0)
+        with self._locked():
+            state = load_state(self.directory)
+            stopped = sum(self._stop(name, state) for name in reversed(PARTS))
+            return stopped + self._kill(self._owned, 5.0)
+
+    def status(self) -> list[PartStatus]:
+        """How each server is, by asking it."""
+        state = load_state(self.directory)
+        return [self._status(name, state) for name in self.names]
+
+    def _parts(self, state: State) -> dict[str, Part]:
+        makers: dict[str, Callable[[], Part]] = {
+            "s3": lambda: s3_part(state),
+            "mlflow": lambda: mlflow_part(state),
+            "ray": lambda: ray_part(state, self._variables(state)),
+        }
+        return {name: makers[name]() for name in self.names}
+
+    def _variables(self, state: State) -> dict[str, str]:
+        makers = {"s3": s3_variables, "mlflow": mlflow_variables, "ray": ray_variables}
+        return {k: v for name in self.names for k, v in makers[name](state).items()}
+
+    def _owned(self, name: str | None = None) -> list[processes.Owned]:
+        return processes.owned(self.directory, name)
+
+    def _well(self, state: State) -> list[str]:
+        """Names of the parts whose processes live and answer."""
+        live = [name for name in self.names if state.ports and any(o.leads for o in self._owned(name))]
+        parts = self._parts(state) if live else {}
+        return [name for name in live if self._wait(parts[name], PATIENCE_SECONDS) is None]
+
+    def _wait(self, part: Part, seconds: float) -> str | None:
+        """Ask until it answers, all its processes are gone, or the time is over; None when it answers."""
+        deadline = time.monotonic() + seconds
+        while problem := part.problem():
+            for child in self._children:
+                child.poll()
+            if not self._owned(part.name):
+                return f"its process ended ({problem})"
+            if time.monotonic() > deadline:
+                return f"no right answer within {seconds:.0f} s ({problem})"
+            time.sleep(processes.POLL_SECONDS)
+        return None
+
+    def _start(self, parts: Sequence[Part], state: State) -> None:
+        begun = time.monotonic()
+        try:
+            for part in parts:
+                part.before_start()
+                environment = {**part.environment(), **processes.mark(self.directory, part.name, part.digest)}
+                log = self._log(part.name)
+                launched = processes.launch(
+                    part.argv, environment=environment, log=log, cwd=self.directory, tied=self._tied
+                )
+                self._children.append(launched)
+            for part in parts:
+                problem = self._wait(part, part.start_seconds)
+                if problem:
+                    log = self._log(part.name)
+                    raise StackError(
+                        f"{part.name} did not start at {part.address}: {problem}. The end of {log}:\n"
+                        f"{processes.tail(log)}"
+                    )
+                self._say(f"{part.name:8} ready after {time.monotonic() - begun:4.1f} s   {part.address}")
+        except BaseException:  # Ctrl-C included: leave nothing half-started behind
+            for part in parts:
+                self._stop(part.name, state)
+            raise
+
+    def _stop(self, name: str, state: State) -> int:
+        """End one part's processes, wanted or left over, and clear up after it."""
+        if name not in self.names or not state.ports:
+            return self._kill(lambda: self._owned(name), 10.0)
+        part = self._parts(state)[name]
+        stopped = self._kill(lambda: self._owned(name), part.stop_seconds)
+        part.after_stop()
+        return stopped
+
+    def _kill(self, find: Callable[[], list[processes.Owned]], grace: float) -> int:
+        stopped = processes.stop(find, grace)
+        self._children = [child for child in self._children if child.poll() is None]
+        return stopped
+
+    def _status(self, name: str, state: State) -> PartStatus:
+        live, log = self._owned(name), self._log(name)
+        if not live or not state.ports:
+            return PartStatus(name=name, state="stopped", pids=(), memory=0, address="-", log=log)
+        part = self._parts(state)[name]
+        return PartStatus(
+            name=name,
+            state=part.problem() or "running",
+            pids=tuple(o.process.pid for o in live),
+            memory=sum(processes.resident(o.process) for o in live),
+            address=part.address,
+            log=log,
+        )
+
+    def _log(self, name: str) -> Path:
+        return self.directory / "logs" / f"{name}.log"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One `up` or `down` at a time; the lock ends with the process that holds it."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.chmod(0o700)
+        (self.directory / "logs").mkdir(exist_ok=True)
+        with (self.directory / "lock").open("w") as file:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise StackError(
+                            f"another `up` or `down` has held {self.directory / 'lock'} for {LOCK_SECONDS:.0f} s. "
+                            "One may run at a time: end that command, then try again."
+                        ) from None
+                    time.sleep(processes.POLL_SECONDS)
+            yield

@@ -1,0 +1,113 @@
+"""The command line that all jobs share: a recipe name or `--config FILE`, flags for single fields, `--dry-run`."""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import dacite
+import tyro
+import yaml
+
+from d2f_core import storage
+
+Config = TypeVar("Config")
+
+LOG_FORMAT = "%(asctime)s %(message)s"
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config; given back through `--config` it is the same run."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def from_yaml(kind: type[Config], text: str, *, source: str) -> Config:
+    """Read a config, refusing unknown fields and wrong types.
+
+    Raises:
+        ValueError: names the file and the field.
+    """
+    try:
+        return dacite.from_dict(kind, yaml.safe_load(text) or {}, dacite.Config(strict=True, cast=[tuple, float]))
+    except (dacite.DaciteError, yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{source} is no {kind.__name__}: {' '.join(str(error).split())}. See --help for the fields."
+        ) from None
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Remove `--flag VALUE` or `--flag=VALUE` and return the value."""
+    for index, argument in enumerate(arguments):
+        if argument == flag:
+            if index + 1 == len(arguments):
+                raise ValueError(f"{flag} needs a value: a YAML file, local or s3://.")
+            value = arguments[index + 1]
+            del arguments[index : index + 2]
+            return value
+        if argument.startswith(f"{flag}="):
+            del arguments[index]
+            return argument.partition("=")[2]
+    return None
+
+
+def resolve(job: str, recipes: Mapping[str, Config], arguments: Sequence[str]) -> tuple[Config, bool]:
+    """The config that the arguments describe, and whether only to check it.
+
+    Raises:
+        ValueError: an unknown recipe, an unreadable file or a field's own rule.
+    """
+    rest = list(arguments)
+    dry_run = "--dry-run" in rest
+    rest = [argument for argument in rest if argument != "--dry-run"]
+    file = _take(rest, "--config")
+    kind = type(next(iter(recipes.values())))
+    if file is not None:
+        try:
+            text = storage.read_bytes(file).decode()
+        except FileNotFoundError:
+            raise ValueError(f"--config {file!r} does not exist. Give a YAML file, local or s3://.") from None
+        default = from_yaml(kind, text, source=file)
+    elif rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        if name not in recipes:
+            raise ValueError(f"unknown recipe {name!r} for {job}. Known: {', '.join(recipes)}.")
+        default = recipes[name]
+    elif "--help" in rest or "-h" in rest:
+        print(f"usage: python -m pipelines.{job} RECIPE | --config FILE.yaml [--dry-run] [field flags]")
+        print(f"recipes: {', '.join(recipes)}\n")
+        default = next(iter(recipes.values()))
+    else:
+        raise ValueError(f"{job} needs a recipe ({', '.join(recipes)}) or --config FILE.yaml.")
+    return tyro.cli(kind, args=rest, default=default, prog=f"python -m pipelines.{job}"), dry_run
+
+
+def run_job(
+    job: str,
+    recipes: Mapping[str, Config],
+    main: Callable[[Config], object],
+    check: Callable[[Config], object] | None = None,
+) -> None:
+    """Entry point of `python -m pipelines.JOB`; exits 2 with one line for what the user can mend.
+
+    Args:
+        check: looks at all inputs without doing anything, for `--dry-run`.
+    """
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("httpx", "botocore", "aiobotocore", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        config, dry_run = resolve(job, recipes, sys.argv[1:])
+        if not dry_run:
+            main(config)
+            return
+        if check:
+            check(config)
+        print(to_yaml(config), end="")
+        print(f"# dry run: {job} would start with this config; inputs were checked, nothing was done.")
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("D2F_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,25 @@
+r"""Turn a prompt file into images and an index table.
+
+    python -m pipelines.generate flow --prompts s3://d2f/prompts.jsonl --output s3://d2f/generations/flow
+    python -m pipelines.generate base --prompts prompts.csv --output /data/base --model /models/sd15 --steps 25 50
+
+The same command again goes on where a killed job was, and does nothing once all images are there.
+"""
+
+import ray
+
+from d2f_core.data.manifest import Manifest
+from d2f_core.inference.generate import GenerateConfig, check_generate, generate
+from pipelines.cli import run_job
+
+
+def main(config: GenerateConfig) -> Manifest:
+    job = check_generate(config)
+    ray.init(ignore_reinit_error=True)
+    return generate(job)
+
+
+if __name__ == "__main__":
+    from pipelines.workflow_recipes import GENERATE
+
+    run_job("generate", GENERATE, main, check_generate)

@@ -1,0 +1,71 @@
+"""Named, complete values of the jobs' configs."""
+
+from d2f_core.data.sources import ImageSource
+from d2f_core.inference.encode_job import EncodeConfig
+from d2f_core.model.ema import EmaConfig
+from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
+from d2f_core.train.config import TrainConfig
+from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
+
+EMOJI_SD = "infra/models/emoji-sd"
+
+SHOWN_EMOJI = (
+    "red apple", "banana", "strawberry", "watermelon", "pizza", "hamburger", "red heart", "blue heart",
+    "grinning face", "loudly crying face", "smiling face with sunglasses", "enraged face",
+    "cat face", "dog face", "panda", "frog", "fish", "octopus", "sunflower", "evergreen tree",
+    "rocket", "rainbow", "snowman", "star",
+)  # fmt: skip
+
+AUTOENCODER = {
+    # The autoencoder that emoji-sd ships with: both styles, so that either decodes well.
+    "emoji": TrainAutoencoderConfig(
+        vae_config=f"{EMOJI_SD}/vae",
+        images="s3://d2f/datasets/emoji-both",
+        output="s3://d2f/runs/emoji-vae",
+        train=TrainConfig(
+            num_steps=2000,
+            global_batch_size=16,
+            micro_batch_size=16,
+            zero_stage=0,
+            learning_rate=1e-3,
+            warmup_steps=100,
+            decay="cosine",
+            ema=EmaConfig(decay=0.995),
+            log_every=50,
+            checkpoint_every=500,
+            evaluate_every=500,
+        ),
+    )
+}
+
+ENCODE_LATENTS = {
+    style: EncodeConfig(
+        source=ImageSource(uri=f"s3://d2f/datasets/{style}"), base=EMOJI_SD, output=f"s3://d2f/latents/{style}"
+    )
+    for style in ("twemoji", "openmoji")
+}
+
+FINETUNE = {
+    # The base model that emoji-sd ships with: a small latent diffusion model from random weights.
+    "emoji-sd": FinetuneConfig(
+        model=ModelConfig(base=EMOJI_SD, from_scratch=True, objective="diffusion", method="full", caption_dropout=0.1),
+        latents="s3://d2f/latents/twemoji",
+        output="s3://d2f/runs/emoji-sd",
+        holdout_rows=0,
+        preview=PreviewConfig(prompts=tuple(f"{name}, twemoji style" for name in SHOWN_EMOJI), steps=25, guidance=3.0),
+        train=TrainConfig(
+            num_steps=16000,
+            global_batch_size=32,
+            micro_batch_size=16,
+            num_workers=2,
+            learning_rate=1e-3,
+            warmup_steps=200,
+            decay="cosine",
+            ema=EmaConfig(decay=0.999),
+            log_every=50,
+            checkpoint_every=500,
+            evaluate_every=1000,
+        ),
+        name="emoji-sd",
+    )
+}

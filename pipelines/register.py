@@ -1,0 +1,15 @@
+"""Register a training's model in MLflow: `python -m pipelines.register emoji-flow --run s3://d2f/runs/emoji-lora`."""
+
+from d2f_core.inference.register import RegisterConfig, register
+from d2f_core.tracking import ModelVersionInfo
+from pipelines.cli import run_job
+
+
+def main(config: RegisterConfig) -> ModelVersionInfo:
+    return register(config)
+
+
+if __name__ == "__main__":
+    from pipelines.workflow_recipes import REGISTER
+
+    run_job("register", REGISTER, main)

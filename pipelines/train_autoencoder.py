@@ -1,0 +1,117 @@
+"""Train an autoencoder on an image table: `python -m pipelines.train_autoencoder emoji`. The same command again
+resumes.
+
+At the end `OUTPUT/vae/` is a diffusers AutoencoderKL with its scaling factor, in fp16.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from d2f_core import storage
+from d2f_core.data.manifest import Manifest, canonical_json, read_manifest
+from d2f_core.data.order import SampleOrder
+from d2f_core.data.stream import RowReader, StreamPlan
+from d2f_core.model.autoencoder_training import AutoencoderTask, TrainableAutoencoder, decode_pixels, latent_scaling
+from d2f_core.model.base import local_copy
+from d2f_core.model.text_to_image import image_grid
+from d2f_core.train import checkpoint
+from d2f_core.train.launch import run_training
+from d2f_core.train.task import Evaluation, Task
+from pipelines.cli import run_job, to_yaml
+from pipelines.configs import TrainAutoencoderConfig
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("image",)
+SHOWN = 12
+
+
+def vae_config(config: TrainAutoencoderConfig) -> dict[str, Any]:
+    return json.loads((local_copy(config.vae_config) / "config.json").read_text())
+
+
+def order(config: TrainAutoencoderConfig, manifest: Manifest) -> SampleOrder:
+    return SampleOrder(num_rows=manifest.num_rows, holdout_rows=config.holdout_rows, seed=config.train.seed)
+
+
+def arrays(table: pa.Table) -> dict[str, Any]:
+    return {name: table.column(name).to_pylist() for name in table.column_names}
+
+
+def build_task(config: TrainAutoencoderConfig, device: str) -> Task:
+    """What a worker trains; called once on each."""
+    task = AutoencoderTask(vae_config(config), config.loss, seed=config.train.seed, device=device)
+    manifest = read_manifest(config.images)
+    rows = order(config, manifest).holdout()
+
+    def evaluate(network: Any, rank: int, num_workers: int) -> Evaluation:
+        share = rows[: len(rows) // num_workers * num_workers][rank::num_workers]
+        images = RowReader(config.images, manifest, COLUMNS).read(share).column("image").to_pylist()
+        error, pairs = task.reconstruct(network, images)
+        return Evaluation(sums={"validation_absolute_error": (error, len(images))}, images=pairs[:SHOWN])
+
+    return Task(
+        module=task.module,
+        to_batch=lambda table: task.to_batch(arrays(table)),
+        loss_fn=task.loss,
+        evaluate=evaluate,
+        make_grid=functools.partial(image_grid, columns=SHOWN),
+    )
+
+
+def export(config: TrainAutoencoderConfig, uri: str, manifest: checkpoint.CheckpointManifest) -> None:
+    """Write `OUTPUT/vae/` from the averaged weights of a checkpoint."""
+    module = TrainableAutoencoder(vae_config(config), seed=0)
+    kind = "ema" if config.train.ema.decay else "weights"
+    module.load_state_dict(checkpoint.read_tensors(uri, manifest, kind))
+    table = read_manifest(config.images)
+    reader = RowReader(config.images, table, COLUMNS)
+    rows = order(config, table).at(torch.arange(min(256, table.num_rows - config.holdout_rows)).numpy())[1]
+    pixels = torch.from_numpy(decode_pixels(reader.read(rows).column("image").to_pylist()))
+    network = module.autoencoder.eval()
+    network.register_to_config(scaling_factor=round(latent_scaling(network, pixels), 5))
+    with tempfile.TemporaryDirectory() as directory:
+        network.half().save_pretrained(directory, safe_serialization=True)
+        storage.upload_tree(Path(directory), storage.join(config.output, "vae"))
+    logger.info("wrote %s", storage.join(config.output, "vae"))
+
+
+def main(config: TrainAutoencoderConfig) -> None:
+    import ray
+
+    storage.check_reachable(config.output, write=True)
+    manifest = read_manifest(config.images)
+    ray.init(ignore_reinit_error=True)
+    storage.write_bytes(storage.join(config.output, "config.yaml"), to_yaml(config).encode())
+    fixed = {"vae": vae_config(config), "loss": config.loss.__dict__, "images": manifest.digest}
+    batch = {"seed": config.train.seed, "global_batch_size": config.train.global_batch_size}
+    found = run_training(
+        config=config.train,
+        build_task=functools.partial(build_task, config),
+        plan=StreamPlan(
+            uri=config.images,
+            columns=COLUMNS,
+            order=order(config, manifest),
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            first_step=0,
+            num_steps=config.train.num_steps,
+        ),
+        output=config.output,
+        identity=hashlib.sha256(canonical_json(fixed | batch)).hexdigest(),
+    )
+    export(config, *found)
+
+
+if __name__ == "__main__":
+    from pipelines.recipes import AUTOENCODER
+
+    run_job("train_autoencoder", AUTOENCODER, main)

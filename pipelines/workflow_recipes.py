@@ -1,0 +1,44 @@
+"""Named values of the workflow, and of the jobs that only it chains."""
+
+from d2f_core.data.emoji import MakeDatasetConfig
+from d2f_core.inference.contact_sheet import ContactSheetConfig
+from d2f_core.inference.encode import EncodeConfig
+from d2f_core.inference.plan import GenerateConfig
+from d2f_core.inference.register import RegisterConfig
+from pipelines.recipes import EMOJI_SD, FINETUNE, SHOWN_EMOJI
+from pipelines.workflow_config import WorkflowConfig
+
+EVALUATIONS = (2, 4, 10, 25)
+FLOW_MODEL = "emoji-flow"
+
+GENERATE = {
+    "flow": GenerateConfig(
+        model=f"models:/{FLOW_MODEL}@candidate", prompts="s3://d2f/prompts.jsonl", output="s3://d2f/generations/flow"
+    ),
+    "base": GenerateConfig(model=EMOJI_SD, prompts="s3://d2f/prompts.jsonl", output="s3://d2f/generations/base"),
+}
+
+REGISTER = {"emoji-flow": RegisterConfig(run="s3://d2f/runs/emoji-lora", name=FLOW_MODEL)}
+
+CONTACT_SHEET = {
+    "compare": ContactSheetConfig(
+        generations=("s3://d2f/generations/base", "s3://d2f/generations/flow"), output="s3://d2f/contact_sheet.png"
+    )
+}
+
+WORKFLOW = {
+    # What `make quickstart` runs: emoji-sd learns OpenMoji's style as a flow model.
+    "quickstart": WorkflowConfig(
+        output="s3://d2f/workflows/quickstart",
+        dataset=MakeDatasetConfig(style="openmoji", output="s3://d2f/datasets/openmoji"),
+        encode=EncodeConfig(output="s3://d2f/latents/openmoji"),
+        finetune=FINETUNE["emoji-lora"],
+        register=RegisterConfig(name=FLOW_MODEL),
+        generate=GenerateConfig(steps=EVALUATIONS, chunk_size=6),
+        sheet=ContactSheetConfig(
+            titles=("base model, DDIM", "flow model, Euler"),
+            title="emoji-sd, and the flow model finetuned from it on OpenMoji: same prompts, same noises",
+        ),
+        prompts=tuple(f"{name}, openmoji style" for name in SHOWN_EMOJI[::2]),
+    )
+}

@@ -1,0 +1,113 @@
+"""Pictures: what is accepted becomes upright square RGB; what is not has a reason."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from d2f_core.data.images import BadImageError, ImageRules, prepare_image
+from tests.data.pictures import file_bytes, pixels
+
+RULES = ImageRules(resolution=16, min_side=8, max_pixels=10_000)
+
+
+def saved(image: Image.Image, kind: str = "PNG", **how) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, kind, **how)
+    return sink.getvalue()
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(height=st.integers(8, 60), width=st.integers(8, 60), kind=st.sampled_from(["PNG", "JPEG", "WEBP"]))
+def test_the_centre_square_is_kept_whatever_the_shape(height, width, kind):
+    image = prepare_image(file_bytes(pixels(0, height, width), kind), RULES)
+    left, top, right, bottom = image.crop
+    assert image.pixels.shape == (16, 16, 3) and image.pixels.dtype == np.uint8
+    assert (image.width, image.height) == (width, height)
+    assert right - left == bottom - top == min(width, height)
+    assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 30), (31, 16)])
+def test_pixels_of_the_right_size_are_untouched(shape):
+    original = pixels(1, *shape)
+    image = prepare_image(file_bytes(original), RULES)
+    left, top, right, bottom = image.crop
+    np.testing.assert_array_equal(image.pixels, original[top:bottom, left:right])
+
+
+def test_transparency_becomes_white():
+    for image in (Image.new("RGBA", (16, 16), (255, 0, 0, 0)), Image.new("LA", (16, 16), (0, 0))):
+        assert (prepare_image(saved(image), RULES).pixels == 255).all()
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 0, 0, 200])
+    assert (prepare_image(saved(palette, transparency=1), RULES).pixels == 255).all()
+    assert (prepare_image(saved(palette, transparency=0), RULES).pixels[0, 0] == (0, 0, 200)).all()
+
+
+def test_half_transparent_red_on_white_is_pink():
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 128))
+    np.testing.assert_allclose(prepare_image(saved(image), RULES).pixels[0, 0], (255, 127, 127), atol=1)
+
+
+def test_sixteen_bit_grey_keeps_its_levels():
+    levels = (np.arange(16 * 16, dtype=np.uint16) * 256).reshape(16, 16)
+    image = prepare_image(saved(Image.fromarray(levels)), RULES)
+    np.testing.assert_array_equal(image.pixels[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
+def test_modes_with_one_meaning_are_converted(mode):
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    assert prepare_image(file_bytes(pixels(2), kind, mode), RULES).pixels.shape == (16, 16, 3)
+
+
+def test_a_photo_taken_sideways_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = prepare_image(saved(Image.new("RGB", (40, 20)), "JPEG", exif=exif), RULES)
+    assert (image.width, image.height, image.crop) == (20, 40, (0, 10, 20, 30))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "undecodable: empty file"),
+        (b"no image at all", "undecodable: not a PNG, JPEG, WEBP file"),
+        (file_bytes(pixels(0))[:200], "undecodable: "),
+        (file_bytes(pixels(0), "JPEG")[:300], "undecodable: "),
+        (file_bytes(pixels(0), "WEBP")[:200], "undecodable: "),
+        (file_bytes(pixels(0), "GIF"), "format: GIF is not one of PNG, JPEG, WEBP"),
+        (file_bytes(pixels(0), "BMP"), "format: BMP"),
+        (file_bytes(pixels(0), "TIFF"), "format: TIFF"),
+        (b"\0\0\0\x1cftypavif", "format: avif"),
+        (file_bytes(pixels(0, 7, 30)), "too_small: 30x7 px, the short side must be at least 8"),
+        (file_bytes(pixels(0, 101, 100)), "too_many_pixels: 100x101 px, at most 10000 pixels are decoded"),
+        (saved(Image.new("L", (16, 16)), save_all=True, append_images=[Image.new("L", (16, 16), 9)]), "animated: 2 frames"),
+    ],
+)
+def test_what_cannot_be_used_has_its_reason(data, reason):
+    with pytest.raises(BadImageError) as caught:
+        prepare_image(data, RULES)
+    assert str(caught.value).startswith(reason)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    bomb = saved(Image.new("1", (20_000, 20_000)), compress_level=9)
+    assert len(bomb) < 200_000
+    with pytest.raises(BadImageError, match="^too_many_pixels"):
+        prepare_image(bomb, ImageRules(resolution=16, min_side=8, max_pixels=100_000_000))
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(start=st.integers(0, 400), junk=st.binary(min_size=1, max_size=40), kind=st.sampled_from(["PNG", "JPEG", "WEBP"]))
+def test_damaged_files_are_decoded_or_refused_and_nothing_else(start, junk, kind):
+    data = file_bytes(pixels(3), kind)
+    damaged = data[:start] + junk + data[start + len(junk) :]
+    try:
+        assert prepare_image(damaged, RULES).pixels.shape == (16, 16, 3)
+    except BadImageError as error:
+        assert ":" in str(error) and "0x" not in str(error)

@@ -1,0 +1,96 @@
+"""A trained model is refused with another base, and samples as it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from d2f_core.model.artifact import ArtifactError, SamplingDefaults, describe, load_model, load_weights, save_artifact
+from d2f_core.model.base import BaseModelError, resolve_base
+from d2f_core.model.lora import LoraConfig
+from d2f_core.model.sampling import sample_latents
+from d2f_core.model.text_to_image import ModelConfig, build_network
+from d2f_core.objective.schedule import ScheduleError
+from tests.inference.tiny_base import write_tiny_base
+
+NOISE, STATES, NULL = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 384), torch.zeros(2, 8, 384)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def saved(directory: Path, target: Path, method: str) -> Path:
+    base = resolve_base(str(directory))
+    network = build_network(base, ModelConfig(base=str(directory), method=method, lora=LoraConfig(rank=2)), 0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    sampling = SamplingDefaults(solver="heun", steps=3, guidance=1.5)
+    save_artifact(target, network, describe(base, objective="diff2flow", method=method, sampling=sampling, training={}))
+    return target
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_artifact_carries_how_to_sample_it_and_is_safetensors_and_json_only(directory, tmp_path, method):
+    model = load_model(str(saved(directory, tmp_path / "model", method)))
+    assert model.sampling == SamplingDefaults(solver="heun", steps=3, guidance=1.5)
+    assert {file.suffix for file in (tmp_path / "model").rglob("*") if file.is_file()} <= {
+        ".json",
+        ".safetensors",
+        ".md",
+    }
+    latents, evaluations = sample_latents(model, NOISE, STATES, NULL, solver="heun", steps=3, guidance=1.5)
+    assert latents.isfinite().all() and evaluations == 6
+    base_latents, _ = sample_latents(
+        load_model(str(directory)), NOISE, STATES, NULL, solver="heun", steps=3, guidance=1.5
+    )
+    assert (latents - base_latents).abs().max() > 1e-3
+
+
+def test_another_base_is_refused_with_both_hashes(directory, tmp_path):
+    other = write_tiny_base(tmp_path / "other", seed=1)
+    with pytest.raises(ArtifactError, match=r"trained on a base with sha256 [0-9a-f]{64}, but .* has [0-9a-f]{64}"):
+        load_model(str(saved(directory, tmp_path / "model", "lora")), base_uri=str(other))
+
+
+def test_the_untrained_converted_model_equals_ddim_of_diffusers(directory):
+    """Euler over the flow times of DDIM's own timesteps is DDIM, so a conversion starts at the base's quality."""
+    model = load_model(str(directory))
+    ours, evaluations = sample_latents(model, NOISE, STATES, NULL, solver="ddim", steps=5, guidance=1.0)
+    scheduler = DDIMScheduler.from_config(dict(model.base.scheduler_config), timestep_spacing="trailing")
+    scheduler.set_timesteps(5)
+    x = NOISE
+    for timestep in scheduler.timesteps:
+        prediction = model.denoiser(x, timestep.expand(2).float(), text_states=STATES)
+        x = scheduler.step(prediction, int(timestep), x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
+    assert evaluations == 5
+
+
+def test_weights_that_do_not_fit_are_refused(directory):
+    network = build_network(resolve_base(str(directory)), ModelConfig(base=str(directory), method="full"), 0)
+    with pytest.raises(ArtifactError, match=r"unknown \['no.such'\], missing \['"):
+        load_weights(network, {"no.such": torch.zeros(1)})
+
+
+def test_a_base_without_scheduler_config_is_refused(tmp_path):
+    (write_tiny_base(tmp_path) / "scheduler/scheduler_config.json").unlink()
+    with pytest.raises(BaseModelError, match=r"has no scheduler/scheduler_config.json"):
+        resolve_base(str(tmp_path))
+
+
+def test_a_base_that_is_not_there_is_refused():
+    with pytest.raises(BaseModelError, match="No directory"):
+        resolve_base("/no/such/model")
+
+
+def test_epsilon_with_zero_terminal_snr_is_refused_when_the_base_is_read(tmp_path):
+    file = write_tiny_base(tmp_path) / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rescale_betas_zero_snr": True}))
+    with pytest.raises(ScheduleError, match="Use a v_prediction base"):
+        resolve_base(str(tmp_path))

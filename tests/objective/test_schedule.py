@@ -1,0 +1,62 @@
+"""The table of noise levels is the one that the network was trained with."""
+
+import diffusers
+import pytest
+import torch
+
+from d2f_core.objective.schedule import NoiseSchedule, ScheduleError
+
+BASE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_table_equals_the_one_of_diffusers(kind, zero_snr):
+    config = {**BASE, "beta_schedule": kind, "rescale_betas_zero_snr": zero_snr, "prediction_type": "v_prediction"}
+    theirs = diffusers.DDIMScheduler(**config).alphas_cumprod
+    ours = NoiseSchedule.from_scheduler_config(config).alphas_cumprod
+    torch.testing.assert_close(ours.float(), theirs, rtol=2e-5, atol=2e-7)
+
+
+def test_trained_betas_are_taken_as_they_are():
+    schedule = NoiseSchedule.from_scheduler_config({"trained_betas": [0.1, 0.2, 0.3]})
+    torch.testing.assert_close(schedule.alphas_cumprod, torch.tensor([0.9, 0.72, 0.504], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_timestep_at_inverts_the_table(kind):
+    schedule = NoiseSchedule.from_scheduler_config({**BASE, "beta_schedule": kind})
+    torch.testing.assert_close(
+        schedule.timestep_at(schedule.flow_times), torch.arange(1000, dtype=torch.float64), rtol=0, atol=1e-6
+    )
+
+
+def test_timestep_outside_the_trained_range_is_the_nearest_one():
+    schedule = NoiseSchedule.from_scheduler_config({**BASE, "beta_schedule": "scaled_linear"})
+    assert schedule.timestep_at(torch.tensor([0.0, 1.0])).tolist() == [999, 0]
+    assert schedule.trained_range == pytest.approx((0.0640, 0.9717), abs=1e-4)
+
+
+def test_zero_terminal_snr_reaches_pure_noise():
+    config = {
+        **BASE,
+        "beta_schedule": "scaled_linear",
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+    }
+    assert NoiseSchedule.from_scheduler_config(config).trained_range[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**BASE, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}, "epsilon.*v_prediction base"),
+        ({"beta_schedule": "linear"}, "num_train_timesteps"),
+        ({"num_train_timesteps": 10, "beta_schedule": "linear"}, "beta_start"),
+        ({**BASE, "beta_schedule": "sigmoid"}, "'sigmoid' is not known"),
+        ({"trained_betas": [0.1, 1.5]}, r"\(0, 1\)"),
+    ],
+)
+def test_configs_that_cannot_be_used_are_refused(config, message):
+    with pytest.raises(ScheduleError, match=message):
+        NoiseSchedule.from_scheduler_config(config)

@@ -1,0 +1,90 @@
+"""Solvers converge at their order, run both ways, and Euler equals DDIM."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from d2f_core.objective.alignment import VelocityField
+from d2f_core.objective.guidance import guided
+from d2f_core.objective.schedule import NoiseSchedule
+from d2f_core.objective.solver import integrate, uniform_times
+
+START = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)[:, None]
+
+
+def exact_field(x, t):
+    """Logistic growth with a clock that runs as t + t^2 / 2: nonlinear, time-dependent, and solved in closed form."""
+    return x * (1 - x) * (1 + t[:, None].to(x))
+
+
+EXACT = 1 / (1 + (1 - START) / START * math.exp(-1.5))
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+def test_solver_converges_at_its_order_to_the_exact_sample(solver, order):
+    error = {}
+    for steps in (32, 64):
+        end, evaluations = integrate(exact_field, START, uniform_times(steps), solver)
+        assert evaluations == steps * {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}[solver]
+        error[steps] = (end - EXACT).abs().max().item()
+    assert math.log2(error[32] / error[64]) == pytest.approx(order, abs=0.2)
+
+
+def test_backward_integration_returns_to_the_start():
+    end, _ = integrate(exact_field, START, uniform_times(50), "rk4")
+    back, _ = integrate(exact_field, end, uniform_times(50).flip(0), "rk4")
+    torch.testing.assert_close(back, START, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_euler_in_flow_time_equals_ddim_on_the_mapped_grid(kind):
+    config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    schedule = NoiseSchedule.from_scheduler_config(config)
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4) / 2
+
+    def network(x, timestep):
+        return torch.tanh(x @ weight) * (1 + timestep[:, None] / 1000)
+
+    x = torch.randn(3, 4)
+    grid = [999, 800, 500, 200, 0]
+    scheduler = DDIMScheduler(**config, prediction_type=kind, clip_sample=False, set_alpha_to_one=True)
+    ddim = x.clone()
+    for now, following in zip(grid, [*grid[1:], -1], strict=True):
+        scheduler.num_inference_steps = 1000 // (now - following)
+        prediction = network(ddim, torch.full((3,), float(now)))
+        alpha_bar, after = (scheduler.alphas_cumprod[k] if k >= 0 else torch.tensor(1.0) for k in (now, following))
+        data = {
+            "epsilon": (ddim - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt(),
+            "v_prediction": alpha_bar.sqrt() * ddim - (1 - alpha_bar).sqrt() * prediction,
+            "sample": prediction,
+        }[kind]
+        noise = (ddim - alpha_bar.sqrt() * data) / (1 - alpha_bar).sqrt()
+        ddim = after.sqrt() * data + (1 - after).sqrt() * noise
+    times = torch.cat([schedule.flow_times[grid], torch.ones(1, dtype=torch.float64)])
+    norm = float(torch.hypot(times[0], 1 - times[0]))
+    ours, _ = integrate(VelocityField(network, schedule, kind), x * norm, times, "euler")
+    torch.testing.assert_close(ours, ddim, rtol=0, atol=2e-5)
+
+
+def test_guidance_in_one_forward_equals_two():
+    calls = []
+
+    def field(x, t, *, condition):
+        calls.append(len(x))
+        return x * condition + t[:, None]
+
+    x, t = torch.randn(2, 3), torch.rand(2)
+    with_it, without = torch.full((2, 1), 2.0), torch.zeros(2, 1)
+    both = guided(field, 3.0, {"condition": with_it}, {"condition": without})(x, t)
+    assert calls == [4]
+    expected = field(x, t, condition=without)
+    torch.testing.assert_close(both, expected + 3.0 * (field(x, t, condition=with_it) - expected))
+
+
+@pytest.mark.parametrize(("steps", "solver", "message"), [(0, "euler", "steps=0"), (2, "dopri", "solver='dopri'")])
+def test_unknown_solver_or_no_steps_is_refused(steps, solver, message):
+    with pytest.raises(ValueError, match=message):
+        integrate(exact_field, torch.zeros(1, 1), uniform_times(steps), solver)

@@ -1,0 +1,136 @@
+"""A training on real servers (two Ray Train workers with ZeRO, S3, MLflow): stopped, resumed, moved."""
+
+import dataclasses
+
+import mlflow
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from d2f_core import storage
+from d2f_core.data.manifest import Manifest, write_manifest, write_part
+from d2f_core.data.schema import SchemaError, latent_schema
+from d2f_core.model.artifact import SamplingDefaults, load_model
+from d2f_core.model.autoencoder import autoencoder_fingerprint
+from d2f_core.model.base import resolve_base
+from d2f_core.model.ema import EmaConfig
+from d2f_core.model.lora import LoraConfig
+from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
+from d2f_core.train import checkpoint
+from d2f_core.train.config import TrainConfig
+from d2f_core.train.launch import NotEnoughResourcesError
+from pipelines.configs import FinetuneConfig
+from pipelines.finetune import FinetuneResult, check, main
+from tests.inference.tiny_base import write_tiny_base
+
+pytestmark = pytest.mark.timeout(600)
+ROWS, SHAPE = 24, (4, 8, 8)
+
+
+def write_latents(uri: str, fingerprint: str) -> None:
+    generator = np.random.default_rng(0)
+    columns = {
+        "sample_id": [f"{i:032x}" for i in range(ROWS)],
+        "caption": [f"thing {i}" for i in range(ROWS)],
+        "latent_mean": list(generator.normal(size=(ROWS, 256)).astype(np.float16)),
+        "latent_std": list(np.full((ROWS, 256), 0.1, np.float16)),
+        "bucket": ["16x16"] * ROWS,
+        "source_uri": ["test"] * ROWS,
+        "width": [16] * ROWS,
+        "height": [16] * ROWS,
+        "crop": [[0, 0, 16, 16]] * ROWS,
+    }
+    schema = latent_schema(SHAPE)
+    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    files = tuple(write_part(uri, f"part-{i}.parquet", table.slice(12 * i, 12)) for i in range(2))
+    write_manifest(uri, Manifest(kind="latents", files=files, fingerprint={"autoencoder": fingerprint}))
+
+
+@pytest.fixture(scope="module")
+def config(stack, tmp_path_factory) -> FinetuneConfig:
+    base = str(write_tiny_base(tmp_path_factory.mktemp("base")))
+    write_latents("s3://d2f/test-finetune/latents", autoencoder_fingerprint(resolve_base(base)))
+    return FinetuneConfig(
+        model=ModelConfig(base=base, method="lora", lora=LoraConfig(rank=2), caption_dropout=0.5),
+        latents="s3://d2f/test-finetune/latents",
+        output="s3://d2f/test-finetune/unbroken",
+        holdout_rows=4,
+        preview=PreviewConfig(prompts=("thing 1", "thing 2"), steps=2),
+        sampling=SamplingDefaults(steps=4),
+        train=TrainConfig(
+            num_steps=6, global_batch_size=8, micro_batch_size=2, num_workers=2, threads_per_worker=1, zero_stage=2,
+            learning_rate=1e-2, ema=EmaConfig(decay=0.9), log_every=2, checkpoint_every=3, evaluate_every=3,
+        ),
+        experiment="test-finetune",
+    )  # fmt: skip
+
+
+def changed(config: FinetuneConfig, output: str, **train) -> FinetuneConfig:
+    return dataclasses.replace(config, output=output, train=dataclasses.replace(config.train, **train))
+
+
+@pytest.fixture(scope="module")
+def unbroken(config) -> FinetuneResult:
+    return main(config)
+
+
+def final(output: str) -> dict[str, dict[str, torch.Tensor]]:
+    uri, manifest = checkpoint.list_checkpoints(output)[-1]
+    return {kind: checkpoint.read_tensors(uri, manifest, kind) for kind in checkpoint.KINDS}
+
+
+def test_the_run_is_in_mlflow_with_losses_before_and_after(config, unbroken):
+    client = mlflow.MlflowClient()
+    run = client.get_run(unbroken.run.run_id)
+    assert run.info.status == "FINISHED" and run.data.params["model.lora.rank"] == "2"
+    assert {"loss", "learning_rate", "grad_norm", "images_per_second", "data_wait_share"} <= run.data.metrics.keys()
+    validation = client.get_metric_history(unbroken.run.run_id, "validation_flow_loss")
+    assert [point.step for point in validation] == [0, 3, 6]
+    assert validation[-1].value < validation[0].value
+    assert len(client.list_artifacts(unbroken.run.run_id, "images")) >= 3
+    assert storage.read_bytes(f"{config.output}/config.yaml").decode().startswith("model:")
+
+
+def test_the_exported_model_loads_and_says_how_to_sample_it(config, unbroken):
+    model = load_model(unbroken.model)
+    assert model.sampling.steps == 4 and model.objective == "diff2flow"
+    assert unbroken.description["base"]["sha256"] == resolve_base(config.model.base).content_hash
+
+
+def test_the_same_command_again_does_nothing(config, unbroken):
+    before = checkpoint.list_checkpoints(config.output)
+    assert main(config).checkpoint == unbroken.checkpoint
+    assert checkpoint.list_checkpoints(config.output) == before
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(config, unbroken):
+    output = "s3://d2f/test-finetune/stopped"
+    main(changed(config, output, num_steps=3))
+    main(changed(config, output))
+    for kind, tensors in final(config.output).items():
+        resumed = final(output)[kind]
+        assert tensors.keys() == resumed.keys() and tensors
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, resumed[name]), (kind, name)
+
+
+def test_a_run_goes_on_with_one_worker_and_another_zero_stage(config, unbroken):
+    output = "s3://d2f/test-finetune/moved"
+    main(changed(config, output, num_steps=3))
+    main(changed(config, output, num_workers=1, zero_stage=0))
+    expected, moved = final(config.output)["weights"], final(output)["weights"]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_too_many_workers_say_what_is_missing(config, monkeypatch):
+    monkeypatch.setattr("d2f_core.train.launch.RESOURCE_WAIT_SECONDS", 1)
+    with pytest.raises(NotEnoughResourcesError, match=r"num_workers=8 needs 13 CPU .* the cluster has 8 CPU"):
+        main(changed(config, "s3://d2f/test-finetune/large", num_workers=8, micro_batch_size=1))
+
+
+def test_latents_of_another_autoencoder_are_refused(config):
+    write_latents("s3://d2f/test-finetune/other", "f" * 64)
+    with pytest.raises(SchemaError, match=r"f{64}"):
+        check(dataclasses.replace(config, latents="s3://d2f/test-finetune/other"))

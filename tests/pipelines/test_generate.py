@@ -1,0 +1,196 @@
+"""The generate job on a real cluster: the same images however it runs, nothing lost or doubled when it is killed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
+from d2f_core.inference.generate import check_generate, generate, read_generations
+from d2f_core.inference.plan import GenerateConfig, GenerateError
+from d2f_core.storage import exists, join, list_names, read_bytes, write_bytes
+from infra.local.stack import StackEnv
+from tests.inference.tiny_base import write_tiny_base
+
+ROOT = Path(__file__).parents[2]
+HOME = "s3://d2f/tests/generate"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(stack: StackEnv) -> Iterator[None]:
+    del stack
+    ray.init(ignore_reinit_error=True)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_base(tmp_path_factory.mktemp("base")))
+
+
+def prompts(name: str, rows: list[dict[str, Any]]) -> str:
+    uri = f"{HOME}/{name}.jsonl"
+    write_bytes(uri, "\n".join(json.dumps(row) for row in rows).encode())
+    return uri
+
+
+@pytest.fixture(scope="module")
+def config(base: str) -> GenerateConfig:
+    """11 prompts, two of them equal, in chunks of 4 and batches of 3."""
+    rows = [{"prompt": f"cat {number % 10}", "sample_id": f"id{number}"} for number in range(11)]
+    return GenerateConfig(
+        prompts=prompts("eleven", rows),
+        model=base,
+        output=f"{HOME}/reference",
+        steps=(1, 2),
+        batch_size=3,
+        chunk_size=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(config: GenerateConfig) -> Manifest:
+    return generate(check_generate(config))
+
+
+def hashes(uri: str) -> dict[tuple[str, int], str]:
+    return {(row["sample_id"], row["steps"]): row["image_sha256"] for row in read_generations(uri).to_pylist()}
+
+
+def test_every_prompt_and_step_has_an_image_and_an_index_row(config: GenerateConfig, reference: Manifest) -> None:
+    rows = read_generations(config.output).to_pylist()
+    assert [(row["sample_id"], row["steps"]) for row in rows[:8]] == [(f"id{n}", s) for s in (1, 2) for n in range(4)]
+    assert len({(row["sample_id"], row["steps"]) for row in rows}) == len(rows) == reference.num_rows == 22
+    assert reference.counts == {"prompts": 11, "images": 22, "failed": 0} and reference.kind == "generations"
+    assert len({row["image_sha256"] for row in rows}) == 22, "equal prompts have noise of their own"
+    for row in rows:
+        assert row["image_uri"] == f"{config.output}/images/{row['sample_id']}-{row['steps']}.png"
+        assert hashlib.sha256(read_bytes(row["image_uri"])).hexdigest() == row["image_sha256"]
+        assert (row["solver"], row["guidance"], row["seed"], row["error"]) == ("ddim", 3.0, 0, None)
+        assert row["num_evaluations"] == row["steps"]
+    assert len(list_names(f"{config.output}/images")) == 22
+
+
+def test_images_do_not_depend_on_the_number_of_actors(config: GenerateConfig, reference: Manifest) -> None:
+    alone = replace(config, num_actors=1, output=f"{HOME}/alone")
+    generate(check_generate(alone))
+    assert hashes(alone.output) == hashes(config.output)
+
+
+def test_a_finished_job_does_nothing(
+    config: GenerateConfig, reference: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert generate(check_generate(config)).digest == reference.digest
+    assert "all 22 images are there, nothing to do" in caplog.text
+
+
+def test_an_output_of_another_job_is_refused(config: GenerateConfig, reference: Manifest) -> None:
+    with pytest.raises(GenerateError, match=r"another job \(seed was 0, now 1; batch_size was 3, now 2\)"):
+        generate(check_generate(replace(config, seed=1, batch_size=2)))
+
+
+def test_missing_chunks_are_made_again_and_no_others(config: GenerateConfig, reference: Manifest) -> None:
+    from d2f_core.storage import filesystem
+
+    part = replace(config, output=f"{HOME}/partial")
+    complete = generate(check_generate(part))
+    fs, path = filesystem(part.output)
+    fs.rm([f"{path}/manifest.json", f"{path}/index/part-000001.parquet"])
+    kept = {name: fs.info(f"{path}/images/{name}")["LastModified"] for name in list_names(f"{part.output}/images")}
+    time.sleep(1.1)  # LastModified counts in seconds
+    assert generate(check_generate(part)).digest == complete.digest
+    again = {
+        name.split("-")[0] for name, when in kept.items() if fs.info(f"{path}/images/{name}")["LastModified"] != when
+    }
+    assert again == {"id4", "id5", "id6", "id7"}
+
+
+def test_a_killed_job_goes_on_and_ends_with_the_same_images(config: GenerateConfig, tmp_path: Path) -> None:
+    rows = [{"prompt": f"dog {number}", "sample_id": f"id{number}"} for number in range(24)]
+    whole = replace(
+        config, prompts=prompts("many", rows), output=f"{HOME}/whole", steps=(30,), chunk_size=1, batch_size=1
+    )
+    killed = replace(whole, output=f"{HOME}/killed", num_actors=1)
+    code = (
+        "import sys, json; from d2f_core.inference.plan import GenerateConfig; from pipelines.generate import main;"
+        "c = json.loads(sys.argv[1]); c['steps'] = tuple(c['steps']); main(GenerateConfig(**c))"
+    )
+    arguments = [sys.executable, "-c", code, json.dumps(killed.__dict__)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=log)
+        deadline = time.monotonic() + 150
+        while len(list_names(f"{killed.output}/index")) < 2 and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not manifest_exists(killed.output), "killed too late to prove anything"
+    generate(check_generate(killed))
+    generate(check_generate(whole))
+    assert hashes(killed.output) == hashes(whole.output) and len(hashes(whole.output)) == 24
+    assert len(list_names(f"{killed.output}/images")) == 24
+
+
+def test_a_row_has_its_own_seed_and_negative_prompt(config: GenerateConfig, reference: Manifest) -> None:
+    rows = [
+        {"prompt": "cat 0", "sample_id": "id0"},
+        {"prompt": "cat 1", "sample_id": "id1", "seed": 5},
+        {"prompt": "cat 2", "sample_id": "id2", "negative_prompt": "a dog"},
+    ]
+    own = replace(config, prompts=prompts("own", rows), output=f"{HOME}/own", steps=(2,))
+    generate(check_generate(own))
+    made, plain = hashes(own.output), hashes(config.output)
+    assert [made[f"id{n}", 2] == plain[f"id{n}", 2] for n in range(3)] == [True, False, False]
+    assert [row["seed"] for row in read_generations(own.output).to_pylist()] == [0, 5, 0]
+
+
+def test_an_image_that_is_not_finite_is_a_reason_not_a_picture(config: GenerateConfig) -> None:
+    broken = replace(config, guidance=1e38, output=f"{HOME}/broken", steps=(2,))
+    manifest = generate(check_generate(broken))
+    rows = read_generations(broken.output).to_pylist()
+    assert manifest.counts == {"prompts": 11, "images": 0, "failed": 11}
+    assert {(row["error"], row["image_uri"]) for row in rows} == {("the image is not finite", None)}
+    assert not exists(f"{broken.output}/images")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"solver": "eulr"}, "solver='eulr' is not known"),
+        ({"resolution": 17}, "resolution=17 must be a multiple of the autoencoder's 2 pixels"),
+        ({"model": "s3://d2f/none"}, "holds no files"),
+        ({"model": "models:/none@candidate"}, "alias candidate not found|not found"),
+        ({"prompts": "s3://d2f/none.csv"}, "No prompt file"),
+        ({"output": "s3://nobucket/x"}, "no bucket 'nobucket'|not writable"),
+        ({"output": ""}, "output is empty"),
+        ({"cpus_per_actor": 99}, "An actor needs 99 CPU, and the cluster has 8 CPU"),
+    ],
+)
+def test_bad_settings_are_refused(
+    config: GenerateConfig, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2f_core.inference.generate.RESOURCE_WAIT_SECONDS", 0.5)
+    bad = replace(config, **{"output": f"{HOME}/bad", **change})
+    with pytest.raises(ValueError, match=message) as caught:
+        generate(check_generate(bad))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_index_lists_its_parts(config: GenerateConfig, reference: Manifest) -> None:
+    there = read_manifest(config.output)
+    assert [file.path for file in there.files] == [f"index/part-00000{n}.parquet" for n in range(3)]
+    for file in there.files:
+        data = read_bytes(join(config.output, file.path))
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256)

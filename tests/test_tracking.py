@@ -1,0 +1,192 @@
+"""Runs, metrics and registered models against a real MLflow server."""
+
+import contextlib
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+from d2f_core.content import hash_directory
+from d2f_core.tracking import (
+    RunHandle,
+    TrackingError,
+    check_tracking,
+    find_run,
+    pin_model,
+    register_model,
+    resolve_model,
+    start_run,
+)
+from d2f_core.tracking.server import attempt, client_for
+from infra.local.stack import StackEnv
+
+EXPERIMENT = "tracking tests"
+TAGS = {"base_uri": "s3://d2f/base", "base_sha256": "ab", "prediction_type": "epsilon", "solver": "euler", "steps": "4"}
+
+
+def start(key: str, **params: object) -> RunHandle:
+    return start_run(experiment=EXPERIMENT, run_key=key, name=key, config_yaml="a: 1\n", params=params, tags={"k": "v"})
+
+
+def model_directory(path: Path, weights: bytes) -> Path:
+    (path / "unet").mkdir(parents=True)
+    (path / "diff2flow.json").write_text("{}")
+    (path / "unet/model.safetensors").write_bytes(weights)
+    return path
+
+
+@pytest.fixture
+def registered(stack: StackEnv, request: pytest.FixtureRequest) -> tuple[RunHandle, str]:
+    """A run, and the name of a model of this test's own."""
+    del stack
+    return start(f"s3://d2f/runs/{request.node.name}"), f"model-{request.node.name[:40]}"
+
+
+def test_a_resumed_training_continues_its_run(stack: StackEnv, caplog: pytest.LogCaptureFixture) -> None:
+    first = start("s3://d2f/runs/resumed", train={"lr": 1e-4, "seed": 0})
+    first.finish("FAILED")
+    again = start("s3://d2f/runs/resumed/", train={"lr": 3e-4, "seed": 0}, more=1)
+    assert again == first and "param train.lr is now 0.0003" in caplog.text
+    assert start("s3://d2f/runs/another") != first
+    assert find_run(experiment=EXPERIMENT, run_key="s3://d2f/runs/resumed") == first
+    assert find_run(experiment=EXPERIMENT, run_key="s3://d2f/runs/none") is None
+    assert find_run(experiment="no such experiment", run_key="s3://d2f/runs/resumed") is None
+    run = client_for(first.tracking_uri).get_run(first.run_id)
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"train.lr": "0.0001", "train.seed": "0", "more": "1"}
+    assert {"k": "v", "d2f.run_key": "s3://d2f/runs/resumed"}.items() <= run.data.tags.items()
+
+
+def test_everything_logged_is_there(stack: StackEnv, tmp_path: Path) -> None:
+    handle = pickle.loads(pickle.dumps(start("s3://d2f/runs/logged")))
+    for step in range(30):
+        handle.log_metrics(step, {f"m{number}": step + number for number in range(20)})
+    handle.log_image("samples", Image.new("RGB", (8, 8), "red"), 7)
+    (tmp_path / "card.md").write_text("# card")
+    handle.log_file(tmp_path / "card.md", "cards")
+    client = client_for(handle.tracking_uri)
+    for number in range(20):
+        history = client.get_metric_history(handle.run_id, f"m{number}")
+        assert [(entry.step, entry.value) for entry in history] == [(step, step + number) for step in range(30)]
+    paths = [file.path for folder in ("", "images", "cards") for file in client.list_artifacts(handle.run_id, folder)]
+    assert {"config.yaml", "cards/card.md"} <= set(paths)
+    assert sum("samples+step+7" in path for path in paths) == 2, "the picture and its thumbnail"
+
+
+def test_registering_twice_gives_one_version(registered: tuple[RunHandle, str], tmp_path: Path) -> None:
+    handle, name = registered
+    first = register_model(
+        handle, model_dir=model_directory(tmp_path / "a", b"1"), name=name, tags=TAGS, description="# A model"
+    )
+    again = register_model(handle, model_dir=tmp_path / "a", name=name, tags=TAGS, description="# A model")
+    other = register_model(
+        handle, model_dir=model_directory(tmp_path / "b", b"2"), name=name, tags=TAGS, description="# Another"
+    )
+    assert first == again and (first.version, other.version) == ("1", "2")
+    client = client_for(handle.tracking_uri)
+    version = client.get_model_version(name, "1")
+    assert version.description == "# A model" and version.run_id == handle.run_id
+    assert TAGS.items() <= version.tags.items() and version.tags["d2f.content_hash"] == hash_directory(tmp_path / "a")
+    assert client.get_model_version_by_alias(name, "candidate").version == "2"
+
+
+def test_a_registration_that_was_killed_is_continued(registered: tuple[RunHandle, str], tmp_path: Path) -> None:
+    handle, name = registered
+    directory = model_directory(tmp_path / "a", b"1")
+    client = client_for(handle.tracking_uri)
+    tags = {"d2f.content_hash": hash_directory(directory)}
+    begun = client.create_logged_model(handle.experiment_id, name=name, source_run_id=handle.run_id, tags=tags)
+    info = register_model(handle, model_dir=directory, name=name, tags=TAGS, description="")
+    assert client.get_model_version(name, info.version).source == f"models:/{begun.model_id}"
+    assert len(list(client.search_model_versions(f"name = '{name}'"))) == 1
+    assert (Path(resolve_model(info.uri, cache_dir=tmp_path)) / "unet/model.safetensors").read_bytes() == b"1"
+
+
+def test_a_model_uri_gives_the_files_that_were_registered(registered: tuple[RunHandle, str], tmp_path: Path) -> None:
+    handle, name = registered
+    for number in (1, 2):
+        directory = model_directory(tmp_path / str(number), bytes([number]))
+        register_model(handle, model_dir=directory, name=name, tags=TAGS, description="")
+        if number == 1:
+            pinned = pin_model(f"models:/{name}@candidate")
+    assert pinned == f"models:/{name}/1" and pin_model(f"models:/{name}@candidate") == f"models:/{name}/2"
+    local = Path(resolve_model(pinned, cache_dir=tmp_path / "cache"))
+    assert hash_directory(local) == hash_directory(tmp_path / "1") == local.name
+    assert resolve_model(pinned, cache_dir=tmp_path / "cache") == str(local)
+    for uri in ("s3://d2f/models/a", "/models/a"):
+        assert pin_model(uri) == resolve_model(uri) == uri
+
+
+@pytest.mark.parametrize("uri", ["models:/none@candidate", "models:/none/1", "models:/a/b", "models:/a"])
+def test_an_unknown_model_is_one_line(stack: StackEnv, uri: str) -> None:
+    with pytest.raises(TrackingError) as caught:
+        resolve_model(uri)
+    assert "\n" not in str(caught.value) and uri in str(caught.value)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("place", ["unset", "closed", "silent", "no such host"])
+def test_an_unusable_server_is_refused_within_10_seconds(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening() as server:
+        port = server.getsockname()[1]
+        uris = {"unset": "", "closed": "http://127.0.0.1:1", "silent": f"http://127.0.0.1:{port}"}
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uris.get(place, "http://no-such-host.invalid"))
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI") as caught:
+            check_tracking()
+        assert time.monotonic() - started < 10 and "\n" not in str(caught.value)
+
+
+def forward(server: socket.socket, target: tuple[str, int]) -> None:
+    """Pass every connection to `target`, both ways, until the listening socket closes."""
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    with contextlib.suppress(OSError):
+        while True:
+            near, _ = server.accept()
+            far = socket.create_connection(target)
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+
+
+def test_metrics_wait_for_a_server_that_comes_back(stack: StackEnv, caplog: pytest.LogCaptureFixture) -> None:
+    real = start("s3://d2f/runs/outage")
+    address = urlsplit(os.environ["MLFLOW_TRACKING_URI"])
+    with listening() as probe:
+        port = probe.getsockname()[1]
+
+    def come_back() -> None:
+        time.sleep(3)
+        forward(socket.create_server(("127.0.0.1", port)), (str(address.hostname), int(address.port or 80)))
+
+    threading.Thread(target=come_back, daemon=True).start()
+    away = RunHandle(tracking_uri=f"http://127.0.0.1:{port}", experiment_id=real.experiment_id, run_id=real.run_id)
+    away.log_metrics(5, {"loss": 0.5})
+    assert "could not log metrics of step 5" in caplog.text
+    history = client_for(real.tracking_uri).get_metric_history(real.run_id, "loss")
+    assert [(entry.step, entry.value) for entry in history] == [(5, 0.5)]
+
+
+def test_metrics_that_cannot_be_written_raise() -> None:
+    gone = RunHandle(tracking_uri="http://127.0.0.1:1", experiment_id="0", run_id="0")
+    client = client_for(gone.tracking_uri)
+    with pytest.raises(TrackingError, match="could not ask in 3 attempts"):
+        attempt("ask", lambda: client.search_experiments(max_results=1), delays=(0.1, 0.1))

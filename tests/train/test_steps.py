@@ -1,0 +1,79 @@
+"""The step loop needs no cluster: a linear layer with AdamW is its engine."""
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from d2f_core.train.steps import NonFiniteLossError, train_steps
+
+
+class PlainEngine:
+    """Accumulates like DeepSpeed: steps at every `accumulation`-th call."""
+
+    def __init__(self, accumulation: int) -> None:
+        torch.manual_seed(0)
+        self.module, self.accumulation, self.calls = nn.Linear(1, 1), accumulation, 0
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1)
+
+    def __call__(self, x):
+        return self.module(x)
+
+    def backward(self, loss):
+        (loss / self.accumulation).backward()
+
+    def step(self):
+        self.calls += 1
+        if self.calls % self.accumulation == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def tables(values, size):
+    for start in range(0, len(values), size):
+        part = values[start : start + size]
+        yield pa.table({"x": part, "row": list(range(start, start + len(part)))})
+
+
+def to_batch(table):
+    return {"x": torch.tensor(table.column("x").to_pylist())[:, None]}
+
+
+def loss_fn(network, batch):
+    return (network(batch["x"]) - 1).square()[:, 0]
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    values = torch.linspace(-1, 1, 16).tolist()
+    weights, losses = [], []
+    for accumulation in (1, 4):
+        engine = PlainEngine(accumulation)
+        results = list(
+            train_steps(engine, tables(values, 8 // accumulation), to_batch, loss_fn, accumulation=accumulation)
+        )
+        assert [result.step for result in results] == [1, 2]
+        weights.append(engine.module.weight.item())
+        losses.append([float(result.loss) for result in results])
+    assert weights[0] == pytest.approx(weights[1], abs=1e-6)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_names_its_rows_and_leaves_the_weights_alone():
+    engine = PlainEngine(1)
+    before = engine.module.weight.item()
+    with pytest.raises(NonFiniteLossError, match=r"step 7: the loss of 1 samples is not finite \(table rows \[2\]"):
+        list(
+            train_steps(
+                engine, tables([0.1, 0.2, float("nan"), 0.3], 4), to_batch, loss_fn, accumulation=1, first_step=7
+            )
+        )
+    assert engine.module.weight.item() == before
+
+
+def test_before_step_runs_once_per_optimizer_step():
+    seen = []
+    steps = train_steps(
+        PlainEngine(2), tables([0.0] * 8, 2), to_batch, loss_fn, accumulation=2, first_step=3, before_step=seen.append
+    )
+    list(steps)
+    assert seen == [3, 4]
