@@ -68,7 +68,13 @@ def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
     """
     fs, path = filesystem(uri)
     if is_s3(uri):
-        fs.pipe_file(path, data, mode="create" if exclusive else "overwrite")
+        try:
+            fs.pipe_file(path, data, mode="create" if exclusive else "overwrite")
+        except OSError as error:
+            code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+            if exclusive and code in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise FileExistsError(f"{uri!r} exists") from None
+            raise
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,10 +137,10 @@ def download_tree(uri: str, target: Path) -> Path:
     return target
 
 
-def upload_tree(source: Path, uri: str) -> None:
-    """Copy every file of the directory `source` to `uri`."""
+def upload_tree(source: Path, uri: str, *, last: str = "") -> None:
+    """Copy every file of the directory `source` to `uri`; the one named `last` tells readers that all are there."""
     fs, path = filesystem(uri)
-    for file in sorted(source.rglob("*")):
+    for file in sorted(source.rglob("*"), key=lambda file: (file == source / last, file)):
         if file.is_file():
             target = f"{path}/{file.relative_to(source).as_posix()}"
             if not is_s3(uri):

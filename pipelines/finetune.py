@@ -18,7 +18,7 @@ from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import Manifest, canonical_json, read_manifest
 from d2f_core.data.order import SampleOrder
 from d2f_core.data.stream import RowReader, StreamPlan
-from d2f_core.model.artifact import describe, load_weights, save_artifact
+from d2f_core.model.artifact import DESCRIPTION, describe, load_weights, save_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.text_to_image import TextToImage, build_network, image_grid
@@ -102,23 +102,23 @@ class FinetuneResult:
     """Optimizer steps done."""
     checkpoint: str
     model: str
-    """The trained model's directory (an artifact in the sense of d2f_core.model.artifact)."""
+    """The trained model's directory."""
     description: dict[str, Any]
     """Its `diff2flow.json`."""
 
 
 def export(config: FinetuneConfig, base: BaseModel, uri: str, last: CheckpointManifest) -> tuple[str, dict[str, Any]]:
-    """Write `OUTPUT/model-STEP/` from a checkpoint (averaged weights if there are any); needs no GPU and no engine."""
+    """Write `OUTPUT/model/` from a checkpoint (averaged weights if there are any); needs no GPU and no engine."""
     network = build_network(base, config.model, config.train.seed)
     load_weights(network, read_tensors(uri, last, "ema" if config.train.ema.decay else "weights"))
     training = {"latents": config.latents, "step": last.step, "checkpoint": uri, "identity": last.identity}
     description = describe(
         base, objective=config.model.objective, method=config.model.method, sampling=config.sampling, training=training
     )
-    target = storage.join(config.output, f"model-{last.step:08d}")
+    target = storage.join(config.output, "model")
     with tempfile.TemporaryDirectory() as directory:
         save_artifact(Path(directory), network, description)
-        storage.upload_tree(Path(directory), target)
+        storage.upload_tree(Path(directory), target, last=DESCRIPTION)
     return target, description
 
 

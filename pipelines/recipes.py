@@ -3,6 +3,7 @@
 from d2f_core.data.sources import ImageSource
 from d2f_core.inference.encode_job import EncodeConfig
 from d2f_core.model.ema import EmaConfig
+from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
@@ -54,10 +55,10 @@ FINETUNE = {
         holdout_rows=0,
         preview=PreviewConfig(prompts=tuple(f"{name}, twemoji style" for name in SHOWN_EMOJI), steps=25, guidance=3.0),
         train=TrainConfig(
-            num_steps=16000,
+            num_steps=5000,
             global_batch_size=32,
-            micro_batch_size=16,
-            num_workers=2,
+            micro_batch_size=32,
+            zero_stage=0,
             learning_rate=1e-3,
             warmup_steps=200,
             decay="cosine",
@@ -67,5 +68,28 @@ FINETUNE = {
             evaluate_every=1000,
         ),
         name="emoji-sd",
-    )
+    ),
+    # The quickstart's training: emoji-sd learns OpenMoji's hand as a flow model, on two workers.
+    "emoji-lora": FinetuneConfig(
+        model=ModelConfig(base=EMOJI_SD, objective="diff2flow", method="lora", lora=LoraConfig(rank=32)),
+        latents="s3://d2f/latents/openmoji",
+        output="s3://d2f/runs/emoji-lora",
+        holdout_rows=32,
+        preview=PreviewConfig(prompts=tuple(f"{name}, openmoji style" for name in SHOWN_EMOJI[::3]), columns=4),
+        train=TrainConfig(
+            num_steps=150,
+            global_batch_size=32,
+            micro_batch_size=16,
+            num_workers=2,
+            zero_stage=2,
+            learning_rate=1e-3,
+            warmup_steps=10,
+            decay="cosine",
+            ema=EmaConfig(decay=0.98),
+            log_every=10,
+            checkpoint_every=50,
+            evaluate_every=50,
+        ),
+        name="emoji-lora",
+    ),
 }

@@ -1,8 +1,10 @@
 """Servers for the tests: started when first asked for, once for the session, in a directory of their own."""
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,16 +12,27 @@ import pytest
 
 from infra.local.stack import Stack, StackEnv
 
+STACK_DIRECTORY = pytest.StashKey[Path]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let a terminated run (`timeout`, a cancelled job) still stop its servers."""
-    del config
+    """Fix where the session's servers live, and let a terminated run (`timeout`, a cancelled job) still stop them."""
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+    # Ray reads these when it is imported, which test modules do before the stack is up.
+    directory = Path(tempfile.mkdtemp(prefix="d2f-tests-"))
+    config.stash[STACK_DIRECTORY] = directory
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "ray_token")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[STACK_DIRECTORY], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def stack_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    directory = tmp_path_factory.mktemp("stack")
+def stack_directory(request: pytest.FixtureRequest) -> Iterator[Path]:
+    directory = request.config.stash[STACK_DIRECTORY]
     before = dict(os.environ)
     yield directory
     if "ray" in sys.modules:

@@ -15,22 +15,11 @@ import ray.data
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.quarantine import QUARANTINE_NAME, reason_counts, write_quarantine
 from d2f_core.data.sources import SourcePlan
-from d2f_core.inference.encode_job import (
-    EncodeConfig,
-    EncodeError,
-    EncodeJob,
-    check_complete_table,
-    check_encode,
-    claim_output,
-)
-from d2f_core.inference.encode_records import (
-    PROGRESS,
-    ChunkRecord,
-    drop_duplicates,
-    read_records,
-    unfinished_shards,
-)
-from d2f_core.inference.encode_stages import ChunkEncoder, prepare_shards, work_item, write_row
+from d2f_core.inference.encode_actor import ChunkEncoder
+from d2f_core.inference.encode_chunks import prepare_shards, work_item, write_row
+from d2f_core.inference.encode_config import EncodeConfig, EncodeError, EncodeJob
+from d2f_core.inference.encode_job import check_complete_table, check_encode, claim_output
+from d2f_core.inference.encode_records import PROGRESS, ChunkRecord, drop_duplicates, read_records, unfinished_shards
 from d2f_core.progress import Progress
 from d2f_core.storage import join, remove_tree
 
@@ -63,7 +52,7 @@ def encode_latents(config: EncodeConfig) -> Manifest:
     records = read_records(config.output)
     todo = unfinished_shards(len(source.shards), records)
     progress = _progress(source, records, todo)
-    for record in _run(job, source, todo) if todo else ():
+    for record in run_chunks(job, source, todo) if todo else ():
         records.append(record)
         progress.advance(record.read if source.num_rows is not None else int(record.last))
     return finish_table(job, records)
@@ -76,7 +65,7 @@ def _progress(source: SourcePlan, records: Sequence[ChunkRecord], todo: Mapping[
     return Progress("encode_latents", source.num_rows, "images", done=sum(record.read for record in records))
 
 
-def _run(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[ChunkRecord]:
+def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[ChunkRecord]:
     """Encode the unfinished shards; one record per chunk, as they are written."""
     config = job.config
     actors = min(config.num_actors, len(todo))
@@ -87,7 +76,12 @@ def _run(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]])
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     dataset.context.print_on_execution_start = False
     rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-    dataset = dataset.map_batches(cast(Any, partial(prepare_shards, job=job)), num_cpus=PREPARE_CPUS, **rows)
+    dataset = dataset.map_batches(
+        cast(Any, partial(prepare_shards, job=job)),
+        compute=ray.data.TaskPoolStrategy(size=config.num_readers),
+        num_cpus=PREPARE_CPUS,
+        **rows,
+    )
     dataset = dataset.map_batches(
         cast(Any, ChunkEncoder),
         fn_constructor_args=(job,),
@@ -96,7 +90,12 @@ def _run(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]])
         num_gpus=config.gpus_per_actor or None,
         **rows,
     )
-    dataset = dataset.map_batches(cast(Any, partial(write_row, output=config.output)), num_cpus=WRITE_CPUS, **rows)
+    dataset = dataset.map_batches(
+        cast(Any, partial(write_row, output=config.output)),
+        compute=ray.data.TaskPoolStrategy(size=actors),
+        num_cpus=WRITE_CPUS,
+        **rows,
+    )
     for row in dataset.iter_rows():
         if row["problem"] is not None:
             raise EncodeError(row["problem"])

@@ -4,6 +4,8 @@
     OUTPUT/_progress/SSSSSS-NNNNN.json        its record, written second: the chunk is done
     OUTPUT/_progress/job.json                 what the job is; another job is refused
     OUTPUT/quarantine.parquet, manifest.json  written at the end; then _progress is removed
+
+A record counts only while its part is there with the size that it says.
 """
 
 import json

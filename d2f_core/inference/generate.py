@@ -25,7 +25,16 @@ import ray
 import ray.data
 
 from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
-from d2f_core.inference.plan import GenerateConfig, GenerateError, Plan, chunks_done, claim_output, make_plan, part_name
+from d2f_core.inference.plan import (
+    GenerateConfig,
+    GenerateError,
+    Plan,
+    chunks_done,
+    claim_output,
+    make_plan,
+    part_name,
+    refuse_other,
+)
 from d2f_core.inference.prompts import read_prompts
 from d2f_core.inference.sampler import ChunkSampler
 from d2f_core.model.artifact import load_model
@@ -77,6 +86,7 @@ def generate(job: GenerateJob) -> Manifest:
     claim_output(config.output, plan, job.prompts)
     if manifest_exists(config.output):
         manifest = read_manifest(config.output)
+        refuse_other(config.output, plan.identity(), manifest.fingerprint)
         logger.info("%s: all %d images are there, nothing to do", config.output, manifest.num_rows)
         return manifest
     done = chunks_done(config.output, plan)

@@ -166,14 +166,15 @@ def claim_output(output: str, plan: Plan, prompts: pa.Table) -> None:
     try:
         write_bytes(place, json.dumps(asdict(plan), indent=1, sort_keys=True).encode(), exclusive=True)
     except FileExistsError:
-        _refuse_other(output, plan.identity(), json.loads(read_bytes(place)))
+        refuse_other(output, plan.identity(), json.loads(read_bytes(place)))
     if not exists(join(output, PROMPTS_NAME)):
         sink = pa.BufferOutputStream()
         pq.write_table(prompts, sink, row_group_size=plan.chunk_size)
         write_bytes(join(output, PROMPTS_NAME), sink.getvalue().to_pybytes())
 
 
-def _refuse_other(output: str, wanted: dict[str, Any], there: dict[str, Any]) -> None:
+def refuse_other(output: str, wanted: dict[str, Any], there: dict[str, Any]) -> None:
+    """Raises GenerateError when what lies at the output differs from the wanted identity; names what differs."""
     different = [f"{name} was {there.get(name)}, now {new}" for name, new in wanted.items() if there.get(name) != new]
     if different:
         raise GenerateError(

@@ -17,7 +17,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from d2f_core.model.base import BaseModel, hash_directory, local_copy, resolve_base
+from d2f_core.content import hash_directory
+from d2f_core.model.base import BaseModel, local_copy, resolve_base
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.lora import load_lora
 from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField

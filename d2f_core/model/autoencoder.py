@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from d2f_core.model.base import BaseModel, BaseModelError, hash_directory
+from d2f_core.content import hash_directory
+from d2f_core.model.base import BaseModel, BaseModelError
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,18 @@ model_index.json  unet/  vae/  scheduler/scheduler_config.json  text_encoder/  t
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2f_core import storage
+from d2f_core.content import HASHED_SUFFIXES, cache_root, hash_directory
 from d2f_core.objective.schedule import NoiseSchedule
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 PROJECT_ROOT = Path(__file__).parents[2]
 """Relative directories are also looked for beside the code: a Ray worker's own working directory is elsewhere."""
-HASHED_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 
 
 class BaseModelError(ValueError):
@@ -41,26 +40,6 @@ class BaseModel:
     @property
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_scheduler_config(self.scheduler_config)
-
-
-def cache_root() -> Path:
-    """Where downloads are kept: `$D2F_CACHE`, or `~/.cache/diff2flow`."""
-    return Path(os.environ.get("D2F_CACHE") or Path.home() / ".cache" / "diff2flow")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def hash_directory(path: Path, parts: tuple[str, ...] = ("",)) -> str:
-    """sha256 over the sorted (relative name, sha256) of the configs and weights under `path`'s `parts`."""
-    digest = hashlib.sha256()
-    for part in parts:
-        for file in sorted((path / part).rglob("*")):
-            if file.is_file() and file.suffix in HASHED_SUFFIXES:
-                digest.update(f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def local_copy(uri: str, *, cache_dir: Path | None = None) -> Path:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f_core.model.base import BaseModel, BaseModelError, hash_directory
+from d2f_core.content import hash_directory
+from d2f_core.model.base import BaseModel, BaseModelError
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def s3_part(state: State) -> Part:
         f"-s3.port={ports['s3']}", f"-master.port={ports['s3_master']}", f"-filer.port={ports['s3_filer']}",
         f"-volume.port={ports['s3_volume']}", f"-admin.port={ports['s3_admin']}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.ui=false", "-webdav=false",
-        "-master.telemetry=false", f"-bucket={BUCKET}",
+        "-master.telemetry=false", "-volume.preStopSeconds=0", f"-bucket={BUCKET}",
     )  # fmt: skip
     return Part(
         name="s3",
@@ -53,9 +53,9 @@ def _internal_keys(state: State) -> dict[str, str]:
     return {**{f"{name}KEY": key for name in names}, **expiry}
 
 
-def make_client(endpoint: str, access_key: str, secret_key: str):
-    """A low-level S3 client that fails within seconds."""
-    config = Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 1})
+def make_client(endpoint: str, access_key: str, secret_key: str, *, seconds: float = 10.0):
+    """A low-level S3 client that waits at most `seconds` for an answer, and asks once."""
+    config = Config(connect_timeout=3, read_timeout=seconds, retries={"total_max_attempts": 1})
     session = botocore.session.Session(profile=None)
     return session.create_client(
         "s3", endpoint_url=endpoint, region_name=REGION, config=config, verify=False,

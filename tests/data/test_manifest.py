@@ -98,7 +98,9 @@ def test_the_digest_is_of_content_not_of_origin(tmp_path):
     assert manifest.digest != dataclasses.replace(manifest, kind="images").digest
 
 
-@pytest.mark.parametrize("text", ["not json", "[]", '{"schema_version": 99}', '{"schema_version": 1, "kind": "latents"}'])
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"schema_version": 99}', '{"schema_version": 1, "kind": "latents"}']
+)
 def test_a_bad_manifest_is_refused(text, tmp_path):
     write_bytes(str(tmp_path / "manifest.json"), text.encode())
     with pytest.raises(ManifestError, match=r"manifest\.json"):
@@ -120,7 +122,9 @@ def test_arrays_survive_a_table_in_shape_and_value(tmp_path):
     read = pq.ParquetFile(tmp_path / file.path).read_row_group(0, columns=["caption", "latent_mean", "crop"])
     arrays = table_to_arrays(read)
     assert arrays["latent_mean"].shape == (10, *SHAPE) and arrays["latent_mean"].dtype == np.float16
-    np.testing.assert_array_equal(arrays["latent_mean"], np.random.default_rng(0).standard_normal((10, *SHAPE)).astype("f2"))
+    np.testing.assert_array_equal(
+        arrays["latent_mean"], np.random.default_rng(0).standard_normal((10, *SHAPE)).astype("f2")
+    )
     np.testing.assert_array_equal(arrays["crop"], np.arange(40).reshape(10, 4))
     assert list(arrays["caption"][:2]) == ["caption 0", "caption 1"]
 
@@ -144,7 +148,7 @@ def test_arrays_of_another_shape_are_refused():
 def test_latents_of_another_autoencoder_are_refused(tmp_path):
     manifest = written(str(tmp_path), 1)
     check_fingerprint(manifest, "aa")
-    with pytest.raises(SchemaError, match="autoencoder aa, the base model has bb. Run encode_latents again"):
+    with pytest.raises(SchemaError, match=r"autoencoder aa, the base model has bb. Run encode_latents again"):
         check_fingerprint(manifest, "bb")
     with pytest.raises(SchemaError, match="holds images, not latents"):
         check_fingerprint(dataclasses.replace(manifest, kind="images"), "aa")

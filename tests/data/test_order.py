@@ -46,5 +46,5 @@ def test_any_number_of_workers_and_any_resume_sees_the_same_global_batches(worke
 
 
 def test_a_holdout_as_large_as_the_table_is_refused():
-    with pytest.raises(ValueError, match="holdout_rows=5 .* 5 rows"):
+    with pytest.raises(ValueError, match=r"holdout_rows=5 .* 5 rows"):
         SampleOrder(num_rows=5, holdout_rows=5)

@@ -117,7 +117,10 @@ def test_other_columns_are_read_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": [b"x"], "alt": ["a"]}, r"no text column caption or text\. Its columns: image \(binary\), alt \(string\)"),
+        (
+            {"image": [b"x"], "alt": ["a"]},
+            r"no text column caption or text\. Its columns: image \(binary\), alt \(string\)",
+        ),
         ({"jpg": [b"x"], "text": ["a"]}, r"no column 'image' of image bytes\. Its columns: jpg \(binary\)"),
         ({"image": ["a.png"], "text": ["a"]}, r"no column 'image' of image bytes.*image \(string\)"),
     ],

@@ -13,7 +13,7 @@ from infra.local.state import load_state
 
 def s3_client(directory: Path):
     state = load_state(directory)
-    return make_client(state.url("s3"), state.access_key, state.secret_key)
+    return make_client(state.url("s3"), state.access_key, state.secret_key, seconds=60)
 
 
 def pids(directory: Path, part: str | None = None) -> set[int]:

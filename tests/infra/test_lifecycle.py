@@ -22,7 +22,7 @@ from infra.local.stack import Stack
 from infra.local.state import load_state, read_variables
 from tests.infra.servers import pids, s3_client
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture

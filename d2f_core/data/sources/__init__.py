@@ -124,7 +124,9 @@ def _detect(uri: str, listing: dict[str, dict[str, Any]]) -> SourceKind:
         "webdataset": (".tar",),
         "parquet": (".parquet",),
     }
-    found: list[SourceKind] = [kind for kind, ends in suffixes.items() if any(name.lower().endswith(ends) for name in names)]
+    found: list[SourceKind] = [
+        kind for kind, ends in suffixes.items() if any(name.lower().endswith(ends) for name in names)
+    ]
     if not found:
         raise SourceError(f"{uri!r} holds no images, no .tar and no .parquet ({_summary(listing)}). Check the URI.")
     if len(found) > 1:

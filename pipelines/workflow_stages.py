@@ -1,0 +1,97 @@
+"""The workflow's stages: what each needs, what it is called when nothing changed, and what it hands on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2f_core.content import hash_directory
+from d2f_core.data.manifest import manifest_exists, read_manifest
+from d2f_core.model.artifact import DESCRIPTION
+from d2f_core.model.base import local_copy
+from d2f_core.stages import StageOutcome, StageResult, run_stage, stage_key
+from d2f_core.storage import exists, join
+from d2f_core.tracking import TrackingError, pin_model
+from pipelines import contact_sheet, finetune, generate, register
+from pipelines.workflow_config import WorkflowConfig
+
+Outputs = dict[str, Any]
+
+
+@dataclass
+class Workflow:
+    """Runs stages one after another and keeps their results."""
+
+    output: str
+    results: list[StageResult] = field(default_factory=list)
+
+    def stage(
+        self,
+        name: str,
+        key: str,
+        unit: str,
+        run: Callable[[], StageOutcome],
+        still_there: Callable[[Outputs], bool],
+    ) -> Outputs:
+        record = join(self.output, f"{name}.json")
+        self.results.append(run_stage(name, record_uri=record, key=key, unit=unit, run=run, still_there=still_there))
+        return self.results[-1].outputs
+
+    def table(self, name: str, unit: str, main: Callable[[Any], object], config: Any, **inputs: str) -> Outputs:
+        def run() -> StageOutcome:
+            main(config)
+            manifest = read_manifest(config.output)
+            return StageOutcome(count=manifest.num_rows, outputs={"uri": config.output, "digest": manifest.digest})
+
+        return self.stage(name, stage_key(config, inputs), unit, run, _table_is_there)
+
+
+def finetune_stage(flow: Workflow, config: WorkflowConfig, **inputs: str) -> Outputs:
+    wired = config.wired_finetune()
+
+    def run() -> StageOutcome:
+        done = finetune.main(wired)
+        digest = hash_directory(local_copy(done.model))
+        return StageOutcome(count=done.step, outputs={"uri": done.model, "digest": digest})
+
+    key = stage_key(wired, inputs)
+    return flow.stage("finetune", key, "steps", run, lambda done: exists(join(done["uri"], DESCRIPTION)))
+
+
+def register_stage(flow: Workflow, config: WorkflowConfig, model: Outputs) -> Outputs:
+    wired = config.wired_register(model["uri"])
+
+    def run() -> StageOutcome:
+        info = register.main(wired)
+        outputs = {"uri": info.uri, "digest": info.content_hash, "name": info.name, "version": info.version}
+        return StageOutcome(count=1, outputs=outputs)
+
+    return flow.stage("register", stage_key(wired, {"model": model["digest"]}), "versions", run, _version_is_there)
+
+
+def generate_stage(flow: Workflow, config: WorkflowConfig, name: str, model: str, digest: str) -> Outputs:
+    # The key is part of the place: images of another model or other prompts never meet these.
+    key = stage_key(config.wired_generate("", ""), {"model": digest, "prompts": json.dumps(config.prompts)})
+    wired = config.wired_generate(model, join(config.output, "generations", f"{name}-{key[:12]}"))
+    return flow.table(name, "images", generate.main, wired, model=digest, prompts=key)
+
+
+def contact_sheet_stage(flow: Workflow, config: WorkflowConfig, *made: Outputs) -> Outputs:
+    wired = config.wired_sheet(*(one["uri"] for one in made))
+
+    def run() -> StageOutcome:
+        return StageOutcome(count=len(config.prompts), outputs={"uri": contact_sheet.main(wired)})
+
+    key = stage_key(wired, {str(number): one["digest"] for number, one in enumerate(made)})
+    return flow.stage("contact_sheet", key, "prompts", run, lambda done: exists(done["uri"]))
+
+
+def _table_is_there(outputs: Outputs) -> bool:
+    return manifest_exists(outputs["uri"]) and read_manifest(outputs["uri"]).digest == outputs["digest"]
+
+
+def _version_is_there(outputs: Outputs) -> bool:
+    try:
+        return pin_model(outputs["uri"]) == outputs["uri"]
+    except TrackingError:
+        return False
