@@ -55,7 +55,7 @@ FINETUNE = {
         holdout_rows=0,
         preview=PreviewConfig(prompts=tuple(f"{name}, twemoji style" for name in SHOWN_EMOJI), steps=25, guidance=3.0),
         train=TrainConfig(
-            num_steps=5000,
+            num_steps=4000,
             global_batch_size=32,
             micro_batch_size=32,
             zero_stage=0,

@@ -23,7 +23,7 @@ from d2f_core.inference.encode_records import PROGRESS, ChunkRecord, drop_duplic
 from d2f_core.progress import Progress
 from d2f_core.storage import join, remove_tree
 
-__all__ = ["EncodeConfig", "EncodeError", "check_encode", "encode_latents"]
+__all__ = ["EncodeConfig", "EncodeError", "check_encode", "encode_latents", "finish_table", "run_chunks"]
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,8 @@ def check_encode(config: EncodeConfig) -> tuple[EncodeJob, SourcePlan]:
     for name, value in (("source.uri", config.source.uri), ("base", config.base), ("output", config.output)):
         if not value:
             raise EncodeError(f"{name} is empty. Give --{name} URI.")
+    if f"{config.output.rstrip('/')}/".startswith(f"{config.source.uri.rstrip('/')}/"):
+        raise EncodeError(f"output={config.output!r} lies inside the source {config.source.uri!r}. Put it beside it.")
     check_reachable(config.source.uri)
     check_reachable(config.output, write=True)
     base = resolve_base(config.base)

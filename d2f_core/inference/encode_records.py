@@ -84,7 +84,11 @@ def read_records(output: str) -> list[ChunkRecord]:
 def _sizes(output: str) -> dict[str, int]:
     """Bytes of the files directly under a URI, by name."""
     fs, path = filesystem(output)
-    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in fs.ls(path, detail=True)}
+    try:
+        entries = fs.ls(path, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
 
 
 def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[int, frozenset[int]]:

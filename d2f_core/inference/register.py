@@ -7,11 +7,11 @@ from typing import Any
 
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
-from d2f_core.storage import exists, join, list_names
+from d2f_core.storage import exists, join
 from d2f_core.tracking import ModelVersionInfo, check_tracking, find_run, register_model
 
-MODEL_PREFIX = "model-"
-"""A training exports its model to `OUTPUT/model-STEP/`."""
+MODEL = "model"
+"""A training exports its model to `OUTPUT/model/`, the description last."""
 
 
 class RegisterError(ValueError):
@@ -23,7 +23,7 @@ class RegisterConfig:
     run: str = ""
     """Output URI of the training, which is also the key of its MLflow run."""
     model: str = ""
-    """Model directory; empty: the newest one that the training exported."""
+    """Model directory; empty: the one that the training exported."""
     name: str = "emoji-flow"
     """Registered model; each call adds a version, unless the same content is there."""
     alias: str = "candidate"
@@ -67,18 +67,13 @@ def register(config: RegisterConfig) -> ModelVersionInfo:
 
 def exported_model(config: RegisterConfig) -> str:
     """The directory that is to be registered. Raises RegisterError when there is none."""
-    if config.model:
-        candidates = [config.model]
-    else:
-        names = [name for name in list_names(config.run) if name.startswith(MODEL_PREFIX)]
-        candidates = [join(config.run, name) for name in reversed(names)]
-    found = next((uri for uri in candidates if exists(join(uri, DESCRIPTION))), None)
-    if found is None:
+    uri = config.model or join(config.run, MODEL)
+    if not exists(join(uri, DESCRIPTION)):
         raise RegisterError(
-            f"{config.model or config.run!r} holds no exported model (a directory with {DESCRIPTION}). Run "
+            f"{uri!r} holds no exported model (it has no {DESCRIPTION}). Run "
             "pipelines.finetune to its end first, or give --model URI."
         )
-    return found
+    return uri
 
 
 def model_tags(description: Mapping[str, Any]) -> dict[str, str]:

@@ -178,6 +178,14 @@ def test_folders_inside_a_source_are_read_with_their_own_caption_tables(tmp_path
     assert [s.caption for s in read_all(str(tmp_path))] == [f"picture number {n}" for n in range(4)]
 
 
+def test_hidden_files_are_no_samples_and_underscores_hide_nothing(tmp_path):
+    name, image, caption = pictures(1)[0]
+    write_folder(str(tmp_path), [(f"_{name}", image, caption)])
+    write_bytes(str(tmp_path / f"._{name}"), b"what macOS leaves beside a file")
+    write_bytes(str(tmp_path / ".cache" / name), image)
+    assert [Path(sample.source_uri).name for sample in read_all(str(tmp_path))] == [f"_{name}"]
+
+
 def test_names_with_pattern_characters_are_plain_names(tmp_path):
     name, image, caption = pictures(1)[0]
     write_folder(str(tmp_path), [(f"[1]*?{name}", image, caption)])

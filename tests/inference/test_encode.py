@@ -281,6 +281,8 @@ def test_what_cannot_work_is_refused_before_a_cluster_is_used(config):
         check_encode(dataclasses.replace(config, resolution=17))
     with pytest.raises(EncodeError, match=r"base is empty\. Give --base URI"):
         check_encode(dataclasses.replace(config, base=""))
+    with pytest.raises(EncodeError, match="lies inside the source"):
+        check_encode(dataclasses.replace(config, output=f"{config.source.uri}/latents"))
 
 
 # On a real cluster and a real S3 server.

@@ -100,14 +100,14 @@ def read_images(source: ImageSource, *, rows_per_shard: int = 256) -> ray.data.D
 
 
 def _list_files(uri: str) -> dict[str, dict[str, Any]]:
-    """Files under a URI, or the file that it is, with their properties; hidden files and folders are left out."""
+    """Files under a URI, or the file that it is, with their properties; without hidden ones (".git", "._a.png")."""
     fs, path = filesystem(uri)
     prefix = "s3://" if is_s3(uri) else ""
     found = fs.find(path, detail=True)
     files = {}
     for name, entry in found.items():
         below = name.removeprefix(path).lstrip("/").split("/")
-        if not any(part.startswith((".", "_")) for part in below):
+        if not any(part.startswith(".") for part in below):
             files[prefix + name] = entry
     return files
 

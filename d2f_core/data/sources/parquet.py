@@ -12,6 +12,7 @@ from d2f_core.data.sources.sample import CAPTION_COLUMNS, Sample, SourceError
 from d2f_core.storage import arrow_filesystem
 
 READ_THREADS = 16
+READ_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,9 @@ class ParquetShard:
         columns = [self.image_column, self.caption_column, *(["source_uri"] if self.own_uris else [])]
         row = self.first_row
         with _open(self.uri) as file:
-            for group in self.row_groups:
-                for record in file.read_row_group(group, columns=columns).to_pylist():
+            batches = file.iter_batches(READ_ROWS, row_groups=list(self.row_groups), columns=columns)
+            for batch in batches:
+                for record in batch.to_pylist():
                     uri = record["source_uri"] if self.own_uris else f"{self.uri}#row={row}"
                     yield _sample(uri, record[self.image_column], record[self.caption_column])
                     row += 1
