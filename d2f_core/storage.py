@@ -169,12 +169,11 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
             skip_instance_cache=True,
             config_kwargs={"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": 1}},
         )
+        fs.ls(bucket, detail=False)  # a PUT alone may create the bucket, which is not what a misspelt URI asks for
         if write:
             key = f"{uri.removeprefix('s3://').rstrip('/')}/.writable"
             fs.pipe_file(key, b"")
             fs.rm_file(key)
-        else:
-            fs.ls(bucket, detail=False)
 
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     try:

@@ -116,6 +116,8 @@ def export(config: FinetuneConfig, base: BaseModel, uri: str, last: CheckpointMa
         base, objective=config.model.objective, method=config.model.method, sampling=config.sampling, training=training
     )
     target = storage.join(config.output, "model")
+    # A longer training replaces the model: without its description the half-replaced one is none.
+    storage.remove_tree(storage.join(target, DESCRIPTION))
     with tempfile.TemporaryDirectory() as directory:
         save_artifact(Path(directory), network, description)
         storage.upload_tree(Path(directory), target, last=DESCRIPTION)

@@ -39,7 +39,7 @@ class ContactSheetConfig:
     """MLflow experiment of that run."""
 
     def __post_init__(self) -> None:
-        if self.titles and len(self.titles) != len(self.generations):
+        if self.titles and self.generations and len(self.titles) != len(self.generations):
             raise ValueError(f"{len(self.titles)} titles for {len(self.generations)} generations. Give one for each.")
 
 

@@ -44,7 +44,7 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [batch, 3, H, W] in [-1, 1] of scaled latents [batch, C, H/f, W/f]."""
         unscaled = (latents / self.scaling_factor).to(self.network.dtype)
-        return cast(Any, self.network.decode(unscaled)).sample.float().clamp(-1, 1)
+        return cast(Any, self.network.decode(cast(Any, unscaled))).sample.float().clamp(-1, 1)
 
 
 def autoencoder_fingerprint(base: BaseModel) -> str:
@@ -67,5 +67,5 @@ def load_autoencoder(
     fingerprint = autoencoder_fingerprint(base)
     if not any((base.path / "vae").glob("*.safetensors")):
         raise BaseModelError(f"{base.uri!r} has no safetensors in vae/. Train or convert the autoencoder first.")
-    network = AutoencoderKL.from_pretrained(base.path / "vae", torch_dtype=dtype, use_safetensors=True)
+    network: Any = AutoencoderKL.from_pretrained(base.path / "vae", torch_dtype=dtype, use_safetensors=True)
     return Autoencoder(network.to(device).eval().requires_grad_(False), fingerprint)

@@ -1,7 +1,7 @@
 """A diffusers UNet as the one callable that the objective knows: `(x_dm, timestep, text_states=...) -> prediction`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,7 +17,7 @@ def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> 
     if from_scratch:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(directory))
+            return cast(Any, UNet2DConditionModel).from_config(UNet2DConditionModel.load_config(directory))
     if not any(directory.glob("*.safetensors")):
         raise BaseModelError(
             f"{base.uri!r} has no safetensors in unet/. Convert the weights with "

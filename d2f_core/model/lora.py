@@ -35,7 +35,7 @@ def add_lora(unet: UNet2DConditionModel, config: LoraConfig, *, seed: int = 0) -
     """Freeze the UNet and add adapters that change nothing yet (B starts at zero); A is drawn from `seed`."""
     peft_config = PeftLoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha or config.rank,
+        lora_alpha=cast(int, config.alpha or config.rank),
         target_modules=TARGETS[config.targets],  # type: ignore[arg-type]
     )
     with torch.random.fork_rng(devices=[]):

@@ -59,7 +59,7 @@ def sample_latents(
 def _ddim(
     model: TrainedModel, noise: Tensor, text_states: Tensor, null_states: Tensor, steps: int, guidance: float
 ) -> tuple[Tensor, int]:
-    scheduler = DDIMScheduler.from_config(
+    scheduler = cast(Any, DDIMScheduler).from_config(
         dict(model.base.scheduler_config), timestep_spacing="trailing", clip_sample=False
     )
     scheduler.set_timesteps(steps)
@@ -71,5 +71,5 @@ def _ddim(
             return model.denoiser(x_dm, timesteps, **condition)
 
         prediction = guided(predict, guidance, {"text_states": text_states}, {"text_states": null_states})(x, batch)
-        x = cast(Any, scheduler.step(cast(Any, prediction), int(timestep), cast(Any, x))).prev_sample
+        x = cast(Any, scheduler.step(prediction, int(timestep), x)).prev_sample
     return x, steps

@@ -69,7 +69,7 @@ def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") ->
         max_length, masked, fingerprint = int(reference["max_length"]), True, hash_directory(directory)
     elif (base.path / "text_encoder/config.json").is_file():
         directory = base.path / "text_encoder"
-        network = CLIPTextModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+        network: Any = CLIPTextModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
         max_length, masked, fingerprint = int(tokenizer.model_max_length), False, hash_directory(directory)
     else:
