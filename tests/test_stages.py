@@ -78,3 +78,13 @@ def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
     stage.record.write_text("{}")
     with pytest.raises(ValueError, match=r"stage\.json.*no \['count', 'key'.*Remove it"):
         stage.run("k")
+
+
+def test_a_config_that_came_back_from_yaml_has_the_same_key() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Cpus:
+        per_worker: float
+
+    assert (
+        stage_key(Cpus(per_worker=1), {}) == stage_key(Cpus(per_worker=1.0), {}) != stage_key(Cpus(per_worker=1.5), {})
+    )
