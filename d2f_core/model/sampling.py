@@ -71,5 +71,5 @@ def _ddim(
             return model.denoiser(x_dm, timesteps, **condition)
 
         prediction = guided(predict, guidance, {"text_states": text_states}, {"text_states": null_states})(x, batch)
-        x = cast(Any, scheduler.step(prediction, int(timestep), x)).prev_sample
+        x = scheduler.step(prediction, int(timestep), x).prev_sample
     return x, steps
