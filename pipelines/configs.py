@@ -1,7 +1,12 @@
 """One frozen dataclass per training job; the other jobs' configs lie beside their owners."""
 
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from d2f_core.data.manifest import Manifest, canonical_json
+from d2f_core.data.order import SampleOrder
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.autoencoder_training import AutoencoderLossConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
@@ -26,6 +31,16 @@ class FinetuneConfig:
     name: str = "finetune"
     """MLflow run name."""
 
+    def order(self, table: Manifest) -> SampleOrder:
+        """Which rows are trained on when, and which are held out."""
+        return SampleOrder(num_rows=table.num_rows, holdout_rows=self.holdout_rows, seed=self.train.seed)
+
+    def identity(self, base_hash: str, table: Manifest) -> str:
+        """Hash of what must stay the same for a checkpoint to belong to this run."""
+        model = {name: value for name, value in asdict(self.model).items() if name != "base"}
+        fixed = {"model": model, "base": base_hash, "latents": table.digest, "holdout_rows": self.holdout_rows}
+        return _digest(fixed, self.train)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainAutoencoderConfig:
@@ -40,3 +55,17 @@ class TrainAutoencoderConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     experiment: str = "diff2flow"
     name: str = "autoencoder"
+
+    def order(self, table: Manifest) -> SampleOrder:
+        """Which rows are trained on when, and which are held out."""
+        return SampleOrder(num_rows=table.num_rows, holdout_rows=self.holdout_rows, seed=self.train.seed)
+
+    def identity(self, vae_config: Mapping[str, Any], table: Manifest) -> str:
+        """Hash of what must stay the same for a checkpoint to belong to this run."""
+        fixed = {"vae": vae_config, "loss": asdict(self.loss), "images": table.digest}
+        return _digest(fixed, self.train)
+
+
+def _digest(fixed: Mapping[str, Any], train: TrainConfig) -> str:
+    batch = {"seed": train.seed, "global_batch_size": train.global_batch_size}
+    return hashlib.sha256(canonical_json({**fixed, **batch})).hexdigest()

@@ -5,27 +5,23 @@ The same command again resumes.
 
 import dataclasses
 import functools
-import hashlib
 import logging
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from d2f_core import storage
 from d2f_core.data.latents import check_fingerprint, table_to_arrays
-from d2f_core.data.manifest import Manifest, canonical_json, read_manifest
-from d2f_core.data.order import SampleOrder
-from d2f_core.data.stream import RowReader, StreamPlan
-from d2f_core.model.artifact import DESCRIPTION, describe, load_weights, save_artifact
+from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.stream import RowReader
+from d2f_core.model.artifact import describe, load_weights, upload_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.text_to_image import TextToImage, build_network, image_grid
 from d2f_core.tracking import RunHandle, check_tracking, start_run
 from d2f_core.train.checkpoint import CheckpointManifest, read_tensors
 from d2f_core.train.launch import run_training
-from d2f_core.train.task import Evaluation, Task
+from d2f_core.train.task import Evaluation, Task, share_of
 from pipelines.cli import run_job, to_yaml
 from pipelines.configs import FinetuneConfig
 
@@ -34,55 +30,34 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("caption", "latent_mean", "latent_std")
 
 
-def sample_order(config: FinetuneConfig, manifest: Manifest) -> SampleOrder:
-    return SampleOrder(num_rows=manifest.num_rows, holdout_rows=config.holdout_rows, seed=config.train.seed)
-
-
 def build_task(config: FinetuneConfig, device: str) -> Task:
     """What a worker trains; called once on each."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    task = TextToImage(
-        resolve_base(config.model.base), config.model, seed=config.train.seed, dtype=dtype, device=device
-    )
-    manifest = read_manifest(config.latents)
-    rows = sample_order(config, manifest).holdout()
-    prompts = config.preview.prompts
-
-    def evaluate(network: Any, rank: int, num_workers: int) -> Evaluation:
-        # Equal shares: under ZeRO 3 every worker must call the network equally often.
-        share = rows[: len(rows) // num_workers * num_workers][rank::num_workers]
-        sums = {}
-        if len(share):
-            table = RowReader(config.latents, manifest, COLUMNS).read(share)
-            sums["validation_flow_loss"] = task.validation_loss(network, {**table_to_arrays(table), "row": share})
-        size = len(prompts) // num_workers
-        mine = prompts[rank * size : (rank + 1) * size]
-        return Evaluation(sums=sums, images=task.preview(network, config.preview, mine) if mine else ())
-
+    base = resolve_base(config.model.base)
+    task = TextToImage(base, config.model, seed=config.train.seed, dtype=dtype, device=device)
     return Task(
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
         loss_fn=task.loss,
-        evaluate=evaluate,
+        evaluate=functools.partial(evaluate, config, task),
         make_grid=functools.partial(image_grid, columns=config.preview.columns),
     )
 
 
-def identity(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> str:
-    """Hash of what must stay the same for a checkpoint to belong to this run."""
-    return hashlib.sha256(
-        canonical_json(
-            {
-                "model": {k: v for k, v in config.model.__dict__.items() if k not in ("base", "lora")},
-                "lora": config.model.lora.__dict__,
-                "base": base.content_hash,
-                "latents": manifest.digest,
-                "holdout_rows": config.holdout_rows,
-                "seed": config.train.seed,
-                "global_batch_size": config.train.global_batch_size,
-            }
-        )
-    ).hexdigest()
+def evaluate(config: FinetuneConfig, task: TextToImage, network: Any, rank: int, num_workers: int) -> Evaluation:
+    """One worker's share of the held-out rows and of the preview."""
+    sums, images = {}, []
+    manifest = read_manifest(config.latents)
+    if len(held := config.order(manifest).holdout()):
+        share, counts = share_of(len(held), rank, num_workers)
+        arrays = table_to_arrays(RowReader(config.latents, manifest, COLUMNS).read(held[share]))
+        total = task.validation_loss(network, {**arrays, "row": held[share]})
+        sums = {"validation_flow_loss": total} if counts else {}
+    if prompts := config.preview.prompts:
+        share, counts = share_of(len(prompts), rank, num_workers)
+        drawn = task.preview(network, config.preview, prompts[share])
+        images = drawn if counts else []
+    return Evaluation(sums=sums, images=images)
 
 
 def check(config: FinetuneConfig) -> tuple[BaseModel, Manifest]:
@@ -91,7 +66,7 @@ def check(config: FinetuneConfig) -> tuple[BaseModel, Manifest]:
     storage.check_reachable(config.output, write=True)
     base, manifest = resolve_base(config.model.base), read_manifest(config.latents)
     check_fingerprint(manifest, autoencoder_fingerprint(base))
-    sample_order(config, manifest)
+    config.order(manifest)
     return base, manifest
 
 
@@ -103,25 +78,20 @@ class FinetuneResult:
     checkpoint: str
     model: str
     """The trained model's directory."""
-    description: dict[str, Any]
-    """Its `diff2flow.json`."""
 
 
-def export(config: FinetuneConfig, base: BaseModel, uri: str, last: CheckpointManifest) -> tuple[str, dict[str, Any]]:
+def export(config: FinetuneConfig, base: BaseModel, uri: str, last: CheckpointManifest) -> str:
     """Write `OUTPUT/model/` from a checkpoint (averaged weights if there are any); needs no GPU and no engine."""
     network = build_network(base, config.model, config.train.seed)
     load_weights(network, read_tensors(uri, last, "ema" if config.train.ema.decay else "weights"))
     training = {"latents": config.latents, "step": last.step, "checkpoint": uri, "identity": last.identity}
+    model = config.model
     description = describe(
-        base, objective=config.model.objective, method=config.model.method, sampling=config.sampling, training=training
+        base, objective=model.objective, method=model.method, sampling=config.sampling, training=training
     )
     target = storage.join(config.output, "model")
-    # A longer training replaces the model: without its description the half-replaced one is none.
-    storage.remove_tree(storage.join(target, DESCRIPTION))
-    with tempfile.TemporaryDirectory() as directory:
-        save_artifact(Path(directory), network, description)
-        storage.upload_tree(Path(directory), target, last=DESCRIPTION)
-    return target, description
+    upload_artifact(target, network, description)
+    return target
 
 
 def main(config: FinetuneConfig) -> FinetuneResult:
@@ -145,23 +115,17 @@ def main(config: FinetuneConfig) -> FinetuneResult:
     uri, last = run_training(
         config=config.train,
         build_task=functools.partial(build_task, config),
-        plan=StreamPlan(
-            uri=config.latents,
-            columns=COLUMNS,
-            order=sample_order(config, manifest),
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            first_step=0,
-            num_steps=config.train.num_steps,
-        ),
+        table=config.latents,
+        columns=COLUMNS,
+        order=config.order(manifest),
         output=config.output,
-        identity=identity(config, base, manifest),
+        identity=config.identity(base.content_hash, manifest),
         tracker=run,
     )
-    model, description = export(config, base, uri, last)
+    model = export(config, base, uri, last)
     run.finish()
     logger.info("model: %s", model)
-    return FinetuneResult(run=run, step=last.step, checkpoint=uri, model=model, description=description)
+    return FinetuneResult(run=run, step=last.step, checkpoint=uri, model=model)
 
 
 if __name__ == "__main__":

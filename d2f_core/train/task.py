@@ -37,6 +37,17 @@ class Task:
     """All workers' images, in order, -> one picture for the log."""
 
 
+def share_of(count: int, rank: int, num_workers: int) -> tuple[slice, bool]:
+    """One worker's contiguous share of `count` items, and whether its result counts.
+
+    A worker for which none are left gets the first item and False: under ZeRO 3 all workers must call the network
+    equally often, whatever they make of it.
+    """
+    each, rest = divmod(count, num_workers)
+    first, size = rank * each + min(rank, rest), each + (rank < rest)
+    return (slice(first, first + size), True) if size else (slice(0, 1), False)
+
+
 class BuildTask(Protocol):
     """Called once on each worker."""
 

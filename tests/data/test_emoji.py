@@ -35,6 +35,26 @@ def test_a_drawing_is_rendered_at_any_size_on_white():
         assert (picture[0, 0] == 255).all() and picture[size // 2, size // 2, 0] > 180
 
 
+def test_a_drawing_can_fill_the_picture_whatever_margins_it_came_with():
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
+    svg = head + '<rect x="40" y="30" width="20" height="10"/></svg>'
+    dark = shown(render(svg, 40, "drawing"))[..., 0] < 128
+    rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
+    assert columns[0] <= 1 and columns[-1] >= 38
+    assert abs(rows[0] - 10) <= 1 and abs(rows[-1] - 29) <= 1
+    for name in ("red apple", "pencil", "giraffe", "snowflake"):
+        for style in ("twemoji", "openmoji"):
+            picture = shown(render(drawings(style)[name].read_text(), 64, "drawing"))
+            assert picture.shape == (64, 64, 3)
+            ink = (picture < 250).any(-1)
+            assert max(np.ptp(np.flatnonzero(ink.any(axis))) for axis in (0, 1)) >= 58
+
+
+def test_an_empty_drawing_keeps_its_canvas():
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"></svg>'
+    assert (shown(render(svg, 32, "drawing")) == 255).all()
+
+
 def test_a_drawing_that_is_not_square_is_centred():
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 10 40 20"><rect y="10" width="40" height="20"/></svg>'
     dark = shown(render(svg, 40))[..., 0] < 128

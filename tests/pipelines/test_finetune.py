@@ -11,9 +11,9 @@ import torch
 from d2f_core import storage
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.schema import SchemaError, latent_schema
-from d2f_core.model.artifact import SamplingDefaults, load_model
+from d2f_core.model.artifact import SamplingDefaults, load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
-from d2f_core.model.base import resolve_base
+from d2f_core.model.base import local_copy, resolve_base
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
@@ -22,7 +22,6 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import NotEnoughResourcesError
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import FinetuneResult, check, main
-from tests.inference.tiny_base import write_tiny_base
 
 pytestmark = pytest.mark.timeout(600)
 ROWS, SHAPE = 24, (4, 8, 8)
@@ -48,8 +47,7 @@ def write_latents(uri: str, fingerprint: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def config(stack, tmp_path_factory) -> FinetuneConfig:
-    base = str(write_tiny_base(tmp_path_factory.mktemp("base")))
+def config(base: str) -> FinetuneConfig:
     write_latents("s3://d2f/test-finetune/latents", autoencoder_fingerprint(resolve_base(base)))
     return FinetuneConfig(
         model=ModelConfig(base=base, method="lora", lora=LoraConfig(rank=2), caption_dropout=0.5),
@@ -95,7 +93,8 @@ def test_the_run_is_in_mlflow_with_losses_before_and_after(config, unbroken):
 def test_the_exported_model_loads_and_says_how_to_sample_it(config, unbroken):
     model = load_model(unbroken.model)
     assert model.sampling.steps == 4 and model.objective == "diff2flow"
-    assert unbroken.description["base"]["sha256"] == resolve_base(config.model.base).content_hash
+    description = read_description(local_copy(unbroken.model))
+    assert description["base"]["sha256"] == resolve_base(config.model.base).content_hash
 
 
 def test_the_same_command_again_does_nothing(config, unbroken):

@@ -7,36 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.inference.generate import check_generate, generate, read_generations
 from d2f_core.inference.plan import GenerateConfig, GenerateError
 from d2f_core.storage import exists, join, list_names, read_bytes, write_bytes
-from infra.local.stack import StackEnv
-from tests.inference.tiny_base import write_tiny_base
 
 ROOT = Path(__file__).parents[2]
 HOME = "s3://d2f/tests/generate"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(stack: StackEnv) -> Iterator[None]:
-    del stack
-    ray.init(ignore_reinit_error=True)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_base(tmp_path_factory.mktemp("base")))
 
 
 def prompts(name: str, rows: list[dict[str, Any]]) -> str:

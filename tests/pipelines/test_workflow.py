@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from PIL import Image
 
 from d2f_core.data.emoji import MakeDatasetConfig
@@ -29,12 +28,10 @@ from d2f_core.storage import exists, list_names, read_bytes
 from d2f_core.tracking import find_run, pin_model, resolve_model
 from d2f_core.tracking.server import client_for
 from d2f_core.train.config import TrainConfig
-from infra.local.stack import StackEnv
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow import main
 from pipelines.workflow_config import WorkflowConfig
-from tests.inference.tiny_base import write_tiny_base
 
 pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).parents[2]
@@ -48,19 +45,6 @@ STAGES = [
     "generate_flow",
     "contact_sheet",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(stack: StackEnv) -> Iterator[None]:
-    del stack
-    ray.init(ignore_reinit_error=True)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny_base(tmp_path_factory.mktemp("base")))
 
 
 def workflow(name: str, base: str) -> WorkflowConfig:
