@@ -13,6 +13,9 @@ from pipelines.cli import run_job
 RECIPES = {
     "twemoji": MakeDatasetConfig(output="s3://d2f/datasets/twemoji", style="twemoji"),
     "openmoji": MakeDatasetConfig(output="s3://d2f/datasets/openmoji", style="openmoji"),
+    "openmoji-starter": MakeDatasetConfig(
+        output="s3://d2f/datasets/openmoji-starter", style="openmoji", subset="starter", fit="drawing"
+    ),
     "both": MakeDatasetConfig(output="s3://d2f/datasets/emoji-both", style="both"),
 }
 

@@ -2,6 +2,7 @@
 
 from d2f_core.data.sources import ImageSource
 from d2f_core.inference.encode_job import EncodeConfig
+from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
@@ -43,7 +44,7 @@ ENCODE_LATENTS = {
     style: EncodeConfig(
         source=ImageSource(uri=f"s3://d2f/datasets/{style}"), base=EMOJI_SD, output=f"s3://d2f/latents/{style}"
     )
-    for style in ("twemoji", "openmoji")
+    for style in ("twemoji", "openmoji", "openmoji-starter")
 }
 
 FINETUNE = {
@@ -72,10 +73,13 @@ FINETUNE = {
     # The quickstart's training: emoji-sd learns OpenMoji's hand as a flow model, on two workers.
     "emoji-lora": FinetuneConfig(
         model=ModelConfig(base=EMOJI_SD, objective="diff2flow", method="lora", lora=LoraConfig(rank=64)),
-        latents="s3://d2f/latents/openmoji",
+        latents="s3://d2f/latents/openmoji-starter",
         output="s3://d2f/runs/emoji-lora",
-        holdout_rows=32,
-        preview=PreviewConfig(prompts=tuple(f"{name}, openmoji style" for name in SHOWN_EMOJI[::3]), columns=4),
+        holdout_rows=12,
+        preview=PreviewConfig(
+            prompts=tuple(f"{name}, openmoji style" for name in SHOWN_EMOJI[::3]), guidance=2.0, columns=4
+        ),
+        sampling=SamplingDefaults(guidance=2.0),
         train=TrainConfig(
             num_steps=300,
             global_batch_size=32,

@@ -1,10 +1,10 @@
 """Named values of the workflow, and of the jobs that only it chains."""
 
-from d2f_core.data.emoji import MakeDatasetConfig
 from d2f_core.inference.contact_sheet import ContactSheetConfig
 from d2f_core.inference.encode import EncodeConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
+from pipelines.make_dataset import RECIPES as MAKE_DATASET
 from pipelines.recipes import EMOJI_SD, FINETUNE, SHOWN_EMOJI
 from pipelines.workflow_config import WorkflowConfig
 
@@ -30,8 +30,8 @@ WORKFLOW = {
     # What `make quickstart` runs: emoji-sd learns OpenMoji's style as a flow model.
     "quickstart": WorkflowConfig(
         output="s3://d2f/workflows/quickstart",
-        dataset=MakeDatasetConfig(style="openmoji", output="s3://d2f/datasets/openmoji"),
-        encode=EncodeConfig(output="s3://d2f/latents/openmoji"),
+        dataset=MAKE_DATASET["openmoji-starter"],
+        encode=EncodeConfig(output="s3://d2f/latents/openmoji-starter"),
         finetune=FINETUNE["emoji-lora"],
         register=RegisterConfig(name=FLOW_MODEL),
         generate=GenerateConfig(steps=EVALUATIONS, chunk_size=6),

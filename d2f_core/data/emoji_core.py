@@ -1,4 +1,4 @@
-"""The `core` subset of the emoji set: pictures that a small network can learn to draw from their name.
+"""The `core` and `starter` subsets of the emoji set: pictures that a small network can learn to draw from their name.
 
 Chosen by hand for things with a shape or a colour of their own. Left out: flags, letters, clocks, arrows and keycaps
 (signs rather than pictures); people, families and hands (many near-equal drawings); several versions of one thing.
@@ -63,6 +63,20 @@ hourglass done; anchor; red circle; orange circle; yellow circle; green circle; 
 square; blue square; green square; yellow square
 """
 
+STARTER = """
+grinning face; face with tears of joy; winking face; smiling face with heart-eyes; loudly crying face; enraged face;
+smiling face with sunglasses; sleeping face; skull; clown face; ghost; alien; robot; jack-o-lantern; red heart; pink
+heart; yellow heart; green heart; blue heart; purple heart; black heart; broken heart; two hearts; heart on fire; dog
+face; fox; cat face; lion; cow face; pig face; elephant; mouse face; rabbit face; bear; koala; panda; baby chick;
+penguin; owl; frog; turtle; spouting whale; fish; tropical fish; octopus; crab; butterfly; honeybee; lady beetle;
+grapes; watermelon; tangerine; lemon; banana; pineapple; red apple; green apple; pear; cherries; strawberry; tomato;
+avocado; carrot; broccoli; mushroom; croissant; hamburger; pizza; hot dog; ice cream; doughnut; cookie; birthday cake;
+cupcake; lollipop; teapot; cherry blossom; rose; sunflower; tulip; potted plant; evergreen tree; palm tree; cactus; four
+leaf clover; maple leaf; crescent moon; sun; ringed planet; star; cloud; rainbow; high voltage; snowman; fire; droplet;
+house; tent; bus; taxi; automobile; sailboat; airplane; rocket; balloon; wrapped gift; trophy; soccer ball; basketball;
+guitar; crown; top hat; bell; gem stone; light bulb; envelope; pencil; key; bomb; anchor
+"""
+
 GROUPS = {
     "faces": FACES,
     "hearts": HEARTS,
@@ -77,4 +91,13 @@ GROUPS = {
 
 def core_names() -> tuple[str, ...]:
     """Names of the core subset, in the order of the groups."""
-    return tuple(" ".join(name.split()) for group in GROUPS.values() for name in group.split(";"))
+    return tuple(name for group in GROUPS.values() for name in _names(group))
+
+
+def starter_names() -> tuple[str, ...]:
+    """Names of the starter subset: 120 of the core, the ones with the plainest shapes."""
+    return _names(STARTER)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(name.split()) for name in text.split(";"))

@@ -5,6 +5,7 @@ knows which rows they are and reads them. Ray Data brings the actors, prefetchin
 plan's.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 import ray.train
+from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
 from d2f_core import storage
 from d2f_core.data.manifest import Manifest, read_manifest
@@ -22,7 +24,13 @@ from d2f_core.data.order import SampleOrder
 
 EPOCH, ROW = "epoch", "row"
 CACHE_BYTES = 256 * 2**20
-MICRO_BATCHES_PER_TASK = 32
+MICRO_BATCHES_PER_CHUNK = 32
+MAX_TASKS = 2000
+"""Reading tasks of one worker; the chunks of a longer training share them."""
+BLOCK_BYTES = 16 * 2**20
+"""Size at which a reading task hands rows on, before it has read all of its own."""
+BUSY_STEP, REST = 0.01, 0.05
+"""Seconds: an executor's step that took less than the first waited for nothing; then it rests for the second."""
 
 
 class RowReader:
@@ -93,28 +101,53 @@ class StreamPlan:
 
 
 class PlanReader:
-    """Ray Data actor: micro-batch numbers -> their rows, with the columns `epoch` and `row` added."""
+    """Ray Data actor: numbers of chunks of micro-batches -> their rows, with the columns `epoch` and `row` added."""
 
     def __init__(self, plan: StreamPlan, rank: int, num_workers: int) -> None:
         self._plan, self._rank, self._num_workers = plan, rank, num_workers
         self._reader = RowReader(plan.uri, read_manifest(plan.uri), plan.columns)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        positions = np.concatenate([self._plan.positions(int(i), self._rank, self._num_workers) for i in batch["id"]])
+        (chunk,) = (int(number) for number in batch["chunk"])
+        first, end = chunk * MICRO_BATCHES_PER_CHUNK, self._plan.num_micro_batches(self._num_workers)
+        numbers = range(first, min(first + MICRO_BATCHES_PER_CHUNK, end))
+        positions = np.concatenate([self._plan.positions(number, self._rank, self._num_workers) for number in numbers])
         epochs, rows = self._plan.order.at(positions)
         return self._reader.read(rows).append_column(EPOCH, pa.array(epochs)).append_column(ROW, pa.array(rows))
 
 
+class RestingExecutor(ExecutionCallback):
+    """Lets an executor of Ray Data rest when there is nothing to wait for.
+
+    Its loop waits for running tasks only. Once all rows are read, or as many as may be buffered, none runs, and it
+    would turn without a pause until the training has consumed them: two thirds of a core per worker.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def on_execution_step(self, executor: Any) -> None:
+        del executor
+        if time.perf_counter() - self._last < BUSY_STEP:
+            time.sleep(REST)
+        self._last = time.perf_counter()
+
+
 def worker_dataset(plan: StreamPlan, rank: int, num_workers: int) -> ray.data.Dataset:
     """The rows of one worker, in plan order."""
-    count = plan.num_micro_batches(num_workers)
-    dataset = ray.data.range(count, override_num_blocks=max(1, -(-count // MICRO_BATCHES_PER_TASK)))
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False  # the worker logs plain lines of its own
+    chunks = np.arange(-(-plan.num_micro_batches(num_workers) // MICRO_BATCHES_PER_CHUNK), dtype=np.int64)
+    # Made here, because each of `ray.data.range`'s reading tasks would start a process for a few numbers.
+    blocks = [pa.table({"chunk": part}) for part in np.array_split(chunks, min(len(chunks), MAX_TASKS))]
+    dataset = ray.data.from_arrow(blocks)
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False  # the worker logs plain lines of its own
+    context.target_max_block_size = BLOCK_BYTES
+    context.custom_execution_callback_classes = [RestingExecutor]
     return dataset.map_batches(
         cast(Any, PlanReader),
         fn_constructor_args=(plan, rank, num_workers),
-        batch_size=8,
+        batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0.5,
         zero_copy_batch=True,
