@@ -81,7 +81,7 @@ FINETUNE = {
         ),
         sampling=SamplingDefaults(guidance=2.0),
         train=TrainConfig(
-            num_steps=300,
+            num_steps=200,
             global_batch_size=32,
             micro_batch_size=16,
             num_workers=2,
@@ -91,7 +91,7 @@ FINETUNE = {
             decay="cosine",
             ema=EmaConfig(decay=0.98),
             log_every=10,
-            checkpoint_every=100,
+            checkpoint_every=50,
             evaluate_every=100,
         ),
         name="emoji-lora",

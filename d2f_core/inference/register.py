@@ -92,10 +92,11 @@ def model_tags(description: Mapping[str, Any]) -> dict[str, str]:
 
 def model_card(config: RegisterConfig, description: Mapping[str, Any]) -> str:
     """Markdown for the version's page."""
-    training = {f"training: {name}": value for name, value in description["training"].items()}
-    rows = {**model_tags(description), **training}
+    rows = {**model_tags(description), **description["training"]}
     table = "\n".join(f"| {name} | {str(value).replace('|', ' ')} |" for name, value in rows.items())
-    command = f"python -m pipelines.generate --model models:/{config.name}@{config.alias} --prompts FILE --output URI"
+    command = (
+        f"python -m pipelines.generate flow --model models:/{config.name}@{config.alias} --prompts FILE --output URI"
+    )
     return (
         f"A {description['objective']} model on the base `{description['base']['uri']}`, trained at `{config.run}`.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"

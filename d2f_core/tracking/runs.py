@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_KEY_TAG = "d2f.run_key"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow's pages then show trainings (metrics, runs, models) rather than agents and their traces."""
 MAX_PARAM_CHARS = 6000
 MAX_PARAMS_PER_CALL = 100
 
@@ -47,9 +49,13 @@ class RunHandle:
         attempt(f"log metrics of step {step}", lambda: client.log_batch(self.run_id, metrics=entries))
 
     def log_image(self, name: str, image: "Image.Image", step: int) -> None:
-        """Add a picture to the series `name`; MLflow shows the series with a slider over `step`."""
+        """Add a picture to the series `name`; MLflow shows the series with a slider over `step`.
+
+        The newest one is also the artifact `NAME.png`, which its file browser shows at full size.
+        """
         client = client_for(self.tracking_uri)
         attempt(f"log image {name!r}", lambda: client.log_image(self.run_id, image, key=name, step=step))
+        attempt(f"log {name}.png", lambda: client.log_image(self.run_id, image, f"{name}.png"))
 
     def log_text(self, text: str, path: str) -> None:
         """Write a text artifact at `path` inside the run."""
@@ -125,7 +131,7 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
         if found is not None:
             return found.experiment_id
         try:
-            return attempt("create the experiment", lambda: client.create_experiment(name))
+            return attempt("create the experiment", lambda: client.create_experiment(name, tags=EXPERIMENT_TAGS))
         except TrackingError as error:  # another process created it between the two calls
             logger.info("%s", error)
     raise TrackingError(f"MLflow neither finds nor creates the experiment {name!r}. Choose another name.")
