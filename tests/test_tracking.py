@@ -76,7 +76,7 @@ def test_everything_logged_is_there(stack: StackEnv, tmp_path: Path) -> None:
         history = client.get_metric_history(handle.run_id, f"m{number}")
         assert [(entry.step, entry.value) for entry in history] == [(step, step + number) for step in range(30)]
     paths = [file.path for folder in ("", "images", "cards") for file in client.list_artifacts(handle.run_id, folder)]
-    assert {"config.yaml", "cards/card.md"} <= set(paths)
+    assert {"config.yaml", "cards/card.md", "samples.png"} <= set(paths)
     assert sum("samples+step+7" in path for path in paths) == 2, "the picture and its thumbnail"
 
 
