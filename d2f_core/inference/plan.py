@@ -35,11 +35,13 @@ class GenerateConfig:
     output: str = ""
     """Where images/ and index/ are written, and manifest.json at the end."""
     solver: str | None = None
-    """euler, heun, midpoint, rk4 or ddim; None: what the model carries."""
+    """euler, heun, midpoint, rk4, dopri5, bosh3, adaptive_heun, dopri8 or ddim; None: what the model carries."""
     steps: tuple[int, ...] = ()
     """Every prompt is sampled once for each, from the same noise; empty: what the model carries."""
     guidance: float | None = None
     """Classifier-free guidance scale; None: what the model carries."""
+    shift: float | None = None
+    """Above 1, steps are spent nearer to noise; None: what the model carries."""
     seed: int = 0
     """Of rows without a seed of their own."""
     resolution: int | None = None
@@ -79,6 +81,7 @@ class Plan:
     solver: str
     steps: tuple[int, ...]
     guidance: float
+    shift: float
     seed: int
     latent_shape: tuple[int, int, int]
     """Channels, height, width."""
@@ -114,8 +117,9 @@ def make_plan(config: GenerateConfig, prompts: pa.Table, model: TrainedModel, mo
     solver = config.solver or defaults.solver
     steps = config.steps or (defaults.steps,)
     guidance = defaults.guidance if config.guidance is None else config.guidance
+    shift = defaults.shift if config.shift is None else config.shift
     for number in steps:
-        SamplerChoice(solver=solver, steps=number, guidance=guidance)
+        SamplerChoice(solver=solver, steps=number, guidance=guidance, shift=shift)
     return Plan(
         prompts_digest=prompts_digest(prompts),
         num_prompts=prompts.num_rows,
@@ -124,6 +128,7 @@ def make_plan(config: GenerateConfig, prompts: pa.Table, model: TrainedModel, mo
         solver=solver,
         steps=steps,
         guidance=guidance,
+        shift=shift,
         seed=config.seed,
         latent_shape=_latent_shape(config, model),
         batch_size=config.batch_size,

@@ -21,6 +21,7 @@ from d2f_core.model.artifact import load_model, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
+from d2f_core.objective.solver import NonFiniteStateError
 from d2f_core.randomness import keyed_normal
 from d2f_core.storage import arrow_filesystem, join, write_bytes
 from d2f_core.tracking import resolve_model
@@ -34,6 +35,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("solver", pa.string(), nullable=False),
         pa.field("steps", pa.int32(), nullable=False),
         pa.field("guidance", pa.float64(), nullable=False),
+        pa.field("shift", pa.float64(), nullable=False),
         pa.field("num_evaluations", pa.int32(), nullable=False),
         pa.field("image_uri", pa.string()),
         pa.field("image_sha256", pa.string()),
@@ -87,11 +89,28 @@ class ChunkSampler:
 
     def _sample(self, rows: Sequence[dict[str, Any]], steps: int) -> list[tuple[dict[str, Any], bytes | None]]:
         """One index row per prompt, with its image's bytes or None."""
+        try:
+            latents, evaluations = self._latents(rows, steps)
+        except NonFiniteStateError as error:
+            if len(rows) == 1:
+                return [(self._index_row(rows[0], steps, None, error=str(error)), None)]
+            # One row must not cost the others their images: each by itself.
+            return [made for row in rows for made in self._sample([row], steps)]
+        pixels = self.autoencoder.decode(latents)
+        # Asked of the latents too: decoding clamps an infinite value into an image like any other.
+        finite = (latents.flatten(1).isfinite().all(1) & pixels.flatten(1).isfinite().all(1)).tolist()
+        images = to_uint8(pixels.nan_to_num()).numpy()
+        made = []
+        for row, image, usable in zip(rows, images, finite, strict=True):
+            png = _png(image) if usable else None
+            error = None if usable else "the image is not finite"
+            made.append((self._index_row(row, steps, png, evaluations=evaluations, error=error), png))
+        return made
+
+    def _latents(self, rows: Sequence[dict[str, Any]], steps: int) -> tuple[Tensor, int]:
         plan = self.plan
-        seeds = [plan.seed if row["seed"] is None else row["seed"] for row in rows]
-        keys = [row["sample_id"] for row in rows]
-        noise = [keyed_normal(seed, [key], plan.latent_shape) for seed, key in zip(seeds, keys, strict=True)]
-        latents, evaluations = sample_latents(
+        noise = [keyed_normal(self._seed(row), [row["sample_id"]], plan.latent_shape) for row in rows]
+        return sample_latents(
             self.model,
             torch.from_numpy(np.concatenate(noise)).to(self.device),
             self._text([row["prompt"] for row in rows]),
@@ -99,35 +118,31 @@ class ChunkSampler:
             solver=plan.solver,
             steps=steps,
             guidance=plan.guidance,
+            shift=plan.shift,
         )
-        pixels = self.autoencoder.decode(latents)
-        # Asked of the latents too: decoding clamps an infinite value into an image like any other.
-        finite = (latents.flatten(1).isfinite().all(1) & pixels.flatten(1).isfinite().all(1)).tolist()
-        images = to_uint8(pixels.nan_to_num()).numpy()
-        made = []
-        for row, seed, image, usable in zip(rows, seeds, images, finite, strict=True):
-            png = _png(image) if usable else None
-            made.append((self._index_row(row, seed, steps, evaluations, png), png))
-        return made
+
+    def _seed(self, row: dict[str, Any]) -> int:
+        return self.plan.seed if row["seed"] is None else row["seed"]
 
     def _index_row(
-        self, row: dict[str, Any], seed: int, steps: int, evaluations: int, png: bytes | None
+        self, row: dict[str, Any], steps: int, png: bytes | None, *, evaluations: int = 0, error: str | None
     ) -> dict[str, Any]:
         uri = join(self.output, f"images/{row['sample_id']}-{steps}.{self.plan.format}")
         return {
             "sample_id": row["sample_id"],
             "prompt": row["prompt"],
             "negative_prompt": row["negative_prompt"],
-            "seed": seed,
+            "seed": self._seed(row),
             "solver": self.plan.solver,
             "steps": steps,
             "guidance": self.plan.guidance,
+            "shift": self.plan.shift,
             "num_evaluations": evaluations,
             "image_uri": None if png is None else uri,
             "image_sha256": None if png is None else hashlib.sha256(png).hexdigest(),
             "model_uri": self.plan.model_uri,
             "model_hash": self.plan.model_hash,
-            "error": "the image is not finite" if png is None else None,
+            "error": error,
         }
 
     def _text(self, captions: Sequence[str]) -> Tensor:

@@ -44,6 +44,8 @@ class SamplingDefaults:
     """Steps from noise to data."""
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 is none."""
+    shift: float = 1.0
+    """Above 1, steps are spent nearer to noise, as large images need; not used by ddim."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,15 @@ class SamplerChoice:
     solver: str
     steps: int
     guidance: float
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.solver not in (*SOLVERS, DDIM):
             raise ValueError(f"solver={self.solver!r} is not known. Use one of {', '.join((*SOLVERS, DDIM))}.")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1.")
+        if self.shift <= 0:
+            raise ValueError(f"shift={self.shift} must be above 0. 1 keeps the steps equal.")
 
 
 @torch.inference_mode()
@@ -39,6 +42,7 @@ def sample_latents(
     solver: str,
     steps: int,
     guidance: float,
+    shift: float = 1.0,
 ) -> tuple[Tensor, int]:
     """Latents from noise [batch, C, h, w].
 
@@ -48,12 +52,16 @@ def sample_latents(
 
     Returns:
         Latents, and the number of network evaluations per image (a guided pair counts once).
+
+    Raises:
+        ValueError: a choice that makes no sense.
+        NonFiniteStateError: the network failed on a sample, which is named.
     """
-    SamplerChoice(solver=solver, steps=steps, guidance=guidance)
+    SamplerChoice(solver=solver, steps=steps, guidance=guidance, shift=shift)
     if solver == DDIM:
         return _ddim(model, noise, text_states, null_states, steps, guidance)
     field = guided(model.velocity_field, guidance, {"text_states": text_states}, {"text_states": null_states})
-    return integrate(field, noise, uniform_times(steps).to(noise.device), solver)
+    return integrate(field, noise, uniform_times(steps, shift).to(noise.device), solver)
 
 
 def _ddim(

@@ -21,6 +21,7 @@ from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.loss import LOSSES, flow_validation_loss
+from d2f_core.objective.path import TimeSampling
 from d2f_core.randomness import keyed_normal, keyed_uniform
 
 VALIDATION_TIMES = 10
@@ -42,12 +43,32 @@ class ModelConfig:
     """Used when method is lora."""
     caption_dropout: float = 0.1
     """Share of samples trained with the empty caption, which guidance needs."""
+    times: TimeSampling = field(default_factory=TimeSampling)
+    """Which flow times the flow losses see."""
+    min_snr_gamma: float = 0.0
+    """For the loss `diffusion`: levels with a higher signal-to-noise ratio count less; 5 is usual, 0 is off."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout={self.caption_dropout} must lie in [0, 1). Use 0.02 to 0.15.")
         if self.from_scratch and self.method == "lora":
             raise ValueError("from_scratch=True with method='lora' would adapt random weights. Use method='full'.")
+        if self.objective == "diffusion" and self.times != TimeSampling():
+            raise ValueError(
+                "times belongs to the flow losses; objective='diffusion' draws timesteps evenly. Remove it."
+            )
+        if self.min_snr_gamma < 0 or (self.min_snr_gamma and self.objective != "diffusion"):
+            raise ValueError(
+                f"min_snr_gamma={self.min_snr_gamma} with objective={self.objective!r}: it must be 0, or above 0 with "
+                "objective='diffusion'."
+            )
+
+    def loss(self, field_: VelocityField, batch: Mapping[str, Tensor]) -> Tensor:
+        """Loss per sample [batch]."""
+        options: dict[str, Any] = {"times": self.times}
+        if self.objective == "diffusion":
+            options = {"min_snr_gamma": self.min_snr_gamma}
+        return LOSSES[self.objective](field_, **batch, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +132,7 @@ class TextToImage:
     def loss(self, network: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Loss per sample [batch]."""
         field_ = VelocityField(as_denoiser(network, self.dtype), self.base.schedule, self.base.prediction_type)
-        return LOSSES[self.config.objective](field_, **batch)
+        return self.config.loss(field_, batch)
 
     def model(self, network: Callable[..., Any]) -> TrainedModel:
         """What is being trained, ready to sample."""

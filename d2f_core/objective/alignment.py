@@ -15,13 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f_core.objective.path import expand
-from d2f_core.objective.schedule import NoiseSchedule
+from d2f_core.objective.path import check_times, expand
+from d2f_core.objective.schedule import PREDICTION_TYPES, NoiseSchedule
 
 Denoiser = Callable[..., Tensor]
 """(x_dm [batch, *dims], timestep [batch], **condition) -> prediction [batch, *dims]."""
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """At flow times [batch], all float64: what to ask the network, and how to read what it answers."""
+
+    timestep: Tensor
+    """The network's own time, fractional."""
+    scale: Tensor
+    """`x_dm = scale * x_t`."""
+    from_x: Tensor
+    from_prediction: Tensor
+    """`velocity = from_x * x_dm + from_prediction * prediction`."""
 
 
 def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,13 +62,13 @@ def _noise_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> t
     return 1 / sigma, -alpha / sigma
 
 
-def velocity_coefficients(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64 (from_x, from_prediction) [batch]: `velocity = from_x * x_dm + from_prediction * prediction`.
+def align(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment:
+    """The exact alignment at flow times `t` [batch].
 
     Below t = 1/2 the velocity is `(data - x_t) / (1 - t)`, above it `(x_t - noise) / t`: both are exact inside the
     trained range, and neither divides by something that goes to 0. Outside the range the network is read at its
-    nearest trained
-    level: below, its data estimate is kept; above, its score, so that noise shrinks as `sigma(t) / sigma(level)`.
+    nearest trained level: below, its data estimate is kept; above, its score, so that noise shrinks as
+    `sigma(t) / sigma(level)`.
     """
     t = t.double()
     level = t.clamp(*schedule.trained_range)
@@ -68,9 +79,52 @@ def velocity_coefficients(schedule: NoiseSchedule, prediction_type: str, t: Tens
     noise_x, noise_p = _noise_coefficients(prediction_type, alpha, sigma)
     early = t < 0.5
     far = torch.where(early, 1 - t, t)
-    from_x = torch.where(early, data_x - norm, norm - shrink * noise_x) / far
-    from_prediction = torch.where(early, data_p, -shrink * noise_p) / far
-    return from_x, from_prediction
+    return Alignment(
+        timestep=schedule.timestep_at(t),
+        scale=1 / norm,
+        from_x=torch.where(early, data_x - norm, norm - shrink * noise_x) / far,
+        from_prediction=torch.where(early, data_p, -shrink * noise_p) / far,
+    )
+
+
+def align_as_published(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment:
+    """The map of the paper's published code, for comparisons: `t` in [0, 1) [batch].
+
+    It differs from `align` in three ways. Timestep and scale come from a table with clean data added in front, the
+    reading of the prediction from one without it, at the same index: one level apart. Between levels, alpha and sigma
+    are interpolated linearly. Below the trained range the table is read past its end, so the timestep creeps on
+    from T - 1 towards T.
+    """
+    bars = schedule.alphas_cumprod.to(t.device)
+    longer = torch.cat([bars.new_ones(1), bars])
+    alpha, sigma = longer.sqrt(), (1 - longer).sqrt()
+    times = alpha / (alpha + sigma)  # falls from 1
+    t = t.double()
+    # Index of the nearest time at or below t. Below the trained range there is none, and the published lookup wraps
+    # around to the clean end: it then interpolates over the whole range of times.
+    level = torch.searchsorted(-times, -t).clamp(max=len(times))
+    inside = level < len(times)
+    below, above = level.clamp(1, len(times) - 1), (level - 1).clamp(0, len(times) - 2)
+    part = (t - times[below]) / (times[above] - times[below])
+    timestep = torch.where(inside, below - part, len(bars) - (times[-1] - t) / (times[0] - times[-1]))
+    alpha_read, sigma_read = _between(bars.sqrt(), timestep), _between((1 - bars).sqrt(), timestep)
+    norm = alpha_read + sigma_read
+    if prediction_type == "epsilon":
+        from_x, from_prediction = 1 / alpha_read, -norm / alpha_read
+    elif prediction_type == "v_prediction":
+        from_x, from_prediction = alpha_read - sigma_read, -norm
+    else:
+        from_x, from_prediction = -1 / sigma_read, norm / sigma_read
+    return Alignment(
+        timestep=timestep, scale=_between(alpha + sigma, timestep), from_x=from_x, from_prediction=from_prediction
+    )
+
+
+def _between(table: Tensor, index: Tensor) -> Tensor:
+    """Values of a table at fractional indices, linear between neighbours; past its end the last one."""
+    index = index.clamp(0, len(table) - 1)
+    low = index.floor().long().clamp(max=len(table) - 2)
+    return table[low] + (table[low + 1] - table[low]) * (index - low)
 
 
 @dataclass(frozen=True)
@@ -80,6 +134,8 @@ class VelocityField:
     denoiser: Denoiser
     schedule: NoiseSchedule
     prediction_type: str
+    paper_compat: bool = False
+    """Use `align_as_published`, only to compare with what the paper's code gives."""
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -88,17 +144,35 @@ class VelocityField:
                 "as the base model's scheduler config says."
             )
 
-    def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
-        """Velocity [batch, *dims], float32 or wider, at the flow state `x_t` [batch, *dims] and times `t` [batch]."""
-        x_dm = x_t / expand(torch.hypot(t.double(), 1 - t.double()), x_t)
-        prediction = self.denoiser(x_dm, self.schedule.timestep_at(t).float(), **condition)
-        if prediction.shape != x_t.shape:
+    def align(self, t: Tensor) -> Alignment:
+        return (align_as_published if self.paper_compat else align)(self.schedule, self.prediction_type, t)
+
+    def predict(self, x_dm: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
+        """The network's answer [batch, *dims] at a diffusion state and its own timesteps [batch]."""
+        prediction = self.denoiser(x_dm, timestep.float(), **condition)
+        if prediction.shape != x_dm.shape:
             raise ValueError(
-                f"the network maps {tuple(x_t.shape)} to {tuple(prediction.shape)}; shapes must be equal. "
+                f"the network maps {tuple(x_dm.shape)} to {tuple(prediction.shape)}; shapes must be equal. "
                 "A network that also predicts variances needs its first half split off."
             )
-        from_x, from_prediction = velocity_coefficients(self.schedule, self.prediction_type, t)
-        return expand(from_x, x_dm) * x_dm + expand(from_prediction, prediction) * prediction
+        return prediction
+
+    def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """Velocity [batch, *dims], float32 or wider, at the flow state `x_t` [batch, *dims] and times `t` [batch].
+
+        Raises:
+            ValueError: times outside [0, 1] or not one per sample, or a network that changes the shape.
+        """
+        check_times(t)
+        if t.shape != x_t.shape[:1]:
+            raise ValueError(
+                f"t has shape {tuple(t.shape)}, the state {tuple(x_t.shape)}. Give one flow time per sample: "
+                "t.expand(len(x_t))."
+            )
+        at = self.align(t)
+        x_dm = expand(at.scale, x_t) * x_t
+        prediction = self.predict(x_dm, at.timestep, **condition)
+        return expand(at.from_x, x_dm) * x_dm + expand(at.from_prediction, prediction) * prediction
 
 
 @dataclass(frozen=True)
@@ -110,4 +184,5 @@ class NaiveVelocityField:
 
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """Velocity [batch, *dims] at the flow state `x_t` [batch, *dims] and flow times `t` [batch]."""
+        check_times(t)
         return self.denoiser(x_t, (self.schedule.num_timesteps * (1 - t)).float(), **condition)

@@ -1,7 +1,8 @@
 """Three training losses with one signature.
 
 Each takes the network as a `VelocityField`, the two ends of the path and one uniform number per sample, and returns one
-loss per sample. Which numbers are drawn is the caller's business: they belong to the sample, not to the process.
+loss per sample. Which numbers are drawn is the caller's business: they belong to the sample, not to the process. The
+noise may be fresh, or the noise that the data was made from (reflow).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,40 +13,108 @@ import torch
 from torch import Tensor
 
 from d2f_core.objective.alignment import NaiveVelocityField, VelocityField
-from d2f_core.objective.path import expand, interpolate
+from d2f_core.objective.path import TimeSampling, expand, interpolate
 
 Loss = Callable[..., Tensor]
-"""(field, data, noise, uniform, **condition) -> float32 [batch]."""
+"""(field, data, noise, uniform, mask=None, **options, **condition) -> float32 [batch]."""
+
+UNIFORM_TIMES = TimeSampling()
 
 
-def _mean_square(error: Tensor) -> Tensor:
-    return error.float().square().flatten(1).mean(1)
+def _mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean [batch] over all but the first dimension, weighted by `mask`, which broadcasts to `error`.
+
+    A sample without any weight has the loss 0/0, not 0: a training that meets one stops and names it.
+    """
+    square = error.float().square()
+    if mask is None:
+        return square.flatten(1).mean(1)
+    if mask.shape[0] != error.shape[0] or mask.ndim != error.ndim:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit an error of shape {tuple(error.shape)}. Give "
+            "[batch, 1, height, width] at the latent's size."
+        )
+    weight = mask.to(square.dtype).expand_as(square).flatten(1)
+    return (square.flatten(1) * weight).sum(1) / weight.sum(1)
 
 
-def diff2flow(field: VelocityField, data: Tensor, noise: Tensor, uniform: Tensor, **condition: Any) -> Tensor:
-    """Flow matching through the alignment: flow time is `uniform`, the error is the velocity's."""
-    x_t = interpolate(noise, data, uniform)
-    return _mean_square(field(x_t, uniform, **condition) - (data - noise))
+def diff2flow(
+    field: VelocityField,
+    data: Tensor,
+    noise: Tensor,
+    uniform: Tensor,
+    mask: Tensor | None = None,
+    times: TimeSampling = UNIFORM_TIMES,
+    **condition: Any,
+) -> Tensor:
+    """Flow matching through the alignment: the squared error of the velocity at flow times `times(uniform)`.
+
+    The state is mixed for the network at once, without passing through `x_t`: the velocity and its target are both
+    linear in (data, noise, prediction), so their difference takes as many operations as the diffusion loss.
+    """
+    at = field.align(t := times(uniform).double())
+    to_data, to_noise = at.scale * t, at.scale * (1 - t)
+    x_dm = torch.addcmul(expand(to_noise, noise) * noise, expand(to_data, data), data)
+    prediction = field.predict(x_dm, at.timestep, **condition)
+    error = (expand(at.from_x * to_noise + 1, noise) * noise).addcmul_(expand(at.from_x * to_data - 1, data), data)
+    # In place: the whole loss then takes the memory of the diffusion loss, and one latent more on the way back.
+    return _mean_square(error.addcmul_(expand(at.from_prediction, error), prediction.to(error.dtype)), mask)
 
 
-def flow_matching(field: VelocityField, data: Tensor, noise: Tensor, uniform: Tensor, **condition: Any) -> Tensor:
+def flow_matching(
+    field: VelocityField,
+    data: Tensor,
+    noise: Tensor,
+    uniform: Tensor,
+    mask: Tensor | None = None,
+    times: TimeSampling = UNIFORM_TIMES,
+    **condition: Any,
+) -> Tensor:
     """Naive flow matching, for comparison: the network is retrained to put out the velocity of `x_t` itself."""
     naive = NaiveVelocityField(field.denoiser, field.schedule)
-    return _mean_square(naive(interpolate(noise, data, uniform), uniform, **condition) - (data - noise))
+    t = times(uniform)
+    return _mean_square(naive(interpolate(noise, data, t), t, **condition) - (data - noise), mask)
 
 
-def diffusion(field: VelocityField, data: Tensor, noise: Tensor, uniform: Tensor, **condition: Any) -> Tensor:
-    """The base model's own loss: integer timesteps `floor(T * uniform)`, error in the network's prediction type."""
+def diffusion(
+    field: VelocityField,
+    data: Tensor,
+    noise: Tensor,
+    uniform: Tensor,
+    mask: Tensor | None = None,
+    min_snr_gamma: float = 0.0,
+    **condition: Any,
+) -> Tensor:
+    """The base model's own loss: integer timesteps `floor(T * uniform)`, error in the network's prediction type.
+
+    Args:
+        min_snr_gamma: levels with a signal-to-noise ratio above it count less; 5 is usual, 0 weighs all alike.
+            Source: Hang et al., 2023, arXiv:2303.09556.
+    """
     schedule = field.schedule
     timestep = (uniform.double() * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
     alpha_bar = schedule.alphas_cumprod.to(uniform.device)[timestep]
     alpha, sigma = expand(alpha_bar.sqrt(), data), expand((1 - alpha_bar).sqrt(), data)
-    prediction = field.denoiser(alpha * data + sigma * noise, timestep.float(), **condition)
+    prediction = field.predict(torch.addcmul(sigma * noise, alpha, data), timestep, **condition)
     if field.prediction_type == "epsilon":
-        return _mean_square(prediction - noise)
-    if field.prediction_type == "v_prediction":
-        return _mean_square(prediction - (alpha * noise - sigma * data))
-    return _mean_square(prediction - data)
+        wanted = noise
+    elif field.prediction_type == "v_prediction":
+        wanted = torch.addcmul(alpha * noise, sigma, data, value=-1)
+    else:
+        wanted = data
+    loss = _mean_square(prediction - wanted, mask)
+    return loss * _min_snr_weight(field.prediction_type, alpha_bar, min_snr_gamma).float() if min_snr_gamma else loss
+
+
+def _min_snr_weight(prediction_type: str, alpha_bar: Tensor, gamma: float) -> Tensor:
+    """What makes the error in this prediction type weigh `min(snr, gamma)` as an error in the data estimate."""
+    snr = alpha_bar / (1 - alpha_bar)
+    data_weight = snr.clamp(max=gamma)
+    if prediction_type == "epsilon":
+        return data_weight / snr
+    if prediction_type == "v_prediction":
+        return data_weight / (snr + 1)
+    return data_weight
 
 
 LOSSES: Mapping[str, Loss] = MappingProxyType(

@@ -1,16 +1,20 @@
 """The straight path of flow matching: `x_t = (1 - t) * noise + t * data`, so its velocity is `data - noise`.
 
-Flow time `t` runs from 0 (pure noise) to 1 (clean data).
+Flow time `t` runs from 0 (pure noise) to 1 (clean data). Which times a training sees is decided here too.
 """
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     """Per-sample numbers [batch] as float32 or wider [batch, 1, ...], ready to multiply `like`."""
-    dtype = like.dtype if like.dtype.itemsize >= 4 else None
-    coefficient = coefficient.to(dtype) if dtype is not None else coefficient.float()
-    return coefficient.reshape(-1, *(1,) * (like.ndim - 1))
+    dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
+    return coefficient.to(dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def interpolate(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
@@ -20,9 +24,57 @@ def interpolate(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
 
 
 def check_times(t: Tensor) -> None:
-    """Refuse flow times outside [0, 1]."""
+    """Refuse flow times outside [0, 1], and what is no number."""
     if not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(
             f"flow times must lie in [0, 1] (0 noise, 1 data), got {t.min().item():g} to {t.max().item():g}. "
             "Diffusion timesteps are not flow times: convert with NoiseSchedule.flow_times."
         )
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Move flow times towards noise (`shift` > 1), as larger images need: they keep more signal at equal `t`.
+
+    Inverse: `shift_times(t, 1 / shift)`. Source: Esser et al., 2024, arXiv:2403.03206, eq. 23, which counts time from
+    data to noise and recommends `sqrt(pixels / pixels of the base)`.
+    """
+    return t / (t + shift * (1 - t))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSampling:
+    """Which flow times a training sees: a map of uniform numbers, so that they stay a sample's own.
+
+    Source of `logit_normal` and `mode`: Esser et al., 2024, arXiv:2403.03206, section 3.1.
+    """
+
+    distribution: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    """`logit_normal`: the middle of the path more often. `mode`: the middle more (`scale` > 0) or less often."""
+    mean: float = 0.0
+    """logit_normal: mean of logit(t); above 0 leans towards data."""
+    std: float = 1.0
+    """logit_normal: deviation of logit(t)."""
+    scale: float = 1.29
+    """mode: between -1 and 2 / (pi - 2) = 1.75."""
+    shift: float = 1.0
+    """Then moved towards noise; see `shift_times`. 1: not at all."""
+
+    def __post_init__(self) -> None:
+        if self.distribution not in ("uniform", "logit_normal", "mode"):
+            raise ValueError(
+                f"time distribution {self.distribution!r} is not known. Use uniform, logit_normal or mode."
+            )
+        if self.std <= 0 or self.shift <= 0:
+            raise ValueError(f"std={self.std} and shift={self.shift} of the flow times must be above 0. Use 1 and 1.")
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ValueError(f"mode scale={self.scale} must lie in [-1, 1.75]: beyond, times would run backward.")
+
+    def __call__(self, uniform: Tensor) -> Tensor:
+        """Flow times [batch] of numbers [batch] that are uniform in [0, 1): rising, by the inverse distribution."""
+        if self.distribution == "logit_normal":
+            t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(uniform))
+        elif self.distribution == "mode":
+            t = uniform - self.scale * (torch.sin(math.pi / 2 * uniform) ** 2 - uniform)
+        else:
+            t = uniform
+        return t if self.shift == 1 else shift_times(t, self.shift)

@@ -6,11 +6,14 @@ A network trained at timestep k saw `alphas_cumprod[k]`, k = 0..T-1. Flow time h
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class ScheduleError(ValueError):
@@ -21,7 +24,13 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     """Float64 betas [T] from a diffusers scheduler config."""
     trained = config.get("trained_betas")
     if trained is not None:
-        return torch.as_tensor(trained, dtype=torch.float64)
+        betas = torch.as_tensor(trained, dtype=torch.float64)
+        if betas.numel() != (count := int(config.get("num_train_timesteps", betas.numel()))):
+            raise ScheduleError(
+                f"num_train_timesteps={count} contradicts the {betas.numel()} trained_betas. Give as many betas as "
+                "timesteps, or leave num_train_timesteps out."
+            )
+        return betas
     missing = [name for name in ("num_train_timesteps", "beta_schedule") if name not in config]
     if missing:
         raise ScheduleError(f"The scheduler config has no {missing}. Take scheduler_config.json from the base model.")
@@ -32,6 +41,8 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     if "beta_start" not in config or "beta_end" not in config:
         raise ScheduleError(f"beta_schedule {kind!r} needs beta_start and beta_end. Add both to the scheduler config.")
     start, end = float(config["beta_start"]), float(config["beta_end"])
+    if start > end:
+        raise ScheduleError(f"beta_start={start} is above beta_end={end}: noise must grow. Exchange the two.")
     if kind == "linear":
         return torch.linspace(start, end, count, dtype=torch.float64)
     if kind == "scaled_linear":
@@ -53,21 +64,29 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     """Float64 [T]; entry k is what the network saw at timestep k. Falls with k."""
+    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """Read a diffusers scheduler config.
 
         Raises:
-            ScheduleError: a field is missing or unknown, betas leave (0, 1), or `epsilon` meets zero terminal SNR.
+            ScheduleError: a field is missing, unknown or contradicts another, betas leave (0, 1), or `epsilon` meets
+                zero terminal SNR.
         """
+        kind = config.get("prediction_type", "epsilon")
+        if kind not in PREDICTION_TYPES:
+            raise ScheduleError(
+                f"prediction_type={kind!r} in the scheduler config is not known. Use one of "
+                f"{', '.join(PREDICTION_TYPES)}. A flow_prediction base is a flow model already."
+            )
         betas = _betas(config)
         if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ScheduleError(f"betas must be at least two numbers in (0, 1), got shape {tuple(betas.shape)}.")
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod = _to_zero_terminal_snr(alphas_cumprod)
-            if config.get("prediction_type", "epsilon") == "epsilon":
+            if kind == "epsilon":
                 raise ScheduleError(
                     "prediction_type 'epsilon' with rescale_betas_zero_snr: at zero signal, noise says nothing about "
                     "the data. Use a v_prediction base, or set rescale_betas_zero_snr to false."
@@ -78,13 +97,13 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
-    @property
+    @cached_property
     def flow_times(self) -> Tensor:
         """Float64 [T]: the flow time with the data-to-noise ratio of each timestep; falls with the timestep."""
         alpha, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         return alpha / (alpha + sigma)
 
-    @property
+    @cached_property
     def trained_range(self) -> tuple[float, float]:
         """Lowest and highest flow time that the network has seen."""
         times = self.flow_times
@@ -92,7 +111,9 @@ class NoiseSchedule:
 
     def timestep_at(self, t: Tensor) -> Tensor:
         """Float64 [batch], fractional: linear in `t` between neighbours in the table; outside it the nearest one."""
-        rising = self.flow_times.flip(0).to(t.device)
+        if t.device not in self._on_device:  # copied once: a copy to a GPU in every step would stop its queue
+            self._on_device[t.device] = self.flow_times.flip(0).to(t.device)
+        rising = self._on_device[t.device]
         t = t.double().clamp(rising[0], rising[-1])
         right = torch.searchsorted(rising, t).clamp(1, len(rising) - 1)
         low, high = rising[right - 1], rising[right]

@@ -6,14 +6,21 @@ Euler in flow time with an aligned diffusion network equals DDIM (eta 0) on the 
 import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from d2f_core.objective.path import check_times, shift_times
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """(x_t [batch, *dims], t [batch]) -> velocity [batch, *dims]."""
 
 Step = Callable[[Field, Tensor, Tensor, Tensor], Tensor]
+
+
+class NonFiniteStateError(FloatingPointError):
+    """The network put out something that is not a number; nothing is replaced by zero."""
 
 
 def euler(field: Field, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
@@ -36,31 +43,84 @@ def rk4(field: Field, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
     return x + h / 6 * (first + 2 * second + 2 * third + field(x + h * third, t + h))
 
 
-SOLVERS: Mapping[str, tuple[Step, int]] = MappingProxyType(
-    {"euler": (euler, 1), "midpoint": (midpoint, 2), "heun": (heun, 2), "rk4": (rk4, 4)}
-)
-"""A step of each solver, and how many network evaluations it takes."""
+STEPS: Mapping[str, Step] = MappingProxyType({"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4})
+"""Solvers with fixed steps."""
+
+ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun", "dopri8")
+"""Solvers of torchdiffeq, which choose their steps by an error tolerance; only first and last time count. Its
+`fehlberg2` is left out: its error was 200 times the tolerance on a smooth field."""
+
+SOLVERS = (*STEPS, *ADAPTIVE)
 
 
-def integrate(field: Field, x: Tensor, times: Tensor, solver: str = "euler") -> tuple[Tensor, int]:
+class _Counted:
+    """A field that counts its evaluations, and refuses answers that are not finite."""
+
+    def __init__(self, field: Field) -> None:
+        self.field, self.calls = field, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        # Rounding may carry a stage of the last step past the end by one unit in the last place.
+        t = t.clamp(0, 1)
+        velocity = self.field(x, t)
+        if not bool(velocity.isfinite().all()):
+            bad = [i for i, sample in enumerate(velocity) if not bool(sample.isfinite().all())]
+            raise NonFiniteStateError(
+                f"the velocity of samples {bad} is not finite at flow time {t.min().item():.4g}, evaluation "
+                f"{self.calls}. Check the weights, or compute in float32 or bfloat16 instead of float16."
+            )
+        return velocity
+
+
+def integrate(
+    field: Field, x: Tensor, times: Tensor, solver: str = "euler", *, rtol: float = 1e-4, atol: float = 1e-4
+) -> tuple[Tensor, int]:
     """Carry the state `x` [batch, *dims] along the flow times `times` [steps + 1], in either direction.
+
+    Args:
+        rtol, atol: error tolerances of the adaptive solvers.
 
     Returns:
         The state at the last time, and the number of network evaluations.
 
     Raises:
-        ValueError: an unknown solver.
+        ValueError: an unknown solver, or times outside [0, 1] or not in order.
+        NonFiniteStateError: the network failed; names the samples and the time.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is not known. Use one of {', '.join(SOLVERS)}.")
-    step, evaluations = SOLVERS[solver]
-    for start, end in itertools.pairwise(times):
-        x = step(field, x, start.expand(len(x)), end - start)
-    return x, evaluations * (len(times) - 1)
+    check_times(times)
+    differences = times.diff()
+    if not len(differences) or not (bool((differences > 0).all()) or bool((differences < 0).all())):
+        raise ValueError(
+            f"times must be at least two, all rising or all falling, got {times.tolist()}. Use uniform_times."
+        )
+    counted = _Counted(field)
+    if solver in ADAPTIVE:
+        x = _adaptive(counted, x, times[[0, -1]], solver, rtol, atol)
+    else:
+        for start, end in itertools.pairwise(times):
+            x = STEPS[solver](counted, x, start.expand(len(x)), end - start)
+    return x, counted.calls
 
 
-def uniform_times(steps: int) -> Tensor:
-    """Equidistant flow times from noise to data, float64 [steps + 1]."""
+def _adaptive(field: Field, x: Tensor, times: Tensor, solver: str, rtol: float, atol: float) -> Tensor:
+    from torchdiffeq import odeint
+
+    def derivative(t: Tensor, state: Tensor) -> Tensor:
+        return field(state, t.expand(len(state)))
+
+    times = times.to(x.dtype)
+    # A step must end at the last time: by default one may reach beyond it, where no network was trained.
+    states = odeint(derivative, x, times, rtol=rtol, atol=atol, method=solver, options={"step_t": times[1:]})
+    return cast(Tensor, states)[-1]
+
+
+def uniform_times(steps: int, shift: float = 1.0) -> Tensor:
+    """Flow times from noise to data, float64 [steps + 1]: equidistant, then shifted towards noise by `shift`."""
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if shift <= 0:
+        raise ValueError(f"shift={shift} must be above 0. 1 keeps the steps equal, 3 suits much larger images.")
+    return shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)

@@ -31,7 +31,9 @@ def submit(argv: Sequence[str], variables: Mapping[str, str]) -> int:
         client = ["job", "submit", "--submission-id", job, "--working-dir", ".", "--", *argv]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A session of its own: Ctrl-C must not end the client before it can be told to stop the job.
-    process = subprocess.Popen([command("ray"), *client], env={**os.environ, **variables}, start_new_session=True)
+    # Unbuffered: piped into a file, its lines would come in lumps of 8 KB, minutes late.
+    environment = {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([command("ray"), *client], env=environment, start_new_session=True)
     try:
         code = process.wait()
         return exit_code(job, variables) if running or code else 0

@@ -5,6 +5,7 @@ import torch
 
 from d2f_core.objective.alignment import VelocityField, alpha_sigma
 from d2f_core.objective.loss import LOSSES, flow_validation_loss
+from d2f_core.objective.path import TimeSampling, interpolate
 from d2f_core.objective.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.from_scheduler_config(
@@ -59,3 +60,61 @@ def test_losses_of_samples_do_not_mix():
 def test_validation_loss_has_one_number_per_time_and_sample():
     field = VelocityField(lambda x, timestep: x, SCHEDULE, "epsilon")
     assert flow_validation_loss(field, DATA, NOISE, torch.tensor([0.1, 0.5, 0.9])).shape == (3, 6)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("compat", [False, True])
+def test_diff2flow_is_the_squared_error_of_the_velocity_field(kind, compat):
+    """The loss mixes the network's state at once; it must be what the field and its target give, at both ends too."""
+    field = VelocityField(lambda x, timestep: torch.sin(3 * x), SCHEDULE, kind, compat)
+    t = torch.tensor([0.0, 0.03, 0.4, 0.6, 0.98, 0.999 if compat else 1.0], dtype=torch.float64)
+    data, noise = DATA.double(), NOISE.double()
+    expected = (field(interpolate(noise, data, t), t) - (data - noise)).square().flatten(1).mean(1).float()
+    torch.testing.assert_close(LOSSES["diff2flow"](field, data, noise, t), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_mask_leaves_only_what_it_marks(name):
+    mask = torch.zeros(6, 1, 2, 2)
+    mask[:, :, 0] = 1
+    field = VelocityField(lambda x, timestep: x, SCHEDULE, "v_prediction")
+    masked = LOSSES[name](field, DATA, NOISE, UNIFORM, mask=mask)
+    torch.testing.assert_close(masked, LOSSES[name](field, DATA[:, :, :1], NOISE[:, :, :1], UNIFORM))
+    torch.testing.assert_close(
+        LOSSES[name](field, DATA, NOISE, UNIFORM, mask=torch.ones(6, 1, 2, 2)),
+        LOSSES[name](field, DATA, NOISE, UNIFORM),
+    )
+    mask[2] = 0
+    assert LOSSES[name](field, DATA, NOISE, UNIFORM, mask=mask).isnan().tolist() == [i == 2 for i in range(6)]
+    with pytest.raises(ValueError, match=r"mask of shape \(6, 2\).*does not fit"):
+        LOSSES[name](field, DATA, NOISE, UNIFORM, mask=torch.ones(6, 2))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_the_data_error_alike_in_every_prediction_type(kind):
+    """An error in the data estimate of size 1 costs min(snr, gamma), whatever the network predicts."""
+    timestep = (UNIFORM.double() * 1000).long()
+    alpha_bar = SCHEDULE.alphas_cumprod[timestep].float()[:, None, None, None]
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    data = DATA + 1
+    noise = (alpha * DATA + sigma * NOISE - alpha * data) / sigma
+    wrong = {"epsilon": noise, "v_prediction": alpha * noise - sigma * data, "sample": data}[kind]
+    field = VelocityField(lambda x, step: wrong, SCHEDULE, kind)
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
+    torch.testing.assert_close(
+        LOSSES["diffusion"](field, DATA, NOISE, UNIFORM, min_snr_gamma=5.0), snr.clamp(max=5.0), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_flow_times_of_the_flow_losses_can_be_chosen():
+    seen = {}
+
+    def network(x, timestep):
+        seen["timestep"] = timestep
+        return x
+
+    times = TimeSampling(distribution="logit_normal", mean=0.5, shift=2.0)
+    LOSSES["flow_matching"](VelocityField(network, SCHEDULE, "epsilon"), DATA, NOISE, UNIFORM, times=times)
+    torch.testing.assert_close(seen["timestep"], 1000 * (1 - times(UNIFORM)))
+    LOSSES["diff2flow"](VelocityField(network, SCHEDULE, "epsilon"), DATA, NOISE, UNIFORM, times=times)
+    torch.testing.assert_close(seen["timestep"], SCHEDULE.timestep_at(times(UNIFORM)).float())

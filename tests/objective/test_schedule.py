@@ -55,6 +55,9 @@ def test_zero_terminal_snr_reaches_pure_noise():
         ({"num_train_timesteps": 10, "beta_schedule": "linear"}, "beta_start"),
         ({**BASE, "beta_schedule": "sigmoid"}, "'sigmoid' is not known"),
         ({"trained_betas": [0.1, 1.5]}, r"\(0, 1\)"),
+        ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 1000}, "num_train_timesteps=1000 contradicts the 2"),
+        ({**BASE, "beta_schedule": "linear", "prediction_type": "flow_prediction"}, "'flow_prediction'.*is not known"),
+        ({**BASE, "beta_start": 0.1, "beta_schedule": "linear"}, "beta_start=0.1 is above beta_end=0.012"),
     ],
 )
 def test_configs_that_cannot_be_used_are_refused(config, message):

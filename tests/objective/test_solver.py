@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.guidance import guided
 from d2f_core.objective.schedule import NoiseSchedule
-from d2f_core.objective.solver import integrate, uniform_times
+from d2f_core.objective.solver import ADAPTIVE, NonFiniteStateError, integrate, uniform_times
 
 START = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)[:, None]
 
@@ -66,7 +66,7 @@ def test_euler_in_flow_time_equals_ddim_on_the_mapped_grid(kind):
     times = torch.cat([schedule.flow_times[grid], torch.ones(1, dtype=torch.float64)])
     norm = float(torch.hypot(times[0], 1 - times[0]))
     ours, _ = integrate(VelocityField(network, schedule, kind), x * norm, times, "euler")
-    torch.testing.assert_close(ours, ddim, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, ddim, rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_in_one_forward_equals_two():
@@ -88,3 +88,79 @@ def test_guidance_in_one_forward_equals_two():
 def test_unknown_solver_or_no_steps_is_refused(steps, solver, message):
     with pytest.raises(ValueError, match=message):
         integrate(exact_field, torch.zeros(1, 1), uniform_times(steps), solver)
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+@pytest.mark.parametrize("backward", [False, True])
+def test_adaptive_solvers_meet_their_tolerance_and_count_evaluations(solver, backward):
+    calls = []
+
+    def field(x, t):
+        calls.append(t)
+        return exact_field(x, t)
+
+    times = uniform_times(1).flip(0) if backward else uniform_times(1)
+    start, wanted = (EXACT, START) if backward else (START, EXACT)
+    end, evaluations = integrate(field, start, times, solver, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(end, wanted, rtol=0, atol=2e-5)
+    assert evaluations == len(calls) > 4
+    assert min(float(t.min()) for t in calls) >= 0 and max(float(t.max()) for t in calls) <= 1
+
+
+def test_shifted_times_spend_more_steps_near_noise():
+    times = uniform_times(4, shift=3.0)
+    assert times.tolist() == pytest.approx([0, 0.1, 0.25, 0.5, 1])
+
+
+def test_a_network_that_fails_is_named_with_sample_and_time():
+    def field(x, t):
+        return torch.where((t > 0.4)[:, None] & (torch.arange(3) == 1)[:, None], torch.nan, x)
+
+    with pytest.raises(NonFiniteStateError, match=r"samples \[1\] is not finite at flow time 0.5, evaluation 3"):
+        integrate(field, torch.ones(3, 2), uniform_times(4))
+
+
+@pytest.mark.parametrize("times", [[0.0], [0.0, 0.5, 0.5, 1.0], [0.0, 1.0, 0.5], [0.0, 1.5]])
+def test_times_that_are_no_way_are_refused(times):
+    with pytest.raises(ValueError, match=r"times must"):
+        integrate(exact_field, START, torch.tensor(times))
+
+
+def test_guidance_acts_in_its_interval_only():
+    calls = []
+
+    def field(x, t, *, condition):
+        calls.append(len(x))
+        return x * condition
+
+    x = torch.ones(2, 3)
+    given = ({"condition": torch.full((2, 1), 2.0)}, {"condition": torch.full((2, 1), 1.0)})
+    some = guided(field, 3.0, *given, interval=(0.2, 0.8))
+    assert torch.equal(some(x, torch.tensor([0.5, 0.9])), torch.tensor([[4.0] * 3, [2.0] * 3]))
+    assert torch.equal(some(x, torch.tensor([0.0, 0.1])), torch.full((2, 3), 2.0))
+    assert calls == [4, 2]
+
+
+def test_guidance_rescale_brings_back_the_conditional_deviation():
+    def field(x, t, *, condition):
+        return x * condition
+
+    x, t = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)), torch.rand(4)
+    given = ({"condition": torch.full((4, 1), 2.0)}, {"condition": torch.full((4, 1), 0.5)})
+    conditional = field(x, t, condition=given[0]["condition"])
+    torch.testing.assert_close(guided(field, 4.0, *given, rescale=1.0)(x, t).std(1), conditional.std(1))
+    half, plain = guided(field, 4.0, *given, rescale=0.5)(x, t), guided(field, 4.0, *given)(x, t)
+    torch.testing.assert_close(half.std(1), (conditional.std(1) + plain.std(1)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "null", "message"),
+    [
+        ({"rescale": 1.5}, {"condition": torch.zeros(2, 1)}, "rescale=1.5"),
+        ({"interval": (0.8, 0.2)}, {"condition": torch.zeros(2, 1)}, "interval="),
+        ({}, {"condition": torch.zeros(2, 3)}, "Give both alike"),
+    ],
+)
+def test_guidance_that_makes_no_sense_is_refused(options, null, message):
+    with pytest.raises(ValueError, match=message):
+        guided(exact_field, 2.0, {"condition": torch.zeros(2, 1)}, null, **options)
