@@ -1,20 +1,60 @@
-"""LoRA adapters on a UNet's linear and convolutional layers, through PEFT."""
+"""LoRA adapters on a UNet's linear and convolutional layers, through PEFT.
 
+An adapter adds `alpha / rank * B A` to a layer. On a convolution, A is a convolution of the same kernel, stride and
+padding onto `rank` channels and B a 1x1 convolution: `rank * (k * k * in + out)` numbers. Biases stay as they are.
+
+The presets are those of the paper, with the layers that its parameter counts on SD 2.1 (865.9 M) imply:
+
+| preset    | convolutions            | attention q, k, v | attention out, feed-forward | ends          | trained |
+|-----------|-------------------------|-------------------|-----------------------------|---------------|---------|
+| base      | ceil(0.2 * max(in,out)) | likewise          | -                           | trained fully | 207.5 M |
+| small     | 64                      | 64                | 64                          | trained fully | 64.7 M  |
+| attention | -                       | 64                | -                           | -             | 10.1 M  |
+
+- Convolutions: every Conv2d between the ends: 3x3 ones, strided and upsampling ones, the 1x1 shortcuts of residual
+  blocks, and the transformers' `proj_in` and `proj_out` where these are convolutions (SD 1.5).
+- Attention is self- and cross-attention. Its output projection counts as feed-forward, as do `proj_in` and `proj_out`
+  where they are linear (SD 2.1, SDXL): with q, k, v and out at rank 64 the last preset would have 13.3 M.
+- Ends: `conv_in` and `conv_out` with their biases, through PEFT's `modules_to_save`.
+- The time embedding and its projections (`time_emb_proj`) are never adapted.
+
+Source: Schusterbauer et al., "Diff2Flow", CVPR 2025, arXiv:2506.02221.
+"""
+
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from torch import nn
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from d2f_core.model.denoiser import extend_input_channels
 
 ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 RESNET = r".*\.(conv1|conv2|conv_shortcut|time_emb_proj)"
 FEED_FORWARD = r".*\.(proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2)"
 ENDS = r".*samplers\.0\.conv|conv_in|conv_out"
 TARGETS = {"attention": ATTENTION, "all": "|".join(f"({part})" for part in (ATTENTION, RESNET, FEED_FORWARD, ENDS))}
+
+QUERY_KEY_VALUE = r".*\.attn[12]\.to_[qkv]"
+CONVOLUTIONS = r".*\.(conv1|conv2|conv_shortcut)|.*samplers\.0\.conv"
+PROJECTIONS = r".*\.proj_(in|out)"
+OUT_AND_FEED_FORWARD = r".*\.(to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
+TRAINED_ENDS = ("conv_in", "conv_out")
+PRESETS = ("base", "small", "attention")
+PRESET_RANK = 64
+PEFT_PREFIX = "base_model.model."
+
+
+class AdapterError(ValueError):
+    """An adapter that does not fit the network, with the keys and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,24 +65,144 @@ class LoraConfig:
     """Scale: the adapter adds `alpha / rank * B A`; default: the rank, so a scale of 1."""
     targets: Literal["attention", "all"] = "all"
     """`attention`: q, k, v and output projections. `all`: also convolutions and feed-forward layers."""
+    preset: Literal["", "base", "small", "attention"] = ""
+    """The paper's choice of layers and ranks, in place of `rank` and `targets`: on SD 2.1, `base` trains 207.5 M
+    parameters, `small` 64.7 M and `attention` (q, k, v) 10.1 M."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora rank={self.rank} must be at least 1. Use 4 to 128.")
+        if self.preset not in ("", *PRESETS):
+            raise ValueError(f"lora preset={self.preset!r} is not known. Use one of {', '.join(PRESETS)}, or ''.")
+        if self.preset and self.alpha is not None:
+            raise ValueError(
+                f"lora alpha={self.alpha} with preset={self.preset!r}: presets have a scale of 1. Leave alpha out, or "
+                "give rank, alpha and targets without a preset."
+            )
+
+
+def _preset_targets(unet: UNet2DConditionModel, preset: str) -> str:
+    """The pattern of the layers that get an adapter."""
+    parts = [QUERY_KEY_VALUE]
+    if preset in ("base", "small"):
+        parts.append(CONVOLUTIONS)
+    if preset == "small":
+        parts.append(OUT_AND_FEED_FORWARD)
+    if preset == "small" or (preset == "base" and not unet.config["use_linear_projection"]):
+        parts.append(PROJECTIONS)
+    return "|".join(f"({part})" for part in parts)
+
+
+def preset_ranks(unet: UNet2DConditionModel, preset: str) -> dict[str, int]:
+    """Layer name -> rank of its adapter, in the network's order."""
+    targets = re.compile(_preset_targets(unet, preset))
+    layers = {name: layer for name, layer in unet.named_modules() if targets.fullmatch(name)}
+    if preset != "base":
+        return dict.fromkeys(layers, PRESET_RANK)
+    return {name: -(-max(cast(Tensor, layer.weight).shape[:2]) // 5) for name, layer in layers.items()}
+
+
+def _preset_config(unet: UNet2DConditionModel, preset: str) -> PeftLoraConfig:
+    ranks = preset_ranks(unet, preset)
+    if not ranks:
+        raise AdapterError(f"no layer of the network fits preset={preset!r}. Use a UNet with attention.")
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    return PeftLoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        rank_pattern=dict(others),
+        alpha_pattern=dict(others),
+        # A pattern, because PEFT writes a list of names in another order in each process.
+        target_modules=_preset_targets(unet, preset),
+        modules_to_save=None if preset == "attention" else list(TRAINED_ENDS),
+    )
+
+
+def _peft_config(unet: UNet2DConditionModel, config: LoraConfig) -> PeftLoraConfig:
+    if config.preset:
+        return _preset_config(unet, config.preset)
+    return PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=cast(int, config.alpha or config.rank),
+        target_modules=TARGETS[config.targets],
+    )
 
 
 def add_lora(unet: UNet2DConditionModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:
-    """Freeze the UNet and add adapters that change nothing yet (B starts at zero); A is drawn from `seed`."""
-    peft_config = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=cast(int, config.alpha or config.rank),
-        target_modules=TARGETS[config.targets],  # type: ignore[arg-type]
-    )
+    """Freeze the UNet and add adapters that change nothing yet (B starts at zero); A is drawn from `seed`.
+
+    Just what the config trains has `requires_grad`: the adapters, and the ends under the presets `base` and `small`.
+    The output equals the frozen UNet's to the last bit. Against a UNet whose weights want gradients it may differ by
+    rounding (6e-7): torch computes a linear layer on a transposed input by another route then.
+    """
+    peft_config = _peft_config(unet, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cast(PeftModel, get_peft_model(cast(nn.Module, unet), peft_config))  # type: ignore[arg-type]
+        return cast(PeftModel, get_peft_model(cast(Any, unet), peft_config))
+
+
+def _read_adapter(unet: UNet2DConditionModel, adapter: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
+    """A saved adapter's config, and its tensors by the UNet's own names; the UNet is given as many input channels."""
+    config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(adapter)))
+    saved = load_file(adapter / "adapter_model.safetensors")
+    weights = {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
+    for end in config.modules_to_save or ():
+        missing = {f"{end}.{name}" for name, _ in unet.get_submodule(end).named_parameters()} - weights.keys()
+        if missing:
+            raise AdapterError(
+                f"{adapter} says that {end} was trained, but lacks {sorted(missing)}. Copy the whole adapter again."
+            )
+    for name in ("conv_in.weight", "conv_in.lora_A.weight"):
+        if name in weights and weights[name].shape[1] > unet.config["in_channels"]:
+            extend_input_channels(unet, weights[name].shape[1] - unet.config["in_channels"])
+    return config, weights
+
+
+def _check_taken(network: nn.Module, weights: dict[str, Tensor], adapter: Path, adapter_name: str) -> None:
+    """PEFT and diffusers drop, at most with a warning, what they cannot place."""
+    found = get_peft_model_state_dict(cast(Any, network), adapter_name=adapter_name)
+    taken = {name.removeprefix(PEFT_PREFIX): value for name, value in found.items()}
+    differing = [
+        name
+        for name in sorted(weights.keys() | taken.keys())
+        if name not in weights or name not in taken or not torch.equal(weights[name].to(taken[name]), taken[name])
+    ]
+    if differing:
+        raise AdapterError(
+            f"{len(differing)} tensors of the adapter {adapter} and the network do not agree, such as {differing[:3]}. "
+            "Load it into the base that it was trained on."
+        )
 
 
 def load_lora(unet: UNet2DConditionModel, adapter: Path) -> nn.Module:
-    """The UNet with a saved adapter merged into its weights."""
-    return PeftModel.from_pretrained(cast(nn.Module, unet), adapter).merge_and_unload()  # type: ignore[arg-type]
+    """The UNet with a saved adapter merged into its weights, and with the ends that were trained beside it.
+
+    Raises:
+        AdapterError: the network has not taken over each tensor of the adapter, or needs more of them.
+    """
+    _, weights = _read_adapter(unet, adapter)
+    network = PeftModel.from_pretrained(cast(Any, unet), adapter)
+    _check_taken(network, weights, adapter, "default")
+    return cast(Any, network).merge_and_unload()
+
+
+def load_lora_in_diffusers(
+    unet: UNet2DConditionModel, adapter: Path, *, adapter_name: str = "default"
+) -> UNet2DConditionModel:
+    """The UNet with a saved adapter beside its weights, by diffusers' own `load_lora_adapter`, in place.
+
+    On its own, diffusers knows neither PEFT's key prefix nor `adapter_config.json`, and takes ranks and scales from
+    the tensors. Here it gets both as metadata, `modules_to_save` included, so the trained ends are in use too.
+    diffusers knows no switch for these: after `disable_lora` they stay in use, until `enable_adapters(False)` is
+    called on `unet.conv_in` and `unet.conv_out`.
+
+    Raises:
+        AdapterError: the network has not taken over each tensor of the adapter, or needs more of them.
+    """
+    config, weights = _read_adapter(unet, adapter)
+    # diffusers judges the format of all keys by the first one.
+    adapters_first = dict(sorted(weights.items(), key=lambda item: ".lora_" not in item[0]))
+    cast(Any, unet).load_lora_adapter(adapters_first, prefix=None, adapter_name=adapter_name, metadata=config.to_dict())
+    _check_taken(unet, weights, adapter, adapter_name)
+    return unet

@@ -1,0 +1,71 @@
+r"""Write a trained model in another tool's layout.
+
+python -m pipelines.export diffusers --model models:/emoji-flow@candidate --output /data/emoji-flow
+python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
+from d2f_core.storage import check_reachable
+from d2f_core.tracking import resolve_model
+from pipelines.cli import run_job
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    model: str = "models:/emoji-flow@candidate"
+    """models:/NAME@ALIAS, or the directory of a trained model (s3:// or local)."""
+    output: str = ""
+    """Directory to write, or for `single-file` the .safetensors file; s3:// or local."""
+    layout: Literal["diffusers", "peft", "single-file"] = "diffusers"
+    """`diffusers`: a whole pipeline. `peft`: the adapter. `single-file`: a LoRA as ComfyUI and sd-scripts read it."""
+    base: str = ""
+    """Where the base lies here, when it moved; empty: where the model says."""
+
+    def __post_init__(self) -> None:
+        if self.layout == "peft" and self.base:
+            raise ValueError(f"base={self.base!r} is not used by layout='peft', which copies the adapter. Remove it.")
+
+
+RECIPES = {
+    "diffusers": ExportConfig(),
+    "peft": ExportConfig(layout="peft"),
+    "single-file": ExportConfig(layout="single-file"),
+}
+
+
+def check(config: ExportConfig) -> str:
+    """Where the model's files are. Raises ValueError for what cannot work."""
+    if not config.output:
+        raise ValueError("output is empty. Give --output URI.")
+    check_reachable(config.output, write=True)
+    return resolve_model(config.model)
+
+
+def main(config: ExportConfig) -> None:
+    model, base = check(config), config.base or None
+    if config.layout == "peft":
+        logger.info("wrote %s", export_peft(model, config.output))
+    elif config.layout == "diffusers":
+        done = export_diffusers(model, config.output, base_uri=base)
+        logger.info("wrote %s", done.target)
+        for part, reason in done.missing.items():
+            logger.info("give %s to from_pretrained yourself: %s", part, reason)
+    else:
+        file = export_single_file_lora(model, config.output, base_uri=base)
+        logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
+        if file.trained_biases:
+            logger.info(
+                "%d layers have trained biases, which diffusers and sd-scripts do not read", len(file.trained_biases)
+            )
+        if file.passed_over_by_kohya:
+            logger.info("sd-scripts has no place for %s", ", ".join(file.passed_over_by_kohya))
+
+
+if __name__ == "__main__":
+    run_job("export", RECIPES, main, check)

@@ -1,0 +1,86 @@
+"""The UNets of SD 1.5, SD 2.1 and SDXL as diffusers describes them, and networks of the same shape with tiny widths."""
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+DOWN, UP = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": (*DOWN, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *UP),
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+SD21: dict[str, Any] = SD15 | {
+    "sample_size": 96,
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D", *DOWN[:2]),
+    "up_block_types": (*UP[:2], "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FULL: dict[str, dict[str, Any]] = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
+
+TINY: dict[str, dict[str, Any]] = {
+    "sd15": {"block_out_channels": (8, 16, 32, 32), "attention_head_dim": 2, "cross_attention_dim": 12},
+    "sd21": {"block_out_channels": (8, 16, 32, 32), "attention_head_dim": (1, 2, 4, 4), "cross_attention_dim": 16},
+    "sdxl": {
+        "block_out_channels": (8, 16, 32),
+        "attention_head_dim": (1, 2, 4),
+        "cross_attention_dim": 20,
+        "transformer_layers_per_block": (1, 1, 2),
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    },
+}
+NAMES = tuple(FULL)
+
+
+def full_unet(name: str) -> UNet2DConditionModel:
+    """The full architecture on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**FULL[name])
+
+
+def tiny_unet(name: str, seed: int = 0) -> UNet2DConditionModel:
+    """The same kinds of blocks, levels and conditions, with widths / 40, half as deep, and random weights."""
+    torch.manual_seed(seed)
+    small = {"sample_size": 8, "norm_num_groups": 4, "layers_per_block": 1}
+    return UNet2DConditionModel(**FULL[name] | TINY[name] | small).eval()
+
+
+def tiny_condition(name: str, batch: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:
+    """What the tiny network of this name needs, by the denoiser's argument names."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(batch, 5, TINY[name]["cross_attention_dim"], generator=generator)
+    if name != "sdxl":
+        return {"text_states": states}
+    sizes = torch.tensor([1024.0, 768.0, 0.0, 16.0, 1023.0, 1023.0]).repeat(batch, 1)
+    return {"text_states": states, "pooled_text": torch.randn(batch, 24, generator=generator), "time_ids": sizes}
+
+
+def tiny_inputs(batch: int = 2, side: int = 8, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """A diffusion state [batch, 4, side, side] and fractional timesteps [batch]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 4, side, side, generator=generator), torch.linspace(10.5, 700.25, batch)

@@ -1,0 +1,240 @@
+"""diffusers' own pipelines sample a Diff2Flow model as this project's sampler does."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from d2f_core.model.artifact import load_model
+from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler, SchedulerUseError
+from d2f_core.model.sampling import sample_latents
+from d2f_core.objective.guidance import guided
+from d2f_core.objective.path import interpolate
+from d2f_core.objective.schedule import ScheduleError
+from d2f_core.objective.solver import integrate, uniform_times
+from tests.inference.tiny_base import write_tiny_base
+
+GENERATOR = torch.Generator().manual_seed(0)
+NOISE, DATA = torch.randn(2, 2, 4, 8, 8, generator=GENERATOR)
+STATES, NULL = torch.randn(2, 2, 8, 384, generator=GENERATOR)
+TERMINAL = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def with_schedule(base, tmp_path):
+    """The tiny base with other fields in its scheduler config."""
+
+    def change(**fields) -> Path:
+        for part in ("unet", "vae"):
+            (tmp_path / part).symlink_to(base / part)
+        config = json.loads((base / "scheduler/scheduler_config.json").read_text())
+        (tmp_path / "scheduler").mkdir()
+        (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps({**config, **fields}))
+        return tmp_path
+
+    return change
+
+
+def scheduler_of(directory: Path, **fields) -> Diff2FlowScheduler:
+    return Diff2FlowScheduler.from_config(DDIMScheduler.load_config(directory / "scheduler"), **fields)
+
+
+def pipeline_of(directory: Path, kind: type, **fields):
+    pipeline = kind(
+        vae=AutoencoderKL.from_pretrained(directory / "vae"),
+        text_encoder=None,
+        tokenizer=None,
+        unet=UNet2DConditionModel.from_pretrained(directory / "unet"),
+        scheduler=scheduler_of(directory, **fields),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run(pipeline, *, steps: int, guidance: float, **inputs) -> torch.Tensor:
+    inputs = {"latents": NOISE, **inputs} if "image" not in inputs else inputs
+    return pipeline(
+        prompt_embeds=STATES,
+        negative_prompt_embeds=NULL,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="latent",
+        **inputs,
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "guidance"),
+    [
+        ({}, 1, 1.0),
+        ({}, 40, 2.0),
+        ({"prediction_type": "v_prediction"}, 10, 3.0),
+        ({"prediction_type": "sample"}, 4, 3.0),
+        (TERMINAL, 10, 1.0),
+    ],
+)
+def test_an_unmodified_pipeline_gives_the_latents_of_our_own_sampler(with_schedule, fields, steps, guidance):
+    directory = with_schedule(**fields)
+    ours, _ = sample_latents(
+        load_model(str(directory)), NOISE, STATES, NULL, solver="euler", steps=steps, guidance=guidance
+    )
+    theirs = run(pipeline_of(directory, StableDiffusionPipeline), steps=steps, guidance=guidance)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    assert (ours - NOISE).abs().max() > 0.1
+
+
+def test_a_second_run_of_the_same_pipeline_starts_anew(base):
+    pipeline = pipeline_of(base, StableDiffusionPipeline)
+    first = run(pipeline, steps=3, guidance=2.0)
+    assert torch.equal(run(pipeline, steps=3, guidance=2.0), first)
+
+
+def test_shift_moves_the_flow_times_as_our_own_sampler_does(base):
+    field = guided(load_model(str(base)).velocity_field, 2.0, {"text_states": STATES}, {"text_states": NULL})
+    with torch.inference_mode():
+        ours, _ = integrate(field, NOISE, uniform_times(6, 3.0))
+    theirs = run(pipeline_of(base, StableDiffusionPipeline, shift=3.0), steps=6, guidance=2.0)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_image_to_image_starts_on_the_path_even_where_flow_times_share_a_timestep(base):
+    """Of 40 steps the first three are asked at timestep 999; strength 0.975 starts at the second of them."""
+    pipeline = pipeline_of(base, StableDiffusionImg2ImgPipeline)
+    theirs = run(
+        pipeline, steps=40, guidance=2.0, image=DATA, strength=0.975, generator=torch.Generator().manual_seed(3)
+    )
+    assert pipeline.scheduler.timesteps[:3].tolist() == [999.0] * 3
+    noise = torch.randn(DATA.shape, generator=torch.Generator().manual_seed(3))
+    times = uniform_times(40)[1:]
+    field = guided(load_model(str(base)).velocity_field, 2.0, {"text_states": STATES}, {"text_states": NULL})
+    with torch.inference_mode():
+        ours, _ = integrate(field, interpolate(noise, DATA, times[:1].expand(2)), times)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_timesteps_are_fractional_float32_and_fall(base):
+    scheduler = scheduler_of(base)
+    scheduler.set_timesteps(7)
+    assert scheduler.timesteps.dtype == torch.float32 and len(scheduler.timesteps) == 7
+    assert all(a > b for a, b in itertools.pairwise(scheduler.timesteps.tolist()))
+    assert any(timestep != round(timestep) for timestep in scheduler.timesteps.tolist())
+    assert scheduler.init_noise_sigma == 1.0 and scheduler.order == 1
+
+
+def test_a_scheduler_survives_a_round_trip_and_reads_any_scheduler_config_of_diffusers(base, tmp_path):
+    scheduler = scheduler_of(base, shift=2.0)
+    scheduler.save_pretrained(tmp_path)
+    again = Diff2FlowScheduler.from_pretrained(tmp_path)
+    assert dict(again.config) == dict(scheduler.config) and again.config.shift == 2.0
+    back = DDIMScheduler.from_config(again.config)
+    assert back.config.clip_sample is False and back.config.beta_end == 0.012
+    for either in (scheduler, again):
+        either.set_timesteps(9)
+    assert torch.equal(scheduler.timesteps, again.timesteps)
+    trained = Diff2FlowScheduler(num_train_timesteps=3, trained_betas=[0.01, 0.02, 0.03])
+    assert len(trained) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_states_keep_their_type_and_are_moved_in_float32_or_wider(base, dtype):
+    scheduler = scheduler_of(base)
+    scheduler.set_timesteps(4)
+    state, prediction = NOISE.to(dtype), DATA.to(dtype)
+    scaled = scheduler.scale_model_input(state, scheduler.timesteps[0])
+    (moved,) = scheduler.step(prediction, scheduler.timesteps[0], state, return_dict=False)
+    assert scaled.dtype == moved.dtype == dtype
+    exact = scheduler_of(base)
+    exact.set_timesteps(4)
+    exact.scale_model_input(state.double(), exact.timesteps[0])
+    expected = exact.step(prediction.double(), exact.timesteps[0], state.double()).prev_sample
+    torch.testing.assert_close(moved, expected.to(dtype), rtol=0, atol=0 if dtype == torch.float64 else 0.02)
+
+
+def test_noise_is_added_at_the_flow_time_of_a_trained_level(base):
+    scheduler = scheduler_of(base)
+    levels = torch.tensor([0, 999])
+    t = scheduler._schedule.flow_times[levels]
+    expected = interpolate(NOISE, DATA, t)
+    assert torch.equal(scheduler.add_noise(DATA, NOISE, levels), expected)
+    between = scheduler.add_noise(DATA[:1], NOISE[:1], torch.tensor([0.5]))
+    middle = scheduler._schedule.flow_times[:2].mean()
+    torch.testing.assert_close(between, interpolate(NOISE[:1], DATA[:1], middle.reshape(1)))
+
+
+def test_noise_is_added_where_the_run_stands(base):
+    scheduler = scheduler_of(base)
+    scheduler.set_timesteps(4)
+    scheduler.scale_model_input(NOISE, scheduler.timesteps[0])
+    scheduler.step(DATA, scheduler.timesteps[0], NOISE)
+    added = scheduler.add_noise(DATA, NOISE, scheduler.timesteps[1:2])
+    torch.testing.assert_close(added, 0.75 * NOISE + 0.25 * DATA)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5, True, None])
+def test_an_impossible_number_of_steps_is_refused(base, steps):
+    with pytest.raises(ValueError, match=f"steps={steps}"):
+        scheduler_of(base).set_timesteps(steps)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
+def test_an_impossible_shift_is_refused(base, shift):
+    with pytest.raises(ScheduleError, match="shift="):
+        scheduler_of(base, shift=shift)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"rescale_betas_zero_snr": True}, "zero_snr"),
+        ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
+        ({"trained_betas": [0.1, 0.2]}, "contradicts the 2 trained_betas"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused(base, fields, reason):
+    with pytest.raises(ScheduleError, match=reason):
+        scheduler_of(base, **fields)
+
+
+def test_calls_out_of_order_are_refused(base):
+    scheduler = scheduler_of(base)
+    with pytest.raises(SchedulerUseError, match="Call set_timesteps"):
+        scheduler.scale_model_input(NOISE, 999)
+    scheduler.set_timesteps(2)
+    first, second = scheduler.timesteps
+    with pytest.raises(SchedulerUseError, match="scale_model_input"):
+        scheduler.step(DATA, first, NOISE)
+    with pytest.raises(SchedulerUseError, match="is not the next one"):
+        scheduler.scale_model_input(NOISE, second)
+    with pytest.raises(SchedulerUseError, match="is not the next one"):
+        scheduler.scale_model_input(NOISE, math.nan)
+    with pytest.raises(SchedulerUseError, match="begin_index=2 must lie in 0"):
+        scheduler.set_begin_index(2)
+    scheduler.scale_model_input(NOISE, first)
+    with pytest.raises(SchedulerUseError, match="shapes must be equal"):
+        scheduler.step(DATA[:, :2], first, NOISE)
+    for timestep in (first, second):
+        scheduler.scale_model_input(NOISE, timestep)
+        scheduler.step(DATA, timestep, NOISE)
+    with pytest.raises(SchedulerUseError, match="all 2 steps of this run are done"):
+        scheduler.add_noise(DATA, NOISE, second[None])
+    with pytest.raises(SchedulerUseError, match="timesteps from 1000 to 1000 must lie in 0"):
+        scheduler_of(base).add_noise(DATA, NOISE, torch.tensor([1000]))

