@@ -18,7 +18,7 @@ def guided(
     null: Mapping[str, Tensor],
     *,
     rescale: float = 0.0,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: tuple[float, float] | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The field `null + scale * (conditional - null)`, with both halves in one forward of twice the batch.
 
@@ -28,15 +28,14 @@ def guided(
         rescale: in [0, 1]: how far the guided velocity's deviation, per sample, is brought back to the conditional
             one's, against over-saturation (Lin et al., 2024, arXiv:2305.08891, section 3.4, applied to the velocity).
         interval: flow times between which guidance acts; outside, only the conditional half is computed
-            (Kynkaanniemi et al., 2024, arXiv:2404.07724).
+            (Kynkaanniemi et al., 2024, arXiv:2404.07724). Without it the field's time may be any other, as in DDIM.
 
     Raises:
         ValueError: `rescale` or `interval` leaves [0, 1], or the two conditions differ in names or shapes.
     """
-    low, high = interval
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale={rescale} must lie in [0, 1]. Use 0 (off) to 0.7.")
-    if not 0 <= low <= high <= 1:
+    if interval and not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"guidance interval={interval} must be two rising flow times in [0, 1].")
     if scale == 1:
         return lambda x_t, t: velocity_field(x_t, t, **condition)
@@ -46,14 +45,14 @@ def guided(
     both = {name: torch.cat([condition[name], null[name]]) for name in condition}
 
     def field(x_t: Tensor, t: Tensor) -> Tensor:
-        acts = (t >= low) & (t <= high)
-        if not bool(acts.any()):
+        acts = (t >= interval[0]) & (t <= interval[1]) if interval else None
+        if acts is not None and not bool(acts.any()):
             return velocity_field(x_t, t, **condition)
         conditional, unconditional = velocity_field(torch.cat([x_t, x_t]), torch.cat([t, t]), **both).chunk(2)
         velocity = unconditional + scale * (conditional - unconditional)
         if rescale:
             ratio = conditional.flatten(1).std(1) / velocity.flatten(1).std(1)
             velocity = expand(rescale * ratio + (1 - rescale), velocity) * velocity
-        return torch.where(expand(acts, velocity).bool(), velocity, conditional)
+        return velocity if acts is None else torch.where(expand(acts, velocity).bool(), velocity, conditional)
 
     return field

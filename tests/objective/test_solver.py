@@ -141,6 +141,12 @@ def test_guidance_acts_in_its_interval_only():
     assert calls == [4, 2]
 
 
+def test_guidance_without_an_interval_acts_at_any_time_such_as_a_timestep():
+    given = ({"condition": torch.full((2, 1), 2.0)}, {"condition": torch.full((2, 1), 1.0)})
+    field = guided(lambda x, t, *, condition: x * condition, 3.0, *given)
+    assert torch.equal(field(torch.ones(2, 3), torch.tensor([999.0, 0.0])), torch.full((2, 3), 4.0))
+
+
 def test_guidance_rescale_brings_back_the_conditional_deviation():
     def field(x, t, *, condition):
         return x * condition

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-import ray
 
 from infra.local.stack import StackEnv
 from tests.inference.tiny_base import write_tiny_base
@@ -11,6 +10,8 @@ from tests.inference.tiny_base import write_tiny_base
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(stack: StackEnv) -> Iterator[None]:
+    import ray  # not above: pytest may import this file before tests/conftest.py has set what Ray reads then
+
     del stack
     ray.init(ignore_reinit_error=True)
     yield

@@ -1,0 +1,242 @@
+"""The paper's comparison at our size: emoji-sd adapts to OpenMoji by three losses, fully and with LoRA.
+
+    python -m benchmarks.objectives --results docs/results/objectives.jsonl
+
+Every combination sees the same rows in the same order with the same noises and flow times, and is judged by a Frechet
+distance (see benchmarks.frechet) of one image per caption and by the held-out flow loss, against steps and against
+network evaluations. Beside them: the untrained base by DDIM and DPM-Solver++, and as a flow model (step 0). The results
+file gets a line per finished combination; the same command again goes on with the ones that are missing.
+"""
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.frechet import NAME, Features, distance
+from d2f_core.data.emoji import MakeDatasetConfig, render_rows
+from d2f_core.data.order import SampleOrder
+from d2f_core.model.artifact import TrainedModel, load_model, to_uint8
+from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.base import resolve_base
+from d2f_core.model.ema import EmaConfig, update
+from d2f_core.model.lora import LoraConfig
+from d2f_core.model.sampling import sample_latents
+from d2f_core.model.text_to_image import ModelConfig, TextToImage
+from d2f_core.randomness import keyed_normal
+from d2f_core.train.config import TrainConfig
+
+Method = Literal["full", "small", "attention"]
+Objective = Literal["diffusion", "flow_matching", "diff2flow"]
+BATCH, HOLDOUT, CHUNK = 32, 128, 128
+RATES: dict[Method, float] = {"full": 5e-4, "small": 1e-3, "attention": 2e-3}
+EMA = EmaConfig(decay=0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    results: Path
+    """One JSON object per line."""
+    base: str = "infra/models/emoji-sd"
+    objectives: tuple[Objective, ...] = ("diff2flow", "diffusion", "flow_matching")
+    methods: tuple[Method, ...] = ("full", "small", "attention")
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 400
+    judged_at: tuple[int, ...] = (50, 100, 200)
+    """Steps at which 10 evaluations are judged, besides the last one."""
+    evaluations: tuple[int, ...] = (2, 4, 10, 25)
+    """Network evaluations of the last step's model and of the base."""
+    images: int = 1886
+    """Images per judgement, one for each caption in turn."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """OpenMoji as latents, and the features of its images."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    captions: np.ndarray
+    real: Tensor
+
+    def rows(self, rows: np.ndarray) -> dict[str, Any]:
+        return {
+            "latent_mean": self.mean[rows],
+            "latent_std": self.std[rows],
+            "caption": self.captions[rows],
+            "row": rows,
+            "epoch": np.zeros_like(rows),
+        }
+
+
+def load_data(base_uri: str, features: Features) -> Data:
+    rows = list(render_rows(MakeDatasetConfig(style="openmoji", subset="all", fit="drawing")))
+    images = torch.from_numpy(
+        np.stack([np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in rows])
+    )
+    autoencoder = load_autoencoder(resolve_base(base_uri))
+    parts = [autoencoder.encode(part.permute(0, 3, 1, 2).float() / 127.5 - 1) for part in images.split(CHUNK)]
+    mean, std = (torch.cat([part[i] for part in parts]).numpy() for i in range(2))
+    return Data(mean, std, np.array([row["caption"] for row in rows], dtype=object), features(images))
+
+
+class Judge:
+    """Draws one image per caption, always from the same noises, and measures the distance to the real ones."""
+
+    def __init__(self, config: Config, data: Data, task: TextToImage, features: Features) -> None:
+        self.data, self.features, self.task = data, features, task
+        self.captions = [str(data.captions[i % len(data.captions)]) for i in range(config.images)]
+        keys = [f"{number}/{caption}" for number, caption in enumerate(self.captions)]
+        self.noise = torch.from_numpy(keyed_normal(1, keys, data.mean.shape[1:], "judge"))
+        self.autoencoder = load_autoencoder(task.base)
+
+    @torch.no_grad()
+    def __call__(self, model: TrainedModel, solver: str, steps: int) -> float:
+        drawn = []
+        for start in range(0, len(self.captions), CHUNK):
+            states = self.task.text_states(self.captions[start : start + CHUNK])
+            noise = self.noise[start : start + CHUNK]
+            if solver == "dpm++":
+                latents = dpm_solver(model, noise, states, steps)
+            else:
+                latents, _ = sample_latents(model, noise, states, states, solver=solver, steps=steps, guidance=1.0)
+            drawn.append(self.features(to_uint8(self.autoencoder.decode(latents))))
+        return distance(torch.cat(drawn), self.data.real)
+
+
+def dpm_solver(model: TrainedModel, noise: Tensor, states: Tensor, steps: int) -> Tensor:
+    """diffusers' DPM-Solver++ (second order) on the base's own schedule."""
+    scheduler: Any = DPMSolverMultistepScheduler.from_config(
+        dict(model.base.scheduler_config), timestep_spacing="trailing", algorithm_type="dpmsolver++"
+    )
+    scheduler.set_timesteps(steps)
+    x = noise
+    for timestep in scheduler.timesteps:
+        prediction = model.denoiser(x, timestep.expand(len(x)).float(), text_states=states)
+        x = scheduler.step(prediction, timestep, x).prev_sample
+    return x
+
+
+def own_solver(objective: str) -> str:
+    return "ddim" if objective == "diffusion" else "euler"
+
+
+def validation(task: TextToImage, data: Data, order: SampleOrder) -> float:
+    with torch.no_grad():
+        total, count = task.validation_loss(task.module, data.rows(order.holdout()))
+    return total / count
+
+
+def task_for(config: Config, objective: Objective, method: Method, seed: int) -> TextToImage:
+    lora = LoraConfig(preset="" if method == "full" else method)
+    chosen = ModelConfig(
+        base=config.base,
+        objective=objective,
+        method="full" if method == "full" else "lora",
+        lora=lora,
+        caption_dropout=0.0,
+    )
+    return TextToImage(resolve_base(config.base), chosen, seed=seed, dtype=torch.float32, device="cpu")
+
+
+def train(
+    config: Config, task: TextToImage, data: Data, order: SampleOrder, rate: float
+) -> Iterator[tuple[int, float]]:
+    """Yield (step, mean loss since the last) with the averaged weights in the module, at each judged step."""
+    settings = TrainConfig(num_steps=config.steps, learning_rate=rate, warmup_steps=20)
+    trained = [p for p in task.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    averages, losses = [p.detach().clone() for p in trained], []
+    for step in range(config.steps):
+        epochs, rows = order.at(np.arange(step * BATCH, (step + 1) * BATCH))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(step)
+        loss = task.loss(task.module, task.to_batch({**data.rows(rows), "epoch": epochs})).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        for average, parameter in zip(averages, trained, strict=True):
+            update(average, parameter.detach(), EMA.decay_at(step + 1))
+        if step + 1 in (*config.judged_at, config.steps):
+            kept = [p.detach().clone() for p in trained]
+            _put(trained, averages)
+            yield step + 1, float(np.mean(losses))
+            _put(trained, kept)
+            losses = []
+
+
+@torch.no_grad()
+def _put(parameters: list[torch.nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def run_baseline(config: Config, data: Data, features: Features) -> Iterator[dict[str, Any]]:
+    """The base as it is: DDIM, DPM-Solver++, and Euler in flow time (step 0 of every diff2flow training)."""
+    task = task_for(config, "diff2flow", "full", 0)
+    judge, base = Judge(config, data, task, features), load_model(config.base)
+    for solver in ("ddim", "dpm++"):
+        found = {steps: judge(base, solver, steps) for steps in config.evaluations}
+        yield {"what": solver, NAME: found}
+    found = {steps: judge(task.model(task.module), "euler", steps) for steps in config.evaluations}
+    half = torch.randperm(len(data.real), generator=torch.Generator().manual_seed(0))
+    floor = distance(*(data.real[part] for part in half.chunk(2)))
+    order = SampleOrder(num_rows=len(data.captions), holdout_rows=HOLDOUT)
+    yield {"what": "step 0", NAME: found, "flow_loss": validation(task, data, order)}
+    yield {"what": "two halves of the real images", NAME: floor}
+
+
+def run_one(
+    config: Config, data: Data, features: Features, objective: Objective, method: Method, seed: int
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    task = task_for(config, objective, method, seed)
+    judge = Judge(config, data, task, features)
+    order = SampleOrder(num_rows=len(data.captions), holdout_rows=HOLDOUT, seed=seed)
+    curve = []
+    for step, loss in train(config, task, data, order, RATES[method]):
+        counts = config.evaluations if step == config.steps else (10,)
+        found = {count: judge(task.model(task.module), own_solver(objective), count) for count in counts}
+        curve.append({"step": step, "loss": loss, NAME: found, "flow_loss": validation(task, data, order)})
+        print(f"  {objective} {method} seed {seed}: {curve[-1]}", flush=True)
+    return {"curve": curve, "seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    torch.set_num_threads(2)
+    lines = config.results.read_text().splitlines() if config.results.exists() else []
+    done = {json.dumps(json.loads(line)["of"], sort_keys=True) for line in lines}
+    features = Features()
+    data = load_data(config.base, features)
+    common = {"base": config.base, "steps": config.steps, "images": config.images}
+
+    def keep(of: dict[str, Any], result: dict[str, Any]) -> None:
+        with config.results.open("a") as file:
+            file.write(json.dumps({"of": of, **result}) + "\n")
+
+    baseline = {**common, "steps": 0, "objective": "none"}
+    if json.dumps(baseline, sort_keys=True) not in done:
+        keep(baseline, {"rows": list(run_baseline(config, data, features))})
+    for seed in config.seeds:
+        for method in config.methods:
+            for objective in config.objectives:
+                of = {**common, "objective": objective, "method": method, "seed": seed}
+                if json.dumps(of, sort_keys=True) not in done:
+                    keep(of, run_one(config, data, features, objective, method, seed))
+
+
+if __name__ == "__main__":
+    main()
