@@ -1,5 +1,4 @@
-"""The mathematics of Diff2Flow: torch and nothing else.
+"""The mathematics of Diff2Flow: torch, and torchdiffeq where an adaptive solver asks for it.
 
-Read in this order: `schedule` (what the network was trained on), `path` (where it goes), `alignment` (the map between
-the two), `loss`, `solver`, `guidance`.
+Read in this order: `schedule` (what a network was trained on), `path`, `alignment`, `loss`, `solver`, `guidance`.
 """

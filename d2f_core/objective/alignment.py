@@ -24,7 +24,7 @@ Denoiser = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """At flow times [batch], all float64: what to ask the network, and how to read what it answers."""
+    """At flow times [batch], all float64: what to ask the network, and how to read its answer."""
 
     timestep: Tensor
     """The network's own time, fractional."""
@@ -90,18 +90,16 @@ def align(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment
 def align_as_published(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment:
     """The map of the paper's published code, for comparisons: `t` in [0, 1) [batch].
 
-    It differs from `align` in three ways. Timestep and scale come from a table with clean data added in front, the
-    reading of the prediction from one without it, at the same index: one level apart. Between levels, alpha and sigma
-    are interpolated linearly. Below the trained range the table is read past its end, so the timestep creeps on
-    from T - 1 towards T.
+    Timestep and scale come from a table with clean data added in front, the reading of the prediction from one without
+    it, at the same index: one level apart. Between levels, alpha and sigma are interpolated linearly. Below the trained
+    range the table is read past its end, so the timestep creeps on from T - 1 towards T.
     """
     bars = schedule.alphas_cumprod.to(t.device)
     longer = torch.cat([bars.new_ones(1), bars])
     alpha, sigma = longer.sqrt(), (1 - longer).sqrt()
     times = alpha / (alpha + sigma)  # falls from 1
     t = t.double()
-    # Index of the nearest time at or below t. Below the trained range there is none, and the published lookup wraps
-    # around to the clean end: it then interpolates over the whole range of times.
+    # Below the trained range the published lookup wraps around to the clean end: it interpolates over all times.
     level = torch.searchsorted(-times, -t).clamp(max=len(times))
     inside = level < len(times)
     below, above = level.clamp(1, len(times) - 1), (level - 1).clamp(0, len(times) - 2)

@@ -30,10 +30,8 @@ def _mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return square.flatten(1).mean(1)
     if mask.shape[0] != error.shape[0] or mask.ndim != error.ndim:
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} does not fit an error of shape {tuple(error.shape)}. Give "
-            "[batch, 1, height, width] at the latent's size."
-        )
+        shapes = f"mask of shape {tuple(mask.shape)} does not fit an error of shape {tuple(error.shape)}"
+        raise ValueError(f"{shapes}. Give [batch, 1, height, width] at the latent's size.")
     weight = mask.to(square.dtype).expand_as(square).flatten(1)
     return (square.flatten(1) * weight).sum(1) / weight.sum(1)
 
@@ -49,8 +47,8 @@ def diff2flow(
 ) -> Tensor:
     """Flow matching through the alignment: the squared error of the velocity at flow times `times(uniform)`.
 
-    The state is mixed for the network at once, without passing through `x_t`: the velocity and its target are both
-    linear in (data, noise, prediction), so their difference takes as many operations as the diffusion loss.
+    The state is mixed for the network at once, not by way of `x_t`: velocity and target are linear in (data, noise,
+    prediction), so their difference takes as many operations as the diffusion loss.
     """
     at = field.align(t := times(uniform).double())
     to_data, to_noise = at.scale * t, at.scale * (1 - t)

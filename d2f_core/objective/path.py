@@ -61,9 +61,7 @@ class TimeSampling:
 
     def __post_init__(self) -> None:
         if self.distribution not in ("uniform", "logit_normal", "mode"):
-            raise ValueError(
-                f"time distribution {self.distribution!r} is not known. Use uniform, logit_normal or mode."
-            )
+            raise ValueError(f"time distribution {self.distribution!r} is not known: uniform, logit_normal or mode.")
         if self.std <= 0 or self.shift <= 0:
             raise ValueError(f"std={self.std} and shift={self.shift} of the flow times must be above 0. Use 1 and 1.")
         if not -1 <= self.scale <= 2 / (math.pi - 2):

@@ -27,8 +27,7 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
         betas = torch.as_tensor(trained, dtype=torch.float64)
         if betas.numel() != (count := int(config.get("num_train_timesteps", betas.numel()))):
             raise ScheduleError(
-                f"num_train_timesteps={count} contradicts the {betas.numel()} trained_betas. Give as many betas as "
-                "timesteps, or leave num_train_timesteps out."
+                f"num_train_timesteps={count} contradicts the {betas.numel()} trained_betas. Leave it out."
             )
         return betas
     missing = [name for name in ("num_train_timesteps", "beta_schedule") if name not in config]

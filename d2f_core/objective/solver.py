@@ -47,8 +47,7 @@ STEPS: Mapping[str, Step] = MappingProxyType({"euler": euler, "midpoint": midpoi
 """Solvers with fixed steps."""
 
 ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun", "dopri8")
-"""Solvers of torchdiffeq, which choose their steps by an error tolerance; only first and last time count. Its
-`fehlberg2` is left out: its error was 200 times the tolerance on a smooth field."""
+"""Solvers of torchdiffeq that choose their steps. Its `fehlberg2` missed its tolerance by 200 on a smooth field."""
 
 SOLVERS = (*STEPS, *ADAPTIVE)
 
@@ -61,8 +60,7 @@ class _Counted:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
-        # Rounding may carry a stage of the last step past the end by one unit in the last place.
-        t = t.clamp(0, 1)
+        t = t.clamp(0, 1)  # rounding may carry the last stage past the end by one unit in the last place
         velocity = self.field(x, t)
         if not bool(velocity.isfinite().all()):
             bad = [i for i, sample in enumerate(velocity) if not bool(sample.isfinite().all())]
@@ -93,9 +91,7 @@ def integrate(
     check_times(times)
     differences = times.diff()
     if not len(differences) or not (bool((differences > 0).all()) or bool((differences < 0).all())):
-        raise ValueError(
-            f"times must be at least two, all rising or all falling, got {times.tolist()}. Use uniform_times."
-        )
+        raise ValueError(f"times must be two or more, all rising or all falling, got {times.tolist()}.")
     counted = _Counted(field)
     if solver in ADAPTIVE:
         x = _adaptive(counted, x, times[[0, -1]], solver, rtol, atol)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_KEY_TAG = "d2f.run_key"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""MLflow's pages then show trainings (metrics, runs, models) rather than agents and their traces."""
 MAX_PARAM_CHARS = 6000
 MAX_PARAMS_PER_CALL = 100
 
@@ -131,7 +129,7 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
         if found is not None:
             return found.experiment_id
         try:
-            return attempt("create the experiment", lambda: client.create_experiment(name, tags=EXPERIMENT_TAGS))
+            return attempt("create the experiment", lambda: client.create_experiment(name))
         except TrackingError as error:  # another process created it between the two calls
             logger.info("%s", error)
     raise TrackingError(f"MLflow neither finds nor creates the experiment {name!r}. Choose another name.")
