@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import botocore.exceptions
 import psutil
 import pytest
 
@@ -38,7 +39,16 @@ def kill(directory: Path, signal_number: int, part: str = "s3") -> None:
 
 
 def read(stack: Stack, key: str) -> bytes:
-    return s3_client(stack.directory).get_object(Bucket="d2f", Key=key)["Body"].read()
+    """Just after a restart SeaweedFS may answer InternalError until its volumes are registered; S3 clients retry that,
+    but the one of the health checks, which is used here, does not."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return s3_client(stack.directory).get_object(Bucket="d2f", Key=key)["Body"].read()
+        except botocore.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] != "InternalError" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def write(stack: Stack, key: str, body: bytes) -> None:
