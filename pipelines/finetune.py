@@ -39,15 +39,16 @@ def build_task(config: FinetuneConfig, device: str) -> Task:
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
         loss_fn=task.loss,
-        evaluate=functools.partial(evaluate, config, task),
+        evaluate=functools.partial(evaluate, config, task, read_manifest(config.latents)),
         make_grid=functools.partial(image_grid, columns=config.preview.columns),
     )
 
 
-def evaluate(config: FinetuneConfig, task: TextToImage, network: Any, rank: int, num_workers: int) -> Evaluation:
+def evaluate(
+    config: FinetuneConfig, task: TextToImage, manifest: Manifest, network: Any, rank: int, num_workers: int
+) -> Evaluation:
     """One worker's share of the held-out rows and of the preview."""
     sums, images = {}, []
-    manifest = read_manifest(config.latents)
     if len(held := config.order(manifest).holdout()):
         share, counts = share_of(len(held), rank, num_workers)
         arrays = table_to_arrays(RowReader(config.latents, manifest, COLUMNS).read(held[share]))

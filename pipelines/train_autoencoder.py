@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from d2f_core import storage
-from d2f_core.data.manifest import read_manifest
+from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.stream import RowReader
 from d2f_core.model.autoencoder_training import AutoencoderTask, TrainableAutoencoder, decode_pixels, latent_scaling
 from d2f_core.model.base import local_copy
@@ -47,16 +47,15 @@ def build_task(config: TrainAutoencoderConfig, device: str) -> Task:
         module=task.module,
         to_batch=lambda table: task.to_batch(arrays(table)),
         loss_fn=task.loss,
-        evaluate=functools.partial(evaluate, config, task),
+        evaluate=functools.partial(evaluate, config, task, read_manifest(config.images)),
         make_grid=functools.partial(image_grid, columns=SHOWN),
     )
 
 
 def evaluate(
-    config: TrainAutoencoderConfig, task: AutoencoderTask, network: Any, rank: int, num_workers: int
+    config: TrainAutoencoderConfig, task: AutoencoderTask, manifest: Manifest, network: Any, rank: int, num_workers: int
 ) -> Evaluation:
     """One worker's share of the held-out images."""
-    manifest = read_manifest(config.images)
     if not len(held := config.order(manifest).holdout()):
         return Evaluation()
     share, counts = share_of(len(held), rank, num_workers)

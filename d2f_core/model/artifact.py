@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from d2f_core import storage
 from d2f_core.content import hash_directory
 from d2f_core.model.base import BaseModel, local_copy, resolve_base
-from d2f_core.model.denoiser import as_denoiser, load_unet
+from d2f_core.model.denoiser import as_denoiser, load_unet, network_dtype
 from d2f_core.model.lora import load_lora
 from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField
 from d2f_core.objective.schedule import NoiseSchedule
@@ -69,7 +69,7 @@ class TrainedModel:
 
     @property
     def denoiser(self) -> Denoiser:
-        return as_denoiser(self.network, next(self.network.parameters()).dtype)
+        return as_denoiser(self.network, network_dtype(self.network))
 
     @property
     def velocity_field(self) -> VelocityField | NaiveVelocityField:
