@@ -35,7 +35,7 @@ from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.sources import ImageSource, plan_images
-from d2f_core.data.stream import RowReader
+from d2f_core.data.table_reader import RowReader
 from d2f_core.inference.encode import EncodeConfig, check_encode, encode_latents, finish_table, run_chunks
 from d2f_core.inference.encode_actor import to_input
 from d2f_core.inference.encode_job import claim_output

@@ -56,8 +56,8 @@ class Config:
     """Steps at which 10 evaluations are judged, besides the last one."""
     evaluations: tuple[int, ...] = (2, 4, 10, 25)
     """Network evaluations of the last step's model and of the base."""
-    images: int = 1886
-    """Images per judgement, one for each caption in turn."""
+    images: int = 943
+    """Images per judgement, one for each caption in turn: as many as a half of the real ones, which gives the floor."""
 
 
 @dataclass(frozen=True)
@@ -79,25 +79,26 @@ class Data:
         }
 
 
-def load_data(base_uri: str, features: Features) -> Data:
-    rows = list(render_rows(MakeDatasetConfig(style="openmoji", subset="all", fit="drawing")))
+def images_as_data(base_uri: str, source: MakeDatasetConfig, features: Features | None = None) -> Data:
+    rows = list(render_rows(source))
     images = torch.from_numpy(
         np.stack([np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in rows])
     )
     autoencoder = load_autoencoder(resolve_base(base_uri))
     parts = [autoencoder.encode(part.permute(0, 3, 1, 2).float() / 127.5 - 1) for part in images.split(CHUNK)]
     mean, std = (torch.cat([part[i] for part in parts]).numpy() for i in range(2))
-    return Data(mean, std, np.array([row["caption"] for row in rows], dtype=object), features(images))
+    captions = np.array([row["caption"] for row in rows], dtype=object)
+    return Data(mean, std, captions, features(images) if features else torch.empty(0))
 
 
 class Judge:
     """Draws one image per caption, always from the same noises, and measures the distance to the real ones."""
 
-    def __init__(self, config: Config, data: Data, task: TextToImage, features: Features) -> None:
+    def __init__(self, config: Config, data: Data, task: TextToImage, features: Features, noises: int = 1) -> None:
         self.data, self.features, self.task = data, features, task
         self.captions = [str(data.captions[i % len(data.captions)]) for i in range(config.images)]
         keys = [f"{number}/{caption}" for number, caption in enumerate(self.captions)]
-        self.noise = torch.from_numpy(keyed_normal(1, keys, data.mean.shape[1:], "judge"))
+        self.noise = torch.from_numpy(keyed_normal(noises, keys, data.mean.shape[1:], "judge"))
         self.autoencoder = load_autoencoder(task.base)
 
     @torch.no_grad()
@@ -125,6 +126,12 @@ def dpm_solver(model: TrainedModel, noise: Tensor, states: Tensor, steps: int) -
         prediction = model.denoiser(x, timestep.expand(len(x)).float(), text_states=states)
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x
+
+
+def order_of(data: Data, seed: int) -> SampleOrder:
+    """The whole table is shuffled as one window."""
+    rows = len(data.captions)
+    return SampleOrder(num_rows=rows, holdout_rows=HOLDOUT, seed=seed, batch=BATCH, window_rows=rows)
 
 
 def own_solver(objective: str) -> str:
@@ -190,10 +197,13 @@ def run_baseline(config: Config, data: Data, features: Features) -> Iterator[dic
     for solver in ("ddim", "dpm++"):
         found = {steps: judge(base, solver, steps) for steps in config.evaluations}
         yield {"what": solver, NAME: found}
+    others = [Judge(config, data, task, features, noises=noises) for noises in (2, 3)]
+    for other in others:  # the control: the same sampler from other noises
+        yield {"what": "ddim, other noises", NAME: {steps: other(base, "ddim", steps) for steps in config.evaluations}}
     found = {steps: judge(task.model(task.module), "euler", steps) for steps in config.evaluations}
     half = torch.randperm(len(data.real), generator=torch.Generator().manual_seed(0))
     floor = distance(*(data.real[part] for part in half.chunk(2)))
-    order = SampleOrder(num_rows=len(data.captions), holdout_rows=HOLDOUT)
+    order = order_of(data, 0)
     yield {"what": "step 0", NAME: found, "flow_loss": validation(task, data, order)}
     yield {"what": "two halves of the real images", NAME: floor}
 
@@ -204,7 +214,7 @@ def run_one(
     began = time.perf_counter()
     task = task_for(config, objective, method, seed)
     judge = Judge(config, data, task, features)
-    order = SampleOrder(num_rows=len(data.captions), holdout_rows=HOLDOUT, seed=seed)
+    order = order_of(data, seed)
     curve = []
     for step, loss in train(config, task, data, order, RATES[method]):
         counts = config.evaluations if step == config.steps else (10,)
@@ -220,7 +230,7 @@ def main() -> None:
     lines = config.results.read_text().splitlines() if config.results.exists() else []
     done = {json.dumps(json.loads(line)["of"], sort_keys=True) for line in lines}
     features = Features()
-    data = load_data(config.base, features)
+    data = images_as_data(config.base, MakeDatasetConfig(style="openmoji", subset="all", fit="drawing"), features)
     common = {"base": config.base, "steps": config.steps, "images": config.images}
 
     def keep(of: dict[str, Any], result: dict[str, Any]) -> None:

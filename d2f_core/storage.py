@@ -2,18 +2,36 @@
 
 S3 is configured by the environment names that its tools already use: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
 `AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`.
+
+Every function that talks to S3 repeats what a bad network made fail, for `RETRY_SECONDS`, and says so in the log; then
+it raises StorageError. Wrong credentials, a missing bucket or a missing object are errors at once.
 """
 
 import concurrent.futures
+import contextlib
+import errno
+import functools
 import os
+import secrets
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow.fs
 
-CHECK_SECONDS = 9.0
+from d2f_core.retry import GaveUpError, is_network_trouble, keep_trying, one_line
+
+T = TypeVar("T")
+
+CHECK_SECONDS, PROBE_SECONDS = 9.0, 3.0
+RETRY_SECONDS = 180.0
+"""How long a failing call to S3 is repeated."""
+READ_TIMEOUT, CONNECT_TIMEOUT = 30, 5
+"""Seconds of silence after which a server counts as stalled, and seconds to connect."""
+SEVERAL_PARTS = 100 * 2**20  # bytes from which s3fs uploads an object in parts
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 class StorageError(ValueError):
@@ -40,21 +58,97 @@ def filesystem(uri: str) -> tuple[Any, str]:
         raise StorageError(f"{uri!r} has the scheme {scheme!r}. Use s3://bucket/key or a local path.")
     if scheme == "file":
         return fsspec.filesystem("file"), str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    return _s3(attempts=3), uri.removeprefix("s3://").rstrip("/")
+
+
+@functools.cache
+def _session(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    """Makes clients of S3 that do not send `Expect: 100-continue`: aiohttp awaits its answer without a time limit."""
+    del process, environment  # a forked process makes its own; a session keeps the credentials that it found first
+    from aiobotocore.session import AioSession
+
+    session = AioSession()
+    session.register("before-call.s3", _without_expect, unique_id="d2f-without-expect")
+    return session
+
+
+def _without_expect(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].pop("Expect", None)
+
+
+def _s3(*, attempts: int) -> Any:
+    """s3fs, which makes a failing request up to `attempts` times, silently."""
     # Listings are never cached: another process (a worker, an earlier attempt) writes the same prefix.
-    return fsspec.filesystem("s3", use_listings_cache=False), uri.removeprefix("s3://").rstrip("/")
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    retries = {"total_max_attempts": attempts, "mode": "standard"}
+    fs = fsspec.filesystem(
+        "s3",
+        use_listings_cache=False,
+        session=_session(os.getpid(), environment),
+        config_kwargs={"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "retries": retries},
+    )
+    fs.retries = attempts
+    return fs
+
+
+def _open(uri: str) -> tuple[Any, str]:
+    """The filesystem for the functions below, whose repetitions are `retried`'s alone and so are seen in the log."""
+    return (_s3(attempts=1) if is_s3(uri) else filesystem(uri)[0]), filesystem(uri)[1]
+
+
+def retried(what: str, call: Callable[[], T]) -> T:
+    """Call, and call again while the network or S3 is in trouble, for `RETRY_SECONDS`; for s3fs and pyarrow alike.
+
+    Args:
+        what: completes "could not ...", e.g. "read s3://bucket/key".
+
+    Raises:
+        StorageError: it failed for all that time; one line.
+        Exception: any other error of `call`, at once.
+    """
+    try:
+        return keep_trying(what, call, transient=is_network_trouble, seconds=RETRY_SECONDS)
+    except GaveUpError as error:
+        raise StorageError(
+            f"{error}. Check that {os.environ.get('AWS_ENDPOINT_URL', 'AWS')} is up and can be reached from here; the "
+            "same command goes on from there."
+        ) from error.__cause__
+
+
+@contextlib.contextmanager
+def _whole(target: Path, needed: int) -> Iterator[Path]:
+    """A place beside `target` to write a file or directory to; on any error nothing is left there.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        free = shutil.disk_usage(next(parent for parent in target.parents if parent.is_dir())).free
+        raise StorageError(
+            f"{str(target)!r} needs {needed:,} bytes, which do not fit ({error.strerror}; {free:,} bytes are free "
+            "there). Free space, raise the quota or the file size limit (`ulimit -f`), or choose another place."
+        ) from None
+    finally:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow filesystem that serves `uri`, and the path inside it."""
+    """The pyarrow filesystem that serves `uri`, and the path inside it; wrap its reads in `retried`."""
     if is_s3(uri):
-        return pyarrow.fs.FileSystem.from_uri(uri)
+        return retried(f"find the region of {uri}", lambda: pyarrow.fs.FileSystem.from_uri(uri))
     return pyarrow.fs.LocalFileSystem(), filesystem(uri)[1]
 
 
 def read_bytes(uri: str) -> bytes:
     """The object's bytes. Raises FileNotFoundError when there is none."""
-    fs, path = filesystem(uri)
-    return fs.cat_file(path)
+    fs, path = _open(uri)
+    return retried(f"read {uri}", lambda: fs.cat_file(path))
 
 
 def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
@@ -65,75 +159,86 @@ def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
 
     Raises:
         FileExistsError: `exclusive` and the object exists.
+        StorageError: a full disk, or S3 that stays away.
     """
-    fs, path = filesystem(uri)
     if is_s3(uri):
-        try:
-            fs.pipe_file(path, data, mode="create" if exclusive else "overwrite")
-        except OSError as error:
-            code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-            if exclusive and code in ("PreconditionFailed", "ConditionalRequestConflict"):
-                raise FileExistsError(f"{uri!r} exists") from None
-            raise
-        return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    try:
+        return _put(uri, data, exclusive=exclusive)
+    target = Path(filesystem(uri)[1])
+    with _whole(target, len(data)) as partial:
+        partial.write_bytes(data)
         if exclusive:
             os.link(partial, target)  # fails when the target exists, in one step
         else:
             partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _put(uri: str, data: bytes, *, exclusive: bool) -> None:
+    fs, path = _open(uri)
+    if not exclusive and len(data) >= SEVERAL_PARTS:
+        fs = filesystem(uri)[0]  # a part that fails is repeated alone
+    # Tells this write from another one of the same bytes: a request whose answer was lost is repeated, by aiohttp even
+    # in silence, and then meets the object that it has made itself.
+    mark = secrets.token_hex(16)
+
+    def put() -> None:
+        if not exclusive:
+            return fs.pipe_file(path, data)
+        try:
+            fs.pipe_file(path, data, mode="create", Metadata={"write": mark})
+        except OSError as error:
+            if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") != "PreconditionFailed":
+                raise
+            if fs.metadata(path).get("write") != mark:
+                raise FileExistsError(f"{uri!r} exists") from None
+
+    retried(f"write {uri}", put)
 
 
 def exists(uri: str) -> bool:
-    fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    fs, path = _open(uri)
+    return bool(retried(f"look for {uri}", lambda: fs.exists(path)))
 
 
 def list_names(uri: str) -> list[str]:
     """Sorted last path parts of what lies directly under `uri`; empty when there is nothing."""
-    fs, path = filesystem(uri)
+    fs, path = _open(uri)
     try:
-        entries = fs.ls(path, detail=False)
+        entries = retried(f"list {uri}", lambda: fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
-    return sorted(
-        name for entry in entries if (name := entry.rstrip("/").rsplit("/", 1)[-1]) != path.rsplit("/", 1)[-1]
-    )
+    names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries}
+    return sorted(names - {path.rsplit("/", 1)[-1]})
 
 
 def remove_tree(uri: str) -> None:
     """Delete everything under `uri`; nothing there is fine."""
-    fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    fs, path = _open(uri)
+
+    def remove() -> None:
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    retried(f"delete {uri}", remove)
 
 
 def download_tree(uri: str, target: Path) -> Path:
     """Copy everything under `uri` into the directory `target`; on an error nothing is left behind at `target`."""
     fs, path = filesystem(uri)
-    files = fs.find(path)
-    if not files:
+    found = retried(f"list {uri}", lambda: fs.find(path, detail=True))
+    if not found:
         raise StorageError(f"{uri!r} holds no files. Check the URI, or write it first.")
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for file in files:
-        local = partial / file.removeprefix(path).lstrip("/")
-        if not local.resolve().is_relative_to(partial.resolve()):
-            raise StorageError(f"{file!r} climbs out of {uri!r}. Refused; remove that object.")
-        local.parent.mkdir(parents=True, exist_ok=True)
-        fs.get_file(file, str(local))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.rename(target)
-    except OSError:  # another process finished the same download first
-        if not target.is_dir():
-            raise
-        shutil.rmtree(partial)
+    with _whole(target, sum(int(info["size"]) for info in found.values())) as partial:
+        for file in found:
+            local = partial / file.removeprefix(path).lstrip("/")
+            if not local.resolve().is_relative_to(partial.resolve()):
+                raise StorageError(f"{file!r} climbs out of {uri!r}. Refused; remove that object.")
+            local.parent.mkdir(parents=True, exist_ok=True)
+            retried(f"download {file}", lambda file=file, local=local: fs.get_file(file, str(local)))
+        try:
+            partial.rename(target)
+        except OSError:  # another process finished the same download first
+            if not target.is_dir():
+                raise
     return target
 
 
@@ -141,15 +246,15 @@ def upload_tree(source: Path, uri: str, *, last: str = "") -> None:
     """Copy every file of the directory `source` to `uri`; the one named `last` tells readers that all are there."""
     fs, path = filesystem(uri)
     for file in sorted(source.rglob("*"), key=lambda file: (file == source / last, file)):
-        if file.is_file():
-            target = f"{path}/{file.relative_to(source).as_posix()}"
-            if not is_s3(uri):
-                Path(target).parent.mkdir(parents=True, exist_ok=True)
-            fs.put_file(str(file), target)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not file.is_file():
+            continue
+        target = f"{path}/{file.relative_to(source).as_posix()}"
+        if is_s3(uri):
+            retried(f"upload {target}", lambda file=file, target=target: fs.put_file(str(file), target))
+        else:
+            with _whole(Path(target), file.stat().st_size) as partial:
+                shutil.copyfile(file, partial)
+                partial.replace(target)
 
 
 def check_reachable(uri: str, *, write: bool = False) -> None:
@@ -161,7 +266,7 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     if not is_s3(uri):
         return
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "AWS")
-    bucket = uri.removeprefix("s3://").partition("/")[0]
+    bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
 
     def probe() -> None:
         fs = fsspec.filesystem(
@@ -171,13 +276,13 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
         )
         fs.ls(bucket, detail=False)  # a PUT alone may create the bucket, which is not what a misspelt URI asks for
         if write:
-            key = f"{uri.removeprefix('s3://').rstrip('/')}/.writable"
-            fs.pipe_file(key, b"")
-            fs.rm_file(key)
+            fs.pipe_file(f"{bucket}/{prefix}/.writable", b"")
+            fs.rm_file(f"{bucket}/{prefix}/.writable")
 
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     try:
-        pool.submit(probe).result(timeout=CHECK_SECONDS)
+        again = {"transient": is_network_trouble, "seconds": PROBE_SECONDS}  # one lost packet is no refusal
+        pool.submit(keep_trying, f"reach {uri}", probe, **again).result(timeout=CHECK_SECONDS)
     except concurrent.futures.TimeoutError:
         raise StorageError(
             f"{uri!r}: {endpoint} gave no answer in {CHECK_SECONDS:.0f} s. Check AWS_ENDPOINT_URL."
@@ -185,9 +290,11 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     except FileNotFoundError:
         raise StorageError(f"{uri!r}: no bucket {bucket!r} at {endpoint}. Create it, or correct the URI.") from None
     except Exception as error:
+        cause = error.__cause__ if isinstance(error, GaveUpError) and error.__cause__ else error
+        reason = f"{type(cause).__name__}: {one_line(cause, 200)}"
         raise StorageError(
-            f"{uri!r} is not {'writable' if write else 'readable'} at {endpoint} ({_reason(error)}). Check the "
-            "bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL."
+            f"{uri!r} is not {'writable' if write else 'readable'} at {endpoint} ({reason}). Check the bucket's name, "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL."
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

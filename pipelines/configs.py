@@ -1,12 +1,13 @@
 """One frozen dataclass per training job; the other jobs' configs lie beside their owners."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from d2f_core.data.manifest import Manifest, canonical_json
 from d2f_core.data.order import SampleOrder
+from d2f_core.data.plan import Source, StreamPlan
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.autoencoder_training import AutoencoderLossConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
@@ -18,10 +19,12 @@ class FinetuneConfig:
     model: ModelConfig
     latents: str
     """Latent table to train on."""
+    more_latents: tuple[str, ...] = ()
+    """Further tables, each of another image size: every batch comes from one of the tables."""
     output: str
     """Where checkpoints and the resolved config go; the same output again resumes."""
     holdout_rows: int = 32
-    """Rows of the table that are only validated on."""
+    """Rows of each table that are only validated on."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """How the trained model is to be sampled; carried by the model."""
@@ -31,14 +34,20 @@ class FinetuneConfig:
     name: str = "finetune"
     """MLflow run name."""
 
-    def order(self, table: Manifest) -> SampleOrder:
-        """Which rows are trained on when, and which are held out."""
-        return SampleOrder(num_rows=table.num_rows, holdout_rows=self.holdout_rows, seed=self.train.seed)
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """All tables to train on."""
+        return self.latents, *self.more_latents
 
-    def identity(self, base_hash: str, table: Manifest) -> str:
+    def plan(self, manifests: Sequence[Manifest], columns: tuple[str, ...]) -> StreamPlan:
+        """Which rows are trained on when, and which are held out."""
+        return _plan(self.tables, manifests, columns, self.holdout_rows, self.train)
+
+    def identity(self, base_hash: str, manifests: Sequence[Manifest]) -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
         model = {name: value for name, value in asdict(self.model).items() if name != "base"}
-        fixed = {"model": model, "base": base_hash, "latents": table.digest, "holdout_rows": self.holdout_rows}
+        latents = [manifest.digest for manifest in manifests]
+        fixed = {"model": model, "base": base_hash, "latents": latents, "holdout_rows": self.holdout_rows}
         return _digest(fixed, self.train)
 
 
@@ -56,9 +65,9 @@ class TrainAutoencoderConfig:
     experiment: str = "diff2flow"
     name: str = "autoencoder"
 
-    def order(self, table: Manifest) -> SampleOrder:
+    def plan(self, manifest: Manifest, columns: tuple[str, ...]) -> StreamPlan:
         """Which rows are trained on when, and which are held out."""
-        return SampleOrder(num_rows=table.num_rows, holdout_rows=self.holdout_rows, seed=self.train.seed)
+        return _plan((self.images,), (manifest,), columns, self.holdout_rows, self.train)
 
     def identity(self, vae_config: Mapping[str, Any], table: Manifest) -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
@@ -66,6 +75,30 @@ class TrainAutoencoderConfig:
         return _digest(fixed, self.train)
 
 
+def _plan(
+    uris: Sequence[str], manifests: Sequence[Manifest], columns: tuple[str, ...], holdout_rows: int, train: TrainConfig
+) -> StreamPlan:
+    orders = (
+        SampleOrder(
+            num_rows=manifest.num_rows,
+            holdout_rows=holdout_rows,
+            seed=train.seed,
+            batch=train.global_batch_size,
+            lanes=train.lanes,
+            window_rows=train.window_rows,
+        )
+        for manifest in manifests
+    )
+    return StreamPlan(
+        sources=tuple(Source(uri=uri, order=order) for uri, order in zip(uris, orders, strict=True)),
+        columns=columns,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        num_steps=train.num_steps,
+        seed=train.seed,
+    )
+
+
 def _digest(fixed: Mapping[str, Any], train: TrainConfig) -> str:
-    batch = {"seed": train.seed, "global_batch_size": train.global_batch_size}
+    batch = {name: getattr(train, name) for name in ("seed", "global_batch_size", "lanes", "window_rows")}
     return hashlib.sha256(canonical_json({**fixed, **batch})).hexdigest()

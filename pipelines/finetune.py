@@ -6,28 +6,28 @@ The same command again resumes.
 import dataclasses
 import functools
 import logging
-from typing import Any
 
 import torch
 
 from d2f_core import storage
 from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
-from d2f_core.data.stream import RowReader
+from d2f_core.data.table_reader import RowReader
 from d2f_core.model.artifact import describe, load_weights, upload_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.model.image_sizes import SIZE_COLUMNS
 from d2f_core.model.text_to_image import TextToImage, build_network, image_grid
 from d2f_core.tracking import RunHandle, check_tracking, start_run
-from d2f_core.train.checkpoint import CheckpointManifest, read_tensors
+from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.launch import run_training
-from d2f_core.train.task import Evaluation, Task, share_of
+from d2f_core.train.task import Evaluation, Task
 from pipelines.cli import run_job, to_yaml
 from pipelines.configs import FinetuneConfig
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("caption", "latent_mean", "latent_std")
+COLUMNS = ("caption", "latent_mean", "latent_std", *SIZE_COLUMNS)
 
 
 def build_task(config: FinetuneConfig, device: str) -> Task:
@@ -39,36 +39,36 @@ def build_task(config: FinetuneConfig, device: str) -> Task:
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
         loss_fn=task.loss,
-        evaluate=functools.partial(evaluate, config, task, read_manifest(config.latents)),
+        evaluate=functools.partial(evaluate, config, task),
         make_grid=functools.partial(image_grid, columns=config.preview.columns),
     )
 
 
-def evaluate(
-    config: FinetuneConfig, task: TextToImage, manifest: Manifest, network: Any, rank: int, num_workers: int
-) -> Evaluation:
-    """One worker's share of the held-out rows and of the preview."""
-    sums, images = {}, []
-    if len(held := config.order(manifest).holdout()):
-        share, counts = share_of(len(held), rank, num_workers)
-        arrays = table_to_arrays(RowReader(config.latents, manifest, COLUMNS).read(held[share]))
-        total = task.validation_loss(network, {**arrays, "row": held[share]})
-        sums = {"validation_flow_loss": total} if counts else {}
-    if prompts := config.preview.prompts:
-        share, counts = share_of(len(prompts), rank, num_workers)
-        drawn = task.preview(network, config.preview, prompts[share])
-        images = drawn if counts else []
-    return Evaluation(sums=sums, images=images)
+def evaluate(config: FinetuneConfig, task: TextToImage) -> Evaluation:
+    """The validation loss of the held-out rows, and the preview's images."""
+    manifests = [read_manifest(uri) for uri in config.tables]
+    total, count = 0.0, 0
+    for source, manifest in zip(config.plan(manifests, COLUMNS).sources, manifests, strict=True):
+        if len(held := source.order.holdout()):
+            arrays = table_to_arrays(RowReader(source.uri, manifest, COLUMNS).read(held))
+            part, size = task.validation_loss(task.module, {**arrays, "row": held})
+            total, count = total + part, count + size
+    prompts = config.preview.prompts
+    return Evaluation(
+        metrics={"validation_flow_loss": total / count} if count else {},
+        images=task.preview(task.module, config.preview, prompts) if prompts else (),
+    )
 
 
-def check(config: FinetuneConfig) -> tuple[BaseModel, Manifest]:
+def check(config: FinetuneConfig) -> tuple[BaseModel, list[Manifest]]:
     """Refuse what cannot work, before anything is started."""
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
-    base, manifest = resolve_base(config.model.base), read_manifest(config.latents)
-    check_fingerprint(manifest, autoencoder_fingerprint(base))
-    config.order(manifest)
-    return base, manifest
+    base, manifests = resolve_base(config.model.base), [read_manifest(uri) for uri in config.tables]
+    for manifest in manifests:
+        check_fingerprint(manifest, autoencoder_fingerprint(base))
+    config.plan(manifests, COLUMNS)
+    return base, manifests
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,16 @@ class FinetuneResult:
     """The trained model's directory."""
 
 
-def export(config: FinetuneConfig, base: BaseModel, uri: str, last: CheckpointManifest) -> str:
+def export(config: FinetuneConfig, base: BaseModel, last: Checkpoint) -> str:
     """Write `OUTPUT/model/` from a checkpoint (averaged weights if there are any); needs no GPU and no engine."""
     network = build_network(base, config.model, config.train.seed)
-    load_weights(network, read_tensors(uri, last, "ema" if config.train.ema.decay else "weights"))
-    training = {"latents": config.latents, "step": last.step, "checkpoint": uri, "identity": last.identity}
+    load_weights(network, read_tensors(last, "ema" if config.train.ema.decay else "weights"))
+    training = {
+        "latents": config.latents,
+        "step": last.manifest.step,
+        "checkpoint": last.uri,
+        "identity": last.manifest.identity,
+    }
     model = config.model
     description = describe(
         base, objective=model.objective, method=model.method, sampling=config.sampling, training=training
@@ -99,7 +104,7 @@ def main(config: FinetuneConfig) -> FinetuneResult:
     """Train to the end and export the model."""
     import ray
 
-    base, manifest = check(config)
+    base, manifests = check(config)
     check_tracking()
     ray.init(ignore_reinit_error=True)
     text = to_yaml(config)
@@ -110,23 +115,25 @@ def main(config: FinetuneConfig) -> FinetuneResult:
         name=config.name,
         config_yaml=text,
         params=dataclasses.asdict(config),
-        tags={"d2f.base": base.uri, "d2f.base_sha256": base.content_hash, "d2f.latents_digest": manifest.digest},
+        tags={
+            "d2f.base": base.uri,
+            "d2f.base_sha256": base.content_hash,
+            "d2f.latents_digest": " ".join(manifest.digest for manifest in manifests),
+        },
     )
     logger.info("MLflow run: %s", run.url)
-    uri, last = run_training(
+    last = run_training(
         config=config.train,
         build_task=functools.partial(build_task, config),
-        table=config.latents,
-        columns=COLUMNS,
-        order=config.order(manifest),
+        plan=config.plan(manifests, COLUMNS),
         output=config.output,
-        identity=config.identity(base.content_hash, manifest),
+        identity=config.identity(base.content_hash, manifests),
         tracker=run,
     )
-    model = export(config, base, uri, last)
+    model = export(config, base, last)
     run.finish()
     logger.info("model: %s", model)
-    return FinetuneResult(run=run, step=last.step, checkpoint=uri, model=model)
+    return FinetuneResult(run=run, step=last.manifest.step, checkpoint=last.uri, model=model)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from d2f_core import storage
-from d2f_core.data.manifest import Manifest, read_manifest
-from d2f_core.data.stream import RowReader
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.table_reader import RowReader
 from d2f_core.model.autoencoder_training import AutoencoderTask, TrainableAutoencoder, decode_pixels, latent_scaling
 from d2f_core.model.base import local_copy
 from d2f_core.model.text_to_image import image_grid
-from d2f_core.train import checkpoint
+from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.launch import run_training
-from d2f_core.train.task import Evaluation, Task, share_of
+from d2f_core.train.task import Evaluation, Task
 from pipelines.cli import run_job, to_yaml
 from pipelines.configs import TrainAutoencoderConfig
 
@@ -47,32 +48,31 @@ def build_task(config: TrainAutoencoderConfig, device: str) -> Task:
         module=task.module,
         to_batch=lambda table: task.to_batch(arrays(table)),
         loss_fn=task.loss,
-        evaluate=functools.partial(evaluate, config, task, read_manifest(config.images)),
+        evaluate=functools.partial(evaluate, config, task),
         make_grid=functools.partial(image_grid, columns=SHOWN),
     )
 
 
-def evaluate(
-    config: TrainAutoencoderConfig, task: AutoencoderTask, manifest: Manifest, network: Any, rank: int, num_workers: int
-) -> Evaluation:
-    """One worker's share of the held-out images."""
-    if not len(held := config.order(manifest).holdout()):
+def evaluate(config: TrainAutoencoderConfig, task: AutoencoderTask) -> Evaluation:
+    """The error on the held-out images, and some of them beside their reconstructions."""
+    manifest = read_manifest(config.images)
+    held = config.plan(manifest, COLUMNS).sources[0].order.holdout()
+    if not len(held):
         return Evaluation()
-    share, counts = share_of(len(held), rank, num_workers)
-    images = RowReader(config.images, manifest, COLUMNS).read(held[share]).column("image").to_pylist()
-    error, pairs = task.reconstruct(network, images)
-    sums = {"validation_absolute_error": (error, len(images))}
-    return Evaluation(sums=sums, images=pairs[:SHOWN]) if counts else Evaluation()
+    images = RowReader(config.images, manifest, COLUMNS).read(held).column("image").to_pylist()
+    error, pairs = task.reconstruct(task.module, images)
+    return Evaluation(metrics={"validation_absolute_error": error / len(images)}, images=pairs[:SHOWN])
 
 
-def export(config: TrainAutoencoderConfig, uri: str, manifest: checkpoint.CheckpointManifest) -> None:
+def export(config: TrainAutoencoderConfig, last: Checkpoint) -> None:
     """Write `OUTPUT/vae/` from the averaged weights of a checkpoint."""
     module = TrainableAutoencoder(vae_config(config), seed=0)
     kind = "ema" if config.train.ema.decay else "weights"
-    module.load_state_dict(checkpoint.read_tensors(uri, manifest, kind))
+    module.load_state_dict(read_tensors(last, kind))
     table = read_manifest(config.images)
     reader = RowReader(config.images, table, COLUMNS)
-    rows = config.order(table).at(torch.arange(min(256, table.num_rows - config.holdout_rows)).numpy())[1]
+    order = config.plan(table, COLUMNS).sources[0].order
+    rows = order.at(np.arange(min(256, order.num_samples)))[1]
     pixels = torch.from_numpy(decode_pixels(reader.read(rows).column("image").to_pylist()))
     network = module.autoencoder.eval()
     network.register_to_config(scaling_factor=round(latent_scaling(network, pixels), 5))
@@ -89,16 +89,14 @@ def main(config: TrainAutoencoderConfig) -> None:
     manifest = read_manifest(config.images)
     ray.init(ignore_reinit_error=True)
     storage.write_bytes(storage.join(config.output, "config.yaml"), to_yaml(config).encode())
-    found = run_training(
+    last = run_training(
         config=config.train,
         build_task=functools.partial(build_task, config),
-        table=config.images,
-        columns=COLUMNS,
-        order=config.order(manifest),
+        plan=config.plan(manifest, COLUMNS),
         output=config.output,
         identity=config.identity(vae_config(config), manifest),
     )
-    export(config, *found)
+    export(config, last)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
 """Runs, metrics and registered models against a real MLflow server."""
 
 import contextlib
-import os
+import dataclasses
+import json
 import pickle
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from mlflow.entities import Metric
 from PIL import Image
 
+from benchmarks.fault_proxy import FaultProxy
 from d2f_core.content import hash_directory
 from d2f_core.tracking import (
+    MetricLog,
     RunHandle,
     TrackingError,
     check_tracking,
@@ -22,6 +25,7 @@ from d2f_core.tracking import (
     pin_model,
     register_model,
     resolve_model,
+    server,
     start_run,
 )
 from d2f_core.tracking.server import attempt, client_for
@@ -149,44 +153,124 @@ def test_an_unusable_server_is_refused_within_10_seconds(place: str, monkeypatch
         assert time.monotonic() - started < 10 and "\n" not in str(caught.value)
 
 
-def forward(server: socket.socket, target: tuple[str, int]) -> None:
-    """Pass every connection to `target`, both ways, until the listening socket closes."""
-
-    def pump(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-    with contextlib.suppress(OSError):
-        while True:
-            near, _ = server.accept()
-            far = socket.create_connection(target)
-            for pair in ((near, far), (far, near)):
-                threading.Thread(target=pump, args=pair, daemon=True).start()
+@pytest.fixture
+def proxy(stack: StackEnv) -> Iterator[FaultProxy]:
+    """In front of the MLflow server; reached by the handles that `through` makes."""
+    address = urlsplit(stack.variables["MLFLOW_TRACKING_URI"])
+    with FaultProxy(str(address.hostname), int(address.port or 80)) as running:
+        yield running
 
 
-def test_metrics_wait_for_a_server_that_comes_back(stack: StackEnv, caplog: pytest.LogCaptureFixture) -> None:
+def through(proxy: FaultProxy, handle: RunHandle) -> RunHandle:
+    return dataclasses.replace(handle, tracking_uri=proxy.url)
+
+
+def logged(handle: RunHandle, name: str) -> list[tuple[int, float]]:
+    history = client_for(handle.tracking_uri).get_metric_history(handle.run_id, name)
+    return sorted((entry.step, entry.value) for entry in history)
+
+
+def test_metrics_wait_for_a_server_that_comes_back(proxy: FaultProxy, caplog: pytest.LogCaptureFixture) -> None:
     real = start("s3://d2f/runs/outage")
-    address = urlsplit(os.environ["MLFLOW_TRACKING_URI"])
-    with listening() as probe:
-        port = probe.getsockname()[1]
-
-    def come_back() -> None:
-        time.sleep(3)
-        forward(socket.create_server(("127.0.0.1", port)), (str(address.hostname), int(address.port or 80)))
-
-    threading.Thread(target=come_back, daemon=True).start()
-    away = RunHandle(tracking_uri=f"http://127.0.0.1:{port}", experiment_id=real.experiment_id, run_id=real.run_id)
-    away.log_metrics(5, {"loss": 0.5})
+    proxy.outage_for(3.0)
+    through(proxy, real).log_metrics(5, {"loss": 0.5})
     assert "could not log metrics of step 5" in caplog.text
-    history = client_for(real.tracking_uri).get_metric_history(real.run_id, "loss")
-    assert [(entry.step, entry.value) for entry in history] == [(5, 0.5)]
+    assert logged(real, "loss") == [(5, 0.5)]
 
 
-def test_metrics_that_cannot_be_written_raise() -> None:
+def test_metrics_that_cannot_be_written_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "RETRY_SECONDS", 0.5)
     gone = RunHandle(tracking_uri="http://127.0.0.1:1", experiment_id="0", run_id="0")
     client = client_for(gone.tracking_uri)
-    with pytest.raises(TrackingError, match="could not ask in 3 attempts"):
-        attempt("ask", lambda: client.search_experiments(max_results=1), delays=(0.1, 0.1))
+    with pytest.raises(TrackingError, match=r"could not ask in [23] attempts over \d+ s"):
+        attempt("ask", lambda: client.search_experiments(max_results=1))
+
+
+def test_a_metric_log_never_waits_and_its_points_arrive_once_with_their_times(
+    proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = start("s3://d2f/runs/metric-log")
+    log = MetricLog(through(proxy, real))
+    log.log(0, {"a": 0.0, "b": 0.0})
+    proxy.outage_for(3.0)
+    began, now = time.monotonic(), time.time()
+    for step in range(1, 600):
+        log.log(step, {"a": step, "b": -step})
+    assert time.monotonic() - began < 1.0
+    log.close(60)
+    assert log.pending() == [] and "points and" in caplog.text and "the training goes on" in caplog.text
+    assert logged(real, "a") == [(step, step) for step in range(600)]
+    assert logged(real, "b") == [(step, -step) for step in range(600)]
+    history = client_for(real.tracking_uri).get_metric_history(real.run_id, "a")
+    assert all(abs(entry.timestamp / 1000 - now) < 2.0 for entry in history), "when it was logged, not when it was sent"
+
+
+def test_requests_whose_answers_are_lost_double_nothing(proxy: FaultProxy) -> None:
+    real = start("s3://d2f/runs/lost-answers")
+    proxy.reset_rate = 0.4
+    log = MetricLog(through(proxy, real))
+    for step in range(40):
+        log.log(step, {"a": step})
+        time.sleep(0.02)  # several batches
+    log.close(60)
+    assert logged(real, "a") == [(step, step) for step in range(40)] and proxy.counts["reset"] > 0
+
+
+def test_a_batch_that_is_sent_twice_is_there_once(stack: StackEnv) -> None:
+    handle = start("s3://d2f/runs/twice")
+    client = client_for(handle.tracking_uri)
+    for _ in range(2):  # the same timestamp: the server keeps one, even while the first request is under way
+        client.log_batch(handle.run_id, metrics=[Metric("a", 1.0, 1000, step) for step in range(3)])
+    assert logged(handle, "a") == [(0, 1.0), (1, 1.0), (2, 1.0)]
+
+
+def test_a_killed_run_that_resumes_misses_nothing_and_repeats_nothing(proxy: FaultProxy) -> None:
+    real = start("s3://d2f/runs/killed")
+    first = MetricLog(through(proxy, real))
+    for step in range(10):
+        first.log(step, {"loss": step})
+    first.close(60)
+    first = MetricLog(through(proxy, real))
+    proxy.outage = True
+    for step in range(10, 15):
+        first.log(step, {"loss": step})
+    checkpoint = json.dumps(first.pending())
+    for step in range(15, 20):  # after the checkpoint, and lost with the process
+        first.log(step, {"loss": step})
+    with pytest.raises(TrackingError, match=r"10 metric points were not written to MLflow in 1 s"):
+        first.close(1)
+    proxy.outage = False
+    again = MetricLog(through(proxy, real), pending=json.loads(checkpoint))
+    for step in (*range(5, 10), *range(15, 25)):  # an older checkpoint repeats some steps
+        again.log(step, {"loss": step, "new": 1.0})
+    again.close(60)
+    assert logged(real, "loss") == [(step, step) for step in range(25)]
+    assert [step for step, _ in logged(real, "new")] == [*range(5, 10), *range(15, 25)]
+
+
+def test_a_run_that_was_deleted_stops_the_log(stack: StackEnv) -> None:
+    handle = start("s3://d2f/runs/deleted")
+    client_for(handle.tracking_uri).delete_run(handle.run_id)
+    log = MetricLog(handle)
+    log.log(0, {"a": 1.0})
+    with pytest.raises(TrackingError, match="MLflow refused metrics of"):
+        log.close(60)
+    with pytest.raises(TrackingError, match="MLflow refused metrics of"):
+        log.log(1, {"a": 1.0})
+
+
+def test_pictures_wait_and_the_oldest_give_way(proxy: FaultProxy, caplog: pytest.LogCaptureFixture) -> None:
+    real = start("s3://d2f/runs/pictures")
+    log = MetricLog(through(proxy, real))
+    proxy.outage_for(2.0)
+    for step in range(18):
+        log.log_image("samples", Image.new("RGB", (8, 8)), step)
+    log.close(60)
+    assert "dropping samples of step 0" in caplog.text and "dropping samples of step 1" in caplog.text
+    again = MetricLog(through(proxy, real))
+    again.log_image("samples", Image.new("RGB", (8, 8)), 17)
+    again.close(60)
+    client = client_for(real.tracking_uri)
+    names = [file.path for file in client.list_artifacts(real.run_id, "images") if file.path.endswith(".webp")]
+    assert sorted(int(name.split("+")[2]) for name in names) == list(range(2, 18))
+    assert "samples.png" in [file.path for file in client.list_artifacts(real.run_id)]

@@ -133,7 +133,15 @@ def write_part(uri: str, name: str, table: pa.Table) -> TableFile:
     Uncompressed, in row groups of `ROW_GROUP_ROWS`: latents and images do not shrink, and few rows are fetched cheaply.
     """
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=ROW_GROUP_ROWS, compression="none", use_dictionary=False)
+    # A checksum for each page lets a reader of a few row groups find damage without reading the whole file.
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
     data = sink.getvalue().to_pybytes()
     full, rest = divmod(table.num_rows, ROW_GROUP_ROWS)
     groups = (ROW_GROUP_ROWS,) * full + ((rest,) if rest else ())

@@ -1,7 +1,16 @@
-"""The order of samples: a pure function of (seed, epoch, number of rows). Position is one integer.
+"""The order of samples: a pure function of (seed, epoch, table, batch). The position in it is one integer.
 
 Position p of a training is sample p mod N of epoch p // N, so batches run on across epoch edges: every sample is used
 exactly once per epoch and nothing is dropped. Nothing here depends on the number of workers.
+
+An epoch is shuffled in two levels, so that reading stays sequential however large the table is:
+
+    windows    `window_rows` consecutive rows are read at once and shuffled among themselves; so are the windows.
+    lanes      the sequence of windows is cut into `lanes` equal pieces, and every batch takes its share of each: a
+               batch mixes rows from many windows, while a worker, whose share of a batch is that of some lanes, reads
+               the windows of its own lanes only.
+
+A plan costs O(windows) per epoch, which are 2 million for a table of 1e9 rows. A table of one window is shuffled whole.
 """
 
 from dataclasses import dataclass
@@ -12,9 +21,16 @@ import numpy as np
 from d2f_core.randomness import keyed_generator
 
 
-@lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    return keyed_generator(seed, epoch, "order").permutation(count)
+@lru_cache(maxsize=256)
+def _permutation(count: int, seed: int, key: int, purpose: str) -> np.ndarray:
+    return keyed_generator(seed, key, purpose).permutation(count)
+
+
+@lru_cache(maxsize=4)
+def _windows(count: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
+    """The windows of an epoch in their order, and where in it the table's last one is."""
+    windows = _permutation(count, seed, epoch, "windows")
+    return windows, int(np.flatnonzero(windows == count - 1)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +40,30 @@ class SampleOrder:
     holdout_rows: int = 0
     """Rows kept out of training, spread evenly over the table."""
     seed: int = 0
+    batch: int = 1
+    """Samples per optimizer step, over all workers."""
+    lanes: int = 16
+    """Sequences of windows that are read side by side."""
+    window_rows: int = 512
+    """Rows that are read at once and shuffled together."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout_rows < self.num_rows:
             raise ValueError(
                 f"holdout_rows={self.holdout_rows} must be at least 0 and less than the table's {self.num_rows} rows."
             )
+        for name in ("batch", "lanes", "window_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
 
     @property
     def num_samples(self) -> int:
         """Training samples per epoch."""
         return self.num_rows - self.holdout_rows
+
+    @property
+    def num_windows(self) -> int:
+        return -(-self.num_samples // self.window_rows)
 
     @property
     def _stride(self) -> int:
@@ -50,8 +79,49 @@ class SampleOrder:
         dense = np.empty_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            dense[chosen] = _permutation(self.num_samples, self.seed, int(epoch))[offsets[chosen]]
+            dense[chosen] = self._shuffled(int(epoch), self._in_lanes(offsets[chosen]))
         return epochs, self._row(dense)
+
+    def window_of(self, rows: np.ndarray) -> np.ndarray:
+        """The window, int64, that each training row belongs to."""
+        return self._dense(rows) // self.window_rows
+
+    def window_bounds(self, window: int) -> tuple[int, int]:
+        """First and one past the last row of a window; held-out rows may lie between."""
+        ends = np.array([window * self.window_rows, min((window + 1) * self.window_rows, self.num_samples) - 1])
+        first, last = self._row(ends).tolist()
+        return first, last + 1
+
+    def _in_lanes(self, offsets: np.ndarray) -> np.ndarray:
+        """Place in an epoch -> place in its sequence of shuffled windows."""
+        lanes, rounds = min(self.lanes, self.batch, self.num_windows), self.num_samples // self.batch
+        if lanes == 1 or not rounds:
+            return offsets
+        turn, slot = np.divmod(offsets, self.batch)
+        lane = slot * lanes // self.batch
+        start, end = -(-lane * self.batch // lanes), -(-(lane + 1) * self.batch // lanes)
+        length = rounds * (end - start)
+        # Each lane starts at another place within its first window, or all would need their next window at once.
+        inside = (turn * (end - start) + slot - start + lane * self.window_rows // lanes) % length
+        # What is left of the epoch after the last full batch follows in order.
+        return np.where(offsets < rounds * self.batch, rounds * start + inside, offsets)
+
+    def _shuffled(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Place in an epoch's sequence of shuffled windows -> training sample number."""
+        size, count = self.window_rows, self.num_windows
+        short = self.num_samples - (count - 1) * size
+        windows, last = _windows(count, self.seed, epoch)
+        # The table's last window is the short one; all places behind it move up.
+        behind = places >= last * size + short
+        number, inside = np.divmod(np.where(behind, places + size - short, places), size)
+        window = windows[number]
+        dense = np.empty_like(places)
+        for one in np.unique(window):
+            chosen = window == one
+            rows = short if one == count - 1 else size
+            order = _permutation(rows, self.seed, epoch * count + int(one), "order")
+            dense[chosen] = one * size + order[inside[chosen]]
+        return dense
 
     def _row(self, dense: np.ndarray) -> np.ndarray:
         """Training sample number -> row number: skip the held-out row at the head of each stride."""
@@ -61,3 +131,32 @@ class SampleOrder:
             return dense + self.holdout_rows
         headed = self.holdout_rows * (self._stride - 1)
         return np.where(dense < headed, dense + dense // (self._stride - 1) + 1, dense + self.holdout_rows)
+
+    def _dense(self, rows: np.ndarray) -> np.ndarray:
+        """Row number of a training row -> training sample number."""
+        if not self.holdout_rows:
+            return rows
+        return rows - np.minimum(rows // self._stride + 1, self.holdout_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSchedule:
+    """Which bucket each optimizer step takes its whole batch from; each bucket has a `SampleOrder` of its own.
+
+    Over a cycle of as many steps as all buckets have batches (a last partial one counts), the steps of the buckets are
+    shuffled; then the next cycle begins. Within a bucket batches run on across its epoch edges.
+    """
+
+    batches: tuple[int, ...]
+    """Batches per epoch of each bucket."""
+    seed: int = 0
+
+    def at(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and how many steps took from that bucket before."""
+        if len(self.batches) == 1:
+            return 0, step
+        cycle, place = divmod(step, sum(self.batches))
+        labels = np.repeat(np.arange(len(self.batches)), self.batches)
+        order = labels[_permutation(len(labels), self.seed, cycle, "buckets")]
+        bucket = int(order[place])
+        return bucket, cycle * self.batches[bucket] + int((order[:place] == bucket).sum())

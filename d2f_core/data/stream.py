@@ -1,30 +1,30 @@
 """A planned order of rows, read by Ray Data.
 
-Each worker of a training has a dataset of its own, made from the plan: micro-batch numbers go through an actor that
-knows which rows they are and reads them. Ray Data brings the actors, prefetching and back-pressure; the order is the
-plan's.
+Each worker of a training has a dataset of its own, made from the plan: numbers of micro-batches go through an actor
+that knows which rows they are, reads the windows that hold them ahead of time, and puts them together. Ray Data brings
+the actor, its restarts, prefetching and back-pressure; the order is the plan's.
 """
 
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
-import ray.train
 from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
-from d2f_core import storage
-from d2f_core.data.manifest import Manifest, read_manifest
-from d2f_core.data.order import SampleOrder
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.plan import MicroBatch, StreamPlan
+from d2f_core.data.table_reader import DamagedDataError, RowRange, TableReader
 
-EPOCH, ROW = "epoch", "row"
-CACHE_BYTES = 256 * 2**20
-MICRO_BATCHES_PER_CHUNK = 32
+EPOCH, ROW, REASON = "epoch", "row", "reason"
+ROWS_PER_CHUNK = 512
+READ_AHEAD_CHUNKS = 8
+READING_THREADS = 8
 MAX_TASKS = 2000
 """Reading tasks of one worker; the chunks of a longer training share them."""
 BLOCK_BYTES = 16 * 2**20
@@ -33,87 +33,131 @@ BUSY_STEP, REST = 0.01, 0.05
 """Seconds: an executor's step that took less than the first waited for nothing; then it rests for the second."""
 
 
-class RowReader:
-    """Random access to the rows of a table, by row group, with the last ones kept."""
+@dataclass(frozen=True)
+class Chunk:
+    """Micro-batches that are put together at once."""
 
-    def __init__(self, uri: str, manifest: Manifest, columns: Sequence[str]) -> None:
-        self._columns = list(columns)
-        self._filesystem, root = storage.arrow_filesystem(uri)
-        groups = [
-            (f"{root}/{file.path}", group, rows)
-            for file in manifest.files
-            for group, rows in enumerate(file.row_groups)
-        ]
-        self._groups = [(path, group) for path, group, _ in groups]
-        self._starts = np.concatenate([[0], np.cumsum([rows for *_, rows in groups])])
-        self._open: dict[str, pq.ParquetFile] = {}
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._cached_bytes = 0
-
-    def _group(self, number: int) -> pa.Table:
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
-        path, group = self._groups[number]
-        if path not in self._open:
-            self._open[path] = pq.ParquetFile(self._filesystem.open_input_file(path))
-        table = self._open[path].read_row_group(group, columns=self._columns)
-        self._cache[number] = table
-        self._cached_bytes += table.nbytes
-        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return table
-
-    def read(self, rows: np.ndarray) -> pa.Table:
-        """The given rows, in the given order."""
-        numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        tables = [self._group(int(n)).slice(int(r - self._starts[n]), 1) for n, r in zip(numbers, rows, strict=True)]
-        return pa.concat_tables(tables).combine_chunks()
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamPlan:
-    """Which rows each worker sees, micro-batch by micro-batch."""
-
-    uri: str
-    columns: tuple[str, ...]
-    order: SampleOrder
-    global_batch_size: int
-    micro_batch_size: int
-    first_step: int
-    """Optimizer steps already done."""
-    num_steps: int
-    """Optimizer steps of the whole training."""
-
-    def positions(self, micro_batch: int, rank: int, num_workers: int) -> np.ndarray:
-        """Int64 positions of one worker's `micro_batch`, counted from `first_step` on.
-
-        A step's global batch is cut into one contiguous share per worker, each share into micro-batches.
-        """
-        share = self.global_batch_size // num_workers
-        step, part = divmod(micro_batch, share // self.micro_batch_size)
-        start = (self.first_step + step) * self.global_batch_size + rank * share + part * self.micro_batch_size
-        return np.arange(start, start + self.micro_batch_size, dtype=np.int64)
-
-    def num_micro_batches(self, num_workers: int) -> int:
-        """Micro-batches that one worker has still to do."""
-        return (self.num_steps - self.first_step) * (self.global_batch_size // num_workers // self.micro_batch_size)
+    micro_batches: list[MicroBatch]
+    windows: list[tuple[int, int]]
+    """(table, window) that they need, in the order of first use."""
 
 
 class PlanReader:
-    """Ray Data actor: numbers of chunks of micro-batches -> their rows, with the columns `epoch` and `row` added."""
+    """Ray Data actor: numbers of chunks of micro-batches -> one serialised table per micro-batch.
 
-    def __init__(self, plan: StreamPlan, rank: int, num_workers: int) -> None:
+    A table has the plan's columns and: `epoch`; `row`, unique over all tables of the plan; `reason`, null for a row
+    that can be used. One that cannot keeps its place, filled with the content of another row, and must not count.
+    """
+
+    def __init__(self, plan: StreamPlan, rank: int, num_workers: int, first_step: int) -> None:
         self._plan, self._rank, self._num_workers = plan, rank, num_workers
-        self._reader = RowReader(plan.uri, read_manifest(plan.uri), plan.columns)
+        self._first = first_step * plan.per_step(num_workers)
+        self._end = plan.num_steps * plan.per_step(num_workers)
+        self._per_chunk = chunk_size(plan)
+        self._readers = [TableReader(s.uri, read_manifest(s.uri), plan.columns) for s in plan.sources]
+        self._pool = ThreadPoolExecutor(READING_THREADS)
+        self._windows: dict[tuple[int, int], Future[RowRange]] = {}
+        self._chunks: dict[int, Chunk] = {}
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        (chunk,) = (int(number) for number in batch["chunk"])
-        first, end = chunk * MICRO_BATCHES_PER_CHUNK, self._plan.num_micro_batches(self._num_workers)
-        numbers = range(first, min(first + MICRO_BATCHES_PER_CHUNK, end))
-        positions = np.concatenate([self._plan.positions(number, self._rank, self._num_workers) for number in numbers])
-        epochs, rows = self._plan.order.at(positions)
-        return self._reader.read(rows).append_column(EPOCH, pa.array(epochs)).append_column(ROW, pa.array(rows))
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        for chunk in batch["chunk"].tolist():
+            yield self._read(chunk)
+
+    def _read(self, chunk: int) -> pa.Table:
+        ahead = range(chunk, chunk + 1 + READ_AHEAD_CHUNKS)
+        self._chunks = {number: self._chunks.get(number) or self._plan_chunk(number) for number in ahead}
+        wanted = dict.fromkeys(key for number in ahead for key in self._chunks[number].windows)
+        for key in self._windows.keys() - wanted.keys():
+            self._windows.pop(key).cancel()
+        for key in wanted:  # in the order of their first use
+            if key not in self._windows:
+                self._windows[key] = self._pool.submit(self._read_window, *key)
+        sink, ends = pa.BufferOutputStream(), [0]
+        for source, micro_batches in groupby(self._chunks[chunk].micro_batches, key=lambda one: one.source):
+            table = self._assemble(source, list(micro_batches))
+            for start in range(0, table.num_rows, self._plan.micro_batch_size):
+                with pa.ipc.new_stream(sink, table.schema) as writer:
+                    writer.write_table(table.slice(start, self._plan.micro_batch_size))
+                ends.append(sink.tell())
+        buffers = [None, pa.py_buffer(np.array(ends, np.int64)), sink.getvalue()]  # as they are: no copy
+        return pa.table({"micro_batch": pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, buffers)})
+
+    def _plan_chunk(self, number: int) -> "Chunk":
+        first = self._first + number * self._per_chunk
+        numbers = range(first, min(first + self._per_chunk, self._end))
+        micro_batches = [self._plan.micro_batch(one, self._rank, self._num_workers) for one in numbers]
+        keys = []
+        for one in micro_batches:
+            windows = self._plan.sources[one.source].order.window_of(one.rows)
+            keys += [(one.source, window) for window in windows.tolist()]
+        return Chunk(micro_batches, list(dict.fromkeys(keys)))
+
+    def _read_window(self, source: int, window: int) -> RowRange:
+        found = self._readers[source].read(*self._plan.sources[source].order.window_bounds(window))
+        # In one piece, or every look at a column would join it anew.
+        return replace(found, table=found.table.combine_chunks())
+
+    def _assemble(self, source: int, micro_batches: list[MicroBatch]) -> pa.Table:
+        """Micro-batches of one table, one after another."""
+        rows = np.concatenate([one.rows for one in micro_batches])
+        windows = self._plan.sources[source].order.window_of(rows)
+        parts, reasons = [], {}
+        for window in dict.fromkeys(windows.tolist()):
+            found, chosen = self._windows[source, window].result(), np.flatnonzero(windows == window)
+            places = found.places[rows[chosen] - found.first]
+            usable = places >= 0
+            parts.append((found.table, places[usable], chosen[usable]))
+            reasons |= {row: found.reasons[row] for row in rows[chosen[~usable]].tolist()}
+        unusable = np.array([row in reasons for row in rows.tolist()])
+        if unusable.all():
+            parts.append((self._any_row(source, reasons), np.array([0]), np.array([0])))
+        if unusable.any():  # filled with the content of any other row
+            table, places, _ = next(part for part in parts if len(part[1]))
+            parts.append((table, places[:1].repeat(unusable.sum()), np.flatnonzero(unusable)))
+        table = gather(parts, len(rows))
+        table = table.append_column(EPOCH, pa.array(np.concatenate([one.epochs for one in micro_batches])))
+        table = table.append_column(ROW, pa.array(rows + self._plan.first_rows[source]))
+        return table.append_column(REASON, pa.array([reasons.get(row) for row in rows.tolist()], pa.string()))
+
+    def _any_row(self, source: int, reasons: dict[int, str]) -> pa.Table:
+        """A row that can be used, where none of a chunk can."""
+        for (of, _), window in self._windows.items():
+            if of == source and (good := window.result().places >= 0).any():
+                found = window.result()
+                return found.table.slice(int(found.places[good][0]), 1)
+        raise DamagedDataError(f"None of the rows {sorted(reasons)[:5]}... can be used: {next(iter(reasons.values()))}")
+
+
+def chunk_size(plan: StreamPlan) -> int:
+    """Micro-batches that are put together at once."""
+    return max(1, ROWS_PER_CHUNK // plan.micro_batch_size)
+
+
+def gather(parts: list[tuple[pa.Table, np.ndarray, np.ndarray]], rows: int) -> pa.Table:
+    """Put rows of several tables of one schema together: each part is (table, rows of it, their rows in the result).
+
+    Array columns are copied once, by numpy: pyarrow's own `take` goes through every number.
+    """
+    schema, columns = parts[0][0].schema, []
+    source = np.empty(rows, np.int64)
+    filled = 0
+    for _, places, target in parts:
+        source[target] = np.arange(filled, filled + len(places))
+        filled += len(places)
+    for field in schema:
+        if pa.types.is_fixed_size_list(field.type) and pa.types.is_primitive(field.type.value_type):
+            size = field.type.list_size
+            out = np.empty((rows, size), field.type.value_type.to_pandas_dtype())
+            for table, places, target in parts:
+                values = table.column(field.name).combine_chunks().flatten().to_numpy().reshape(-1, size)
+                for to, place in zip(target.tolist(), places.tolist(), strict=True):
+                    out[to] = values[place]
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(out.reshape(-1)), type=field.type))
+        else:
+            taken = [table.column(field.name).take(pa.array(places)) for table, places, _ in parts]
+            chunks = [chunk for column in taken for chunk in column.chunks]
+            columns.append(pa.chunked_array(chunks, field.type).take(pa.array(source)).combine_chunks())
+    return pa.table(columns, schema=schema)
 
 
 class RestingExecutor(ExecutionCallback):
@@ -133,9 +177,10 @@ class RestingExecutor(ExecutionCallback):
         self._last = time.perf_counter()
 
 
-def worker_dataset(plan: StreamPlan, rank: int, num_workers: int) -> ray.data.Dataset:
-    """The rows of one worker, in plan order."""
-    chunks = np.arange(-(-plan.num_micro_batches(num_workers) // MICRO_BATCHES_PER_CHUNK), dtype=np.int64)
+def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: int) -> ray.data.DataIterator:
+    """What `micro_batches` reads: the rows of one worker from `first_step` on, in plan order."""
+    micro = (plan.num_steps - first_step) * plan.per_step(num_workers)
+    chunks = np.arange(-(-micro // chunk_size(plan)), dtype=np.int64)
     # Made here, because each of `ray.data.range`'s reading tasks would start a process for a few numbers.
     blocks = [pa.table({"chunk": part}) for part in np.array_split(chunks, min(len(chunks), MAX_TASKS))]
     dataset = ray.data.from_arrow(blocks)
@@ -144,38 +189,21 @@ def worker_dataset(plan: StreamPlan, rank: int, num_workers: int) -> ray.data.Da
     context.enable_progress_bars = False  # the worker logs plain lines of its own
     context.target_max_block_size = BLOCK_BYTES
     context.custom_execution_callback_classes = [RestingExecutor]
-    return dataset.map_batches(
+    dataset = dataset.map_batches(
         cast(Any, PlanReader),
-        fn_constructor_args=(plan, rank, num_workers),
-        batch_size=1,
+        fn_constructor_args=(plan, rank, num_workers, first_step),
+        batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0.5,
         zero_copy_batch=True,
     )
+    # A split into one: its executor runs in an actor. Beside the training loop it would take the interpreter's lock
+    # every few milliseconds, which made steps three times as long on a small CPU model.
+    return dataset.streaming_split(1)[0]
 
 
-class PlannedData(ray.train.DataConfig):
-    """Gives every Ray Train worker its own planned dataset under the name `train`."""
-
-    def __init__(self, plan: StreamPlan) -> None:
-        super().__init__()
-        self._plan = plan
-
-    def configure(
-        self,
-        datasets: dict[str, ray.data.Dataset],
-        world_size: int,
-        worker_handles: list[Any] | None,
-        worker_node_ids: list[Any] | None,
-        **kwargs: Any,
-    ) -> list[dict[str, Any]]:
-        # A split into one: its executor runs in an actor. Beside the training loop it would take the interpreter's lock
-        # every few milliseconds, which made steps three times as long on a small CPU model.
-        return [
-            {"train": worker_dataset(self._plan, rank, world_size).streaming_split(1)[0]} for rank in range(world_size)
-        ]
-
-
-def micro_batches(shard: Any, micro_batch_size: int) -> Iterator[pa.Table]:
-    """The shard's rows as tables of exactly one micro-batch each."""
-    yield from shard.iter_batches(batch_size=micro_batch_size, batch_format="pyarrow", prefetch_batches=2)
+def micro_batches(shard: Any) -> Iterator[pa.Table]:
+    """The shard's rows as tables of one micro-batch each."""
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        for part in block.column("micro_batch"):
+            yield pa.ipc.open_stream(part.as_buffer()).read_all()

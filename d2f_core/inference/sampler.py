@@ -67,7 +67,7 @@ class ChunkSampler:
             )
         self.autoencoder = load_autoencoder(self.model.base, device=self.device)
         self.text_encoder = load_text_encoder(self.model.base, device=self.device)
-        self.states: OrderedDict[str, Tensor] = OrderedDict()
+        self.conditions: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         (chunk,) = (int(number) for number in batch["chunk"])
@@ -113,8 +113,8 @@ class ChunkSampler:
         return sample_latents(
             self.model,
             torch.from_numpy(np.concatenate(noise)).to(self.device),
-            self._text([row["prompt"] for row in rows]),
-            self._text([row["negative_prompt"] for row in rows]),
+            self._condition([row["prompt"] for row in rows]),
+            self._condition([row["negative_prompt"] for row in rows]),
             solver=plan.solver,
             steps=steps,
             guidance=plan.guidance,
@@ -145,19 +145,19 @@ class ChunkSampler:
             "error": error,
         }
 
-    def _text(self, captions: Sequence[str]) -> Tensor:
-        """Text states [len(captions), tokens, width], each caption encoded once and by itself.
+    def _condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What captions give, [len(captions), ...] by the denoiser's argument names; each encoded once and by itself.
 
         By itself, because in a batch its states would depend, by rounding, on which captions were already known here.
         """
         for caption in captions:
-            if caption not in self.states:
-                self.states[caption] = self.text_encoder.encode([caption])
-            self.states.move_to_end(caption)
-        stacked = torch.cat([self.states[caption] for caption in captions])
-        while len(self.states) > KEPT_PROMPTS:
-            self.states.popitem(last=False)
-        return stacked
+            if caption not in self.conditions:
+                self.conditions[caption] = self.text_encoder.condition([caption])
+            self.conditions.move_to_end(caption)
+        conditions = [self.conditions[caption] for caption in captions]
+        while len(self.conditions) > KEPT_PROMPTS:
+            self.conditions.popitem(last=False)
+        return {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]}
 
 
 def _png(image: np.ndarray) -> bytes:

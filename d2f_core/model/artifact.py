@@ -73,7 +73,7 @@ class TrainedModel:
 
     @property
     def velocity_field(self) -> VelocityField | NaiveVelocityField:
-        """(x_t, t, text_states=...) -> velocity."""
+        """(x_t, t, **condition) -> velocity; the condition by the denoiser's argument names, `text_states` at least."""
         if self.objective == "flow_matching":
             return NaiveVelocityField(self.denoiser, self.schedule)
         return VelocityField(self.denoiser, self.schedule, self.prediction_type)

@@ -1,6 +1,7 @@
 """A base model by URI: a directory in diffusers' layout, local, on S3 or on a hub, and its content hash.
 
 model_index.json  unet/  vae/  scheduler/scheduler_config.json  text_encoder/  tokenizer/
+SDXL also has text_encoder_2/  tokenizer_2/
 """
 
 import hashlib
@@ -15,6 +16,8 @@ from d2f_core.content import HASHED_SUFFIXES, cache_root, hash_directory
 from d2f_core.objective.schedule import NoiseSchedule
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
+"""Apart, because no other family has or misses them."""
 PROJECT_ROOT = Path(__file__).parents[2]
 """Relative directories are also looked for beside the code: a Ray worker's own working directory is elsewhere."""
 
@@ -40,6 +43,19 @@ class BaseModel:
     @property
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule.from_scheduler_config(self.scheduler_config)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels per latent along one side, by the autoencoder's config."""
+        file = self.path / "vae/config.json"
+        if not file.is_file():
+            raise BaseModelError(f"{self.uri!r} has no vae/config.json. Copy the vae directory of the original model.")
+        return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
+
+
+def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a UNet is of SDXL's kind: it reads pooled text and image sizes beside the text states."""
+    return unet_config.get("addition_embed_type") == "text_time"
 
 
 def local_copy(uri: str, *, cache_dir: Path | None = None) -> Path:
@@ -67,9 +83,9 @@ def local_copy(uri: str, *, cache_dir: Path | None = None) -> Path:
 def _from_hub(name: str) -> Path:
     import huggingface_hub
 
-    patterns = [f"{part}/*{suffix}" for part in PARTS for suffix in HASHED_SUFFIXES] + ["model_index.json"]
+    patterns = [f"{part}/*{suffix}" for part in (*PARTS, *SDXL_PARTS) for suffix in HASHED_SUFFIXES]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns, "model_index.json"]))
     except Exception as error:
         raise BaseModelError(
             f"{name!r} is no local directory and could not be fetched from the hub ({type(error).__name__}). Check the "
@@ -91,11 +107,18 @@ def resolve_base(uri: str, *, cache_dir: Path | None = None) -> BaseModel:
                 f"{uri!r} has no {needed}. A base model is a directory in diffusers' layout; save one with "
                 "DiffusionPipeline.save_pretrained, or copy the missing part from the original model."
             )
+    if is_sdxl(json.loads((path / "unet/config.json").read_text())):
+        for part in SDXL_PARTS:
+            if not (path / part).is_dir():
+                raise BaseModelError(
+                    f"{uri!r} has no {part}/, but its UNet has addition_embed_type='text_time' (SDXL), which reads the "
+                    f"pooled text of a second text encoder. Copy {part}/ of the original model."
+                )
     config = json.loads((path / "scheduler/scheduler_config.json").read_text())
     base = BaseModel(
         uri=uri,
         path=path,
-        content_hash=hash_directory(path, PARTS),
+        content_hash=hash_directory(path, (*PARTS, *SDXL_PARTS)),
         prediction_type=config.get("prediction_type", "epsilon"),
         scheduler_config=config,
     )

@@ -1,5 +1,6 @@
 """Latents from noise, by a flow solver or by the base model's own DDIM."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from d2f_core.model.artifact import TrainedModel
+from d2f_core.model.image_sizes import sizes_of_new_images
 from d2f_core.objective.guidance import guided
 from d2f_core.objective.solver import SOLVERS, integrate, uniform_times
 
@@ -36,8 +38,8 @@ class SamplerChoice:
 def sample_latents(
     model: TrainedModel,
     noise: Tensor,
-    text_states: Tensor,
-    null_states: Tensor,
+    condition: Mapping[str, Tensor] | Tensor,
+    null: Mapping[str, Tensor] | Tensor,
     *,
     solver: str,
     steps: int,
@@ -47,25 +49,41 @@ def sample_latents(
     """Latents from noise [batch, C, h, w].
 
     Args:
-        text_states: [batch, tokens, width].
-        null_states: the empty caption's states, same shape; not used at guidance 1.
+        condition: what the captions give, [batch, ...] by the denoiser's argument names; a tensor alone is text states.
+            With `pooled_text` (SDXL) the sizes that are missing are those of the images to be made, not cropped.
+        null: the same for the empty captions; not used at guidance 1.
 
     Returns:
         Latents, and the number of network evaluations per image (a guided pair counts once).
 
     Raises:
         ValueError: a choice that makes no sense.
+        ConditionError: the network needs a condition that is not given, or cannot take one that is.
         NonFiniteStateError: the network failed on a sample, which is named.
     """
     SamplerChoice(solver=solver, steps=steps, guidance=guidance, shift=shift)
+    condition, null = _named(model, noise, condition), _named(model, noise, null)
     if solver == DDIM:
-        return _ddim(model, noise, text_states, null_states, steps, guidance)
-    field = guided(model.velocity_field, guidance, {"text_states": text_states}, {"text_states": null_states})
+        return _ddim(model, noise, condition, null, steps, guidance)
+    field = guided(model.velocity_field, guidance, condition, null)
     return integrate(field, noise, uniform_times(steps, shift).to(noise.device), solver)
 
 
+def _named(model: TrainedModel, noise: Tensor, given: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
+    condition = {"text_states": given} if isinstance(given, Tensor) else dict(given)
+    if "pooled_text" in condition and "time_ids" not in condition:
+        height, width = (side * model.base.pixels_per_latent for side in noise.shape[2:])
+        condition["time_ids"] = sizes_of_new_images(len(noise), height, width).to(noise.device)
+    return condition
+
+
 def _ddim(
-    model: TrainedModel, noise: Tensor, text_states: Tensor, null_states: Tensor, steps: int, guidance: float
+    model: TrainedModel,
+    noise: Tensor,
+    condition: Mapping[str, Tensor],
+    null: Mapping[str, Tensor],
+    steps: int,
+    guidance: float,
 ) -> tuple[Tensor, int]:
     scheduler = cast(Any, DDIMScheduler).from_config(
         dict(model.base.scheduler_config), timestep_spacing="trailing", clip_sample=False
@@ -75,9 +93,6 @@ def _ddim(
     for timestep in scheduler.timesteps:
         batch = timestep.expand(len(x)).float().to(x.device)
 
-        def predict(x_dm: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
-            return model.denoiser(x_dm, timesteps, **condition)
-
-        prediction = guided(predict, guidance, {"text_states": text_states}, {"text_states": null_states})(x, batch)
+        prediction = guided(model.denoiser, guidance, condition, null)(x, batch)
         x = scheduler.step(prediction, int(timestep), x).prev_sample
     return x, steps

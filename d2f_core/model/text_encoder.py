@@ -1,4 +1,10 @@
-"""Captions to text states [batch, tokens, width], by the base model's own text encoder.
+"""Captions to what the UNet reads of them, by the base model's own text encoders.
+
+| base           | condition by the denoiser's argument names                                                       |
+|----------------|--------------------------------------------------------------------------------------------------|
+| SD 1.5, SD 2.1 | text_states [batch, tokens, width]: the encoder's last hidden states                             |
+| SDXL           | text_states: the last but one hidden states of two encoders, side by side; pooled_text [batch,   |
+|                | width]: the second one's projected text                                                          |
 
 A base model that uses an encoder shipped as a Python package names it in `text_encoder/reference.json`
 (`{"package": ..., "subdirectory": ..., "max_length": ...}`) instead of carrying its weights.
@@ -16,7 +22,7 @@ import torch
 from torch import Tensor
 
 from d2f_core.content import hash_directory
-from d2f_core.model.base import BaseModel, BaseModelError
+from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,59 @@ class TextEncoder:
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Float32 [len(captions), max_length, width]."""
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        ).to(self.network.device)
+        tokens = _tokens(self.tokenizer, captions, self.max_length).to(self.network.device)
         if not self.masked:
             return self.network(tokens.input_ids).last_hidden_state.float()
         states = self.network(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
         return states * tokens.attention_mask[..., None]
+
+    def condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`text_states`, float32 [len(captions), max_length, width]."""
+        return {"text_states": self.encode(captions)}
+
+
+@dataclass(frozen=True)
+class TextEncoderPair:
+    """SDXL's two frozen CLIP text encoders; both read the whole caption."""
+
+    networks: tuple[Any, Any]
+    tokenizers: tuple[Any, Any]
+    max_length: int
+    """Tokens per caption; longer captions are cut."""
+    zeros_for_empty: bool
+    """Whether the empty caption gives zeros: `force_zeros_for_empty_prompt` in model_index.json, true when not given.
+
+    It holds wherever a caption is empty: dropped captions in training, empty and negative prompts in sampling. So
+    guidance starts from what training has seen. (diffusers gives zeros when no negative prompt is given, and encodes
+    one that is given as the empty string.)
+    """
+    fingerprint: str
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """The text states alone, float32 [len(captions), max_length, width of both]."""
+        return self.condition(captions)["text_states"]
+
+    @torch.inference_mode()
+    def condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`text_states` and `pooled_text`, float32 [len(captions), ...]."""
+        states, pooled = [], None
+        for network, tokenizer in zip(self.networks, self.tokenizers, strict=True):
+            # Padding stays in sight of both, as in their training; the second one pads with "!".
+            tokens = _tokens(tokenizer, captions, self.max_length).to(network.device)
+            output = network(tokens.input_ids, output_hidden_states=True)
+            states.append(output.hidden_states[-2].float())
+            pooled = output.get("text_embeds")
+        assert pooled is not None
+        condition = {"text_states": torch.cat(states, -1), "pooled_text": pooled.float()}
+        empty = [index for index, caption in enumerate(captions) if not caption]
+        if self.zeros_for_empty and empty:
+            for value in condition.values():
+                value[empty] = 0
+        return condition
+
+
+def _tokens(tokenizer: Any, captions: Sequence[str], max_length: int) -> Any:
+    return tokenizer(list(captions), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
 
 
 def _referenced(base: BaseModel) -> tuple[Path, dict[str, Any]]:
@@ -54,27 +106,70 @@ def _referenced(base: BaseModel) -> tuple[Path, dict[str, Any]]:
     return Path(spec.origin).parent / reference["subdirectory"], reference
 
 
-def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") -> TextEncoder:
-    """The base model's text encoder, frozen, from disk alone.
+def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") -> TextEncoder | TextEncoderPair:
+    """The base model's text encoder, frozen, from disk alone; both of SDXL's.
 
     Raises:
-        BaseModelError: the base model has none, or the package that it names is missing.
+        BaseModelError: the base model has none, it does not fit the UNet, or the package that it names is missing.
     """
     from transformers import AutoModel, AutoTokenizer, CLIPTextModel, CLIPTokenizer
 
+    unet_config = json.loads((base.path / "unet/config.json").read_text())
+    if is_sdxl(unet_config):
+        return _load_pair(base, unet_config, device)
     if (base.path / "text_encoder/reference.json").is_file():
         directory, reference = _referenced(base)
         network = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         max_length, masked, fingerprint = int(reference["max_length"]), True, hash_directory(directory)
-    elif (base.path / "text_encoder/config.json").is_file():
-        directory = base.path / "text_encoder"
+    else:
+        directory = _encoder_directory(base, "text_encoder")
         network: Any = CLIPTextModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
         max_length, masked, fingerprint = int(tokenizer.model_max_length), False, hash_directory(directory)
-    else:
-        raise BaseModelError(
-            f"{base.uri!r} has no text_encoder/config.json. Copy that directory of the original model."
-        )
     digest = hashlib.sha256(f"{fingerprint} {max_length}".encode()).hexdigest()
     return TextEncoder(network.to(device).eval().requires_grad_(False), tokenizer, max_length, masked, digest)
+
+
+def _encoder_directory(base: BaseModel, part: str) -> Path:
+    if not (base.path / part / "config.json").is_file():
+        raise BaseModelError(f"{base.uri!r} has no {part}/config.json. Copy that directory of the original model.")
+    return base.path / part
+
+
+def _load_pair(base: BaseModel, unet_config: dict[str, Any], device: str | torch.device) -> TextEncoderPair:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    directories = _encoder_directory(base, "text_encoder"), _encoder_directory(base, "text_encoder_2")
+    options: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
+    first: Any = CLIPTextModel.from_pretrained(directories[0], **options)
+    second: Any = CLIPTextModelWithProjection.from_pretrained(directories[1], **options)
+    tokenizers = tuple(
+        CLIPTokenizer.from_pretrained(base.path / part, local_files_only=True) for part in ("tokenizer", "tokenizer_2")
+    )
+    lengths = [int(tokenizer.model_max_length) for tokenizer in tokenizers]
+    _check_fit(base, unet_config, (first.config, second.config), lengths)
+    zeros = _zeros_for_empty(base)
+    digest = hashlib.sha256(" ".join([*map(hash_directory, directories), f"{lengths[0]} {zeros}"]).encode()).hexdigest()
+    networks = tuple(network.to(device).eval().requires_grad_(False) for network in (first, second))
+    return TextEncoderPair(networks, tokenizers, lengths[0], zeros, digest)
+
+
+def _check_fit(base: BaseModel, unet_config: dict[str, Any], encoders: tuple[Any, Any], lengths: list[int]) -> None:
+    """Raises BaseModelError when the encoders put out other widths than the UNet reads, or unequal token numbers."""
+    widths, pooled = [config.hidden_size for config in encoders], encoders[1].projection_dim
+    wanted = unet_config["cross_attention_dim"]
+    wanted_pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
+    if (sum(widths), pooled) != (wanted, wanted_pooled) or lengths[0] != lengths[1]:
+        raise BaseModelError(
+            f"{base.uri!r} has text encoders of widths {widths} with {lengths} tokens and a pooled text of width "
+            f"{pooled}, but its UNet reads text states of width {wanted}, equally many tokens of both, and a pooled "
+            f"text of width {wanted_pooled}. Copy text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/ of the "
+            "model that the UNet belongs to."
+        )
+
+
+def _zeros_for_empty(base: BaseModel) -> bool:
+    index = base.path / "model_index.json"
+    content = json.loads(index.read_text()) if index.is_file() else {}
+    return bool(content.get("force_zeros_for_empty_prompt", True))

@@ -38,7 +38,7 @@ class RunHandle:
         return f"{self.tracking_uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write all metrics of a step in one request, again and again while the server is away; see `attempt`."""
+        """Write all metrics of a step in one request, repeated while the server is away; in a loop, use `MetricLog`."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)  # taken once: a repeated request then overwrites instead of doubling the point

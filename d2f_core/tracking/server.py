@@ -1,22 +1,20 @@
 """The MLflow server: where it is, whether it answers, and how long to insist."""
 
-import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import requests
 
+from d2f_core.retry import GaveUpError, is_network_trouble, keep_trying, one_line
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-logger = logging.getLogger(__name__)
-
 CHECK_SECONDS = 9.0
-RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-"""Seconds between the attempts of one write; after the last one the error is raised."""
+RETRY_SECONDS = 60.0
+"""How long a request that MLflow does not answer is repeated; then the error is raised."""
 TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 
 T = TypeVar("T")
@@ -50,33 +48,31 @@ def client_for(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def is_away(error: BaseException) -> bool:
+    """Whether the same request may succeed later: the server, or the storage of its artifacts, is in trouble."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in TRANSIENT
+    return isinstance(error, requests.RequestException) or is_network_trouble(error)
 
 
-def attempt(what: str, call: Callable[[], T], *, delays: tuple[float, ...] = RETRY_DELAYS) -> T:
-    """Call, and call again after each delay while the server does not answer.
+def attempt(what: str, call: Callable[[], T]) -> T:
+    """Call, and call again for `RETRY_SECONDS` while the server does not answer.
 
     Raises:
-        TrackingError: at once when the server refuses, and after the last attempt when it cannot be reached.
+        TrackingError: at once when the server refuses, and after that time when it cannot be reached.
     """
     from mlflow.exceptions import MlflowException
 
-    for delay in (*delays, None):
-        try:
-            return call()
-        except (MlflowException, requests.RequestException) as error:
-            transient = not isinstance(error, MlflowException) or error.error_code in TRANSIENT
-            if not transient:
-                raise TrackingError(f"MLflow refused to {what}: {one_line(error)}") from error
-            if delay is None:
-                raise TrackingError(
-                    f"MLflow could not {what} in {len(delays) + 1} attempts: {one_line(error)}. Check that the server "
-                    "is up; the same command goes on from there."
-                ) from error
-            logger.warning("could not %s (%s); again in %.0f s", what, one_line(error), delay)
-        time.sleep(delay)
-    raise AssertionError("unreachable")
+    try:
+        return keep_trying(what, call, transient=is_away, seconds=RETRY_SECONDS)
+    except GaveUpError as error:
+        raise TrackingError(
+            f"MLflow {error}. Check that the server is up; the same command goes on from there."
+        ) from error.__cause__
+    except MlflowException as error:
+        raise TrackingError(f"MLflow refused to {what}: {one_line(error)}") from error
 
 
 def check_tracking() -> str:

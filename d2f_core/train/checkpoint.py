@@ -4,40 +4,64 @@
                                              exp_avg-0.safetensors    optimizer moments
                                              exp_avg_sq-0.safetensors
                                              ema-0.safetensors        averages
-                                             manifest.json            written last: sizes, sha256, step, samples
+                                             share-0.json             worker 0's files are there, and their hashes
+                                             manifest.json            written last, once: all hashes, step, samples
+                                             evaluation.json          metrics, by a later validation, once
 
 A directory without a manifest does not exist. Nothing is ever overwritten: each attempt at a step has its own
-directory.
+directory. Every byte that is read back is covered by a sha256. `checkpoint_writer` writes, `retention` deletes.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from safetensors.torch import load, save
+import dacite
+import torch
+from safetensors.torch import load
 from torch import Tensor
 
 from d2f_core import storage
+from d2f_core.data.manifest import canonical_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
+DIRECTORY = re.compile(r"step-(\d{8,})\.(\w[\w.-]*)")
+PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with the reason and the fix."""
+    """A checkpoint that cannot be used or written, with the reason and the fix."""
+
+
+class OtherFormatError(CheckpointError):
+    """An undamaged checkpoint that another release wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFile:
+    """One safetensors file of a checkpoint."""
+
     kind: str
     path: str
+    """Name inside the checkpoint's directory."""
     size: int
+    """Bytes."""
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not PLAIN_NAME.fullmatch(self.path):
+            raise CheckpointError(
+                f"path={self.path!r} of a checkpoint's file is not a plain name inside its directory. Refused; delete "
+                "this checkpoint's directory."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +74,19 @@ class CheckpointManifest:
     """Hash of what must not change within a run: model, data, loss, seed, batch."""
     num_workers: int
     files: tuple[CheckpointFile, ...]
+    state: dict[str, Any]
+    """JSON that resuming needs besides tensors."""
+    tensors: dict[str, dict[str, str]]
+    """Kind -> parameter name -> `tensor_digest`."""
     format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    uri: str
+    manifest: CheckpointManifest
 
 
 def checkpoints_uri(output: str) -> str:
@@ -61,94 +97,185 @@ def directory_name(step: int, attempt: str) -> str:
     return f"step-{step:08d}.{attempt}"
 
 
-def write_share(uri: str, rank: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[CheckpointFile]:
-    """Write one worker's share, kind -> parameter name -> tensor."""
-    files = []
-    for kind, named in tensors.items():
-        if not named:
-            continue
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()})
-        path = f"{kind}-{rank}.safetensors"
-        storage.write_bytes(storage.join(uri, path), data)
-        files.append(CheckpointFile(kind=kind, path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
-    return files
+def directories(output: str) -> Iterator[tuple[int, str]]:
+    """(step, uri) of every checkpoint directory, complete or not, by step and then attempt; other names are ignored."""
+    root = checkpoints_uri(output)
+    matches = [match for name in storage.list_names(root) if (match := DIRECTORY.fullmatch(name))]
+    for match in sorted(matches, key=lambda match: (int(match[1]), match[2])):
+        yield int(match[1]), storage.join(root, match[0])
 
 
-def write_manifest(uri: str, manifest: CheckpointManifest) -> None:
-    """Make the checkpoint exist; every share must have been written."""
-    payload = json.dumps(asdict(manifest), indent=1, sort_keys=True).encode()
-    storage.write_bytes(storage.join(uri, MANIFEST), payload, exclusive=True)
+def damaged(place: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{place} {reason}: the checkpoint was damaged. Delete its directory; the run then resumes from the one before."
+    )
 
 
-def read_manifest(uri: str) -> CheckpointManifest:
-    """Raises FileNotFoundError when there is none, CheckpointError for another format."""
-    fields = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
-    if fields.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{uri} has format_version={fields.get('format_version')!r}; this release reads {FORMAT_VERSION}. "
-            "Resume with the release that wrote it, or choose another output."
-        )
-    return CheckpointManifest(**{**fields, "files": tuple(CheckpointFile(**file) for file in fields["files"])})
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and raw bytes, wherever it lies; equal only for equal bits."""
+    header = canonical_json([str(tensor.dtype), list(tensor.shape)])
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.sha256(header)
+    digest.update(raw.numpy().data)
+    return digest.hexdigest()
 
 
-def list_checkpoints(output: str) -> list[tuple[str, CheckpointManifest]]:
-    """(uri, manifest) of every complete checkpoint, oldest step first."""
+def seal(fields: Mapping[str, Any]) -> bytes:
+    """The one JSON text of `fields`, with a `digest` of all of them."""
+    digest = hashlib.sha256(canonical_json(fields)).hexdigest()
+    return json.dumps({**fields, "digest": digest}, indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+
+def unseal(place: str, data: bytes) -> dict[str, Any]:
+    """The fields that `seal` was given; `place` names them in errors.
+
+    Raises:
+        CheckpointError: a byte differs from what was written.
+        OtherFormatError: a manifest of format 1, which had no digest.
+    """
+    try:
+        fields = json.loads(data)
+        if fields.get("format_version") == 1 and "digest" not in fields:
+            raise _other_format(place, 1)
+        digest = fields.pop("digest")
+        whole = seal(fields) == data  # also finds changes that mean nothing in JSON, such as a space at the end
+    except OtherFormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(place, f"is not what was written ({type(error).__name__}: {error})") from None
+    if not whole:
+        raise damaged(place, f"does not have the digest {str(digest)[:12]} that it states")
+    return fields
+
+
+def _other_format(place: str, version: object) -> OtherFormatError:
+    return OtherFormatError(
+        f"{place} has format_version={version!r}; this release reads {FORMAT_VERSION}. "
+        "Resume with the release that wrote it, or choose another output."
+    )
+
+
+def manifest_bytes(manifest: CheckpointManifest) -> bytes:
+    return seal(asdict(manifest))
+
+
+def read_checkpoint(uri: str) -> Checkpoint:
+    """The checkpoint in one directory.
+
+    Raises:
+        FileNotFoundError: it has no manifest, so it does not exist.
+        OtherFormatError: another release wrote it.
+        CheckpointError: its manifest is damaged, or belongs to another step's directory.
+    """
+    place = storage.join(uri, MANIFEST)
+    fields = unseal(place, storage.read_bytes(place))
+    if (version := fields.get("format_version")) != FORMAT_VERSION:
+        raise _other_format(place, version)
+    try:
+        manifest = dacite.from_dict(CheckpointManifest, fields, dacite.Config(strict=True, cast=[tuple]))
+    except (dacite.DaciteError, TypeError) as error:
+        raise damaged(place, f"is not a checkpoint's manifest ({error})") from None
+    named = DIRECTORY.fullmatch(uri.rstrip("/").rsplit("/", 1)[-1])
+    if named and int(named[1]) != manifest.step:
+        raise damaged(place, f"is of step {manifest.step}, not {int(named[1])}")
+    return Checkpoint(uri.rstrip("/"), manifest)
+
+
+def list_checkpoints(output: str) -> list[Checkpoint]:
+    """Every complete checkpoint, oldest step first, within a step by attempt.
+
+    One with a damaged manifest is left out, with a warning that names it.
+
+    Raises:
+        OtherFormatError: another release wrote one of them; leaving it out would restart its run from nothing.
+    """
     found = []
-    for name in storage.list_names(checkpoints_uri(output)):
-        uri = storage.join(checkpoints_uri(output), name)
+    for _, uri in directories(output):
         try:
-            found.append((uri, read_manifest(uri)))
-        except FileNotFoundError:
+            found.append(read_checkpoint(uri))
+        except (FileNotFoundError, NotADirectoryError):
             continue  # a save that did not finish
-    return sorted(found, key=lambda item: item[1].step)
+        except OtherFormatError:
+            raise
+        except CheckpointError as error:
+            logger.warning("left out %s: %s", uri, error)
+    return found
 
 
-def latest_checkpoint(output: str, identity: str) -> tuple[str, CheckpointManifest] | None:
-    """The newest complete checkpoint of this very run.
+def candidates(output: str, identity: str) -> list[Checkpoint]:
+    """The complete checkpoints of this very run, newest first: resume from the first whose tensors can be read.
 
     Raises:
         CheckpointError: the output holds a run of another configuration.
     """
-    found = list_checkpoints(output)
-    if not found:
-        return None
-    uri, manifest = found[-1]
-    if manifest.identity != identity:
+    found = list_checkpoints(output)[::-1]
+    if found and (other := found[0].manifest.identity) != identity:
         raise CheckpointError(
-            f"{output} holds a run with another model, data, loss, seed or batch (identity {manifest.identity[:12]}, "
+            f"{output} holds a run with another model, data, loss, seed or batch (identity {other[:12]}, "
             f"this one is {identity[:12]}). Choose another --output, or go back to that run's config.yaml."
         )
-    return uri, manifest
+    return [checkpoint for checkpoint in found if checkpoint.manifest.identity == identity]
 
 
-def read_tensors(uri: str, manifest: CheckpointManifest, kind: str) -> dict[str, Tensor]:
-    """All parameters' tensors of one kind, every file's sha256 checked.
+def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
+    """All parameters' tensors of one kind, every file and every tensor checked; empty when none were saved.
 
     Raises:
-        CheckpointError: a file's content is not what was written.
+        CheckpointError: a file is missing, or something in it is not what was written.
     """
+    expected = checkpoint.manifest.tensors.get(kind, {})
     tensors: dict[str, Tensor] = {}
-    for file in manifest.files:
-        if file.kind != kind:
-            continue
-        data = storage.read_bytes(storage.join(uri, file.path))
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != file.sha256:
-            raise CheckpointError(
-                f"{uri}/{file.path} has sha256 {digest[:12]}, its manifest says {file.sha256[:12]}: the file was "
-                "damaged. Delete this checkpoint's directory; the run then resumes from the one before."
+    for file in checkpoint.manifest.files:
+        if file.kind == kind:
+            named = _read_file(storage.join(checkpoint.uri, file.path), file)
+            if twice := sorted(tensors.keys() & named.keys()):
+                raise damaged(checkpoint.uri, f"holds {kind} of {twice[0]!r} twice")
+            tensors.update(named)
+    if odd := sorted(tensors.keys() ^ expected.keys()):
+        which = "lacks" if odd[0] in expected else "holds, against its manifest,"
+        raise damaged(checkpoint.uri, f"{which} {kind} of {odd[0]!r} ({len(odd)} such names)")
+    for name, tensor in tensors.items():
+        if (digest := tensor_digest(tensor)) != expected[name]:
+            raise damaged(
+                checkpoint.uri, f"has {kind} of {name!r} with digest {digest[:12]}, not {expected[name][:12]}"
             )
-        tensors.update(load(data))
     return tensors
 
 
-def remove_old(output: str, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and left-overs of saves before them."""
-    complete = list_checkpoints(output)
-    kept = {uri for uri, _ in complete[-keep:]}
-    oldest_kept = min((manifest.step for _, manifest in complete[-keep:]), default=0)
-    for name in storage.list_names(checkpoints_uri(output)):
-        uri = storage.join(checkpoints_uri(output), name)
-        if uri not in kept and int(name.removeprefix("step-").partition(".")[0]) < oldest_kept:
-            logger.info("removing old checkpoint %s", uri)
-            storage.remove_tree(uri)
+def _read_file(place: str, file: CheckpointFile) -> dict[str, Tensor]:
+    try:
+        data = storage.read_bytes(place)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise damaged(place, "is missing") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if (len(data), digest) != (file.size, file.sha256):
+        raise damaged(
+            place,
+            f"has sha256 {digest[:12]} and {len(data)} bytes, its manifest says {file.sha256[:12]} and {file.size}",
+        )
+    try:
+        return load(data)
+    except MemoryError:
+        raise
+    except Exception as error:  # the parser, and torch behind it, raise many types for bytes that are no safetensors
+        raise damaged(place, f"is not safetensors ({type(error).__name__}: {error})") from None
+
+
+def check_loaded(checkpoint: Checkpoint, kind: str, named: Mapping[str, Tensor]) -> None:
+    """Compare what an engine holds after loading, parameter name -> tensor on any device, with the checkpoint.
+
+    `named` may be one worker's share.
+
+    Raises:
+        CheckpointError: names the first parameter that differs or that the checkpoint does not have.
+    """
+    expected = checkpoint.manifest.tensors.get(kind, {})
+    for name, tensor in named.items():
+        digest = tensor_digest(tensor)
+        if digest != expected.get(name):
+            stored = f"has {expected[name][:12]}" if name in expected else "does not have this parameter"
+            raise CheckpointError(
+                f"After loading {checkpoint.uri}, {kind} of {name!r} ({tensor.dtype}, {tuple(tensor.shape)}) has "
+                f"digest {digest[:12]}; the checkpoint {stored}. The engine did not take over what was read: do not "
+                "train on."
+            )

@@ -1,10 +1,40 @@
 """What a training needs besides its model, data and loss."""
 
 import math
+import os
+import shutil
+import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from d2f_core.model.ema import EmaConfig
+from d2f_core.train.retention import Retention
+
+AT_LEAST = {
+    "num_steps": 1,
+    "global_batch_size": 1,
+    "micro_batch_size": 1,
+    "num_workers": 1,
+    "lanes": 1,
+    "window_rows": 1,
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "worker_timeout_seconds": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "clip_grad_norm": 0,
+    "evaluate_every": 0,
+    "evaluation_gpus": 0,
+    "keep_best": 0,
+    "keep_every": 0,
+    "max_failures": -1,
+}
+
+
+class MissingCompilerError(RuntimeError):
+    """An operator has to be compiled on this machine, and cannot be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +55,18 @@ class TrainConfig:
     """torch threads of a CPU worker; 0 divides the machine's cores."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is partitioned over the workers (1 moments, 2 also gradients, 3 also weights)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Forward and backward dtype. Weights, moments and averages are kept in fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Forward and backward dtype. Weights, moments and averages are kept in fp32. fp16 scales the loss so that small
+    gradients survive, and leaves out a step when they overflow; bf16 needs neither."""
+    optimizer: Literal["adamw", "cpu_adamw"] = "adamw"
+    """AdamW: torch's fused one, or DeepSpeed's for offloaded moments, compiled with g++ on first use (some 150 s).
+    There is no 8-bit one: it keeps its moments quantised in blocks over a worker's flattened share, so a checkpoint by
+    parameter, which any ZeRO stage and number of workers can go on from, could not carry them without loss."""
+    offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
+    """What lives in the host's memory instead of the GPU's: moments and fp32 weights (stage 1 or higher), or also the
+    partitioned weights (stage 3). Slower, fits larger models. Needs `optimizer="cpu_adamw"`."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time, same numbers."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int = 0
@@ -41,37 +81,114 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     seed: int = 0
     """Decides data order, noise, flow times and new weights."""
+    lanes: int = 16
+    """Independent reading streams of the data order; at least the largest number of workers that the run will ever
+    have, else windows are read more than once. Part of the run's identity."""
+    window_rows: int = 512
+    """Rows that are shuffled together and read at once."""
+    max_quarantined_share: float = 0.01
+    """Share of a run's samples that may be unusable before it stops."""
+    max_failures: int = 3
+    """Times that a training is restarted from its last checkpoint after a worker died; -1: without limit."""
+    worker_timeout_seconds: int = 600
+    """A worker that keeps the others waiting for longer than this ends the attempt; the error names it."""
     log_every: int = 10
     """Steps between metrics."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on storage."""
+    keep_best: int = 0
+    """Checkpoints that stay because their evaluation was the best, beside the newest."""
+    keep_best_metric: str = "validation_flow_loss"
+    """What the best are chosen by; the lowest is the best."""
+    keep_every: int = 0
+    """Steps between checkpoints that stay for good. 0: none do."""
     evaluate_every: int = 500
-    """Steps between evaluations; also before the first step and after the last. 0: never."""
+    """Steps between evaluations; also before the first step and after the last. 0: never. An evaluation reads a
+    checkpoint."""
+    evaluation_gpus: float = 0.0
+    """GPUs of the task that evaluates, out of those that the workers leave free; 0 evaluates on a CPU."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "global_batch_size",
-            "micro_batch_size",
-            "num_workers",
-            "log_every",
-            "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, least in AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         if self.keep_checkpoints < 1:
             raise ValueError(
                 f"keep_checkpoints={self.keep_checkpoints} must be at least 1: a run resumes from the last one."
             )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0. Use 1e-5 to 1e-3.")
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError(
-                "precision='bf16' with zero_stage=0 runs other numerics in DeepSpeed. Use zero_stage 1, 2 or 3."
-            )
+        if not 0 <= self.max_quarantined_share <= 1:
+            raise ValueError(f"max_quarantined_share={self.max_quarantined_share} must lie in [0, 1]. Use 0.01.")
+        self._check_engine()
+        self._check_schedule()
         _ = self.gradient_accumulation_steps
+
+    def _check_engine(self) -> None:
+        """Refuse what DeepSpeed cannot do, ignores, or does with other numbers."""
+        if self.precision != "fp32" and self.zero_stage == 0:
+            raise ValueError(
+                f"precision={self.precision!r} with zero_stage=0 runs other numerics in DeepSpeed. "
+                "Use zero_stage 1, 2 or 3."
+            )
+        if self.precision == "fp16" and not self.use_gpu:
+            raise ValueError(
+                "precision='fp16' with use_gpu=False: most CPUs cannot compute in fp16. Use precision='bf16' or 'fp32'."
+            )
+        if self.offload != "none" and self.optimizer != "cpu_adamw":
+            raise ValueError(
+                f"offload={self.offload!r} with optimizer={self.optimizer!r}: DeepSpeed steps offloaded moments with "
+                "its own optimizer only. Use optimizer='cpu_adamw' (needs g++ on the workers) or offload='none'."
+            )
+        if self.optimizer == "cpu_adamw" and self.offload == "none":
+            raise ValueError(
+                "optimizer='cpu_adamw' with offload='none': it steps only what lies in the host's memory. "
+                "Use optimizer='adamw', or offload='optimizer'."
+            )
+        if self.offload == "optimizer" and self.zero_stage < 1:
+            raise ValueError(
+                "offload='optimizer' with zero_stage=0 would be ignored by DeepSpeed: nothing is partitioned. "
+                "Use zero_stage 1, 2 or 3."
+            )
+        if self.offload == "optimizer_and_weights" and self.zero_stage < 3:
+            raise ValueError(
+                f"offload='optimizer_and_weights' with zero_stage={self.zero_stage}: weights are partitioned, and can "
+                "be offloaded, at stage 3 only. Use zero_stage=3, or offload='optimizer'."
+            )
+
+    def _check_schedule(self) -> None:
+        """Refuse steps at which something is due that needs a checkpoint, and none is written."""
+        every = self.checkpoint_every
+        for name, why in (("evaluate_every", "an evaluation reads a checkpoint"), ("keep_every", "only those exist")):
+            value = getattr(self, name)
+            if value % every:
+                raise ValueError(
+                    f"{name}={value} is not a multiple of checkpoint_every={every}: {why}. "
+                    f"Nearest that fits: {name}={max(1, round(value / every)) * every}, or checkpoint_every="
+                    f"{math.gcd(value, every)}, or 0 to turn it off."
+                )
+        if self.keep_best and not self.evaluate_every:
+            raise ValueError(
+                f"keep_best={self.keep_best} with evaluate_every=0: no checkpoint is ever evaluated. "
+                f"Use keep_best=0, or evaluate_every={every}."
+            )
+        if self.keep_best and not self.keep_best_metric:
+            raise ValueError(
+                f"keep_best={self.keep_best} with an empty keep_best_metric. Name a metric of the evaluation, such as "
+                "'validation_flow_loss'."
+            )
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        return Retention(
+            keep_last=self.keep_checkpoints,
+            keep_best=self.keep_best,
+            metric=self.keep_best_metric,
+            keep_every=self.keep_every,
+        )
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -93,3 +210,38 @@ class TrainConfig:
         done = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
         floor = self.final_learning_rate_factor
         return self.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+
+def _find_tool(name: str) -> str | None:
+    """Where a program is, also beside the interpreter: there pip puts ninja, activated environment or not."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def _built_cpu_adam() -> bool:
+    """Whether the operator was installed with DeepSpeed, or compiled here before."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    spec = find_spec("deepspeed")
+    if spec and spec.origin and any(Path(spec.origin).parent.glob("ops/adam/cpu_adam_op*.so")):
+        return True
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return any(root.glob("**/cpu_adam/cpu_adam.so"))
+
+
+def missing_compiler(config: TrainConfig) -> str | None:
+    """What this machine lacks to run the config's optimizer, in one line with the fix; None when nothing is lacking.
+
+    Only `optimizer="cpu_adamw"` is compiled, once per machine and user (about 150 s, kept in TORCH_EXTENSIONS_DIR).
+    """
+    if config.optimizer != "cpu_adamw":
+        return None
+    compiler = os.environ.get("CXX", "c++")
+    lacking = [] if _find_tool("ninja") else ["ninja"]
+    if not _built_cpu_adam() and not _find_tool(compiler):
+        lacking.append(compiler)
+    if not lacking:
+        return None
+    return (
+        f"optimizer='cpu_adamw' is compiled where it runs, and {' and '.join(lacking)} cannot be found there. "
+        "Install g++ and ninja on every worker's machine, or use optimizer='adamw' with offload='none'."
+    )

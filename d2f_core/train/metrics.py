@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from d2f_core.train.steps import StepResult
+
 logger = logging.getLogger(__name__)
 
 
@@ -18,6 +20,11 @@ class Window:
     waited: float = 0.0
     """Seconds spent waiting for data."""
     began: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult, samples: int) -> None:
+        self.losses.append(result.loss)
+        self.samples += samples
+        self.waited += result.waited
 
     def summary(self) -> dict[str, float]:
         """Mean loss of this worker, rate of all workers, share of the time spent waiting for data."""

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2f_core.data.stream import EPOCH, REASON, ROW
 from d2f_core.train.task import Batch
 
 
@@ -33,20 +35,47 @@ class StepResult:
     """Mean over this worker's share, still on the device."""
     waited: float
     """Seconds spent waiting for rows."""
+    unusable: tuple[tuple[int, str], ...] = ()
+    """Rows of this worker's share that did not count, with the reason."""
+    consumed: int = 0
+    """`consumed_digest` of this worker's share."""
 
 
-def _check_finite(losses: Tensor, rows: list[int], step: int) -> None:
-    """Stop every worker together, before the gradients of a broken batch are used."""
-    bad = [row for row, fine in zip(rows, torch.isfinite(losses).tolist(), strict=True) if not fine]
-    flag = torch.tensor([len(bad)], device=losses.device)
+def _check_finite(finite: list[Tensor], rows: list[list[int]], step: int) -> None:
+    """Stop every worker together, before the gradients of a broken batch are used.
+
+    The one number that is read off the device in every step: weights that a NaN has reached cannot be saved any more.
+    """
+    flag = torch.stack([(~fine).sum() for fine in finite]).sum()
     if dist.is_initialized():
         dist.all_reduce(flag)
-    if flag.item():
+    if count := int(flag.item()):
+        pairs = zip(rows, (fine.tolist() for fine in finite), strict=True)
+        bad = [row for part, fine in pairs for row, good in zip(part, fine, strict=True) if not good]
         raise NonFiniteLossError(
-            f"step {step}: the loss of {int(flag.item())} samples is not finite"
+            f"step {step}: the loss of {count} samples is not finite"
             f"{f' (table rows {bad} on this worker)' if bad else ' (rows are named by another worker)'}. "
             "Lower the learning rate, or look at these rows; the last checkpoint is good."
         )
+
+
+def consumed_digest(epochs: np.ndarray, rows: np.ndarray) -> int:
+    """A number for a set of (epoch, row), int64 each; those of disjoint sets add up, modulo 2**64, in any order.
+
+    Equal numbers mean equal samples (up to chance): what a run has used is compared by it.
+    """
+    mixed = epochs.astype(np.uint64) << np.uint64(40) ^ rows.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64's finaliser
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return int(mixed.sum(dtype=np.uint64))
+
+
+def unusable_rows(table: pa.Table) -> tuple[tuple[int, str], ...]:
+    """(row, reason) of the rows that keep their place but must not count."""
+    if REASON not in table.column_names or table.column(REASON).null_count == table.num_rows:
+        return ()
+    pairs = zip(table.column(ROW).to_pylist(), table.column(REASON).to_pylist(), strict=True)
+    return tuple((row, reason) for row, reason in pairs if reason is not None)
 
 
 def train_steps(
@@ -61,6 +90,9 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """Run optimizer steps, lazily; the caller decides when to log, save and stop.
 
+    A row that cannot be used adds nothing to the gradient, and the mean is still taken over all rows of the plan: the
+    result does not depend on which worker it fell to.
+
     Args:
         rows: one micro-batch each, `accumulation` of them per step.
         before_step: called with the step's number, counted from 0 (sets the learning rate).
@@ -68,23 +100,28 @@ def train_steps(
     Raises:
         NonFiniteLossError: on every worker at once; names the step and the rows, and leaves the weights alone.
     """
-    step, part, waited, mean = first_step, 0, 0.0, torch.zeros(())
-    iterator = iter(rows)
+    step, iterator = first_step, iter(rows)
     while True:
-        began = time.perf_counter()
-        table = next(iterator, None)
-        if table is None:
-            return
-        waited += time.perf_counter() - began
-        if part == 0 and before_step:
-            before_step(step)
-        losses = loss_fn(engine, to_batch(table))
-        _check_finite(losses.detach(), table.column("row").to_pylist(), step)
-        engine.backward(losses.mean())
-        engine.step()
-        mean = mean.to(losses.device) + losses.detach().mean() / accumulation
-        part += 1
-        if part == accumulation:
-            step += 1
-            yield StepResult(step=step, loss=mean, waited=waited)
-            part, waited, mean = 0, 0.0, torch.zeros(())
+        waited, mean, finite, numbers, unusable, consumed = 0.0, torch.zeros(()), [], [], (), 0
+        for part in range(accumulation):
+            began = time.perf_counter()
+            table = next(iterator, None)
+            waited += time.perf_counter() - began
+            if table is None:
+                return
+            if part == 0 and before_step:
+                before_step(step)
+            losses = loss_fn(engine, to_batch(table))
+            if bad := unusable_rows(table):
+                counts = torch.tensor(table.column(REASON).is_null().to_pylist(), device=losses.device)
+                losses, unusable = torch.where(counts, losses, 0.0), unusable + bad
+            finite.append(torch.isfinite(losses.detach()))
+            numbers.append(table.column(ROW).to_pylist())
+            consumed += consumed_digest(table.column(EPOCH).to_numpy(), table.column(ROW).to_numpy())
+            if part == accumulation - 1:
+                _check_finite(finite, numbers, step)
+            engine.backward(losses.mean())
+            engine.step()
+            mean = mean.to(losses.device) + losses.detach().mean() / accumulation
+        step += 1
+        yield StepResult(step=step, loss=mean, waited=waited, unusable=unusable, consumed=consumed)

@@ -5,26 +5,35 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2f_core.data.stream import StreamPlan, micro_batches
+from d2f_core.data.plan import StreamPlan
+from d2f_core.data.stream import micro_batches, worker_shard
 from d2f_core.model import ema
-from d2f_core.model.artifact import load_weights
-from d2f_core.train import checkpoint, zero
+from d2f_core.tracking import RunHandle
+from d2f_core.tracking.metric_log import MetricLog
+from d2f_core.train import restore, zero
+from d2f_core.train.checkpoint import KINDS
+from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.evaluation import EvaluationJob, Evaluations, evaluation_due
+from d2f_core.train.heartbeat import Heartbeat
 from d2f_core.train.metrics import Window, log_progress
-from d2f_core.train.steps import train_steps
-from d2f_core.train.task import BuildTask, Evaluation, Task, Tracker
+from d2f_core.train.quarantine import TrainingQuarantine
+from d2f_core.train.steps import StepResult, train_steps
+from d2f_core.train.task import BuildTask, Task
 
 logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS, EVALUATION_SECONDS = 120.0, 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +49,27 @@ class WorkerJob:
     """Hash of what must not change within a run."""
     attempt: str
     """Names this attempt's checkpoint directories."""
-    resume_from: str | None = None
-    """Checkpoint to go on from; the plan starts at its step."""
-    tracker: Tracker | None = None
+    pulse: Any
+    """The actor that keeps what each worker said last."""
+    tracker: RunHandle | None = None
+
+    def evaluation(self, step: int, uri: str | None) -> EvaluationJob:
+        return EvaluationJob(
+            build_task=self.build_task, output=self.output, step=step, uri=uri, averaged=bool(self.config.ema.decay),
+            num_gpus=self.config.evaluation_gpus, tracker=self.tracker,
+        )  # fmt: skip
 
 
 @dataclass
 class Worker:
     """One worker's state while it trains."""
 
-    job: WorkerJob
-    task: Task
+    config: TrainConfig
     engine: Any
     rank: int
     num_workers: int
     averages: dict[str, Tensor] = field(default_factory=dict)
     """EMA of this worker's share of the parameters, fp32."""
-
-    @property
-    def config(self) -> TrainConfig:
-        return self.job.config
 
     def owner(self, index: int) -> int:
         return index % self.num_workers
@@ -75,80 +85,126 @@ class Worker:
             else:
                 ema.update(self.averages[name], weight, decay)
 
-    def evaluation_weights(self) -> dict[str, Tensor]:
-        """The averages of all workers; empty when none are kept."""
-        if not self.config.ema.decay:
-            return {}
-        weights = {}
-        for index, (name, parameter) in enumerate(zero.trained_parameters(self.engine).items()):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            value = (
-                self.averages[name] if self.owner(index) == self.rank else torch.empty(shape, device=self.engine.device)
-            )
-            dist.broadcast(value, src=self.owner(index))
-            weights[name] = value
-        return weights
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Run the task's evaluation with the averaged weights; metrics and a grid go to the tracker."""
-        if self.task.evaluate is None:
-            return {}
-        began = time.perf_counter()
-        self.engine.eval()
-        with torch.no_grad(), zero.swapped_weights(self.engine, self.evaluation_weights()):
-            share = self.task.evaluate(self.engine, self.rank, self.num_workers)
-        self.engine.train()
-        shares: list[Evaluation | None] = [None] * self.num_workers
-        dist.gather_object(share, shares if self.rank == 0 else None)
-        if self.rank:
-            return {}
-        metrics = merge([item for item in shares if item is not None])
-        images = [image for item in shares if item is not None for image in item.images]
-        if self.job.tracker:
-            self.job.tracker.log_metrics(step, metrics)
-            if images and self.task.make_grid:
-                self.job.tracker.log_image("samples", self.task.make_grid(images), step)
-        logger.info("step %d  evaluation %s  (%.1f s)", step, metrics, time.perf_counter() - began)
-        return metrics
-
-    def save(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint; every worker must call it."""
-        uri = storage_uri(self.job, step)
-        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in checkpoint.KINDS}
+    def share(self) -> dict[str, dict[str, Tensor]]:
+        """This worker's share of all that a checkpoint holds, by kind; every worker must call it."""
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         tensors["ema"] = self.averages
         for index, (name, parameter) in enumerate(zero.trained_parameters(self.engine).items()):
             whole = {"weights": zero.read_weight(self.engine, parameter)}
             whole |= {moment: zero.read_moment(self.engine, parameter, moment) for moment in zero.MOMENTS}
             if self.owner(index) == self.rank:
                 for kind, tensor in whole.items():
+                    # Stage 0 hands out the very tensor that trains on; the writer copies before it returns.
                     tensors[kind][name] = tensor
-        files = checkpoint.write_share(uri, self.rank, tensors)
-        shares: list[list[checkpoint.CheckpointFile] | None] = [None] * self.num_workers
-        dist.all_gather_object(shares, files)
-        if self.rank == 0:
-            manifest = checkpoint.CheckpointManifest(
-                step=step,
-                samples=step * self.config.global_batch_size,
-                identity=self.job.identity,
-                num_workers=self.num_workers,
-                files=tuple(file for share in shares for file in share or ()),
-            )
-            checkpoint.write_manifest(uri, manifest)
-            checkpoint.remove_old(self.job.output, self.config.keep_checkpoints)
-            logger.info("step %d  checkpoint %s", step, uri)
-        dist.barrier()
-        ray.train.report({"step": step, "checkpoint": uri, **metrics})
+        return tensors
 
 
-def storage_uri(job: WorkerJob, step: int) -> str:
-    return f"{checkpoint.checkpoints_uri(job.output)}/{checkpoint.directory_name(step, job.attempt)}"
+class Training:
+    """The loop around the steps of one worker; only the first one logs, evaluates and names what is wrong."""
 
+    def __init__(self, job: WorkerJob, worker: Worker, task: Task, first_step: int, state: dict[str, Any]) -> None:
+        self.job, self.worker, self.config, self.task = job, worker, job.config, task
+        self.first = worker.rank == 0
+        self.heartbeat = Heartbeat(job.pulse, worker.rank)
+        self.writer = CheckpointWriter(job.output, job.attempt, worker.rank, worker.num_workers, job.config.retention)
+        self.evaluations = Evaluations(self.writer.protected)
+        self.quarantine = TrainingQuarantine.restored(state, job.plan, job.config.max_quarantined_share)
+        pending = state.get("pending_metrics", [])
+        self.log = MetricLog(job.tracker, pending=pending) if self.first and job.tracker else None
+        self.evaluated = first_step
+        self.consumed = int(state.get("consumed", 0)) if self.first else 0
+        """`consumed_digest` of what the run has used: all workers' numbers together."""
+        self.window = Window()
 
-def merge(shares: list[Evaluation]) -> dict[str, float]:
-    """Means over all workers' shares."""
-    names = sorted({name for share in shares for name in share.sums})
-    totals = {name: [share.sums[name] for share in shares if name in share.sums] for name in names}
-    return {name: sum(s for s, _ in parts) / max(1, sum(n for _, n in parts)) for name, parts in totals.items()}
+    def after(self, result: StepResult) -> None:
+        """What follows an optimizer step."""
+        step, config = result.step, self.config
+        self.heartbeat.step = step
+        if config.ema.decay:
+            self.worker.update_averages(step)
+        self.window.add(result, config.global_batch_size)
+        self.quarantine.add(result.unusable)
+        self.consumed += result.consumed
+        last = step == config.num_steps
+        if step % config.log_every == 0 or last:
+            self.metrics(step)
+        if step % config.checkpoint_every == 0 or last:
+            self.save(step)
+        self.look()
+        self.heartbeat.doing("waiting for rows")
+
+    def metrics(self, step: int) -> None:
+        """Read the numbers of the last steps off the device, and write them down."""
+        summary = self.window.summary()
+        self.window = Window()
+        loss = torch.tensor([summary["loss"]], device=self.worker.engine.device)
+        dist.all_reduce(loss)
+        summary["loss"] = float(loss) / self.worker.num_workers
+        summary["learning_rate"] = self.config.learning_rate_at(step - 1)
+        norm = self.worker.engine.get_global_grad_norm()
+        if norm is not None:
+            summary["grad_norm"] = float(norm)
+        summary["unusable_rows"] = float(self.quarantine.exchange(self.worker.engine.device))
+        if self.first:
+            log_progress(step, self.config.num_steps, summary, self.config.global_batch_size)
+            if self.log:
+                self.log.log(step, summary)
+
+    def save(self, step: int) -> None:
+        """Hand a checkpoint to the background; every worker must call it."""
+        self.heartbeat.doing("saving")
+        began = time.perf_counter()
+        self.quarantine.exchange(self.worker.engine.device)
+        parts: list[int] = [0] * self.worker.num_workers
+        dist.all_gather_object(parts, self.consumed)
+        state = {
+            "consumed": str(sum(parts) % 2**64),
+            "engine": zero.engine_state(self.worker.engine),
+            "quarantined": self.quarantine.rows(),
+        }
+        if self.log:
+            state["pending_metrics"] = self.log.pending()
+        self.writer.save(
+            step,
+            samples=step * self.config.global_batch_size,
+            identity=self.job.identity,
+            tensors=self.worker.share(),
+            state=state,
+        )
+        if self.first:
+            logger.info("step %d  checkpoint under way (%.1f s waited)", step, time.perf_counter() - began)
+
+    def look(self) -> None:
+        """Start the evaluation of a checkpoint that is complete by now, and take in what is done.
+
+        Raises:
+            CollapseError: of an evaluation.
+        """
+        self.writer.poll()
+        if not self.first or self.task.evaluate is None:
+            return
+        if self.writer.last_complete and self.writer.last_complete[0] > self.evaluated:
+            self.evaluated, uri = self.writer.last_complete
+            if evaluation_due(self.config, self.evaluated):
+                self.evaluations.start(self.job.evaluation(self.evaluated, uri))
+        self.evaluations.poll()
+
+    def evaluate_what_is_missing(self) -> None:
+        """Start the evaluations that were due and are not done, be it by an earlier attempt."""
+        if self.first and self.task.evaluate and self.config.evaluate_every:
+            for missing in restore.not_evaluated(self.job):
+                self.evaluations.start(missing)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, its evaluation, and the metrics."""
+        self.heartbeat.doing("finishing the last checkpoint")
+        self.writer.wait()
+        self.evaluate_what_is_missing()
+        self.evaluations.poll(EVALUATION_SECONDS)
+        self.writer.close()
+        if self.log:
+            self.log.close(FLUSH_SECONDS)
+        self.heartbeat.stop()
 
 
 def _show_log() -> None:
@@ -162,99 +218,54 @@ def _show_log() -> None:
         package.propagate = False
 
 
-def _set_threads(config: TrainConfig) -> None:
+def _set_threads(config: TrainConfig, num_workers: int) -> None:
     if not config.use_gpu:
         cores = os.cpu_count() or 1
-        torch.set_num_threads(config.threads_per_worker or max(1, cores // config.num_workers))
-
-
-def _start(job: WorkerJob) -> Worker:
-    """Build the task and the engine; the weights are the checkpoint's when there is one."""
-    context = ray.train.get_context()
-    task = job.build_task(str(ray.train.torch.get_device()))
-    if job.resume_from:
-        weights = checkpoint.read_tensors(job.resume_from, checkpoint.read_manifest(job.resume_from), "weights")
-        load_weights(task.module, weights)
-    engine = zero.build_engine(task.module, job.config, context.get_world_size())
-    return Worker(job, task, engine, context.get_world_rank(), context.get_world_size())
-
-
-def _restore(worker: Worker, uri: str, first_rows: Any) -> None:
-    """Put moments and averages back; the weights are there already."""
-    manifest = checkpoint.read_manifest(uri)
-    by_moment = {moment: checkpoint.read_tensors(uri, manifest, moment) for moment in zero.MOMENTS}
-    names = list(zero.trained_parameters(worker.engine))
-    moments = {name: {moment: by_moment[moment][name] for moment in zero.MOMENTS} for name in names}
-    batch = worker.task.to_batch(first_rows)
-    zero.restore_moments(
-        worker.engine, moments, manifest.step, lambda: worker.task.loss_fn(worker.engine, batch).mean()
-    )
-    averages = checkpoint.read_tensors(uri, manifest, "ema")
-    worker.averages = {
-        name: averages[name].to(worker.engine.device)
-        for index, name in enumerate(names)
-        if worker.owner(index) == worker.rank and name in averages
-    }
-    logger.info("resumed from %s", uri)
+        torch.set_num_threads(config.threads_per_worker or max(1, cores // num_workers))
 
 
 def run_worker(job: WorkerJob) -> None:
     """Ray Train's `train_loop_per_worker`."""
     _show_log()
-    config = job.config
-    _set_threads(config)
-    worker = _start(job)
-    metrics: dict[str, float] = {}
-    rows = micro_batches(ray.train.get_dataset_shard("train"), config.micro_batch_size)
-    if job.resume_from:
+    config, context = job.config, ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    _set_threads(config, num_workers)
+    device = str(ray.train.torch.get_device())
+    task = job.build_task(device)
+    found = restore.choose(job.output, job.identity, task.module, device)
+    first_step = found.checkpoint.manifest.step if found else 0
+    if config.activation_checkpointing:
+        zero.enable_activation_checkpointing(task.module)
+    worker = Worker(config, zero.build_engine(task.module, config, num_workers), rank, num_workers)
+    shard = worker_shard(job.plan, rank=rank, num_workers=num_workers, first_step=first_step)
+    rows = iter(micro_batches(shard))
+    if found:
         first = next(rows)
-        _restore(worker, job.resume_from, first)
+        restore.put_back(worker, task, found, first)
         rows = itertools.chain([first], rows)
-    else:
-        if config.ema.decay:
-            worker.update_averages(0)
-        if config.evaluate_every:
-            metrics = worker.evaluate(0)
-    accumulation = config.global_batch_size // (config.micro_batch_size * worker.num_workers)
-    window = Window()
+    elif config.ema.decay:
+        worker.update_averages(0)
+    training = Training(job, worker, task, first_step, found.checkpoint.manifest.state if found else {})
+    training.evaluate_what_is_missing()
+    _run_steps(training, task, rows, first_step)
+    training.finish()
+
+
+def _run_steps(training: Training, task: Task, rows: Any, first_step: int) -> None:
+    config, worker = training.config, training.worker
+
+    def to_batch(table: pa.Table) -> Any:
+        training.heartbeat.doing("computing")
+        return task.to_batch(table)
+
+    training.heartbeat.doing("waiting for rows")
     for result in train_steps(
         worker.engine,
         rows,
-        worker.task.to_batch,
-        worker.task.loss_fn,
-        accumulation=accumulation,
-        first_step=job.plan.first_step,
+        to_batch,
+        task.loss_fn,
+        accumulation=training.job.plan.per_step(worker.num_workers),
+        first_step=first_step,
         before_step=lambda step: zero.set_learning_rate(worker.engine, config.learning_rate_at(step)),
     ):
-        step = result.step
-        if config.ema.decay:
-            worker.update_averages(step)
-        window.losses.append(result.loss)
-        window.samples += config.global_batch_size
-        window.waited += result.waited
-        if step % config.log_every == 0 or step == config.num_steps:
-            metrics = metrics | _log(worker, step, window)
-            window = Window()
-        last = step == config.num_steps
-        if config.evaluate_every and (step % config.evaluate_every == 0 or last):
-            metrics = metrics | worker.evaluate(step)
-            window.began = time.perf_counter() if not window.samples else window.began
-        if step % config.checkpoint_every == 0 or last:
-            worker.save(step, metrics)
-            window.began = time.perf_counter() if not window.samples else window.began
-
-
-def _log(worker: Worker, step: int, window: Window) -> dict[str, float]:
-    summary = window.summary()
-    loss = torch.tensor([summary["loss"]], device=worker.engine.device)
-    dist.all_reduce(loss)
-    summary["loss"] = float(loss) / worker.num_workers
-    summary["learning_rate"] = worker.config.learning_rate_at(step - 1)
-    norm = worker.engine.get_global_grad_norm()
-    if norm is not None:
-        summary["grad_norm"] = float(norm)
-    if worker.rank == 0:
-        log_progress(step, worker.config.num_steps, summary, worker.config.global_batch_size)
-        if worker.job.tracker:
-            worker.job.tracker.log_metrics(step, summary)
-    return summary
+        training.after(result)

@@ -3,17 +3,27 @@
 The only module that knows how DeepSpeed lays parameters out.
 """
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2f_core.train.config import TrainConfig
+from d2f_core.train.config import MissingCompilerError, TrainConfig, missing_compiler
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """A gradient was not finite, on at least one worker; no weight was changed by that step."""
 
 
 def _deepspeed() -> Any:
@@ -23,36 +33,101 @@ def _deepspeed() -> Any:
     # Without this the first initialize() on CPU compiles a shared-memory operator, which needs g++ and two minutes.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls torch by names that torch 2.13 deprecates, some of them in every step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     return deepspeed
 
 
 def engine_config(config: TrainConfig, num_workers: int) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    host = {"device": "cpu", "pin_memory": config.use_gpu}
+    if config.offload != "none":
+        zero["offload_optimizer"] = host
+    if config.offload == "optimizer_and_weights":
+        zero["offload_param"] = host
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // (config.micro_batch_size * num_workers),
         "gradient_clipping": config.clip_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 10**9,
     }
 
 
+def _build_optimizer(trained: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    options: Any = dict(lr=config.learning_rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(trained, fused=True, **options)
+    if not shutil.which("ninja"):
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # where torch's build looks for it
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(trained, adamw_mode=True, **options)
+
+
+def enable_activation_checkpointing(module: nn.Module) -> None:
+    """Let `module` compute its activations again in the backward pass; a `ValueError` when it cannot."""
+    enable = getattr(module, "enable_gradient_checkpointing", None)
+    if enable is None:
+        raise ValueError(
+            f"activation_checkpointing=True, but {type(module).__name__} has no method enable_gradient_checkpointing "
+            "(diffusers' models have one). Use activation_checkpointing=False and a smaller micro_batch_size."
+        )
+    enable()
+
+
 def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> Any:
-    """Wrap `module`; its trainable parameters get AdamW."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
-    )
-    engine, *_ = _deepspeed().initialize(
+    """Wrap `module`; its trainable parameters get AdamW.
+
+    Under fp16 the engine's `step` leaves an optimizer step out when its gradients overflow (`engine.skipped_steps`
+    counts them). Under fp32 and bf16 it raises `NonFiniteGradientError` then, on every worker: only a fault does that.
+
+    Raises:
+        MissingCompilerError: the optimizer has to be compiled on this machine, and cannot be.
+    """
+    if missing := missing_compiler(config):
+        raise MissingCompilerError(missing)
+    deepspeed = _deepspeed()
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    whole = {} if config.precision == "fp32" else {name: p.detach().clone() for name, p in trained.items()}
+    engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=optimizer,
-        model_parameters=trained,
+        optimizer=_build_optimizer(list(trained.values()), config),
+        model_parameters=list(trained.values()),
         config=engine_config(config, num_workers),
         dist_init_required=False,
     )
+    for name, weight in whole.items():
+        # DeepSpeed makes its fp32 weights from the rounded ones: a resumed run would lose their last digits.
+        _set_whole(engine, trained[name], weight.float())
+    if config.precision != "fp16":
+        _refuse_non_finite_gradients(engine)
     return engine
+
+
+def _refuse_non_finite_gradients(engine: Any) -> None:
+    """DeepSpeed by itself leaves the step out in silence at stages 1 to 3, and puts NaN into the weights at stage 0."""
+
+    def refuse(broken: bool) -> None:
+        if broken:
+            raise NonFiniteGradientError(
+                f"step {engine.global_steps + 1} of this attempt: the losses are finite, but a gradient is not. Lower "
+                "the learning rate, or look at the loss where it is not smooth; the last checkpoint is good."
+            )
+
+    if engine.zero_optimization_stage():
+        engine.optimizer.loss_scaler.update_scale = refuse  # told in every step whether a gradient is not finite
+        return
+
+    def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        refuse(not torch.isfinite(nn.utils.get_total_norm(gradients)))
+
+    engine.optimizer.register_step_pre_hook(check)
 
 
 def trained_parameters(engine: Any) -> dict[str, nn.Parameter]:
@@ -76,11 +151,42 @@ def read_weight(engine: Any, parameter: nn.Parameter) -> Tensor:
 
 def read_moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
     """One of `MOMENTS`, fp32, whole. Every worker must call it, for every parameter in the same order."""
+    if not _moments_exist(engine):  # no step was applied yet, which under fp16 may last some steps
+        return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), device=engine.device)
     if not engine.zero_optimization_stage():
         return engine.optimizer.state[parameter][name]
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return cast(Tensor, safe_get_full_optimizer_state(parameter, name))
+
+
+def _inner_optimizer(engine: Any) -> Any:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _moments_exist(engine: Any) -> bool:
+    return any(MOMENTS[0] in state for state in _inner_optimizer(engine).state.values())
+
+
+def _set_whole(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+    """Write a weight's fp32 copy, or one of its moments, from the whole tensor; each worker keeps its share."""
+    from deepspeed import utils
+
+    value = value.to(parameter.device)
+    if not engine.zero_optimization_stage():
+        (engine.optimizer.state[parameter][moment] if moment else parameter.data).copy_(value)
+        return
+    set_weight, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+    if engine.zero_optimization_stage() == 3:
+        # Those fail at stage 3 when the number of workers does not divide the number of the parameter's elements.
+        set_weight, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        share = cast(Any, parameter).ds_tensor.ds_numel
+        padded = nn.functional.pad(value.flatten(), (0, share * dist.get_world_size() - value.numel()))
+        value = padded[share * dist.get_rank() :][:share]
+    if moment:
+        set_moment(parameter, value, moment)
+    else:
+        set_weight(parameter, value)
 
 
 def restore_moments(
@@ -90,48 +196,77 @@ def restore_moments(
 
     The weights must have been put into the module before the engine was built. The optimizer's state comes into being
     with a step of `0 * any_loss()` at learning rate 0, which changes no weight; under stage 3 only a real forward
-    reaches all weights.
+    reaches all weights. The loss scale stays as it was.
+
+    Raises:
+        NonFiniteGradientError: the loss or its gradient is not finite, so that no step could be made.
     """
+    before = engine_state(engine)
     set_learning_rate(engine, 0.0)
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(any_loss() * 0)
         engine.step()
-    from deepspeed.utils import safe_set_full_optimizer_state
-
+    if not _moments_exist(engine):
+        raise NonFiniteGradientError(
+            "the loss of the first batch, or its gradient, is not finite, so the optimizer cannot be restored. "
+            "Look at that batch, or resume with precision='fp32' or 'bf16'."
+        )
+    restore_engine_state(engine, before)
     for name, parameter in trained_parameters(engine).items():
         for moment in MOMENTS:
-            if engine.zero_optimization_stage():
-                safe_set_full_optimizer_state(parameter, moments[name][moment].to(parameter.device), moment)
-            else:
-                engine.optimizer.state[parameter][moment].copy_(moments[name][moment])
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+            _set_whole(engine, parameter, moments[name][moment], moment)
+    _set_optimizer_steps(engine, steps)
+
+
+def _set_optimizer_steps(engine: Any, steps: int) -> None:
+    inner = _inner_optimizer(engine)
     for state in inner.state.values():
         if "step" in state:
-            state["step"] = torch.full_like(torch.as_tensor(state["step"]), steps)
+            counted = state["step"]
+            state["step"] = steps if isinstance(counted, int) else torch.full_like(torch.as_tensor(counted), steps)
+    if hasattr(inner, "ds_opt_adam"):
+        _count_up(inner, steps)
 
 
-@contextlib.contextmanager
-def swapped_weights(engine: Any, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Compute with other weights (an average, say) for a while, then put the trained ones back. Empty: no change."""
-    if not weights:
-        yield
+def _count_up(cpu_adam: Any, steps: int) -> None:
+    """Bring DeepSpeedCPUAdam's own powers of beta to `steps`.
+
+    It multiplies them up in fp32, one step after the other, and takes another way (the last bits differ) when the count
+    jumps. So it is counted up on one number: 0.2 s for 100,000 steps.
+    """
+    beta1, beta2 = cpu_adam.param_groups[0]["betas"]
+    scratch = [torch.zeros(1) for _ in range(4)]
+    for step, beta in [(0, beta1 / 2), *((step, beta1) for step in range(steps + 1))]:  # another beta starts it anew
+        cpu_adam.ds_opt_adam.adam_update(cpu_adam.opt_id, step, 0.0, beta, beta2, 1.0, 0.0, False, *scratch)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    """DeepSpeed's dynamic loss scaler; None unless the engine computes in fp16."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def engine_state(engine: Any) -> dict[str, Any]:
+    """What else a run needs to go on exactly, as JSON; the same on every worker. {} unless fp16 was used.
+
+    A step that fp16 left out counts as a step of the run, but not as one of AdamW's.
+    """
+    scaler = _loss_scaler(engine)
+    if not scaler and not engine.skipped_steps:
+        return {}
+    counted = [int(state["step"]) for state in _inner_optimizer(engine).state.values() if "step" in state]
+    return {
+        "loss_scaler": {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS} if scaler else {},
+        "skipped_steps": engine.skipped_steps,
+        "optimizer_steps": max(counted, default=0),
+    }
+
+
+def restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
+    """Put `engine_state` back, after `restore_moments`. A loss scale is of use to an fp16 engine only."""
+    if not state:
         return
-    with gathered(engine, list(trained_parameters(engine).values()), modify=True):
-        kept = {name: p.detach().clone() for name, p in trained_parameters(engine).items()}
-        for name, parameter in trained_parameters(engine).items():
-            parameter.data.copy_(weights[name])
-    try:
-        yield
-    finally:
-        with gathered(engine, list(trained_parameters(engine).values()), modify=True):
-            for name, parameter in trained_parameters(engine).items():
-                parameter.data.copy_(kept[name])
-
-
-def gathered(engine: Any, parameters: list[nn.Parameter], *, modify: bool = False) -> Any:
-    """Whole parameters inside the context, also at stage 3."""
-    if engine.zero_optimization_stage() < 3:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+    engine.skipped_steps = state["skipped_steps"]
+    _set_optimizer_steps(engine, state["optimizer_steps"])
+    if scaler := _loss_scaler(engine):
+        vars(scaler).update(state["loss_scaler"])

@@ -1,50 +1,130 @@
 """The order of samples: exactly once per epoch, whatever the workers and wherever a run resumes."""
 
+import time
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_core.data.order import SampleOrder
-from d2f_core.data.stream import StreamPlan
+from d2f_core.data.order import BucketSchedule, SampleOrder
+from d2f_core.data.plan import Source, StreamPlan
+
+orders = st.builds(
+    SampleOrder,
+    num_rows=st.integers(31, 400),
+    holdout_rows=st.integers(0, 30),
+    seed=st.integers(0, 5),
+    batch=st.sampled_from([1, 4, 12, 32]),
+    lanes=st.sampled_from([1, 3, 16]),
+    window_rows=st.sampled_from([1, 8, 50, 512]),
+)
+checked = settings(deadline=None, derandomize=True)
 
 
-@given(rows=st.integers(2, 60), holdout=st.integers(0, 30), seed=st.integers(0, 5), epoch=st.integers(0, 3))
-def test_every_training_row_exactly_once_per_epoch_and_no_held_out_one(rows, holdout, seed, epoch):
-    holdout = min(holdout, rows - 1)
-    order = SampleOrder(num_rows=rows, holdout_rows=holdout, seed=seed)
+@checked
+@given(order=orders, epoch=st.integers(0, 3))
+def test_every_training_row_exactly_once_per_epoch_and_no_held_out_one(order, epoch):
     count = order.num_samples
-    epochs, numbers = order.at(np.arange(epoch * count, (epoch + 1) * count))
+    epochs, rows = order.at(np.arange(epoch * count, (epoch + 1) * count))
     assert (epochs == epoch).all()
-    assert sorted([*numbers.tolist(), *order.holdout().tolist()]) == list(range(rows))
+    assert sorted([*rows.tolist(), *order.holdout().tolist()]) == list(range(order.num_rows))
+
+
+@checked
+@given(order=orders, data=st.data())
+def test_a_position_alone_decides_its_row(order, data):
+    position = data.draw(st.integers(0, 4 * order.num_samples))
+    around = np.arange(max(0, position - 40), position + 40)
+    assert order.at(np.array([position]))[1][0] == order.at(around)[1][around == position][0]
+
+
+@checked
+@given(order=orders)
+def test_a_row_lies_within_its_window(order):
+    _, rows = order.at(np.arange(order.num_samples))
+    for row, window in zip(rows.tolist(), order.window_of(rows).tolist(), strict=True):
+        first, end = order.window_bounds(window)
+        assert first <= row < end
 
 
 def test_epochs_and_seeds_differ():
-    orders = [SampleOrder(num_rows=50, seed=seed).at(np.arange(100))[1].tolist() for seed in (0, 1)]
-    assert orders[0] != orders[1] and orders[0][:50] != orders[0][50:]
+    drawn = [SampleOrder(num_rows=50, seed=seed).at(np.arange(100))[1].tolist() for seed in (0, 1)]
+    assert drawn[0] != drawn[1] and drawn[0][:50] != drawn[0][50:]
 
 
+def test_a_batch_mixes_all_lanes_and_a_worker_reads_few_windows():
+    order = SampleOrder(num_rows=64 * 512, batch=64, lanes=16, window_rows=512)
+    batches = [order.window_of(order.at(np.arange(64 * step, 64 * step + 64))[1]) for step in range(40)]
+    assert min(len(set(windows.tolist())) for windows in batches) == 16
+    read_by_first_of_four = {window for windows in batches for window in windows[:16].tolist()}
+    assert len(read_by_first_of_four) <= 12, "four lanes, each inside one window or two"
+
+
+def test_lanes_do_not_need_their_next_windows_all_at_once():
+    order = SampleOrder(num_rows=64 * 512, batch=64, lanes=16, window_rows=512)
+    seen: set[int] = set()
+    new = []
+    for step in range(order.num_samples // 64):
+        windows = set(order.window_of(order.at(np.arange(64 * step, 64 * step + 64))[1]).tolist())
+        new.append(len(windows - seen))
+        seen |= windows
+    assert max(new[1:]) == 1
+
+
+def test_a_billion_samples_are_planned_for_each_of_a_thousand_workers_in_less_than_a_second():
+    order = SampleOrder(num_rows=10**9, batch=16_384, lanes=1024)
+    source = Source(uri="", order=order)
+    plan = StreamPlan(
+        sources=(source,), columns=(), global_batch_size=16_384, micro_batch_size=16, num_steps=10**6
+    )  # fmt: skip
+    for number in (0, 900_000):  # early and late in the data
+        began = time.perf_counter()
+        rows = plan.micro_batch(number, rank=1023, num_workers=1024).rows
+        assert len(set(rows.tolist())) == 16 and time.perf_counter() - began < 1
+
+
+@checked
 @given(
     workers=st.sampled_from([1, 2, 4]),
     micro=st.sampled_from([1, 2, 4]),
-    first=st.integers(0, 7),
-    rows=st.integers(5, 40),
+    sizes=st.lists(st.integers(5, 40), min_size=1, max_size=3),
+    step=st.integers(0, 12),
 )
-def test_any_number_of_workers_and_any_resume_sees_the_same_global_batches(workers, micro, first, rows):
-    plan = StreamPlan(
-        uri="", columns=(), order=SampleOrder(num_rows=rows), global_batch_size=16, micro_batch_size=micro,
-        first_step=first, num_steps=10,
-    )  # fmt: skip
-    assert plan.num_micro_batches(workers) * workers * micro == (10 - first) * 16
-    per_step = plan.num_micro_batches(workers) // (10 - first)
-    for step in range(10 - first):
-        seen = [
-            plan.positions(step * per_step + part, rank, workers) for rank in range(workers) for part in range(per_step)
-        ]
-        expected = np.arange((first + step) * 16, (first + step + 1) * 16)
-        assert sorted(np.concatenate(seen).tolist()) == expected.tolist()
+def test_any_number_of_workers_sees_the_same_global_batches(workers, micro, sizes, step):
+    def plan(size: int) -> StreamPlan:
+        sources = tuple(Source(uri="", order=SampleOrder(num_rows=rows, batch=16, window_rows=8)) for rows in sizes)
+        return StreamPlan(
+            sources=sources, columns=(), global_batch_size=16, micro_batch_size=size, num_steps=20
+        )  # fmt: skip
+
+    alone = plan(16).micro_batch(step, 0, 1)
+    shared = plan(micro)
+    parts = [
+        shared.micro_batch(step * shared.per_step(workers) + part, rank, workers)
+        for rank in range(workers)
+        for part in range(shared.per_step(workers))
+    ]
+    assert {part.source for part in parts} == {alone.source}, "a batch holds one bucket"
+    assert np.concatenate([part.rows for part in parts]).tolist() == alone.rows.tolist()
+    assert np.concatenate([part.epochs for part in parts]).tolist() == alone.epochs.tolist()
 
 
-def test_a_holdout_as_large_as_the_table_is_refused():
-    with pytest.raises(ValueError, match=r"holdout_rows=5 .* 5 rows"):
-        SampleOrder(num_rows=5, holdout_rows=5)
+@checked
+@given(batches=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 3))
+def test_buckets_take_turns_in_proportion_to_their_size_without_gaps(batches, seed):
+    schedule, taken = BucketSchedule(batches=tuple(batches), seed=seed), [0] * len(batches)
+    for step in range(3 * sum(batches)):
+        bucket, nth = schedule.at(step)
+        assert nth == taken[bucket]
+        taken[bucket] += 1
+    assert taken == [3 * count for count in batches]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"holdout_rows": 5}, r"holdout_rows=5 .* 5 rows"), ({"lanes": 0}, "lanes=0"), ({"batch": 0}, "batch=0")],
+)
+def test_an_impossible_order_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SampleOrder(num_rows=5, **fields)

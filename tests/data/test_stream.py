@@ -2,80 +2,66 @@
 
 import time
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
 import ray
 
-from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
+from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.order import SampleOrder
-from d2f_core.data.stream import MICRO_BATCHES_PER_CHUNK, PlannedData, RowReader, StreamPlan, micro_batches
+from d2f_core.data.plan import Source, StreamPlan
+from d2f_core.data.stream import chunk_size, micro_batches, worker_shard
 
 pytestmark = pytest.mark.timeout(240)
-ROWS = 150
+ROWS = 300
 
 
-@pytest.fixture(scope="module")
-def table(s3) -> str:
-    uri = "s3://d2f/test-stream/table"
-    rows = pa.table({"caption": [f"row {i}" for i in range(ROWS)], "other": list(range(ROWS))})
-    files = tuple(write_part(uri, f"part-{i}.parquet", rows.slice(75 * i, 75)) for i in range(2))
+def write_table(uri: str, rows: int, name: str) -> str:
+    table = pa.table({"caption": [f"{name} {i}" for i in range(rows)], "other": list(range(rows))})
+    half = rows // 2
+    files = tuple(write_part(uri, f"part-{i}.parquet", table.slice(half * i, half)) for i in range(2))
     write_manifest(uri, Manifest(kind="images", files=files))
     return uri
 
 
-def test_any_rows_in_any_order(table):
-    reader = RowReader(table, read_manifest(table), ["caption"])
-    wanted = np.array([149, 0, 74, 75, 63, 64, 0])
-    assert reader.read(wanted).column("caption").to_pylist() == [f"row {i}" for i in wanted]
-    assert reader.read(wanted).column_names == ["caption"]
-
-
-def test_each_worker_gets_its_plan(stack, table):
-    ray.init(ignore_reinit_error=True)
-    order = SampleOrder(num_rows=ROWS, holdout_rows=10, seed=3)
-    plan = StreamPlan(
-        uri=table,
-        columns=("caption",),
-        order=order,
-        global_batch_size=12,
-        micro_batch_size=3,
-        first_step=5,
-        num_steps=30,
+def plan_of(uris: dict[str, int], *, batch: int, micro: int, steps: int, columns=("caption",), **order) -> StreamPlan:
+    sources = tuple(
+        Source(uri=uri, order=SampleOrder(num_rows=rows, batch=batch, seed=3, **order)) for uri, rows in uris.items()
     )
-    assert 50 > MICRO_BATCHES_PER_CHUNK, "the last chunk must be shorter than the others"
-    shards = PlannedData(plan).configure({}, 2, None, None)
+    return StreamPlan(
+        sources=sources, columns=columns, global_batch_size=batch, micro_batch_size=micro, num_steps=steps, seed=3
+    )  # fmt: skip
+
+
+def test_each_worker_gets_its_plan_from_tables_of_two_sizes(stack):
+    ray.init(ignore_reinit_error=True)
+    names = ("wide", "tall")
+    tables = {write_table(f"s3://d2f/test-stream/{name}", ROWS, name): ROWS for name in names}
+    plan = plan_of(tables, batch=12, micro=3, steps=140, window_rows=20, lanes=4, holdout_rows=10)
+    first, per_step = 5, plan.per_step(2)
+    assert (140 - first) * per_step % chunk_size(plan), "the last chunk must be shorter than the others"
     seen = []
-    for rank, shard in enumerate(shards):
-        batches = list(micro_batches(shard["train"], 3))
-        assert len(batches) == plan.num_micro_batches(2) == 50
-        for index, batch in enumerate(batches):
-            epochs, rows = order.at(plan.positions(index, rank, 2))
-            assert batch.column("caption").to_pylist() == [f"row {row}" for row in rows]
-            assert batch.column("row").to_pylist() == rows.tolist()
-            assert batch.column("epoch").to_pylist() == epochs.tolist()
-            seen += list(zip(epochs.tolist(), rows.tolist(), strict=True))
-    assert sorted(seen) == sorted(zip(*(values.tolist() for values in order.at(np.arange(60, 360))), strict=True))
+    for rank in range(2):
+        batches = list(micro_batches(worker_shard(plan, rank=rank, num_workers=2, first_step=first)))
+        assert len(batches) == (140 - first) * per_step
+        for number, batch in enumerate(batches, first * per_step):
+            wanted = plan.micro_batch(number, rank, 2)
+            assert batch.column("caption").to_pylist() == [f"{names[wanted.source]} {row}" for row in wanted.rows]
+            assert batch.column("row").to_pylist() == (wanted.rows + plan.first_rows[wanted.source]).tolist()
+            assert batch.column("epoch").to_pylist() == wanted.epochs.tolist()
+            assert batch.column("reason").null_count == 3
+            seen += zip(batch.column("epoch").to_pylist(), batch.column("row").to_pylist(), strict=True)
+    assert len(set(seen)) == len(seen) == (140 - first) * 12
 
 
 def test_a_reader_that_is_ahead_of_its_consumer_costs_no_processor_time(stack):
     """More rows than may be buffered wait for a slow training: the executor's actor must rest meanwhile."""
     ray.init(ignore_reinit_error=True)
     uri = "s3://d2f/test-stream/large-rows"
-    part = write_part(uri, "part-0.parquet", pa.table({"image": [b"0" * 250_000] * ROWS}))
+    part = write_part(uri, "part-0.parquet", pa.table({"image": [b"0" * 250_000] * 150}))
     write_manifest(uri, Manifest(kind="images", files=(part,)))
-    plan = StreamPlan(
-        uri=uri,
-        columns=("image",),
-        order=SampleOrder(num_rows=ROWS),
-        global_batch_size=4,
-        micro_batch_size=4,
-        first_step=0,
-        num_steps=1500,
-    )
-    (shard,) = PlannedData(plan).configure({}, 1, None, None)
-    batches = micro_batches(shard["train"], 4)
+    plan = plan_of({uri: 150}, batch=4, micro=4, steps=1500, columns=("image",))
+    batches = micro_batches(worker_shard(plan, rank=0, num_workers=1, first_step=0))
     next(batches)
     time.sleep(4)
     *_, executor = (process for process in psutil.process_iter() if process.name().startswith("ray::SplitCoord"))

@@ -74,8 +74,8 @@ def unbroken(config) -> FinetuneResult:
 
 
 def final(output: str) -> dict[str, dict[str, torch.Tensor]]:
-    uri, manifest = checkpoint.list_checkpoints(output)[-1]
-    return {kind: checkpoint.read_tensors(uri, manifest, kind) for kind in checkpoint.KINDS}
+    last = checkpoint.list_checkpoints(output)[-1]
+    return {kind: checkpoint.read_tensors(last, kind) for kind in checkpoint.KINDS}
 
 
 def test_the_run_is_in_mlflow_with_losses_before_and_after(config, unbroken):

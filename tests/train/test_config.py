@@ -1,9 +1,13 @@
 """A training config refuses what cannot work, with the fix."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from d2f_core.model.ema import EmaConfig
-from d2f_core.train.config import TrainConfig
+from d2f_core.train.config import TrainConfig, missing_compiler
+from pipelines.recipes import AUTOENCODER, FINETUNE
 
 
 @pytest.mark.parametrize(
@@ -15,8 +19,16 @@ from d2f_core.train.config import TrainConfig
         ),
         ({"num_steps": 0}, "num_steps=0 must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"precision": "bf16", "zero_stage": 0}, "Use zero_stage 1, 2 or 3"),
         ({"keep_checkpoints": 0}, "keep_checkpoints=0"),
+        ({"lanes": 0}, "lanes=0 must be at least 1"),
+        ({"window_rows": 0}, "window_rows=0 must be at least 1"),
+        ({"max_quarantined_share": 1.5}, r"max_quarantined_share=1.5 must lie in \[0, 1\]"),
+        ({"max_quarantined_share": float("nan")}, r"max_quarantined_share=nan must lie in \[0, 1\]"),
+        ({"max_failures": -2}, "max_failures=-2 must be at least -1"),
+        ({"worker_timeout_seconds": 0}, "worker_timeout_seconds=0 must be at least 1"),
+        ({"keep_best": -1}, "keep_best=-1 must be at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
+        ({"clip_grad_norm": -1.0}, r"clip_grad_norm=-1.0 must be at least 0"),
     ],
 )
 def test_impossible_combinations_are_refused(fields, message):
@@ -43,3 +55,68 @@ def test_ema_decay_warms_up_to_its_value():
     assert ema.decay_at(5) == 0 and 0 < ema.decay_at(6) < ema.decay_at(7) < ema.decay_at(10**6) == 0.99
     with pytest.raises(ValueError, match=r"decay=1.0 must lie in \[0, 1\)"):
         EmaConfig(decay=1.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"precision": "bf16", "zero_stage": 0}, "precision='bf16' with zero_stage=0.*Use zero_stage 1, 2 or 3"),
+        ({"precision": "fp16", "zero_stage": 0, "use_gpu": True}, "precision='fp16' with zero_stage=0"),
+        ({"precision": "fp16"}, "precision='fp16' with use_gpu=False.*Use precision='bf16'"),
+        ({"offload": "optimizer"}, "offload='optimizer' with optimizer='adamw'.*Use optimizer='cpu_adamw'"),
+        ({"optimizer": "cpu_adamw"}, "optimizer='cpu_adamw' with offload='none'.*Use optimizer='adamw'"),
+        (
+            {"offload": "optimizer", "optimizer": "cpu_adamw", "zero_stage": 0},
+            "offload='optimizer' with zero_stage=0.*Use zero_stage 1, 2 or 3",
+        ),
+        (
+            {"offload": "optimizer_and_weights", "optimizer": "cpu_adamw", "zero_stage": 2},
+            "offload='optimizer_and_weights' with zero_stage=2.*Use zero_stage=3",
+        ),
+    ],
+)
+def test_engine_options_that_do_not_fit_are_refused_before_anything_starts(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"checkpoint_every": 60, "evaluate_every": 100},
+            "evaluate_every=100 is not a multiple of checkpoint_every=60: an evaluation reads a checkpoint. "
+            "Nearest that fits: evaluate_every=120, or checkpoint_every=20, or 0",
+        ),
+        ({"checkpoint_every": 60, "evaluate_every": 20}, "evaluate_every=60, or checkpoint_every=20"),
+        ({"checkpoint_every": 500, "keep_every": 700}, "keep_every=700 is not a multiple of checkpoint_every=500"),
+        ({"keep_best": 1, "evaluate_every": 0}, "keep_best=1 with evaluate_every=0.*evaluate_every=500"),
+        ({"keep_best": 1, "keep_best_metric": ""}, "empty keep_best_metric"),
+    ],
+)
+def test_what_needs_a_checkpoint_is_due_only_where_one_is_written(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_the_recipes_evaluate_and_keep_what_they_write():
+    for recipe in (*AUTOENCODER.values(), *FINETUNE.values()):
+        assert recipe.train.evaluate_every % recipe.train.checkpoint_every == 0
+    assert TrainConfig(checkpoint_every=60, evaluate_every=0, keep_every=180).keep_every == 180
+
+
+def test_a_missing_compiler_is_named_unless_the_optimizer_was_built_before(monkeypatch, tmp_path: Path):
+    config = TrainConfig(optimizer="cpu_adamw", offload="optimizer")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.delenv("CXX", raising=False)
+    missing = missing_compiler(config)
+    assert missing and "ninja and c++ cannot be found" in missing and "use optimizer='adamw'" in missing
+    assert "\n" not in missing and missing_compiler(TrainConfig()) is None
+    (tmp_path / "ninja").touch(mode=0o755)
+    assert "and c++ cannot" in str(missing_compiler(config)) and "ninja and" not in str(missing_compiler(config))
+    built = tmp_path / "extensions" / "cpu_adam"
+    built.mkdir(parents=True)
+    (built / "cpu_adam.so").touch()
+    assert missing_compiler(config) is None

@@ -1,11 +1,12 @@
 """The step loop needs no cluster: a linear layer with AdamW is its engine."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from torch import nn
 
-from d2f_core.train.steps import NonFiniteLossError, train_steps
+from d2f_core.train.steps import NonFiniteLossError, consumed_digest, train_steps
 
 
 class PlainEngine:
@@ -32,7 +33,7 @@ class PlainEngine:
 def tables(values, size):
     for start in range(0, len(values), size):
         part = values[start : start + size]
-        yield pa.table({"x": part, "row": list(range(start, start + len(part)))})
+        yield pa.table({"x": part, "epoch": [0] * len(part), "row": list(range(start, start + len(part)))})
 
 
 def to_batch(table):
@@ -77,3 +78,30 @@ def test_before_step_runs_once_per_optimizer_step():
     )
     list(steps)
     assert seen == [3, 4]
+
+
+def test_a_row_that_cannot_be_used_adds_nothing_and_does_not_change_the_divisor():
+    def weight_after(values, reasons):
+        engine = PlainEngine(1)
+        table = pa.table({"x": values, "epoch": [0] * 4, "row": [5, 6, 7, 8], "reason": pa.array(reasons, pa.string())})
+        (result,) = train_steps(engine, [table], to_batch, loss_fn, accumulation=1)
+        return engine.module.weight.item(), result
+
+    gradient_of_three, result = weight_after([0.1, 0.2, 0.9, 0.3], [None, None, "not_finite: x", None])
+    assert result.unusable == ((7, "not_finite: x"),)
+    engine = PlainEngine(1)
+    losses = loss_fn(engine, {"x": torch.tensor([[0.1], [0.2], [0.3]])})
+    engine.backward(losses.sum() / 4)
+    engine.step()
+    assert gradient_of_three == pytest.approx(engine.module.weight.item(), abs=1e-7)
+    assert gradient_of_three != pytest.approx(weight_after([0.1, 0.2, 0.9, 0.3], [None] * 4)[0], abs=1e-4)
+
+
+def test_the_digest_of_what_was_used_adds_up_in_any_order_and_tells_samples_apart():
+    epochs, rows = np.repeat([0, 1], 50), np.tile(np.arange(50), 2)
+    whole = consumed_digest(epochs, rows)
+    shuffled = np.random.default_rng(0).permutation(100)
+    parts = [consumed_digest(epochs[part], rows[part]) for part in (shuffled[:30], shuffled[30:])]
+    assert sum(parts) % 2**64 == whole
+    rows[3] = 4  # one sample missing, another one twice
+    assert consumed_digest(epochs, rows) != whole

@@ -1,8 +1,13 @@
-"""Averages of the weights under every ZeRO stage, on two processes, against one plain torch process."""
+"""Averages of the weights under every ZeRO stage, on two processes, against one plain torch process.
+
+And what an engine is refused for before it is built.
+"""
 
 import os
 import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from torch import nn
 from d2f_core.model import ema
 from d2f_core.model.ema import EmaConfig
 from d2f_core.train import zero
-from d2f_core.train.config import TrainConfig
+from d2f_core.train.config import MissingCompilerError, TrainConfig
 from d2f_core.train.worker import Worker
 
 STEPS, WORKERS = 4, 2
@@ -38,13 +43,6 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
 
 
-class Job:
-    """What a `Worker` reads of its job here."""
-
-    def __init__(self, stage: int) -> None:
-        self.config = config(stage)
-
-
 def train(rank: int, port: int, directory: str) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORKERS), "DS_ACCELERATOR": "cpu",
@@ -54,24 +52,24 @@ def train(rank: int, port: int, directory: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS)
     for stage in range(4):
         engine = zero.build_engine(network(), config(stage), WORKERS)
-        worker = Worker(Job(stage), None, engine, rank, WORKERS)  # type: ignore[arg-type]
+        worker = Worker(config(stage), engine, rank, WORKERS)
         worker.update_averages(0)
         for step in range(STEPS):
             zero.set_learning_rate(engine, 1e-2)
             engine.backward(engine(batch(step)[rank * 4 : rank * 4 + 4]).square().mean())
             engine.step()
             worker.update_averages(step + 1)
-        averages = worker.evaluation_weights()
-        with torch.no_grad(), zero.swapped_weights(engine, averages):
-            swapped = engine(batch(99))
+        shares: list[dict[str, torch.Tensor]] = [{} for _ in range(WORKERS)]
+        dist.all_gather_object(shares, worker.averages)
+        averages = {name: tensor for share in shares for name, tensor in share.items()}
         after = {name: zero.read_weight(engine, p).clone() for name, p in zero.trained_parameters(engine).items()}
         if rank == 0:
-            torch.save({"averages": averages, "swapped": swapped, "after": after}, Path(directory, f"{stage}.pt"))
+            torch.save({"averages": averages, "after": after}, Path(directory, f"{stage}.pt"))
         dist.barrier()
     dist.destroy_process_group()
 
 
-def plain() -> dict[str, object]:
+def plain() -> dict[str, Any]:
     module = network()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
@@ -85,10 +83,7 @@ def plain() -> dict[str, object]:
         for name, parameter in trained.items():
             ema.update(averages[name], parameter.detach(), EMA.decay_at(step + 1))
     after = {name: p.detach().clone() for name, p in trained.items()}
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(averages[name])
-        return {"averages": averages, "swapped": module(batch(99)), "after": after}
+    return {"averages": averages, "after": after}
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +102,36 @@ def test_averages_equal_those_of_one_plain_process(results: Path, stage: int):
     for name in ("averages", "after"):
         assert found[name].keys() == expected[name].keys()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_activation_checkpointing_runs_the_blocks_of_a_unet_twice_also_inside_its_adapters(adapted: bool):
+    from diffusers import UNet2DConditionModel
+
+    from d2f_core.model.lora import LoraConfig, add_lora
+
+    unet = UNet2DConditionModel(
+        sample_size=4, in_channels=2, out_channels=2, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=4, attention_head_dim=2,
+    )  # fmt: skip
+    module = add_lora(unet, LoraConfig(rank=2)) if adapted else unet
+    calls = []
+    unet.get_submodule("down_blocks.0.resnets.0").register_forward_pre_hook(lambda *_: calls.append(1))
+    zero.enable_activation_checkpointing(module)
+    output = module(torch.randn(1, 2, 4, 4), torch.tensor([5.0]), encoder_hidden_states=torch.randn(1, 3, 4)).sample
+    output.square().mean().backward()
+    assert len(calls) == 2
+
+
+def test_activation_checkpointing_needs_a_module_that_has_it():
+    with pytest.raises(ValueError, match="Linear has no method enable_gradient_checkpointing"):
+        zero.enable_activation_checkpointing(nn.Linear(1, 1))
+
+
+def test_an_optimizer_that_cannot_be_compiled_here_is_named_by_the_worker(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(MissingCompilerError, match="cannot be found there"):
+        zero.build_engine(nn.Linear(1, 1), TrainConfig(optimizer="cpu_adamw", offload="optimizer"), 1)

@@ -1,0 +1,94 @@
+"""How black is "black"? A schedule without zero terminal SNR lets the start of sampling leak into the image.
+
+    python -m benchmarks.brightness --results docs/results/brightness.json
+
+emoji-sd learns two pictures, all black and all white, by each of the three losses. Stable Diffusion's schedule leaves
+some signal in its last timestep, which pure noise at the start of sampling does not have: a model finetuned by the
+diffusion loss and sampled by DDIM then cannot reach the mean of its targets. A flow starts at pure noise (t = 0).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks.objectives import BATCH, RATES, Config, Data, Method, Objective, own_solver, task_for, train
+from d2f_core.data.order import SampleOrder
+from d2f_core.model.artifact import to_uint8
+from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.sampling import sample_latents
+from d2f_core.model.text_to_image import TextToImage
+from d2f_core.randomness import keyed_normal
+
+TARGETS = {"a black picture": 0.0, "a white picture": 1.0}
+ROWS, SIZE = 64, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrightnessConfig:
+    results: Path
+    base: str = "infra/models/emoji-sd"
+    objectives: tuple[Objective, ...] = ("diff2flow", "diffusion", "flow_matching")
+    methods: tuple[Method, ...] = ("full", "attention")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 150
+    evaluations: tuple[int, ...] = (4, 25)
+    images: int = 32
+    """Drawn per caption and judgement."""
+
+
+def targets(task: TextToImage) -> Data:
+    captions = np.array([list(TARGETS)[i % 2] for i in range(ROWS)], dtype=object)
+    pixels = torch.tensor([2 * TARGETS[caption] - 1 for caption in captions])
+    images = pixels[:, None, None, None].expand(ROWS, 3, SIZE, SIZE)
+    mean, std = (part.numpy() for part in load_autoencoder(task.base).encode(images))
+    return Data(mean, std, captions, torch.empty(0))
+
+
+@torch.no_grad()
+def brightness(config: BrightnessConfig, task: TextToImage, objective: str, steps: int) -> dict[str, Any]:
+    """Mean and standard deviation over images of each caption's mean brightness, in [0, 1]."""
+    autoencoder, found = load_autoencoder(task.base), {}
+    for caption in TARGETS:
+        states = task.text_states([caption] * config.images)
+        keys = [f"{caption}/{number}" for number in range(config.images)]
+        noise = torch.from_numpy(keyed_normal(1, keys, (autoencoder.latent_channels, 16, 16), "judge"))
+        latents, _ = sample_latents(
+            task.model(task.module), noise, states, states, solver=own_solver(objective), steps=steps, guidance=1.0
+        )
+        means = to_uint8(autoencoder.decode(latents)).float().mean((1, 2, 3)) / 255
+        found[caption] = {"mean": float(means.mean()), "deviation": float(means.std())}
+    return found
+
+
+def run_one(config: BrightnessConfig, objective: Objective, method: Method, seed: int) -> dict[str, Any]:
+    training = Config(results=config.results, base=config.base, steps=config.steps, judged_at=())
+    task = task_for(training, objective, method, seed)
+    data = targets(task)
+    order = SampleOrder(num_rows=ROWS, seed=seed, batch=BATCH)
+    for _, loss in train(training, task, data, order, RATES[method]):
+        found = {steps: brightness(config, task, objective, steps) for steps in config.evaluations}
+        return {"loss": loss, "brightness": found}
+    raise AssertionError("a training yields its last step")
+
+
+def main() -> None:
+    config = tyro.cli(BrightnessConfig)
+    torch.set_num_threads(2)
+    results = json.loads(config.results.read_text()) if config.results.exists() else []
+    for seed in config.seeds:
+        for method in config.methods:
+            for objective in config.objectives:
+                of = {"objective": objective, "method": method, "seed": seed, "steps": config.steps}
+                if of not in [one["of"] for one in results]:
+                    results.append({"of": of, **run_one(config, objective, method, seed)})
+                    config.results.write_text(json.dumps(results, indent=1) + "\n")
+                    print(json.dumps(results[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""A v-prediction twin of emoji-sd, for the comparison of losses on that kind of base model.
+
+    python -m benchmarks.v_twin --output /path/to/emoji-sd-v
+
+emoji-sd's own weights are trained on for a while with its own data, loss and schedule; only what the network predicts is
+changed from epsilon to v. The result is a base model in diffusers' layout, like emoji-sd itself.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.objectives import BATCH, Config, images_as_data, task_for, train
+from d2f_core.data.emoji import MakeDatasetConfig
+from d2f_core.data.order import SampleOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwinConfig:
+    output: Path
+    base: str = "infra/models/emoji-sd"
+    steps: int = 1500
+    rate: float = 5e-4
+
+
+def main() -> None:
+    config = tyro.cli(TwinConfig)
+    torch.set_num_threads(2)
+    if (config.output / "unet").exists():
+        raise SystemExit(f"{config.output} exists. Remove it, or choose another --output.")
+    partial = config.output.with_name(f"{config.output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(config.base, partial)
+    file = partial / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}, indent=2))
+    training = Config(results=partial, base=str(partial), steps=config.steps, judged_at=(250, 500, 1000))
+    task = task_for(training, "diffusion", "full", 0)
+    data = images_as_data(config.base, MakeDatasetConfig(style="twemoji", subset="core"))
+    order = SampleOrder(num_rows=len(data.captions), batch=BATCH, window_rows=len(data.captions))
+    for step, loss in train(training, task, data, order, config.rate):
+        print(f"step {step}  loss {loss:.4f}", flush=True)
+        if step == config.steps:
+            task.module.save_pretrained(partial / "unet")
+    partial.rename(config.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Rows of a table by number, read by row group; rows that cannot be used come with the reason."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from d2f_core import storage
+from d2f_core.data.manifest import Manifest
+
+FORMAT = pads.ParquetFileFormat(
+    default_fragment_scan_options=pads.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
+)
+OPEN_FILES = 256
+"""Files whose footers are kept."""
+
+
+class DamagedDataError(ValueError):
+    """Rows that were asked for cannot be read or hold numbers that are not finite."""
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Consecutive rows of a table."""
+
+    first: int
+    table: pa.Table
+    """The rows that could be read."""
+    places: np.ndarray
+    """Int64 [rows]: where in `table` each row of the range lies; -1 for one that could not be used."""
+    reasons: dict[int, str]
+    """Row number -> why it cannot be used."""
+
+
+class TableReader:
+    """Reads consecutive rows; safe to use from several threads."""
+
+    def __init__(self, uri: str, manifest: Manifest, columns: Sequence[str]) -> None:
+        self._columns = list(columns)
+        self._filesystem, self._root = storage.arrow_filesystem(uri)
+        self._files = manifest.files
+        groups = [(number, group, rows) for number, file in enumerate(manifest.files)
+                  for group, rows in enumerate(file.row_groups)]  # fmt: skip
+        self._groups = [(number, group) for number, group, _ in groups]
+        self._starts = np.concatenate([[0], np.cumsum([rows for *_, rows in groups], dtype=np.int64)])
+        self._fragment = lru_cache(OPEN_FILES)(self._open)
+
+    def _open(self, number: int) -> pads.ParquetFileFragment:
+        file = self._files[number]
+        fragment = FORMAT.make_fragment(f"{self._root}/{file.path}", self._filesystem, file_size=file.size)
+        storage.retried(f"read the footer of {file.path}", fragment.ensure_complete_metadata)
+        return fragment
+
+    def _schema(self) -> pa.Schema:
+        """What all rows must look like: the columns of the first file that can be opened."""
+        for number in range(len(self._files)):
+            try:
+                schema = self._fragment(number).physical_schema
+                return pa.schema([schema.field(name) for name in self._columns])
+            except (pa.ArrowException, OSError) as error:
+                _raise_unless_damage(error)
+        raise DamagedDataError(f"No file of {self._root} can be read. Write the table again.")
+
+    def groups_of(self, rows: np.ndarray) -> np.ndarray:
+        """The row group, int64, counted over the whole table, that holds each row."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+    def range_of(self, group: int) -> tuple[int, int]:
+        """First and one past the last row of a row group."""
+        return int(self._starts[group]), int(self._starts[group + 1])
+
+    def read(self, first: int, end: int) -> RowRange:
+        """Rows `first` to `end` - 1.
+
+        Raises:
+            StorageError: the storage does not answer, or refuses.
+        """
+        low, high = self.groups_of(np.array([first, end - 1])).tolist()
+        pieces: list[tuple[int, pa.Table | str]] = []
+        for file in dict.fromkeys(number for number, _ in self._groups[low : high + 1]):
+            inside = [index for index in range(low, high + 1) if self._groups[index][0] == file]
+            whole = self._read_groups(inside)
+            if isinstance(whole, str) and len(inside) > 1:  # find out which of them
+                pieces += [(index, self._read_groups([index])) for index in inside]
+            else:
+                pieces.append((inside[0], whole))
+        tables, reasons, places, filled = [], {}, np.full(end - first, -1, np.int64), 0
+        bounds = [*(int(self._starts[index]) for index, _ in pieces[1:]), int(self._starts[high + 1])]
+        for (index, piece), last in zip(pieces, bounds, strict=True):
+            start = int(self._starts[index])
+            low_row, high_row = max(start, first), min(last, end)
+            if isinstance(piece, str):
+                reasons |= dict.fromkeys(range(low_row, high_row), piece)
+                continue
+            part = piece.slice(low_row - start, high_row - low_row)
+            tables.append(part)
+            places[low_row - first : high_row - first] = np.arange(filled, filled + part.num_rows)
+            for offset in _not_finite(part):
+                reasons[low_row + int(offset)] = f"not_finite: a number in {self._file_of(low_row)}"
+                places[low_row + int(offset) - first] = -1
+            filled += part.num_rows
+        table = pa.concat_tables(tables) if tables else pa.Table.from_pylist([], self._schema())
+        return RowRange(first, table, places, reasons)
+
+    def _file_of(self, row: int) -> str:
+        return self._files[self._groups[int(self.groups_of(np.array([row]))[0])][0]].path
+
+    def _read_groups(self, indices: list[int]) -> pa.Table | str:
+        """Row groups of one file, or why they cannot be read."""
+        number = self._groups[indices[0]][0]
+        path = self._files[number].path
+        try:
+            fragment = self._fragment(number).subset(row_group_ids=[self._groups[index][1] for index in indices])
+            expected = self._schema()
+            found = pa.schema([fragment.physical_schema.field(name) for name in self._columns])
+            if not found.equals(expected, check_metadata=True):
+                return f"wrong_shape: {path} holds {_types(found)}, the table's other files {_types(expected)}"
+            table = storage.retried(
+                f"read rows of {path}",
+                lambda: fragment.to_table(columns=self._columns, use_threads=False),
+            )
+            rows = sum(self._files[number].row_groups[self._groups[index][1]] for index in indices)
+            return table if table.num_rows == rows else f"unreadable: {path} holds other rows than its manifest says"
+        except KeyError as error:
+            return f"wrong_shape: {path} has no column {error}"
+        except (pa.ArrowException, OSError) as error:
+            _raise_unless_damage(error)
+            return f"unreadable: {path}: {' '.join(str(error).split())[:200]}"
+
+
+def _raise_unless_damage(error: Exception) -> None:
+    """A refusal by the storage says nothing about the data."""
+    if isinstance(error, PermissionError) or ("AWS Error" in str(error) and not isinstance(error, FileNotFoundError)):
+        raise error
+
+
+def _types(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type} {dict(field.metadata or {})}" for field in schema)
+
+
+def _not_finite(table: pa.Table) -> np.ndarray:
+    """Numbers of the rows that hold an infinite number or NaN in an array column."""
+    bad = np.zeros(table.num_rows, bool)
+    for name in table.column_names:
+        kind = table.schema.field(name).type
+        if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
+            values = table.column(name).combine_chunks().flatten().to_numpy()
+            bad |= ~np.isfinite(values).reshape(table.num_rows, -1).all(1)
+    return np.flatnonzero(bad)
+
+
+class RowReader:
+    """Any rows in any order."""
+
+    def __init__(self, uri: str, manifest: Manifest, columns: Sequence[str]) -> None:
+        self._reader = TableReader(uri, manifest, columns)
+
+    def read(self, rows: np.ndarray) -> pa.Table:
+        """The given rows, in the given order.
+
+        Raises:
+            DamagedDataError: one of them cannot be used.
+        """
+        groups = self._reader.groups_of(rows)
+        ranges = {int(group): self._reader.read(*self._reader.range_of(int(group))) for group in np.unique(groups)}
+        starts, filled, tables = {}, 0, []
+        for group, found in ranges.items():
+            starts[group], filled = filled, filled + found.table.num_rows
+            tables.append(found.table)
+        places = []
+        for row, group in zip(rows.tolist(), groups.tolist(), strict=True):
+            found = ranges[group]
+            if row in found.reasons:
+                raise DamagedDataError(f"row {row}: {found.reasons[row]}. Write the table again.")
+            places.append(starts[group] + int(found.places[row - found.first]))
+        return pa.concat_tables(tables).take(pa.array(places, pa.int64())).combine_chunks()

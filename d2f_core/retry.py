@@ -1,0 +1,143 @@
+"""Calls made again while the network or a server is in trouble, and how such trouble looks.
+
+One loop for S3 and MLflow. What is an error of the caller (credentials, a missing object) is never repeated.
+"""
+
+import errno
+import http.client
+import itertools
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0
+"""Seconds before the second attempt, and at most between two."""
+# Not the global generator: its state belongs to whoever seeded it.
+JITTER = random.SystemRandom()
+
+TRANSIENT_CODES = {
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "InternalError",
+    "NoSuchUpload",  # a multipart upload that was completed before, and whose answer was lost
+    "OperationAborted",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "XAmzContentSHA256Mismatch",
+}
+"""S3's error codes that a repeated request may not meet again; beside them every status 5xx but 501, 408 and 429."""
+REFUSALS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
+"""ValueError: this project's own errors, some of them raised after such a loop has given up."""
+NETWORK_ERRNOS = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EPIPE}
+# pyarrow raises OSError with the text of the AWS SDK. libcurl: 5, 6 name; 7 connect; 16, 92 HTTP/2; 18 partial;
+# 28 timeout; 35 TLS connect; 52 empty answer; 55, 56 send and receive.
+ARROW_TRANSIENT = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT)\b"
+    r"|AWS Error .*HTTP status (5(?!01)\d\d|408|429)\b"
+    r"|curlCode: (5|6|7|16|18|28|35|52|55|56|92)\b"
+)
+
+
+class GaveUpError(Exception):
+    """A call that failed for all the time it had; the last error is its `__cause__`."""
+
+    def __init__(self, what: str, attempts: int, seconds: float, reason: str) -> None:
+        super().__init__(f"could not {what} in {attempts} attempts over {seconds:.0f} s: {reason}")
+        self.attempts, self.seconds, self.reason = attempts, seconds, reason
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The error's text without line breaks; its type where it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def delays() -> Iterator[float]:
+    """Seconds before each further attempt: doubled every time, and drawn, so that workers do not come as one."""
+    for number in itertools.count():
+        longest = min(FIRST_DELAY * 2 ** min(number, 10), LONGEST_DELAY)
+        yield JITTER.uniform(longest / 2, longest)
+
+
+def keep_trying(what: str, call: Callable[[], T], *, transient: Callable[[Exception], bool], seconds: float) -> T:
+    """Call, and call again while it fails with an error that is `transient`; each repetition is one warning in the log.
+
+    Args:
+        what: completes "could not ...".
+        seconds: how long new attempts begin. A call that hangs is bounded by its own time limits, not by this.
+
+    Raises:
+        GaveUpError: the last attempt failed as well.
+        Exception: whatever `call` raises and `transient` does not accept, at once.
+    """
+    began = time.monotonic()
+    for attempt, delay in enumerate(delays(), start=1):
+        try:
+            return call()
+        except Exception as error:
+            if not transient(error):
+                raise
+            left = began + seconds - time.monotonic()
+            if left <= 0:
+                raise GaveUpError(what, attempt, time.monotonic() - began, one_line(error)) from error
+            delay = min(delay, left)
+            logger.warning(
+                "could not %s (%s); again in %.1f s, for up to %.0f s more", what, one_line(error), delay, left
+            )
+        time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+def is_network_trouble(error: BaseException) -> bool:
+    """Whether an error of s3fs, boto3, pyarrow or a socket tells of a network or server that may recover."""
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(answer := getattr(link, "response", None), dict):
+            return _is_transient_answer(answer)
+    return not isinstance(error, REFUSALS) and any(_is_trouble(link) for link in chain)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it was made from: s3fs translates botocore's, boto3 does so without naming the cause."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or (link.__context__ if type(link).__module__.startswith("boto3.") else None)
+
+
+def _is_transient_answer(answer: dict) -> bool:
+    """An S3 error answer, as botocore parsed it. A HEAD has no body: its code is the status."""
+    code = str(answer.get("Error", {}).get("Code", ""))
+    status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or int(code if code.isdigit() else 0)
+    return code in TRANSIENT_CODES or (status >= 500 and status != 501) or status in (408, 429)
+
+
+def _is_trouble(error: BaseException) -> bool:
+    if isinstance(error, (ConnectionError, TimeoutError, http.client.IncompleteRead)):
+        return True
+    if isinstance(error, OSError) and (error.errno in NETWORK_ERRNOS or ARROW_TRANSIENT.search(str(error))):
+        return True
+    # By name: whoever reads local files only has no need to import the clients of S3.
+    family = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    if "botocore.SSLError" in family and "certificate" in str(error).lower():
+        return False
+    return not family.isdisjoint(
+        {
+            "aiohttp.ClientError",
+            "botocore.ConnectionError",
+            "botocore.HTTPClientError",
+            "botocore.IncompleteReadError",
+            "botocore.ResponseParserError",
+        }
+    )

@@ -1,0 +1,258 @@
+"""Writing checkpoints while the training goes on: a copy in memory, then a thread that uploads it.
+
+Worker r writes its safetensors and then `share-r.json`, which lists them. Worker 0 writes its share first, waits for
+all others, joins them to the manifest and writes that last. The other workers wait for `share-0.json` before they write
+theirs: so a share that an earlier start of the same attempt left behind is never joined to new ones, because worker 0
+then finds its own and refuses.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from d2f_core import storage
+from d2f_core.data.manifest import canonical_json
+from d2f_core.train.checkpoint import (
+    MANIFEST,
+    PLAIN_NAME,
+    CheckpointError,
+    CheckpointFile,
+    CheckpointManifest,
+    checkpoints_uri,
+    damaged,
+    directory_name,
+    manifest_bytes,
+    seal,
+    tensor_digest,
+    unseal,
+)
+from d2f_core.train.retention import Retention, apply_retention
+
+logger = logging.getLogger(__name__)
+
+SHARE_SECONDS = 600.0
+FIRST_POLL_SECONDS = 0.02
+LONGEST_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class _Save:
+    uri: str
+    head: dict[str, Any]
+    """What the shares of all workers have in common: step, samples, identity, num_workers."""
+    tensors: dict[str, dict[str, Tensor]]
+    """The copy in CPU memory; a kind is dropped once it is uploaded."""
+    state: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Writes one worker's shares; every worker has one, and calls `save` at the same steps.
+
+    Attributes:
+        protected: URIs that retention must leave alone for now; change it at any time.
+        last_complete: on worker 0, (step, uri) of the newest checkpoint that this writer completed.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        attempt: str,
+        rank: int,
+        num_workers: int,
+        retention: Retention,
+        *,
+        share_seconds: float = SHARE_SECONDS,
+        write: Callable[..., None] = storage.write_bytes,
+    ) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            attempt: names this attempt's directories; unlike that of every other start of the workers.
+            share_seconds: how long one worker waits for the others' shares.
+            write: `storage.write_bytes`, or one like it.
+        """
+        if not PLAIN_NAME.fullmatch(attempt):
+            raise CheckpointError(f"attempt={attempt!r} is not a plain name. Use letters, digits, '-', '_' and '.'.")
+        if not 0 <= rank < num_workers:
+            raise CheckpointError(f"rank={rank} must be at least 0 and below num_workers={num_workers}.")
+        self.output, self.attempt, self.rank, self.num_workers = output, attempt, rank, num_workers
+        self.retention, self.share_seconds = retention, share_seconds
+        self.protected: set[str] = set()
+        self.last_complete: tuple[int, str] | None = None
+        self._write_bytes = write
+        self._thread: threading.Thread | None = None
+        self._uri: str | None = None
+        self._failure: CheckpointError | None = None
+        self._closed = threading.Event()
+
+    def save(
+        self,
+        step: int,
+        *,
+        samples: int,
+        identity: str,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+    ) -> None:
+        """Copy this worker's share, kind -> parameter name -> tensor, and write it in the background.
+
+        Waits for the save before this one, so that one copy at most is in memory, and for the copying. Kinds without
+        tensors are not written. Worker 0's `state`, plain JSON, goes into the manifest.
+
+        Raises:
+            CheckpointError: an earlier save failed, or this writer is closed.
+            TypeError: `state` is not JSON.
+        """
+        self._join()
+        if self._closed.is_set():
+            raise CheckpointError(f"The writer of {self.output} is closed. Make another one, with a new attempt.")
+        copy = {
+            kind: {name: _cpu_copy(tensor) for name, tensor in named.items()}
+            for kind, named in tensors.items()
+            if named
+        }
+        self._uri = storage.join(checkpoints_uri(self.output), directory_name(step, self.attempt))
+        head = {"step": step, "samples": samples, "identity": identity, "num_workers": self.num_workers}
+        job = _Save(self._uri, head, copy, json_copy(state))
+        # A daemon: a training that ends with an error is not held up; without a manifest nothing was saved.
+        self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raise the error of an earlier save, if there is one; never waits. Raises CheckpointError."""
+        if self._failure:
+            raise self._failure
+
+    def wait(self) -> None:
+        """Return when the last save is complete: its manifest is there, and on worker 0 retention is done.
+
+        Raises:
+            CheckpointError: it failed, or the manifest did not come in time.
+        """
+        self._join()
+        if self.rank and self._uri:
+            self._await(self._uri, {MANIFEST: 0}, "manifest")
+
+    def close(self) -> None:
+        """End the thread. A save under way is given up and stays incomplete: call `wait` before to have it whole."""
+        self._closed.set()
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _join(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def _run(self, job: _Save) -> None:
+        step = job.head["step"]
+        try:
+            self._write(job)
+        except BaseException as error:  # whatever it is, the training must hear of it
+            reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            logger.error("saving step %d failed on worker %d: %s", step, self.rank, reason)
+            self._failure = CheckpointError(f"Saving step {step} failed on worker {self.rank}. {reason}")
+            self._failure.__cause__ = error
+
+    def _write(self, job: _Save) -> None:
+        share = share_name(self.rank)
+        present = storage.list_names(job.uri)
+        if used := [name for name in (MANIFEST, share) if name in present]:
+            raise CheckpointError(
+                f"{job.uri} has {used[0]} already, so this attempt was started before. Give every start of the workers "
+                "an attempt of its own, and save each step once."
+            )
+        files, digests = [], {}
+        for kind in list(job.tensors):
+            self._go_on(job.uri)
+            digests[kind] = {name: tensor_digest(tensor) for name, tensor in job.tensors[kind].items()}
+            data = to_safetensors(job.tensors.pop(kind))
+            file = f"{kind}-{self.rank}.safetensors"
+            self._write_bytes(storage.join(job.uri, file), data)
+            files.append(CheckpointFile(kind=kind, path=file, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+        if self.rank:
+            self._await(job.uri, {share_name(0): 0}, "share")
+        fields = {"rank": self.rank, **job.head, "files": [asdict(file) for file in files], "tensors": digests}
+        self._create(storage.join(job.uri, share), seal(fields))
+        if self.rank == 0:
+            self._complete(job)
+
+    def _complete(self, job: _Save) -> None:
+        """Worker 0: make the checkpoint exist, and delete old ones."""
+        self._await(job.uri, {share_name(rank): rank for rank in range(self.num_workers)}, "share")
+        manifest = self._joined(job)
+        self._go_on(job.uri)
+        self._create(storage.join(job.uri, MANIFEST), manifest_bytes(manifest))
+        self.last_complete = (manifest.step, job.uri)
+        logger.info("step %d  checkpoint %s", manifest.step, job.uri)
+        apply_retention(self.output, self.retention, {*self.protected, job.uri}, up_to_step=manifest.step)
+
+    def _joined(self, job: _Save) -> CheckpointManifest:
+        files: list[CheckpointFile] = []
+        tensors: dict[str, dict[str, str]] = {}
+        for rank in range(self.num_workers):
+            place = storage.join(job.uri, share_name(rank))
+            share = unseal(place, storage.read_bytes(place))
+            if {name: share.get(name) for name in ("rank", *job.head)} != {"rank": rank, **job.head}:
+                raise damaged(place, f"is not worker {rank}'s share of {job.head}")
+            files += [CheckpointFile(**file) for file in share["files"]]
+            for kind, named in share["tensors"].items():
+                if twice := sorted(tensors.setdefault(kind, {}).keys() & named.keys()):
+                    raise CheckpointError(f"{place}: {kind} of {twice[0]!r} was saved by two workers; one must own it.")
+                tensors[kind] |= named
+        return CheckpointManifest(**job.head, files=tuple(files), state=job.state, tensors=tensors)
+
+    def _await(self, uri: str, wanted: Mapping[str, int], what: str) -> None:
+        """Wait until the files `wanted`, name -> rank that writes it, are under `uri`."""
+        deadline = time.monotonic() + self.share_seconds
+        delay = FIRST_POLL_SECONDS
+        while missing := sorted(wanted[name] for name in wanted.keys() - set(storage.list_names(uri))):
+            self._go_on(uri)
+            if time.monotonic() >= deadline:
+                ranks = ", ".join(str(rank) for rank in missing)
+                raise CheckpointError(
+                    f"{uri}: no {what} of worker {ranks} after {self.share_seconds:g} s, so this checkpoint stays "
+                    "incomplete. See in the logs why it ended or cannot write; the run resumes from the one before."
+                )
+            self._closed.wait(delay)
+            delay = min(2 * delay, LONGEST_POLL_SECONDS)
+
+    def _go_on(self, uri: str) -> None:
+        if self._closed.is_set():
+            raise CheckpointError(f"{uri}: the writer was closed before the checkpoint was complete.")
+
+    def _create(self, place: str, data: bytes) -> None:
+        """Write a file that was not there when this save began."""
+        try:
+            self._write_bytes(place, data, exclusive=True)
+        except FileExistsError:
+            # A client that repeats a request whose answer was lost meets its own file.
+            if storage.read_bytes(place) != data:
+                raise CheckpointError(
+                    f"{place} was written by another process of the same attempt. Give every start of the workers an "
+                    "attempt of its own."
+                ) from None
+
+
+def share_name(rank: int) -> str:
+    return f"share-{rank}.json"
+
+
+def json_copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` as it will be read back, free of later changes. Raises TypeError when it is not JSON."""
+    return json.loads(canonical_json(dict(state)))
+
+
+def _cpu_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

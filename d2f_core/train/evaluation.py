@@ -1,0 +1,144 @@
+"""A look at a checkpoint, as a Ray task of its own: the training does not wait for it."""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from PIL.Image import Image
+from ray.exceptions import RayError, RayTaskError
+
+from d2f_core import storage
+from d2f_core.model.artifact import load_weights
+from d2f_core.tracking import RunHandle
+from d2f_core.tracking.metric_log import MetricLog
+from d2f_core.train import checkpoint, retention
+from d2f_core.train.config import TrainConfig
+from d2f_core.train.task import BuildTask
+
+logger = logging.getLogger(__name__)
+
+FLAT = 2.0
+"""Standard deviation, in levels of 255, below which an image shows nothing."""
+FLUSH_SECONDS = 60.0
+
+
+class CollapseError(RuntimeError):
+    """The model draws flat images only, or its metrics are not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationJob:
+    build_task: BuildTask
+    output: str
+    step: int
+    uri: str | None
+    """The checkpoint; None before the first step, when the model is what the task builds."""
+    averaged: bool
+    """Look at the averaged weights."""
+    num_gpus: float
+    tracker: RunHandle | None
+
+    @property
+    def _untrained(self) -> str:
+        return storage.join(self.output, "evaluation-untrained.json")
+
+    def done(self) -> bool:
+        """Whether its metrics are on storage already."""
+        if self.uri is None:
+            return storage.exists(self._untrained)
+        return retention.read_evaluation(self.uri) is not None
+
+    def keep(self, metrics: dict[str, float]) -> None:
+        if self.uri is None:
+            storage.write_bytes(self._untrained, json.dumps(metrics, sort_keys=True).encode())
+        else:
+            retention.write_evaluation(self.uri, metrics)
+
+
+def evaluation_due(config: TrainConfig, step: int) -> bool:
+    return bool(config.evaluate_every) and (step % config.evaluate_every == 0 or step == config.num_steps)
+
+
+def is_flat(image: Image) -> bool:
+    return bool(np.asarray(image, dtype=np.float32).std() < FLAT)
+
+
+def evaluate(job: EvaluationJob) -> dict[str, float]:
+    """Build the model, put the checkpoint's weights in, look, and write what was found.
+
+    Raises:
+        CollapseError: all images are flat, or a metric is not finite.
+    """
+    torch.set_num_threads(1)
+    task = job.build_task("cuda" if job.num_gpus else "cpu")
+    if task.evaluate is None:
+        return {}
+    if job.uri:
+        found = checkpoint.read_checkpoint(job.uri)
+        load_weights(task.module, checkpoint.read_tensors(found, "ema" if job.averaged else "weights"))
+    task.module.eval()
+    with torch.no_grad():
+        result = task.evaluate()
+    metrics = dict(result.metrics)
+    if job.tracker:
+        log = MetricLog(job.tracker)
+        log.log(job.step, metrics)
+        if result.images and task.make_grid:
+            log.log_image("samples", task.make_grid(result.images), job.step)
+        log.close(FLUSH_SECONDS)
+    bad = {name: value for name, value in metrics.items() if not np.isfinite(value)}
+    if bad or (result.images and all(is_flat(image) for image in result.images)):
+        raise CollapseError(
+            f"step {job.step}: "
+            + (f"the evaluation found {bad}" if bad else f"all {len(result.images)} images drawn are flat")
+            + ". The model has collapsed: lower the learning rate, or raise the warm-up, and start from an earlier "
+            "checkpoint in another output."
+        )
+    job.keep(metrics)
+    return metrics
+
+
+class Evaluations:
+    """Evaluations under way; their checkpoints must not be deleted meanwhile."""
+
+    def __init__(self, protected: set[str]) -> None:
+        self._protected = protected
+        self._running: dict[Any, EvaluationJob] = {}
+
+    def start(self, job: EvaluationJob) -> None:
+        """Begin, unless it is under way."""
+        if job.step in {running.step for running in self._running.values()}:
+            return
+        if job.uri:
+            self._protected.add(job.uri)
+        remote = ray.remote(num_cpus=0 if job.num_gpus else 1, num_gpus=job.num_gpus, max_retries=2)(evaluate)
+        self._running[remote.remote(job)] = job
+
+    def poll(self, timeout: float = 0.0) -> None:
+        """Take in what is done.
+
+        Raises:
+            CollapseError: of an evaluation.
+        """
+        if not self._running:
+            return
+        done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout)
+        for reference in done:
+            job = self._running.pop(reference)
+            self._protected.discard(job.uri or "")
+            try:
+                logger.info("step %d  evaluation %s", job.step, _rounded(ray.get(reference)))
+            except RayTaskError as error:
+                if isinstance(error.cause, CollapseError):
+                    raise error.cause from None
+                logger.error("step %d  evaluation failed, it is repeated at the end: %s", job.step, error.cause)
+            except RayError as error:
+                logger.error("step %d  evaluation failed, it is repeated at the end: %s", job.step, error)
+
+
+def _rounded(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "done"

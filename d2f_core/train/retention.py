@@ -1,0 +1,145 @@
+"""Which checkpoints stay on storage, and the metrics that decide it."""
+
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from d2f_core import storage
+from d2f_core.train.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    directories,
+    list_checkpoints,
+    seal,
+    unseal,
+)
+
+logger = logging.getLogger(__name__)
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """A checkpoint stays when any of these rules keeps it."""
+
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_best: int = 0
+    """Best checkpoints by `metric` that stay; 0: none for that reason."""
+    metric: str = ""
+    """Name in `evaluation.json`."""
+    lower_is_better: bool = True
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for ever; 0: none for that reason."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last={self.keep_last} must be at least 1: a run resumes from the last one.")
+        for name in ("keep_best", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0. Use 0 to switch this rule off.")
+        if self.keep_best and not self.metric:
+            raise ValueError(f"keep_best={self.keep_best} needs a metric. Name one that the evaluation writes.")
+
+
+def write_evaluation(uri: str, metrics: Mapping[str, float]) -> None:
+    """Store a checkpoint's metrics, once; the same ones again are fine.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint at `uri`, or it has other metrics already.
+    """
+    if not storage.exists(storage.join(uri, MANIFEST)):
+        raise CheckpointError(f"{uri} is not a complete checkpoint (any more); its evaluation has nowhere to go.")
+    place = storage.join(uri, EVALUATION)
+    data = seal({"metrics": {name: float(value) for name, value in metrics.items()}})
+    try:
+        storage.write_bytes(place, data, exclusive=True)
+    except FileExistsError:
+        if storage.read_bytes(place) != data:
+            raise CheckpointError(f"{place} holds other metrics already. Delete it to evaluate again.") from None
+
+
+def read_evaluation(uri: str) -> dict[str, float] | None:
+    """A checkpoint's metrics; None when it has not been evaluated.
+
+    Raises:
+        CheckpointError: the file was damaged.
+    """
+    place = storage.join(uri, EVALUATION)
+    try:
+        return dict(unseal(place, storage.read_bytes(place))["metrics"])
+    except FileNotFoundError:
+        return None
+
+
+def _metric(uri: str, name: str) -> float | None:
+    """The metric's value; None before the evaluation, NaN when the evaluation does not tell it."""
+    try:
+        metrics = read_evaluation(uri)
+    except CheckpointError as error:
+        logger.warning("%s counts as evaluated without result: %s", uri, error)
+        return math.nan
+    return None if metrics is None else metrics.get(name, math.nan)
+
+
+def kept(complete: Sequence[Checkpoint], retention: Retention, metric: Mapping[str, float | None]) -> set[str]:
+    """URIs that a rule keeps, of checkpoints given oldest first.
+
+    Args:
+        metric: uri -> value of `retention.metric`, None when not evaluated yet, NaN when it has no value.
+    """
+    stay = {checkpoint.uri for checkpoint in complete[-retention.keep_last :]}
+    if retention.keep_every:
+        stay |= {checkpoint.uri for checkpoint in complete if checkpoint.manifest.step % retention.keep_every == 0}
+    if not retention.keep_best:
+        return stay
+    values = [(value, place) for place, c in enumerate(complete) if (value := metric.get(c.uri)) is not None]
+    newest_evaluated = max((place for _, place in values), default=-1)
+    stay |= {checkpoint.uri for checkpoint in complete[newest_evaluated + 1 :]}
+    sign = 1 if retention.lower_is_better else -1
+    # Of equal ones the newer is the better: it is trained longer.
+    ranked = sorted((v for v in values if not math.isnan(v[0])), key=lambda v: (sign * v[0], -v[1]))
+    return stay | {complete[place].uri for _, place in ranked[: retention.keep_best]}
+
+
+def apply_retention(
+    output: str, retention: Retention, being_evaluated: Collection[str] = (), *, up_to_step: int | None = None
+) -> list[str]:
+    """Delete complete checkpoints that no rule keeps, and what unfinished saves left behind.
+
+    With `keep_best`, a checkpoint newer than the newest evaluated one waits for its own evaluation and stays; an older
+    one without a value of the metric is never a best one. Directories without a manifest, or with a damaged one, go
+    when they are older than the oldest of the `keep_last` newest. A manifest is deleted first, so that a checkpoint
+    that is deleted by half does not exist.
+
+    Args:
+        being_evaluated: URIs that must stay for now.
+        up_to_step: leave later checkpoints out of all rules, neither counted nor deleted: a run that went back behind
+            a damaged checkpoint must not lose its new ones to it.
+
+    Returns:
+        URIs of the deleted directories.
+    """
+    complete = [c for c in list_checkpoints(output) if up_to_step is None or c.manifest.step <= up_to_step]
+    if not complete:
+        return []
+    metric = {c.uri: _metric(c.uri, retention.metric) for c in complete} if retention.keep_best else {}
+    stay = kept(complete, retention, metric) | {uri.rstrip("/") for uri in being_evaluated}
+    exist = {checkpoint.uri for checkpoint in complete}
+    oldest_last = complete[-retention.keep_last :][0].manifest.step
+    gone = [uri for step, uri in directories(output) if uri not in stay and (uri in exist or step < oldest_last)]
+    for uri in gone:
+        logger.info("removing old checkpoint %s", uri)
+        _delete(uri)
+    return gone
+
+
+def _delete(uri: str) -> None:
+    for target in (storage.join(uri, MANIFEST), uri):
+        try:
+            storage.remove_tree(target)
+        except FileNotFoundError:
+            logger.info("%s was deleted by another process meanwhile", target)

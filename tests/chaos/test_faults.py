@@ -1,0 +1,99 @@
+"""Faults that kill nothing: damaged data and checkpoints, a worker that stands still, a bad network."""
+
+import logging
+import os
+import signal
+from urllib.parse import urlsplit
+
+import pytest
+import ray
+
+from benchmarks.fault_proxy import FaultProxy
+from d2f_core import storage
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.quarantine import read_quarantine
+from d2f_core.train import checkpoint
+from d2f_core.train.launch import TrainingStoppedError
+from infra.local.stack import StackEnv
+from pipelines.finetune import main
+from tests.chaos.training import Running, assert_same_run, final, has_checkpoint, losses, make_config, processes
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base, unbroken):
+    config = make_config(base, "damaged-checkpoint", num_steps=16)
+    main(config)
+    newest, before = (checkpoint.list_checkpoints(config.output)[index] for index in (-1, -2))
+    place = f"{newest.uri}/{next(file.path for file in newest.manifest.files if file.kind == 'exp_avg')}"
+    data = bytearray(storage.read_bytes(place))
+    data[-3] ^= 1
+    storage.write_bytes(place, bytes(data))
+    assert (newest.manifest.step, before.manifest.step) == (16, 8)
+    config = make_config(base, "damaged-checkpoint")
+    main(config)
+    assert_same_run(config, unbroken)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_losses_do_not_depend_on_the_number_of_workers_nor_on_the_zero_stage(base, unbroken, workers):
+    config = make_config(base, f"workers-{workers}", num_workers=workers, zero_stage={1: 0, 4: 3}[workers])
+    main(config)
+    assert losses(config) == pytest.approx(losses(unbroken), abs=1e-5)
+    assert final(config.output)[0].manifest.state["consumed"] == final(unbroken.output)[0].manifest.state["consumed"]
+
+
+def damaged_latents(uri: str, change) -> None:
+    file = f"{uri}/{read_manifest(uri).files[1].path}"
+    storage.write_bytes(file, change(storage.read_bytes(file)))
+
+
+def test_rows_that_cannot_be_read_are_left_out_and_named(base):
+    latents = "s3://d2f/test-chaos/truncated"
+    config = make_config(base, "truncated", latents, max_quarantined_share=0.5)
+    damaged_latents(latents, lambda data: data[: len(data) // 2])
+    main(config)
+    ledger = read_quarantine(config.output)
+    holdout = config.plan([read_manifest(latents)], ()).sources[0].order.holdout()
+    assert {bad.source_uri for bad in ledger} == {f"{latents}#{row}" for row in set(range(32, 64)) - set(holdout)}
+    assert all("part-1.parquet" in bad.reason for bad in ledger)
+    assert final(config.output)[0].manifest.step == config.train.num_steps
+
+
+def test_more_unusable_rows_than_allowed_end_the_training_at_once(base):
+    latents = "s3://d2f/test-chaos/too-many"
+    config = make_config(base, "too-many", latents, evaluate_every=0)
+    damaged_latents(latents, lambda data: data[: len(data) // 2])
+    with pytest.raises(
+        TrainingStoppedError, match=r"rows are unusable, more than max_quarantined_share=0\.01 .*part-1"
+    ):
+        main(config)
+
+
+def test_a_worker_that_stands_still_is_named_and_replaced(base, unbroken, caplog: pytest.LogCaptureFixture):
+    config = make_config(base, "stopped-worker", worker_timeout_seconds=30)
+    with caplog.at_level(logging.WARNING, logger="d2f_core.train"):
+        running = Running(config)
+        running.wait_for("a first checkpoint", lambda: has_checkpoint(config.output))
+        stopped = processes("ray::RayTrainWorker")[-1]
+        os.kill(stopped.pid, signal.SIGSTOP)
+        running.join()
+    assert f"process {stopped.pid}) was last heard of" in caplog.text, "named before the time limit"
+    assert_same_run(config, unbroken)
+
+
+def test_a_bad_network_changes_nothing(base, unbroken, stack: StackEnv):
+    """Refused, cut and lost answers of S3 on all of the cluster's processes."""
+    address = urlsplit(stack.variables["AWS_ENDPOINT_URL"])
+    with FaultProxy(str(address.hostname), int(address.port or 0), seed=1) as proxy:
+        ray.shutdown()
+        ray.init(runtime_env={"env_vars": {"AWS_ENDPOINT_URL": proxy.url}})
+        proxy.error_rate, proxy.reset_rate = 0.1, 0.05
+        try:
+            config = make_config(base, "bad-network")
+            main(config)
+        finally:
+            ray.shutdown()
+            ray.init()
+        assert proxy.counts["error"] and proxy.counts["reset"], "there were faults"
+    assert_same_run(config, unbroken)

@@ -1,0 +1,147 @@
+"""A small training for the kill tests: what it trains on, what it leaves behind, and how its processes are found."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import mlflow
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+from mlflow.entities import Metric
+
+from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
+from d2f_core.data.schema import latent_schema
+from d2f_core.model.autoencoder import autoencoder_fingerprint
+from d2f_core.model.base import resolve_base
+from d2f_core.model.ema import EmaConfig
+from d2f_core.model.lora import LoraConfig
+from d2f_core.model.text_to_image import ModelConfig
+from d2f_core.train import checkpoint
+from d2f_core.train.config import TrainConfig
+from d2f_core.train.steps import consumed_digest
+from pipelines.configs import FinetuneConfig
+from pipelines.finetune import COLUMNS, main
+
+ROWS, SHAPE, STEPS, SAVES = 96, (4, 8, 8), 40, 8
+EXPERIMENT = "test-chaos"
+
+
+def write_latents(uri: str, fingerprint: str, rows: int = ROWS) -> None:
+    generator = np.random.default_rng(0)
+    columns = {
+        "sample_id": [f"{i:032x}" for i in range(rows)],
+        "caption": [f"thing {i % 7}" for i in range(rows)],
+        "latent_mean": list(generator.normal(size=(rows, 256)).astype(np.float16)),
+        "latent_std": list(np.full((rows, 256), 0.1, np.float16)),
+        "bucket": ["16x16"] * rows,
+        "source_uri": ["test"] * rows,
+        "width": [16] * rows,
+        "height": [16] * rows,
+        "crop": [[0, 0, 16, 16]] * rows,
+    }
+    schema = latent_schema(SHAPE)
+    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    files = tuple(write_part(uri, f"part-{i}.parquet", table.slice(32 * i, 32)) for i in range(rows // 32))
+    write_manifest(uri, Manifest(kind="latents", files=files, fingerprint={"autoencoder": fingerprint}))
+
+
+def make_config(base: str, name: str, latents: str = "s3://d2f/test-chaos/latents", **train) -> FinetuneConfig:
+    write_latents(latents, autoencoder_fingerprint(resolve_base(base)))
+    values = {
+        "num_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "num_workers": 2, "threads_per_worker": 1,
+        "learning_rate": 1e-2, "ema": EmaConfig(decay=0.9), "log_every": 4, "checkpoint_every": SAVES,
+        "evaluate_every": 0, "lanes": 4, "window_rows": 8,
+    } | train  # fmt: skip
+    return FinetuneConfig(
+        model=ModelConfig(base=base, method="lora", lora=LoraConfig(rank=2), caption_dropout=0.5),
+        latents=latents,
+        output=f"s3://d2f/test-chaos/{name}",
+        holdout_rows=4,
+        train=TrainConfig(**values),
+        experiment=EXPERIMENT,
+        name=name,
+    )
+
+
+def final(output: str) -> tuple[checkpoint.Checkpoint, dict[str, dict[str, torch.Tensor]]]:
+    last = checkpoint.list_checkpoints(output)[-1]
+    return last, {kind: checkpoint.read_tensors(last, kind) for kind in checkpoint.KINDS}
+
+
+def assert_same_run(config: FinetuneConfig, expected: FinetuneConfig) -> None:
+    """Weights, moments and averages bit for bit, exactly the planned samples, one MLflow run without gap or double."""
+    last, tensors = final(config.output)
+    wanted, unbroken = final(expected.output)
+    assert last.manifest.step == wanted.manifest.step == config.train.num_steps
+    for kind, named in unbroken.items():
+        assert named.keys() == tensors[kind].keys() and named
+        for name, tensor in named.items():
+            assert torch.equal(tensor, tensors[kind][name]), (kind, name)
+    plan = config.plan([read_manifest(config.latents)], COLUMNS)
+    epochs, rows = plan.sources[0].order.at(np.arange(config.train.num_steps * config.train.global_batch_size))
+    assert int(last.manifest.state["consumed"]) == consumed_digest(epochs, rows)
+    steps = [point.step for point in loss_points(config, status="FINISHED")]
+    assert sorted(steps) == list(range(4, config.train.num_steps + 1, 4))
+
+
+def loss_points(config: FinetuneConfig, status: str) -> list[Metric]:
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`d2f.run_key` = '{config.output}'")
+    assert run.info.status == status
+    return client.get_metric_history(run.info.run_id, "loss")
+
+
+def losses(config: FinetuneConfig) -> list[float]:
+    """In the order of the steps."""
+    return [point.value for point in sorted(loss_points(config, "FINISHED"), key=lambda point: point.step)]
+
+
+def processes(prefix: str) -> list[psutil.Process]:
+    """Ray's processes by the title that Ray gives them."""
+
+    def found() -> Iterator[psutil.Process]:
+        for process in psutil.process_iter(["cmdline"]):
+            if process.info["cmdline"] and process.info["cmdline"][0].startswith(prefix):
+                yield process
+
+    return list(found())
+
+
+def wait_for(what: str, condition: Callable[[], object], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
+        time.sleep(0.05)
+
+
+def has_checkpoint(output: str, step: int = SAVES) -> bool:
+    return any(one.manifest.step >= step for one in checkpoint.list_checkpoints(output))
+
+
+class Running:
+    """A training in a thread of this process."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config, self.error = config, None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def wait_for(self, what: str, condition: Callable[[], object]) -> None:
+        wait_for(what, lambda: self.error or condition())
+        if self.error:
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            main(self.config)
+        except BaseException as error:
+            self.error = error
+
+    def join(self) -> None:
+        self._thread.join(300)
+        assert not self._thread.is_alive(), "the training did not end"
+        if self.error:
+            raise self.error

@@ -1,0 +1,183 @@
+"""Damaged rows are found, named with file, row and reason, and the others come through whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from d2f_core.data.manifest import Manifest, TableFile, read_manifest, write_manifest, write_part
+from d2f_core.data.order import SampleOrder
+from d2f_core.data.plan import Source, StreamPlan
+from d2f_core.data.schema import array_field
+from d2f_core.data.stream import PlanReader
+from d2f_core.data.table_reader import DamagedDataError, RowReader, TableReader
+
+FILES, ROWS, GROUP = 4, 256, 64
+COLUMNS = ("caption", "latent")
+
+
+def rows_of(file: int, shape=(2, 3)) -> pa.Table:
+    numbers = np.arange(file * ROWS, (file + 1) * ROWS)
+    field = array_field("latent", pa.float16(), shape)
+    values = np.random.default_rng(file).normal(size=(ROWS, int(np.prod(shape)))).astype(np.float16)
+    latents = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type)
+    schema = pa.schema([pa.field("caption", pa.string()), field])
+    return pa.table([pa.array([f"row {n}" for n in numbers]), latents], schema=schema)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    files = tuple(write_part(str(tmp_path), f"part-{i}.parquet", rows_of(i)) for i in range(FILES))
+    write_manifest(str(tmp_path), Manifest(kind="images", files=files))
+    return tmp_path
+
+
+def read_all(table: Path):
+    return TableReader(str(table), read_manifest(str(table)), COLUMNS).read(0, FILES * ROWS)
+
+
+def assert_lost(table: Path, lost: range | set[int], reason: str) -> None:
+    """Exactly these rows are unusable, each with the reason; all others have their own content."""
+    found = read_all(table)
+    assert set(found.reasons) == set(lost)
+    assert all(reason in text for text in found.reasons.values())
+    captions = found.table.column("caption").to_pylist()
+    for row in set(range(FILES * ROWS)) - set(lost):
+        assert captions[found.places[row]] == f"row {row}"
+    assert all(found.places[row] == -1 for row in lost)
+
+
+def overwrite(file: Path, change) -> None:
+    data = bytearray(file.read_bytes())
+    file.write_bytes(bytes(change(data)))
+
+
+def test_a_whole_table_comes_whole(table):
+    assert_lost(table, set(), "")
+
+
+def test_a_flipped_bit_costs_the_row_group_that_it_lies_in(table):
+    metadata = pq.read_metadata(table / "part-1.parquet").row_group(2).column(1)
+
+    def flip(data: bytearray) -> bytearray:
+        data[metadata.data_page_offset + 100] ^= 4
+        return data
+
+    overwrite(table / "part-1.parquet", flip)
+    assert_lost(table, range(ROWS + 2 * GROUP, ROWS + 3 * GROUP), "part-1.parquet")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_flipped_bit_anywhere_gives_other_numbers_unnoticed(table, seed):
+    """Wherever the bit lies, a row is as it was, or it is named."""
+    whole = read_all(table)
+    file = table / "part-2.parquet"
+    generator = np.random.default_rng(seed)
+
+    def flip(data: bytearray) -> bytearray:
+        data[int(generator.integers(4, len(data)))] ^= 1 << int(generator.integers(8))
+        return data
+
+    overwrite(file, flip)
+    found = read_all(table)
+    for row in set(range(FILES * ROWS)) - set(found.reasons):
+        assert found.table.slice(int(found.places[row]), 1).equals(whole.table.slice(row, 1)), row
+    assert set(found.reasons) <= set(range(2 * ROWS, 3 * ROWS))
+
+
+def test_a_truncated_file_costs_its_rows(table):
+    overwrite(table / "part-3.parquet", lambda data: data[: len(data) // 2])
+    assert_lost(table, range(3 * ROWS, 4 * ROWS), "part-3.parquet")
+
+
+def test_a_missing_file_costs_its_rows(table):
+    (table / "part-0.parquet").unlink()
+    assert_lost(table, range(ROWS), "part-0.parquet")
+
+
+def replace(table: Path, number: int, rows: pa.Table) -> None:
+    """Put another file in a part's place, with a manifest that knows it."""
+    files = list(read_manifest(str(table)).files)
+    files[number] = write_part(str(table), files[number].path, rows)
+    (table / "manifest.json").unlink()
+    write_manifest(str(table), Manifest(kind="images", files=tuple(files)))
+
+
+def test_numbers_that_are_not_finite_cost_their_rows_only(table):
+    rows = rows_of(1)
+    values = rows.column("latent").combine_chunks().flatten().to_numpy().copy().reshape(ROWS, 6)
+    values[7, 3], values[200, 0] = np.nan, np.inf
+    field = rows.schema.field("latent")
+    latents = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type)
+    replace(table, 1, rows.set_column(1, field, latents))
+    assert_lost(table, {ROWS + 7, ROWS + 200}, "not_finite")
+
+
+def test_a_file_of_another_shape_costs_its_rows(table):
+    replace(table, 2, rows_of(2, shape=(3, 2)))
+    assert_lost(table, range(2 * ROWS, 3 * ROWS), "wrong_shape: part-2.parquet holds")
+
+
+def test_a_file_without_a_column_costs_its_rows(table):
+    replace(table, 2, rows_of(2).drop_columns(["latent"]))
+    assert_lost(table, range(2 * ROWS, 3 * ROWS), "wrong_shape")
+
+
+def test_any_rows_in_any_order(table):
+    reader = RowReader(str(table), read_manifest(str(table)), ["caption"])
+    wanted = np.array([1023, 0, 64, 255, 256, 63, 0])
+    assert reader.read(wanted).column("caption").to_pylist() == [f"row {i}" for i in wanted]
+    assert reader.read(wanted).column_names == ["caption"]
+    overwrite(table / "part-0.parquet", lambda data: data[:1000])
+    with pytest.raises(DamagedDataError, match=r"row 63: unreadable: part-0\.parquet"):
+        reader = RowReader(str(table), read_manifest(str(table)), ["caption"])
+        reader.read(np.array([300, 63]))
+
+
+def micro_batches_of(table: Path, steps: int = 16) -> list[pa.Table]:
+    order = SampleOrder(num_rows=FILES * ROWS, batch=64, window_rows=128, lanes=4)
+    plan = StreamPlan(
+        sources=(Source(uri=str(table), order=order),), columns=COLUMNS, global_batch_size=64, micro_batch_size=64,
+        num_steps=steps,
+    )  # fmt: skip
+    reader = PlanReader(plan, rank=0, num_workers=1, first_step=0)
+    chunks = reader({"chunk": np.arange(-(-steps // 8))})
+    return [pa.ipc.open_stream(part.as_buffer()).read_all() for chunk in chunks for part in chunk.column("micro_batch")]
+
+
+def test_an_epoch_is_the_used_rows_plus_the_quarantined_ones(table):
+    overwrite(table / "part-3.parquet", lambda data: data[: len(data) // 2])
+    batches = pa.concat_tables(micro_batches_of(table))
+    assert sorted(batches.column("row").to_pylist()) == list(range(FILES * ROWS))
+    used, lost = 0, []
+    for row, caption, reason in zip(
+        *(batches.column(name).to_pylist() for name in ("row", "caption", "reason")), strict=True
+    ):
+        if reason is None:
+            assert caption == f"row {row}"
+            used += 1
+        else:
+            assert "part-3.parquet" in reason
+            lost.append(row)
+    assert used + len(lost) == FILES * ROWS and sorted(lost) == list(range(3 * ROWS, 4 * ROWS))
+
+
+def test_a_table_without_one_usable_row_is_refused(table):
+    for number in range(FILES):
+        overwrite(table / f"part-{number}.parquet", lambda data: data[:200])
+    with pytest.raises(DamagedDataError, match="No file of"):
+        micro_batches_of(table)
+
+
+def test_files_that_hold_other_rows_than_the_manifest_says_are_named(table):
+    manifest = read_manifest(str(table))
+    shorter = write_part(str(table), "part-1.parquet", rows_of(1).slice(0, 200))
+    files = list(manifest.files)
+    files[1] = TableFile(path="part-1.parquet", rows=ROWS, size=shorter.size, sha256="", row_groups=(64,) * 4)
+    (table / "manifest.json").unlink()
+    write_manifest(str(table), Manifest(kind="images", files=tuple(files)))
+    lost = range(ROWS + 192, 2 * ROWS)
+    found = read_all(table)
+    assert set(found.reasons) == set(lost) and found.places[ROWS + 191] >= 0

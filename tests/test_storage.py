@@ -1,0 +1,200 @@
+"""Storage on a bad network and on a full disk: a real S3 server behind the proxy of `benchmarks/fault_proxy.py`."""
+
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.fault_proxy import FaultProxy
+from d2f_core import storage
+from d2f_core.retry import is_network_trouble
+from d2f_core.storage import StorageError
+from infra.local.stack import StackEnv
+
+BIG = os.urandom(1_000_000)
+
+
+@pytest.fixture
+def proxy(s3: StackEnv, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[FaultProxy]:
+    """In front of the session's S3 server, and named by the environment."""
+    caplog.set_level(logging.WARNING)
+    address = urlsplit(s3.variables["AWS_ENDPOINT_URL"])
+    with FaultProxy(str(address.hostname), int(address.port or 80)) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        monkeypatch.setattr(storage, "RETRY_SECONDS", 60.0)
+        yield running
+
+
+def test_errors_and_cut_answers_change_nothing_but_the_time(
+    proxy: FaultProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tree/deep").mkdir(parents=True)
+    (tmp_path / "tree/a").write_bytes(b"a")
+    (tmp_path / "tree/deep/b").write_bytes(BIG)
+    proxy.error_rate, proxy.reset_rate = 0.25, 0.15
+    root = "s3://d2f/test-storage/noise"
+    for number in range(9):
+        storage.write_bytes(f"{root}/objects/{number}", bytes([number]) + BIG, exclusive=number % 2 == 0)
+    assert storage.list_names(f"{root}/objects") == [str(number) for number in range(9)]
+    for number in range(9):
+        assert storage.read_bytes(f"{root}/objects/{number}") == bytes([number]) + BIG
+    with pytest.raises(FileExistsError):
+        storage.write_bytes(f"{root}/objects/0", b"other", exclusive=True)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{root}/objects/none")
+    storage.upload_tree(tmp_path / "tree", f"{root}/tree", last="a")
+    storage.download_tree(f"{root}/tree", tmp_path / "copy")
+    assert (tmp_path / "copy/a").read_bytes() == b"a" and (tmp_path / "copy/deep/b").read_bytes() == BIG
+    storage.remove_tree(root)
+    assert not storage.exists(f"{root}/objects/1") and not storage.exists(f"{root}/tree/a")
+    assert proxy.counts["error"] >= 3 and proxy.counts["reset"] >= 3
+    assert "could not" in caplog.text and "again in" in caplog.text
+
+
+def test_an_exclusive_write_whose_answer_is_lost_is_its_own(proxy: FaultProxy) -> None:
+    uri = "s3://d2f/test-storage/claim"
+    proxy.upcoming.extend(["reset", "reset", "reset"])
+    storage.write_bytes(uri, b"mine", exclusive=True)
+    assert proxy.counts["reset"] == 3 and storage.read_bytes(uri) == b"mine"
+    for data in (b"mine", b"another"):  # the same bytes from another writer are no excuse
+        with pytest.raises(FileExistsError):
+            storage.write_bytes(uri, data, exclusive=True)
+    proxy.upcoming.extend(["error", "reset", "reset"])
+    with pytest.raises(FileExistsError):
+        storage.write_bytes(uri, b"mine", exclusive=True)
+    assert storage.read_bytes(uri) == b"mine"
+
+
+def test_an_outage_is_waited_for(proxy: FaultProxy) -> None:
+    storage.write_bytes("s3://d2f/test-storage/outage", b"1")
+    began = time.monotonic()
+    proxy.outage_for(3.0)
+    assert storage.read_bytes("s3://d2f/test-storage/outage") == b"1"
+    assert 2.5 < time.monotonic() - began < 15
+
+
+def test_an_outage_without_end_is_one_line(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 1.0)
+    proxy.outage = True
+    with pytest.raises(StorageError, match=r"could not read s3://d2f/any in \d+ attempts over \d+ s: .*Check that"):
+        storage.read_bytes("s3://d2f/any")
+
+
+def test_a_stalled_server_is_noticed(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "READ_TIMEOUT", 1)
+    proxy.stall_seconds = 600.0
+    uri = "s3://d2f/test-storage/stall"
+    for call in (lambda: storage.write_bytes(uri, BIG), lambda: storage.read_bytes(uri)):
+        proxy.upcoming.append("stall")
+        began = time.monotonic()
+        call()
+        assert time.monotonic() - began < 10
+    assert proxy.counts["stall"] == 2 and storage.read_bytes(uri) == BIG
+
+
+def test_a_pyarrow_reader_is_retried(proxy: FaultProxy, caplog: pytest.LogCaptureFixture) -> None:
+    table = pa.table({"x": list(range(1000))})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.write_bytes("s3://d2f/test-storage/table.parquet", sink.getvalue().to_pybytes())
+    fs, path = storage.arrow_filesystem("s3://d2f/test-storage/table.parquet")
+    proxy.outage_for(8.0)  # the SDK's own silent attempts last 6 s
+    assert storage.retried("read the table", lambda: pq.read_table(path, filesystem=fs)).equals(table)
+    assert "could not read the table" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["secret", "key"])
+def test_wrong_credentials_are_refused_at_once(
+    wrong: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.write_bytes("s3://d2f/test-storage/secret", b"1")
+    monkeypatch.setenv({"secret": "AWS_SECRET_ACCESS_KEY", "key": "AWS_ACCESS_KEY_ID"}[wrong], "wrong")
+    before = proxy.counts["requests"]
+    for call in (storage.read_bytes, storage.list_names, storage.exists, storage.remove_tree):
+        with pytest.raises(PermissionError):
+            call("s3://d2f/test-storage/secret")
+    with pytest.raises(PermissionError):
+        storage.write_bytes("s3://d2f/test-storage/secret", b"2")
+    fs, path = storage.arrow_filesystem("s3://d2f/test-storage/secret")
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        storage.retried("read", lambda: fs.open_input_file(path))
+    assert proxy.counts["requests"] - before <= 8 and "again in" not in caplog.text
+    with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID") as caught:
+        storage.check_reachable("s3://d2f/test-storage", write=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 56, Failure when receiving data",
+        "AWS Error SLOW_DOWN during GetObject operation: Please reduce your request rate.",
+        "AWS Error INTERNAL_FAILURE during GetObject operation",
+        "AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body.",
+    ],
+)
+def test_pyarrow_tells_network_trouble_by_its_text(text: str) -> None:
+    assert is_network_trouble(OSError(text))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("AWS Error ACCESS_DENIED during HeadObject operation: No response body."),
+        OSError("AWS Error UNKNOWN (HTTP status 501) during PutObject operation"),
+        FileNotFoundError("s3://d2f/a"),
+        StorageError("gave up"),
+        KeyError("a"),
+    ],
+)
+def test_the_callers_errors_are_not_network_trouble(error: Exception) -> None:
+    error.__context__ = ConnectionResetError()
+    assert not is_network_trouble(error)
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from d2f_core import storage
+
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
+for number, call in enumerate([
+    lambda: storage.write_bytes(str(target / "object"), b"x" * 200_000),
+    lambda: storage.upload_tree(source, str(target / "tree")),
+    lambda: storage.download_tree(str(source), target / "copy"),
+]):
+    try:
+        call()
+    except storage.StorageError as error:
+        print(number, error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "big").write_bytes(b"x" * 200_000)
+    (target / "object").write_bytes(b"old")
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails with EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-B", "-c", FULL_DISK, str(source), str(target)]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert [line[0] for line in lines] == ["0", "1", "2"], done.stdout + done.stderr
+    assert all("needs 200,000 bytes" in line and str(target) in line and "Free space" in line for line in lines)
+    assert [(file.name, file.read_bytes()) for file in target.rglob("*") if file.is_file()] == [("object", b"old")]
+    assert not list(target.rglob("*.partial"))
