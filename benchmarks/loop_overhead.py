@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from d2f_core.data.latents import table_to_arrays
+from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import latent_schema
 from d2f_core.data.stream import PlanReader, chunk_size
@@ -88,15 +88,13 @@ def finetune_config(config: OverheadConfig, latents: str, output: str) -> Finetu
 def write_table(uri: str) -> None:
     generator = np.random.default_rng(0)
     base = resolve_base("infra/models/emoji-sd")
-    values = np.prod(SHAPE)
     columns = {
         "sample_id": [f"{i:032x}" for i in range(ROWS)], "caption": [f"thing {i % 50}" for i in range(ROWS)],
-        "latent_mean": list(generator.normal(size=(ROWS, values)).astype(np.float16)),
-        "latent_std": list(np.full((ROWS, values), 0.1, np.float16)), "bucket": ["64x64"] * ROWS,
+        "latent_mean": generator.normal(size=(ROWS, *SHAPE)),
+        "latent_std": np.full((ROWS, *SHAPE), 0.1), "bucket": ["64x64"] * ROWS,
         "source_uri": ["drawn"] * ROWS, "width": [64] * ROWS, "height": [64] * ROWS, "crop": [[0, 0, 64, 64]] * ROWS,
     }  # fmt: skip
-    schema = latent_schema(SHAPE)
-    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    table = arrays_to_table(columns, latent_schema(SHAPE))
     part = write_part(uri, "part-0.parquet", table)
     write_manifest(
         uri, Manifest(kind="latents", files=(part,), fingerprint={"autoencoder": autoencoder_fingerprint(base)})

@@ -65,7 +65,7 @@ EDGE_BATCHES = 16
 """Batches on each side of an epoch's end among which the longest wait is looked for."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TEXTS = [pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "caption")]
-SCHEMA = pa.schema([*TEXTS, array_field("latent_mean", pa.float16(), peers.SHAPE)])
+SCHEMA = pa.schema([*TEXTS, array_field("latent_mean", "float16", peers.SHAPE)])
 
 
 @dataclass(frozen=True, kw_only=True)

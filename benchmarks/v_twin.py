@@ -2,8 +2,8 @@
 
     python -m benchmarks.v_twin --output /path/to/emoji-sd-v
 
-emoji-sd's own weights are trained on for a while with its own data, loss and schedule; only what the network predicts is
-changed from epsilon to v. The result is a base model in diffusers' layout, like emoji-sd itself.
+emoji-sd's own weights are trained on for a while with its own data, loss and schedule; only what the network predicts
+is changed from epsilon to v. The result is a base model in diffusers' layout, like emoji-sd itself.
 """
 
 import json

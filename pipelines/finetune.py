@@ -32,7 +32,7 @@ COLUMNS = ("caption", "latent_mean", "latent_std", *SIZE_COLUMNS)
 
 def build_task(config: FinetuneConfig, device: str) -> Task:
     """What a worker trains; called once on each."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     base = resolve_base(config.model.base)
     task = TextToImage(base, config.model, seed=config.train.seed, dtype=dtype, device=device)
     return Task(

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.data.schema import SchemaError, field_shape
+from d2f_core.data.schema import SchemaError, array_kind, is_array
 
 
 def arrays_to_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
@@ -20,13 +20,13 @@ def arrays_to_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 def _to_arrow(values: Any, field: pa.Field) -> pa.Array:
-    if not pa.types.is_fixed_size_list(field.type):
+    if not is_array(field):
         return pa.array(values, type=field.type)
-    shape = field_shape(field)
-    array = np.ascontiguousarray(values, dtype=field.type.value_type.to_pandas_dtype())
+    shape, dtype = array_kind(field)
+    array = np.ascontiguousarray(values, dtype=dtype)
     if array.shape[1:] != shape:
         raise SchemaError(f"Column {field.name!r} got arrays of shape {array.shape[1:]}; its rows are {shape}.")
-    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), type=field.type)
+    return pa.Array.from_buffers(field.type, len(array), [None, pa.py_buffer(array)])
 
 
 def table_to_arrays(table: pa.Table, columns: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -39,12 +39,20 @@ def table_to_arrays(table: pa.Table, columns: Sequence[str] | None = None) -> di
 
 
 def _to_numpy(column: pa.ChunkedArray, field: pa.Field) -> np.ndarray:
-    if not pa.types.is_fixed_size_list(field.type):
+    if not is_array(field):
         return column.to_numpy()
-    chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
-    if len(chunks) != 1:  # none or several; the empty array gives none a dtype
-        chunks = [np.concatenate([*chunks, np.empty(0, field.type.value_type.to_pandas_dtype())])]
-    return chunks[0].reshape(len(column), *field_shape(field))
+    shape, dtype = array_kind(field)
+    chunks = [array_bytes(chunk) for chunk in column.chunks]
+    if len(chunks) != 1:  # none or several
+        chunks = [np.concatenate([*chunks, np.empty((0, field.type.byte_width), np.uint8)])]
+    return chunks[0].view(dtype).reshape(len(column), *shape)
+
+
+def array_bytes(chunk: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """The bytes of an array column's chunk, uint8 [rows, bytes per row], without copying."""
+    width = chunk.type.byte_width
+    data = np.frombuffer(chunk.buffers()[1] or b"", np.uint8)
+    return data[chunk.offset * width : (chunk.offset + len(chunk)) * width].reshape(len(chunk), width)
 
 
 def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:

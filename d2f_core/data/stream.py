@@ -8,7 +8,7 @@ the actor, its restarts, prefetching and back-pressure; the order is the plan's.
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
 
@@ -17,20 +17,25 @@ import pyarrow as pa
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
+from d2f_core.data.latents import array_bytes
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.plan import MicroBatch, StreamPlan
+from d2f_core.data.schema import is_array
 from d2f_core.data.table_reader import DamagedDataError, RowRange, TableReader
 
 EPOCH, ROW, REASON = "epoch", "row", "reason"
 ROWS_PER_CHUNK = 512
 READ_AHEAD_CHUNKS = 8
 READING_THREADS = 8
+CHUNKS_PER_TASK = 8
 MAX_TASKS = 2000
 """Reading tasks of one worker; the chunks of a longer training share them."""
 BLOCK_BYTES = 16 * 2**20
 """Size at which a reading task hands rows on, before it has read all of its own."""
-BUSY_STEP, REST = 0.01, 0.05
-"""Seconds: an executor's step that took less than the first waited for nothing; then it rests for the second."""
+READY_BYTES = 2**30
+"""Micro-batches that may wait for one worker, in the object store."""
+REST = 0.05
+"""Seconds that an executor rests after a step in which no task ran."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class PlanReader:
         self._pool = ThreadPoolExecutor(READING_THREADS)
         self._windows: dict[tuple[int, int], Future[RowRange]] = {}
         self._chunks: dict[int, Chunk] = {}
+        self._buffers: dict[tuple[str, int], np.ndarray] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         for chunk in batch["chunk"].tolist():
@@ -72,15 +78,10 @@ class PlanReader:
         for key in wanted:  # in the order of their first use
             if key not in self._windows:
                 self._windows[key] = self._pool.submit(self._read_window, *key)
-        sink, ends = pa.BufferOutputStream(), [0]
+        parts = []
         for source, micro_batches in groupby(self._chunks[chunk].micro_batches, key=lambda one: one.source):
-            table = self._assemble(source, list(micro_batches))
-            for start in range(0, table.num_rows, self._plan.micro_batch_size):
-                with pa.ipc.new_stream(sink, table.schema) as writer:
-                    writer.write_table(table.slice(start, self._plan.micro_batch_size))
-                ends.append(sink.tell())
-        buffers = [None, pa.py_buffer(np.array(ends, np.int64)), sink.getvalue()]  # as they are: no copy
-        return pa.table({"micro_batch": pa.Array.from_buffers(pa.large_binary(), len(ends) - 1, buffers)})
+            parts.append(_serialised(self._assemble(source, list(micro_batches)), self._plan.micro_batch_size))
+        return pa.table({"micro_batch": pa.chunked_array(parts, pa.large_binary())})
 
     def _plan_chunk(self, number: int) -> "Chunk":
         first = self._first + number * self._per_chunk
@@ -93,9 +94,7 @@ class PlanReader:
         return Chunk(micro_batches, list(dict.fromkeys(keys)))
 
     def _read_window(self, source: int, window: int) -> RowRange:
-        found = self._readers[source].read(*self._plan.sources[source].order.window_bounds(window))
-        # In one piece, or every look at a column would join it anew.
-        return replace(found, table=found.table.combine_chunks())
+        return self._readers[source].read(*self._plan.sources[source].order.window_bounds(window))
 
     def _assemble(self, source: int, micro_batches: list[MicroBatch]) -> pa.Table:
         """Micro-batches of one table, one after another."""
@@ -114,10 +113,39 @@ class PlanReader:
         if unusable.any():  # filled with the content of any other row
             table, places, _ = next(part for part in parts if len(part[1]))
             parts.append((table, places[:1].repeat(unusable.sum()), np.flatnonzero(unusable)))
-        table = gather(parts, len(rows))
+        table = self._gather(parts, len(rows))
         table = table.append_column(EPOCH, pa.array(np.concatenate([one.epochs for one in micro_batches])))
         table = table.append_column(ROW, pa.array(rows + self._plan.first_rows[source]))
         return table.append_column(REASON, pa.array([reasons.get(row) for row in rows.tolist()], pa.string()))
+
+    def _gather(self, parts: list[tuple[pa.Table, np.ndarray, np.ndarray]], rows: int) -> pa.Table:
+        """Rows of several tables of one schema together: each part is (table, rows of it, their rows in the result).
+
+        Array columns are copied once, row by row, into memory that the next call overwrites.
+        """
+        schema, columns = parts[0][0].schema, []
+        source, filled = np.empty(rows, np.int64), 0
+        for _, places, target in parts:
+            source[target] = np.arange(filled, filled + len(places))
+            filled += len(places)
+        for field in schema:
+            if is_array(field):
+                out = self._scratch(field.name, rows, field.type.byte_width)
+                for table, places, target in parts:
+                    _copy_rows(table.column(field.name), places, out, target)
+                columns.append(pa.Array.from_buffers(field.type, rows, [None, pa.py_buffer(out)]))
+            else:
+                taken = [table.column(field.name).take(pa.array(places)) for table, places, _ in parts]
+                chunks = [chunk for column in taken for chunk in column.chunks]
+                columns.append(pa.chunked_array(chunks, field.type).take(pa.array(source)).combine_chunks())
+        return pa.table(columns, schema=schema)
+
+    def _scratch(self, name: str, rows: int, width: int) -> np.ndarray:
+        """Memory that is touched already: new pages cost as much time as the copy itself."""
+        have = self._buffers.get((name, width))
+        if have is None or len(have) < rows:
+            have = self._buffers[name, width] = np.empty((rows, width), np.uint8)
+        return have[:rows]
 
     def _any_row(self, source: int, reasons: dict[int, str]) -> pa.Table:
         """A row that can be used, where none of a chunk can."""
@@ -133,31 +161,26 @@ def chunk_size(plan: StreamPlan) -> int:
     return max(1, ROWS_PER_CHUNK // plan.micro_batch_size)
 
 
-def gather(parts: list[tuple[pa.Table, np.ndarray, np.ndarray]], rows: int) -> pa.Table:
-    """Put rows of several tables of one schema together: each part is (table, rows of it, their rows in the result).
+def _copy_rows(column: pa.ChunkedArray, places: np.ndarray, out: np.ndarray, target: np.ndarray) -> None:
+    """out[target] = column[places], all rows being bytes of one length."""
+    chunks = [array_bytes(chunk) for chunk in column.chunks]
+    starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+    numbers = np.searchsorted(starts, places, side="right") - 1
+    inside = places - starts[numbers]
+    for to, number, place in zip(target.tolist(), numbers.tolist(), inside.tolist(), strict=True):
+        out[to] = chunks[number][place]
 
-    Array columns are copied once, by numpy: pyarrow's own `take` goes through every number.
-    """
-    schema, columns = parts[0][0].schema, []
-    source = np.empty(rows, np.int64)
-    filled = 0
-    for _, places, target in parts:
-        source[target] = np.arange(filled, filled + len(places))
-        filled += len(places)
-    for field in schema:
-        if pa.types.is_fixed_size_list(field.type) and pa.types.is_primitive(field.type.value_type):
-            size = field.type.list_size
-            out = np.empty((rows, size), field.type.value_type.to_pandas_dtype())
-            for table, places, target in parts:
-                values = table.column(field.name).combine_chunks().flatten().to_numpy().reshape(-1, size)
-                for to, place in zip(target.tolist(), places.tolist(), strict=True):
-                    out[to] = values[place]
-            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(out.reshape(-1)), type=field.type))
-        else:
-            taken = [table.column(field.name).take(pa.array(places)) for table, places, _ in parts]
-            chunks = [chunk for column in taken for chunk in column.chunks]
-            columns.append(pa.chunked_array(chunks, field.type).take(pa.array(source)).combine_chunks())
-    return pa.table(columns, schema=schema)
+
+def _serialised(table: pa.Table, size: int) -> pa.LargeBinaryArray:
+    """Each `size` rows of the table as an IPC stream of their own."""
+    count = -(-table.num_rows // size)
+    data = pa.allocate_buffer(table.nbytes + count * (4096 + 1024 * table.num_columns))  # room for the headers
+    sink, ends = pa.FixedSizeBufferWriter(data), [0]
+    for start in range(0, table.num_rows, size):
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table.slice(start, size))
+        ends.append(sink.tell())
+    return pa.Array.from_buffers(pa.large_binary(), count, [None, pa.py_buffer(np.array(ends, np.int64)), data])
 
 
 class RestingExecutor(ExecutionCallback):
@@ -167,14 +190,9 @@ class RestingExecutor(ExecutionCallback):
     would turn without a pause until the training has consumed them: two thirds of a core per worker.
     """
 
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
     def on_execution_step(self, executor: Any) -> None:
-        del executor
-        if time.perf_counter() - self._last < BUSY_STEP:
+        if not any(operator.num_active_tasks() for operator in executor._topology):
             time.sleep(REST)
-        self._last = time.perf_counter()
 
 
 def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: int) -> ray.data.DataIterator:
@@ -182,10 +200,13 @@ def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: i
     micro = (plan.num_steps - first_step) * plan.per_step(num_workers)
     chunks = np.arange(-(-micro // chunk_size(plan)), dtype=np.int64)
     # Made here, because each of `ray.data.range`'s reading tasks would start a process for a few numbers.
-    blocks = [pa.table({"chunk": part}) for part in np.array_split(chunks, min(len(chunks), MAX_TASKS))]
+    tasks = min(-(-len(chunks) // CHUNKS_PER_TASK), MAX_TASKS)
+    blocks = [pa.table({"chunk": part}) for part in np.array_split(chunks, tasks)]
     dataset = ray.data.from_arrow(blocks)
     context = dataset.context
     context.execution_options.preserve_order = True
+    # By default a quarter of the node's memory is filled with rows that are not wanted yet.
+    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=READY_BYTES)
     context.enable_progress_bars = False  # the worker logs plain lines of its own
     context.target_max_block_size = BLOCK_BYTES
     context.custom_execution_callback_classes = [RestingExecutor]

@@ -34,8 +34,15 @@ RESOURCE_WAIT_SECONDS = 60
 FLUSH_SECONDS = 120.0
 
 FINAL = (
-    NonFiniteLossError, NonFiniteGradientError, CollapseError, QuarantineLimitError, DamagedDataError, CheckpointError, StorageError, ValueError
-)  # fmt: skip
+    NonFiniteLossError,
+    NonFiniteGradientError,
+    CollapseError,
+    QuarantineLimitError,
+    DamagedDataError,
+    CheckpointError,
+    StorageError,
+    ValueError,
+)
 """A restart would end in the same error."""
 
 

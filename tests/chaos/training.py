@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import mlflow
 import numpy as np
 import psutil
-import pyarrow as pa
 import torch
 from mlflow.entities import Metric
 
+from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import latent_schema
 from d2f_core.model.autoencoder import autoencoder_fingerprint
@@ -33,16 +33,15 @@ def write_latents(uri: str, fingerprint: str, rows: int = ROWS) -> None:
     columns = {
         "sample_id": [f"{i:032x}" for i in range(rows)],
         "caption": [f"thing {i % 7}" for i in range(rows)],
-        "latent_mean": list(generator.normal(size=(rows, 256)).astype(np.float16)),
-        "latent_std": list(np.full((rows, 256), 0.1, np.float16)),
+        "latent_mean": generator.normal(size=(rows, *SHAPE)),
+        "latent_std": np.full((rows, *SHAPE), 0.1),
         "bucket": ["16x16"] * rows,
         "source_uri": ["test"] * rows,
         "width": [16] * rows,
         "height": [16] * rows,
         "crop": [[0, 0, 16, 16]] * rows,
     }
-    schema = latent_schema(SHAPE)
-    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    table = arrays_to_table(columns, latent_schema(SHAPE))
     files = tuple(write_part(uri, f"part-{i}.parquet", table.slice(32 * i, 32)) for i in range(rows // 32))
     write_manifest(uri, Manifest(kind="latents", files=files, fingerprint={"autoencoder": fingerprint}))
 

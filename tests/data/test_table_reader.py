@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, TableFile, read_manifest, write_manifest, write_part
 from d2f_core.data.order import SampleOrder
 from d2f_core.data.plan import Source, StreamPlan
@@ -20,11 +21,9 @@ COLUMNS = ("caption", "latent")
 
 def rows_of(file: int, shape=(2, 3)) -> pa.Table:
     numbers = np.arange(file * ROWS, (file + 1) * ROWS)
-    field = array_field("latent", pa.float16(), shape)
-    values = np.random.default_rng(file).normal(size=(ROWS, int(np.prod(shape)))).astype(np.float16)
-    latents = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type)
-    schema = pa.schema([pa.field("caption", pa.string()), field])
-    return pa.table([pa.array([f"row {n}" for n in numbers]), latents], schema=schema)
+    values = np.random.default_rng(file).normal(size=(ROWS, *shape))
+    schema = pa.schema([pa.field("caption", pa.string()), array_field("latent", "float16", shape)])
+    return arrays_to_table({"caption": [f"row {n}" for n in numbers], "latent": values}, schema)
 
 
 @pytest.fixture
@@ -107,11 +106,10 @@ def replace(table: Path, number: int, rows: pa.Table) -> None:
 
 def test_numbers_that_are_not_finite_cost_their_rows_only(table):
     rows = rows_of(1)
-    values = rows.column("latent").combine_chunks().flatten().to_numpy().copy().reshape(ROWS, 6)
-    values[7, 3], values[200, 0] = np.nan, np.inf
-    field = rows.schema.field("latent")
-    latents = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=field.type)
-    replace(table, 1, rows.set_column(1, field, latents))
+    arrays = table_to_arrays(rows)
+    arrays["latent"] = arrays["latent"].copy()
+    arrays["latent"][7, 1, 0], arrays["latent"][200, 0, 0] = np.nan, np.inf
+    replace(table, 1, arrays_to_table(arrays, rows.schema))
     assert_lost(table, {ROWS + 7, ROWS + 200}, "not_finite")
 
 

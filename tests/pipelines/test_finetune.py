@@ -4,11 +4,11 @@ import dataclasses
 
 import mlflow
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from d2f_core import storage
+from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.schema import SchemaError, latent_schema
 from d2f_core.model.artifact import SamplingDefaults, load_model, read_description
@@ -32,16 +32,15 @@ def write_latents(uri: str, fingerprint: str) -> None:
     columns = {
         "sample_id": [f"{i:032x}" for i in range(ROWS)],
         "caption": [f"thing {i}" for i in range(ROWS)],
-        "latent_mean": list(generator.normal(size=(ROWS, 256)).astype(np.float16)),
-        "latent_std": list(np.full((ROWS, 256), 0.1, np.float16)),
+        "latent_mean": generator.normal(size=(ROWS, *SHAPE)),
+        "latent_std": np.full((ROWS, *SHAPE), 0.1),
         "bucket": ["16x16"] * ROWS,
         "source_uri": ["test"] * ROWS,
         "width": [16] * ROWS,
         "height": [16] * ROWS,
         "crop": [[0, 0, 16, 16]] * ROWS,
     }
-    schema = latent_schema(SHAPE)
-    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    table = arrays_to_table(columns, latent_schema(SHAPE))
     files = tuple(write_part(uri, f"part-{i}.parquet", table.slice(12 * i, 12)) for i in range(2))
     write_manifest(uri, Manifest(kind="latents", files=files, fingerprint={"autoencoder": fingerprint}))
 

@@ -1,0 +1,61 @@
+"""An evaluation writes what it found once, and stops a model that has collapsed."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from d2f_core.train import evaluation
+from d2f_core.train.config import TrainConfig
+from d2f_core.train.evaluation import CollapseError, EvaluationJob, evaluation_due
+from d2f_core.train.task import Evaluation, Task
+
+LIVELY = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+FLAT = Image.new("RGB", (8, 8), "gray")
+
+
+def build(device: str, *, metrics: dict[str, float], images: list[Image.Image]) -> Task:
+    del device
+    return Task(
+        module=nn.Linear(1, 1),
+        to_batch=lambda table: {},
+        loss_fn=lambda network, batch: torch.zeros(1),
+        evaluate=lambda: Evaluation(metrics=metrics, images=images),
+    )
+
+
+def job(output, metrics=None, images=()) -> EvaluationJob:
+    task = functools.partial(build, metrics=metrics or {"validation_flow_loss": 0.5}, images=list(images))
+    return EvaluationJob(
+        build_task=task, output=str(output), step=0, uri=None, averaged=False, num_gpus=0, tracker=None
+    )  # fmt: skip
+
+
+def test_what_was_found_is_written_and_known_to_be_done(tmp_path):
+    one = job(tmp_path, images=[FLAT, LIVELY])
+    assert not one.done()
+    assert evaluation.evaluate(one) == {"validation_flow_loss": 0.5}
+    assert one.done()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "images", "verdict"),
+    [
+        ({"validation_flow_loss": 0.5}, [FLAT, FLAT], "step 0: all 2 images drawn are flat"),
+        ({"validation_flow_loss": float("nan")}, [LIVELY], "step 0: the evaluation found .*nan"),
+    ],
+)
+def test_a_collapsed_model_is_named_and_counts_as_not_evaluated(tmp_path, metrics, images, verdict):
+    one = job(tmp_path, metrics, images)
+    with pytest.raises(CollapseError, match=verdict):
+        evaluation.evaluate(one)
+    assert not one.done()
+
+
+def test_evaluations_are_due_before_at_every_nth_and_after_the_last_step():
+    config = TrainConfig(num_steps=25, evaluate_every=10, checkpoint_every=5)
+    assert [step for step in range(26) if evaluation_due(config, step)] == [0, 10, 20, 25]
+    assert not evaluation_due(TrainConfig(num_steps=25, evaluate_every=0), 25)
