@@ -217,7 +217,7 @@ def _find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
-def _built_cpu_adam() -> bool:
+def cpu_adam_is_built() -> bool:
     """Whether the operator was installed with DeepSpeed, or compiled here before."""
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -237,7 +237,7 @@ def missing_compiler(config: TrainConfig) -> str | None:
         return None
     compiler = os.environ.get("CXX", "c++")
     lacking = [] if _find_tool("ninja") else ["ninja"]
-    if not _built_cpu_adam() and not _find_tool(compiler):
+    if not cpu_adam_is_built() and not _find_tool(compiler):
         lacking.append(compiler)
     if not lacking:
         return None

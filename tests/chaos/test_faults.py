@@ -35,9 +35,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base, unbroken):
     assert_same_run(config, unbroken)
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_losses_do_not_depend_on_the_number_of_workers_nor_on_the_zero_stage(base, unbroken, workers):
-    config = make_config(base, f"workers-{workers}", num_workers=workers, zero_stage={1: 0, 4: 3}[workers])
+def test_losses_do_not_depend_on_the_number_of_workers_nor_on_the_zero_stage(base, unbroken):
+    config = make_config(base, "four-workers", num_workers=4, zero_stage=3)
     main(config)
     assert losses(config) == pytest.approx(losses(unbroken), abs=1e-5)
     assert final(config.output)[0].manifest.state["consumed"] == final(unbroken.output)[0].manifest.state["consumed"]
@@ -71,7 +70,7 @@ def test_more_unusable_rows_than_allowed_end_the_training_at_once(base):
 
 
 def test_a_worker_that_stands_still_is_named_and_replaced(base, unbroken, caplog: pytest.LogCaptureFixture):
-    config = make_config(base, "stopped-worker", worker_timeout_seconds=30)
+    config = make_config(base, "stopped-worker", worker_timeout_seconds=22)
     with caplog.at_level(logging.WARNING, logger="d2f_core.train"):
         running = Running(config)
         running.wait_for("a first checkpoint", lambda: has_checkpoint(config.output))

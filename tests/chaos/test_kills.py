@@ -11,41 +11,55 @@ import pytest
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from pipelines.finetune import main
-from tests.chaos.training import Running, assert_same_run, final, has_checkpoint, make_config, processes, wait_for
+from tests.chaos.training import (
+    SAVES,
+    Running,
+    assert_same_run,
+    final,
+    has_checkpoint,
+    make_config,
+    processes,
+    wait_for,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.parametrize(
-    ("name", "title", "trained"),
-    [
-        ("worker", "ray::RayTrainWorker", True),
-        ("controller", "ray::TrainController", True),
-        # So few rows are read ahead at once, and their readers end: these two are killed as soon as they are there.
-        ("reader", "ray::MapWorker(MapBatches(PlanReader", False),
-        ("reader-executor", "ray::SplitCoordinator", False),
-    ],
-)
-def test_a_process_of_the_cluster_is_killed(base, unbroken, name, title, trained):
-    config = make_config(base, f"killed-{name}")
-    running = Running(config)
-    if trained:
-        running.wait_for("a first checkpoint", lambda: has_checkpoint(config.output))
+def kill_one(running: Running, title: str) -> None:
     running.wait_for(f"a process {title}", lambda: processes(title))
     processes(title)[-1].kill()
+
+
+def test_a_worker_and_then_the_controller_are_killed(base, unbroken):
+    config = make_config(base, "killed-worker")
+    running = Running(config)
+    running.wait_for("a first checkpoint", lambda: has_checkpoint(config.output))
+    kill_one(running, "ray::RayTrainWorker")
+    running.wait_for("the next checkpoint", lambda: has_checkpoint(config.output, 2 * SAVES))
+    kill_one(running, "ray::TrainController")
     running.join()
     assert_same_run(config, unbroken)
 
 
-@pytest.mark.parametrize("part", ["s3", "mlflow"])
-def test_a_server_is_killed_and_comes_back(base, unbroken, part, stack_directory):
-    config = make_config(base, f"killed-{part}")
+def test_a_reader_and_its_executor_are_killed(base, unbroken):
+    """As soon as they are there: so few rows are read ahead at once, and their readers end."""
+    config = make_config(base, "killed-reader")
+    running = Running(config)
+    kill_one(running, "ray::MapWorker(MapBatches(PlanReader")
+    kill_one(running, "ray::SplitCoordinator")
+    running.join()
+    assert_same_run(config, unbroken)
+
+
+def test_s3_and_mlflow_are_killed_and_come_back(base, unbroken, stack_directory):
+    config = make_config(base, "killed-servers")
     running = Running(config)
     running.wait_for("a first checkpoint", lambda: has_checkpoint(config.output))
     stack = Stack(stack_directory, tied=True)
-    (status,) = (status for status in stack.status() if status.name == part)
-    for pid in status.pids:
-        os.kill(pid, signal.SIGKILL)
+    for status in stack.status():
+        if status.name in ("s3", "mlflow"):
+            for pid in status.pids:
+                os.kill(pid, signal.SIGKILL)
     stack.up()
     running.join()
     assert_same_run(config, unbroken)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from d2f_core.train import zero
-from d2f_core.train.config import TrainConfig, missing_compiler
+from d2f_core.train.config import TrainConfig, cpu_adam_is_built, missing_compiler
 
 WORKERS = 2
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-4}  # seen: 8e-9, 3e-4, 4e-5
@@ -291,10 +291,14 @@ def test_nothing_is_compiled_for_adamw(results: dict[str, Any], extensions: Path
     assert results and not list(extensions.iterdir())
 
 
-@pytest.mark.timeout(900)  # the first time, g++ works for some three minutes; later runs find what it built
+@pytest.mark.timeout(900)  # for the compiler, where it is asked for
 def test_offloaded_moments_and_weights_train_and_resume_exactly(tmp_path: Path) -> None:
     if missing := missing_compiler(OFFLOADED[0].config):
         pytest.skip(missing)
+    if not (cpu_adam_is_built() or os.environ.get("D2F_COMPILE")):
+        pytest.skip(
+            "DeepSpeed's CPU AdamW is not built here, and g++ works on it for some 150 s; D2F_COMPILE=1 does it"
+        )
     results = spawn(tmp_path, offloaded=True)
     for case in (*OFFLOADED, INTO_OFFLOAD):
         check_exact(case, results[str(case)])
