@@ -296,9 +296,7 @@ def test_offloaded_moments_and_weights_train_and_resume_exactly(tmp_path: Path) 
     if missing := missing_compiler(OFFLOADED[0].config):
         pytest.skip(missing)
     if not (cpu_adam_is_built() or os.environ.get("D2F_COMPILE")):
-        pytest.skip(
-            "DeepSpeed's CPU AdamW is not built here, and g++ works on it for some 150 s; D2F_COMPILE=1 does it"
-        )
+        pytest.skip("DeepSpeed's CPU AdamW is not built here; g++ needs some 150 s: D2F_COMPILE=1")
     results = spawn(tmp_path, offloaded=True)
     for case in (*OFFLOADED, INTO_OFFLOAD):
         check_exact(case, results[str(case)])
