@@ -76,6 +76,7 @@ def evaluate(job: EvaluationJob) -> dict[str, float]:
     torch.set_num_threads(1)
     task = job.build_task("cuda" if job.num_gpus else "cpu")
     if task.evaluate is None:
+        job.keep({})
         return {}
     if job.uri:
         found = checkpoint.read_checkpoint(job.uri)

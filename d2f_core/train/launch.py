@@ -1,8 +1,10 @@
 """Start a training on the cluster, restart it after failures, and say what is missing when it cannot go on."""
 
+import bisect
 import logging
 import time
 import uuid
+from dataclasses import replace
 from typing import Any, cast
 
 import ray
@@ -17,15 +19,15 @@ from d2f_core.data.table_reader import DamagedDataError
 from d2f_core.storage import StorageError
 from d2f_core.tracking import RunHandle, TrackingError
 from d2f_core.tracking.metric_log import MetricLog
-from d2f_core.train import checkpoint
+from d2f_core.train import checkpoint, restore
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.evaluation import CollapseError
+from d2f_core.train.evaluation import CollapseError, Evaluations
 from d2f_core.train.heartbeat import Pulse, ask, watched
 from d2f_core.train.quarantine import QuarantineLimitError
 from d2f_core.train.steps import NonFiniteLossError
 from d2f_core.train.task import BuildTask
-from d2f_core.train.worker import WorkerJob, run_worker
+from d2f_core.train.worker import EVALUATION_SECONDS, WorkerJob, run_worker
 from d2f_core.train.zero import NonFiniteGradientError
 
 logger = logging.getLogger(__name__)
@@ -100,12 +102,13 @@ def run_training(
         CheckpointError: `output` holds a run of another configuration.
         TrainingStoppedError: workers died more often than `max_failures`, or of something that a restart cannot mend.
     """
+    job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
     failures = 0
     while not (last := _complete(config, output, identity)):
         check_resources(config, wait_seconds=RESOURCE_WAIT_SECONDS)
         pulse: Any = cast(Any, Pulse).remote()
         try:
-            _attempt(config, build_task, plan, output, identity, tracker, pulse)
+            _attempt(replace(job, attempt=uuid.uuid4().hex[:8], pulse=pulse))
         except (ray.train.TrainingFailedError, RayError) as error:
             failures += 1
             reason, final = _reason(error), _is_final(error)
@@ -118,7 +121,7 @@ def run_training(
             logger.warning("the attempt ended: %s (%s). Restart %d. %s", reason, workers, failures, place)
         finally:
             ray.kill(pulse)
-    _settle(last, plan, output, tracker)
+    _settle(job, last)
     return last
 
 
@@ -130,21 +133,8 @@ def _complete(config: TrainConfig, output: str, identity: str) -> Checkpoint | N
     return None
 
 
-def _attempt(
-    config: TrainConfig, build_task: BuildTask, plan: StreamPlan, output: str, identity: str,
-    tracker: RunHandle | None, pulse: Any,
-) -> None:  # fmt: skip
-    attempt = uuid.uuid4().hex[:8]
-    job = WorkerJob(
-        config=config,
-        build_task=build_task,
-        plan=plan,
-        output=output,
-        identity=identity,
-        attempt=attempt,
-        pulse=pulse,
-        tracker=tracker,
-    )
+def _attempt(job: WorkerJob) -> None:
+    config = job.config
     trainer = TorchTrainer(
         run_worker,  # type: ignore[arg-type]
         train_loop_config=job,  # type: ignore[arg-type]
@@ -155,26 +145,42 @@ def _attempt(
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
         ),
         # Ray's own restarts would keep the attempt's name, and repeat errors that no restart mends.
-        run_config=ray.train.RunConfig(name=attempt, storage_path=_ray_storage(output)),
+        run_config=ray.train.RunConfig(name=job.attempt, storage_path=_ray_storage(job.output)),
     )
-    with watched(pulse):
+    with watched(job.pulse):
         trainer.fit()
 
 
-def _settle(last: Checkpoint, plan: StreamPlan, output: str, tracker: RunHandle | None) -> None:
-    """Write what a killed run may have left unwritten: metrics that MLflow did not confirm, and the ledger."""
-    if tracker and (pending := last.manifest.state.get("pending_metrics")):
-        MetricLog(tracker, pending=pending).close(FLUSH_SECONDS)
-    rows = last.manifest.state.get("quarantined", [])
-    ends = [*plan.first_rows[1:], float("inf")]
+def _settle(job: WorkerJob, last: Checkpoint) -> None:
+    """Make up for what a killed run left undone: metrics that MLflow did not confirm, evaluations, and the ledger.
+
+    Raises:
+        TrainingStoppedError: an evaluation finds that the model has collapsed.
+    """
+    if job.tracker and (pending := last.manifest.state.get("pending_metrics")):
+        MetricLog(job.tracker, pending=pending).close(FLUSH_SECONDS)
+    if job.config.evaluate_every:
+        evaluations = Evaluations(set())
+        for missing in restore.not_evaluated(job):
+            evaluations.start(missing)
+        try:
+            evaluations.poll(EVALUATION_SECONDS)
+        except CollapseError as error:
+            raise TrainingStoppedError(f"{error} The last checkpoint is {last.uri}.") from None
+    _write_ledger(job, last)
+
+
+def _write_ledger(job: WorkerJob, last: Checkpoint) -> None:
+    """List the rows that the training could not use: table and row number, and the reason."""
+    rows, plan = last.manifest.state.get("quarantined", []), job.plan
     ledger = []
     for row, reason in rows:
-        number = next(index for index, end in enumerate(ends) if row < end)
-        source = plan.sources[number].uri
-        ledger.append(BadSample(source_uri=f"{source}#{row - plan.first_rows[number]}", sample_id=None, reason=reason))
-    write_quarantine(output, ledger)
+        number = bisect.bisect_right(plan.first_rows, row) - 1
+        place = f"{plan.sources[number].uri}#{row - plan.first_rows[number]}"
+        ledger.append(BadSample(source_uri=place, sample_id=None, reason=reason))
+    write_quarantine(job.output, ledger)
     if ledger:
-        logger.warning("%d of %d rows were unusable; see %s/quarantine.parquet", len(rows), plan.num_samples, output)
+        logger.warning("%d of %d rows were unusable: %s/quarantine.parquet", len(rows), plan.num_samples, job.output)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -47,9 +47,9 @@ class WorkerJob:
     """Where checkpoints go."""
     identity: str
     """Hash of what must not change within a run."""
-    attempt: str
+    attempt: str = ""
     """Names this attempt's checkpoint directories."""
-    pulse: Any
+    pulse: Any = None
     """The actor that keeps what each worker said last."""
     tracker: RunHandle | None = None
 
