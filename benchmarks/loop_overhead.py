@@ -36,9 +36,8 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from d2f_core.data.latents import arrays_to_table, table_to_arrays
-from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
-from d2f_core.data.schema import latent_schema
+from d2f_core.data.latents import table_to_arrays
+from d2f_core.data.manifest import read_manifest
 from d2f_core.data.stream import PlanReader, chunk_size
 from d2f_core.model import ema
 from d2f_core.model.autoencoder import autoencoder_fingerprint
@@ -50,6 +49,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.task import Task
 from infra.local.stack import Stack
 from pipelines.configs import FinetuneConfig
+from tests.latent_tables import write_latents
 
 RUNGS = ("torch", "torch again", "accelerate", "deepspeed", "ray", "data", "job")
 ROWS, SHAPE, WARM_UP = 4096, (4, 16, 16), 10
@@ -85,33 +85,17 @@ def finetune_config(config: OverheadConfig, latents: str, output: str) -> Finetu
     )  # fmt: skip
 
 
-def write_table(uri: str) -> None:
-    generator = np.random.default_rng(0)
-    base = resolve_base("infra/models/emoji-sd")
-    columns = {
-        "sample_id": [f"{i:032x}" for i in range(ROWS)], "caption": [f"thing {i % 50}" for i in range(ROWS)],
-        "latent_mean": generator.normal(size=(ROWS, *SHAPE)),
-        "latent_std": np.full((ROWS, *SHAPE), 0.1), "bucket": ["64x64"] * ROWS,
-        "source_uri": ["drawn"] * ROWS, "width": [64] * ROWS, "height": [64] * ROWS, "crop": [[0, 0, 64, 64]] * ROWS,
-    }  # fmt: skip
-    table = arrays_to_table(columns, latent_schema(SHAPE))
-    part = write_part(uri, "part-0.parquet", table)
-    write_manifest(
-        uri, Manifest(kind="latents", files=(part,), fingerprint={"autoencoder": autoencoder_fingerprint(base)})
-    )
-
-
 class Clock:
     """Times at which steps begin, and losses, both written at the end."""
 
-    def __init__(self, file: str = "") -> None:
-        self.file, self.times, self.losses = file, [], []
+    def __init__(self, file: str = "", steps: int = 0) -> None:
+        self.file, self.steps, self.times, self.losses = file, steps, [], []
 
     def loss(self, task: TextToImage, network: Any, batch: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
         losses = task.loss(network, batch)
         self.losses.append(losses.detach().mean())
-        if self.file:
+        if len(self.times) == self.steps:
             Path(self.file).write_text(self.text())
         return losses
 
@@ -171,7 +155,7 @@ def plain_steps(config: FinetuneConfig, kind: str) -> str:
 
 def timed_task(config: FinetuneConfig, file: str, device: str) -> Task:
     del device
-    task, clock = make_task(config), Clock(file)
+    task, clock = make_task(config), Clock(file, config.train.num_steps)
     return Task(
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
@@ -265,7 +249,8 @@ def main() -> None:
         os.environ.update(stack.up().variables)
         try:
             uri = "s3://d2f/overhead/latents"
-            write_table(uri)
+            fingerprint = autoencoder_fingerprint(resolve_base("infra/models/emoji-sd"))
+            write_latents(uri, fingerprint, rows=ROWS, rows_per_file=ROWS, shape=SHAPE, pixels=64, captions=50)
             rounds = [{rung: call(config, rung, uri) for rung in RUNGS} for _ in range(config.rounds)]
         finally:
             stack.down()

@@ -57,3 +57,14 @@ def stack(s3: StackEnv, stack_directory: Path) -> StackEnv:
     env = Stack(stack_directory, tied=True).up()
     os.environ.update(env.variables)
     return env
+
+
+@pytest.fixture(scope="module")
+def cluster(stack: StackEnv) -> Iterator[None]:
+    """A connection to the Ray head, ended after the module."""
+    import ray  # not above: `pytest_configure` sets what Ray reads when it is imported
+
+    del stack
+    ray.init(ignore_reinit_error=True)
+    yield
+    ray.shutdown()

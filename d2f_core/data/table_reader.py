@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +56,7 @@ class TableReader:
         storage.retried(f"read the footer of {file.path}", fragment.ensure_complete_metadata)
         return fragment
 
+    @cached_property
     def _schema(self) -> pa.Schema:
         """What all rows must look like: the columns of the first file that can be opened."""
         for number in range(len(self._files)):
@@ -104,7 +105,7 @@ class TableReader:
                 reasons[low_row + int(offset)] = f"not_finite: a number in {self._file_of(low_row)}"
                 places[low_row + int(offset) - first] = -1
             filled += part.num_rows
-        table = pa.concat_tables(tables) if tables else pa.Table.from_pylist([], self._schema())
+        table = pa.concat_tables(tables) if tables else pa.Table.from_pylist([], self._schema)
         return RowRange(first, table, places, reasons)
 
     def _file_of(self, row: int) -> str:
@@ -116,7 +117,7 @@ class TableReader:
         path = self._files[number].path
         try:
             fragment = self._fragment(number).subset(row_group_ids=[self._groups[index][1] for index in indices])
-            expected = self._schema()
+            expected = self._schema
             found = pa.schema([fragment.physical_schema.field(name) for name in self._columns])
             if not found.equals(expected, check_metadata=True):
                 return f"wrong_shape: {path} holds {_types(found)}, the table's other files {_types(expected)}"

@@ -1,22 +1,10 @@
 """The kill tests use the servers of all tests, and a tiny base model."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from infra.local.stack import StackEnv
 from pipelines.configs import FinetuneConfig
 from tests.inference.tiny_base import write_tiny_base
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(stack: StackEnv) -> Iterator[None]:
-    import ray  # not above: pytest may import this file before tests/conftest.py has set what Ray reads then
-
-    del stack
-    ray.init(ignore_reinit_error=True)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

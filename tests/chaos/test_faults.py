@@ -18,7 +18,7 @@ from infra.local.stack import StackEnv
 from pipelines.finetune import main
 from tests.chaos.training import Running, assert_same_run, final, has_checkpoint, losses, make_config, processes
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base, unbroken):

@@ -22,7 +22,7 @@ from tests.chaos.training import (
     wait_for,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 
 def kill_one(running: Running, title: str) -> None:

@@ -10,9 +10,7 @@ import psutil
 import torch
 from mlflow.entities import Metric
 
-from d2f_core.data.latents import arrays_to_table
-from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
-from d2f_core.data.schema import latent_schema
+from d2f_core.data.manifest import read_manifest
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.ema import EmaConfig
@@ -23,31 +21,15 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.steps import consumed_digest
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import COLUMNS, main
+from tests.latent_tables import write_latents
 
-ROWS, SHAPE, STEPS, SAVES = 96, (4, 8, 8), 40, 8
+ROWS, STEPS, SAVES = 96, 40, 8
 EXPERIMENT = "test-chaos"
 
 
-def write_latents(uri: str, fingerprint: str, rows: int = ROWS) -> None:
-    generator = np.random.default_rng(0)
-    columns = {
-        "sample_id": [f"{i:032x}" for i in range(rows)],
-        "caption": [f"thing {i % 7}" for i in range(rows)],
-        "latent_mean": generator.normal(size=(rows, *SHAPE)),
-        "latent_std": np.full((rows, *SHAPE), 0.1),
-        "bucket": ["16x16"] * rows,
-        "source_uri": ["test"] * rows,
-        "width": [16] * rows,
-        "height": [16] * rows,
-        "crop": [[0, 0, 16, 16]] * rows,
-    }
-    table = arrays_to_table(columns, latent_schema(SHAPE))
-    files = tuple(write_part(uri, f"part-{i}.parquet", table.slice(32 * i, 32)) for i in range(rows // 32))
-    write_manifest(uri, Manifest(kind="latents", files=files, fingerprint={"autoencoder": fingerprint}))
-
-
 def make_config(base: str, name: str, latents: str = "s3://d2f/test-chaos/latents", **train) -> FinetuneConfig:
-    write_latents(latents, autoencoder_fingerprint(resolve_base(base)))
+    fingerprint = autoencoder_fingerprint(resolve_base(base))
+    write_latents(latents, fingerprint, rows=ROWS, rows_per_file=32, captions=7)
     values = {
         "num_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "num_workers": 2, "threads_per_worker": 1,
         "learning_rate": 1e-2, "ema": EmaConfig(decay=0.9), "log_every": 4, "checkpoint_every": SAVES,

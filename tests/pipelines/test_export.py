@@ -15,6 +15,8 @@ from pipelines.export import RECIPES, ExportConfig, check, main
 from tests.inference.tiny_base import write_tiny_base
 from tests.model.artifacts import output, trained
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

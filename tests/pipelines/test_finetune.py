@@ -3,14 +3,11 @@
 import dataclasses
 
 import mlflow
-import numpy as np
 import pytest
 import torch
 
 from d2f_core import storage
-from d2f_core.data.latents import arrays_to_table
-from d2f_core.data.manifest import Manifest, write_manifest, write_part
-from d2f_core.data.schema import SchemaError, latent_schema
+from d2f_core.data.schema import SchemaError
 from d2f_core.model.artifact import SamplingDefaults, load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
@@ -22,32 +19,15 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import NotEnoughResourcesError
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import FinetuneResult, check, main
+from tests.latent_tables import write_latents
 
-pytestmark = pytest.mark.timeout(600)
-ROWS, SHAPE = 24, (4, 8, 8)
-
-
-def write_latents(uri: str, fingerprint: str) -> None:
-    generator = np.random.default_rng(0)
-    columns = {
-        "sample_id": [f"{i:032x}" for i in range(ROWS)],
-        "caption": [f"thing {i}" for i in range(ROWS)],
-        "latent_mean": generator.normal(size=(ROWS, *SHAPE)),
-        "latent_std": np.full((ROWS, *SHAPE), 0.1),
-        "bucket": ["16x16"] * ROWS,
-        "source_uri": ["test"] * ROWS,
-        "width": [16] * ROWS,
-        "height": [16] * ROWS,
-        "crop": [[0, 0, 16, 16]] * ROWS,
-    }
-    table = arrays_to_table(columns, latent_schema(SHAPE))
-    files = tuple(write_part(uri, f"part-{i}.parquet", table.slice(12 * i, 12)) for i in range(2))
-    write_manifest(uri, Manifest(kind="latents", files=files, fingerprint={"autoencoder": fingerprint}))
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
+TABLE = {"rows": 24, "rows_per_file": 12, "captions": 24}
 
 
 @pytest.fixture(scope="module")
 def config(base: str) -> FinetuneConfig:
-    write_latents("s3://d2f/test-finetune/latents", autoencoder_fingerprint(resolve_base(base)))
+    write_latents("s3://d2f/test-finetune/latents", autoencoder_fingerprint(resolve_base(base)), **TABLE)
     return FinetuneConfig(
         model=ModelConfig(base=base, method="lora", lora=LoraConfig(rank=2), caption_dropout=0.5),
         latents="s3://d2f/test-finetune/latents",
@@ -118,6 +98,6 @@ def test_too_many_workers_say_what_is_missing(config, monkeypatch):
 
 
 def test_latents_of_another_autoencoder_are_refused(config):
-    write_latents("s3://d2f/test-finetune/other", "f" * 64)
+    write_latents("s3://d2f/test-finetune/other", "f" * 64, **TABLE)
     with pytest.raises(SchemaError, match=r"f{64}"):
         check(dataclasses.replace(config, latents="s3://d2f/test-finetune/other"))

@@ -18,6 +18,7 @@ from d2f_core.inference.generate import check_generate, generate, read_generatio
 from d2f_core.inference.plan import GenerateConfig, GenerateError
 from d2f_core.storage import exists, join, list_names, read_bytes, write_bytes
 
+pytestmark = pytest.mark.usefixtures("cluster")
 ROOT = Path(__file__).parents[2]
 HOME = "s3://d2f/tests/generate"
 

@@ -33,7 +33,7 @@ from pipelines.configs import FinetuneConfig
 from pipelines.workflow import main
 from pipelines.workflow_config import WorkflowConfig
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("cluster")]
 ROOT = Path(__file__).parents[2]
 HOME = "s3://d2f/tests/workflow"
 STAGES = [

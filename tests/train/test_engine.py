@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from d2f_core.train import zero
 from d2f_core.train.config import TrainConfig, cpu_adam_is_built, missing_compiler
+from tests.train import processes
 
 WORKERS = 2
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-4}  # seen: 8e-9, 3e-4, 4e-5
@@ -176,12 +175,7 @@ def other_way(case: Case) -> Case:
 
 
 def worker(rank: int, port: int, directory: str, offloaded: bool) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORKERS), "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORKERS)
+    processes.join(rank, WORKERS, port)
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed refuses CPUs without fp16 arithmetic; torch computes it on any.
@@ -200,10 +194,7 @@ def worker(rank: int, port: int, directory: str, offloaded: bool) -> None:
 
 
 def spawn(directory: Path, *, offloaded: bool) -> dict[str, Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(worker, args=(port, str(directory), offloaded), nprocs=WORKERS, start_method="spawn")
+    processes.start(worker, WORKERS, str(directory), offloaded)
     return torch.load(directory / "results.pt", weights_only=True)
 
 

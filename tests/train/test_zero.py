@@ -3,8 +3,6 @@
 And what an engine is refused for before it is built.
 """
 
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from d2f_core.model import ema
@@ -20,6 +17,7 @@ from d2f_core.model.ema import EmaConfig
 from d2f_core.train import zero
 from d2f_core.train.config import MissingCompilerError, TrainConfig
 from d2f_core.train.worker import Worker
+from tests.train import processes
 
 STEPS, WORKERS = 4, 2
 EMA = EmaConfig(decay=0.9, start_step=1)
@@ -44,12 +42,7 @@ def batch(step: int) -> torch.Tensor:
 
 
 def train(rank: int, port: int, directory: str) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORKERS), "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORKERS)
+    processes.join(rank, WORKERS, port)
     for stage in range(4):
         engine = zero.build_engine(network(), config(stage), WORKERS)
         worker = Worker(config(stage), engine, rank, WORKERS)
@@ -89,10 +82,7 @@ def plain() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("zero")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(train, args=(port, str(directory)), nprocs=WORKERS, start_method="spawn")
+    processes.start(train, WORKERS, str(directory))
     return directory
 
 
