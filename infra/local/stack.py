@@ -85,7 +85,8 @@ class Stack:
             for name in PARTS:
                 if name not in well and name in self.names:
                     self._stop(name, state)
-            ports = choose(state.ports, busy_is_ours=[port for port in state.ports if port.split("_")[0] in well])
+            staying = {*well, *(name for name in PARTS if name not in self.names and self._owned(name))}
+            ports = choose(state.ports, busy_is_ours=[port for port in state.ports if port.split("_")[0] in staying])
             state = dataclasses.replace(state, ports=ports)
             parts = self._parts(state)
             # A server started with other ports or credentials than those chosen now is replaced as well.

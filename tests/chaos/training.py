@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import mlflow
 import numpy as np
@@ -103,7 +104,7 @@ def has_checkpoint(output: str, step: int = SAVES) -> bool:
 
 
 class Running:
-    """A training in a thread of this process."""
+    """A training in a thread of this process; leaving the context waits for its end, even after a failed check."""
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config, self.error = config, None
@@ -115,13 +116,20 @@ class Running:
         if self.error:
             raise self.error
 
+    def kill_one(self, title: str) -> None:
+        self.wait_for(f"a process {title}", lambda: processes(title))
+        processes(title)[-1].kill()
+
     def _run(self) -> None:
         try:
             main(self.config)
         except BaseException as error:
             self.error = error
 
-    def join(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failed: object) -> None:
         self._thread.join(300)
         assert not self._thread.is_alive(), "the training did not end"
         if self.error:
