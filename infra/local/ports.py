@@ -3,10 +3,12 @@
 import os
 import random
 import socket
+import time
 from collections.abc import Iterable, Mapping
 
 from infra.local.processes import StackError
 
+CLOSING_SECONDS = 3.0
 GRPC_OFFSET = 10_000
 """SeaweedFS serves gRPC at its HTTP port plus this."""
 # Chosen below the range that Linux gives to outgoing connections (32768 and up), gRPC twins included.
@@ -33,6 +35,16 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def wait_until_free(ports: Iterable[int]) -> None:
+    """Give servers that were just killed the moment in which the kernel closes their sockets.
+
+    Without it a server would come back at another port, where those that use it do not look.
+    """
+    wanted, deadline = list(ports), time.monotonic() + CLOSING_SECONDS
+    while not all(is_free(port) for port in wanted) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def fixed(name: str) -> int | None:

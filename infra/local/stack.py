@@ -12,7 +12,7 @@ from pathlib import Path
 from infra.local import processes
 from infra.local.mlflow_server import mlflow_part, mlflow_variables
 from infra.local.part import Part, past_proxies
-from infra.local.ports import choose
+from infra.local.ports import choose, wait_until_free
 from infra.local.processes import StackError
 from infra.local.ray_head import ray_part, ray_variables
 from infra.local.seaweed import s3_part, s3_variables
@@ -86,7 +86,9 @@ class Stack:
                 if name not in well and name in self.names:
                     self._stop(name, state)
             staying = {*well, *(name for name in PARTS if name not in self.names and self._owned(name))}
-            ports = choose(state.ports, busy_is_ours=[port for port in state.ports if port.split("_")[0] in staying])
+            kept = [port for port in state.ports if port.split("_")[0] in staying]
+            wait_until_free(number for name, number in state.ports.items() if name not in kept)
+            ports = choose(state.ports, busy_is_ours=kept)
             state = dataclasses.replace(state, ports=ports)
             parts = self._parts(state)
             # A server started with other ports or credentials than those chosen now is replaced as well.
