@@ -30,6 +30,7 @@ AT_LEAST = {
     "keep_best": 0,
     "keep_every": 0,
     "max_failures": -1,
+    "min_workers": 0,
 }
 
 
@@ -47,6 +48,9 @@ class TrainConfig:
     """Samples per worker and forward pass; lower this when memory runs out."""
     num_workers: int = 1
     """Ray Train workers."""
+    min_workers: int = 0
+    """Fewest workers to go on with when the cluster has no room for all: the largest number that divides the global
+    batch is taken at every start and restart, and the samples of each step stay the same. 0: `num_workers`."""
     use_gpu: bool = False
     """One GPU per worker, NCCL between them; otherwise CPU and gloo."""
     cpus_per_worker: float = 1
@@ -122,6 +126,8 @@ class TrainConfig:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0. Use 1e-5 to 1e-3.")
         if not 0 <= self.max_quarantined_share <= 1:
             raise ValueError(f"max_quarantined_share={self.max_quarantined_share} must lie in [0, 1]. Use 0.01.")
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers={self.min_workers} is above num_workers={self.num_workers}. Lower it.")
         self._check_engine()
         self._check_schedule()
         _ = self.gradient_accumulation_steps
@@ -189,6 +195,12 @@ class TrainConfig:
             metric=self.keep_best_metric,
             keep_every=self.keep_every,
         )
+
+    @property
+    def worker_counts(self) -> list[int]:
+        """Numbers of workers that the training may run with, the wanted one first."""
+        numbers = range(self.num_workers, (self.min_workers or self.num_workers) - 1, -1)
+        return [number for number in numbers if self.global_batch_size % (self.micro_batch_size * number) == 0]
 
     @property
     def gradient_accumulation_steps(self) -> int:

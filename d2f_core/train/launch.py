@@ -4,6 +4,7 @@ import bisect
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,9 +18,9 @@ from d2f_core.data.plan import StreamPlan
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.table_reader import DamagedDataError
 from d2f_core.storage import StorageError
-from d2f_core.tracking import RunHandle, TrackingError
+from d2f_core.tracking import RunHandle, TrackingError, log_checkpoint_model
 from d2f_core.tracking.metric_log import MetricLog
-from d2f_core.train import checkpoint, restore
+from d2f_core.train import checkpoint, restore, retention
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError, Evaluations
@@ -56,28 +57,46 @@ class TrainingStoppedError(ValueError):
     """A training that ended before its last step: why, and from where it goes on."""
 
 
-def check_resources(config: TrainConfig, *, wait_seconds: float) -> None:
-    """Refuse a training that the cluster cannot hold.
+def fitting_workers(config: TrainConfig, *, wait_seconds: float) -> int:
+    """How many workers the cluster can hold, at most `num_workers` and at least `min_workers`.
 
-    An autoscaling cluster may grow: nodes are given `wait_seconds` to come; then the error says what is missing.
+    An autoscaling cluster may grow: nodes are given `wait_seconds` to come before fewer workers are taken.
+
+    Raises:
+        NotEnoughResourcesError: there is no room for the fewest; says what is missing.
     """
-    needed = {"CPU": config.num_workers * (config.cpus_per_worker + 0.5) + 1}
-    if config.use_gpu:
-        needed["GPU"] = config.num_workers + config.evaluation_gpus
     deadline = time.monotonic() + wait_seconds
     while True:
         total = ray.cluster_resources()
-        short = {name: amount for name, amount in needed.items() if total.get(name, 0) < amount}
-        if not short:
-            return
+        fitting = [number for number in config.worker_counts if not _short(_needed(config, number), total)]
+        if fitting and (fitting[0] == config.num_workers or time.monotonic() >= deadline):
+            break
         if time.monotonic() >= deadline:
-            has = ", ".join(f"{total.get(name, 0):g} {name}" for name in short)
-            wants = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
+            fewest = config.worker_counts[-1]
+            needed = _needed(config, fewest)
+            short = _short(needed, total)
+            name = "num_workers" if fewest == config.num_workers else "min_workers"
+            has = ", ".join(f"{total.get(resource, 0):g} {resource}" for resource in short)
+            wants = ", ".join(f"{needed[resource]:g} {resource}" for resource in short)
             raise NotEnoughResourcesError(
-                f"num_workers={config.num_workers} needs {wants} (each worker, its reader and one evaluation), the "
-                f"cluster has {has}. Lower --train.num-workers or --train.cpus-per-worker, or add nodes."
+                f"{name}={fewest} needs {wants} (each worker, its reader and one evaluation), the cluster has {has}. "
+                f"Lower --train.{name.replace('_', '-')} or --train.cpus-per-worker, or add nodes."
             )
         time.sleep(1)
+    if fitting[0] < config.num_workers:
+        logger.warning("the cluster has room for %d of %d workers: going on with those", fitting[0], config.num_workers)
+    return fitting[0]
+
+
+def _needed(config: TrainConfig, num_workers: int) -> dict[str, float]:
+    needed: dict[str, float] = {"CPU": num_workers * (config.cpus_per_worker + 0.5) + 1}
+    if config.use_gpu:
+        needed["GPU"] = num_workers + config.evaluation_gpus
+    return needed
+
+
+def _short(needed: Mapping[str, float], total: Mapping[str, float]) -> list[str]:
+    return [name for name, amount in needed.items() if total.get(name, 0) < amount]
 
 
 def run_training(
@@ -105,10 +124,11 @@ def run_training(
     job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
     failures = 0
     while not (last := _complete(config, output, identity)):
-        check_resources(config, wait_seconds=RESOURCE_WAIT_SECONDS)
+        workers = fitting_workers(config, wait_seconds=RESOURCE_WAIT_SECONDS)
         pulse: Any = cast(Any, Pulse).remote()
         try:
-            _attempt(replace(job, attempt=uuid.uuid4().hex[:8], pulse=pulse))
+            now = replace(config, num_workers=workers, min_workers=0)
+            _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=pulse))
         except (ray.train.TrainingFailedError, RayError) as error:
             failures += 1
             reason, final = _reason(error), _is_final(error)
@@ -167,7 +187,19 @@ def _settle(job: WorkerJob, last: Checkpoint) -> None:
             evaluations.poll(EVALUATION_SECONDS)
         except CollapseError as error:
             raise TrainingStoppedError(f"{error} The last checkpoint is {last.uri}.") from None
+    if job.tracker:
+        _list_checkpoints(job, job.tracker)
     _write_ledger(job, last)
+
+
+def _list_checkpoints(job: WorkerJob, tracker: RunHandle) -> None:
+    """A row of MLflow's model list for each checkpoint that was kept and evaluated, so that the list ranks them."""
+    for kept in checkpoint.candidates(job.output, job.identity):
+        if metrics := retention.read_evaluation(kept.uri):
+            step, params = kept.manifest.step, {"zero_stage": job.config.zero_stage, "seed": job.config.seed}
+            log_checkpoint_model(
+                tracker, name=f"step-{step:08d}", step=step, uri=kept.uri, metrics=metrics, params=params
+            )
 
 
 def _write_ledger(job: WorkerJob, last: Checkpoint) -> None:

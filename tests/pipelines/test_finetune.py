@@ -67,6 +67,11 @@ def test_the_run_is_in_mlflow_with_losses_before_and_after(config, unbroken):
     assert validation[-1].value < validation[0].value
     assert len(client.list_artifacts(unbroken.run.run_id, "images")) >= 3
     assert storage.read_bytes(f"{config.output}/config.yaml").decode().startswith("model:")
+    rows = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{unbroken.run.run_id}'")
+    listed = {model.name: {metric.key: metric.value for metric in model.metrics} for model in rows}
+    kept = {one.manifest.step for one in checkpoint.list_checkpoints(config.output)}
+    assert listed.keys() == {f"step-{step:08d}" for step in kept}
+    assert listed["step-00000006"]["validation_flow_loss"] == pytest.approx(validation[-1].value)
 
 
 def test_the_exported_model_loads_and_says_how_to_sample_it(config, unbroken):
@@ -82,10 +87,14 @@ def test_the_same_command_again_does_nothing(config, unbroken):
     assert checkpoint.list_checkpoints(config.output) == before
 
 
-def test_a_run_goes_on_with_one_worker_and_another_zero_stage(config, unbroken):
+def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(config, unbroken, monkeypatch, caplog):
+    monkeypatch.setattr("d2f_core.train.launch.RESOURCE_WAIT_SECONDS", 1)
     output = "s3://d2f/test-finetune/moved"
     main(changed(config, output, num_steps=3))
-    main(changed(config, output, num_workers=1, zero_stage=0))
+    with caplog.at_level("WARNING", logger="d2f_core.train"):
+        main(changed(config, output, min_workers=1, cpus_per_worker=5, zero_stage=0))
+    assert "room for 1 of 2 workers" in caplog.text
+    assert checkpoint.list_checkpoints(output)[-1].manifest.num_workers == 1
     expected, moved = final(config.output)["weights"], final(output)["weights"]
     for name, tensor in expected.items():
         torch.testing.assert_close(moved[name], tensor, rtol=0, atol=2e-5)
@@ -95,6 +104,8 @@ def test_too_many_workers_say_what_is_missing(config, monkeypatch):
     monkeypatch.setattr("d2f_core.train.launch.RESOURCE_WAIT_SECONDS", 1)
     with pytest.raises(NotEnoughResourcesError, match=r"num_workers=8 needs 13 CPU .* the cluster has 8 CPU"):
         main(changed(config, "s3://d2f/test-finetune/large", num_workers=8, micro_batch_size=1))
+    with pytest.raises(NotEnoughResourcesError, match=r"min_workers=1 needs 10\.5 CPU .* Lower --train\.min-workers"):
+        main(changed(config, "s3://d2f/test-finetune/large", min_workers=1, cpus_per_worker=9))
 
 
 def test_latents_of_another_autoencoder_are_refused(config):
