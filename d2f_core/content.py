@@ -1,7 +1,10 @@
 """What a directory holds, as one hash, and where downloads are kept."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 HASHED_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
@@ -11,6 +14,15 @@ HASHED_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 def cache_root() -> Path:
     """Where downloads are kept: `$D2F_CACHE`, or `~/.cache/diff2flow`."""
     return Path(os.environ.get("D2F_CACHE") or Path.home() / ".cache" / "diff2flow")
+
+
+@contextlib.contextmanager
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Whoever makes `target` waits for a process of this machine that is making it; look whether it is there inside."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{target}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process
+        yield
 
 
 def file_sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ import functools
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -240,6 +241,23 @@ def download_tree(uri: str, target: Path) -> Path:
             if not target.is_dir():
                 raise
     return target
+
+
+@contextlib.contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """The file as one on this disk: itself, or a copy of the object that goes when the context ends.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    fs, path = _open(uri)
+    if not is_s3(uri):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory, "object")
+        retried(f"download {uri}", lambda: fs.get_file(path, str(copy)))
+        yield copy
 
 
 def upload_tree(source: Path, uri: str, *, last: str = "") -> None:

@@ -10,15 +10,16 @@ import logging
 import torch
 
 from d2f_core import storage
-from d2f_core.data.latents import check_fingerprint, table_to_arrays
+from d2f_core.data.latents import check_fingerprint, noise_columns, table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.model.artifact import describe, load_weights, upload_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.image_sizes import SIZE_COLUMNS
-from d2f_core.model.text_to_image import TextToImage, build_network, image_grid
-from d2f_core.tracking import RunHandle, check_tracking, start_run
+from d2f_core.model.text_to_image import ModelConfig, TextToImage, build_network, image_grid
+from d2f_core.tracking import RunHandle, check_tracking, pin_model, resolve_model, start_run
 from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import Evaluation, Task
@@ -33,8 +34,8 @@ COLUMNS = ("caption", "latent_mean", "latent_std", *SIZE_COLUMNS)
 def build_task(config: FinetuneConfig, device: str) -> Task:
     """What a worker trains; called once on each."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
-    base = resolve_base(config.model.base)
-    task = TextToImage(base, config.model, seed=config.train.seed, dtype=dtype, device=device)
+    base, model = resolve_base(config.model.base), on_this_node(config.model)
+    task = TextToImage(base, model, seed=config.train.seed, dtype=dtype, device=device)
     return Task(
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
@@ -44,13 +45,19 @@ def build_task(config: FinetuneConfig, device: str) -> Task:
     )
 
 
+def on_this_node(model: ModelConfig) -> ModelConfig:
+    """With a directory in place of a models:/ URI."""
+    return dataclasses.replace(model, start=resolve_model(model.start))
+
+
 def evaluate(config: FinetuneConfig, task: TextToImage) -> Evaluation:
     """The validation loss of the held-out rows, and the preview's images."""
     manifests = [read_manifest(uri) for uri in config.tables]
+    plan = make_plan(config, task.base, manifests)
     total, count = 0.0, 0
-    for source, manifest in zip(config.plan(manifests, COLUMNS).sources, manifests, strict=True):
+    for source, manifest in zip(plan.sources, manifests, strict=True):
         if len(held := source.order.holdout()):
-            arrays = table_to_arrays(RowReader(source.uri, manifest, COLUMNS).read(held))
+            arrays = table_to_arrays(RowReader(source.uri, manifest, plan.columns).read(held))
             part, size = task.validation_loss(task.module, {**arrays, "row": held})
             total, count = total + part, count + size
     prompts = config.preview.prompts
@@ -60,6 +67,11 @@ def evaluate(config: FinetuneConfig, task: TextToImage) -> Evaluation:
     )
 
 
+def make_plan(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest]) -> StreamPlan:
+    """Which rows and columns are read when."""
+    return config.plan(manifests, COLUMNS + noise_columns(manifests, base.content_hash))
+
+
 def check(config: FinetuneConfig) -> tuple[BaseModel, list[Manifest]]:
     """Refuse what cannot work, before anything is started."""
     storage.check_reachable(config.latents)
@@ -67,7 +79,7 @@ def check(config: FinetuneConfig) -> tuple[BaseModel, list[Manifest]]:
     base, manifests = resolve_base(config.model.base), [read_manifest(uri) for uri in config.tables]
     for manifest in manifests:
         check_fingerprint(manifest, autoencoder_fingerprint(base))
-    config.plan(manifests, COLUMNS)
+    make_plan(config, base, manifests)
     return base, manifests
 
 
@@ -81,9 +93,9 @@ class FinetuneResult:
     """The trained model's directory."""
 
 
-def export(config: FinetuneConfig, base: BaseModel, last: Checkpoint) -> str:
+def export(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest], last: Checkpoint) -> str:
     """Write `OUTPUT/model/` from a checkpoint (averaged weights if there are any); needs no GPU and no engine."""
-    network = build_network(base, config.model, config.train.seed)
+    network = build_network(base, dataclasses.replace(config.model, start=""), config.train.seed)
     load_weights(network, read_tensors(last, "ema" if config.train.ema.decay else "weights"))
     training = {
         "latents": config.latents,
@@ -91,6 +103,8 @@ def export(config: FinetuneConfig, base: BaseModel, last: Checkpoint) -> str:
         "checkpoint": last.uri,
         "identity": last.manifest.identity,
     }
+    if noise_columns(manifests, base.content_hash):
+        training["teacher"] = manifests[0].inputs["model"]
     model = config.model
     description = describe(
         base, objective=model.objective, method=model.method, sampling=config.sampling, training=training
@@ -104,8 +118,10 @@ def main(config: FinetuneConfig) -> FinetuneResult:
     """Train to the end and export the model."""
     import ray
 
-    base, manifests = check(config)
     check_tracking()
+    # An alias that moves must not change a training that is resumed.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, start=pin_model(config.model.start)))
+    base, manifests = check(config)
     ray.init(ignore_reinit_error=True)
     text = to_yaml(config)
     storage.write_bytes(storage.join(config.output, "config.yaml"), text.encode())
@@ -125,12 +141,12 @@ def main(config: FinetuneConfig) -> FinetuneResult:
     last = run_training(
         config=config.train,
         build_task=functools.partial(build_task, config),
-        plan=config.plan(manifests, COLUMNS),
+        plan=make_plan(config, base, manifests),
         output=config.output,
         identity=config.identity(base.content_hash, manifests),
         tracker=run,
     )
-    model = export(config, base, last)
+    model = export(config, base, manifests, last)
     run.finish()
     logger.info("model: %s", model)
     return FinetuneResult(run=run, step=last.manifest.step, checkpoint=last.uri, model=model)

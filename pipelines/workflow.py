@@ -8,7 +8,7 @@ import json
 
 import ray
 
-from d2f_core.inference.prompts import write_prompts
+from d2f_core.inference.prompts import table_captions, write_prompts
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import check_reachable, join, write_bytes
 from d2f_core.tracking import check_tracking, find_run
@@ -44,6 +44,7 @@ def main(config: WorkflowConfig) -> None:
     model = finetune_stage(flow, config, latents=latents["digest"], base=base)
     version = register_stage(flow, config, model)
     write_prompts(config.prompts_uri, config.prompts)
+    write_prompts(config.captions_uri, table_captions(config.dataset.output))
     made = [
         generate_stage(flow, config, name, uri, digest)
         for name, uri, digest in (

@@ -45,6 +45,11 @@ class WorkflowConfig:
     def prompts_uri(self) -> str:
         return join(self.output, "prompts.jsonl")
 
+    @property
+    def captions_uri(self) -> str:
+        """Every caption of the dataset as a prompt, for `pipelines.evaluate`."""
+        return join(self.output, "captions.jsonl")
+
     def wired_encode(self) -> EncodeConfig:
         source = replace(self.encode.source, uri=self.dataset.output)
         return replace(self.encode, source=source, base=self.finetune.model.base)

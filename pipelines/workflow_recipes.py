@@ -1,11 +1,15 @@
 """Named values of the workflow, and of the jobs that only it chains."""
 
+from dataclasses import replace
+
 from d2f_core.inference.contact_sheet import ContactSheetConfig
 from d2f_core.inference.encode import EncodeConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
+from d2f_core.model.artifact import SamplingDefaults
 from pipelines.make_dataset import RECIPES as MAKE_DATASET
 from pipelines.recipes import EMOJI_SD, FINETUNE, SHOWN_EMOJI
+from pipelines.reflow import ReflowConfig
 from pipelines.workflow_config import WorkflowConfig
 
 EVALUATIONS = (2, 4, 10, 25)
@@ -40,5 +44,26 @@ WORKFLOW = {
             title="emoji-sd, and the flow model finetuned from it on OpenMoji: same prompts, same noises",
         ),
         prompts=tuple(f"{name}, openmoji style" for name in SHOWN_EMOJI[::2]),
+    )
+}
+
+REFLOW = {
+    # After the quickstart: its flow model is made straight, on 1,000 pairs of its own.
+    "emoji": ReflowConfig(
+        output="s3://d2f/workflows/reflow",
+        teacher=f"models:/{FLOW_MODEL}@candidate",
+        captions="s3://d2f/latents/openmoji-starter",
+        num_pairs=1000,
+        generate=GenerateConfig(steps=(25,), batch_size=32),
+        finetune=replace(
+            FINETUNE["emoji-lora"],
+            # Guidance is in the pairs: the model is sampled without, and no caption is dropped.
+            model=replace(FINETUNE["emoji-lora"].model, caption_dropout=0.0),
+            sampling=SamplingDefaults(steps=2, guidance=1.0),
+            latents="",
+            output="",
+            name="emoji-reflow",
+        ),
+        register=RegisterConfig(name="emoji-reflow"),
     )
 }

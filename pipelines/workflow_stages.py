@@ -7,12 +7,14 @@ from typing import Any
 
 from d2f_core.content import hash_directory
 from d2f_core.data.manifest import manifest_exists, read_manifest
+from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import local_copy
 from d2f_core.stages import StageOutcome, StageResult, run_stage, stage_key
 from d2f_core.storage import exists, join
 from d2f_core.tracking import TrackingError, pin_model
 from pipelines import contact_sheet, finetune, generate, register
+from pipelines.configs import FinetuneConfig
 from pipelines.workflow_config import WorkflowConfig
 
 Outputs = dict[str, Any]
@@ -47,26 +49,30 @@ class Workflow:
 
 
 def finetune_stage(flow: Workflow, config: WorkflowConfig, **inputs: str) -> Outputs:
-    wired = config.wired_finetune()
+    return finetune_with(flow, "finetune", config.wired_finetune(), **inputs)
 
+
+def finetune_with(flow: Workflow, name: str, config: FinetuneConfig, **inputs: str) -> Outputs:
     def run() -> StageOutcome:
-        done = finetune.main(wired)
+        done = finetune.main(config)
         digest = hash_directory(local_copy(done.model))
         return StageOutcome(count=done.step, outputs={"uri": done.model, "digest": digest})
 
-    key = stage_key(wired, inputs)
-    return flow.stage("finetune", key, "steps", run, lambda done: exists(join(done["uri"], DESCRIPTION)))
+    key = stage_key(config, inputs)
+    return flow.stage(name, key, "steps", run, lambda done: exists(join(done["uri"], DESCRIPTION)))
 
 
 def register_stage(flow: Workflow, config: WorkflowConfig, model: Outputs) -> Outputs:
-    wired = config.wired_register(model["uri"])
+    return register_with(flow, "register", config.wired_register(model["uri"]), model)
 
+
+def register_with(flow: Workflow, name: str, config: RegisterConfig, model: Outputs) -> Outputs:
     def run() -> StageOutcome:
-        info = register.main(wired)
+        info = register.main(config)
         outputs = {"uri": info.uri, "digest": info.content_hash, "name": info.name, "version": info.version}
         return StageOutcome(count=1, outputs=outputs)
 
-    return flow.stage("register", stage_key(wired, {"model": model["digest"]}), "versions", run, _version_is_there)
+    return flow.stage(name, stage_key(config, {"model": model["digest"]}), "versions", run, _version_is_there)
 
 
 def generate_stage(flow: Workflow, config: WorkflowConfig, name: str, model: str, digest: str) -> Outputs:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ import pytest
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import storage
+from d2f_core.model.base import local_copy
 from d2f_core.retry import is_network_trouble
 from d2f_core.storage import StorageError
 from infra.local.stack import StackEnv
@@ -166,6 +168,7 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from d2f_core import storage
+from d2f_core.model.base import local_copy
 
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 for number, call in enumerate([
@@ -178,6 +181,21 @@ for number, call in enumerate([
     except storage.StorageError as error:
         print(number, error)
 """
+
+
+def test_two_processes_of_a_node_fetch_a_model_once(proxy: FaultProxy, tmp_path: Path) -> None:
+    for name in ("unet/a.safetensors", "b.json"):
+        storage.write_bytes(f"s3://d2f/test-once/{name}", BIG)
+
+    def requests(folder: str, times: int) -> int:
+        before = proxy.counts["requests"]
+        with ThreadPoolExecutor(2) as pool:
+            copies = [pool.submit(local_copy, "s3://d2f/test-once", cache_dir=tmp_path / folder) for _ in range(times)]
+        assert all((copy.result() / "unet/a.safetensors").read_bytes() == BIG for copy in copies)
+        return proxy.counts["requests"] - before
+
+    alone, there_already = requests("one", 1), requests("one", 1)
+    assert requests("two", 2) == alone + there_already
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

@@ -69,3 +69,25 @@ def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
             f"The latents were made with the autoencoder {made_with}, the base model has {autoencoder_fingerprint}. "
             "Run encode_latents again with this base model, or finetune the base model they were made with."
         )
+
+
+def noise_columns(manifests: Sequence[Manifest], base_hash: str) -> tuple[str, ...]:
+    """`("noise",)` when the tables are pairs: each latent with the noise that a model made it from.
+
+    Args:
+        base_hash: of the base model that is to be trained.
+
+    Raises:
+        SchemaError: pairs of another base model, or some tables with noise and some without.
+    """
+    makers = [manifest.fingerprint.get("made_by") or {} for manifest in manifests]
+    pairs = [maker for maker in makers if maker.get("pairs")]
+    for maker in pairs:
+        if maker["base"] != base_hash:
+            raise SchemaError(
+                f"The pairs were made by a model on the base {maker['base']}, the base to train is {base_hash}. "
+                "Generate pairs with the model that is to be straightened."
+            )
+    if pairs and len(pairs) < len(manifests):
+        raise SchemaError("Some latent tables hold pairs and some do not. Train on tables of one kind.")
+    return ("noise",) if pairs else ()

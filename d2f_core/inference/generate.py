@@ -1,9 +1,11 @@
-"""Batch inference: a prompt file in, images and an index table out.
+"""Batch inference: a prompt file in, images (or latents) and an index table out.
 
     OUTPUT/plan.json                        what decides the images; a second job with another plan is refused
     OUTPUT/prompts.parquet                  the checked prompts, cut into chunks
-    OUTPUT/images/{sample_id}-{steps}.png
+    OUTPUT/images/{sample_id}-{steps}.png   or .webp, .jpeg
+    OUTPUT/latents/                         instead of images: a latent table, with the noises when pairs were asked for
     OUTPUT/index/part-*.parquet             one row per image: every setting used, or why there is no image
+    OUTPUT/timing/part-*.parquet            seconds and host of each, the only thing that differs between two runs
     OUTPUT/manifest.json                    written last
 
 Each image's noise is a function of (seed, sample_id): it is the same on any cluster, for any number of steps, and for
@@ -11,21 +13,25 @@ any model with latents of that shape.
 """
 
 import hashlib
+import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import yaml
 
 from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
 from d2f_core.inference.plan import (
+    LATENTS,
     GenerateConfig,
     GenerateError,
     Plan,
@@ -35,12 +41,13 @@ from d2f_core.inference.plan import (
     part_name,
     refuse_other,
 )
-from d2f_core.inference.prompts import read_prompts
-from d2f_core.inference.sampler import ChunkSampler
+from d2f_core.inference.prompts import PromptFile, scan_prompts
+from d2f_core.inference.sampler import LATENTS_FILE, ChunkSampler
 from d2f_core.model.artifact import load_model
+from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.progress import Progress
 from d2f_core.storage import check_reachable, join, read_bytes
-from d2f_core.tracking import check_tracking, pin_model, resolve_model
+from d2f_core.tracking import MetricLog, RunHandle, check_tracking, pin_model, resolve_model, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +55,7 @@ KIND = "generations"
 READ_THREADS = 8
 MAX_INPUT_BLOCKS = 1000
 RESOURCE_WAIT_SECONDS = 60.0
+FLUSH_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +63,10 @@ class GenerateJob:
     """A job that was checked, and is ready to run."""
 
     config: GenerateConfig
-    prompts: pa.Table
+    prompts: PromptFile
     plan: Plan
+    latents: dict[str, Any]
+    """Fingerprint of the latent table that the job writes instead of images."""
 
 
 def check_generate(config: GenerateConfig) -> GenerateJob:
@@ -70,10 +80,15 @@ def check_generate(config: GenerateConfig) -> GenerateJob:
     check_reachable(config.output, write=True)
     if config.model.startswith("models:/"):
         check_tracking()
-    prompts = read_prompts(config.prompts)
+    prompts = scan_prompts(config.prompts)
     pinned = pin_model(config.model)
-    plan = make_plan(config, prompts, load_model(resolve_model(pinned)), pinned)
-    return GenerateJob(config=config, prompts=prompts, plan=plan)
+    model = load_model(resolve_model(pinned))
+    plan = make_plan(config, prompts, model, pinned)
+    latents = {
+        "autoencoder": autoencoder_fingerprint(model.base),
+        "made_by": {"model": model.content_hash, "base": model.base.content_hash, "pairs": config.emit == "pairs"},
+    }
+    return GenerateJob(config=config, prompts=prompts, plan=plan, latents=latents)
 
 
 def generate(job: GenerateJob) -> Manifest:
@@ -91,16 +106,75 @@ def generate(job: GenerateJob) -> Manifest:
         return manifest
     done = chunks_done(config.output, plan)
     missing = [chunk for chunk in range(plan.num_chunks) if chunk not in done]
-    images_done = sum(len(plan.rows_of(chunk)) for chunk in done) * len(plan.steps)
-    progress = Progress("generate", plan.num_images, "images", done=images_done)
-    parts: dict[int, TableFile] = {}
-    for result in _run(config, plan, missing) if missing else ():
-        part = result["part"]
-        parts[result["chunk"]] = TableFile(**{**part, "row_groups": tuple(part["row_groups"])})
-        progress.advance(part["rows"])
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        parts.update(zip(done, pool.map(lambda chunk: _describe_part(config.output, chunk), done), strict=True))
-    return _finish(config, plan, [parts[chunk] for chunk in range(plan.num_chunks)])
+        parts = dict(zip(done, pool.map(lambda chunk: _describe_part(config.output, chunk), done), strict=True))
+    images_done = sum(part.index.rows for part in parts.values())
+    failed = sum(part.failed for part in parts.values())
+    progress = Progress("generate", plan.num_images, "images", done=images_done)
+    with _Report(config, plan, progress) as report:
+        for result in _run(config, plan, missing) if missing else ():
+            part = _Part.from_result(result)
+            parts[result["chunk"]] = part
+            failed += part.failed
+            progress.advance(part.index.rows)
+            report.advance(failed)
+        return _finish(job, [parts[chunk] for chunk in range(plan.num_chunks)])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a chunk left on storage."""
+
+    index: TableFile
+    latents: TableFile | None
+    failed: int
+
+    @classmethod
+    def from_result(cls, result: dict[str, Any]) -> "_Part":
+        return cls(_table_file(result["part"]), _table_file(json.loads(result["latents"])), result["failed"])
+
+
+def _table_file(values: dict[str, Any] | None) -> Any:
+    return values and TableFile(**{**values, "row_groups": tuple(values["row_groups"])})
+
+
+class _Report:
+    """The job's own MLflow run, where there is a server: what it makes, from what, and how far it is."""
+
+    def __init__(self, config: GenerateConfig, plan: Plan, progress: Progress) -> None:
+        self._config, self._plan, self._progress = config, plan, progress
+        self._run: RunHandle | None = None
+        self._log: MetricLog | None = None
+
+    def __enter__(self) -> "_Report":
+        if self._config.experiment and os.environ.get("MLFLOW_TRACKING_URI"):
+            self._run = start_run(
+                experiment=self._config.experiment,
+                run_key=self._config.output,
+                name=self._config.output.rstrip("/").rsplit("/", 1)[-1],
+                config_yaml=yaml.safe_dump(json.loads(json.dumps(asdict(self._config))), sort_keys=False),
+                params=asdict(self._plan),
+                tags={
+                    "d2f.model": self._plan.model_uri,
+                    "d2f.model_sha256": self._plan.model_hash,
+                    "d2f.prompts": self._config.prompts,
+                    "d2f.prompts_digest": self._plan.prompts_digest,
+                    "d2f.output": self._config.output,
+                },
+            )
+            self._log = MetricLog(self._run)
+            logger.info("MLflow run: %s", self._run.url)
+        return self
+
+    def advance(self, failed: int) -> None:
+        if self._log:
+            done = {"images": self._progress.done, "images_per_second": self._progress.rate, "failed": failed}
+            self._log.log(self._progress.done, done)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._run and self._log:
+            self._log.close(FLUSH_SECONDS)
+            self._run.finish("FAILED" if kind else "FINISHED")
 
 
 def _run(config: GenerateConfig, plan: Plan, chunks: list[int]) -> Iterator[dict[str, Any]]:
@@ -144,28 +218,37 @@ def _await_resources(actors: int, config: GenerateConfig) -> None:
         logger.warning("num_actors=%d of %s each; the cluster has %s: %d run until it grows", actors, wants, has, fit)
 
 
-def _describe_part(output: str, chunk: int) -> TableFile:
-    """The entry of a part that an earlier run wrote."""
+def _describe_part(output: str, chunk: int) -> _Part:
+    """What an earlier run wrote of a chunk."""
     name = part_name(chunk)
     data = read_bytes(join(output, name))
-    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        metadata = file.metadata
+        failed = metadata.num_rows - file.read(["error"])["error"].null_count
+        latents = json.loads((file.schema_arrow.metadata or {}).get(LATENTS_FILE, b"null"))
     groups = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
     digest = hashlib.sha256(data).hexdigest()
-    return TableFile(path=name, rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups)
+    index = TableFile(path=name, rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups)
+    return _Part(index, _table_file(latents), failed)
 
 
-def _finish(config: GenerateConfig, plan: Plan, files: list[TableFile]) -> Manifest:
-    index = _read_files(config.output, files)
-    failed = index.num_rows - index["error"].null_count
-    if index.num_rows != plan.num_images:
+def _finish(job: GenerateJob, parts: list[_Part]) -> Manifest:
+    config, plan = job.config, job.plan
+    rows, failed = sum(part.index.rows for part in parts), sum(part.failed for part in parts)
+    if rows != plan.num_images:
         raise GenerateError(
-            f"{config.output!r} has {index.num_rows} index rows for {plan.num_images} images. Remove it and run again."
+            f"{config.output!r} has {rows} index rows for {plan.num_images} images. Remove it and run again."
         )
+    inputs = {"prompts": config.prompts, "model": plan.model_uri}
+    if plan.emit != "images":
+        files = tuple(part.latents for part in parts if part.latents)
+        latents = Manifest(kind="latents", files=files, fingerprint=job.latents, inputs=inputs)
+        write_manifest(join(config.output, LATENTS), latents)
     manifest = Manifest(
         kind=KIND,
-        files=tuple(files),
+        files=tuple(part.index for part in parts),
         fingerprint=plan.identity(),
-        inputs={"prompts": config.prompts, "model": plan.model_uri},
+        inputs=inputs,
         counts={"prompts": plan.num_prompts, "images": plan.num_images - failed, "failed": failed},
     )
     write_manifest(config.output, manifest)

@@ -5,21 +5,24 @@ that was killed goes on with the missing chunks, and the size of the cluster cha
 """
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from d2f_core.inference.prompts import prompts_digest
+from d2f_core.inference.image_maker import Request, fill_request
+from d2f_core.inference.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.model.artifact import TrainedModel
-from d2f_core.model.sampling import SamplerChoice
-from d2f_core.storage import exists, join, list_names, read_bytes, write_bytes
+from d2f_core.model.base import BaseModelError
+from d2f_core.storage import exists, join, list_names, read_bytes, upload_tree, write_bytes
+
+Emit = Literal["images", "latents", "pairs"]
+Format = Literal["png", "webp", "jpeg"]
 
 PLAN_NAME = "plan.json"
 PROMPTS_NAME = "prompts.parquet"
 """The checked prompts, one row group per chunk: what the actors read, however large the prompt file was."""
-INDEX = "index"
+INDEX, TIMING, LATENTS = "index", "timing", "latents"
 
 
 class GenerateError(ValueError):
@@ -29,11 +32,18 @@ class GenerateError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     prompts: str = ""
-    """Prompt file: .parquet, .jsonl or .csv with a column `prompt`; s3:// or local."""
+    """Prompt file: .parquet, .jsonl or .csv with a column `prompt`; s3:// or local. Its columns `seed`, `steps`,
+    `guidance`, `height`, `width` and `negative_prompt` go before the settings here, row by row."""
     model: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
     output: str = ""
-    """Where images/ and index/ are written, and manifest.json at the end."""
+    """Where images/ (or latents/), index/ and timing/ are written, and manifest.json at the end."""
+    emit: Emit = "images"
+    """latents: a latent table at OUTPUT/latents that a training reads; pairs: with the noise each latent came from."""
+    format: Format = "png"
+    """Of image files; webp and jpeg at `quality`."""
+    quality: int = 95
+    """Of lossy formats, 1 to 100."""
     solver: str | None = None
     """euler, heun, midpoint, rk4, dopri5, bosh3, adaptive_heun, dopri8 or ddim; None: what the model carries."""
     steps: tuple[int, ...] = ()
@@ -54,6 +64,8 @@ class GenerateConfig:
     cpus_per_actor: int = 1
     """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
     gpus_per_actor: float = 0
+    experiment: str = "diff2flow-generate"
+    """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "chunk_size", "num_actors", "cpus_per_actor"):
@@ -61,6 +73,10 @@ class GenerateConfig:
                 raise GenerateError(f"{name}={getattr(self, name)} must be at least 1.")
         if len(set(self.steps)) != len(self.steps) or any(steps < 1 for steps in self.steps):
             raise GenerateError(f"steps={self.steps} must be different numbers of at least 1.")
+        if not 1 <= self.quality <= 100:
+            raise GenerateError(f"quality={self.quality} must be from 1 to 100.")
+        if self.emit != "images" and len(self.steps) > 1:
+            raise GenerateError(f"emit={self.emit!r} makes one latent per prompt. Give one number of steps.")
 
     def check_complete(self) -> None:
         """Raises GenerateError when a URI is missing."""
@@ -75,6 +91,7 @@ class Plan:
 
     prompts_digest: str
     num_prompts: int
+    num_images: int
     model_uri: str
     """Pinned: never an alias."""
     model_hash: str
@@ -83,22 +100,46 @@ class Plan:
     guidance: float
     shift: float
     seed: int
-    latent_shape: tuple[int, int, int]
-    """Channels, height, width."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
     batch_size: int
     chunk_size: int
-    format: str = field(default="png", init=False)
+    emit: Emit
+    format: Format
+    quality: int
 
     @property
     def num_chunks(self) -> int:
         return -(-self.num_prompts // self.chunk_size)
 
-    @property
-    def num_images(self) -> int:
-        return self.num_prompts * len(self.steps)
-
     def rows_of(self, chunk: int) -> range:
         return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.num_prompts))
+
+    def requests(self, rows: list[dict[str, Any]]) -> list[Request]:
+        """What a chunk's rows ask for: all rows at the first number of steps, then at the next; a row that says its
+        own number has its place among the first."""
+        return [
+            self._request(row, row["steps"] or steps)
+            for turn, steps in enumerate(self.steps)
+            for row in rows
+            if turn == 0 or row["steps"] is None
+        ]
+
+    def _request(self, row: dict[str, Any], steps: int) -> Request:
+        return Request(
+            sample_id=row["sample_id"],
+            prompt=row["prompt"],
+            negative_prompt=row["negative_prompt"],
+            seed=self.seed if row["seed"] is None else row["seed"],
+            solver=self.solver,
+            steps=steps,
+            guidance=self.guidance if row["guidance"] is None else row["guidance"],
+            shift=self.shift,
+            height=row["height"] or row["width"] or self.height,
+            width=row["width"] or row["height"] or self.width,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two jobs to make the same images: of the model its hash, not its place."""
@@ -107,52 +148,69 @@ class Plan:
         return values
 
 
-def make_plan(config: GenerateConfig, prompts: pa.Table, model: TrainedModel, model_uri: str) -> Plan:
+def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, model_uri: str) -> Plan:
     """Fill in what the config leaves to the model.
 
     Raises:
-        ValueError: an unknown solver, or a resolution that the autoencoder cannot make.
+        ValueError: an unknown solver, or a size that the autoencoder cannot make.
     """
-    defaults = model.sampling
-    solver = config.solver or defaults.solver
-    steps = config.steps or (defaults.steps,)
-    guidance = defaults.guidance if config.guidance is None else config.guidance
-    shift = defaults.shift if config.shift is None else config.shift
-    for number in steps:
-        SamplerChoice(solver=solver, steps=number, guidance=guidance, shift=shift)
+    try:
+        filled = [
+            fill_request(
+                model,
+                prompt="",
+                solver=config.solver,
+                steps=steps,
+                guidance=config.guidance,
+                shift=config.shift,
+                height=config.resolution,
+                width=config.resolution,
+            )
+            for steps in config.steps or (model.sampling.steps,)
+        ]
+    except BaseModelError as error:
+        raise GenerateError(f"resolution={config.resolution}: {error}") from None
+    _check_sizes(config, prompts, model)
+    turns, first = len(filled), filled[0]
     return Plan(
-        prompts_digest=prompts_digest(prompts),
+        prompts_digest=prompts.digest,
         num_prompts=prompts.num_rows,
+        num_images=turns * prompts.num_rows - (turns - 1) * prompts.rows_with_steps,
         model_uri=model_uri,
         model_hash=model.content_hash,
-        solver=solver,
-        steps=steps,
-        guidance=guidance,
-        shift=shift,
+        solver=first.solver,
+        steps=tuple(request.steps for request in filled),
+        guidance=first.guidance,
+        shift=first.shift,
         seed=config.seed,
-        latent_shape=_latent_shape(config, model),
+        height=first.height,
+        width=first.width,
         batch_size=config.batch_size,
         chunk_size=config.chunk_size,
+        emit=config.emit,
+        format=config.format,
+        quality=config.quality,
     )
 
 
-def _latent_shape(config: GenerateConfig, model: TrainedModel) -> tuple[int, int, int]:
-    unet = json.loads((model.base.path / "unet/config.json").read_text())
-    channels = unet["in_channels"]
-    if config.resolution is None:
-        size = unet["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return channels, height, width
-    vae = json.loads((model.base.path / "vae/config.json").read_text())
-    unit = 2 ** (len(vae["block_out_channels"]) - 1)
-    if config.resolution < unit or config.resolution % unit:
-        raise GenerateError(f"resolution={config.resolution} must be a multiple of the autoencoder's {unit} pixels.")
-    return channels, config.resolution // unit, config.resolution // unit
+def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: TrainedModel) -> None:
+    for number, height, width in prompts.sizes:
+        if height is None and width is None:
+            continue
+        if config.emit != "images":
+            raise GenerateError(
+                f"{prompts.uri!r} row {number} has a size of its own, but latents of one table have one shape. Remove "
+                "the columns height and width, and give --resolution."
+            )
+        try:
+            model.base.latent_shape(height or width or 0, width or height or 0)
+        except BaseModelError as error:
+            raise PromptError(f"{prompts.uri!r} row {number}: {error}") from None
 
 
-def part_name(chunk: int) -> str:
-    """Path of a chunk's index part, relative to the output."""
-    return f"{INDEX}/part-{chunk:06d}.parquet"
+def part_name(chunk: int, table: str = INDEX) -> str:
+    """Path of a chunk's part of a table, relative to the output."""
+    return f"{table}/part-{chunk:06d}.parquet"
 
 
 def chunks_done(output: str, plan: Plan) -> set[int]:
@@ -161,7 +219,7 @@ def chunks_done(output: str, plan: Plan) -> set[int]:
     return {chunk for chunk in range(plan.num_chunks) if part_name(chunk).rsplit("/", 1)[-1] in names}
 
 
-def claim_output(output: str, plan: Plan, prompts: pa.Table) -> None:
+def claim_output(output: str, plan: Plan, prompts: PromptFile) -> None:
     """Write plan and prompts at the output, or check that the plan which lies there is the same.
 
     Raises:
@@ -173,9 +231,9 @@ def claim_output(output: str, plan: Plan, prompts: pa.Table) -> None:
     except FileExistsError:
         refuse_other(output, plan.identity(), json.loads(read_bytes(place)))
     if not exists(join(output, PROMPTS_NAME)):
-        sink = pa.BufferOutputStream()
-        pq.write_table(prompts, sink, row_group_size=plan.chunk_size)
-        write_bytes(join(output, PROMPTS_NAME), sink.getvalue().to_pybytes())
+        with tempfile.TemporaryDirectory() as directory:
+            copy_prompts(prompts, Path(directory, PROMPTS_NAME), plan.chunk_size)
+            upload_tree(Path(directory), output)
 
 
 def refuse_other(output: str, wanted: dict[str, Any], there: dict[str, Any]) -> None:

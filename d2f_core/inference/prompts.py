@@ -1,57 +1,135 @@
-"""Prompt files: parquet, jsonl or csv, on S3 or local, as one checked table."""
+"""Prompt files: parquet, jsonl or csv, on S3 or local, read row by row and checked, however many rows there are."""
 
 import csv
 import hashlib
-import io
+import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2f_core.storage import read_bytes, write_bytes
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.table_reader import RowReader
+from d2f_core.storage import local_file, write_bytes
 
 PROMPT_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("negative_prompt", pa.string(), nullable=False),
+        # Null: the job's.
         pa.field("seed", pa.int64()),
+        pa.field("steps", pa.int32()),
+        pa.field("guidance", pa.float64()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
     ]
 )
 COLUMNS = tuple(PROMPT_SCHEMA.names)
 SAMPLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A sample_id becomes part of a file name."""
+BATCH_ROWS = 1024
+MAX_STEPS, MAX_PIXELS = 10_000, 65_536
+"""Along one side."""
 
 
 class PromptError(ValueError):
     """A prompt file that cannot be used: the file, the row, the rule and the fix."""
 
 
-def read_prompts(uri: str) -> pa.Table:
-    """All prompts of a file, in file order, as `PROMPT_SCHEMA`.
+@dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """What a prompt file holds, without holding it."""
+
+    uri: str
+    num_rows: int
+    digest: str
+    """sha256 over the checked rows: equal for equal prompts, whatever the file format."""
+    rows_with_steps: int
+    """Rows that say their own number of steps."""
+    sizes: tuple[tuple[int, int | None, int | None], ...]
+    """Each different (height, width) of a row, after the number of the first row that has it."""
+
+
+def scan_prompts(uri: str) -> PromptFile:
+    """Read and check every row of a prompt file; keeps 8 bytes of each.
 
     The column `prompt` is required. Optional: `sample_id` (default: a hash of row number and prompt), `negative_prompt`
-    (default: empty), `seed` (default: the job's). Other columns are left out.
+    (default: empty), and instead of the job's own: `seed`, `steps`, `guidance`, `height`, `width` (pixels). Other
+    columns are left out.
 
     Raises:
         PromptError: no such file, another format, no `prompt` column, a bad value, or a repeated sample_id.
     """
+    digest, names, sizes, with_steps = hashlib.sha256(), array("Q"), dict[Any, int](), 0
+    for number, row in enumerate(checked_rows(uri), start=1):
+        digest.update(_line(row))
+        names.append(_short_hash(row["sample_id"]))
+        sizes.setdefault((row["height"], row["width"]), number)
+        with_steps += row["steps"] is not None
+    if not names:
+        raise PromptError(f"{uri!r} holds no rows. Write at least one prompt.")
+    hashes, counts = np.unique(np.frombuffer(names, np.uint64), return_counts=True)
+    if (counts > 1).any():
+        _refuse_duplicates(uri, set(hashes[counts > 1].tolist()))
+    return PromptFile(
+        uri=uri,
+        num_rows=len(names),
+        digest=digest.hexdigest(),
+        rows_with_steps=with_steps,
+        sizes=tuple((number, *size) for size, number in sizes.items()),
+    )
+
+
+def checked_rows(uri: str) -> Iterator[dict[str, Any]]:
+    """The rows of a prompt file by the columns of `PROMPT_SCHEMA`, in file order.
+
+    Raises:
+        PromptError: as `scan_prompts`, but for repeated names.
+    """
     try:
-        data = read_bytes(uri)
+        with local_file(uri) as path:
+            yield from (_check(uri, index, row) for index, row in enumerate(_rows(uri, path)))
     except FileNotFoundError:
         raise PromptError(f"No prompt file at {uri!r}. Check the URI, or upload the file there first.") from None
     except OSError as error:
         reason = f"{type(error).__name__}: {error}"
         raise PromptError(f"{uri!r} cannot be read ({reason}). Check the URI and the credentials.") from None
-    rows = _rows(uri, data)
-    checked = [_check(uri, index, row) for index, row in enumerate(rows)]
-    if not checked:
-        raise PromptError(f"{uri!r} holds no rows. Write at least one prompt.")
-    _refuse_duplicates(uri, [row["sample_id"] for row in checked])
-    return pa.Table.from_pylist(checked, schema=PROMPT_SCHEMA)
+
+
+def copy_prompts(prompts: PromptFile, target: Path, rows_per_group: int) -> None:
+    """Write the checked rows to a local parquet file, one row group for each `rows_per_group` of them.
+
+    Raises:
+        PromptError: the file is no longer the one that was scanned.
+    """
+    rows, digest = checked_rows(prompts.uri), hashlib.sha256()
+    with pq.ParquetWriter(target, PROMPT_SCHEMA) as writer:
+        while group := list(itertools.islice(rows, rows_per_group)):
+            for row in group:
+                digest.update(_line(row))
+            writer.write_table(pa.Table.from_pylist(group, schema=PROMPT_SCHEMA))
+    if digest.hexdigest() != prompts.digest:
+        raise PromptError(f"{prompts.uri!r} has changed since it was checked. Start again once it stays as it is.")
+
+
+def table_captions(uri: str, most: int | None = None) -> list[str]:
+    """The captions of an image or latent table, in its order; the first `most`."""
+    manifest = read_manifest(uri)
+    rows = np.arange(manifest.num_rows if most is None else min(manifest.num_rows, most))
+    return RowReader(uri, manifest, ("caption",)).read(rows).column("caption").to_pylist()
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, sort_keys=True).encode() + b"\n"
 
 
 def write_prompts(uri: str, prompts: Sequence[str]) -> None:
@@ -59,25 +137,26 @@ def write_prompts(uri: str, prompts: Sequence[str]) -> None:
     write_bytes(uri, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode())
 
 
-def prompts_digest(table: pa.Table) -> str:
-    """sha256 over the checked rows: equal for equal prompts, whatever the file format."""
-    digest = hashlib.sha256()
-    for row in table.to_pylist():
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
+def _short_hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def _rows(uri: str, data: bytes) -> Iterable[Mapping[str, Any]]:
+def _rows(uri: str, path: Path) -> Iterable[Mapping[str, Any]]:
     suffix = uri.rsplit(".", 1)[-1].lower()
     if suffix == "parquet":
-        return _parquet_rows(uri, data)
+        return _parquet_rows(uri, path)
     if suffix not in ("jsonl", "csv"):
         raise PromptError(f"{uri!r} ends in {suffix!r}. A prompt file is .parquet, .jsonl or .csv.")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{uri!r} is not UTF-8 ({error}). Save it as UTF-8.") from None
-    return _jsonl_rows(uri, text) if suffix == "jsonl" else _csv_rows(uri, text)
+    return _text_rows(uri, path, suffix)
+
+
+def _text_rows(uri: str, path: Path, suffix: str) -> Iterator[Mapping[str, Any]]:
+    # csv wants the line ends as they are; JSON lines end in \n alone, for other marks may stand inside a string.
+    with path.open(encoding="utf-8-sig", newline="" if suffix == "csv" else "\n") as file:
+        try:
+            yield from (_jsonl_rows if suffix == "jsonl" else _csv_rows)(uri, file)
+        except UnicodeDecodeError as error:
+            raise PromptError(f"{uri!r} is not UTF-8 ({error}). Save it as UTF-8.") from None
 
 
 def _require_prompt(uri: str, columns: Iterable[str]) -> None:
@@ -89,27 +168,29 @@ def _require_prompt(uri: str, columns: Iterable[str]) -> None:
         )
 
 
-def _parquet_rows(uri: str, data: bytes) -> list[dict[str, Any]]:
+def _parquet_rows(uri: str, path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        with pq.ParquetFile(path) as file:
+            _require_prompt(uri, file.schema_arrow.names)
+            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                yield from batch.to_pylist()
     except pa.ArrowInvalid as error:
         raise PromptError(f"{uri!r} is not a parquet file ({error}). Write it again.") from None
-    _require_prompt(uri, file.schema_arrow.names)
-    return file.read(columns=[name for name in COLUMNS if name in file.schema_arrow.names]).to_pylist()
 
 
-def _csv_rows(uri: str, text: str) -> Iterable[Mapping[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    _require_prompt(uri, reader.fieldnames or [])
+def _csv_rows(uri: str, file: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    reader = csv.DictReader(file, strict=True)
     try:
+        _require_prompt(uri, reader.fieldnames or [])
         # An empty field is no value, as the format cannot tell the two apart; an empty prompt is then refused.
         yield from ({name: value or None for name, value in row.items() if name in COLUMNS} for row in reader)
     except csv.Error as error:
         raise PromptError(f"{uri!r} is not CSV near line {reader.line_num} ({error}). Correct that line.") from None
 
 
-def _jsonl_rows(uri: str, text: str) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _jsonl_rows(uri: str, file: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
@@ -137,30 +218,55 @@ def _check(uri: str, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
         "sample_id": sample_id,
         "prompt": row["prompt"],
         "negative_prompt": row.get("negative_prompt") or "",
-        "seed": _seed(where, row.get("seed")),
+        "seed": _whole(where, "seed", row.get("seed"), 0, 2**63 - 1),
+        "steps": _whole(where, "steps", row.get("steps"), 1, MAX_STEPS),
+        "guidance": _number(where, "guidance", row.get("guidance")),
+        "height": _whole(where, "height", row.get("height"), 1, MAX_PIXELS),
+        "width": _whole(where, "width", row.get("width"), 1, MAX_PIXELS),
     }
 
 
-def _seed(where: str, value: Any) -> int | None:
-    if value is None or value == "" or value != value:
+def _absent(value: Any) -> bool:
+    return value is None or value == "" or value != value
+
+
+def _whole(where: str, name: str, value: Any, lowest: int, highest: int) -> int | None:
+    if _absent(value):
         return None
     if isinstance(value, float) and value.is_integer():  # a column of integers with gaps, as pandas stores it
         value = int(value)
     try:
-        seed = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else -1
+        number = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else lowest - 1
     except ValueError:
-        seed = -1
-    if not 0 <= seed < 2**63:
-        raise PromptError(f"{where}: seed is {value!r}. It must be a whole number from 0 to 2**63 - 1, or absent.")
-    return seed
+        number = lowest - 1
+    if not lowest <= number <= highest:
+        raise PromptError(
+            f"{where}: {name} is {value!r}. It must be a whole number from {lowest} to {highest}, or absent."
+        )
+    return number
 
 
-def _refuse_duplicates(uri: str, sample_ids: Sequence[str]) -> None:
+def _number(where: str, name: str, value: Any) -> float | None:
+    if _absent(value):
+        return None
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise PromptError(f"{where}: {name} is {value!r}. It must be a finite number, or absent.")
+    return number
+
+
+def _refuse_duplicates(uri: str, hashes: set[int]) -> None:
+    """Name the repeated sample_id, if it is one: hashes may meet by chance."""
     first: dict[str, int] = {}
-    for row, name in enumerate(sample_ids, start=1):
+    for number, row in enumerate(checked_rows(uri), start=1):
+        name = row["sample_id"]
         if name in first:
             raise PromptError(
-                f"{uri!r}: sample_id {name!r} stands in rows {first[name]} and {row}. It names the image, so it must "
-                "be unique: rename one, or leave the column out."
+                f"{uri!r}: sample_id {name!r} stands in rows {first[name]} and {number}. It names the image, so it "
+                "must be unique: rename one, or leave the column out."
             )
-        first[name] = row
+        if _short_hash(name) in hashes:
+            first[name] = number

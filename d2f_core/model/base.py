@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f_core import storage
-from d2f_core.content import HASHED_SUFFIXES, cache_root, hash_directory
+from d2f_core.content import HASHED_SUFFIXES, cache_root, hash_directory, one_at_a_time
 from d2f_core.objective.schedule import NoiseSchedule
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -52,6 +52,29 @@ class BaseModel:
             raise BaseModelError(f"{self.uri!r} has no vae/config.json. Copy the vae directory of the original model.")
         return 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
 
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the UNet was made for."""
+        size = self._unet_config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pixels_per_latent, width * self.pixels_per_latent
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of images of `height` x `width` pixels.
+
+        Raises:
+            BaseModelError: a size that the autoencoder does not divide.
+        """
+        unit = self.pixels_per_latent
+        for name, value in (("height", height), ("width", width)):
+            if value < unit or value % unit:
+                raise BaseModelError(f"{name}={value} must be a multiple of the autoencoder's {unit} pixels.")
+        return int(self._unet_config["out_channels"]), height // unit, width // unit
+
+    @property
+    def _unet_config(self) -> dict[str, Any]:
+        return json.loads((self.path / "unet/config.json").read_text())
+
 
 def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
     """Whether a UNet is of SDXL's kind: it reads pooled text and image sizes beside the text states."""
@@ -63,12 +86,14 @@ def local_copy(uri: str, *, cache_dir: Path | None = None) -> Path:
     if uri.startswith("s3://"):
         storage.check_reachable(uri)
         fs, path = storage.filesystem(uri)
-        listing = sorted((name, info.get("ETag"), info["size"]) for name, info in fs.find(path, detail=True).items())
+        found = storage.retried(f"list {uri}", lambda: fs.find(path, detail=True))
+        listing = sorted((name, info.get("ETag"), info["size"]) for name, info in found.items())
         if not listing:
             raise BaseModelError(f"{uri!r} holds no files. Check the URI, or upload the model there first.")
         version = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
         target = (cache_dir or cache_root()) / "models" / version
-        return target if target.is_dir() else storage.download_tree(uri, target)
+        with one_at_a_time(target):
+            return target if target.is_dir() else storage.download_tree(uri, target)
     local = Path(uri.removeprefix("file://")).expanduser()
     for place in (local, PROJECT_ROOT / local):
         if place.is_dir():

@@ -31,7 +31,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -185,6 +185,24 @@ def load_lora(unet: UNet2DConditionModel, adapter: Path) -> nn.Module:
     network = PeftModel.from_pretrained(cast(Any, unet), adapter)
     _check_taken(network, weights, adapter, "default")
     return cast(Any, network).merge_and_unload()
+
+
+def set_adapter(network: PeftModel, adapter: Path) -> None:
+    """Give adapters that were added anew the values of a saved adapter of the same shape.
+
+    Raises:
+        AdapterError: it has other ranks, or adapts other layers.
+    """
+    saved = load_file(adapter / "adapter_model.safetensors")
+    wanted = {(name, value.shape) for name, value in get_peft_model_state_dict(cast(Any, network)).items()}
+    if odd := sorted({name for name, _ in wanted ^ {(name, value.shape) for name, value in saved.items()}}):
+        raise AdapterError(
+            f"{len(odd)} of {len(wanted)} tensors of {adapter} have other shapes than the network's, such as {odd[0]}. "
+            "Use the LoRA settings that it was trained with."
+        )
+    set_peft_model_state_dict(cast(Any, network), saved)
+    weights = {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
+    _check_taken(network, weights, adapter, "default")
 
 
 def load_lora_in_diffusers(

@@ -9,15 +9,16 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 
-from d2f_core.model.artifact import SamplingDefaults, TrainedModel, to_uint8
+from d2f_core.model.artifact import SamplingDefaults, TrainedModel, load_model, read_description, to_uint8
 from d2f_core.model.autoencoder import Autoencoder, load_autoencoder
-from d2f_core.model.base import BaseModel
+from d2f_core.model.base import BaseModel, local_copy
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.image_sizes import sizes_of_rows
-from d2f_core.model.lora import LoraConfig, add_lora
+from d2f_core.model.lora import LoraConfig, add_lora, set_adapter
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.alignment import VelocityField
@@ -39,6 +40,9 @@ class ModelConfig:
 
     base: str
     """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
+    start: str = ""
+    """A model trained on this base by the same method, to go on from, as a further round of reflow does: its directory
+    or models:/NAME/VERSION. Empty: the base as it is."""
     from_scratch: bool = False
     """Keep the base's architecture, but start from new random weights."""
     objective: Literal["diff2flow", "flow_matching", "diffusion"] = "diff2flow"
@@ -58,6 +62,8 @@ class ModelConfig:
             raise ValueError(f"caption_dropout={self.caption_dropout} must lie in [0, 1). Use 0.02 to 0.15.")
         if self.from_scratch and self.method == "lora":
             raise ValueError("from_scratch=True with method='lora' would adapt random weights. Use method='full'.")
+        if self.from_scratch and self.start:
+            raise ValueError(f"start={self.start!r} with from_scratch=True contradict each other. Give one of them.")
         if self.objective == "diffusion" and self.times != TimeSampling():
             raise ValueError(
                 "times belongs to the flow losses; objective='diffusion' draws timesteps evenly. Remove it."
@@ -89,9 +95,34 @@ class PreviewConfig:
 def build_network(base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
     """The module to train: gradients are on for just what the method trains."""
     unet = load_unet(base, from_scratch=config.from_scratch, seed=seed)
-    if config.method == "lora":
-        return add_lora(unet, config.lora, seed=seed)
-    return unet.requires_grad_(True)
+    network = add_lora(unet, config.lora, seed=seed) if config.method == "lora" else unet.requires_grad_(True)
+    if config.start:
+        _start_from(network, base, config)
+    return network
+
+
+def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
+    """Give what is to be trained the values of a trained model.
+
+    Raises:
+        ValueError: it was trained on another base, by another method, or with other LoRA settings.
+    """
+    trained = load_model(config.start)  # checks files and hashes
+    directory = local_copy(config.start)
+    if trained.base.content_hash != base.content_hash:
+        raise ValueError(
+            f"start={config.start!r} was trained on a base with the hash {trained.base.content_hash}; base="
+            f"{base.uri!r} has {base.content_hash}. Give that model's base."
+        )
+    method = read_description(directory)["method"]
+    if method != config.method:
+        raise ValueError(
+            f"start={config.start!r} was trained by method={method!r}, not {config.method!r}. Use the same."
+        )
+    if method == "lora":
+        set_adapter(cast(PeftModel, network), directory / "adapter")
+    else:
+        network.load_state_dict(trained.network.state_dict())
 
 
 def sample_keys(epochs: Sequence[int], rows: Sequence[int]) -> list[str]:
@@ -138,7 +169,7 @@ class TextToImage:
         return condition
 
     def to_batch(self, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Columns of a latent table, with `epoch` and `row`, -> tensors."""
+        """Columns of a latent table, with `epoch` and `row`, -> tensors. A column `noise` is the noise (reflow)."""
         keys = sample_keys(arrays["epoch"], arrays["row"])
         mean = np.asarray(arrays["latent_mean"], dtype=np.float32)
         std = np.asarray(arrays["latent_std"], dtype=np.float32)
@@ -147,10 +178,16 @@ class TextToImage:
         captions = ["" if drop else str(caption) for drop, caption in zip(dropped, arrays["caption"], strict=True)]
         return {
             "data": torch.from_numpy(data).to(self.device),
-            "noise": torch.from_numpy(keyed_normal(self.seed, keys, mean.shape[1:], "noise")).to(self.device),
+            "noise": self._noise(arrays, self.seed, keys, "noise"),
             "uniform": torch.from_numpy(keyed_uniform(self.seed, keys, "time")).to(self.device),
             **self._row_condition(captions, arrays),
         }
+
+    def _noise(self, arrays: Mapping[str, Any], seed: int, keys: Sequence[str], purpose: str) -> Tensor:
+        given = arrays.get("noise")
+        shape = arrays["latent_mean"].shape[1:]
+        noise = keyed_normal(seed, keys, shape, purpose) if given is None else np.asarray(given, dtype=np.float32)
+        return torch.from_numpy(noise).to(self.device)
 
     def loss(self, network: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Loss per sample [batch]."""
@@ -171,7 +208,7 @@ class TextToImage:
         """Sum and count of the flow loss at fixed times with fixed noise: comparable between steps, losses and runs."""
         data = torch.from_numpy(np.asarray(arrays["latent_mean"], dtype=np.float32)).to(self.device)
         keys = sample_keys([0] * len(data), arrays["row"])
-        noise = torch.from_numpy(keyed_normal(0, keys, tuple(data.shape[1:]), "validation")).to(self.device)
+        noise = self._noise(arrays, 0, keys, "validation")
         times = (torch.arange(VALIDATION_TIMES, device=self.device) + 0.5) / VALIDATION_TIMES
         condition = self._row_condition([str(caption) for caption in arrays["caption"]], arrays)
         losses = flow_validation_loss(self.model(network).velocity_field, data, noise, times, **condition)

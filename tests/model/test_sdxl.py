@@ -14,7 +14,7 @@ from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.schema import latent_schema
 from d2f_core.inference.plan import PROMPTS_NAME, GenerateConfig, make_plan
-from d2f_core.inference.prompts import read_prompts
+from d2f_core.inference.prompts import checked_rows, copy_prompts, scan_prompts
 from d2f_core.inference.sampler import ChunkSampler
 from d2f_core.model.artifact import SamplingDefaults, describe, load_model, save_artifact, to_uint8
 from d2f_core.model.autoencoder import autoencoder_fingerprint, load_autoencoder
@@ -243,18 +243,20 @@ def test_a_generation_job_draws_what_the_model_samples(base, tmp_path):
     prompts_file = tmp_path / "prompts.csv"
     prompts_file.write_text("prompt,negative_prompt,seed\na cat,,7\ndog,cat,8\n")
     config = GenerateConfig(prompts=str(prompts_file), model=str(base), output=str(tmp_path / "out"), steps=(2,))
-    prompts, model = read_prompts(config.prompts), load_model(config.model)
+    prompts, model = scan_prompts(config.prompts), load_model(config.model)
     plan = make_plan(config, prompts, model, config.model)
     (tmp_path / "out").mkdir()
-    pq.write_table(prompts, tmp_path / "out" / PROMPTS_NAME, row_group_size=plan.chunk_size)
+    copy_prompts(prompts, tmp_path / "out" / PROMPTS_NAME, plan.chunk_size)
     sampler = ChunkSampler(plan, config.output, torch.get_num_threads())
     assert sampler({"chunk": np.array([0])})["failed"] == [0]
     index = pq.read_table(tmp_path / "out/index/part-000000.parquet").to_pylist()
     assert [row["prompt"] for row in index] == PROMPTS and all(row["error"] is None for row in index)
     encoder = load_text_encoder(model.base)
-    drawn, _ = sampler._latents(prompts.to_pylist(), 2)
-    names = prompts.to_pylist()
-    start = np.concatenate([keyed_normal(row["seed"], [row["sample_id"]], plan.latent_shape) for row in names])
+    names = list(checked_rows(config.prompts))
+    made = sampler.maker.make(plan.requests(names))
+    drawn = torch.from_numpy(np.stack([one.latent for one in made]))
+    shape = model.base.latent_shape(plan.height, plan.width)
+    start = np.concatenate([keyed_normal(row["seed"], [row["sample_id"]], shape) for row in names])
     options = {"solver": plan.solver, "steps": 2, "guidance": plan.guidance}
     given, null = encoder.condition(PROMPTS), encoder.condition(["", "cat"])
     ours, _ = sample_latents(model, torch.from_numpy(start), given, null, **options)

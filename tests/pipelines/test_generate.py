@@ -1,6 +1,7 @@
 """The generate job on a real cluster: the same images however it runs, nothing lost or doubled when it is killed."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -11,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
+from PIL import Image
 
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.inference.generate import check_generate, generate, read_generations
 from d2f_core.inference.plan import GenerateConfig, GenerateError
 from d2f_core.storage import exists, join, list_names, read_bytes, write_bytes
+from d2f_core.tracking import find_run
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ROOT = Path(__file__).parents[2]
@@ -40,6 +44,7 @@ def config(base: str) -> GenerateConfig:
         steps=(1, 2),
         batch_size=3,
         chunk_size=4,
+        num_actors=1,
     )
 
 
@@ -67,9 +72,9 @@ def test_every_prompt_and_step_has_an_image_and_an_index_row(config: GenerateCon
 
 
 def test_images_do_not_depend_on_the_number_of_actors(config: GenerateConfig, reference: Manifest) -> None:
-    alone = replace(config, num_actors=1, output=f"{HOME}/alone")
-    generate(check_generate(alone))
-    assert hashes(alone.output) == hashes(config.output)
+    several = replace(config, num_actors=2, output=f"{HOME}/several")
+    generate(check_generate(several))
+    assert hashes(several.output) == hashes(config.output)
 
 
 def test_a_finished_job_does_nothing(
@@ -106,7 +111,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_images(config: GenerateConf
     whole = replace(
         config, prompts=prompts("many", rows), output=f"{HOME}/whole", steps=(30,), chunk_size=1, batch_size=1
     )
-    killed = replace(whole, output=f"{HOME}/killed", num_actors=1)
+    killed = replace(whole, output=f"{HOME}/killed")
     code = (
         "import sys, json; from d2f_core.inference.plan import GenerateConfig; from pipelines.generate import main;"
         "c = json.loads(sys.argv[1]); c['steps'] = tuple(c['steps']); main(GenerateConfig(**c))"
@@ -140,6 +145,30 @@ def test_a_row_has_its_own_seed_and_negative_prompt(config: GenerateConfig, refe
     assert [row["seed"] for row in read_generations(own.output).to_pylist()] == [0, 5, 0]
 
 
+def test_rows_have_steps_guidance_and_size_of_their_own(config: GenerateConfig, reference: Manifest) -> None:
+    rows = [
+        {"prompt": "cat 0", "sample_id": "id0"},
+        {"prompt": "cat 1", "sample_id": "id1", "steps": 3},
+        {"prompt": "cat 2", "sample_id": "id2", "guidance": 1.0, "height": 32, "width": 8},
+    ]
+    own = replace(config, prompts=prompts("overrides", rows), output=f"{HOME}/overrides", format="webp")
+    assert generate(check_generate(own)).counts["images"] == 5, "two numbers of steps, but for the row with its own"
+    made = {(row["sample_id"], row["steps"]): row for row in read_generations(own.output).to_pylist()}
+    assert sorted(made) == [("id0", 1), ("id0", 2), ("id1", 3), ("id2", 1), ("id2", 2)]
+    assert (made["id2", 1]["guidance"], made["id0", 1]["guidance"]) == (1.0, 3.0)
+    sizes = {key: Image.open(io.BytesIO(read_bytes(row["image_uri"]))) for key, row in made.items()}
+    assert sizes["id2", 2].size == (8, 32) and sizes["id0", 2].size == (16, 16)
+    assert {image.format for image in sizes.values()} == {"WEBP"}
+
+
+def test_the_job_has_an_mlflow_run_of_its_own(config: GenerateConfig, reference: Manifest) -> None:
+    handle = find_run(experiment=config.experiment, run_key=config.output)
+    assert handle
+    run = mlflow.MlflowClient().get_run(handle.run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics["images"] == 22 and run.data.metrics["failed"] == 0
+    assert run.data.tags["d2f.prompts"] == config.prompts and run.data.params["seed"] == "0"
+
+
 def test_an_image_that_is_not_finite_is_a_reason_not_a_picture(config: GenerateConfig) -> None:
     broken = replace(config, guidance=1e38, output=f"{HOME}/broken", steps=(2,))
     manifest = generate(check_generate(broken))
@@ -153,7 +182,8 @@ def test_an_image_that_is_not_finite_is_a_reason_not_a_picture(config: GenerateC
     ("change", "message"),
     [
         ({"solver": "eulr"}, "solver='eulr' is not known"),
-        ({"resolution": 17}, "resolution=17 must be a multiple of the autoencoder's 2 pixels"),
+        ({"resolution": 17}, "resolution=17: height=17 must be a multiple of the autoencoder's 2 pixels"),
+        ({"emit": "pairs"}, "emit='pairs' makes one latent per prompt"),
         ({"model": "s3://d2f/none"}, "holds no files"),
         ({"model": "models:/none@candidate"}, "alias candidate not found|not found"),
         ({"prompts": "s3://d2f/none.csv"}, "No prompt file"),
@@ -166,9 +196,8 @@ def test_bad_settings_are_refused(
     config: GenerateConfig, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("d2f_core.inference.generate.RESOURCE_WAIT_SECONDS", 0.5)
-    bad = replace(config, **{"output": f"{HOME}/bad", **change})
     with pytest.raises(ValueError, match=message) as caught:
-        generate(check_generate(bad))
+        generate(check_generate(replace(config, **{"output": f"{HOME}/bad", **change})))
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,107 @@
+"""Reflow: `ray job submit --working-dir . -- python -m pipelines.reflow emoji`.
+
+In every round a model draws pairs of noise and latent, is trained to go from one to the other on a straight line, and
+is registered; the next round begins with it. What is complete is skipped; after a kill the same command goes on.
+Source: Liu et al., "Flow Straight and Fast", 2022, arXiv:2209.03003.
+"""
+
+import itertools
+import json
+import logging
+from dataclasses import dataclass, field, replace
+
+import ray
+
+from d2f_core.data.manifest import read_manifest
+from d2f_core.inference.plan import GenerateConfig
+from d2f_core.inference.prompts import table_captions
+from d2f_core.inference.register import RegisterConfig
+from d2f_core.model.base import resolve_base
+from d2f_core.storage import check_reachable, join, write_bytes
+from d2f_core.tracking import check_tracking, pin_model
+from pipelines import generate
+from pipelines.cli import run_job
+from pipelines.configs import FinetuneConfig
+from pipelines.workflow_stages import Outputs, Workflow, finetune_with, register_with
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReflowConfig:
+    output: str
+    """Stage records, prompts, pairs and trainings go here."""
+    teacher: str
+    """Who draws the first pairs: a base model, or a trained one (directory or models:/NAME@ALIAS)."""
+    captions: str
+    """Latent table whose captions are drawn, one after another, again and again."""
+    num_pairs: int = 10_000
+    """Pairs of a round."""
+    rounds: int = 1
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """How pairs are drawn; `prompts`, `model`, `output` and `emit` are filled in."""
+    finetune: FinetuneConfig
+    """Of each round; `latents`, `output` and `model.start` are filled in."""
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    """`run`, `model` and `experiment` are the finetune's."""
+
+    def __post_init__(self) -> None:
+        for name in ("output", "teacher", "captions"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty. Give --{name} URI.")
+        if self.num_pairs < 1 or self.rounds < 1:
+            raise ValueError(f"num_pairs={self.num_pairs} and rounds={self.rounds} must be at least 1.")
+
+
+def check(config: ReflowConfig) -> None:
+    """Refuse what cannot work before the first stage runs."""
+    check_reachable(config.output, write=True)
+    check_tracking()
+    read_manifest(config.captions)
+    resolve_base(config.finetune.model.base)
+
+
+def main(config: ReflowConfig) -> list[Outputs]:
+    """All rounds; returns each one's registered version."""
+    check(config)
+    ray.init(ignore_reinit_error=True)
+    flow, versions = Workflow(config.output), []
+    teacher, start = pin_model(config.teacher), ""
+    if teacher != config.finetune.model.base:
+        start = teacher
+    for number in range(1, config.rounds + 1):
+        version = run_round(flow, config, number, teacher, start)
+        teacher = start = version["uri"]
+        versions.append(version)
+    return versions
+
+
+def run_round(flow: Workflow, config: ReflowConfig, number: int, teacher: str, start: str) -> Outputs:
+    place = join(config.output, f"round-{number}")
+    prompts = write_captions(config, join(place, "prompts.jsonl"), seed=number)
+    drawing = replace(config.generate, prompts=prompts, model=teacher, output=join(place, "pairs"), emit="pairs")
+    pairs = flow.table(f"pairs_{number}", "pairs", generate.main, drawing, teacher=teacher)
+    training = replace(
+        config.finetune,
+        latents=join(drawing.output, "latents"),
+        output=join(place, "run"),
+        model=replace(config.finetune.model, start=start),
+        name=f"{config.finetune.name}-round-{number}",
+    )
+    model = finetune_with(flow, f"finetune_{number}", training, pairs=pairs["digest"])
+    wired = replace(config.register, run=training.output, model=model["uri"], experiment=config.finetune.experiment)
+    return register_with(flow, f"register_{number}", wired, model)
+
+
+def write_captions(config: ReflowConfig, uri: str, seed: int) -> str:
+    """A prompt file of `num_pairs` rows; each round draws from noises of its own."""
+    captions = itertools.islice(itertools.cycle(table_captions(config.captions, config.num_pairs)), config.num_pairs)
+    lines = [json.dumps({"prompt": caption, "seed": seed}) for caption in captions]
+    write_bytes(uri, ("\n".join(lines) + "\n").encode())
+    return uri
+
+
+if __name__ == "__main__":
+    from pipelines.workflow_recipes import REFLOW
+
+    run_job("reflow", REFLOW, main, check)

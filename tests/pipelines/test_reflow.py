@@ -1,0 +1,115 @@
+"""Reflow on the real stack: a model draws pairs, learns their straight lines, and is registered with its teacher."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2f_core.data.latents import table_to_arrays
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.schema import SchemaError
+from d2f_core.data.table_reader import RowReader
+from d2f_core.inference.image_maker import ImageMaker, fill_request
+from d2f_core.inference.plan import GenerateConfig
+from d2f_core.inference.register import RegisterConfig
+from d2f_core.model.artifact import load_model
+from d2f_core.model.autoencoder import autoencoder_fingerprint
+from d2f_core.model.base import resolve_base
+from d2f_core.model.lora import LoraConfig
+from d2f_core.model.text_to_image import ModelConfig, TextToImage, build_network
+from d2f_core.storage import read_bytes
+from d2f_core.tracking import resolve_model
+from d2f_core.train.config import TrainConfig
+from pipelines import finetune
+from pipelines.configs import FinetuneConfig
+from pipelines.reflow import ReflowConfig, main
+from tests.latent_tables import write_latents
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
+HOME = "s3://d2f/test-reflow"
+
+
+@pytest.fixture(scope="module")
+def config(base: str) -> ReflowConfig:
+    write_latents(f"{HOME}/captions", autoencoder_fingerprint(resolve_base(base)), rows=5, rows_per_file=5, captions=3)
+    return ReflowConfig(
+        output=f"{HOME}/workflow",
+        teacher=base,
+        captions=f"{HOME}/captions",
+        num_pairs=12,
+        generate=GenerateConfig(steps=(2,), num_actors=1, chunk_size=8),
+        finetune=FinetuneConfig(
+            model=ModelConfig(base=base, lora=LoraConfig(rank=2)),
+            latents="",
+            output="",
+            holdout_rows=2,
+            train=TrainConfig(
+                num_steps=2, global_batch_size=2, micro_batch_size=2, threads_per_worker=1, zero_stage=0,
+                evaluate_every=0, lanes=1, window_rows=4,
+            ),
+            experiment="reflow tests",
+        ),
+        register=RegisterConfig(name="reflow-test"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def version(config: ReflowConfig) -> dict[str, str]:
+    (version,) = main(config)
+    return version
+
+
+def test_pairs_hold_the_noise_that_each_latent_came_from(config: ReflowConfig, version: dict[str, str]) -> None:
+    uri = f"{HOME}/workflow/round-1/pairs/latents"
+    manifest = read_manifest(uri)
+    assert manifest.kind == "latents" and manifest.num_rows == 12
+    arrays = table_to_arrays(RowReader(uri, manifest, (*finetune.COLUMNS, "noise", "sample_id")).read(np.arange(12)))
+    model = load_model(config.teacher)
+    request = fill_request(
+        model, prompt=str(arrays["caption"][0]), sample_id=str(arrays["sample_id"][0]), seed=1, steps=2
+    )
+    (made,) = ImageMaker(model).make([request])
+    assert made.latent is not None
+    np.testing.assert_allclose(arrays["latent_mean"][0], made.latent, atol=2e-3, rtol=1e-3)
+    np.testing.assert_allclose(arrays["noise"][0], made.noise, atol=2e-3, rtol=1e-3)
+    task = TextToImage(model.base, config.finetune.model, seed=0, dtype=torch.float32, device="cpu")
+    batch = task.to_batch({**arrays, "row": np.arange(12), "epoch": np.zeros(12, int)})
+    assert torch.equal(batch["noise"], torch.from_numpy(arrays["noise"].astype(np.float32)))
+
+
+def test_the_version_names_its_teacher_and_its_pairs(config: ReflowConfig, version: dict[str, str]) -> None:
+    description = json.loads(read_bytes(f"{HOME}/workflow/round-1/run/model/diff2flow.json"))
+    assert description["training"]["teacher"] == config.teacher
+    assert description["training"]["latents"] == f"{HOME}/workflow/round-1/pairs/latents"
+    assert version["name"] == "reflow-test"
+
+
+def test_a_finished_workflow_does_nothing(config: ReflowConfig, version: dict[str, str]) -> None:
+    assert main(config) == [version]
+
+
+def test_a_further_round_starts_from_the_version(config: ReflowConfig, version: dict[str, str], tmp_path: Path) -> None:
+    start, base = resolve_model(version["uri"]), resolve_base(config.teacher)
+    network = build_network(base, dataclasses.replace(config.finetune.model, start=start), seed=5)
+    again = tmp_path / "again"
+    cast(Any, network).save_pretrained(again)
+    saved, trained = (load_file(place / "adapter_model.safetensors") for place in (again, Path(start, "adapter")))
+    assert saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name]) for name in trained)
+    assert any(value.abs().max() > 0 for name, value in trained.items() if "lora_B" in name), "it was trained"
+    with pytest.raises(ValueError, match="Use the LoRA settings that it was trained with"):
+        build_network(base, dataclasses.replace(config.finetune.model, start=start, lora=LoraConfig(rank=3)), seed=5)
+    with pytest.raises(ValueError, match="was trained by method='lora', not 'full'"):
+        build_network(base, dataclasses.replace(config.finetune.model, start=start, method="full"), seed=5)
+
+
+def test_pairs_of_another_base_are_refused(config: ReflowConfig, version: dict[str, str]) -> None:
+    uri = f"{HOME}/workflow/round-1/pairs/latents"
+    training = dataclasses.replace(config.finetune, latents=uri, output=f"{HOME}/other")
+    base, manifests = finetune.check(training)
+    with pytest.raises(SchemaError, match="pairs were made by a model on the base"):
+        finetune.make_plan(training, dataclasses.replace(base, content_hash="other"), manifests)
