@@ -1,10 +1,13 @@
 """Bytes of an image file -> square RGB pixels, or the reason why not."""
 
 import io
+import re
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from d2f_core.data.image_headers import MAX_IMAGE_BYTES, BadImageError, Declared, read_declared, too_large
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS_LIMIT = 178_956_970
@@ -23,9 +26,16 @@ SIGNATURES = {
 
 PLAIN_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
 
-
-class BadImageError(ValueError):
-    """An image that is left out; the message is a code and a detail, the ledger's reason."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of an EXIF orientation upright."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +67,19 @@ def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
     Raises:
         BadImageError: with the reason.
     """
-    image = _open(data)
-    width, height = image.size
-    if width * height > rules.max_pixels:
-        raise BadImageError(f"too_many_pixels: {width}x{height} px, at most {rules.max_pixels} pixels are decoded")
-    if min(width, height) < rules.min_side:
-        raise BadImageError(f"too_small: {width}x{height} px, the short side must be at least {rules.min_side}")
-    # MPO is what phones call a JPEG with a second picture; its first is the photo.
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise BadImageError(f"animated: {getattr(image, 'n_frames', 1)} frames, a single picture is needed")
+    declared = _check_declared(data, rules)
     try:
-        image = to_rgb(ImageOps.exif_transpose(image))
+        image = Image.open(io.BytesIO(declared.picture), formats=[declared.format])
+        if image.size != (declared.width, declared.height):
+            raise BadImageError(f"undecodable: its header says {declared.width}x{declared.height}, not {image.size}")
+        image.load()
+        if declared.orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[declared.orientation])
+        image = to_rgb(image)
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on broken data; each means the same here
-        raise BadImageError(f"undecodable: {type(error).__name__}: {error}") from error
+        raise BadImageError(f"undecodable: {_without_addresses(error)}") from error
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -84,23 +92,33 @@ def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
     return PreparedImage(pixels=np.asarray(image), width=width, height=height, crop=crop)
 
 
-def _open(data: bytes) -> Image.Image:
-    """Read the header."""
+def _check_declared(data: bytes, rules: ImageRules) -> Declared:
+    """What the file declares, if that is acceptable; nothing is decoded yet."""
     if not data:
         raise BadImageError("undecodable: empty file")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadImageError(too_large(len(data), MAX_IMAGE_BYTES))
     for signature, name in SIGNATURES.items():
         if data.startswith(signature):
             raise BadImageError(f"format: {name} is not one of {', '.join(FORMATS)}")
     if data[4:8] == b"ftyp":
         raise BadImageError(f"format: {data[8:12].decode('ascii', 'replace')} is not one of {', '.join(FORMATS)}")
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        raise BadImageError(f"undecodable: not a {', '.join(FORMATS)} file") from None
-    except Image.DecompressionBombError:
-        raise BadImageError(f"too_many_pixels: more than {MAX_PIXELS_LIMIT} pixels") from None
-    except Exception as error:  # a broken header; see prepare_image
-        raise BadImageError(f"undecodable: {type(error).__name__}: {error}") from error
+    declared = read_declared(data)
+    if declared is None:
+        raise BadImageError(f"undecodable: not a {', '.join(FORMATS)} file")
+    width, height = declared.width, declared.height
+    if width * height > rules.max_pixels:
+        raise BadImageError(f"too_many_pixels: {width}x{height} px, at most {rules.max_pixels} pixels are decoded")
+    if min(width, height) < rules.min_side:
+        raise BadImageError(f"too_small: {width}x{height} px, the short side must be at least {rules.min_side}")
+    if declared.frames > 1:
+        raise BadImageError(f"animated: {declared.frames} frames, a single picture is needed")
+    return declared
+
+
+def _without_addresses(error: Exception) -> str:
+    """Type and text of Pillow's error; the object in it has another address every time, and a ledger is compared."""
+    return f"{type(error).__name__}: {re.sub(r'<[^>]* object at 0x[0-9a-f]+>', 'the file', str(error))}"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -110,12 +128,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         BadImageError: a mode that has not, such as floating point.
     """
     if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey, which Pillow's conversion would clip
-        levels = np.asarray(image).astype(np.int64) >> 8
+        levels = np.asarray(image) >> 8
         return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode == "RGB":
+        return image
     if image.mode in (*PLAIN_MODES, "P"):
         return image.convert("RGB")
     raise BadImageError(f"mode: {image.mode} has no certain meaning as RGB")

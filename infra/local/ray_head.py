@@ -55,15 +55,18 @@ def ray_part(state: State, client_variables: dict[str, str]) -> Part:
         address=state.url("ray_dashboard"),
         start_seconds=180.0,
         stop_seconds=20.0,
-        before_start=lambda: _make_private(temp),
+        before_start=lambda: _make_private(temp.parent),
         after_stop=lambda: _keep_logs(temp, state.directory / "logs"),
     )
 
 
 def temp_directory(directory: Path) -> Path:
-    """Ray's temporary directory: short, for a Unix socket's path is limited to 107 bytes, and one per stack."""
+    """Ray's temporary directory: short, for a Unix socket's path is limited to 107 bytes, and one per stack.
+
+    Within a private one: Ray opens its own, with sockets and logs in it, to every user of the machine.
+    """
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
-    return Path(f"/tmp/d2f-{os.getuid()}-{name}")
+    return Path(f"/tmp/d2f-{os.getuid()}-{name}/ray")
 
 
 def _problem(state: State) -> str | None:
@@ -79,10 +82,11 @@ def _has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
-def _make_private(temp: Path) -> None:
-    temp.mkdir(mode=0o700, exist_ok=True)
-    if temp.is_symlink() or temp.stat().st_uid != os.getuid():
-        raise StackError(f"{temp} is not a directory of this user; Ray's temporary files need one. Remove it.")
+def _make_private(place: Path) -> None:
+    place.mkdir(mode=0o700, exist_ok=True)
+    if place.is_symlink() or place.stat().st_uid != os.getuid():
+        raise StackError(f"{place} is not a directory of this user; Ray's temporary files need one. Remove it.")
+    place.chmod(0o700)
 
 
 def _keep_logs(temp: Path, logs: Path) -> None:
@@ -92,4 +96,4 @@ def _keep_logs(temp: Path, logs: Path) -> None:
             shutil.copytree(session / "logs", logs / "ray" / session.name, symlinks=True, dirs_exist_ok=True)
     for old in sorted((logs / "ray").glob("session_2*"))[:-KEPT_SESSIONS]:
         shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(temp, ignore_errors=True)
+    shutil.rmtree(temp.parent, ignore_errors=True)

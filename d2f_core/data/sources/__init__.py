@@ -5,6 +5,7 @@ samples are the same every time, which is what lets a job be resumed.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import ray.data
 from d2f_core.data.manifest import canonical_json, manifest_exists, read_manifest
 from d2f_core.data.sources.folder import CAPTION_TABLES, plan_folder
 from d2f_core.data.sources.parquet import plan_parquet
-from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, Sample, Shard, SourceError, SourceKind
+from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, Sample, Shard, SourceError, SourceKind, whole_text
 from d2f_core.data.sources.tar import plan_tars
 from d2f_core.storage import filesystem, is_s3
 
@@ -63,7 +64,7 @@ def plan_images(source: ImageSource, *, rows_per_shard: int = 256) -> SourcePlan
         raise SourceError("The source has no URI. Give --source.uri s3://bucket/key or a local path.")
     listing = _list_files(source.uri)
     kind = source.kind if source.kind != "auto" else _detect(source.uri, listing)
-    content: Any = sorted((uri, entry["size"], _version(entry)) for uri, entry in listing.items())
+    content: Any = sorted((whole_text(uri), entry["size"], _version(entry)) for uri, entry in listing.items())
     files = list(listing)
     if kind == "parquet":
         if manifest_exists(source.uri):  # a table of ours: what its manifest does not name is no part of it
@@ -74,7 +75,8 @@ def plan_images(source: ImageSource, *, rows_per_shard: int = 256) -> SourcePlan
     elif kind == "webdataset":
         shards = plan_tars(files, source.caption_column)
     else:
-        shards = plan_folder(files, source.caption_column, rows_per_shard)
+        sizes = {uri: _size(entry) for uri, entry in listing.items()}
+        shards = plan_folder(sizes, source.caption_column, rows_per_shard)
     if not shards:
         raise SourceError(f"{source.uri!r} holds nothing to read as {kind} ({_summary(listing)}). Check URI and kind.")
     columns = (source.image_column, source.caption_column)
@@ -115,6 +117,12 @@ def _list_files(uri: str) -> dict[str, dict[str, Any]]:
 def _version(entry: dict[str, Any]) -> str:
     """What changes when a file is replaced: its hash on S3, its time of change on a disk."""
     return str(entry.get("ETag") or entry.get("mtime"))
+
+
+def _size(entry: dict[str, Any]) -> int | None:
+    """Bytes of a plain file; None for a device, a pipe or a link to one, whose reading may never end."""
+    plain = entry["type"] == "file" or (entry.get("islink") and os.path.isfile(entry["name"]))
+    return int(entry["size"]) if plain else None
 
 
 def _detect(uri: str, listing: dict[str, dict[str, Any]]) -> SourceKind:

@@ -1,12 +1,20 @@
 """A folder of images, with `same_stem.txt` beside each or one `metadata.jsonl` / `captions.jsonl` per folder."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, Sample, SourceError, find_caption
+from d2f_core.data.image_headers import MAX_IMAGE_BYTES, too_large
+from d2f_core.data.sources.sample import (
+    ALL_IMAGE_SUFFIXES,
+    MAX_TEXT_BYTES,
+    Sample,
+    SourceError,
+    find_caption,
+    whole_text,
+)
 from d2f_core.storage import read_bytes
 
 CAPTION_TABLES = ("metadata.jsonl", "captions.jsonl")
@@ -22,8 +30,8 @@ class FolderEntry:
     """From a caption table."""
     caption_uri: str | None = None
     """Of the caption file beside the image."""
-    missing: bool = False
-    """Named in a caption table, but not there."""
+    problem: str | None = None
+    """Why neither of the two is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,57 +48,87 @@ class FolderShard:
 
 
 def _read_entry(entry: FolderEntry) -> Sample:
-    if entry.missing:
-        problem = "no_image: the file is not there"
-        return Sample(source_uri=entry.uri, image=None, caption=entry.caption, problem=problem)
+    name = whole_text(entry.uri)  # a disk's file names need not be UTF-8
+    if entry.problem:
+        return Sample(source_uri=name, image=None, caption=entry.caption, problem=entry.problem)
     caption = entry.caption
     if entry.caption_uri is not None:
         # What is not UTF-8 becomes U+FFFD here, which the caption check refuses: no encoding is guessed.
         caption = read_bytes(entry.caption_uri).decode("utf-8", errors="replace")
-    return Sample(source_uri=entry.uri, image=read_bytes(entry.uri), caption=caption)
+    return Sample(source_uri=name, image=read_bytes(entry.uri), caption=caption)
 
 
-def plan_folder(files: Collection[str], caption_column: str | None, rows_per_shard: int) -> list[FolderShard]:
-    """Cut the images among `files` (URIs), in the order of their names, into shards.
+def plan_folder(sizes: Mapping[str, int | None], caption_column: str | None, rows_per_shard: int) -> list[FolderShard]:
+    """Cut the images among the files, in the order of their names, into shards.
+
+    Args:
+        sizes: bytes of each file by its URI; None for a device, a pipe or another thing that may have no end.
 
     Raises:
         SourceError: captions in both forms, or a caption table that cannot be read.
     """
-    images = sorted(uri for uri in files if uri.lower().endswith(ALL_IMAGE_SUFFIXES))
-    tables = sorted(uri for uri in files if PurePosixPath(uri).name in CAPTION_TABLES)
+    images = sorted(uri for uri in sizes if uri.lower().endswith(ALL_IMAGE_SUFFIXES))
+    tables = sorted(uri for uri in sizes if PurePosixPath(uri).name in CAPTION_TABLES)
     stems = {image.rpartition(".")[0] for image in images}
-    texts = {uri for uri in files if uri.endswith(".txt") and uri.removesuffix(".txt") in stems}
+    texts = {uri for uri in sizes if uri.endswith(".txt") and uri.removesuffix(".txt") in stems}
     if tables and texts:
         raise SourceError(f"Captions both in {tables[0]!r} and in files such as {min(texts)!r}. Keep one of the two.")
     if tables:
-        entries = _entries_of_tables(images, tables, caption_column)
+        entries = _entries_of_tables(images, tables, caption_column, sizes)
     else:
         names = [(image, image.rpartition(".")[0] + ".txt") for image in images]
-        entries = [FolderEntry(uri=image, caption_uri=text if text in texts else None) for image, text in names]
+        entries = [_entry(image, text if text in texts else None, sizes) for image, text in names]
     cuts = range(0, len(entries), rows_per_shard)
     return [FolderShard(entries=tuple(entries[cut : cut + rows_per_shard])) for cut in cuts]
 
 
-def _entries_of_tables(images: list[str], tables: list[str], caption_column: str | None) -> list[FolderEntry]:
+def _entry(image: str, text: str | None, sizes: Mapping[str, int | None]) -> FolderEntry:
+    problem = _problem("no_image", image, sizes, MAX_IMAGE_BYTES)
+    if text and not problem:
+        problem = _problem("bad_caption", text, sizes, MAX_TEXT_BYTES)
+    return FolderEntry(uri=image, caption_uri=text, problem=problem)
+
+
+def _problem(code: str, uri: str, sizes: Mapping[str, int | None], most: int) -> str | None:
+    """Why a file is not read; None when it is."""
+    if uri not in sizes:
+        return f"{code}: the file is not there"
+    size = sizes[uri]
+    if size is None:
+        return f"{code}: {uri.rpartition('/')[2]} is no plain file"
+    return too_large(size, most) if size > most else None
+
+
+def _entries_of_tables(
+    images: list[str], tables: list[str], caption_column: str | None, sizes: Mapping[str, int | None]
+) -> list[FolderEntry]:
     captions: dict[str, str | None] = {}
     for table in tables:
+        if sizes[table] is None:
+            raise SourceError(f"{table!r} is no plain file. Replace it by one, or remove it.")
         captions.update(_read_caption_table(table, caption_column))
-    there = set(images)
-    uris = sorted(there | captions.keys())
-    return [FolderEntry(uri=uri, caption=captions.get(uri), missing=uri not in there) for uri in uris]
+    uris = sorted({*images, *captions})
+    return [
+        FolderEntry(uri=uri, caption=captions.get(uri), problem=_problem("no_image", uri, sizes, MAX_IMAGE_BYTES))
+        for uri in uris
+    ]
 
 
 def _read_caption_table(uri: str, caption_column: str | None) -> dict[str, str | None]:
     """Captions by image URI; file names are relative to the caption table's folder."""
     folder = uri.rpartition("/")[0]
     captions = {}
-    for number, line in enumerate(read_bytes(uri).decode("utf-8").splitlines(), start=1):
+    try:
+        lines = read_bytes(uri).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{uri!r} is not UTF-8 ({error}). Save it as UTF-8.") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             name = record["file_name"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             example = '{"file_name": "a.png", "text": "a cat"}'
             raise SourceError(f"{uri!r}, line {number} is not an object such as {example}.") from None
         captions[f"{folder}/{str(name).removeprefix('./')}"] = find_caption(record, caption_column)

@@ -4,15 +4,22 @@ import itertools
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2f_core.data.sources.sample import CAPTION_COLUMNS, Sample, SourceError
+from d2f_core.data.image_headers import MAX_IMAGE_BYTES, too_large
+from d2f_core.data.sources.sample import CAPTION_COLUMNS, MAX_TEXT_BYTES, Sample, SourceError
+from d2f_core.retry import is_network_trouble, one_line
 from d2f_core.storage import arrow_filesystem
 
 READ_THREADS = 16
-READ_ROWS = 64
+READ_ROWS, READ_BYTES = 64, 32 * 2**20
+"""Most rows read at a time; fewer where a row may be so large that together they could pass the bytes."""
+BOMB_BYTES, BOMB_RATIO = 128 * 2**20, 20
+"""A column of a row group that would grow to more than both, in bytes and as a multiple, is not unpacked: image files
+are compressed by themselves, and grow by a few per cent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +37,70 @@ class ParquetShard:
     """The table has a column `source_uri` that says where each image came from."""
 
     def read(self) -> Iterator[Sample]:
-        columns = [self.image_column, self.caption_column, *(["source_uri"] if self.own_uris else [])]
         row = self.first_row
-        with _open(self.uri) as file:
-            batches = file.iter_batches(READ_ROWS, row_groups=list(self.row_groups), columns=columns)
-            for batch in batches:
-                for record in batch.to_pylist():
-                    uri = record["source_uri"] if self.own_uris else f"{self.uri}#row={row}"
+        try:
+            with _open(self.uri) as file:
+                for record in self._records(file):
+                    uri = _text(record["source_uri"]) if self.own_uris else None
+                    uri = uri or f"{self.uri}#row={row}"
                     yield _sample(uri, record[self.image_column], record[self.caption_column])
                     row += 1
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            problem = f"damaged_file: nothing can be read from row {row} on ({one_line(error, 200)})"
+            yield Sample(source_uri=self.uri, image=None, caption=None, problem=problem)
+
+    def _records(self, file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
+        columns = [self.image_column, self.caption_column, *(["source_uri"] if self.own_uris else [])]
+        for group in self.row_groups:
+            rows = max(1, min(READ_ROWS, READ_BYTES // max(1, _unpacked_bytes(file, group, columns))))
+            for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+                yield from batch.cast(_texts_as_bytes(batch.schema)).to_pylist()
 
 
-def _sample(uri: str, image: bytes | dict | None, caption: str | None) -> Sample:
+def _unpacked_bytes(file: pq.ParquetFile, group: int, columns: list[str]) -> int:
+    """Bytes of a row group's largest needed column in memory, by the file's own account.
+
+    Raises:
+        pa.ArrowInvalid: a decompression bomb.
+    """
+    metadata, largest = file.metadata.row_group(group), 0
+    for number in range(metadata.num_columns):
+        column = metadata.column(number)
+        if column.path_in_schema.partition(".")[0] not in columns:
+            continue
+        packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+        if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
+            raise pa.ArrowInvalid(f"{column.path_in_schema} grows from {packed:,} to {unpacked:,} bytes")
+        largest = max(largest, unpacked)
+    return largest
+
+
+def _texts_as_bytes(schema: pa.Schema) -> pa.Schema:
+    """The same columns with text as bytes: what is called text in a file need not be UTF-8."""
+    kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    return pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in schema])
+
+
+def _text(value: bytes | None) -> str | None:
+    """What is not UTF-8 becomes U+FFFD, which the caption check refuses."""
+    return None if value is None else value.decode("utf-8", errors="replace")
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether the file is at fault, rather than the disk, the network or a missing permission."""
+    if isinstance(error, OSError):  # what pyarrow raises for a corrupt page too, then without a number
+        return error.errno is None and "AWS Error" not in str(error) and not is_network_trouble(error)
+    return isinstance(error, (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowMemoryError, UnicodeDecodeError))
+
+
+def _sample(uri: str, image: bytes | dict | None, text: bytes | None) -> Sample:
+    for name, value, most in (("image", image, MAX_IMAGE_BYTES), ("caption", text, MAX_TEXT_BYTES)):
+        value = value.get("bytes") if isinstance(value, dict) else value
+        if value is not None and len(value) > most:
+            return Sample(source_uri=uri, image=None, caption=None, problem=f"{too_large(len(value), most)} ({name})")
+    caption = _text(text)
     if isinstance(image, dict):  # how the `datasets` library stores an image: its bytes, or only a path
         path, image = image.get("path"), image.get("bytes")
         if image is None and path:
@@ -56,8 +115,10 @@ def _open(uri: str) -> pq.ParquetFile:
     filesystem, path = arrow_filesystem(uri)
     try:
         return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{uri!r} is not a parquet file ({error}). Replace or remove it.") from None
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        raise SourceError(f"{uri!r} is not a parquet file ({one_line(error)}). Replace or remove it.") from None
 
 
 def plan_parquet(

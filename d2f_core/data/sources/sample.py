@@ -11,6 +11,9 @@ OTHER_IMAGE_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl
 """Images that are not decoded. They are listed all the same, so that each ends in the ledger and none is lost."""
 ALL_IMAGE_SUFFIXES = IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES
 
+MAX_TEXT_BYTES = 2**20
+"""Largest caption or JSON member that is read; what is larger goes to the ledger unread."""
+
 CAPTION_COLUMNS = ("caption", "text")
 """Names tried, in this order, when none is given."""
 
@@ -44,9 +47,14 @@ class Shard(Protocol):
         ...
 
 
+def whole_text(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs: JSON can name them, and no table can hold them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def find_caption(record: Mapping[str, Any], column: str | None) -> str | None:
     """The caption in a JSON record, or None."""
     for name in (column,) if column else CAPTION_COLUMNS:
         if isinstance(value := record.get(name), str):
-            return value
+            return whole_text(value)
     return None

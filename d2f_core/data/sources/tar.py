@@ -1,20 +1,35 @@
-"""Webdataset tars: consecutive members of one key are one sample, such as `0007.jpg` and `0007.txt` or `0007.json`."""
+"""Webdataset tars: consecutive members of one key are one sample, such as `0007.jpg` and `0007.txt` or `0007.json`.
 
-import itertools
+A tar's headers are not believed: they may name sizes, files and places that do not exist. Names are labels here and
+never paths, nothing is unpacked, and links and devices are not followed.
+"""
+
 import json
+import re
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any, cast
 
-from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, Sample, find_caption
+from d2f_core.data.image_headers import MAX_IMAGE_BYTES, too_large
+from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, MAX_TEXT_BYTES, Sample, find_caption
 from d2f_core.storage import filesystem
 
-END_BYTES = 1024
-"""A tar ends with two blocks of zeros."""
+TEXT_SUFFIXES, JSON_SUFFIX = (".txt", ".caption"), ".json"
+MAX_MEMBERS = 100
+"""Of one sample. A million members under one key would be held in memory together."""
+MAX_IN_BETWEEN = 10_000
+"""Folders in a row."""
+HEADER_BYTES, MAX_FIELDS = 16_384, 64
+"""Most that the headers of one member may take up, and most extended (pax) fields that a member may have."""
+DIGITS = re.compile(rb"\d{256}")
+"""The tar module searches such a run in time that grows with the square of its length."""
 
-Members = Mapping[str, bytes]
-"""Contents of one sample's members by their extension (".jpg", ".seg.png")."""
+DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
+"""Beside its own errors the tar module passes on what int(), decode() and deep headers raise on nonsense."""
+
+Members = Mapping[str, bytes | str]
+"""One sample's members by their extension (".jpg", ".seg.png"): contents, or as a string why they are not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +48,12 @@ class TarShard:
         count = 0
         with fs.open(path, "rb") as handle:
             try:
-                for key, members in _samples(handle):
-                    yield _sample(f"{self.uri}#{key}", members, self.caption_column)
+                for key, members in _samples(_Rationed(handle, fs.size(path))):
+                    yield _sample(self.uri, key, members, self.caption_column)
                     count += 1
-                if any(fs.tail(path, END_BYTES)):  # the module takes a cut-off tar for a finished one
-                    raise tarfile.ReadError("no end mark")
-            except tarfile.TarError as error:
-                problem = f"damaged_archive: nothing can be read after {count} samples ({error})"
+            except DAMAGE as error:
+                reason = str(error) or type(error).__name__
+                problem = f"damaged_archive: nothing can be read after {count} samples ({reason})"
                 yield Sample(source_uri=self.uri, image=None, caption=None, problem=problem)
 
 
@@ -56,35 +70,125 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, (dot + extension).lower()
 
 
-def _samples(handle: IO[bytes]) -> Iterator[tuple[str, Members]]:
-    with tarfile.open(fileobj=handle, mode="r|") as archive:
-        named = ((*split_name(member.name), member) for member in archive if member.isfile())
-        for key, group in itertools.groupby(named, key=lambda item: item[0]):
-            contents = {}
-            for _, extension, member in group:
-                stream = archive.extractfile(member)
-                contents[extension] = stream.read() if stream is not None else b""
-                if len(contents[extension]) != member.size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-            yield key, contents
+class _Rationed:
+    """A file that gives the tar module no more than `ration` bytes: the module reads as much as a header declares."""
+
+    def __init__(self, handle: IO[bytes], size: int) -> None:
+        self.handle, self.size, self.ration = handle, size, HEADER_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.ration:
+            raise tarfile.ReadError(f"a header of more than {HEADER_BYTES} bytes")
+        self.ration -= size
+        data = self.handle.read(size)
+        if DIGITS.search(data):
+            raise tarfile.ReadError("a header with an endless number")
+        return data
+
+    def seek(self, position: int) -> int:
+        return self.handle.seek(position)
+
+    def tell(self) -> int:
+        return self.handle.tell()
+
+    def contents(self, member: tarfile.TarInfo) -> bytes:
+        """All bytes of a plain member whose size was checked."""
+        self.handle.seek(member.offset_data)
+        data = self.handle.read(member.size)
+        if len(data) != member.size:
+            raise tarfile.ReadError(f"{member.name} is cut off")
+        return data
 
 
-def _sample(source_uri: str, members: Members, caption_column: str | None) -> Sample:
+def _members(archive: tarfile.TarFile, file: _Rationed) -> Iterator[tarfile.TarInfo]:
+    """Members in order, none of them kept; raises ReadError where the file does not end as a tar does."""
+    before = -1
+    while True:
+        file.ration = HEADER_BYTES
+        member = archive.next()
+        if member is None:
+            break
+        cast(Any, archive).members.clear()  # or it would keep every member that it ever read
+        if not before < archive.offset <= file.size:
+            raise tarfile.ReadError(f"{member.name} has {member.size} bytes by its header, the whole file {file.size}")
+        if max(len(archive.pax_headers), len(member.pax_headers)) > MAX_FIELDS:
+            raise tarfile.ReadError(f"{member.name} has more than {MAX_FIELDS} extended fields")
+        before = archive.offset
+        yield member
+    file.seek(archive.offset)
+    file.ration = HEADER_BYTES
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the module takes it for a finished tar all the same
+        raise tarfile.ReadError("no end mark")
+
+
+def _samples(file: _Rationed) -> Iterator[tuple[str, Members]]:
+    # Names that are not UTF-8 become text that tells them apart, and that a table can hold.
+    with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:", errors="backslashreplace") as archive:
+        last, contents, damage = "", dict[str, bytes | str](), None
+        named, number = _named(archive, file), 0
+        try:
+            for key, extension, member in named:
+                if key != last and contents:
+                    yield last, contents
+                    contents, number = {}, 0
+                last, number = key, number + 1
+                if number > MAX_MEMBERS:
+                    raise tarfile.ReadError(f"more than {MAX_MEMBERS} members under the key {key}")
+                contents[extension] = _contents(file, member, extension)
+        except DAMAGE as error:  # what came before is a sample, or will be missed in the ledger
+            damage = error
+        if contents:
+            yield last, contents
+        if damage:
+            raise damage
+
+
+def _named(archive: tarfile.TarFile, file: _Rationed) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    folders = 0
+    for member in _members(archive, file):
+        folders = folders + 1 if member.isdir() else 0
+        if folders > MAX_IN_BETWEEN:
+            raise tarfile.ReadError(f"more than {MAX_IN_BETWEEN} folders in a row")
+        if not folders:
+            yield *split_name(member.name), member
+
+
+def _contents(file: _Rationed, member: tarfile.TarInfo, extension: str) -> bytes | str:
+    if not member.isfile() or member.issparse():
+        what = "a sparse file" if member.issparse() else "a link" if member.islnk() or member.issym() else "no file"
+        return f"not_a_file: {member.name} is {what}"
+    text = extension in TEXT_SUFFIXES or extension == JSON_SUFFIX
+    if not text and extension not in ALL_IMAGE_SUFFIXES:
+        return b""  # masks, arrays and films beside the picture: nobody asks for them
+    most = MAX_TEXT_BYTES if text else MAX_IMAGE_BYTES
+    return file.contents(member) if member.size <= most else too_large(member.size, most)
+
+
+def _sample(uri: str, key: str, members: Members, caption_column: str | None) -> Sample:
     extension = next((name for name in ALL_IMAGE_SUFFIXES if name in members), None)
+    source_uri = f"{uri}#{key}{extension or ''}"
+    image = members[extension] if extension else f"no_image: only {', '.join(sorted(members))} under this key"
+    problem = image if isinstance(image, str) else None
+    if ".." in key.split("/"):
+        problem = "bad_name: it climbs out of its folder"
     caption = _caption(members, caption_column)
-    if extension is None:
-        problem = f"no_image: only {', '.join(sorted(members))} under this key"
-        return Sample(source_uri=source_uri, image=None, caption=caption, problem=problem)
-    return Sample(source_uri=source_uri + extension, image=members[extension], caption=caption)
+    if isinstance(caption, ValueError):
+        problem, caption = problem or f"bad_caption: {caption}", None
+    image = None if problem or isinstance(image, str) else image
+    return Sample(source_uri=source_uri, image=image, caption=caption, problem=problem)
 
 
-def _caption(members: Members, caption_column: str | None) -> str | None:
+def _caption(members: Members, caption_column: str | None) -> str | ValueError | None:
     """From the text member, or from the JSON member when there is no text or a column is asked for."""
-    for extension in (".txt", ".caption"):
-        if extension in members and caption_column is None:
-            return members[extension].decode("utf-8", errors="replace")
+    names = (JSON_SUFFIX,) if caption_column else (*TEXT_SUFFIXES, JSON_SUFFIX)
+    name = next((name for name in names if name in members), None)
+    contents = members[name] if name else b"{}"
+    if isinstance(contents, str):
+        return ValueError(contents)
+    if name in TEXT_SUFFIXES:
+        return contents.decode("utf-8", errors="replace")
     try:
-        record = json.loads(members.get(".json", b"{}"))
-    except ValueError:
+        record = json.loads(contents)
+    except (ValueError, RecursionError):
         return None
     return find_caption(record, caption_column) if isinstance(record, dict) else None
