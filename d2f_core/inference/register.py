@@ -1,17 +1,37 @@
-"""A finished training's model becomes a version in the registry, with a model card made from its description."""
+"""A finished training's model becomes a version in the registry, with what tells what it is; aliases move."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from d2f_core import tracking
+from d2f_core.inference.model_card import Facts, model_card, model_tags, version_description
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
-from d2f_core.storage import exists, join
-from d2f_core.tracking import ModelVersionInfo, check_tracking, find_run, register_model
+from d2f_core.storage import exists, join, read_bytes
+from d2f_core.tracking import Loader, ModelVersionInfo, RunHandle, check_tracking, find_run, register_model
 
 MODEL = "model"
 """A training exports its model to `OUTPUT/model/`, the description last."""
+EVALUATION = "evaluation.json"
+"""A checkpoint's metrics, inside its directory."""
+DIGEST_TAG = "d2f.latents_digest"
+LOADER = Loader(
+    script=Path(__file__).with_name("pyfunc_model.py"),
+    inputs={"prompt": "string"},
+    # As mlflow.diffusers names them; the last three are this project's.
+    optional={
+        "negative_prompt": "string", "num_inference_steps": "long", "guidance_scale": "double", "height": "long",
+        "width": "long", "seed": "long", "solver": "string", "shift": "double",
+    },
+    outputs={"image": "binary"},
+    example={"prompt": "red apple", "num_inference_steps": 4, "guidance_scale": 3.0, "seed": 0},
+    settings={"base_model": "", "device": ""},
+    # Not this project itself, which no package index serves; the card says so.
+    requirements=("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow"),
+)  # fmt: skip
 
 
 class RegisterError(ValueError):
@@ -32,10 +52,35 @@ class RegisterConfig:
     """MLflow experiment of the training's run."""
 
     def __post_init__(self) -> None:
-        if not self.name or any(character in self.name for character in "/@:'"):
-            raise RegisterError(f"name={self.name!r} must not be empty or hold any of / @ : '. Choose another.")
+        _check_name(self.name)
         if not self.alias:
             raise RegisterError("alias is empty. Use 'candidate'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromoteConfig:
+    name: str = "emoji-flow"
+    """Registered model."""
+    version: str = ""
+    """The version that the alias moves to."""
+    alias: str = "champion"
+    """Alias that moves; `candidate` moves by itself when a model is registered."""
+    rollback: bool = False
+    """Return to the version that the alias named before; once more: to the one before that."""
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if not self.alias:
+            raise RegisterError("alias is empty. Use 'champion'.")
+        if self.version and not self.version.isdecimal():
+            raise RegisterError(f"version={self.version!r} is no number. Give one that the registry shows, such as 3.")
+        if self.version and self.rollback:
+            raise RegisterError(f"version={self.version!r} with rollback: the alias remembers its versions. Give one.")
+
+
+def _check_name(name: str) -> None:
+    if not name or any(character in name for character in "/@:'.%\""):
+        raise RegisterError(f"name={name!r} must not be empty or hold any of / @ : ' . % \". Choose another.")
 
 
 def register(config: RegisterConfig) -> ModelVersionInfo:
@@ -55,13 +100,29 @@ def register(config: RegisterConfig) -> ModelVersionInfo:
             f"MLflow has no run of {config.run!r} in the experiment {config.experiment!r}. Give the experiment that "
             "the training was logged to."
         )
+    yaml, picture = tracking.run_file(handle, "config.yaml"), tracking.run_file(handle, "samples.png")
+    facts = Facts(
+        name=config.name,
+        alias=config.alias,
+        run=config.run,
+        run_url=handle.url,
+        data_digest=tracking.run_tags(handle).get(DIGEST_TAG, ""),
+        metrics=checkpoint_metrics(handle, description["training"]),
+        config_yaml=(yaml or b"").decode(),
+        has_samples=picture is not None,
+    )
+    files = {"README.md": model_card(description, facts).encode(), "config.yaml": yaml, "samples.png": picture}
     return register_model(
         handle,
         model_dir=directory,
         name=config.name,
         alias=config.alias,
-        tags=model_tags(description),
-        description=model_card(config, description),
+        tags=model_tags(description, facts),
+        description=version_description(description, facts),
+        loader=LOADER,
+        files={name: content for name, content in files.items() if content},
+        step=int(description["training"].get("step", 0)),
+        metrics=facts.metrics,
     )
 
 
@@ -76,31 +137,31 @@ def exported_model(config: RegisterConfig) -> str:
     return uri
 
 
-def model_tags(description: Mapping[str, Any]) -> dict[str, str]:
-    """What a browser of the registry filters by."""
-    schedule = description["schedule"]
-    return {
-        "base_uri": description["base"]["uri"],
-        "base_sha256": description["base"]["sha256"],
-        "objective": description["objective"],
-        "method": description["method"],
-        "prediction_type": description["prediction_type"],
-        "schedule": f"{schedule.get('beta_schedule')} {schedule.get('beta_start')} to {schedule.get('beta_end')}",
-        **{name: str(value) for name, value in description["sampling"].items()},
-    }
+def checkpoint_metrics(handle: RunHandle, training: Mapping[str, Any]) -> dict[str, float]:
+    """The evaluation of the checkpoint that a model was made of; what the run logged at its step if there is none.
+
+    Raises:
+        RegisterError: the evaluation was damaged.
+    """
+    checkpoint = training.get("checkpoint")
+    place = join(checkpoint, EVALUATION) if checkpoint else ""
+    if not place or not exists(place):
+        return tracking.run_metrics(handle, int(training["step"])) if "step" in training else {}
+    try:
+        return {name: float(value) for name, value in json.loads(read_bytes(place))["metrics"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RegisterError(f"{place} is damaged ({error}). Delete it, and resume the training.") from None
 
 
-def model_card(config: RegisterConfig, description: Mapping[str, Any]) -> str:
-    """Markdown for the version's page."""
-    rows = {**model_tags(description), **description["training"]}
-    table = "\n".join(f"| {name} | {str(value).replace('|', ' ')} |" for name, value in rows.items())
-    command = (
-        f"python -m pipelines.generate flow --model models:/{config.name}@{config.alias} --prompts FILE --output URI"
-    )
-    return (
-        f"A {description['objective']} model on the base `{description['base']['uri']}`, trained at `{config.run}`.\n\n"
-        f"| | |\n|---|---|\n{table}\n\n"
-        f"Sample it:\n\n```\n{command}\n```\n\n"
-        f"Time convention: {description['time_convention']}. Scheduler config of the base:\n\n"
-        f"```json\n{json.dumps(description['schedule'], sort_keys=True)}\n```\n"
-    )
+def move_alias(config: PromoteConfig) -> ModelVersionInfo:
+    """Promote a version, or go back to the one before.
+
+    Raises:
+        ValueError: neither a version nor rollback, no such version, an incomplete one, or none to go back to.
+    """
+    check_tracking()
+    if config.rollback:
+        return tracking.rollback(config.name, config.alias)
+    if not config.version:
+        raise RegisterError("version is empty. Give --version N, or --rollback.")
+    return tracking.promote(config.name, config.version, config.alias)

@@ -4,13 +4,14 @@
     unet/                     full finetuning: a diffusers UNet
     adapter/                  LoRA: PEFT's adapter_config.json and adapter_model.safetensors
 
-Safetensors and JSON only: nothing in it can run code.
+A model card (README.md), samples.png and the training's config.yaml may lie beside them. Safetensors and JSON only:
+nothing in it can run code, and `artifact_files.check_files` refuses a directory that holds anything else.
 """
 
-import json
+import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,32 +21,38 @@ from torch import Tensor, nn
 
 from d2f_core import storage
 from d2f_core.content import hash_directory
-from d2f_core.model.base import BaseModel, local_copy, resolve_base
+from d2f_core.model.artifact_files import ArtifactError
+from d2f_core.model.base import BaseModel, BaseModelError, local_copy, resolve_base
 from d2f_core.model.denoiser import as_denoiser, load_unet, network_dtype
+from d2f_core.model.description import (
+    DESCRIPTION,
+    WEIGHTS,
+    SamplingDefaults,
+    describe,
+    read_description,
+    read_sampling,
+    schedule_hash,
+    weights_hashes,
+    write_description,
+)
 from d2f_core.model.lora import load_lora
 from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField
 from d2f_core.objective.schedule import NoiseSchedule
+from d2f_core.retry import one_line
 
-DESCRIPTION = "diff2flow.json"
-FORMAT_VERSION = 1
-
-
-class ArtifactError(ValueError):
-    """A model directory that cannot be used, with the reason and the fix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingDefaults:
-    """How a model is to be sampled; it travels with the weights."""
-
-    solver: str = "euler"
-    """euler, midpoint, heun or rk4 in flow time; ddim for a diffusion model."""
-    steps: int = 10
-    """Steps from noise to data."""
-    guidance: float = 3.0
-    """Classifier-free guidance scale; 1 is none."""
-    shift: float = 1.0
-    """Above 1, steps are spent nearer to noise, as large images need; not used by ddim."""
+__all__ = [
+    "DESCRIPTION",
+    "ArtifactError",
+    "SamplingDefaults",
+    "TrainedModel",
+    "describe",
+    "load_model",
+    "load_weights",
+    "read_description",
+    "save_artifact",
+    "to_uint8",
+    "upload_artifact",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,29 +90,11 @@ class TrainedModel:
         return self
 
 
-def describe(
-    base: BaseModel, *, objective: str, method: str, sampling: SamplingDefaults, training: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The contents of `diff2flow.json`."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "objective": objective,
-        "method": method,
-        "base": {"uri": base.uri, "sha256": base.content_hash},
-        "prediction_type": base.prediction_type,
-        "schedule": dict(base.scheduler_config),
-        "time_convention": "t=0 noise, t=1 data",
-        "sampling": asdict(sampling),
-        "training": dict(training),
-    }
-
-
 def save_artifact(directory: Path, network: nn.Module, description: Mapping[str, Any]) -> None:
     """Write a trained network (a UNet, or PEFT's wrapper around one) with its description."""
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / ("adapter" if description["method"] == "lora" else "unet")
-    cast(Any, network).save_pretrained(part, safe_serialization=True)
-    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    cast(Any, network).save_pretrained(directory / WEIGHTS[description["method"]], safe_serialization=True)
+    write_description(directory, description)
 
 
 def upload_artifact(target: str, network: nn.Module, description: Mapping[str, Any]) -> None:
@@ -131,17 +120,6 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def read_description(directory: Path) -> dict[str, Any]:
-    """Read and check `diff2flow.json`."""
-    description = json.loads((directory / DESCRIPTION).read_text())
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{directory} has format_version={description.get('format_version')!r}; this release reads "
-            f"{FORMAT_VERSION}. Use the release that wrote it, or train again."
-        )
-    return description
-
-
 def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
     """Load a base model (sampled by DDIM) or a trained artifact, by local directory or s3:// prefix.
 
@@ -149,11 +127,12 @@ def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
         base_uri: where the base lies here, when it moved; its hash must still be the one that was trained on.
 
     Raises:
-        ArtifactError: the base is not the one that the artifact was trained on, or the format is unknown.
+        ArtifactError: a file that no artifact has, a hash that is not as described (of the base, the schedule or the
+            weights), or an unknown format.
         BaseModelError: neither an artifact nor a base model lies there.
     """
     directory = local_copy(uri)
-    if not (directory / DESCRIPTION).is_file():
+    if not os.path.lexists(directory / DESCRIPTION):
         base = resolve_base(uri)
         return TrainedModel(
             base=base,
@@ -163,23 +142,74 @@ def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
             content_hash=base.content_hash,
         )
     description = read_description(directory)
+    _check_weights(uri, directory, description)
     base = resolve_base(base_uri or description["base"]["uri"])
+    _check_base(uri, base, description)
+    return TrainedModel(
+        base=base,
+        network=_load_network(uri, directory, base, description["method"]).eval().requires_grad_(False),
+        objective=description["objective"],
+        sampling=read_sampling(description),
+        content_hash=hash_directory(directory),
+    )
+
+
+def _check_weights(uri: str, directory: Path, description: Mapping[str, Any]) -> None:
+    expected, found = description["weights_sha256"], weights_hashes(directory, description["method"])
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ArtifactError(
+                f"{uri!r}: {name!r} has sha256 {found.get(name, 'none: it is missing')}, but {DESCRIPTION} says "
+                f"{expected.get(name, 'nothing of it')}. Copy the artifact again."
+            )
+    if not any(name.endswith(".safetensors") for name in found):
+        raise ArtifactError(f"{uri!r} has no weights in {WEIGHTS[description['method']]}/. Copy the artifact again.")
+
+
+def _check_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> None:
     if base.content_hash != description["base"]["sha256"]:
         raise ArtifactError(
             f"{uri!r} was trained on a base with sha256 {description['base']['sha256']}, but {base.uri!r} has "
             f"{base.content_hash}. Give the original base."
         )
-    if description["method"] == "lora":
-        network = load_lora(load_unet(base), directory / "adapter")
-    else:
-        network = cast(nn.Module, UNet2DConditionModel.from_pretrained(directory / "unet", use_safetensors=True))
-    return TrainedModel(
-        base=base,
-        network=network.eval().requires_grad_(False),
-        objective=description["objective"],
-        sampling=SamplingDefaults(**description["sampling"]),
-        content_hash=hash_directory(directory),
+    hashes = {
+        "schedule_sha256": description["schedule_sha256"],
+        "its own schedule": schedule_hash(description["schedule"]),
+        "the base's schedule": schedule_hash(base.scheduler_config),
+    }
+    if len(set(hashes.values())) > 1 or description["prediction_type"] != base.prediction_type:
+        raise ArtifactError(
+            f"{uri!r} does not fit the noise schedule of {base.uri!r}: {hashes}, prediction type "
+            f"{description['prediction_type']!r} and {base.prediction_type!r}. Copy the artifact again."
+        )
+
+
+def _load_network(uri: str, directory: Path, base: BaseModel, method: str) -> nn.Module:
+    """Raises ArtifactError when a library cannot make a network of the checked files."""
+    try:
+        if method == "lora":
+            return load_lora(load_unet(base), directory / WEIGHTS[method])
+        return _load_whole_unet(directory / WEIGHTS[method])
+    except BaseModelError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            f"{uri!r}: no network can be made of {WEIGHTS[method]}/ ({one_line(error)}). Copy the artifact again."
+        ) from error
+
+
+def _load_whole_unet(directory: Path) -> nn.Module:
+    """A UNet all of whose weights are in its files: diffusers draws missing ones at random, with a warning."""
+    unet, info = cast(Any, UNet2DConditionModel).from_pretrained(
+        directory, use_safetensors=True, output_loading_info=True
     )
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing or unexpected:
+        raise ValueError(
+            f"it lacks {len(missing)} tensors, such as {missing[:2]}, and has {len(unexpected)} that the config does "
+            f"not know, such as {unexpected[:2]}"
+        )
+    return unet
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

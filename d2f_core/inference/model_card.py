@@ -1,0 +1,106 @@
+"""The card of a registered model: what it is, how to use it, and what it was made of. Markdown and tags."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_DESCRIPTION_CHARS = 5000
+"""What MLflow keeps of a version's description."""
+POINTER_CHARS = 200
+"""Kept for the line that says what is only in the files."""
+MAX_SCHEDULE_CHARS = 1500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a model beside its `diff2flow.json`."""
+
+    name: str
+    alias: str
+    run: str
+    """Output URI of the training."""
+    run_url: str
+    """The training's page in MLflow."""
+    data_digest: str
+    """Digests of the manifests of the latent tables."""
+    metrics: Mapping[str, float]
+    """Of the checkpoint."""
+    config_yaml: str
+    """The training's resolved config."""
+    has_samples: bool
+    """Whether samples.png lies beside the card."""
+
+
+def model_tags(description: Mapping[str, Any], facts: Facts) -> dict[str, str]:
+    """What a browser of the registry filters by."""
+    schedule, training = description["schedule"], description["training"]
+    return {
+        "base_uri": description["base"]["uri"],
+        "base_sha256": description["base"]["sha256"],
+        "objective": description["objective"],
+        "method": description["method"],
+        "prediction_type": description["prediction_type"],
+        "schedule": f"{schedule.get('beta_schedule')} {schedule.get('beta_start')} to {schedule.get('beta_end')}",
+        "schedule_sha256": description["schedule_sha256"],
+        **{name: str(value) for name, value in description["sampling"].items()},
+        **{f"training.{name}": str(value) for name, value in training.items()},
+        "training.run": facts.run,
+        "data_digest": facts.data_digest,
+        **{f"metric.{name}": f"{value:.6g}" for name, value in facts.metrics.items()},
+    }
+
+
+def model_card(description: Mapping[str, Any], facts: Facts) -> str:
+    """The whole card, README.md."""
+    picture = "\n## Samples\n\n![samples of the training's last evaluation](samples.png)\n" if facts.has_samples else ""
+    return _summary(description, facts) + picture + _schedule(description) + _config(facts)
+
+
+def version_description(description: Mapping[str, Any], facts: Facts) -> str:
+    """The card, within what MLflow keeps: what does not fit is said to be in the files."""
+    text = _summary(description, facts)
+    parts = {"the scheduler config (diff2flow.json)": _schedule(description), "config.yaml": _config(facts)}
+    left_out = []
+    for name, part in parts.items():
+        if len(text) + len(part) <= MAX_DESCRIPTION_CHARS - POINTER_CHARS:
+            text += part
+        else:
+            left_out.append(name)
+    pointer = f"\nIn this version's files, artifacts/model/: {', '.join(left_out)}.\n" if left_out else ""
+    return text[: MAX_DESCRIPTION_CHARS - len(pointer)] + pointer
+
+
+def _summary(description: Mapping[str, Any], facts: Facts) -> str:
+    uri = f"models:/{facts.name}@{facts.alias}"
+    rows = {name: value for name, value in model_tags(description, facts).items() if not name.startswith("metric.")}
+    metrics = _table({name: f"{value:.6g}" for name, value in facts.metrics.items()})
+    return (
+        f"A {description['objective']} model on the base `{description['base']['uri']}`, trained at `{facts.run}` "
+        f"([run]({facts.run_url})). Time convention: {description['time_convention']}.\n\n"
+        "## Use\n\n```\n"
+        f"python -m pipelines.generate flow --model {uri} --prompts FILE --output URI\n```\n\n"
+        "```python\n"
+        f'mlflow.pyfunc.load_model("{uri}").predict(pandas.DataFrame([{{"prompt": "red apple", "seed": 1}}]))\n```\n\n'
+        'It needs the base at the place named here, or `model_config={"base_model": DIRECTORY}`, and the package\n'
+        "diff2flow-ray installed, which is not among its pip requirements.\n\n"
+        f"## What it is\n\n{_table(rows)}\n"
+        f"## Metrics of its checkpoint\n\n{metrics or 'None were logged at its step.'}\n"
+    )
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    plain = {name: " ".join(str(value).replace("|", " ").split()) for name, value in rows.items()}
+    lines = [f"| {name} | {value} |\n" for name, value in plain.items() if value]
+    return "".join(["| | |\n|---|---|\n", *lines]) if lines else ""
+
+
+def _schedule(description: Mapping[str, Any]) -> str:
+    text = json.dumps(description["schedule"], sort_keys=True)
+    if len(text) > MAX_SCHEDULE_CHARS:  # a table of betas
+        return ""
+    return f"\n## Scheduler config of the base\n\n```json\n{text}\n```\n"
+
+
+def _config(facts: Facts) -> str:
+    return f"\n## Config of the training\n\n```yaml\n{facts.config_yaml}```\n" if facts.config_yaml else ""

@@ -1,0 +1,299 @@
+"""What an artifact's directory may hold, checked before anything in it is loaded, parsed by a library or hashed.
+
+An artifact may come from anybody: a registry, a bucket, a download. So only files of the known layout pass: JSON that
+makes no library import code, safetensors whose header fits their bytes, a card, a picture and a plain YAML file. No
+pickle, archive, script, link or special file passes, whatever would or would not have read it.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from d2f_core.retry import one_line
+
+MB = 2**20
+MAX_ENTRIES = 256
+"""Files and directories of one artifact."""
+MAX_JSON_DEPTH = 32
+MAX_CONFIG_BYTES, MAX_VOCABULARY_BYTES, MAX_PICTURE_BYTES = 2 * MB, 64 * MB, 32 * MB
+MAX_YAML_BYTES = MB // 4
+"""Fewer, because YAML is parsed by Python."""
+MAX_DIMENSIONS = 8
+MAX_HEADER_BYTES = 8 * MB
+"""As the safetensors library has it."""
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+PICKLE = "is a pickle, which runs code when it is loaded. Convert the weights to safetensors and delete it"
+ARCHIVE = "is an archive, whose contents nobody has checked. Delete it"
+SCRIPT = "is code. An artifact holds data alone; delete it"
+OTHER_WEIGHTS = "is weights in a format that is not read here. Delete it"
+REASONS = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".dill"), PICKLE),
+    **dict.fromkeys((".h5", ".keras", ".pb", ".onnx", ".msgpack", ".gguf"), OTHER_WEIGHTS),
+    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zst", ".whl", ".egg", ".jar"), ARCHIVE),
+    **dict.fromkeys((".py", ".pyc", ".pyd", ".so", ".dll", ".sh", ".exe", ".js", ".ipynb", ".bat"), SCRIPT),
+}  # fmt: skip
+CODE_KEYS = {
+    "auto_map": "transformers", "auto_mapping": "PEFT", "custom_pipeline": "diffusers", "custom_pipelines": "diffusers",
+    "loader_module": "MLflow", "model_code_path": "MLflow", "python_model": "MLflow", "_target_": "Hydra",
+    "megatron_config": "PEFT", "quantization_config": "diffusers", "trust_remote_code": "transformers",
+    "library": "diffusers", "library_name": "a hub", "__class__": "an unpickler", "__module__": "an unpickler",
+    "__reduce__": "an unpickler",
+}  # fmt: skip
+"""Keys by which a config makes a library import or fetch code -> that library."""
+MODEL_LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion", "d2f_core.model.diffusers_scheduler")
+"""Where model_index.json may take classes from; `stable_diffusion` is diffusers' own package of that pipeline."""
+UNET_CLASS = "UNet2DConditionModel"
+AUTO_MAPPING = {"base_model_class": UNET_CLASS, "parent_library": "diffusers.models.unets.unet_2d_condition"}
+"""What PEFT writes of the UNets here; its AutoPeftModel would import the library."""
+
+
+class ArtifactError(ValueError):
+    """A model directory that cannot be used, with the reason and the fix."""
+
+
+def check_files(directory: Path) -> None:
+    """Refuse a directory that holds anything but the plain data of an artifact.
+
+    Raises:
+        ArtifactError: one line with the file, the rule and the fix.
+    """
+    names = sorted(_walk(directory))
+    for name in names:
+        check = next((check for pattern, check in LAYOUT if pattern.fullmatch(name)), None)
+        if check is None:
+            reason = REASONS.get(PurePosixPath(name).suffix.lower(), "is no file of an artifact's layout. Delete it")
+            raise ArtifactError(f"{_shown(directory)}: {name!r} {reason}.")
+        try:
+            check(directory / name)
+        except _Refusal as refusal:
+            raise ArtifactError(f"{_shown(directory)}: {name!r} {one_line(refusal, 600)}") from None
+
+
+class _Refusal(Exception):
+    """Rule and fix, as they stand behind a file's name."""
+
+
+def _shown(directory: Path) -> str:
+    return repr(str(directory))
+
+
+def _walk(directory: Path) -> Iterator[str]:
+    """Relative names of the regular files; no link is followed."""
+    left, entries = [directory], 0
+    while left:
+        with os.scandir(left.pop()) as found:
+            for entry in found:
+                entries += 1
+                name = Path(entry.path).relative_to(directory).as_posix()
+                if entries > MAX_ENTRIES:
+                    raise ArtifactError(
+                        f"{_shown(directory)}: more than {MAX_ENTRIES} files and directories. Delete what is not of "
+                        "the artifact."
+                    )
+                if _is_part(entry, name, directory):
+                    left.append(Path(entry.path))
+                else:
+                    yield name
+
+
+def _is_part(entry: os.DirEntry[str], name: str, directory: Path) -> bool:
+    """Whether a directory's entry is a known directory; False for a regular file."""
+    status = entry.stat(follow_symlinks=False)
+    rule = None
+    if stat.S_ISDIR(status.st_mode):
+        if PARTS.fullmatch(name):
+            return True
+        rule = "is no directory of an artifact's layout. Delete it."
+    elif stat.S_ISLNK(status.st_mode):
+        rule = "is a symbolic link, which may lead anywhere. Put the file itself there."
+    elif not stat.S_ISREG(status.st_mode):
+        rule = "is neither a regular file nor a directory. Delete it."
+    elif status.st_nlink != 1:
+        rule = f"is a hard link: the file has {status.st_nlink} names. Copy it."
+    if rule:
+        raise ArtifactError(f"{_shown(directory)}: {name!r} {rule}")
+    return False
+
+
+def _limited(file: Path, limit: int) -> Path:
+    size = file.stat().st_size
+    if size > limit:
+        raise _Refusal(f"has {size:,} bytes; at most {limit:,} are read. Take it from the original model.")
+    return file
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("it has a key twice")
+    return values
+
+
+def _not_a_number(text: str) -> Any:
+    raise ValueError(f"it holds {text}")
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """A JSON object of limited depth, with each key once."""
+    try:
+        content = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise _Refusal(f"is not plain JSON ({error}). Take it from the original model.") from None
+    if not isinstance(content, dict):
+        raise _Refusal(f"holds a {type(content).__name__}, not a JSON object. Take it from the original model.")
+    if max(depth for _, _, depth in _entries(content)) > MAX_JSON_DEPTH:
+        raise _Refusal(f"is nested more than {MAX_JSON_DEPTH} deep. Take it from the original model.")
+    return content
+
+
+def _entries(content: Any) -> Iterator[tuple[str | None, Any, int]]:
+    """(key, value, depth) of every value, without recursion."""
+    left: list[tuple[str | None, Any, int]] = [(None, content, 0)]
+    while left:
+        key, value, depth = left.pop()
+        yield key, value, depth
+        if isinstance(value, dict):
+            left += [(name, part, depth + 1) for name, part in value.items()]
+        elif isinstance(value, list):
+            left += [(None, part, depth + 1) for part in value]
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """A config that names no code to import."""
+    content = _parsed(_limited(file, MAX_CONFIG_BYTES).read_bytes())
+    if file.name == "adapter_config.json":
+        _check_adapter(content)
+        content.pop("auto_mapping", None)
+    for key, value, _ in _entries(content):
+        if key in CODE_KEYS and value not in (None, False):
+            raise _Refusal(f"has the key {key!r}, by which {CODE_KEYS[key]} imports code. Remove it.")
+        if key == "_class_name" and not (isinstance(value, str) and value.isidentifier()):
+            raise _Refusal(f"has _class_name={value!r}, which is no plain class name. Take diffusers' own class.")
+    return content
+
+
+def _check_adapter(config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise _Refusal(f"has peft_type={config.get('peft_type')!r}; only LORA is read. Train a LoRA.")
+    if config.get("auto_mapping") not in (None, AUTO_MAPPING):
+        raise _Refusal(f"has auto_mapping={config['auto_mapping']!r}, which PEFT imports. Set it to null.")
+    if config.get("megatron_core") not in (None, "megatron.core"):
+        raise _Refusal(f"has megatron_core={config['megatron_core']!r}, which PEFT imports. Set it to null.")
+    if strange := [key for key, value in config.items() if key.endswith("_config") and value]:
+        raise _Refusal(f"sets {strange[0]!r}, which no LoRA of this project uses. Set it to null.")
+
+
+def _unet_config(file: Path) -> None:
+    if (name := _config(file).get("_class_name")) != UNET_CLASS:
+        raise _Refusal(f"has _class_name={name!r}; only {UNET_CLASS} is loaded. Take the UNet's own config.")
+
+
+def _model_index(file: Path) -> None:
+    for name, entry in _config(file).items():
+        if isinstance(entry, list) and (len(entry) != 2 or entry[0] not in MODEL_LIBRARIES):
+            raise _Refusal(f"takes {name[:60]!r} from {str(entry)[:120]}; known are {MODEL_LIBRARIES[1:]}. Correct it.")
+
+
+def _index(file: Path) -> None:
+    shards = _config(file).get("weight_map")
+    if not isinstance(shards, dict):
+        raise _Refusal("has no weight_map. Take it from the original model.")
+    for shard in set(map(str, shards.values())):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", shard) or not (file.parent / shard).is_file():
+            raise _Refusal(
+                f"names the shard {shard!r}, which is no safetensors file beside it. Copy the weights again."
+            )
+
+
+def _weights(file: Path) -> None:
+    """A safetensors file whose header is short enough and accounts for every byte behind it."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise _Refusal(f"has {size:,} bytes and says that {length:,} are its header. Copy the weights again.")
+        header = _parsed(handle.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Refusal("has metadata that are not strings by name. Save it again.")
+    ends = 0
+    for begin, end, name in sorted(_span(name, entry) for name, entry in header.items()):
+        if begin != ends:
+            raise _Refusal(f"has {name[:60]!r} at byte {begin:,} where {ends:,} is due. Copy the weights again.")
+        ends = end
+    if ends != size - 8 - length:
+        raise _Refusal(f"has {size - 8 - length:,} bytes of tensors; its header tells of {ends:,}. Copy it again.")
+
+
+def _span(name: str, entry: Any) -> tuple[int, int, str]:
+    """Where a tensor lies, if its dtype, shape and place agree."""
+    try:
+        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        numbers = [begin, end, *shape]
+        plain = len(shape) <= MAX_DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        if plain and end - begin == math.prod(shape) * DTYPE_BYTES[dtype]:
+            return begin, end, name
+    except (KeyError, TypeError, ValueError):
+        pass  # as unusable as a tensor whose numbers disagree
+    raise _Refusal(f"describes the tensor {name[:60]!r} by {str(entry)[:120]}, which does not add up. Copy it again.")
+
+
+def _vocabulary(file: Path) -> None:
+    _limited(file, MAX_VOCABULARY_BYTES)  # its keys may be any words: they name nothing that is imported
+
+
+def _text(file: Path, limit: int = MAX_CONFIG_BYTES) -> str:
+    try:
+        return _limited(file, limit).read_bytes().decode()
+    except UnicodeDecodeError:
+        raise _Refusal("is not UTF-8 text. Delete it.") from None
+
+
+def _plain_yaml(file: Path) -> None:
+    events = yaml.parse(_text(file, MAX_YAML_BYTES), yaml.SafeLoader)
+    try:
+        tags = [tag for event in events if (tag := getattr(event, "tag", None))]
+    except yaml.YAMLError as error:
+        raise _Refusal(f"is not YAML ({error}). Delete it.") from None
+    if tags:
+        raise _Refusal(f"has the tag {tags[0]!r}, by which YAML makes objects. Write plain values.")
+
+
+def _picture(file: Path) -> None:
+    with _limited(file, MAX_PICTURE_BYTES).open("rb") as handle:
+        signature = handle.read(len(PNG_SIGNATURE))
+    if signature != PNG_SIGNATURE:
+        raise _Refusal("is no PNG. Delete it.")
+
+
+BASE_PART = r"(unet|vae|text_encoder(_2)?|tokenizer(_2)?|scheduler|feature_extractor|image_encoder|safety_checker)"
+PARTS = re.compile(rf"adapter|{BASE_PART}")
+LAYOUT: tuple[tuple[re.Pattern[str], Callable[[Path], object]], ...] = tuple(
+    (re.compile(pattern), check)
+    for pattern, check in (
+        (r"diff2flow\.json|adapter/adapter_config\.json", _config),
+        (r"adapter/adapter_model\.safetensors", _weights),
+        (r"unet/config\.json", _unet_config),
+        (r"model_index\.json", _model_index),
+        (rf"{BASE_PART}/[\w.-]+\.safetensors\.index\.json", _index),
+        (rf"{BASE_PART}/[\w.-]+\.safetensors", _weights),
+        (r"tokenizer(_2)?/((vocab|tokenizer|added_tokens)\.json|[\w.-]+\.(txt|model))", _vocabulary),
+        (rf"{BASE_PART}/[\w-]+\.json", _config),
+        (r"(adapter/)?README\.md|LICENSE", _text),
+        (r"samples\.png", _picture),
+        (r"config\.yaml", _plain_yaml),
+    )
+)
+"""First match decides. The parts of a base are those of an exported diffusers directory, which is an artifact too."""

@@ -1,0 +1,131 @@
+"""`diff2flow.json`: what a trained model is, how to sample it, and the hashes of all that it depends on."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+
+from d2f_core.content import HASHED_SUFFIXES, file_sha256
+from d2f_core.model.artifact_files import ArtifactError, check_files
+from d2f_core.model.base import BaseModel
+from d2f_core.retry import one_line
+
+DESCRIPTION = "diff2flow.json"
+FORMAT_VERSION = 1
+WEIGHTS = {"full": "unet", "lora": "adapter"}
+"""Method -> the directory of the trained weights."""
+STRICT = dacite.Config(strict=True, cast=[float])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """How a model is to be sampled; it travels with the weights."""
+
+    solver: str = "euler"
+    """euler, midpoint, heun or rk4 in flow time; ddim for a diffusion model."""
+    steps: int = 10
+    """Steps from noise to data."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale; 1 is none."""
+    shift: float = 1.0
+    """Above 1, steps are spent nearer to noise, as large images need; not used by ddim."""
+
+    def __post_init__(self) -> None:
+        if not (self.steps >= 1 and self.shift > 0 and math.isfinite(self.guidance * self.shift)):
+            raise ValueError(f"{self} needs steps of at least 1, a shift above 0 and finite numbers. Correct it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BaseReference:
+    uri: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """The fields of `diff2flow.json`, to check their types by."""
+
+    format_version: int
+    objective: Literal["diff2flow", "flow_matching", "diffusion"]
+    method: Literal["full", "lora"]
+    base: _BaseReference
+    prediction_type: str
+    schedule: dict[str, Any]
+    schedule_sha256: str
+    time_convention: Literal["t=0 noise, t=1 data"]
+    sampling: SamplingDefaults
+    training: dict[str, Any]
+    weights_sha256: dict[str, str]
+    diffusers: dict[str, Any] | None = None
+    """How an exported directory is loaded by diffusers."""
+
+
+def describe(
+    base: BaseModel, *, objective: str, method: str, sampling: SamplingDefaults, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The contents of `diff2flow.json`, but for the weights' hashes."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "objective": objective,
+        "method": method,
+        "base": {"uri": base.uri, "sha256": base.content_hash},
+        "prediction_type": base.prediction_type,
+        "schedule": dict(base.scheduler_config),
+        "schedule_sha256": schedule_hash(base.scheduler_config),
+        "time_convention": "t=0 noise, t=1 data",
+        "sampling": asdict(sampling),
+        "training": dict(training),
+    }
+
+
+def schedule_hash(scheduler_config: Mapping[str, Any]) -> str:
+    """sha256 of a scheduler config, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(dict(scheduler_config), sort_keys=True).encode()).hexdigest()
+
+
+def weights_hashes(directory: Path, method: str) -> dict[str, str]:
+    """Relative name -> sha256 of the trained weights and of the configs that decide how they compute."""
+    files = sorted((directory / WEIGHTS[method]).glob("*"))
+    return {
+        file.relative_to(directory).as_posix(): file_sha256(file)
+        for file in files
+        if file.is_file() and file.suffix in HASHED_SUFFIXES
+    }
+
+
+def write_description(directory: Path, description: Mapping[str, Any]) -> None:
+    """Write `diff2flow.json` beside weights that are in place, with their hashes."""
+    complete = {**description, "weights_sha256": weights_hashes(directory, description["method"])}
+    (directory / DESCRIPTION).write_text(json.dumps(complete, indent=2, sort_keys=True) + "\n")
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """Read and check `diff2flow.json`, after the directory's files were checked.
+
+    Raises:
+        ArtifactError: a file that no artifact has, another format, or a field that is missing or of another kind.
+    """
+    check_files(directory)
+    description = json.loads((directory / DESCRIPTION).read_text())
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{str(directory)!r} has format_version={description.get('format_version')!r}; this release reads "
+            f"{FORMAT_VERSION}. Use the release that wrote it, or train again."
+        )
+    try:
+        dacite.from_dict(_Description, description, STRICT)
+    except (dacite.DaciteError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{str(directory / DESCRIPTION)!r}: {one_line(error)}. Export the model again with this release."
+        ) from None
+    return description
+
+
+def read_sampling(description: Mapping[str, Any]) -> SamplingDefaults:
+    """How a checked description says to sample."""
+    return dacite.from_dict(SamplingDefaults, description["sampling"], STRICT)

@@ -1,0 +1,123 @@
+"""Aliases of registered versions, and the way back: which version an alias named before."""
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+from d2f_core.tracking.logged_models import READY
+from d2f_core.tracking.registry import ModelVersionInfo, find_version, version_info
+from d2f_core.tracking.server import TrackingError, attempt, client_for, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+
+logger = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+PREVIOUS_TAG = "d2f.previous."
+"""Tag of the registered model, with the alias behind it: versions that the alias named before, oldest first."""
+KEPT = 100
+LOGGED_MODEL = re.compile(r"models:/(m-[^/@]+)")
+"""Where a version's files come from."""
+
+
+def get_alias(name: str, alias: str) -> str | None:
+    """The version that an alias names; None when there is no such alias or model."""
+    model = _registered(client_for(tracking_uri()), name)
+    return None if model is None else _named(model, alias)
+
+
+def set_alias(name: str, alias: str, version: str) -> None:
+    """Point an alias at a version, and remember nothing. Raises TrackingError when there is no such version."""
+    client = client_for(tracking_uri())
+    attempt(f"set {name}@{alias}", lambda: client.set_registered_model_alias(name, alias, version))
+
+
+def promote(name: str, version: str, alias: str = CHAMPION) -> ModelVersionInfo:
+    """Point `alias` at a complete version, and keep the one that it named for `rollback`.
+
+    Repeated, or continued after it was killed, it changes nothing more.
+
+    Raises:
+        TrackingError: no such version, or one whose files are not all uploaded.
+    """
+    client = client_for(tracking_uri())
+    found = find_version(client, f"models:/{name}/{version}")
+    if (status := _status(client, found)) != READY:
+        raise TrackingError(
+            f"models:/{name}/{version} is {status}, but must be READY: its upload was not completed. Run "
+            "pipelines.register again, then promote it."
+        )
+    model = _registered(client, name)
+    assert model is not None, "it has a version"
+    current, previous = _named(model, alias), _previous(model, alias)
+    info = version_info(client.tracking_uri, found)
+    if current == info.version:
+        return info
+    if current is not None and previous[-1:] != [current]:  # equal: a promotion was killed before it set the alias
+        _remember(client, name, alias, [*previous, current])
+    set_alias(name, alias, info.version)
+    logger.info("%s@%s is now version %s (before: %s)", name, alias, info.version, current)
+    return info
+
+
+def rollback(name: str, alias: str = CHAMPION) -> ModelVersionInfo:
+    """Point `alias` back at the version that it named before; each further call goes one promotion further back.
+
+    Raises:
+        TrackingError: no such alias, or no earlier version that is still there.
+    """
+    client = client_for(tracking_uri())
+    model = _registered(client, name)
+    current = None if model is None else _named(model, alias)
+    if model is None or current is None:
+        raise TrackingError(f"There is no {name}@{alias}. Promote a version first.")
+    previous = _previous(model, alias)
+    while previous:
+        version = previous[-1]
+        try:
+            found = find_version(client, f"models:/{name}/{version}")
+            usable = _status(client, found) == READY
+        except TrackingError as error:
+            logger.warning("passing over version %s: %s", version, error)
+            usable = False
+        previous = previous[:-1]
+        if usable:
+            set_alias(name, alias, version)
+            _remember(client, name, alias, previous)
+            logger.info("%s@%s is version %s again (before: %s)", name, alias, version, current)
+            return version_info(client.tracking_uri, found)
+    raise TrackingError(f"{name}@{alias} is version {current}, and there is no earlier one to return to. Promote one.")
+
+
+def _registered(client: "MlflowClient", name: str) -> "RegisteredModel | None":
+    query = f"name = '{name}'"
+    found = attempt(f"look up {name}", lambda: client.search_registered_models(query))
+    if not found:
+        return None
+    return attempt(f"read {name}", lambda: client.get_registered_model(name))  # a search may leave out the aliases
+
+
+def _named(model: "RegisteredModel", alias: str) -> str | None:
+    version = model.aliases.get(alias)
+    return None if version is None else str(version)
+
+
+def _previous(model: "RegisteredModel", alias: str) -> list[str]:
+    return model.tags.get(PREVIOUS_TAG + alias, "").split()
+
+
+def _remember(client: "MlflowClient", name: str, alias: str, previous: list[str]) -> None:
+    value = " ".join(previous[-KEPT:])
+    attempt("keep the way back", lambda: client.set_registered_model_tag(name, PREVIOUS_TAG + alias, value))
+
+
+def _status(client: "MlflowClient", version: "ModelVersion") -> str:
+    """READY, or what is in the way: of the version, then of the LoggedModel that holds its files."""
+    source = LOGGED_MODEL.fullmatch(version.source or "")  # the server does not keep the version's `model_id`
+    if version.status != READY:
+        return str(version.status)
+    if source is None:
+        return "not of a logged model"
+    return str(attempt("look up the model", lambda: client.get_logged_model(source[1])).status)

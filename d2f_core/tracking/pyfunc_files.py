@@ -1,0 +1,88 @@
+"""The files by which MLflow's own tools open a model: MLmodel, a script of this project, signature and example."""
+
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODEL_PART = "artifacts/model"
+"""Where the model's own files lie inside its MLflow artifacts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """How MLflow opens a model: models-from-code, so that nothing is pickled.
+
+    Types are MLflow's: string, long, double, binary.
+    """
+
+    script: Path
+    """Python file that calls `mlflow.models.set_model`; MLflow runs a copy of it. It finds the model's files as
+    `context.artifacts["model"]`."""
+    inputs: Mapping[str, str]
+    """Required column -> type."""
+    optional: Mapping[str, str] = field(default_factory=dict)
+    """Column -> type of what may be left out; also taken as a parameter, which holds for all rows."""
+    outputs: Mapping[str, str]
+    example: Mapping[str, Any]
+    """One row of input."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What `mlflow.pyfunc.load_model(..., model_config=...)` may change, with the values otherwise."""
+    requirements: Sequence[str] = ()
+    """Packages, pinned to the releases that are installed here."""
+
+
+def write_pyfunc(
+    target: Path, loader: Loader, files: Mapping[str, bytes], *, model_bytes: int, run_id: str, model_id: str
+) -> None:
+    """Write MLflow's files to the new directory `target`, and `files` to where the model's own will lie.
+
+    The model's own files are not copied here: they may be large, and go to their place directly.
+
+    Args:
+        model_bytes: size of the model's own files, for MLflow's pages.
+    """
+    import pandas as pd
+    from mlflow.models import Model
+    from mlflow.pyfunc import save_model
+
+    model = Model(run_id=run_id, model_uuid=model_id, model_id=model_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        part = Path(scratch, Path(MODEL_PART).name)
+        part.mkdir()
+        for name, content in files.items():
+            (part / name).write_bytes(content)
+        save_model(
+            path=str(target),
+            python_model=str(loader.script),
+            artifacts={"model": str(part)},
+            signature=_signature(loader),
+            input_example=pd.DataFrame([dict(loader.example)]),
+            model_config=dict(loader.settings),
+            pip_requirements=[_pinned(name) for name in loader.requirements],
+            mlflow_model=model,
+            uv_project_path=scratch,  # else a uv.lock of the current directory would become part of the model
+        )
+    saved = Model.load(str(target))
+    saved.model_size_bytes = (saved.model_size_bytes or 0) + model_bytes
+    saved.save(str(target / "MLmodel"))
+
+
+def _signature(loader: Loader) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    required = [ColSpec(type=kind, name=name) for name, kind in loader.inputs.items()]
+    optional = [ColSpec(type=kind, name=name, required=False) for name, kind in loader.optional.items()]
+    return ModelSignature(
+        inputs=Schema([*required, *optional]),
+        outputs=Schema([ColSpec(type=kind, name=name) for name, kind in loader.outputs.items()]),
+        params=ParamSchema([ParamSpec(name, kind, None) for name, kind in loader.optional.items()]),
+    )
+
+
+def _pinned(package: str) -> str:
+    """A requirement that the package index can serve: without the local part of a version such as 2.13.0+cpu."""
+    return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"

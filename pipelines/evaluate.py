@@ -1,0 +1,40 @@
+r"""Measure a model beside champion and base, write a report, and promote it when it passes the gate.
+
+    python -m pipelines.evaluate quickstart --output s3://d2f/evaluations/flow-3
+    python -m pipelines.evaluate quickstart --candidate /models/mine --champion "" --no-promote ...
+
+The same command again goes on where a killed job was.
+"""
+
+import ray
+
+from d2f_core.inference.evaluate import check_evaluate, evaluate
+from d2f_core.inference.evaluate_config import EvaluateConfig
+from d2f_core.inference.gate import Verdict
+from pipelines.cli import run_job
+from pipelines.recipes import EMOJI_SD
+from pipelines.workflow_recipes import EVALUATIONS, FLOW_MODEL, WORKFLOW
+
+QUICKSTART = WORKFLOW["quickstart"]
+
+EVALUATE = {
+    # What `make quickstart` made: every caption of its drawings, and the drawings to compare with.
+    "quickstart": EvaluateConfig(
+        candidate=f"models:/{FLOW_MODEL}@candidate",
+        base=EMOJI_SD,
+        prompts=QUICKSTART.captions_uri,
+        reference=QUICKSTART.dataset.output,
+        output="s3://d2f/evaluations/quickstart",
+        evaluations=EVALUATIONS,
+    )
+}
+
+
+def main(config: EvaluateConfig) -> Verdict:
+    job = check_evaluate(config)
+    ray.init(ignore_reinit_error=True)
+    return evaluate(job)
+
+
+if __name__ == "__main__":
+    run_job("evaluate", EVALUATE, main, check_evaluate)

