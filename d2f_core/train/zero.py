@@ -9,12 +9,14 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from d2f_core.train.config import MissingCompilerError, TrainConfig, missing_compiler
 
@@ -101,12 +103,23 @@ def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> An
         config=engine_config(config, num_workers),
         dist_init_required=False,
     )
+    _limit_waiting(config.worker_timeout_seconds)
     for name, weight in whole.items():
         # DeepSpeed makes its fp32 weights from the rounded ones: a resumed run would lose their last digits.
         _set_whole(engine, trained[name], weight.float())
     if config.precision != "fp16":
         _refuse_non_finite_gradients(engine)
     return engine
+
+
+def _limit_waiting(seconds: float) -> None:
+    """Let no collective wait longer than that for a worker that stands still.
+
+    DeepSpeed makes a process group of its own, with torch's default of 30 minutes (10 with NCCL), whatever the group of
+    Ray Train has; it offers no setting for it.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _refuse_non_finite_gradients(engine: Any) -> None:

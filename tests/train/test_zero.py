@@ -3,7 +3,9 @@
 And what an engine is refused for before it is built.
 """
 
+import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,23 @@ def test_averages_equal_those_of_one_plain_process(results: Path, stage: int):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
+def wait_for_a_worker_that_stands_still(rank: int, port: int, directory: str) -> None:
+    processes.join(rank, WORKERS, port)
+    engine = zero.build_engine(network(), dataclasses.replace(config(2), worker_timeout_seconds=2), WORKERS)
+    if rank:
+        time.sleep(8)
+        return
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        dist.all_reduce(torch.zeros(1), group=engine.optimizer.dp_process_group)
+    Path(directory, "waited").write_text(str(time.monotonic() - began))
+
+
+def test_deepspeeds_own_group_waits_no_longer_than_asked(tmp_path: Path):
+    processes.start(wait_for_a_worker_that_stands_still, WORKERS, str(tmp_path))
+    assert 1 < float((tmp_path / "waited").read_text()) < 6
+
+
 def test_activation_checkpointing_runs_the_blocks_of_a_unet_twice_also_inside_its_adapters(adapted: bool):
     from diffusers import UNet2DConditionModel
 
