@@ -1,10 +1,12 @@
 """Start a training on the cluster, restart it after failures, and say what is missing when it cannot go on."""
 
 import bisect
+import contextlib
 import logging
+import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 RESOURCE_WAIT_SECONDS = 60
 FLUSH_SECONDS = 120.0
+HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 FINAL = (
     NonFiniteLossError,
@@ -167,8 +170,23 @@ def _attempt(job: WorkerJob) -> None:
         # Ray's own restarts would keep the attempt's name, and repeat errors that no restart mends.
         run_config=ray.train.RunConfig(name=job.attempt, storage_path=_ray_storage(job.output)),
     )
-    with watched(job.pulse):
+    with watched(job.pulse), _dead_after(config.worker_timeout_seconds):
         trainer.fit()
+
+
+@contextlib.contextmanager
+def _dead_after(seconds: float) -> Iterator[None]:
+    """Let Ray Train give up a worker that does not answer for so long, even when no other waits for it.
+
+    Its own limit is ten minutes, and can be set by the environment of the driver alone.
+    """
+    before = os.environ.get(HEALTH_CHECK_TIMEOUT)
+    os.environ[HEALTH_CHECK_TIMEOUT] = before or str(seconds)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[HEALTH_CHECK_TIMEOUT]
 
 
 def _settle(job: WorkerJob, last: Checkpoint) -> None:

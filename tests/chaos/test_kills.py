@@ -42,7 +42,7 @@ def test_s3_and_mlflow_are_killed_and_come_back_and_then_a_worker_stands_still(
             for pid in status.pids:
                 os.kill(pid, signal.SIGKILL)
         servers.up()
-        running.wait_for("a checkpoint after that", lambda: has_checkpoint(config.output, 3 * SAVES))
+        running.wait_for("a checkpoint after that", lambda: has_checkpoint(config.output, 2 * SAVES))
         stopped = processes("ray::RayTrainWorker")[-1]
         os.kill(stopped.pid, signal.SIGSTOP)
     assert f"process {stopped.pid}) was last heard of" in caplog.text, "named before the time limit"
