@@ -1,6 +1,5 @@
 """Damaged data, a bad network, and other numbers of workers."""
 
-import os
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,11 +13,12 @@ from d2f_core.train.launch import TrainingStoppedError
 from infra.local.stack import StackEnv
 from pipelines.finetune import main
 from tests.chaos.training import Running, assert_same_run, final, losses, make_config
+from tests.slow import slow
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 
-@pytest.mark.skipif("D2F_SLOW" not in os.environ, reason="four workers take 150 s on two cores; D2F_SLOW=1 runs them")
+@slow("150 s: four workers on two cores")
 def test_losses_do_not_depend_on_the_number_of_workers_nor_on_the_zero_stage(base, unbroken):
     config = make_config(base, "four-workers", num_workers=4, zero_stage=3)
     main(config)

@@ -21,6 +21,7 @@ from d2f_core.inference.generate import check_generate, generate, read_generatio
 from d2f_core.inference.plan import GenerateConfig, GenerateError
 from d2f_core.storage import exists, join, list_names, read_bytes, write_bytes
 from d2f_core.tracking import find_run
+from tests.slow import slow
 
 pytestmark = pytest.mark.usefixtures("cluster")
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,7 @@ def test_missing_chunks_are_made_again_and_no_others(config: GenerateConfig, ref
     assert again == {"id4", "id5", "id6", "id7"}
 
 
+@slow("65 s: missing chunks are tested by themselves")
 def test_a_killed_job_goes_on_and_ends_with_the_same_images(config: GenerateConfig, tmp_path: Path) -> None:
     rows = [{"prompt": f"dog {number}", "sample_id": f"id{number}"} for number in range(24)]
     whole = replace(

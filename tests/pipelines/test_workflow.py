@@ -32,6 +32,7 @@ from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow import main
 from pipelines.workflow_config import WorkflowConfig
+from tests.slow import slow
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("cluster")]
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,7 @@ def until(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path)
         time.sleep(0.05)
 
 
+@slow("90 s: the stages' own tests are killed too")
 def test_killed_in_several_stages_it_ends_with_the_same_outputs(
     base: str, config: WorkflowConfig, first: dict[str, Any], tmp_path: Path
 ) -> None:
