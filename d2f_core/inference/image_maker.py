@@ -4,6 +4,7 @@ An image is a function of the model and of its `Request` alone: its noise is key
 one shape and one set of sampler settings share a forward pass, which changes an image by float rounding at most.
 """
 
+import io
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from d2f_core.model.artifact import TrainedModel, to_uint8
@@ -219,6 +221,13 @@ class ImageMaker:
         while len(self._conditions) > KEPT_PROMPTS:
             self._conditions.popitem(last=False)
         return {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]}
+
+
+def encode_image(pixels: np.ndarray, format: str = "png", **options: int) -> bytes:
+    """Pixels uint8 [height, width, 3] as the bytes of a png, webp or jpeg file; `options` are those of Pillow."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, format=format.upper(), **options)
+    return sink.getvalue()
 
 
 def _failed(request: Request, noise: np.ndarray, error: str, seconds: float, evaluations: int = 0) -> Made:

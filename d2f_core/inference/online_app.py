@@ -7,7 +7,6 @@ it together; images are those of the batch job for the same seed, sample_id and 
 import asyncio
 import hashlib
 import hmac
-import io
 import logging
 from base64 import b64encode
 from dataclasses import asdict, dataclass
@@ -16,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.util
 import torch
-from PIL import Image
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from d2f_core.inference.image_maker import ImageMaker, Made, Request, fill_request
+from d2f_core.inference.image_maker import ImageMaker, Made, Request, encode_image, fill_request
 from d2f_core.inference.online_request import RequestError, parse_request
 from d2f_core.model.artifact import load_model
 from d2f_core.tracking import resolve_model
@@ -126,9 +124,7 @@ def _drawn(made: Made, together: int) -> Drawn:
     settings = {**asdict(made.request), "num_evaluations": made.num_evaluations}
     if made.pixels is None:
         return Drawn(failed=made.error or "no image", settings=settings)
-    sink = io.BytesIO()
-    Image.fromarray(made.pixels).save(sink, "PNG")
-    return Drawn(png=sink.getvalue(), settings=settings, batch_images=together)
+    return Drawn(png=encode_image(made.pixels), settings=settings, batch_images=together)
 
 
 class Door:

@@ -5,7 +5,6 @@ installed. Prompts in, PNG bytes out, as mlflow.diffusers does it; its settings 
 image, or be given as `params`, which hold for all images. Import this module only to serve a model.
 """
 
-import io
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +13,8 @@ import pandas as pd
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
-from PIL import Image
 
-from d2f_core.inference.image_maker import ImageMaker, Request, fill_request
+from d2f_core.inference.image_maker import ImageMaker, Request, encode_image, fill_request
 from d2f_core.model.artifact import load_model
 
 WHOLE = {"num_inference_steps": "steps", "height": "height", "width": "width", "seed": "seed"}
@@ -50,10 +48,12 @@ class ImageModel(PythonModel):
         each = model_input.explode("prompt")  # MLflow reads {"prompt": ["a", "b"]} as one row
         rows = [{**(params or {}), **_given(row)} for row in each.to_dict("records")]
         made = self.maker.make([self._request(number, row) for number, row in enumerate(rows)])
+        pictures = []
         for number, image in enumerate(made):
             if image.pixels is None:
                 raise ValueError(f"row {number}: {image.error}. Lower guidance_scale, or take another solver.")
-        return [_png(image.pixels) for image in made]
+            pictures.append(encode_image(image.pixels))
+        return pictures
 
     def _request(self, number: int, row: Mapping[str, Any]) -> Request:
         given = _given(row)
@@ -67,12 +67,6 @@ class ImageModel(PythonModel):
 def _given(row: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is missing, which pandas has as None or NaN."""
     return {name: value for name, value in row.items() if not pd.isna(value)}
-
-
-def _png(pixels: Any) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, format="PNG")
-    return sink.getvalue()
 
 
 set_model(ImageModel())

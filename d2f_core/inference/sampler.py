@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import socket
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,13 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from ray.util import metrics
 
 from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.manifest import TableFile, write_part
 from d2f_core.data.schema import array_field, latent_schema
-from d2f_core.inference.image_maker import ImageMaker, Made, Request, batches
+from d2f_core.inference.image_maker import ImageMaker, Made, Request, batches, encode_image
 from d2f_core.inference.plan import LATENTS, PROMPTS_NAME, TIMING, Plan, part_name
 from d2f_core.model.artifact import load_model
 from d2f_core.storage import arrow_filesystem, join, retried, write_bytes
@@ -119,11 +117,10 @@ class ChunkSampler:
 
     def _write_image(self, made: Made) -> str:
         assert made.pixels is not None
-        sink, lossless = io.BytesIO(), self.plan.format == "png"
-        options = {} if lossless else {"quality": self.plan.quality}
-        Image.fromarray(made.pixels).save(sink, format=self.plan.format.upper(), **options)
-        write_bytes(self._image_uri(made.request), sink.getvalue())
-        return hashlib.sha256(sink.getvalue()).hexdigest()
+        options = {} if self.plan.format == "png" else {"quality": self.plan.quality}
+        data = encode_image(made.pixels, self.plan.format, **options)
+        write_bytes(self._image_uri(made.request), data)
+        return hashlib.sha256(data).hexdigest()
 
     def _image_uri(self, request: Request) -> str:
         return join(self.output, f"images/{request.sample_id}-{request.steps}.{self.plan.format}")

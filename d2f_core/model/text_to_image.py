@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from d2f_core.model.artifact import SamplingDefaults, TrainedModel, load_model, read_description, to_uint8
-from d2f_core.model.autoencoder import Autoencoder, load_autoencoder
+from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModel, local_copy
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.image_sizes import sizes_of_rows
@@ -217,7 +217,7 @@ class TextToImage:
     def preview(self, network: Callable[..., Any], config: PreviewConfig, prompts: Sequence[str]) -> list[Image.Image]:
         """One image per prompt; the noise belongs to the prompt."""
         autoencoder = load_autoencoder(self.base, device=self.device)
-        shape = latent_shape(autoencoder, cast(Any, self.module).config)
+        shape = self.base.latent_shape(*self.base.default_size)
         noise = torch.from_numpy(keyed_normal(0, prompts, shape, "preview")).to(self.device)
         latents, _ = sample_latents(
             self.model(network),
@@ -229,12 +229,6 @@ class TextToImage:
             guidance=config.guidance,
         )
         return [Image.fromarray(image) for image in to_uint8(autoencoder.decode(latents)).numpy()]
-
-
-def latent_shape(autoencoder: Autoencoder, unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, h, w) of the size that the network was made for."""
-    side = int(unet_config["sample_size"])
-    return autoencoder.latent_channels, side, side
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
