@@ -5,7 +5,7 @@ import dataclasses
 import fcntl
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +95,8 @@ class Stack:
             outdated = [n for n in well if any(o.digest != parts[n].digest for o in self._owned(n))]
             for name in outdated:
                 self._stop(name, state)
-            variables = {**self._variables(state), **past_proxies()}
+            # Servers of this directory that were not asked for stay findable: the environment names them too.
+            variables = {**self._variables(state, {*self.names, *staying}), **past_proxies()}
             save_state(state, variables)
             started = tuple(n for n in self.names if n not in well or n in outdated)
             self._start([parts[name] for name in started], state)
@@ -119,13 +120,13 @@ class Stack:
         makers: dict[str, Callable[[], Part]] = {
             "s3": lambda: s3_part(state),
             "mlflow": lambda: mlflow_part(state),
-            "ray": lambda: ray_part(state, self._variables(state)),
+            "ray": lambda: ray_part(state, self._variables(state, self.names)),
         }
         return {name: makers[name]() for name in self.names}
 
-    def _variables(self, state: State) -> dict[str, str]:
+    def _variables(self, state: State, names: Collection[str]) -> dict[str, str]:
         makers = {"s3": s3_variables, "mlflow": mlflow_variables, "ray": ray_variables}
-        return {k: v for name in self.names for k, v in makers[name](state).items()}
+        return {k: v for name in PARTS if name in names for k, v in makers[name](state).items()}
 
     def _owned(self, name: str | None = None) -> list[processes.Owned]:
         return processes.owned(self.directory, name)

@@ -219,13 +219,15 @@ def test_a_ray_head_that_lost_its_raylet_is_replaced_and_down_leaves_nothing(tmp
     own = Stack(tmp_path / "ray", parts=("ray",), tied=True)
     try:
         own.up()
+        Stack(own.directory, parts=("s3",), tied=True).up()
+        assert "RAY_AUTH_TOKEN_PATH" in read_variables(own.directory / "env"), "the head is lost to `submit`"
         for item in own._owned("ray"):
             if item.process.name() == "raylet":
                 item.process.kill()
         assert own.up().started == ("ray",)
         assert own.status()[0].state == "running"
     finally:
-        own.down()
+        Stack(own.directory).down()
     assert pids(own.directory) == set()
     assert not temp_directory(own.directory).exists()
     assert list((own.directory / "logs" / "ray").glob("session_2*/raylet.out"))

@@ -96,7 +96,6 @@ def test_averages_equal_those_of_one_plain_process(results: Path, stage: int):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
 def wait_for_a_worker_that_stands_still(rank: int, port: int, directory: str) -> None:
     processes.join(rank, WORKERS, port)
     engine = zero.build_engine(network(), dataclasses.replace(config(2), worker_timeout_seconds=2), WORKERS)
@@ -114,6 +113,7 @@ def test_deepspeeds_own_group_waits_no_longer_than_asked(tmp_path: Path):
     assert 1 < float((tmp_path / "waited").read_text()) < 6
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 def test_activation_checkpointing_runs_the_blocks_of_a_unet_twice_also_inside_its_adapters(adapted: bool):
     from diffusers import UNet2DConditionModel
 
