@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from d2f_core.inference.evaluate_config import EvaluateConfig, EvaluateError
 from d2f_core.inference.generate import GenerateJob, check_generate
@@ -97,13 +98,13 @@ def _champion(config: EvaluateConfig) -> str:
     return f"{REGISTERED}{name}/{version}" if version is not None else ""
 
 
-def make_contender(config: EvaluateConfig, role: str, uri: str) -> Contender:
-    """Check that a model can make the images.
+def make_contender(config: EvaluateConfig, role: str, uri: str, resolution: int | None) -> Contender:
+    """Check that a model can make the images, of an edge of `resolution` pixels.
 
     Raises:
         ValueError: a model, prompt file or setting that cannot be used.
     """
-    solver = config.base_solver if role == "base" else config.solver or _carried_solver(uri)
+    solver = config.base_solver if role == "base" else config.solver or carried_sampling(uri).get("solver", DDIM)
     per_step = EVALUATIONS_PER_STEP.get(solver)
     if per_step is None:
         raise EvaluateError(
@@ -120,6 +121,7 @@ def make_contender(config: EvaluateConfig, role: str, uri: str) -> Contender:
             solver=solver,
             steps=tuple(count // per_step for count in config.evaluations),
             guidance=config.guidance,
+            resolution=resolution,
             seed=config.seed,
             batch_size=config.generate_batch_size,
             chunk_size=config.chunk_size,
@@ -136,9 +138,10 @@ def make_contender(config: EvaluateConfig, role: str, uri: str) -> Contender:
     return Contender(role=role, uri=uri, job=job)
 
 
-def _carried_solver(uri: str) -> str:
+def carried_sampling(uri: str) -> dict[str, Any]:
+    """The sampling settings of a trained model; empty for a base."""
     directory = local_copy(resolve_model(uri))
-    return read_description(directory)["sampling"]["solver"] if (directory / DESCRIPTION).is_file() else DDIM
+    return read_description(directory)["sampling"] if (directory / DESCRIPTION).is_file() else {}
 
 
 def validation_loss(uri: str) -> float | None:

@@ -26,6 +26,7 @@ from d2f_core.inference.contenders import (
     REGISTERED,
     VALIDATION_LOSS,
     Contender,
+    carried_sampling,
     keep_pins,
     make_contender,
     pin_models,
@@ -35,7 +36,7 @@ from d2f_core.inference.contenders import (
 from d2f_core.inference.estimates import Estimate, Metric
 from d2f_core.inference.evaluate_config import EvaluateConfig, EvaluateError
 from d2f_core.inference.features import CaptionScorer, load_features
-from d2f_core.inference.gate import Verdict, check_gate, judge
+from d2f_core.inference.gate import FLOW_LOSS, Verdict, check_gate, judge
 from d2f_core.inference.generate import generate
 from d2f_core.inference.report import render_report, shown_images
 from d2f_core.inference.straightness import follow_all
@@ -58,7 +59,8 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     check_reachable(config.output, write=True)
     if config.experiment or config.candidate.startswith(REGISTERED):
         check_tracking()
-    check_gate(config.gate, measured_names(config), config.evaluations)
+    per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())
+    check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations)
     reference = read_manifest(config.reference)
     if reference.kind not in ("images", "generations"):
         raise EvaluateError(f"reference={config.reference!r} is a table of {reference.kind}. Give real images.")
@@ -68,10 +70,12 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     clip = CaptionScorer(config.score.clip).model.as_network().fingerprint if config.score.clip else ""
     pins = pin_models(config)
     wanted = {role: uri for role, uri in pins.items() if uri and not (role == "champion" and uri == pins["candidate"])}
+    # Images of different sizes cannot be compared: all models draw what the candidate was made for.
+    edge = config.resolution or carried_sampling(pins["candidate"]).get("resolution")
     return EvaluateJob(
         config=config,
         pins=pins,
-        contenders=tuple(make_contender(config, role, uri) for role, uri in wanted.items()),
+        contenders=tuple(make_contender(config, role, uri, edge) for role, uri in wanted.items()),
         feature_name=features.name,
         dimensions=features.dimensions,
         fingerprint={"features": features.name, "network": features.network.fingerprint, "clip": clip},
@@ -92,10 +96,11 @@ def evaluate(job: EvaluateJob) -> Verdict:
         generate(contender.job)
     metrics, distances = measure_all(job)
     paths = follow_all(job)
-    verdict = judge(config.gate, metrics, {contender.role for contender in job.contenders})
+    losses = {each.role: loss for each in job.contenders if (loss := validation_loss(each.uri)) is not None}
+    verdict = judge(config.gate, metrics | per_model(paths, losses), {contender.role for contender in job.contenders})
     if job.pins["champion"] == job.pins["candidate"]:
         verdict = dataclasses.replace(verdict, passed=False, reason="the candidate is the champion already")
-    results = _results(job, metrics, distances, paths, verdict)
+    results = _results(job, metrics, distances, paths, losses, verdict)
     _store(job, results, metrics)
     if verdict.passed and config.promote and registered_name(job.pins["candidate"]):
         _promote(job)
@@ -103,11 +108,29 @@ def evaluate(job: EvaluateJob) -> Verdict:
     return verdict
 
 
+def per_model(paths: dict[str, Estimate], losses: dict[str, float]) -> dict[str, Metric]:
+    """What the gate may ask of a model at whatever number of evaluations."""
+    measured = {
+        "straightness": paths,
+        FLOW_LOSS: {role: Estimate(value=loss, low=loss, high=loss, count=0) for role, loss in losses.items()},
+    }
+    return {
+        name: Metric(
+            name=name,
+            title=name.replace("_", " "),
+            higher_is_better=False,
+            values={role: {0: each} for role, each in values.items()},
+        )
+        for name, values in measured.items()
+    }
+
+
 def _results(
     job: EvaluateJob,
     metrics: dict[str, Metric],
     distances: dict[str, dict[int, Estimate]],
     paths: dict[str, Estimate],
+    losses: dict[str, float],
     verdict: Verdict,
 ) -> dict[str, Any]:
     """The contents of metrics.json."""
@@ -116,7 +139,7 @@ def _results(
     promotes = verdict.passed and config.promote and bool(name)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "models": [_model(contender, paths) for contender in job.contenders],
+        "models": [_model(contender, paths, losses) for contender in job.contenders],
         "features": {**job.fingerprint, "uri": config.score.features},
         "prompts": {"uri": config.prompts, "count": job.contenders[0].job.prompts.num_rows, "seed": config.seed},
         "reference": {"uri": config.reference, "count": job.reference.num_rows},
@@ -135,7 +158,7 @@ def _results(
     }
 
 
-def _model(contender: Contender, paths: dict[str, Estimate]) -> dict[str, Any]:
+def _model(contender: Contender, paths: dict[str, Estimate], losses: dict[str, float]) -> dict[str, Any]:
     plan, path = contender.job.plan, paths.get(contender.role)
     return {
         "role": contender.role,
@@ -146,7 +169,7 @@ def _model(contender: Contender, paths: dict[str, Estimate]) -> dict[str, Any]:
         "shift": plan.shift,
         "size": [plan.height, plan.width],
         "straightness": path and path.to_json(),
-        VALIDATION_LOSS: validation_loss(contender.uri),
+        VALIDATION_LOSS: losses.get(contender.role),
     }
 
 

@@ -33,6 +33,8 @@ class EvaluateConfig:
     """euler shows the base as the untrained flow model."""
     guidance: float | None = None
     """Guidance scale of all models; None: what each carries."""
+    resolution: int | None = None
+    """Edge of all models' images in pixels; None: what the candidate carries."""
     seed: int = 0
     """Of prompts without a seed of their own."""
     generate_batch_size: int = 16

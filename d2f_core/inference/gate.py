@@ -13,6 +13,9 @@ from d2f_core.inference.statistics import percentile_interval
 
 Against = Literal["champion", "base"]
 NAMED = re.compile(r"(?P<metric>[a-z_]+)@(?P<evaluations>[1-9][0-9]*)")
+FLOW_LOSS = "flow_loss"
+PER_MODEL = (FLOW_LOSS, "straightness")
+"""Metrics with one value per model, whatever the number of evaluations: named without one, and kept under 0."""
 
 
 class GateError(ValueError):
@@ -39,11 +42,13 @@ class GateConfig:
     """When a candidate passes: it is better where it must be, and nowhere worse than tolerated."""
 
     metric: str = "frechet@4"
-    """NAME@EVALUATIONS that decides; names: frechet, kernel, precision, recall, clip_score, failed."""
+    """NAME@EVALUATIONS that decides; names: frechet, kernel, precision, recall, clip_score, failed; and by itself
+    straightness, or flow_loss, the held-out loss that each model's training measured."""
     max_ratio: float = 1.0
     """Candidate over champion at most; where more is better, champion over candidate. 0.95 asks for 5 % better."""
     must_not_regress: tuple[str, ...] = ()
-    """Further NAME@EVALUATIONS that may not get worse by more than `tolerance`."""
+    """Further ones that may not get worse by more than `tolerance`. flow_loss here refuses a model that only knows its
+    training images better; compare trainings that held out the same rows."""
     tolerance: float = 0.05
     """Share of the champion's value by which those may be worse."""
     confident: bool = False
@@ -63,7 +68,7 @@ class GateConfig:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Every NAME@EVALUATIONS that a rule reads."""
+        """Every metric that a rule reads."""
         return (self.metric, *self.must_not_regress, *(limit.metric for limit in self.limits))
 
 
@@ -98,10 +103,14 @@ class Verdict:
 
 
 def parse_metric(name: str) -> tuple[str, int]:
-    """`frechet@4` as its two parts. Raises GateError for any other form."""
+    """`frechet@4` as its two parts, `flow_loss` with 0. Raises GateError for any other form."""
+    if name in PER_MODEL:
+        return name, 0
     found = NAMED.fullmatch(name)
-    if found is None:
-        raise GateError(f"{name!r} is not NAME@EVALUATIONS, such as frechet@4. Correct it.")
+    if found is None or found["metric"] in PER_MODEL:
+        raise GateError(
+            f"{name!r} is not NAME@EVALUATIONS, such as frechet@4, nor one of {', '.join(PER_MODEL)}. Correct it."
+        )
     return found["metric"], int(found["evaluations"])
 
 
@@ -118,7 +127,7 @@ def check_gate(config: GateConfig, measured: set[str], evaluations: tuple[int, .
         name, count = parse_metric(rule)
         if name not in measured:
             raise GateError(f"gate: {rule!r} is not measured here. Known: {', '.join(sorted(measured))}.")
-        if count not in evaluations:
+        if count and count not in evaluations:
             raise GateError(f"gate: {rule!r}, but images are made at {evaluations} evaluations. Add {count}.")
     if config.without_champion == "limits" and not config.limits:
         raise GateError("gate: without_champion='limits' needs limits, or any first candidate would pass. Add one.")
@@ -142,7 +151,9 @@ def judge(config: GateConfig, metrics: Mapping[str, Metric], roles: set[str]) ->
         # As a share of the reference by which the candidate may be worse: below 0, it must be better.
         slack = 1 - 1 / config.max_ratio if better else config.max_ratio - 1
         rules.append(_compare(config, config.metric, slack, metrics, against))
-        rules += [_compare(config, name, config.tolerance, metrics, against) for name in config.must_not_regress]
+        # A base as it is was trained by others: there is no held-out loss of it.
+        kept = [name for name in config.must_not_regress if against == "champion" or name != FLOW_LOSS]
+        rules += [_compare(config, name, config.tolerance, metrics, against) for name in kept]
     rules += [_limit(limit, metrics) for limit in config.limits]
     broken = [rule.rule for rule in rules if not rule.holds]
     compared = f"the {against}" if against else "absolute limits"
@@ -205,7 +216,7 @@ def _limit(limit: Limit, metrics: Mapping[str, Metric]) -> RuleResult:
 
 def _unmeasured(name: str, metric: Metric, role: str) -> RuleResult:
     return RuleResult(
-        rule=f"{name} of the {role} can be measured (too few usable images)",
+        rule=f"{name} of the {role} is known ({'not measured' if name in PER_MODEL else 'too few usable images'})",
         holds=False,
         metric=metric.name,
     )

@@ -115,13 +115,26 @@ def test_or_the_first_candidate_must_keep_absolute_limits_alone() -> None:
 def test_a_candidate_that_could_not_be_measured_does_not_pass() -> None:
     metrics = {"frechet": metric("frechet", {"champion": {4: 10}})}
     found = judge(GateConfig(), metrics, {"candidate", "champion"})
-    assert not found.passed and "frechet@4 of the candidate can be measured" in found.reason
+    assert not found.passed and "frechet@4 of the candidate is known (too few usable images)" in found.reason
+
+
+@pytest.mark.parametrize(("loss", "passes"), [(0.75, True), (1.76, False)])
+def test_a_candidate_that_only_knows_its_training_images_better_can_be_refused(loss: float, passes: bool) -> None:
+    config = GateConfig(must_not_regress=("flow_loss",))
+    values = metric("flow_loss", {"candidate": {0: loss}, "champion": {0: 0.77}})
+    assert verdict(config, 5, 10, flow_loss=values) is passes
+    unknown = metric("flow_loss", {"candidate": {0: loss}})
+    assert not verdict(config, 5, 10, flow_loss=unknown)
+    against_base = {"frechet": metric("frechet", {"candidate": {4: 5}, "base": {4: 10}}), "flow_loss": unknown}
+    assert judge(config, against_base, {"candidate", "base"}).passed, "a base has no held-out loss"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: GateConfig(metric="frechet"), "'frechet' is not NAME@EVALUATIONS"),
+        (lambda: GateConfig(metric="flow_loss@4"), "'flow_loss@4' is not NAME@EVALUATIONS"),
+        (lambda: check(GateConfig(must_not_regress=("straightness",))), "'straightness' is not measured here"),
         (lambda: GateConfig(max_ratio=0), "max_ratio=0"),
         (lambda: GateConfig(tolerance=-1), "tolerance=-1"),
         (lambda: Limit(metric="frechet@4"), "neither at_most nor at_least"),
