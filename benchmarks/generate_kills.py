@@ -3,9 +3,9 @@
     python -m benchmarks.generate_kills --results docs/results/generate_kills.json
 
 A local stack draws 2,000 prompts twice with emoji-sd. The second time one after another are killed by SIGKILL: an actor
-that draws, the S3 server, the job's driver, the Ray head with all that runs on it, and an actor again. Servers are
-started again by `Stack.up`, the job by the same command. Afterwards every image and every index part must be there once
-with the same bytes.
+that draws, the S3 server, the job's driver, the head node (Ray with all that runs on it, the driver too), and an actor
+again. Servers are started again by `Stack.up`, the job by the same command. Afterwards every image and every index part
+must be there once with the same bytes.
 """
 
 import json
@@ -91,6 +91,8 @@ def kill_driver(job: Job, stack: Stack) -> None:
 
 
 def kill_node(job: Job, stack: Stack) -> None:
+    job.process.kill()  # the driver of a submitted job runs on the head's node
+    job.process.wait()
     kill_part(stack, "ray")
 
 
@@ -103,7 +105,7 @@ def kill_part(stack: Stack, name: str) -> None:
     stack.up()
 
 
-KILLS = {"actor": kill_actor, "S3": kill_s3, "driver": kill_driver, "Ray head": kill_node, "actor again": kill_actor}
+KILLS = {"actor": kill_actor, "S3": kill_s3, "driver": kill_driver, "head node": kill_node, "actor again": kill_actor}
 
 
 def main() -> None:

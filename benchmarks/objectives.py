@@ -1,6 +1,7 @@
-"""The paper's comparison at our size: emoji-sd adapts to OpenMoji by three losses, fully and with LoRA.
+"""The paper's comparison at our size: emoji-sd adapts to OpenMoji, or to another resolution, by three losses.
 
     python -m benchmarks.objectives --results docs/results/objectives.jsonl
+    python -m benchmarks.objectives --results docs/results/resolution.jsonl --style twemoji --subset core --size 96
 
 Every combination sees the same rows in the same order with the same noises and flow times, and is judged by a Frechet
 distance (see benchmarks.frechet) of one image per caption and by the held-out flow loss, against steps and against
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.frechet import NAME, Features, distance
-from d2f_core.data.emoji import MakeDatasetConfig, render_rows
+from d2f_core.data.emoji import Fit, MakeDatasetConfig, Style, Subset, render_rows
 from d2f_core.data.order import SampleOrder
 from d2f_core.model.artifact import TrainedModel, load_model, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
@@ -33,6 +34,7 @@ from d2f_core.model.ema import EmaConfig, update
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_to_image import ModelConfig, TextToImage
+from d2f_core.objective.path import TimeSampling
 from d2f_core.randomness import keyed_normal
 from d2f_core.train.config import TrainConfig
 
@@ -48,6 +50,14 @@ class Config:
     results: Path
     """One JSON object per line."""
     base: str = "infra/models/emoji-sd"
+    style: Style = "openmoji"
+    """Whose drawings are learned."""
+    subset: Subset = "all"
+    """Which of them."""
+    size: int = 64
+    """Of the images in pixels, rendered at that size; emoji-sd was trained at 64."""
+    shift: float = 1.0
+    """Flow times of diff2flow's training and of Euler's sampling moved towards noise; see `shift_times`."""
     objectives: tuple[Objective, ...] = ("diff2flow", "diffusion", "flow_matching")
     methods: tuple[Method, ...] = ("full", "small", "attention")
     seeds: tuple[int, ...] = (0,)
@@ -58,6 +68,13 @@ class Config:
     """Network evaluations of the last step's model and of the base."""
     images: int = 943
     """Images per judgement, one for each caption in turn: as many as a half of the real ones, which gives the floor."""
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What is learned, where it is not OpenMoji at the base's own size."""
+        given = {"style": self.style, "subset": self.subset, "size": self.size, "shift": self.shift}
+        usual = {name: Config.__dataclass_fields__[name].default for name in given}
+        return {name: value for name, value in given.items() if value != usual[name]}
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ class Judge:
         self.autoencoder = load_autoencoder(task.base)
 
     @torch.no_grad()
-    def __call__(self, model: TrainedModel, solver: str, steps: int) -> float:
+    def __call__(self, model: TrainedModel, solver: str, steps: int, shift: float = 1.0) -> float:
         drawn = []
         for start in range(0, len(self.captions), CHUNK):
             states = self.task.text_states(self.captions[start : start + CHUNK])
@@ -110,7 +127,8 @@ class Judge:
             if solver == "dpm++":
                 latents = dpm_solver(model, noise, states, steps)
             else:
-                latents, _ = sample_latents(model, noise, states, states, solver=solver, steps=steps, guidance=1.0)
+                given: dict[str, Any] = {"solver": solver, "steps": steps, "guidance": 1.0, "shift": shift}
+                latents, _ = sample_latents(model, noise, states, states, **given)
             drawn.append(self.features(to_uint8(self.autoencoder.decode(latents))))
         return distance(torch.cat(drawn), self.data.real)
 
@@ -152,6 +170,7 @@ def task_for(config: Config, objective: Objective, method: Method, seed: int) ->
         method="full" if method == "full" else "lora",
         lora=lora,
         caption_dropout=0.0,
+        times=TimeSampling() if objective == "diffusion" else TimeSampling(shift=config.shift),
     )
     return TextToImage(resolve_base(config.base), chosen, seed=seed, dtype=torch.float32, device="cpu")
 
@@ -200,7 +219,8 @@ def run_baseline(config: Config, data: Data, features: Features) -> Iterator[dic
     others = [Judge(config, data, task, features, noises=noises) for noises in (2, 3)]
     for other in others:  # the control: the same sampler from other noises
         yield {"what": "ddim, other noises", NAME: {steps: other(base, "ddim", steps) for steps in config.evaluations}}
-    found = {steps: judge(task.model(task.module), "euler", steps) for steps in config.evaluations}
+    untrained = task.model(task.module)
+    found = {steps: judge(untrained, "euler", steps, config.shift) for steps in config.evaluations}
     half = torch.randperm(len(data.real), generator=torch.Generator().manual_seed(0))
     floor = distance(*(data.real[part] for part in half.chunk(2)))
     order = order_of(data, 0)
@@ -218,7 +238,8 @@ def run_one(
     curve = []
     for step, loss in train(config, task, data, order, RATES[method]):
         counts = config.evaluations if step == config.steps else (10,)
-        found = {count: judge(task.model(task.module), own_solver(objective), count) for count in counts}
+        model, solver = task.model(task.module), own_solver(objective)
+        found = {count: judge(model, solver, count, config.shift) for count in counts}
         curve.append({"step": step, "loss": loss, NAME: found, "flow_loss": validation(task, data, order)})
         print(f"  {objective} {method} seed {seed}: {curve[-1]}", flush=True)
     return {"curve": curve, "seconds": time.perf_counter() - began}
@@ -230,8 +251,11 @@ def main() -> None:
     lines = config.results.read_text().splitlines() if config.results.exists() else []
     done = {json.dumps(json.loads(line)["of"], sort_keys=True) for line in lines}
     features = Features()
-    data = images_as_data(config.base, MakeDatasetConfig(style="openmoji", subset="all", fit="drawing"), features)
-    common = {"base": config.base, "steps": config.steps, "images": config.images}
+    # The base knows Twemoji as it lies on its canvas; OpenMoji's margins are wider, and are cut.
+    fit: Fit = "drawing" if config.style == "openmoji" else "canvas"
+    source = MakeDatasetConfig(style=config.style, subset=config.subset, fit=fit, size=config.size)
+    data = images_as_data(config.base, source, features)
+    common = {"base": config.base, "steps": config.steps, "images": config.images, **config.task}
 
     def keep(of: dict[str, Any], result: dict[str, Any]) -> None:
         with config.results.open("a") as file:

@@ -1,11 +1,12 @@
 """The command line that all jobs share: a recipe name or `--config FILE`, flags for single fields, `--dry-run`."""
 
+import contextlib
 import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import dacite
 import tyro
@@ -37,6 +38,16 @@ def from_yaml(kind: type[Config], text: str, *, source: str) -> Config:
         ) from None
 
 
+def _from_yaml_of(kinds: Sequence[type[Config]], text: str, *, source: str) -> Config:
+    """`from_yaml` of the first of several kinds of config that has all fields of the text, or else of the first."""
+    for kind in kinds:
+        fields = {field.name for field in dataclasses.fields(cast(Any, kind))}
+        with contextlib.suppress(yaml.YAMLError, TypeError):
+            if set(yaml.safe_load(text)) <= fields:
+                return from_yaml(kind, text, source=source)
+    return from_yaml(kinds[0], text, source=source)
+
+
 def _take(arguments: list[str], flag: str) -> str | None:
     """Remove `--flag VALUE` or `--flag=VALUE` and return the value."""
     for index, argument in enumerate(arguments):
@@ -53,7 +64,7 @@ def _take(arguments: list[str], flag: str) -> str | None:
 
 
 def resolve(job: str, recipes: Mapping[str, Config], arguments: Sequence[str]) -> tuple[Config, bool]:
-    """The config that the arguments describe, and whether only to check it.
+    """The config that the arguments describe, and whether only to check it. Recipes may be of different types.
 
     Raises:
         ValueError: an unknown recipe, an unreadable file or a field's own rule.
@@ -62,13 +73,12 @@ def resolve(job: str, recipes: Mapping[str, Config], arguments: Sequence[str]) -
     dry_run = "--dry-run" in rest
     rest = [argument for argument in rest if argument != "--dry-run"]
     file = _take(rest, "--config")
-    kind = type(next(iter(recipes.values())))
     if file is not None:
         try:
             text = storage.read_bytes(file).decode()
         except FileNotFoundError:
             raise ValueError(f"--config {file!r} does not exist. Give a YAML file, local or s3://.") from None
-        default = from_yaml(kind, text, source=file)
+        default = _from_yaml_of(list(dict.fromkeys(map(type, recipes.values()))), text, source=file)
     elif rest and not rest[0].startswith("-"):
         name = rest.pop(0)
         if name not in recipes:
@@ -80,7 +90,7 @@ def resolve(job: str, recipes: Mapping[str, Config], arguments: Sequence[str]) -
         default = next(iter(recipes.values()))
     else:
         raise ValueError(f"{job} needs a recipe ({', '.join(recipes)}) or --config FILE.yaml.")
-    return tyro.cli(kind, args=rest, default=default, prog=f"python -m pipelines.{job}"), dry_run
+    return tyro.cli(type(default), args=rest, default=default, prog=f"python -m pipelines.{job}"), dry_run
 
 
 def run_job(

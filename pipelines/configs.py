@@ -10,7 +10,7 @@ from d2f_core.data.order import SampleOrder
 from d2f_core.data.plan import Source, StreamPlan
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.autoencoder_training import AutoencoderLossConfig
-from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
+from d2f_core.model.latent_task import ModelConfig, PreviewConfig
 from d2f_core.train.config import TrainConfig
 
 
@@ -46,6 +46,8 @@ class FinetuneConfig:
     def identity(self, base_hash: str, manifests: Sequence[Manifest]) -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
         model = {name: value for name, value in asdict(self.model).items() if name != "base"}
+        if self.model.task == "text_to_image":  # runs that are older than this field keep their identity
+            del model["task"]
         latents = [manifest.digest for manifest in manifests]
         fixed = {"model": model, "base": base_hash, "latents": latents, "holdout_rows": self.holdout_rows}
         return _digest(fixed, self.train)

@@ -12,22 +12,6 @@ from d2f_core.inference.evaluate import check_evaluate, evaluate
 from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.gate import Verdict
 from pipelines.cli import run_job
-from pipelines.recipes import EMOJI_SD
-from pipelines.workflow_recipes import EVALUATIONS, FLOW_MODEL, WORKFLOW
-
-QUICKSTART = WORKFLOW["quickstart"]
-
-EVALUATE = {
-    # What `make quickstart` made: every caption of its drawings, and the drawings to compare with.
-    "quickstart": EvaluateConfig(
-        candidate=f"models:/{FLOW_MODEL}@candidate",
-        base=EMOJI_SD,
-        prompts=QUICKSTART.captions_uri,
-        reference=QUICKSTART.dataset.output,
-        output="s3://d2f/evaluations/quickstart",
-        evaluations=EVALUATIONS,
-    )
-}
 
 
 def main(config: EvaluateConfig) -> Verdict:
@@ -37,4 +21,6 @@ def main(config: EvaluateConfig) -> Verdict:
 
 
 if __name__ == "__main__":
+    from pipelines.workflow_recipes import EVALUATE
+
     run_job("evaluate", EVALUATE, main, check_evaluate)

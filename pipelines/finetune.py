@@ -13,12 +13,21 @@ from d2f_core import storage
 from d2f_core.data.latents import check_fingerprint, noise_columns, table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.plan import StreamPlan
+from d2f_core.data.schema import SchemaError
 from d2f_core.data.table_reader import RowReader
 from d2f_core.model.artifact import describe, load_weights, upload_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
-from d2f_core.model.image_sizes import SIZE_COLUMNS
-from d2f_core.model.text_to_image import ModelConfig, TextToImage, build_network, image_grid
+from d2f_core.model.image_to_depth import ImageToDepth
+from d2f_core.model.latent_task import (
+    LatentTask,
+    ModelConfig,
+    PreviewConfig,
+    build_network,
+    image_grid,
+    joined_channels,
+)
+from d2f_core.model.text_to_image import TextToImage
 from d2f_core.tracking import RunHandle, check_tracking, pin_model, resolve_model, start_run
 from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.launch import run_training
@@ -28,14 +37,15 @@ from pipelines.configs import FinetuneConfig
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("caption", "latent_mean", "latent_std", *SIZE_COLUMNS)
+COLUMNS = TextToImage.columns
+TASKS: dict[str, type[LatentTask]] = {"text_to_image": TextToImage, "image_to_depth": ImageToDepth}
 
 
 def build_task(config: FinetuneConfig, device: str) -> Task:
     """What a worker trains; called once on each."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     base, model = resolve_base(config.model.base), on_this_node(config.model)
-    task = TextToImage(base, model, seed=config.train.seed, dtype=dtype, device=device)
+    task = TASKS[model.task](base, model, seed=config.train.seed, dtype=dtype, device=device)
     return Task(
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
@@ -50,26 +60,37 @@ def on_this_node(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, start=resolve_model(model.start))
 
 
-def evaluate(config: FinetuneConfig, task: TextToImage) -> Evaluation:
+def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
     """The validation loss of the held-out rows, and the preview's images."""
     manifests = [read_manifest(uri) for uri in config.tables]
     plan = make_plan(config, task.base, manifests)
-    total, count = 0.0, 0
+    total, count, shown = 0.0, 0, None
     for source, manifest in zip(plan.sources, manifests, strict=True):
         if len(held := source.order.holdout()):
-            arrays = table_to_arrays(RowReader(source.uri, manifest, plan.columns).read(held))
-            part, size = task.validation_loss(task.module, {**arrays, "row": held})
-            total, count = total + part, count + size
-    prompts = config.preview.prompts
+            arrays = {**table_to_arrays(RowReader(source.uri, manifest, plan.columns).read(held)), "row": held}
+            part, size = task.validation_loss(task.module, arrays)
+            total, count, shown = total + part, count + size, shown or arrays
     return Evaluation(
         metrics={"validation_flow_loss": total / count} if count else {},
-        images=task.preview(task.module, config.preview, prompts) if prompts else (),
+        images=task.look(task.module, preview_of(config, task.base, manifests[0]), shown),
     )
+
+
+def carried_edge(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> int | None:
+    """Edge in pixels of the images that the model is to make: of those it was trained on; None: the base's own."""
+    edge = config.sampling.resolution or manifest.fingerprint.get("resolution")
+    return None if edge is None or base.default_size == (edge, edge) else int(edge)
+
+
+def preview_of(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> PreviewConfig:
+    edge = config.preview.resolution or carried_edge(config, base, manifest)
+    return dataclasses.replace(config.preview, resolution=edge)
 
 
 def make_plan(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest]) -> StreamPlan:
     """Which rows and columns are read when."""
-    return config.plan(manifests, COLUMNS + noise_columns(manifests, base.content_hash))
+    columns = TASKS[config.model.task].columns
+    return config.plan(manifests, columns + noise_columns(manifests, base.content_hash))
 
 
 def check(config: FinetuneConfig) -> tuple[BaseModel, list[Manifest]]:
@@ -79,8 +100,19 @@ def check(config: FinetuneConfig) -> tuple[BaseModel, list[Manifest]]:
     base, manifests = resolve_base(config.model.base), [read_manifest(uri) for uri in config.tables]
     for manifest in manifests:
         check_fingerprint(manifest, autoencoder_fingerprint(base))
+        check_task(manifest, config.model.task)
     make_plan(config, base, manifests)
     return base, manifests
+
+
+def check_task(manifest: Manifest, task: str) -> None:
+    """Refuse latents that were made for another task. Raises SchemaError."""
+    made_for = manifest.fingerprint.get("task", "text_to_image")
+    if made_for != task:
+        raise SchemaError(
+            f"The latents were made for task={made_for!r}, the model is to learn task={task!r}. Give --model.task "
+            f"{made_for}, or the latents of {task}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +139,13 @@ def export(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest], l
         training["teacher"] = manifests[0].inputs["model"]
     model = config.model
     description = describe(
-        base, objective=model.objective, method=model.method, sampling=config.sampling, training=training
+        base,
+        objective=model.objective,
+        method=model.method,
+        sampling=dataclasses.replace(config.sampling, resolution=carried_edge(config, base, manifests[0])),
+        training=training,
+        task=model.task,
+        joined_channels=joined_channels(base, model),
     )
     target = storage.join(config.output, "model")
     upload_artifact(target, network, description)

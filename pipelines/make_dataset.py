@@ -1,11 +1,14 @@
-"""Write the captioned emoji set as an image table.
+"""Write the captioned emoji set as an image table, or rendered scenes with their depth as a depth table.
 
 python -m pipelines.make_dataset twemoji --output s3://d2f/datasets/twemoji
 python -m pipelines.make_dataset openmoji --output /data/openmoji --size 128 --subset all
+python -m pipelines.make_dataset depth --num-scenes 10000
+python -m pipelines.make_dataset depth-test
 """
 
 import logging
 
+from d2f_core.data.depth_dataset import MakeDepthConfig, depth_inputs, make_depth_dataset
 from d2f_core.data.emoji import MakeDatasetConfig, make_dataset
 from d2f_core.storage import check_reachable
 from pipelines.cli import run_job
@@ -17,16 +20,30 @@ RECIPES = {
         output="s3://d2f/datasets/openmoji-starter", style="openmoji", subset="starter", fit="drawing"
     ),
     "both": MakeDatasetConfig(output="s3://d2f/datasets/emoji-both", style="both"),
+    "depth": MakeDepthConfig(output="s3://d2f/datasets/depth", split="train", num_scenes=4096),
+    "depth-test": MakeDepthConfig(output="s3://d2f/datasets/depth-test", split="test", num_scenes=400),
 }
 
 logger = logging.getLogger(__name__)
 
 
-def main(config: MakeDatasetConfig) -> None:
+def check(config: MakeDatasetConfig | MakeDepthConfig) -> None:
     check_reachable(config.output, write=True)
-    manifest, written = make_dataset(config)
+    if isinstance(config, MakeDepthConfig):
+        depth_inputs(config)
+
+
+def main(config: MakeDatasetConfig | MakeDepthConfig) -> None:
+    check(config)
+    if isinstance(config, MakeDepthConfig):
+        import ray  # the emoji need no cluster
+
+        ray.init(ignore_reinit_error=True)
+        manifest, written = make_depth_dataset(config)
+    else:
+        manifest, written = make_dataset(config)
     logger.info("%s: %d images, %s", config.output, manifest.num_rows, "written" if written else "complete already")
 
 
 if __name__ == "__main__":
-    run_job("make_dataset", RECIPES, main)
+    run_job("make_dataset", RECIPES, main, check)

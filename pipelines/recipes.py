@@ -8,6 +8,7 @@ from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
+from pipelines.recipes_stable_diffusion import ENCODE_STABLE_DIFFUSION, FINETUNE_STABLE_DIFFUSION
 
 EMOJI_SD = "infra/models/emoji-sd"
 
@@ -45,7 +46,7 @@ ENCODE_LATENTS = {
         source=ImageSource(uri=f"s3://d2f/datasets/{style}"), base=EMOJI_SD, output=f"s3://d2f/latents/{style}"
     )
     for style in ("twemoji", "openmoji", "openmoji-starter")
-}
+} | ENCODE_STABLE_DIFFUSION
 
 FINETUNE = {
     # The base model that emoji-sd ships with: a small latent diffusion model from random weights.
@@ -96,4 +97,30 @@ FINETUNE = {
         ),
         name="emoji-lora",
     ),
-}
+    # emoji-sd learns to see depth, from rendered scenes.
+    "depth": FinetuneConfig(
+        model=ModelConfig(
+            base=EMOJI_SD, task="image_to_depth", objective="diff2flow", method="full", caption_dropout=0.0
+        ),
+        latents="s3://d2f/latents/depth",
+        output="s3://d2f/runs/depth",
+        holdout_rows=64,
+        preview=PreviewConfig(rows=8, steps=4, columns=2),
+        sampling=SamplingDefaults(steps=4, guidance=1.0),
+        train=TrainConfig(
+            num_steps=1500,
+            global_batch_size=32,
+            micro_batch_size=16,
+            num_workers=2,
+            zero_stage=2,
+            learning_rate=5e-4,
+            warmup_steps=50,
+            decay="cosine",
+            ema=EmaConfig(decay=0.99),
+            log_every=25,
+            checkpoint_every=250,
+            evaluate_every=500,
+        ),
+        name="depth",
+    ),
+} | FINETUNE_STABLE_DIFFUSION

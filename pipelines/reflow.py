@@ -1,7 +1,8 @@
 """Reflow: `ray job submit --working-dir . -- python -m pipelines.reflow emoji`.
 
-In every round a model draws pairs of noise and latent, is trained to go from one to the other on a straight line, and
-is registered; the next round begins with it. What is complete is skipped; after a kill the same command goes on.
+In every round a model draws pairs of noise and latent, is trained to go from one to the other on a straight line, is
+registered, and is measured beside its teacher and the base; the next round begins with it. What is complete is skipped;
+after a kill the same command goes on.
 Source: Liu et al., "Flow Straight and Fast", 2022, arXiv:2209.03003.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import ray
 
 from d2f_core.data.manifest import read_manifest
+from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.prompts import table_captions
 from d2f_core.inference.register import RegisterConfig
@@ -22,7 +24,7 @@ from d2f_core.tracking import check_tracking, pin_model
 from pipelines import generate
 from pipelines.cli import run_job
 from pipelines.configs import FinetuneConfig
-from pipelines.workflow_stages import Outputs, Workflow, finetune_with, register_with
+from pipelines.workflow_stages import Outputs, Workflow, evaluate_with, finetune_with, register_with
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,9 @@ class ReflowConfig:
     """Of each round; `latents`, `output` and `model.start` are filled in."""
     register: RegisterConfig = field(default_factory=RegisterConfig)
     """`run`, `model` and `experiment` are the finetune's."""
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(promote=False))
+    """Of each round's version; `candidate`, `champion` (the teacher, unless it is the base) and `output` are filled in.
+    Without prompts there is none."""
 
     def __post_init__(self) -> None:
         for name in ("output", "teacher", "captions"):
@@ -90,7 +95,16 @@ def run_round(flow: Workflow, config: ReflowConfig, number: int, teacher: str, s
     )
     model = finetune_with(flow, f"finetune_{number}", training, pairs=pairs["digest"])
     wired = replace(config.register, run=training.output, model=model["uri"], experiment=config.finetune.experiment)
-    return register_with(flow, f"register_{number}", wired, model)
+    version = register_with(flow, f"register_{number}", wired, model)
+    if config.evaluate.prompts:
+        measuring = replace(
+            config.evaluate,
+            candidate=version["uri"],
+            champion="" if teacher == config.evaluate.base else teacher,
+            output=join(place, "evaluation"),
+        )
+        evaluate_with(flow, f"evaluate_{number}", measuring, version)
+    return version
 
 
 def write_captions(config: ReflowConfig, uri: str, seed: int) -> str:

@@ -61,7 +61,9 @@ class WorkflowConfig:
         return replace(self.register, run=self.finetune.output, model=model, experiment=self.finetune.experiment)
 
     def wired_generate(self, model: str, output: str) -> GenerateConfig:
-        return replace(self.generate, prompts=self.prompts_uri, model=model, output=output)
+        # The base would draw at its own size, the flow model at that of the images it was trained on.
+        edge = self.generate.resolution or self.encode.resolution
+        return replace(self.generate, prompts=self.prompts_uri, model=model, output=output, resolution=edge)
 
     def wired_sheet(self, *generations: str) -> ContactSheetConfig:
         return replace(

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+from d2f_core.data.emoji import MakeDatasetConfig
 from d2f_core.inference.contact_sheet import ContactSheetConfig
 from d2f_core.inference.encode import EncodeConfig
+from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults
+from d2f_core.model.lora import LoraConfig
 from pipelines.make_dataset import RECIPES as MAKE_DATASET
 from pipelines.recipes import EMOJI_SD, FINETUNE, SHOWN_EMOJI
 from pipelines.reflow import ReflowConfig
@@ -30,6 +33,33 @@ CONTACT_SHEET = {
     )
 }
 
+
+def new_resolution(edge: int) -> WorkflowConfig:
+    """emoji-sd, made for 64 pixels, learns Twemoji's drawings as they are at another size."""
+    name = f"emoji-{edge}"
+    training = FINETUNE["emoji-lora"]
+    return WorkflowConfig(
+        output=f"s3://d2f/workflows/{name}",
+        dataset=MakeDatasetConfig(output=f"s3://d2f/datasets/twemoji-{edge}", style="twemoji", size=edge),
+        encode=EncodeConfig(output=f"s3://d2f/latents/twemoji-{edge}", resolution=edge),
+        finetune=replace(
+            training,
+            model=replace(training.model, lora=LoraConfig(preset="small")),
+            latents="",
+            output=f"s3://d2f/runs/{name}",
+            preview=replace(training.preview, prompts=tuple(f"{shown}, twemoji style" for shown in SHOWN_EMOJI[::3])),
+            name=name,
+        ),
+        register=RegisterConfig(name=name),
+        generate=GenerateConfig(steps=EVALUATIONS, chunk_size=6),
+        sheet=ContactSheetConfig(
+            titles=("base model, DDIM", "flow model, Euler"),
+            title=f"emoji-sd at {edge} pixels, and the flow model finetuned from it at that size",
+        ),
+        prompts=tuple(f"{shown}, twemoji style" for shown in SHOWN_EMOJI[::2]),
+    )
+
+
 WORKFLOW = {
     # What `make quickstart` runs: emoji-sd learns OpenMoji's style as a flow model.
     "quickstart": WorkflowConfig(
@@ -44,6 +74,20 @@ WORKFLOW = {
             title="emoji-sd, and the flow model finetuned from it on OpenMoji: same prompts, same noises",
         ),
         prompts=tuple(f"{name}, openmoji style" for name in SHOWN_EMOJI[::2]),
+    ),
+    # emoji-sd, made for 64 pixels, at other sizes.
+    **{f"emoji-{edge}": new_resolution(edge) for edge in (32, 96)},
+}
+
+EVALUATE = {
+    # What `make quickstart` made: every caption of its drawings, and the drawings to compare with.
+    "quickstart": EvaluateConfig(
+        candidate=f"models:/{FLOW_MODEL}@candidate",
+        base=EMOJI_SD,
+        prompts=WORKFLOW["quickstart"].captions_uri,
+        reference=WORKFLOW["quickstart"].dataset.output,
+        output="s3://d2f/evaluations/quickstart",
+        evaluations=EVALUATIONS,
     )
 }
 
@@ -65,5 +109,6 @@ REFLOW = {
             name="emoji-reflow",
         ),
         register=RegisterConfig(name="emoji-reflow"),
+        evaluate=replace(EVALUATE["quickstart"], evaluations=(1, *EVALUATIONS), promote=False),
     )
 }

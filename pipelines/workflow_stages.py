@@ -7,13 +7,15 @@ from typing import Any
 
 from d2f_core.content import hash_directory
 from d2f_core.data.manifest import manifest_exists, read_manifest
+from d2f_core.inference.evaluate import REPORT_NAME
+from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import local_copy
 from d2f_core.stages import StageOutcome, StageResult, run_stage, stage_key
 from d2f_core.storage import exists, join
 from d2f_core.tracking import TrackingError, pin_model
-from pipelines import contact_sheet, finetune, generate, register
+from pipelines import contact_sheet, evaluate, finetune, generate, register
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow_config import WorkflowConfig
 
@@ -73,6 +75,16 @@ def register_with(flow: Workflow, name: str, config: RegisterConfig, model: Outp
         return StageOutcome(count=1, outputs=outputs)
 
     return flow.stage(name, stage_key(config, {"model": model["digest"]}), "versions", run, _version_is_there)
+
+
+def evaluate_with(flow: Workflow, name: str, config: EvaluateConfig, model: Outputs) -> Outputs:
+    def run() -> StageOutcome:
+        verdict = evaluate.main(config)
+        outputs = {"uri": join(config.output, REPORT_NAME), "passed": verdict.passed}
+        return StageOutcome(count=len(config.evaluations), outputs=outputs)
+
+    key = stage_key(config, {"model": model["digest"]})
+    return flow.stage(name, key, "points", run, lambda done: exists(done["uri"]))
 
 
 def generate_stage(flow: Workflow, config: WorkflowConfig, name: str, model: str, digest: str) -> Outputs:

@@ -143,9 +143,8 @@ def test_a_version_carries_all_that_it_was_made_of(run: RunHandle, version: Mode
         "data_digest": "abc123",
         f"metric.{LOSS}": "0.25",
         "training.step": "4",
-        "training.checkpoint": CHECKPOINT,
     }
-    assert wanted.items() <= version.tags.items()
+    assert wanted.items() <= version.tags.items() and len(version.tags) <= 15, "MLflow lists every one in each row"
     assert len(found.description) <= 5000 and run.url in found.description
     local = Path(resolve_model(version.uri))
     card = (local / "README.md").read_text()

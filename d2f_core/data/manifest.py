@@ -16,7 +16,7 @@ from d2f_core.data.schema import ROW_GROUP_ROWS, SCHEMA_VERSION
 from d2f_core.storage import exists, join, read_bytes, write_bytes
 
 MANIFEST_NAME = "manifest.json"
-KINDS = ("images", "latents", "generations", "features")
+KINDS = ("images", "depth", "latents", "generations", "features")
 
 
 class ManifestError(ValueError):
@@ -46,7 +46,7 @@ class Manifest:
     """A complete table."""
 
     kind: str
-    """`images`, `latents`, `generations` or `features`."""
+    """`images`, `depth`, `latents`, `generations` or `features`."""
     files: tuple[TableFile, ...]
     """In row order."""
     fingerprint: dict[str, Any] = field(default_factory=dict)

@@ -34,8 +34,10 @@ BLOCK_BYTES = 16 * 2**20
 """Size at which a reading task hands rows on, before it has read all of its own."""
 READY_BYTES = 2**30
 """Micro-batches that may wait for one worker, in the object store."""
-BUSY_STEP, REST = 0.01, 0.02
-"""Seconds: an executor's step that took less than the first and moved no block rests for the second."""
+BUSY_STEP = 0.01
+"""Seconds: an executor's step that took less, and moved no block, had nothing to do."""
+SHORTEST_REST, LONGEST_REST = 0.0005, 0.03
+"""Seconds: the first of several such steps rests for the one, each further one twice as long, up to the other."""
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,16 @@ class RestingExecutor(ExecutionCallback):
     """
 
     def __init__(self) -> None:
-        self._last, self._moved = time.perf_counter(), 0
+        self._last, self._moved, self._rest = time.perf_counter(), 0, SHORTEST_REST
 
     def on_execution_step(self, executor: Any) -> None:
         counts = [one.metrics for one in executor._topology]
         moved = sum(one.num_task_outputs_generated + one.num_outputs_taken for one in counts)
         if moved == self._moved and time.perf_counter() - self._last < BUSY_STEP:
-            time.sleep(REST)
+            time.sleep(self._rest)
+            self._rest = min(2 * self._rest, LONGEST_REST)
+        else:
+            self._rest = SHORTEST_REST
         self._last, self._moved = time.perf_counter(), moved
 
 

@@ -1,4 +1,4 @@
-"""Captioned images in, a latent table out: Ray Data reads and decodes, an actor pool encodes, tasks write.
+"""Images in, a latent table out: Ray Data reads and decodes, an actor pool encodes, tasks write.
 
 A killed job goes on where it was when the same command is given again, and ends with the same bytes.
 """
@@ -17,13 +17,23 @@ from d2f_core.data.quarantine import QUARANTINE_NAME, reason_counts, write_quara
 from d2f_core.data.sources import SourcePlan
 from d2f_core.inference.encode_actor import ChunkEncoder
 from d2f_core.inference.encode_chunks import prepare_shards, work_item, write_row
-from d2f_core.inference.encode_config import EncodeConfig, EncodeError, EncodeJob
-from d2f_core.inference.encode_job import check_complete_table, check_encode, claim_output
+from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeJob, EncodeSettings
+from d2f_core.inference.encode_job import check_complete_table, check_encode, check_encode_depth, claim_output
 from d2f_core.inference.encode_records import PROGRESS, ChunkRecord, drop_duplicates, read_records, unfinished_shards
 from d2f_core.progress import Progress
 from d2f_core.storage import join, remove_tree
 
-__all__ = ["EncodeConfig", "EncodeError", "check_encode", "encode_latents", "finish_table", "run_chunks"]
+__all__ = [
+    "EncodeConfig",
+    "EncodeDepthConfig",
+    "EncodeError",
+    "check_encode",
+    "check_encode_depth",
+    "encode_depth",
+    "encode_latents",
+    "finish_table",
+    "run_chunks",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +51,24 @@ def encode_latents(config: EncodeConfig) -> Manifest:
     Raises:
         ValueError: see `check_encode`; also an output of another job, too small a cluster, or no usable image at all.
     """
-    job, source = check_encode(config)
-    if manifest_exists(config.output):
-        manifest = read_manifest(config.output)
+    return _encode(*check_encode(config))
+
+
+def encode_depth(config: EncodeDepthConfig) -> Manifest:
+    """`encode_latents` of images with depth: writes the table of `depth_latent_schema`."""
+    return _encode(*check_encode_depth(config))
+
+
+def _encode(job: EncodeJob, source: SourcePlan) -> Manifest:
+    output = job.config.output
+    if manifest_exists(output):
+        manifest = read_manifest(output)
         check_complete_table(job, manifest)
-        remove_tree(join(config.output, PROGRESS))
-        logger.info("%s: complete with %d rows, nothing to do", config.output, manifest.num_rows)
+        remove_tree(join(output, PROGRESS))
+        logger.info("%s: complete with %d rows, nothing to do", output, manifest.num_rows)
         return manifest
     claim_output(job)
-    records = read_records(config.output)
+    records = read_records(output)
     todo = unfinished_shards(len(source.shards), records)
     progress = _progress(source, records, todo)
     for record in run_chunks(job, source, todo) if todo else ():
@@ -102,7 +121,7 @@ def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[
         yield ChunkRecord.from_json(row["record"])
 
 
-def _require_resources(actors: int, config: EncodeConfig) -> None:
+def _require_resources(actors: int, config: EncodeSettings) -> None:
     there = ray.cluster_resources()
     cpus = actors * config.cpus_per_actor + PREPARE_CPUS + WRITE_CPUS
     for resource, needed in (("CPU", cpus), ("GPU", actors * config.gpus_per_actor)):
@@ -129,7 +148,7 @@ def finish_table(job: EncodeJob, records: Sequence[ChunkRecord]) -> Manifest:
     reasons = ", ".join(f"{count} {code}" for code, count in reason_counts(bad).items())
     if not counts["written"]:
         raise EncodeError(
-            f"None of the {counts['read']} samples in {job.config.source.uri!r} can be used ({reasons or 'empty'}). "
+            f"None of the {counts['read']} samples in {job.inputs['source']!r} can be used ({reasons or 'empty'}). "
             f"The reasons are in {join(output, QUARANTINE_NAME)!r}."
         )
     manifest = Manifest(kind="latents", files=files, fingerprint=job.fingerprint, inputs=job.inputs, counts=counts)

@@ -12,90 +12,83 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from d2f_core.data.images import BadImageError, PreparedImage, prepare_image
+from d2f_core.data.images import BadImageError
 from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.quarantine import BadSample
-from d2f_core.data.schema import latent_schema, sample_id
+from d2f_core.data.schema import array_field, array_kind, is_array
 from d2f_core.data.sources import Sample, Shard
 from d2f_core.inference.encode_config import EncodeJob
 from d2f_core.inference.encode_records import ChunkRecord, write_chunk
 
-PACKED_SCHEMA = pa.schema(
-    [("record", pa.string()), ("table", pa.binary()), ("pixels", pa.binary()), ("problem", pa.string())]
-)
+PACKED_SCHEMA = pa.schema([("record", pa.string()), ("table", pa.binary()), ("problem", pa.string())])
 """`problem` stops the job. It travels as data because Ray keeps of an exception only its traceback's text."""
 
-GoodSample = tuple[str, Sample, PreparedImage]
-"""Sample id, sample, its pixels."""
 
-META_SCHEMA = latent_schema((1,)).remove(2).remove(2)
-"""Columns that are known before encoding."""
-
-
-def pack(record: ChunkRecord, table: pa.Table, *, pixels: bytes = b"", problem: str | None = None) -> pa.Table:
+def pack(record: ChunkRecord, table: pa.Table, *, problem: str | None = None) -> pa.Table:
     """A chunk as one row of bytes."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    values = [record.to_json(), sink.getvalue().to_pybytes(), pixels, problem]
-    return pa.table([[value] for value in values], schema=PACKED_SCHEMA)
+    content = sink.getvalue()
+    ends = pa.py_buffer(np.array([0, content.size], np.int32))
+    packed = pa.Array.from_buffers(pa.binary(), 1, [None, ends, content])  # without a copy
+    return pa.table([[record.to_json()], packed, [problem]], schema=PACKED_SCHEMA)
 
 
-def unpack(row: pa.Table) -> tuple[ChunkRecord, pa.Table, pa.Buffer]:
-    """The chunk of a one-row table; pixels are not copied."""
+def unpack(row: pa.Table) -> tuple[ChunkRecord, pa.Table]:
+    """The chunk of a one-row table; its columns are not copied."""
     record = ChunkRecord.from_json(row["record"][0].as_py())
-    return record, pa.ipc.open_stream(row["table"][0].as_buffer()).read_all(), row["pixels"][0].as_buffer()
+    return record, pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
 
 
-def check_caption(caption: str | None) -> str:
-    """The caption without outer white space.
+def prepared_schema(job: EncodeJob) -> pa.Schema:
+    """Columns of a chunk on its way to an actor: what is known of the table, and the pictures."""
+    encoded = {name for picture in job.kind.pictures for name in (picture.mean, picture.std)}
+    fields = [column for column in job.kind.schema(job.latent_shape) if column.name not in encoded]
+    size = job.config.resolution
+    for picture in job.kind.pictures:
+        fields.append(
+            array_field(picture.name, picture.dtype, (size, size, 3) if picture.dtype == "uint8" else (size, size))
+        )
+    return pa.schema(fields)
 
-    Raises:
-        BadImageError: none, or not UTF-8.
-    """
-    if caption is None or not caption.strip():
-        raise BadImageError("no_caption: empty" if caption is not None else "no_caption: none found")
-    if "\ufffd" in caption:
-        raise BadImageError("bad_caption: not UTF-8")
-    return caption.strip()
 
-
-def prepare_chunk(samples: Sequence[Sample], job: EncodeJob, **where: Any) -> tuple[ChunkRecord, list[GoodSample]]:
+def prepare_chunk(samples: Sequence[Sample], job: EncodeJob, **where: Any) -> tuple[ChunkRecord, pa.Table]:
     """Sort out a chunk's samples; of equal ones the first counts."""
-    good: list[GoodSample] = []
+    good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
     seen: set[str] = set()
     duplicates = 0
     for sample in samples:
         name = None
         try:
-            if sample.image is None:
-                raise BadImageError(sample.problem or "no_image: none found")
-            caption = check_caption(sample.caption)
-            name = sample_id(sample.image, caption)
+            if sample.problem:
+                raise BadImageError(sample.problem)
+            name = job.kind.identify(sample)
             if name in seen:
                 duplicates += 1
                 continue
             seen.add(name)
-            prepared = prepare_image(sample.image, job.config.rules)
-            good.append((name, Sample(source_uri=sample.source_uri, image=None, caption=caption), prepared))
+            good.append({"sample_id": name, "source_uri": sample.source_uri, **job.kind.prepare(sample, job)})
         except BadImageError as error:
             bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error)))
     record = ChunkRecord(read=len(samples), bad=tuple(bad), duplicates=duplicates, **where)
-    return record, good
+    return record, _table(good, job)
 
 
-def _meta_table(good: Sequence[GoodSample], resolution: int) -> pa.Table:
-    columns = {
-        "sample_id": [name for name, _, _ in good],
-        "caption": [sample.caption for _, sample, _ in good],
-        "bucket": [f"{resolution}x{resolution}"] * len(good),
-        "source_uri": [sample.source_uri for _, sample, _ in good],
-        "width": [image.width for _, _, image in good],
-        "height": [image.height for _, _, image in good],
-        "crop": np.array([image.crop for _, _, image in good], dtype=np.int32).reshape(-1, 4),
-    }
-    return arrays_to_table(columns, META_SCHEMA)
+def _table(good: Sequence[dict[str, Any]], job: EncodeJob) -> pa.Table:
+    columns: dict[str, Any] = {"bucket": [f"{job.config.resolution}x{job.config.resolution}"] * len(good)}
+    schema = prepared_schema(job)
+    for column in schema:
+        if column.name not in columns:
+            values = [row[column.name] for row in good]
+            columns[column.name] = _stacked(values, column) if is_array(column) else values
+    return arrays_to_table(columns, schema)
+
+
+def _stacked(values: list[Any], column: pa.Field) -> np.ndarray:
+    shape, dtype = array_kind(column)
+    return np.stack(values).astype(dtype, copy=False) if values else np.empty((0, *shape), dtype)
 
 
 def work_item(number: int, shard: Shard, done: frozenset[int]) -> dict[str, Any]:
@@ -113,9 +106,7 @@ def prepare_shards(rows: pa.Table, *, job: EncodeJob) -> Iterator[pa.Table]:
         while True:
             following = list(islice(samples, size))
             if number not in done:
-                record, good = prepare_chunk(chunk, job, shard=item["shard"], number=number, last=not following)
-                pixels = b"".join(image.pixels.tobytes() for _, _, image in good)
-                yield pack(record, _meta_table(good, job.config.resolution), pixels=pixels)
+                yield pack(*prepare_chunk(chunk, job, shard=item["shard"], number=number, last=not following))
             if not following:
                 break
             number, chunk = number + 1, following
@@ -123,7 +114,7 @@ def prepare_shards(rows: pa.Table, *, job: EncodeJob) -> Iterator[pa.Table]:
 
 def write_row(row: pa.Table, *, output: str) -> pa.Table:
     """Write one encoded chunk; only its record goes on to the driver. A chunk with a problem is not written."""
-    record, table, _ = unpack(row)
+    record, table = unpack(row)
     problem = row["problem"][0].as_py()
     if problem is None:
         record = write_chunk(output, record, table)

@@ -1,11 +1,15 @@
 """What an encode job is. Light: the tasks that read and write import this, and neither torch nor a model."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
 
 from d2f_core.data.images import MAX_PIXELS_LIMIT, ImageRules
 from d2f_core.data.sources import ImageSource
+from d2f_core.data.sources.depth import DepthSource
 
 MAX_CHUNK_BYTES = 512 * 2**20
 """Pixels of one chunk, which travel between tasks in one piece."""
@@ -16,9 +20,12 @@ class EncodeError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
-    source: ImageSource = field(default_factory=ImageSource)
-    """Captioned images."""
+class EncodeSettings:
+    """What every encode job can be told; the job's own config adds its source."""
+
+    BYTES_PER_PIXEL: ClassVar[int] = 3
+    """Of one sample's pictures on their way to the actors."""
+
     base: str = ""
     """Base model whose autoencoder (and text encoder) is used: a directory, s3:// prefix or hub id."""
     output: str = ""
@@ -29,8 +36,6 @@ class EncodeConfig:
     """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
     max_pixels: int = 50_000_000
     """Largest accepted width x height of an image file."""
-    text: Literal["online", "states"] = "online"
-    """`online`: captions are encoded during training. `states`: text states are stored, some 5 times the bytes."""
     rows_per_part: int = 256
     """Samples per output file: what a killed task loses at most."""
     batch_size: int = 16
@@ -51,7 +56,7 @@ class EncodeConfig:
             raise EncodeError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
             raise EncodeError(f"max_pixels={self.max_pixels} must be between 1 and {MAX_PIXELS_LIMIT}.")
-        rows = MAX_CHUNK_BYTES // (3 * self.resolution**2)
+        rows = MAX_CHUNK_BYTES // (self.BYTES_PER_PIXEL * self.resolution**2)
         if self.rows_per_part > rows:
             raise EncodeError(
                 f"rows_per_part={self.rows_per_part} images of {self.resolution} pixels are more than "
@@ -65,10 +70,58 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodeConfig(EncodeSettings):
+    source: ImageSource = field(default_factory=ImageSource)
+    """Captioned images."""
+    text: Literal["online", "states"] = "online"
+    """`online`: captions are encoded during training. `states`: text states are stored, some 5 times the bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeDepthConfig(EncodeSettings):
+    BYTES_PER_PIXEL: ClassVar[int] = 7
+
+    source: DepthSource = field(default_factory=DepthSource)
+    """Images with depth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What an actor encodes of each sample."""
+
+    name: str
+    """Column in which it comes: uint8 [height, width, 3], or float32 [height, width] in [-1, 1], which is encoded as
+    three equal channels."""
+    dtype: Literal["uint8", "float32"]
+    mean: str
+    """Column of the table for the scaled latent's mean."""
+    std: str | None
+    """Column for its deviation; None leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeKind:
+    """What differs between jobs: the kind of their samples. The functions are a module's own, found by name on every
+    node, and of modules as light as this one."""
+
+    schema: Callable[[tuple[int, int, int]], pa.Schema]
+    """Columns of the table, of the latents' shape."""
+    pictures: tuple[Picture, ...]
+    identify: Callable[[Any], str]
+    """Sample -> sample id; raises BadImageError when it lacks a part."""
+    prepare: Callable[[Any, "EncodeJob"], dict[str, Any]]
+    """Sample -> its pictures and the columns that are known before encoding, but for `sample_id`, `source_uri` and
+    `bucket`; raises BadImageError when it cannot be used."""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    """What it adds to the table's fingerprint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncodeJob:
     """Everything that decides the output's bytes."""
 
-    config: EncodeConfig
+    config: EncodeSettings
+    kind: EncodeKind
     fingerprint: dict[str, Any]
     """What a reader of the latents must match."""
     inputs: dict[str, Any]

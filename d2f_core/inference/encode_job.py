@@ -1,13 +1,25 @@
 """What an encode job will do, checked and decided before it starts."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.sources import SourcePlan, plan_images
-from d2f_core.inference.encode_config import EncodeConfig, EncodeError, EncodeJob
+from d2f_core.data.sources.depth import plan_depth
+from d2f_core.inference.encode_captioned import CAPTIONED
+from d2f_core.inference.encode_config import (
+    EncodeConfig,
+    EncodeDepthConfig,
+    EncodeError,
+    EncodeJob,
+    EncodeKind,
+    EncodeSettings,
+)
+from d2f_core.inference.encode_depth import DEPTH, DEPTH_LATENTS
 from d2f_core.inference.encode_records import JOB_NAME, PROGRESS
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
@@ -20,40 +32,64 @@ def check_encode(config: EncodeConfig) -> tuple[EncodeJob, SourcePlan]:
     Raises:
         ValueError: unusable storage, source, base model or resolution; one line each.
     """
-    for name, value in (("source.uri", config.source.uri), ("base", config.base), ("output", config.output)):
+    plan = partial(plan_images, config.source, rows_per_shard=config.rows_per_part)
+    return _check(config, CAPTIONED, config.source.uri, plan, text=config.text)
+
+
+def check_encode_depth(config: EncodeDepthConfig) -> tuple[EncodeJob, SourcePlan]:
+    """`check_encode` of images with depth."""
+    plan = partial(plan_depth, config.source, rows_per_shard=config.rows_per_part)
+    kind = DEPTH_LATENTS if config.source.latents else DEPTH
+    how = {name: value for name, value in asdict(config.source).items() if name not in ("uri", "kind")}
+    return _check(config, kind, config.source.uri, plan, inputs={"depth": how})
+
+
+def _check(
+    config: EncodeSettings,
+    kind: EncodeKind,
+    source: str,
+    plan: Callable[[], SourcePlan],
+    *,
+    text: str = "online",
+    inputs: Mapping[str, Any] | None = None,
+) -> tuple[EncodeJob, SourcePlan]:
+    for name, value in (("source.uri", source), ("base", config.base), ("output", config.output)):
         if not value:
             raise EncodeError(f"{name} is empty. Give --{name} URI.")
-    if f"{config.output.rstrip('/')}/".startswith(f"{config.source.uri.rstrip('/')}/"):
-        raise EncodeError(f"output={config.output!r} lies inside the source {config.source.uri!r}. Put it beside it.")
-    check_reachable(config.source.uri)
+    if f"{config.output.rstrip('/')}/".startswith(f"{source.rstrip('/')}/"):
+        raise EncodeError(f"output={config.output!r} lies inside the source {source!r}. Put it beside it.")
+    check_reachable(source)
     check_reachable(config.output, write=True)
     base = resolve_base(config.base)
-    fingerprint, shape = _fingerprint(config, base), _latent_shape(config, base.path)
-    source = plan_images(config.source, rows_per_shard=config.rows_per_part)
-    inputs = {
-        "source": config.source.uri,
-        "source_kind": source.kind,
-        "source_digest": source.digest,
+    fingerprint = {**_fingerprint(base, config.resolution, text), **kind.fingerprint}
+    shape = _latent_shape(config, base.path)
+    planned = plan()
+    made_from = {
+        "source": source,
+        "source_kind": planned.kind,
+        "source_digest": planned.digest,
         "base": base.uri,
         "base_hash": base.content_hash,
         **asdict(config.rules),
         "rows_per_part": config.rows_per_part,
+        **(inputs or {}),
     }
-    return EncodeJob(config=config, fingerprint=fingerprint, inputs=inputs, latent_shape=shape), source
+    job = EncodeJob(config=config, kind=kind, fingerprint=fingerprint, inputs=made_from, latent_shape=shape)
+    return job, planned
 
 
-def _fingerprint(config: EncodeConfig, base: BaseModel) -> dict[str, Any]:
+def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:
     text_encoder = None
-    if config.text == "states":
+    if text == "states":
         from d2f_core.model.text_encoder import load_text_encoder
 
         text_encoder = load_text_encoder(base).fingerprint
     return {
         "autoencoder": autoencoder_fingerprint(base),
         "scaling_factor": float(_vae_config(base.path)["scaling_factor"]),
-        "resolution": config.resolution,
+        "resolution": resolution,
         "crop": "center",
-        "text": config.text,
+        "text": text,
         "text_encoder": text_encoder,
     }
 
@@ -62,7 +98,7 @@ def _vae_config(path: Path) -> dict[str, Any]:
     return json.loads((path / "vae/config.json").read_text())
 
 
-def _latent_shape(config: EncodeConfig, path: Path) -> tuple[int, int, int]:
+def _latent_shape(config: EncodeSettings, path: Path) -> tuple[int, int, int]:
     vae = _vae_config(path)
     unit = 2 ** (len(vae["block_out_channels"]) - 1)
     if config.resolution % unit:

@@ -86,6 +86,7 @@ def check_generate(config: GenerateConfig) -> GenerateJob:
     plan = make_plan(config, prompts, model, pinned)
     latents = {
         "autoencoder": autoencoder_fingerprint(model.base),
+        "resolution": plan.height if plan.height == plan.width else None,
         "made_by": {"model": model.content_hash, "base": model.base.content_hash, "pairs": config.emit == "pairs"},
     }
     return GenerateJob(config=config, prompts=prompts, plan=plan, latents=latents)

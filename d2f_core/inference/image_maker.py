@@ -95,14 +95,20 @@ def fill_request(
 
     Args:
         sample_id: "" keys the noise by the prompt.
-        height, width: pixels; None: what the UNet was made for. One alone makes a square.
+        height, width: pixels; None: what the model carries. One alone makes a square.
 
     Raises:
-        ValueError: an unknown solver, steps below 1, or a size that the autoencoder cannot make.
+        ValueError: a model of another task, an unknown solver, steps below 1, or a size that the autoencoder cannot
+            make.
     """
+    if model.task != "text_to_image":
+        raise ValueError(
+            f"This is a model of task={model.task!r}, which reads an image and no prompt. Use pipelines.predict_depth, "
+            "or give a model of text to image."
+        )
     carried = model.sampling
     if height is None and width is None:
-        height, width = model.base.default_size
+        height, width = model.default_size
     height, width = height or width or 0, width or height or 0
     model.base.latent_shape(height, width)
     choice = SamplerChoice(

@@ -10,6 +10,10 @@ MAX_DESCRIPTION_CHARS = 5000
 POINTER_CHARS = 200
 """Kept for the line that says what is only in the files."""
 MAX_SCHEDULE_CHARS = 1500
+TAGGED = frozenset(
+    {"task", "objective", "method", "prediction_type", "solver", "steps", "guidance", "shift", "resolution", "base_uri"}
+    | {"training.step", "training.teacher", "data_digest"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +37,9 @@ class Facts:
 
 
 def model_tags(description: Mapping[str, Any], facts: Facts) -> dict[str, str]:
-    """What a browser of the registry filters by."""
-    schedule, training = description["schedule"], description["training"]
-    return {
-        "base_uri": description["base"]["uri"],
-        "base_sha256": description["base"]["sha256"],
-        "objective": description["objective"],
-        "method": description["method"],
-        "prediction_type": description["prediction_type"],
-        "schedule": f"{schedule.get('beta_schedule')} {schedule.get('beta_start')} to {schedule.get('beta_end')}",
-        "schedule_sha256": description["schedule_sha256"],
-        **{name: str(value) for name, value in description["sampling"].items()},
-        **{f"training.{name}": str(value) for name, value in training.items()},
-        "training.run": facts.run,
-        "data_digest": facts.data_digest,
-        **{f"metric.{name}": f"{value:.6g}" for name, value in facts.metrics.items()},
-    }
+    """What a browser of the registry filters by; few, for MLflow shows all in each row. The card has the rest."""
+    tags = {name: value for name, value in _rows(description, facts).items() if name in TAGGED}
+    return tags | {f"metric.{name}": f"{value:.6g}" for name, value in facts.metrics.items()}
 
 
 def model_card(description: Mapping[str, Any], facts: Facts) -> str:
@@ -73,20 +64,44 @@ def version_description(description: Mapping[str, Any], facts: Facts) -> str:
 
 def _summary(description: Mapping[str, Any], facts: Facts) -> str:
     uri = f"models:/{facts.name}@{facts.alias}"
-    rows = {name: value for name, value in model_tags(description, facts).items() if not name.startswith("metric.")}
     metrics = _table({name: f"{value:.6g}" for name, value in facts.metrics.items()})
     return (
         f"A {description['objective']} model on the base `{description['base']['uri']}`, trained at `{facts.run}` "
         f"([run]({facts.run_url})). Time convention: {description['time_convention']}.\n\n"
-        "## Use\n\n```\n"
-        f"python -m pipelines.generate flow --model {uri} --prompts FILE --output URI\n```\n\n"
-        "```python\n"
-        f'mlflow.pyfunc.load_model("{uri}").predict(pandas.DataFrame([{{"prompt": "red apple", "seed": 1}}]))\n```\n\n'
+        f"## Use\n\n{_use(description['task'], uri)}"
         'It needs the base at the place named here, or `model_config={"base_model": DIRECTORY}`, and the package\n'
         "diff2flow-ray installed, which is not among its pip requirements.\n\n"
-        f"## What it is\n\n{_table(rows)}\n"
+        f"## What it is\n\n{_table(_rows(description, facts))}\n"
         f"## Metrics of its checkpoint\n\n{metrics or 'None were logged at its step.'}\n"
     )
+
+
+def _rows(description: Mapping[str, Any], facts: Facts) -> dict[str, str]:
+    """All that a version was made of, by name."""
+    schedule, training = description["schedule"], description["training"]
+    return {
+        **{name: description[name] for name in ("task", "objective", "method", "prediction_type")},
+        **{name: str(value) for name, value in description["sampling"].items() if value is not None},
+        "base_uri": description["base"]["uri"],
+        "base_sha256": description["base"]["sha256"],
+        "schedule": f"{schedule.get('beta_schedule')} {schedule.get('beta_start')} to {schedule.get('beta_end')}",
+        "schedule_sha256": description["schedule_sha256"],
+        **{f"training.{name}": str(value) for name, value in training.items()},
+        "training.run": facts.run,
+        "data_digest": facts.data_digest,
+    }
+
+
+def _use(task: str, uri: str) -> str:
+    """A command and a line of Python."""
+    if task == "image_to_depth":
+        command = f"python -m pipelines.predict_depth depth --model {uri} --source.uri IMAGES --output URI"
+        row = '{"image": open("photo.png", "rb").read(), "seed": 1}'
+    else:
+        command = f"python -m pipelines.generate flow --model {uri} --prompts FILE --output URI"
+        row = '{"prompt": "red apple", "seed": 1}'
+    call = f'mlflow.pyfunc.load_model("{uri}").predict(pandas.DataFrame([{row}]))'
+    return f"```\n{command}\n```\n\n```python\n{call}\n```\n\n"
 
 
 def _table(rows: Mapping[str, Any]) -> str:

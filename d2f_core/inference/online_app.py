@@ -110,12 +110,14 @@ class Painter:
     async def describe(self) -> dict[str, Any]:
         """What answers, how it samples by default, and this replica's counts since it started."""
         model = self.maker.model
-        height, width = model.base.default_size
+        sampling = asdict(model.sampling)
+        del sampling["resolution"]
+        sampling["height"], sampling["width"] = model.default_size
         return {
             "model": self.model_uri,
             "sha256": model.content_hash,
             "objective": model.objective,
-            "defaults": {**asdict(model.sampling), "height": height, "width": width},
+            "defaults": sampling,
             "counts": {"images": self.images, "batches": self.batches},
         }
 

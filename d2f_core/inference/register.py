@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d2f_core import tracking
+from d2f_core.inference.image_maker import encode_image
 from d2f_core.inference.model_card import Facts, model_card, model_tags, version_description
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
@@ -18,20 +21,11 @@ MODEL = "model"
 EVALUATION = "evaluation.json"
 """A checkpoint's metrics, inside its directory."""
 DIGEST_TAG = "d2f.latents_digest"
-LOADER = Loader(
-    script=Path(__file__).with_name("pyfunc_model.py"),
-    inputs={"prompt": "string"},
-    # As mlflow.diffusers names them; the last three are this project's.
-    optional={
-        "negative_prompt": "string", "num_inference_steps": "long", "guidance_scale": "double", "height": "long",
-        "width": "long", "seed": "long", "solver": "string", "shift": "double",
-    },
-    outputs={"image": "binary"},
-    example={"prompt": "red apple", "num_inference_steps": 4, "guidance_scale": 3.0, "seed": 0},
-    settings={"base_model": "", "device": ""},
-    # Not this project itself, which no package index serves; the card says so.
-    requirements=("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow"),
+REQUIREMENTS = (
+    "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
 )  # fmt: skip
+"""Not this project itself, which no package index serves; the card says so."""
+SETTINGS = {"base_model": "", "device": ""}
 
 
 class RegisterError(ValueError):
@@ -119,11 +113,42 @@ def register(config: RegisterConfig) -> ModelVersionInfo:
         alias=config.alias,
         tags=model_tags(description, facts),
         description=version_description(description, facts),
-        loader=LOADER,
+        loader=loader_of(description["task"]),
         files={name: content for name, content in files.items() if content},
         step=int(description["training"].get("step", 0)),
         metrics=facts.metrics,
     )
+
+
+def loader_of(task: str) -> Loader:
+    """How MLflow's own tools open a model of a task."""
+    if task == "image_to_depth":
+        return Loader(
+            script=Path(__file__).with_name("depth_pyfunc_model.py"),
+            inputs={"image": "binary"},
+            # The names of mlflow.diffusers, where it has one.
+            optional={
+                "num_inference_steps": "long", "seed": "long", "ensemble": "long", "solver": "string",
+                "shift": "double",
+            },
+            outputs={"depth": "binary", "depth_png": "binary", "uncertainty": "binary"},
+            example={"image": encode_image(np.full((16, 16, 3), 128, np.uint8)), "num_inference_steps": 2},
+            settings=SETTINGS,
+            requirements=(*REQUIREMENTS, "matplotlib"),
+        )  # fmt: skip
+    return Loader(
+        script=Path(__file__).with_name("pyfunc_model.py"),
+        inputs={"prompt": "string"},
+        # As mlflow.diffusers names them; the last three are this project's.
+        optional={
+            "negative_prompt": "string", "num_inference_steps": "long", "guidance_scale": "double", "height": "long",
+            "width": "long", "seed": "long", "solver": "string", "shift": "double",
+        },
+        outputs={"image": "binary"},
+        example={"prompt": "red apple", "num_inference_steps": 4, "guidance_scale": 3.0, "seed": 0},
+        settings=SETTINGS,
+        requirements=REQUIREMENTS,
+    )  # fmt: skip
 
 
 def exported_model(config: RegisterConfig) -> str:

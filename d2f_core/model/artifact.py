@@ -23,11 +23,12 @@ from d2f_core import storage
 from d2f_core.content import hash_directory
 from d2f_core.model.artifact_files import ArtifactError
 from d2f_core.model.base import BaseModel, BaseModelError, local_copy, resolve_base
-from d2f_core.model.denoiser import as_denoiser, load_unet, network_dtype
+from d2f_core.model.denoiser import as_denoiser, extend_input_channels, load_unet, network_dtype
 from d2f_core.model.description import (
     DESCRIPTION,
     WEIGHTS,
     SamplingDefaults,
+    TaskName,
     describe,
     read_description,
     read_sampling,
@@ -65,6 +66,7 @@ class TrainedModel:
     """diff2flow, flow_matching or diffusion: what the weights were last trained with."""
     sampling: SamplingDefaults
     content_hash: str
+    task: TaskName = "text_to_image"
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -84,6 +86,12 @@ class TrainedModel:
         if self.objective == "flow_matching":
             return NaiveVelocityField(self.denoiser, self.schedule)
         return VelocityField(self.denoiser, self.schedule, self.prediction_type)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of its images, where nothing else is asked for."""
+        edge = self.sampling.resolution
+        return (edge, edge) if edge else self.base.default_size
 
     def to(self, device: str | torch.device) -> "TrainedModel":
         self.network.to(device)
@@ -147,10 +155,11 @@ def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
     _check_base(uri, base, description)
     return TrainedModel(
         base=base,
-        network=_load_network(uri, directory, base, description["method"]).eval().requires_grad_(False),
+        network=_load_network(uri, directory, base, description).eval().requires_grad_(False),
         objective=description["objective"],
         sampling=read_sampling(description),
         content_hash=hash_directory(directory),
+        task=description["task"],
     )
 
 
@@ -184,18 +193,28 @@ def _check_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> No
         )
 
 
-def _load_network(uri: str, directory: Path, base: BaseModel, method: str) -> nn.Module:
-    """Raises ArtifactError when a library cannot make a network of the checked files."""
+def _load_network(uri: str, directory: Path, base: BaseModel, description: Mapping[str, Any]) -> nn.Module:
+    """Raises ArtifactError when a library cannot make the described network of the checked files."""
+    method, extra = description["method"], description["joined_channels"]
     try:
         if method == "lora":
-            return load_lora(load_unet(base), directory / WEIGHTS[method])
-        return _load_whole_unet(directory / WEIGHTS[method])
+            unet = load_unet(base)
+            network = load_lora(extend_input_channels(unet, extra) if extra else unet, directory / WEIGHTS[method])
+        else:
+            network = _load_whole_unet(directory / WEIGHTS[method])
     except BaseModelError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(
             f"{uri!r}: no network can be made of {WEIGHTS[method]}/ ({one_line(error)}). Copy the artifact again."
         ) from error
+    inputs, wanted = (int(cast(Any, network).config[f"{end}_channels"]) for end in ("in", "out"))
+    if extra and inputs != wanted + extra:  # a description without extra channels may be older than this field
+        raise ArtifactError(
+            f"{uri!r}: the network has {inputs} input channels, but task={description['task']!r} with joined_channels="
+            f"{extra} needs {wanted + extra}. Copy the artifact again."
+        )
+    return network
 
 
 def _load_whole_unet(directory: Path) -> nn.Module:

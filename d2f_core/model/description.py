@@ -19,6 +19,10 @@ DESCRIPTION = "diff2flow.json"
 FORMAT_VERSION = 1
 WEIGHTS = {"full": "unet", "lora": "adapter"}
 """Method -> the directory of the trained weights."""
+TaskName = Literal["text_to_image", "image_to_depth"]
+MAX_JOINED_CHANNELS = 64
+OLDER = {"task": "text_to_image", "joined_channels": 0}
+"""What a description means that was written before these fields were."""
 STRICT = dacite.Config(strict=True, cast=[float])
 
 
@@ -34,8 +38,12 @@ class SamplingDefaults:
     """Classifier-free guidance scale; 1 is none."""
     shift: float = 1.0
     """Above 1, steps are spent nearer to noise, as large images need; not used by ddim."""
+    resolution: int | None = None
+    """Height and width of its images in pixels; None: of those trained on, and of a base what its UNet was made for."""
 
     def __post_init__(self) -> None:
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"resolution={self.resolution} must be at least 1 pixel, or None for the base's own.")
         if not (self.steps >= 1 and self.shift > 0 and math.isfinite(self.guidance * self.shift)):
             raise ValueError(f"{self} needs steps of at least 1, a shift above 0 and finite numbers. Correct it.")
 
@@ -53,6 +61,9 @@ class _Description:
     format_version: int
     objective: Literal["diff2flow", "flow_matching", "diffusion"]
     method: Literal["full", "lora"]
+    task: TaskName
+    joined_channels: int
+    """Input channels of the network for the latents of an image, beside the base's own."""
     base: _BaseReference
     prediction_type: str
     schedule: dict[str, Any]
@@ -64,15 +75,32 @@ class _Description:
     diffusers: dict[str, Any] | None = None
     """How an exported directory is loaded by diffusers."""
 
+    def __post_init__(self) -> None:
+        joins = self.task == "image_to_depth"
+        if not (0 < self.joined_channels <= MAX_JOINED_CHANNELS if joins else self.joined_channels == 0):
+            raise ValueError(
+                f"joined_channels={self.joined_channels} with task={self.task!r}: it must be "
+                f"{f'1 to {MAX_JOINED_CHANNELS}' if joins else 0}"
+            )
+
 
 def describe(
-    base: BaseModel, *, objective: str, method: str, sampling: SamplingDefaults, training: Mapping[str, Any]
+    base: BaseModel,
+    *,
+    objective: str,
+    method: str,
+    sampling: SamplingDefaults,
+    training: Mapping[str, Any],
+    task: TaskName = "text_to_image",
+    joined_channels: int = 0,
 ) -> dict[str, Any]:
     """The contents of `diff2flow.json`, but for the weights' hashes."""
     return {
         "format_version": FORMAT_VERSION,
         "objective": objective,
         "method": method,
+        "task": task,
+        "joined_channels": joined_channels,
         "base": {"uri": base.uri, "sha256": base.content_hash},
         "prediction_type": base.prediction_type,
         "schedule": dict(base.scheduler_config),
@@ -117,6 +145,7 @@ def read_description(directory: Path) -> dict[str, Any]:
             f"{str(directory)!r} has format_version={description.get('format_version')!r}; this release reads "
             f"{FORMAT_VERSION}. Use the release that wrote it, or train again."
         )
+    description = {**OLDER, **description}
     try:
         dacite.from_dict(_Description, description, STRICT)
     except (dacite.DaciteError, TypeError, ValueError) as error:

@@ -106,6 +106,8 @@ def _write_unet(model: TrainedModel, target: Path) -> list[str]:
     cast(Any, model.network).save_pretrained(target, safe_serialization=True)
     config = read_json(target / "config.json")
     config.pop("_name_or_path", None)  # where the base lay on this machine
+    if edge := model.sampling.resolution:  # what diffusers' pipelines draw unless told otherwise
+        config["sample_size"] = edge // model.base.pixels_per_latent
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return ["diffusers", config["_class_name"]]
 

@@ -1,223 +1,47 @@
-"""Text to image on latents: rows -> batch -> loss, the validation loss, and a look at samples.
-
-Every random number of a sample is keyed by (seed, epoch, row): no worker, restart or batch size changes it.
-"""
+"""Text to image on latents: the network reads the caption, and a look is one picture per prompt."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any
 
-import numpy as np
 import torch
-from peft import PeftModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2f_core.model.artifact import SamplingDefaults, TrainedModel, load_model, read_description, to_uint8
+from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
-from d2f_core.model.base import BaseModel, local_copy
-from d2f_core.model.denoiser import as_denoiser, load_unet
-from d2f_core.model.image_sizes import sizes_of_rows
-from d2f_core.model.lora import LoraConfig, add_lora, set_adapter
+from d2f_core.model.latent_task import (
+    ENCODED_TOGETHER,
+    LatentTask,
+    ModelConfig,
+    PreviewConfig,
+    build_network,
+    image_grid,
+)
 from d2f_core.model.sampling import sample_latents
-from d2f_core.model.text_encoder import load_text_encoder
-from d2f_core.objective.alignment import VelocityField
-from d2f_core.objective.loss import LOSSES, flow_validation_loss
-from d2f_core.objective.path import TimeSampling
-from d2f_core.randomness import keyed_normal, keyed_uniform
+from d2f_core.randomness import keyed_normal
 
-VALIDATION_TIMES = 10
-ENCODED_TOGETHER = 16
-"""Captions are encoded in batches of just this size: another size may round otherwise, and which captions are new in a
-batch depends on where a run was resumed."""
-CACHED_BYTES = 4 * 2**30
-"""Of encoded captions, on the worker's device: 18 thousand captions of SD 1.5, 7 thousand of SDXL."""
+__all__ = ["ENCODED_TOGETHER", "ModelConfig", "PreviewConfig", "TextToImage", "build_network", "image_grid"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What is trained, from what, with which loss."""
+class TextToImage(LatentTask):
+    """Draws what a caption says."""
 
-    base: str
-    """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
-    start: str = ""
-    """A model trained on this base by the same method, to go on from, as a further round of reflow does: its directory
-    or models:/NAME/VERSION. Empty: the base as it is."""
-    from_scratch: bool = False
-    """Keep the base's architecture, but start from new random weights."""
-    objective: Literal["diff2flow", "flow_matching", "diffusion"] = "diff2flow"
-    """The loss: through the alignment, naive flow matching, or the base's own."""
-    method: Literal["full", "lora"] = "lora"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Used when method is lora."""
-    caption_dropout: float = 0.1
-    """Share of samples trained with the empty caption, which guidance needs. SDXL's gives zeros."""
-    times: TimeSampling = field(default_factory=TimeSampling)
-    """Which flow times the flow losses see."""
-    min_snr_gamma: float = 0.0
-    """For the loss `diffusion`: levels with a higher signal-to-noise ratio count less; 5 is usual, 0 is off."""
+    def given(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
+        """The captions' condition; every pixel counts."""
+        return self.text_of_rows(captions, arrays)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout={self.caption_dropout} must lie in [0, 1). Use 0.02 to 0.15.")
-        if self.from_scratch and self.method == "lora":
-            raise ValueError("from_scratch=True with method='lora' would adapt random weights. Use method='full'.")
-        if self.from_scratch and self.start:
-            raise ValueError(f"start={self.start!r} with from_scratch=True contradict each other. Give one of them.")
-        if self.objective == "diffusion" and self.times != TimeSampling():
-            raise ValueError(
-                "times belongs to the flow losses; objective='diffusion' draws timesteps evenly. Remove it."
-            )
-        if self.min_snr_gamma < 0 or (self.min_snr_gamma and self.objective != "diffusion"):
-            raise ValueError(
-                f"min_snr_gamma={self.min_snr_gamma} with objective={self.objective!r}: it must be 0, or above 0 with "
-                "objective='diffusion'."
-            )
-
-    def loss(self, field_: VelocityField, batch: Mapping[str, Tensor]) -> Tensor:
-        """Loss per sample [batch]."""
-        options: dict[str, Any] = {"times": self.times}
-        if self.objective == "diffusion":
-            options = {"min_snr_gamma": self.min_snr_gamma}
-        return LOSSES[self.objective](field_, **batch, **options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
-    """Samples drawn during training, always from the same noise."""
-
-    prompts: tuple[str, ...] = ()
-    steps: int = 10
-    guidance: float = 3.0
-    columns: int = 8
-
-
-def build_network(base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
-    """The module to train: gradients are on for just what the method trains."""
-    unet = load_unet(base, from_scratch=config.from_scratch, seed=seed)
-    network = add_lora(unet, config.lora, seed=seed) if config.method == "lora" else unet.requires_grad_(True)
-    if config.start:
-        _start_from(network, base, config)
-    return network
-
-
-def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
-    """Give what is to be trained the values of a trained model.
-
-    Raises:
-        ValueError: it was trained on another base, by another method, or with other LoRA settings.
-    """
-    trained = load_model(config.start)  # checks files and hashes
-    directory = local_copy(config.start)
-    if trained.base.content_hash != base.content_hash:
-        raise ValueError(
-            f"start={config.start!r} was trained on a base with the hash {trained.base.content_hash}; base="
-            f"{base.uri!r} has {base.content_hash}. Give that model's base."
-        )
-    method = read_description(directory)["method"]
-    if method != config.method:
-        raise ValueError(
-            f"start={config.start!r} was trained by method={method!r}, not {config.method!r}. Use the same."
-        )
-    if method == "lora":
-        set_adapter(cast(PeftModel, network), directory / "adapter")
-    else:
-        network.load_state_dict(trained.network.state_dict())
-
-
-def sample_keys(epochs: Sequence[int], rows: Sequence[int]) -> list[str]:
-    """The names under which samples draw their random numbers."""
-    return [f"{epoch}/{row}" for epoch, row in zip(epochs, rows, strict=True)]
-
-
-class TextToImage:
-    """The task on one worker's device. Its methods are what the training rails call."""
-
-    def __init__(self, base: BaseModel, config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str) -> None:
-        self.base, self.config, self.seed, self.dtype, self.device = base, config, seed, dtype, device
-        self.module = build_network(base, config, seed)
-        self._text_encoder = load_text_encoder(base, device=device)
-        self._conditions: dict[str, dict[str, Tensor]] = {}
-
-    def text_states(self, captions: Sequence[str]) -> Tensor:
-        """[len(captions), tokens, width]: of `condition` the part that every network reads."""
-        return self.condition(captions)["text_states"]
-
-    def condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What captions give, [len(captions), ...] by the denoiser's argument names; each distinct one encoded once."""
-        new = sorted(set(captions) - self._conditions.keys())
-        known = next(iter(self._conditions.values()), {})
-        bytes_each = sum(value.nbytes for value in known.values())
-        if (len(self._conditions) + len(new)) * bytes_each > CACHED_BYTES:
-            self._conditions.clear()
-            new = sorted(set(captions))
-        for start in range(0, len(new), ENCODED_TOGETHER):
-            part = new[start : start + ENCODED_TOGETHER]
-            filled = part + [""] * (ENCODED_TOGETHER - len(part))
-            # Cloned: an inference tensor may not take part in autograd.
-            encoded = {name: value.clone() for name, value in self._text_encoder.condition(filled).items()}
-            for index, caption in enumerate(part):
-                self._conditions[caption] = {name: value[index] for name, value in encoded.items()}
-        conditions = [self._conditions[caption] for caption in captions]
-        return {name: torch.stack([each[name] for each in conditions]) for name in conditions[0]}
-
-    def _row_condition(self, captions: Sequence[str], arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The condition of rows of a latent table, with the sizes of their images for a network that reads them."""
-        condition = self.condition(captions)
-        if "pooled_text" in condition:
-            condition["time_ids"] = sizes_of_rows(arrays).to(self.device)
-        return condition
-
-    def to_batch(self, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Columns of a latent table, with `epoch` and `row`, -> tensors. A column `noise` is the noise (reflow)."""
-        keys = sample_keys(arrays["epoch"], arrays["row"])
-        mean = np.asarray(arrays["latent_mean"], dtype=np.float32)
-        std = np.asarray(arrays["latent_std"], dtype=np.float32)
-        data = mean + std * keyed_normal(self.seed, keys, mean.shape[1:], "latent")
-        dropped = keyed_uniform(self.seed, keys, "caption") < self.config.caption_dropout
-        captions = ["" if drop else str(caption) for drop, caption in zip(dropped, arrays["caption"], strict=True)]
-        return {
-            "data": torch.from_numpy(data).to(self.device),
-            "noise": self._noise(arrays, self.seed, keys, "noise"),
-            "uniform": torch.from_numpy(keyed_uniform(self.seed, keys, "time")).to(self.device),
-            **self._row_condition(captions, arrays),
-        }
-
-    def _noise(self, arrays: Mapping[str, Any], seed: int, keys: Sequence[str], purpose: str) -> Tensor:
-        given = arrays.get("noise")
-        shape = arrays["latent_mean"].shape[1:]
-        noise = keyed_normal(seed, keys, shape, purpose) if given is None else np.asarray(given, dtype=np.float32)
-        return torch.from_numpy(noise).to(self.device)
-
-    def loss(self, network: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
-        """Loss per sample [batch]."""
-        field_ = VelocityField(as_denoiser(network, self.dtype), self.base.schedule, self.base.prediction_type)
-        return self.config.loss(field_, batch)
-
-    def model(self, network: Callable[..., Any]) -> TrainedModel:
-        """What is being trained, ready to sample."""
-        return TrainedModel(
-            base=self.base,
-            network=cast(nn.Module, network),
-            objective=self.config.objective,
-            sampling=SamplingDefaults(),
-            content_hash="",
-        )
-
-    def validation_loss(self, network: Callable[..., Any], arrays: Mapping[str, Any]) -> tuple[float, int]:
-        """Sum and count of the flow loss at fixed times with fixed noise: comparable between steps, losses and runs."""
-        data = torch.from_numpy(np.asarray(arrays["latent_mean"], dtype=np.float32)).to(self.device)
-        keys = sample_keys([0] * len(data), arrays["row"])
-        noise = self._noise(arrays, 0, keys, "validation")
-        times = (torch.arange(VALIDATION_TIMES, device=self.device) + 0.5) / VALIDATION_TIMES
-        condition = self._row_condition([str(caption) for caption in arrays["caption"]], arrays)
-        losses = flow_validation_loss(self.model(network).velocity_field, data, noise, times, **condition)
-        return float(losses.sum()), losses.numel()
+    def look(
+        self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None
+    ) -> list[Image.Image]:
+        """The preview of the config's prompts."""
+        del held
+        return self.preview(network, config, config.prompts) if config.prompts else []
 
     def preview(self, network: Callable[..., Any], config: PreviewConfig, prompts: Sequence[str]) -> list[Image.Image]:
         """One image per prompt; the noise belongs to the prompt."""
         autoencoder = load_autoencoder(self.base, device=self.device)
-        shape = self.base.latent_shape(*self.base.default_size)
+        height, width = (config.resolution, config.resolution) if config.resolution else self.base.default_size
+        shape = self.base.latent_shape(height, width)
         noise = torch.from_numpy(keyed_normal(0, prompts, shape, "preview")).to(self.device)
         latents, _ = sample_latents(
             self.model(network),
@@ -229,14 +53,3 @@ class TextToImage:
             guidance=config.guidance,
         )
         return [Image.fromarray(image) for image in to_uint8(autoencoder.decode(latents)).numpy()]
-
-
-def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Images side by side on white, row by row."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
-    return sheet

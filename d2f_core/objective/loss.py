@@ -122,11 +122,11 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
 
 @torch.no_grad()
 def flow_validation_loss(
-    velocity_field: Callable[..., Tensor], data: Tensor, noise: Tensor, times: Tensor, **condition: Any
+    field: Callable[..., Tensor], data: Tensor, noise: Tensor, times: Tensor, mask: Tensor | None = None, **given: Any
 ) -> Tensor:
     """Squared velocity error [len(times), batch] at fixed flow times, for given noise: comparable between models."""
     errors = []
-    for time in times:
-        t = time.expand(len(data))
-        errors.append(_mean_square(velocity_field(interpolate(noise, data, t), t, **condition) - (data - noise)))
+    for t in times.unsqueeze(1).expand(-1, len(data)):
+        velocity = field(interpolate(noise, data, t), t, **given)
+        errors.append(_mean_square(velocity - (data - noise), mask))
     return torch.stack(errors)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from d2f_core.inference.image_maker import fill_request
 from d2f_core.model.artifact import ArtifactError, SamplingDefaults, describe, load_model, load_weights, save_artifact
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModelError, resolve_base
@@ -53,6 +54,17 @@ def test_an_artifact_carries_how_to_sample_it_and_is_safetensors_and_json_only(d
         load_model(str(directory)), NOISE, STATES, NULL, solver="heun", steps=3, guidance=1.5
     )
     assert (latents - base_latents).abs().max() > 1e-3
+
+
+def test_a_model_made_for_another_size_carries_it_and_its_base_does_not(directory, tmp_path):
+    base = resolve_base(str(directory))
+    sampling, target = SamplingDefaults(resolution=24), tmp_path / "model"
+    save_artifact(target, load_unet(base), describe(base, objective="diff2flow", method="full", sampling=sampling,
+                                                    training={}))  # fmt: skip
+    sizes = [
+        (r.height, r.width) for r in (fill_request(load_model(str(uri)), prompt="a") for uri in (target, directory))
+    ]
+    assert sizes == [(24, 24), base.default_size] and base.default_size != (24, 24)
 
 
 def test_another_base_is_refused_with_both_hashes(directory, tmp_path):

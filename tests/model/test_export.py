@@ -135,11 +135,14 @@ print(type(DiffusionPipeline.from_pretrained(sys.argv[1]).scheduler).__name__)
 
 
 def test_an_exported_directory_is_an_artifact_and_can_run_no_code(complete_base, tmp_path):
-    artifact = trained(complete_base, tmp_path / "artifact", LoraConfig(rank=2), solver="heun", steps=5)
+    sampling = {"solver": "heun", "steps": 5, "resolution": 24}
+    artifact = trained(complete_base, tmp_path / "artifact", LoraConfig(rank=2), **sampling)
     (complete_base / "vae/extra.bin").write_bytes(b"pickle")
     export_diffusers(artifact, str(tmp_path / "exported"))
     again = load_model(str(tmp_path / "exported"))
-    assert again.sampling == SamplingDefaults(solver="heun", steps=5)
+    assert again.sampling == SamplingDefaults(**sampling)
+    unit = json.loads((tmp_path / "exported/unet/config.json").read_text())["sample_size"]
+    assert unit * again.base.pixels_per_latent == 24, "diffusers would draw images of another size"
     torch.testing.assert_close(output(again.network), output(load_model(artifact).network), rtol=0, atol=1e-5)
     files = [file for file in (tmp_path / "exported").rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}

@@ -59,7 +59,15 @@ def test_losses_of_samples_do_not_mix():
 
 def test_validation_loss_has_one_number_per_time_and_sample():
     field = VelocityField(lambda x, timestep: x, SCHEDULE, "epsilon")
-    assert flow_validation_loss(field, DATA, NOISE, torch.tensor([0.1, 0.5, 0.9])).shape == (3, 6)
+    times = torch.tensor([0.1, 0.5, 0.9])
+    whole = flow_validation_loss(field, DATA, NOISE, times)
+    assert whole.shape == (3, 6)
+    mask = torch.ones_like(DATA)
+    mask[..., 0] = 0
+    masked = flow_validation_loss(field, DATA, NOISE, times, mask)
+    other = torch.where(mask == 1, DATA, 7.0)
+    assert not torch.equal(masked, whole)
+    torch.testing.assert_close(flow_validation_loss(field, other, NOISE, times, mask), masked)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -38,13 +38,13 @@ PROMPTS = 24
 
 
 @torch.no_grad()
-def moved(base: str, target: Path, *, seed: int, scale: float) -> Path:
+def moved(base: str, target: Path, *, seed: int, scale: float, resolution: int | None = None) -> Path:
     """A model directory: the base, whose weights were moved at random."""
     resolved = resolve_base(base)
     network, generator = load_unet(resolved), torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    sampling = SamplingDefaults(guidance=1.0, steps=2)
+    sampling = SamplingDefaults(guidance=1.0, steps=2, resolution=resolution)
     description = describe(resolved, objective="diff2flow", method="full", sampling=sampling, training={"step": 3})
     save_artifact(target, network, description)
     return target
@@ -252,6 +252,17 @@ def test_an_unregistered_model_is_compared_with_an_image_table_and_captions(
     assert [(model["solver"], model["straightness"]) for model in found["models"]] == [("midpoint", None)]
     made = read_generations(join(alone.output, "generations/candidate")).to_pylist()
     assert {(row["steps"], row["num_evaluations"]) for row in made} == {(1, 2), (2, 4)}
+
+
+def test_all_models_draw_images_of_the_size_that_the_candidate_was_made_for(
+    config: EvaluateConfig, base: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    wide = moved(base, tmp_path / "wide", seed=3, scale=0.0, resolution=24)
+    chosen = {"candidate": str(wide), "champion": str(models["good"]), "base": base, "output": f"{HOME}/wide"}
+    job = check_evaluate(dataclasses.replace(config, **chosen))
+    assert {each.role: each.job.plan.height for each in job.contenders} == dict.fromkeys(
+        ("candidate", "champion", "base"), 24
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,41 @@
 """Reflow on the real stack: a model draws pairs, learns their straight lines, and is registered with its teacher."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from d2f_core.data.latents import table_to_arrays
-from d2f_core.data.manifest import read_manifest
-from d2f_core.data.schema import SchemaError
+from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
+from d2f_core.data.schema import IMAGE_SCHEMA, SchemaError
 from d2f_core.data.table_reader import RowReader
+from d2f_core.inference.evaluate_config import EvaluateConfig
+from d2f_core.inference.gate import GateConfig
 from d2f_core.inference.image_maker import ImageMaker, fill_request
+from d2f_core.inference.measure import MeasureConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
+from d2f_core.inference.score import ScoreConfig
 from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, TextToImage, build_network
 from d2f_core.storage import read_bytes
-from d2f_core.tracking import resolve_model
+from d2f_core.tracking import get_alias, resolve_model
 from d2f_core.train.config import TrainConfig
 from pipelines import finetune
 from pipelines.configs import FinetuneConfig
 from pipelines.reflow import ReflowConfig, main
+from tests.inference.tiny_vision import write_tiny_vit
 from tests.latent_tables import write_latents
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
@@ -35,7 +43,8 @@ HOME = "s3://d2f/test-reflow"
 
 
 @pytest.fixture(scope="module")
-def config(base: str) -> ReflowConfig:
+def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
+    vit = write_tiny_vit(tmp_path_factory.mktemp("nets") / "vit")
     write_latents(f"{HOME}/captions", autoencoder_fingerprint(resolve_base(base)), rows=5, rows_per_file=5, captions=3)
     return ReflowConfig(
         output=f"{HOME}/workflow",
@@ -55,7 +64,25 @@ def config(base: str) -> ReflowConfig:
             experiment="reflow tests",
         ),
         register=RegisterConfig(name="reflow-test"),
+        evaluate=EvaluateConfig(
+            base=base, prompts=f"{HOME}/workflow/round-1/prompts.jsonl", reference=write_images(f"{HOME}/images", 12),
+            evaluations=(1, 2), score=ScoreConfig(features=str(vit), dimensions=4, num_actors=1),
+            measure=MeasureConfig(replicates=20, neighbours=1), gate=GateConfig(metric="frechet@2"), promote=False,
+            straightness_prompts=2, straightness_steps=2, shown_prompts=1, experiment="",
+        ),
     )  # fmt: skip
+
+
+def write_images(uri: str, count: int) -> str:
+    """An image table of noise, 16 px."""
+    draw, rows = np.random.default_rng(0), []
+    for number in range(count):
+        sink = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(sink, format="PNG")
+        rows.append({"sample_id": f"{number:032d}", "caption": "x", "image": sink.getvalue(), "source_uri": "x"})
+    file = write_part(uri, "part-0.parquet", pa.Table.from_pylist(rows, IMAGE_SCHEMA))
+    write_manifest(uri, Manifest(kind="images", files=(file,)))
+    return uri
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +114,19 @@ def test_the_version_names_its_teacher_and_its_pairs(config: ReflowConfig, versi
     assert description["training"]["teacher"] == config.teacher
     assert description["training"]["latents"] == f"{HOME}/workflow/round-1/pairs/latents"
     assert version["name"] == "reflow-test"
+
+
+def test_the_version_is_measured_beside_the_base_and_no_alias_moves(
+    config: ReflowConfig, version: dict[str, str]
+) -> None:
+    found = json.loads(read_bytes(f"{HOME}/workflow/round-1/evaluation/metrics.json"))
+    assert [(model["role"], model["uri"]) for model in found["models"]] == [
+        ("candidate", version["uri"]),
+        ("base", config.teacher),
+    ]
+    assert set(found["metrics"]["frechet"]["values"]["candidate"]) == {"1", "2"}
+    assert all(0 < model["straightness"]["value"] < 10 for model in found["models"])
+    assert get_alias("reflow-test", "champion") is None
 
 
 def test_a_finished_workflow_does_nothing(config: ReflowConfig, version: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from d2f_core.data.image_headers import MAX_IMAGE_BYTES, too_large
 from d2f_core.data.sources.sample import (
     ALL_IMAGE_SUFFIXES,
+    CAPTION_TABLES,
     MAX_TEXT_BYTES,
     Sample,
     SourceError,
@@ -17,7 +18,6 @@ from d2f_core.data.sources.sample import (
 )
 from d2f_core.storage import read_bytes
 
-CAPTION_TABLES = ("metadata.jsonl", "captions.jsonl")
 READ_THREADS = 16
 
 
@@ -58,19 +58,22 @@ def _read_entry(entry: FolderEntry) -> Sample:
     return Sample(source_uri=name, image=read_bytes(entry.uri), caption=caption)
 
 
-def plan_folder(sizes: Mapping[str, int | None], caption_column: str | None, rows_per_shard: int) -> list[FolderShard]:
+def plan_folder(
+    sizes: Mapping[str, int | None], caption_column: str | None, rows_per_shard: int, *, captions: bool = True
+) -> list[FolderShard]:
     """Cut the images among the files, in the order of their names, into shards.
 
     Args:
         sizes: bytes of each file by its URI; None for a device, a pipe or another thing that may have no end.
+        captions: False leaves the captions aside.
 
     Raises:
         SourceError: captions in both forms, or a caption table that cannot be read.
     """
     images = sorted(uri for uri in sizes if uri.lower().endswith(ALL_IMAGE_SUFFIXES))
-    tables = sorted(uri for uri in sizes if PurePosixPath(uri).name in CAPTION_TABLES)
+    tables = sorted(uri for uri in sizes if captions and PurePosixPath(uri).name in CAPTION_TABLES)
     stems = {image.rpartition(".")[0] for image in images}
-    texts = {uri for uri in sizes if uri.endswith(".txt") and uri.removesuffix(".txt") in stems}
+    texts = {uri for uri in sizes if captions and uri.endswith(".txt") and uri.removesuffix(".txt") in stems}
     if tables and texts:
         raise SourceError(f"Captions both in {tables[0]!r} and in files such as {min(texts)!r}. Keep one of the two.")
     if tables:

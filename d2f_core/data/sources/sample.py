@@ -11,6 +11,9 @@ OTHER_IMAGE_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl
 """Images that are not decoded. They are listed all the same, so that each ends in the ledger and none is lost."""
 ALL_IMAGE_SUFFIXES = IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES
 
+CAPTION_TABLES = ("metadata.jsonl", "captions.jsonl")
+"""Of a folder."""
+
 MAX_TEXT_BYTES = 2**20
 """Largest caption or JSON member that is read; what is larger goes to the ledger unread."""
 
@@ -24,7 +27,7 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One captioned image as it lies in the source: not decoded, perhaps bad."""
+    """One image as it lies in the source: not decoded, perhaps bad."""
 
     source_uri: str
     """Where it came from: a file, or `file#member`, `file#row=7`."""

@@ -7,7 +7,7 @@ never paths, nothing is unpacked, and links and devices are not followed.
 import json
 import re
 import tarfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -25,11 +25,21 @@ HEADER_BYTES, MAX_FIELDS = 16_384, 64
 DIGITS = re.compile(rb"\d{256}")
 """The tar module searches such a run in time that grows with the square of its length."""
 
+CLIMBS = "bad_name: it climbs out of its folder"
+
 DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
 """Beside its own errors the tar module passes on what int(), decode() and deep headers raise on nonsense."""
 
 Members = Mapping[str, bytes | str]
 """One sample's members by their extension (".jpg", ".seg.png"): contents, or as a string why they are not read."""
+
+
+Limit = Callable[[str], int | None]
+"""Most bytes of a member that are read, by its extension; None: nobody asks for it, and its contents are b""."""
+
+
+class DamagedArchiveError(ValueError):
+    """The rest of a tar cannot be read; the message is the ledger's reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,29 +48,48 @@ class TarShard:
 
     uri: str
     caption_column: str | None = None
+    captions: bool = True
 
     @property
     def num_rows(self) -> None:
         return None
 
     def read(self) -> Iterator[Sample]:
-        fs, path = filesystem(self.uri)
-        count = 0
-        with fs.open(path, "rb") as handle:
-            try:
-                for key, members in _samples(_Rationed(handle, fs.size(path))):
-                    yield _sample(self.uri, key, members, self.caption_column)
-                    count += 1
-            except DAMAGE as error:
-                reason = str(error) or type(error).__name__
-                problem = f"damaged_archive: nothing can be read after {count} samples ({reason})"
-                yield Sample(source_uri=self.uri, image=None, caption=None, problem=problem)
+        try:
+            for key, members in read_tar(self.uri, _most_bytes if self.captions else _most_bytes_of_images):
+                yield _sample(self, key, members)
+        except DamagedArchiveError as error:
+            yield Sample(source_uri=self.uri, image=None, caption=None, problem=str(error))
 
 
-def plan_tars(files: Collection[str], caption_column: str | None) -> list[TarShard]:
+def plan_tars(files: Collection[str], caption_column: str | None, *, captions: bool = True) -> list[TarShard]:
     """One shard per tar among `files`, in the order of their names."""
     tars = sorted(uri for uri in files if uri.endswith(".tar"))
-    return [TarShard(uri=uri, caption_column=caption_column) for uri in tars]
+    return [TarShard(uri=uri, caption_column=caption_column, captions=captions) for uri in tars]
+
+
+def read_tar(uri: str, most_bytes: Limit) -> Iterator[tuple[str, Members]]:
+    """Key and members of each sample of a tar.
+
+    Raises:
+        DamagedArchiveError: after the samples that could be read.
+    """
+    fs, path = filesystem(uri)
+    count = 0
+    with fs.open(path, "rb") as handle:
+        samples = _samples(_Rationed(handle, fs.size(path)), most_bytes)
+        while True:
+            try:
+                sample = next(samples, None)
+            except DAMAGE as error:
+                reason = str(error) or type(error).__name__
+                raise DamagedArchiveError(
+                    f"damaged_archive: nothing can be read after {count} samples ({reason})"
+                ) from None
+            if sample is None:
+                return
+            yield sample
+            count += 1
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -68,6 +97,11 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return folder + slash + stem, (dot + extension).lower()
+
+
+def climbs(key: str) -> bool:
+    """Whether a name says to leave its folder."""
+    return ".." in key.split("/")
 
 
 class _Rationed:
@@ -121,7 +155,7 @@ def _members(archive: tarfile.TarFile, file: _Rationed) -> Iterator[tarfile.TarI
         raise tarfile.ReadError("no end mark")
 
 
-def _samples(file: _Rationed) -> Iterator[tuple[str, Members]]:
+def _samples(file: _Rationed, most_bytes: Limit) -> Iterator[tuple[str, Members]]:
     # Names that are not UTF-8 become text that tells them apart, and that a table can hold.
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:", errors="backslashreplace") as archive:
         last, contents, damage = "", dict[str, bytes | str](), None
@@ -134,7 +168,7 @@ def _samples(file: _Rationed) -> Iterator[tuple[str, Members]]:
                 last, number = key, number + 1
                 if number > MAX_MEMBERS:
                     raise tarfile.ReadError(f"more than {MAX_MEMBERS} members under the key {key}")
-                contents[extension] = _contents(file, member, extension)
+                contents[extension] = _contents(file, member, most_bytes(extension))
         except DAMAGE as error:  # what came before is a sample, or will be missed in the ledger
             damage = error
         if contents:
@@ -153,25 +187,32 @@ def _named(archive: tarfile.TarFile, file: _Rationed) -> Iterator[tuple[str, str
             yield *split_name(member.name), member
 
 
-def _contents(file: _Rationed, member: tarfile.TarInfo, extension: str) -> bytes | str:
+def _contents(file: _Rationed, member: tarfile.TarInfo, most: int | None) -> bytes | str:
     if not member.isfile() or member.issparse():
         what = "a sparse file" if member.issparse() else "a link" if member.islnk() or member.issym() else "no file"
         return f"not_a_file: {member.name} is {what}"
-    text = extension in TEXT_SUFFIXES or extension == JSON_SUFFIX
-    if not text and extension not in ALL_IMAGE_SUFFIXES:
-        return b""  # masks, arrays and films beside the picture: nobody asks for them
-    most = MAX_TEXT_BYTES if text else MAX_IMAGE_BYTES
+    if most is None:
+        return b""
     return file.contents(member) if member.size <= most else too_large(member.size, most)
 
 
-def _sample(uri: str, key: str, members: Members, caption_column: str | None) -> Sample:
+def _most_bytes_of_images(extension: str) -> int | None:
+    return MAX_IMAGE_BYTES if extension in ALL_IMAGE_SUFFIXES else None
+
+
+def _most_bytes(extension: str) -> int | None:
+    text = extension in TEXT_SUFFIXES or extension == JSON_SUFFIX
+    return MAX_TEXT_BYTES if text else _most_bytes_of_images(extension)
+
+
+def _sample(shard: TarShard, key: str, members: Members) -> Sample:
     extension = next((name for name in ALL_IMAGE_SUFFIXES if name in members), None)
-    source_uri = f"{uri}#{key}{extension or ''}"
+    source_uri = f"{shard.uri}#{key}{extension or ''}"
     image = members[extension] if extension else f"no_image: only {', '.join(sorted(members))} under this key"
     problem = image if isinstance(image, str) else None
-    if ".." in key.split("/"):
-        problem = "bad_name: it climbs out of its folder"
-    caption = _caption(members, caption_column)
+    if climbs(key):
+        problem = CLIMBS
+    caption = _caption(members, shard.caption_column) if shard.captions else None
     if isinstance(caption, ValueError):
         problem, caption = problem or f"bad_caption: {caption}", None
     image = None if problem or isinstance(image, str) else image

@@ -1,0 +1,149 @@
+"""Depth maps as samples: the columns of their tables, what is learnt of them, and which latents of them count.
+
+A depth map is float32 [height, width]: metres along the optical axis, NaN where there is none. A network learns its
+affine-invariant form, in which neither unit nor offset is left, as three equal channels through an image autoencoder.
+
+Source: Ke et al., "Repurposing Diffusion-Based Image Generators for Monocular Depth Estimation" (Marigold), CVPR 2024,
+arXiv:2312.02145.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from d2f_core.data.image_headers import BadImageError
+from d2f_core.data.schema import array_field, latent_schema
+
+DEPTH_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("depth", pa.binary(), nullable=False),
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("scene", pa.string(), nullable=False),
+    ]
+)
+"""One row per pair: `image` is a PNG, JPEG or WebP file, `depth` a .npy file (`depth_files.encode_depth`), `scene` says
+in words what is seen. `sample_id` is that of the image alone (`schema.sample_id(image, "")`), so that what was
+predicted from an image finds its depth."""
+
+DEPTH_TASK = "image_to_depth"
+"""What the fingerprint of a depth latent table says under `task`."""
+
+
+class BadDepthError(BadImageError):
+    """A pair that is left out because of its depth; the message is a code and a detail, the ledger's reason."""
+
+
+def depth_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:
+    """Columns of a depth latent table: `latent_schema` of the depth pictures, with an empty caption, and two more.
+
+    `joined_mean` is the (scaled) mean of the image's latent; `mask` is 1 where every pixel below a latent has a depth.
+
+    Args:
+        latent_shape: channels, height, width.
+    """
+    _, height, width = latent_shape
+    schema = latent_schema(latent_shape)
+    schema = schema.append(array_field("joined_mean", "float16", latent_shape))
+    return schema.append(array_field("mask", "uint8", (1, height, width)))
+
+
+def clean_depth(depth: np.ndarray) -> np.ndarray:
+    """Float32 depth with NaN for all that is no depth: infinite, zero and negative values.
+
+    Data sets write these where nothing was measured (sky, reflections, a sensor's holes), so the pixel is left out and
+    not the pair; a pair without any pixel left is refused by `normalise_depth`.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        depth = np.asarray(depth, np.float32)
+        return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
+
+
+def planar_depth(distance: np.ndarray, focal: float) -> np.ndarray:
+    """Depth along the optical axis of distances [height, width] to the camera's centre.
+
+    Pixel centres lie at -(width - 1) / 2 ... (width - 1) / 2, the optical axis passes through the middle of the image:
+    depth = distance * focal / |(x, y, focal)|.
+
+    Args:
+        focal: focal length in pixels of this image.
+
+    Source: the conversion that Hypersim's authors give for its `depth_meters` files.
+    """
+    height, width = distance.shape
+    x, y = np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2
+    length = np.sqrt(x[None, :] ** 2 + y[:, None] ** 2 + focal**2)
+    return (distance * (focal / length)).astype(np.float32)
+
+
+def crop_and_resize(values: np.ndarray, crop: Sequence[int], size: int) -> np.ndarray:
+    """The nearest value to each pixel's centre, [size, size], of a square part of values [height, width].
+
+    Depth is never averaged: between a near and a far surface there is none.
+
+    Args:
+        crop: left, top, right, bottom of the part.
+    """
+    left, top, right, bottom = crop
+    rows = top + ((np.arange(size) + 0.5) * (bottom - top) / size).astype(int)
+    columns = left + ((np.arange(size) + 0.5) * (right - left) / size).astype(int)
+    return values[np.ix_(rows, columns)]
+
+
+def normalise_depth(
+    depth: np.ndarray, valid: np.ndarray, low: float = 0.02, high: float = 0.98
+) -> tuple[np.ndarray, float, float]:
+    """The affine-invariant form of a depth map, and the depths at its ends -1 and 1.
+
+    The quantiles `low` and `high` of the valid pixels go to -1 and 1, what lies outside is clipped, and pixels without
+    depth become 1, the far end.
+
+    Args:
+        depth: float [height, width]; only its valid pixels are looked at.
+        valid: bool [height, width].
+
+    Returns:
+        Float32 [height, width] in [-1, 1], and two depths in the unit of `depth`.
+
+    Raises:
+        BadDepthError: `mask_size`, `no_valid_depth`, or `flat_depth` when the quantiles are equal.
+    """
+    if depth.shape != valid.shape:
+        raise BadDepthError(f"mask_size: the mask is {size_text(valid)} px, the depth {size_text(depth)}")
+    known = depth[valid].astype(np.float64)
+    if not known.size or not np.isfinite(known).all():
+        infinite = np.count_nonzero(~np.isfinite(known))
+        raise BadDepthError(f"no_valid_depth: {known.size} of {depth.size} pixels, {infinite} of them not finite")
+    near, far = (float(value) for value in np.quantile(known, [low, high]))
+    if far <= near * (1 + 1e-6):
+        raise BadDepthError(f"flat_depth: {near:g} m nearly everywhere, which leaves nothing to learn")
+    values = np.clip((depth - near) / (far - near) * 2 - 1, -1, 1)
+    return np.where(valid, values, 1).astype(np.float32), near, far
+
+
+def latent_mask(valid: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
+    """Uint8 [1, h, w]: 1 where every pixel below a latent is valid.
+
+    Args:
+        valid: bool [height, width].
+        latent_size: h, w; they divide height and width.
+
+    Raises:
+        BadDepthError: `mask_size` when they do not; `no_valid_depth` when no latent is left.
+    """
+    (height, width), (h, w) = valid.shape, latent_size
+    if height % h or width % w:
+        raise BadDepthError(f"mask_size: {size_text(valid)} px cannot be divided into {w}x{h} latents")
+    mask = np.all(valid.reshape(h, height // h, w, width // w), axis=(1, 3))
+    if not mask.any():
+        raise BadDepthError(
+            f"no_valid_depth: {int(valid.sum())} of {valid.size} pixels, and no latent has all of its own"
+        )
+    return np.asarray(mask, np.uint8)[None]
+
+
+def size_text(values: np.ndarray) -> str:
+    """`width x height` of an array [height, width], for a message."""
+    return "x".join(str(size) for size in reversed(values.shape))

@@ -1,0 +1,195 @@
+"""Rendered scenes as a depth table, by a Ray Data job.
+
+    OUTPUT/part-NNNNN.parquet          scenes N * rows_per_part onwards; a part is there whole or not at all
+    OUTPUT/_progress/job.json          what the job is, until the table is complete; another job is refused
+    OUTPUT/manifest.json               written last
+
+The same command again leaves alone what is there, and ends with the same bytes.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from PIL import Image
+
+from d2f_core.data.depth import DEPTH_SCHEMA
+from d2f_core.data.depth_files import encode_depth
+from d2f_core.data.depth_scenes import make_scene, render
+from d2f_core.data.manifest import (
+    Manifest,
+    ManifestError,
+    TableFile,
+    manifest_exists,
+    read_manifest,
+    write_manifest,
+    write_part,
+)
+from d2f_core.data.schema import sample_id
+from d2f_core.progress import Progress
+from d2f_core.storage import join, list_names, read_bytes, remove_tree, write_bytes
+
+PROGRESS = "_progress"
+PACKAGES = ("pybullet", "numpy", "pillow")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeDepthConfig:
+    """Rendered scenes with their depth as a table."""
+
+    output: str = "s3://d2f/datasets/depth"
+    """Where the table goes: s3://bucket/key or a local path."""
+    split: Literal["train", "test"] = "train"
+    """Whose objects and textures; the splits have none in common."""
+    num_scenes: int = 4096
+    size: int = 64
+    """Height and width of the pictures in pixels."""
+    seed: int = 0
+    rows_per_part: int = 64
+    """Scenes per output file: what a killed task loses at most."""
+    num_tasks: int = 2
+    """Scenes that are drawn at a time, by one logical CPU each."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
+        if not 16 <= self.size <= 512:
+            raise ValueError(f"size={self.size} is not between 16 and 512 pixels. Choose the resolution to train at.")
+        for name in ("num_scenes", "rows_per_part", "num_tasks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.num_scenes // self.rows_per_part)
+
+
+def depth_inputs(config: MakeDepthConfig) -> dict[str, Any]:
+    """All that decides the table's content.
+
+    Raises:
+        ValueError: pybullet is not installed.
+    """
+    try:
+        packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(f"Scenes need {error.name}. Install this project with [demo].") from None
+    names = ("split", "num_scenes", "size", "seed", "rows_per_part")
+    return {**{name: getattr(config, name) for name in names}, "packages": packages}
+
+
+def make_depth_dataset(config: MakeDepthConfig) -> tuple[Manifest, bool]:
+    """Write what is missing of the depth table; needs a running Ray.
+
+    Returns:
+        The manifest, and whether anything was written (False: the table was complete).
+
+    Raises:
+        ManifestError: another table, or something else, is at the output.
+        ValueError: pybullet is not installed.
+    """
+    inputs = depth_inputs(config)
+    if manifest_exists(config.output):
+        manifest = read_manifest(config.output)
+        if manifest.inputs != inputs:
+            raise ManifestError(
+                f"{config.output!r} is a complete table of {manifest.inputs}; asked for {inputs}. Use another output."
+            )
+        remove_tree(join(config.output, PROGRESS))
+        return manifest, False
+    _claim(config.output, inputs)
+    files = dict(_make_parts(config))
+    manifest = Manifest(
+        kind="depth",
+        files=tuple(files[number] for number in range(config.num_parts)),
+        fingerprint={"height": config.size, "width": config.size},
+        inputs=inputs,
+        counts={"read": config.num_scenes, "written": config.num_scenes, "quarantined": 0, "duplicates": 0},
+    )
+    write_manifest(config.output, manifest)
+    remove_tree(join(config.output, PROGRESS))
+    return manifest, True
+
+
+def _claim(output: str, inputs: dict[str, Any]) -> None:
+    """Write what the job is at its output, or check that the job begun there is the same."""
+    place = join(output, PROGRESS, "job.json")
+    if (names := list_names(output)) and PROGRESS not in names:
+        raise ManifestError(f"{output!r} is not empty: it holds {', '.join(names[:5])}. Use another output.")
+    try:
+        write_bytes(place, json.dumps(inputs, indent=1, sort_keys=True).encode(), exclusive=True)
+    except FileExistsError:
+        there = json.loads(read_bytes(place))
+        if there != inputs:
+            raise ManifestError(
+                f"{output!r} is an unfinished table of {there}; asked for {inputs}. Use another output, or remove it."
+            ) from None
+
+
+def _make_parts(config: MakeDepthConfig) -> Iterator[tuple[int, TableFile]]:
+    """Number and file of every part, those that were there first included, in no certain order."""
+    there = frozenset(list_names(config.output))
+    items = [{"part": number} for number in range(config.num_parts)]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset.context.enable_progress_bars = sys.stderr.isatty()
+    dataset.context.print_on_execution_start = False
+
+    def make(row: dict[str, Any]) -> dict[str, Any]:
+        number = row["part"]
+        file = make_part(config, number) if part_name(number) not in there else _known_part(config.output, number)
+        return {"part": number, "file": json.dumps(asdict(file))}
+
+    progress = Progress("make_dataset", config.num_parts, "parts")
+    tasks = cast(Any, ray.data.TaskPoolStrategy(size=config.num_tasks))
+    for row in dataset.map(make, compute=tasks).iter_rows():
+        content = json.loads(row["file"])
+        yield row["part"], TableFile(**{**content, "row_groups": tuple(content["row_groups"])})
+        progress.advance(1)
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
+def make_part(config: MakeDepthConfig, number: int) -> TableFile:
+    """Draw and write the scenes of one part."""
+    first = number * config.rows_per_part
+    scenes = range(first, min(first + config.rows_per_part, config.num_scenes))
+    table = pa.Table.from_pylist([make_row(config, scene) for scene in scenes], DEPTH_SCHEMA)
+    return write_part(config.output, part_name(number), table)
+
+
+def make_row(config: MakeDepthConfig, number: int) -> dict[str, Any]:
+    """Row `number` of the table."""
+    scene = make_scene(config.seed, config.split, number, config.size)
+    picture, depth = render(scene, config.size)
+    sink = io.BytesIO()
+    Image.fromarray(picture).save(sink, "PNG")
+    image = sink.getvalue()
+    return {
+        "sample_id": sample_id(image, ""),
+        "image": image,
+        "depth": encode_depth(depth),
+        "source_uri": f"rendered:{config.split}/{config.seed}/{config.size}/{number}",
+        "scene": scene.text,
+    }
+
+
+def _known_part(output: str, number: int) -> TableFile:
+    """What `write_part` said of a part, from the part itself: files appear whole."""
+    data = read_bytes(join(output, part_name(number)))
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    digest = hashlib.sha256(data).hexdigest()
+    return TableFile(path=part_name(number), rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups)

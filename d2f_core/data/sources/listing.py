@@ -1,0 +1,114 @@
+"""What lies at a source's URI, and the plan that is made of it."""
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from d2f_core.data.manifest import canonical_json, manifest_exists, read_manifest
+from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, CAPTION_TABLES, Shard, SourceError, SourceKind, whole_text
+from d2f_core.storage import filesystem, is_s3
+
+SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
+    "folder": (*ALL_IMAGE_SUFFIXES, *CAPTION_TABLES),
+    "webdataset": (".tar",),
+    "parquet": (".parquet",),
+}
+"""What each kind of source is known by."""
+
+Sizes = Mapping[str, int | None]
+"""Bytes of the files by URI; None for a device, a pipe or a link to one, whose reading may never end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePlan:
+    """A source cut into shards."""
+
+    kind: SourceKind
+    shards: tuple[Shard, ...]
+    digest: str
+    """Changes when a file of the source is added, removed or replaced."""
+
+    @property
+    def num_rows(self) -> int | None:
+        """Samples in the source; None when only reading tells."""
+        rows = [shard.num_rows for shard in self.shards]
+        return sum(count for count in rows if count is not None) if None not in rows else None
+
+
+def plan_source(
+    uri: str, kind: str, columns: Collection[Any], cut: Callable[[SourceKind, Sizes], Collection[Shard]]
+) -> SourcePlan:
+    """List the files at a URI and have them cut into shards.
+
+    Args:
+        kind: `auto`, or what lies there.
+        columns: how it is read; changes the digest.
+        cut: makes the shards of the files. Those of a table of ours are the ones that its manifest names.
+
+    Raises:
+        SourceError: nothing there, a mixture of kinds, or what `cut` raises.
+    """
+    if not uri:
+        raise SourceError("The source has no URI. Give --source.uri s3://bucket/key or a local path.")
+    listing = _list_files(uri)
+    found: SourceKind = _detect(uri, listing) if kind == "auto" else kind  # pyright: ignore[reportAssignmentType]
+    content: Any = sorted((whole_text(file), entry["size"], _version(entry)) for file, entry in listing.items())
+    sizes = {file: _size(entry) for file, entry in listing.items()}
+    if found == "parquet" and manifest_exists(uri):  # a table of ours: what its manifest does not name is no part of it
+        manifest = read_manifest(uri)
+        root = ("s3://" if is_s3(uri) else "") + filesystem(uri)[1]
+        sizes, content = {f"{root}/{file.path}": file.size for file in manifest.files}, manifest.digest
+    shards = cut(found, sizes)
+    if not shards:
+        raise SourceError(f"{uri!r} holds nothing to read as {found} ({_summary(listing)}). Check URI and kind.")
+    digest = hashlib.sha256(canonical_json([found, columns, content])).hexdigest()
+    return SourcePlan(kind=found, shards=tuple(shards), digest=digest)
+
+
+def _list_files(uri: str) -> dict[str, dict[str, Any]]:
+    """Files under a URI, or the file that it is, with their properties; without hidden ones (".git", "._a.png")."""
+    fs, path = filesystem(uri)
+    prefix = "s3://" if is_s3(uri) else ""
+    found = fs.find(path, detail=True)
+    files = {}
+    for name, entry in found.items():
+        below = name.removeprefix(path).lstrip("/").split("/")
+        if not any(part.startswith(".") for part in below):
+            files[prefix + name] = entry
+    return files
+
+
+def _version(entry: dict[str, Any]) -> str:
+    """What changes when a file is replaced: its hash on S3, its time of change on a disk."""
+    return str(entry.get("ETag") or entry.get("mtime"))
+
+
+def _size(entry: dict[str, Any]) -> int | None:
+    plain = entry["type"] == "file" or (entry.get("islink") and os.path.isfile(entry["name"]))
+    return int(entry["size"]) if plain else None
+
+
+def _detect(uri: str, listing: dict[str, dict[str, Any]]) -> SourceKind:
+    names = list(listing)
+    found: list[SourceKind] = [
+        kind for kind, ends in SUFFIXES.items() if any(name.lower().endswith(ends) for name in names)
+    ]
+    if not found:
+        raise SourceError(f"{uri!r} holds no images, no .tar and no .parquet ({_summary(listing)}). Check the URI.")
+    if len(found) > 1:
+        raise SourceError(
+            f"{uri!r} is a mixture of {' and '.join(found)} ({_summary(listing)}). Say which to read: --source.kind "
+            f"{found[0]}, or give the URI of one part."
+        )
+    return found[0]
+
+
+def _summary(listing: dict[str, dict[str, Any]]) -> str:
+    counts: dict[str, int] = {}
+    for name in listing:
+        base = name.rsplit("/", 1)[-1]
+        suffix = "." + base.rsplit(".", 1)[-1].lower() if "." in base else "without suffix"
+        counts[suffix] = counts.get(suffix, 0) + 1
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())) or "no files at all"

@@ -1,0 +1,156 @@
+"""Parquet files as runs of rows, each small enough for one task."""
+
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2f_core.data.sources.sample import SourceError
+from d2f_core.retry import is_network_trouble, one_line
+from d2f_core.storage import arrow_filesystem
+
+READ_THREADS = 16
+READ_ROWS, READ_BYTES = 64, 32 * 2**20
+"""Most rows read at a time; fewer where a row may be so large that together they could pass the bytes."""
+BOMB_BYTES, BOMB_RATIO = 128 * 2**20, 20
+"""A column of a row group that would grow to more than both, in bytes and as a multiple, is not unpacked: image files
+are compressed by themselves, and grow by a few per cent."""
+
+
+class DamagedFileError(ValueError):
+    """The rest of a run cannot be read; the message is the ledger's reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRun:
+    """Consecutive row groups of one file."""
+
+    uri: str
+    row_groups: tuple[int, ...]
+    first_row: int
+    """Number of the first of its rows within the file."""
+    num_rows: int
+    columns: tuple[str, ...]
+
+    def read(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Where a row comes from, and its columns, with text as bytes; the table's own `source_uri` is what counts.
+
+        Raises:
+            DamagedFileError: after the rows that could be read.
+        """
+        row = self.first_row
+        try:
+            with _open(self.uri) as file:
+                for record in self._records(file):
+                    yield text_of(record.get("source_uri")) or f"{self.uri}#row={row}", record
+                    row += 1
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            raise DamagedFileError(
+                f"damaged_file: nothing can be read from row {row} on ({one_line(error, 200)})"
+            ) from None
+
+    def _records(self, file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
+        for group in self.row_groups:
+            rows = max(1, min(READ_ROWS, READ_BYTES // max(1, _unpacked_bytes(file, group, self.columns))))
+            for batch in file.iter_batches(rows, row_groups=[group], columns=list(self.columns)):
+                yield from batch.cast(_texts_as_bytes(batch.schema)).to_pylist()
+
+
+def _unpacked_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) -> int:
+    """Bytes of a row group's largest needed column in memory, by the file's own account.
+
+    Raises:
+        pa.ArrowInvalid: a decompression bomb.
+    """
+    metadata, largest = file.metadata.row_group(group), 0
+    for number in range(metadata.num_columns):
+        column = metadata.column(number)
+        if column.path_in_schema.partition(".")[0] not in columns:
+            continue
+        packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+        if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
+            raise pa.ArrowInvalid(f"{column.path_in_schema} grows from {packed:,} to {unpacked:,} bytes")
+        largest = max(largest, unpacked)
+    return largest
+
+
+def _texts_as_bytes(schema: pa.Schema) -> pa.Schema:
+    """The same columns with text as bytes: what is called text in a file need not be UTF-8."""
+    kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    return pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in schema])
+
+
+def text_of(value: bytes | None) -> str | None:
+    """What is not UTF-8 becomes U+FFFD, which the caption check refuses."""
+    return None if value is None else value.decode("utf-8", errors="replace")
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether the file is at fault, rather than the disk, the network or a missing permission."""
+    if isinstance(error, OSError):  # what pyarrow raises for a corrupt page too, then without a number
+        return error.errno is None and "AWS Error" not in str(error) and not is_network_trouble(error)
+    return isinstance(error, (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowMemoryError, UnicodeDecodeError))
+
+
+def _open(uri: str) -> pq.ParquetFile:
+    filesystem, path = arrow_filesystem(uri)
+    try:
+        return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
+    except Exception as error:
+        if not _is_damage(error):
+            raise
+        raise SourceError(f"{uri!r} is not a parquet file ({one_line(error)}). Replace or remove it.") from None
+
+
+def plan_rows(
+    files: Collection[str], columns: Callable[[str, pa.Schema], Collection[str]], rows_per_run: int
+) -> list[RowRun]:
+    """Cut the parquet files among `files`, in the order of their names, into runs of about `rows_per_run` rows.
+
+    Args:
+        columns: of a file's URI and schema: the columns to read; raises SourceError when some are missing. A column
+            `source_uri` is read besides.
+
+    Raises:
+        SourceError: a file that is not parquet, or what `columns` raises.
+    """
+    uris = sorted(uri for uri in files if uri.endswith(".parquet"))
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(itertools.chain.from_iterable(pool.map(lambda uri: _plan_file(uri, columns, rows_per_run), uris)))
+
+
+def _plan_file(uri: str, columns: Callable[[str, pa.Schema], Collection[str]], rows_per_run: int) -> list[RowRun]:
+    with _open(uri) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+        groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    names = (*columns(uri, schema), *(["source_uri"] if "source_uri" in schema.names else []))
+    runs, first_group, first_row, rows = [], 0, 0, 0
+    for number, count in enumerate(groups):
+        rows += count
+        # A run ends before the group that would make it too long, so that a shard is usually one part of the output.
+        if number + 1 == len(groups) or rows + groups[number + 1] > rows_per_run:
+            groups_of_run = tuple(range(first_group, number + 1))
+            runs.append(RowRun(uri=uri, row_groups=groups_of_run, first_row=first_row, num_rows=rows, columns=names))
+            first_group, first_row, rows = number + 1, first_row + rows, 0
+    return runs
+
+
+def check_bytes_column(uri: str, schema: pa.Schema, name: str, what: str, fix: str) -> None:
+    """Raises SourceError unless the column holds bytes, or a struct with them."""
+    if name in schema.names:
+        kind = schema.field(name).type
+        if pa.types.is_struct(kind):
+            kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return
+    raise SourceError(f"{uri!r} has no column {name!r} of {what} bytes. Its columns: {describe(schema)}. {fix}")
+
+
+def describe(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)

@@ -1,0 +1,220 @@
+"""What a finetuning takes before it is started: memory by ZeRO stage, hours and storage. Needs no weights, no cluster.
+
+Bytes and operations are counted on the architecture; the share of a GPU's peak that is reached is an assumption.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from d2f_core.data.depth import depth_latent_schema
+from d2f_core.data.schema import array_field, is_array, latent_schema
+from d2f_core.model import footprint
+from d2f_core.model.architectures import Architecture, read_architecture
+from d2f_core.model.denoiser import extend_input_channels
+from d2f_core.model.latent_task import CACHED_BYTES, ModelConfig
+from d2f_core.model.lora import add_lora
+from d2f_core.train.config import TrainConfig
+from d2f_core.train.footprint import RUNTIME_BYTES, Memory, memory_per_worker
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXT_BYTES = 400
+"""Of one row's caption, names and numbers: assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    memory: int
+    """Bytes."""
+    tflops: float
+    """Peak of dense bf16, in TFLOP/s, by the vendor's data sheet."""
+
+
+GPUS = {
+    "a10g": Gpu(memory=24 * 10**9, tflops=70),
+    "l40s": Gpu(memory=48 * 10**9, tflops=362),
+    "a100-40": Gpu(memory=40 * 10**9, tflops=312),
+    "a100": Gpu(memory=80 * 10**9, tflops=312),
+    "h100": Gpu(memory=80 * 10**9, tflops=989),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    architecture: str
+    """sd15, sd21, sdxl, or a base model's directory (local or s3://), of which only the configs are read."""
+    resolution: int = 512
+    """Height and width in pixels of the images."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(base=""))
+    """What is trained, as in the finetuning."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """As in the finetuning; the ZeRO stage is shown beside the others."""
+    rows: int = 1_000_000
+    """Of the latent table."""
+    captions: int = 0
+    """Different ones among them; 0: each row has its own."""
+    pairs: bool = False
+    """Whether rows also hold a noise, as those of reflow do."""
+    gpu: str = "a100"
+    """One of a10g, l40s, a100-40, a100, h100."""
+    tflops: float = 0.0
+    """Peak of the GPU in TFLOP/s, in place of the preset's; needed for fp32, which presets do not hold."""
+    utilization: float = 0.35
+    """Share of the peak that a training reaches: an assumption."""
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise ValueError(f"gpu={self.gpu!r} is not known. Use one of {', '.join(GPUS)}, and --tflops for another.")
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization={self.utilization} must lie above 0 and at most at 1. Use 0.2 to 0.5.")
+        if self.rows < 1 or self.captions < 0 or self.tflops < 0:
+            raise ValueError(
+                f"rows={self.rows} must be at least 1, captions={self.captions} and tflops={self.tflops} at least 0."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    total: int
+    """Parameters of the network."""
+    trained: int
+    memory: dict[int, Memory | str]
+    """By ZeRO stage; or why the stage is refused."""
+    train_hours: float
+    encode_hours: float
+    """All workers together encode the images."""
+    row_bytes: int
+    table_bytes: int
+    checkpoint_bytes: int
+    """One checkpoint."""
+    flops_per_sample: float
+    """Forward and backward."""
+
+
+def build_on_meta(architecture: Architecture, model: ModelConfig) -> nn.Module:
+    """The module to train, without memory."""
+    with torch.device("meta"):
+        unet = architecture.build_unet()
+        if model.joins_latents:
+            extend_input_channels(unet, unet.config["out_channels"])
+        return add_lora(unet, model.lora) if model.method == "lora" else unet.requires_grad_(True)
+
+
+def estimate(config: EstimateConfig) -> Estimate:
+    """Count the passes, and reckon the rest from them.
+
+    Raises:
+        ValueError: the resolution does not fit the autoencoder, or the architecture is not known.
+    """
+    architecture, train = read_architecture(config.architecture), config.train
+    side, rest = divmod(config.resolution, architecture.pixels_per_latent)
+    if side < 1 or rest:
+        raise ValueError(
+            f"resolution={config.resolution} must be a multiple of the autoencoder's "
+            f"{architecture.pixels_per_latent} pixels."
+        )
+    network = build_on_meta(architecture, config.model)
+    counted = footprint.count_pass(
+        network, batch=train.micro_batch_size, side=side, dtype=DTYPES[train.precision],
+        checkpointing=train.activation_checkpointing,
+    )  # fmt: skip
+    with torch.device("meta"):
+        encoders, vae = architecture.build_text_encoders(), architecture.build_vae()
+    trained, frozen = footprint.sizes(network, trained=True), footprint.sizes(network, trained=False)
+    others = RUNTIME_BYTES * train.use_gpu + _text_bytes(architecture, encoders, config)
+    samples, rate = train.num_steps * train.global_batch_size, _flops_per_hour(config)
+    per_sample = counted.flops / train.micro_batch_size
+    row_bytes = _row_bytes(config, (int(vae.config["latent_channels"]), side, side))
+    return Estimate(
+        total=sum(trained) + sum(frozen),
+        trained=sum(trained),
+        memory=_by_stage(train, trained, frozen, counted.peak_bytes, others),
+        train_hours=samples * (per_sample + footprint.text_flops(encoders)) / rate,
+        encode_hours=config.rows * footprint.encode_flops(vae, config.resolution) / rate,
+        row_bytes=row_bytes,
+        table_bytes=config.rows * row_bytes,
+        checkpoint_bytes=sum(trained) * (16 if train.ema.decay else 12),
+        flops_per_sample=per_sample,
+    )
+
+
+def _flops_per_hour(config: EstimateConfig) -> float:
+    peak = config.tflops or GPUS[config.gpu].tflops
+    return 3600 * config.train.num_workers * peak * 1e12 * config.utilization
+
+
+def _by_stage(
+    train: TrainConfig, trained: list[int], frozen: list[int], activations: int, others: int
+) -> dict[int, Memory | str]:
+    found: dict[int, Memory | str] = {}
+    for stage in (0, 1, 2, 3):
+        try:
+            config = dataclasses.replace(train, zero_stage=stage)
+        except ValueError as refused:
+            found[stage] = str(refused)
+            continue
+        found[stage] = memory_per_worker(config, trained, frozen, activations=activations, others=others)
+    return found
+
+
+def _text_bytes(architecture: Architecture, encoders: Iterable[nn.Module], config: EstimateConfig) -> int:
+    """The text encoders in fp32, and the captions that a worker keeps encoded."""
+    weights = 4 * sum(parameter.numel() for one in encoders for parameter in one.parameters())
+    pooled = sum(int(each.get("projection_dim") or 0) for each in architecture.text_encoders[1:])
+    each = 4 * (footprint.TOKENS * int(architecture.unet["cross_attention_dim"]) + pooled)
+    captions = 1 if config.model.joins_latents else (config.captions or config.rows) + 1
+    return weights + min(CACHED_BYTES, captions * each)
+
+
+def _row_bytes(config: EstimateConfig, latent: tuple[int, int, int]) -> int:
+    fields: list[pa.Field] = list((depth_latent_schema if config.model.joins_latents else latent_schema)(latent))
+    if config.pairs:
+        fields.append(array_field("noise", "float16", latent))
+    return TEXT_BYTES + sum(one.type.byte_width for one in fields if is_array(one))
+
+
+def report(config: EstimateConfig, found: Estimate) -> str:
+    """The figures as Markdown; GB are 1e9 bytes."""
+    train, gpu = config.train, GPUS[config.gpu]
+    on = "on" if train.activation_checkpointing else "off"
+    lines = [
+        f"{config.architecture}: {found.trained / 1e6:.1f} M of {found.total / 1e6:.1f} M parameters are trained; "
+        f"{train.precision}, {config.resolution} px, micro-batch {train.micro_batch_size}, {train.num_workers} "
+        f"workers, offload {train.offload}, activation checkpointing {on}",
+        "",
+        f"| ZeRO | weights | copies, moments | averages | gradients, bucket | activations | text, CUDA | peak GB | "
+        f"{config.gpu} | host GB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stage, memory in found.memory.items():
+        name = f"**{stage}**" if stage == train.zero_stage else str(stage)
+        if isinstance(memory, str):
+            lines.append(f"| {name} | refused: {memory} | | | | | | | | |")
+            continue
+        parts = (
+            memory.weights, memory.master + memory.moments, memory.averages, memory.gradients + memory.bucket,
+            memory.activations, memory.others, memory.peak,
+        )  # fmt: skip
+        fits = "fits" if memory.peak <= 0.95 * gpu.memory else "too large"
+        cells = " | ".join(f"{part / 1e9:.1f}" for part in parts)
+        lines.append(f"| {name} | {cells} | {fits} | {memory.host / 1e9:.1f} |")
+    peak = config.tflops or gpu.tflops
+    return "\n".join([*lines, "", *_times(config, found, peak)])
+
+
+def _times(config: EstimateConfig, found: Estimate, peak: float) -> list[str]:
+    train = config.train
+    kept = train.keep_checkpoints + train.keep_best
+    return [
+        f"Reckoned with {config.utilization:.0%} of {peak:g} TFLOP/s per GPU (assumed) and nothing lost to exchange or "
+        "reading:",
+        f"- {found.flops_per_sample / 1e12:.2f} TFLOP per sample; {train.num_steps} steps of "
+        f"{train.global_batch_size}: {found.train_hours:.1f} h. Encoding {config.rows} images before: "
+        f"{found.encode_hours:.1f} h.",
+        f"- storage: {found.row_bytes / 1e3:.1f} kB a row, {found.table_bytes / 1e9:.1f} GB the latent table; "
+        f"{found.checkpoint_bytes / 1e9:.2f} GB a checkpoint, {kept} kept.",
+    ]

@@ -1,0 +1,32 @@
+r"""Encode images with depth into a depth latent table.
+
+    python -m pipelines.encode_depth depth
+    python -m pipelines.encode_depth depth --source.uri s3://data/hypersim --source.distances radial \
+        --base /models/sd21 --resolution 768 --output s3://d2f/latents/hypersim
+
+The same command again goes on where a killed job was, and does nothing once the table is complete.
+"""
+
+import ray
+
+from d2f_core.data.sources.depth import DepthSource
+from d2f_core.inference.encode import EncodeDepthConfig, check_encode_depth, encode_depth
+from pipelines.cli import run_job
+from pipelines.recipes import EMOJI_SD
+
+RECIPES = {
+    name: EncodeDepthConfig(
+        source=DepthSource(uri=f"s3://d2f/datasets/{name}"), base=EMOJI_SD, output=f"s3://d2f/latents/{name}"
+    )
+    for name in ("depth", "depth-test")
+}
+
+
+def main(config: EncodeDepthConfig) -> None:
+    check_encode_depth(config)
+    ray.init(ignore_reinit_error=True)
+    encode_depth(config)
+
+
+if __name__ == "__main__":
+    run_job("encode_depth", RECIPES, main, check_encode_depth)

@@ -1,0 +1,39 @@
+r"""Compare predicted depth with the truth: errors with intervals, beside floors, as JSON and pictures.
+
+python -m pipelines.evaluate_depth depth
+python -m pipelines.evaluate_depth depth --predictions s3://d2f/predictions/a s3://d2f/predictions/b --titles a b
+"""
+
+import logging
+from typing import Any
+
+from d2f_core.inference.depth_evaluation import (
+    METRICS_NAME,
+    EvaluateDepthConfig,
+    check_evaluate_depth,
+    evaluate_depth,
+)
+from pipelines.cli import run_job
+
+logger = logging.getLogger(__name__)
+
+EVALUATE_DEPTH = {
+    "depth": EvaluateDepthConfig(
+        predictions=("s3://d2f/predictions/depth",),
+        truth="s3://d2f/datasets/depth-test",
+        train="s3://d2f/datasets/depth",
+        output="s3://d2f/evaluations/depth",
+    )
+}
+
+
+def main(config: EvaluateDepthConfig) -> dict[str, Any]:
+    results = evaluate_depth(check_evaluate_depth(config))
+    for role, values in results["metrics"]["abs_rel"]["values"].items():
+        logger.info("AbsRel, %s: %s", role, {count: round(one["value"], 4) for count, one in values.items()})
+    logger.info("%s/%s", config.output, METRICS_NAME)
+    return results
+
+
+if __name__ == "__main__":
+    run_job("evaluate_depth", EVALUATE_DEPTH, main, check_evaluate_depth)

@@ -1,0 +1,120 @@
+"""The paper's settings for SD 1.5, SD 2.1 and SDXL, on eight GPUs.
+
+BUCKET stands for a bucket of your own: `--model.base`, `--latents` and `--output` name where things lie. From the paper
+and its published configs are: base models, tasks, learning rates, no decay of either kind, the average (0.999 from step
+1,000, power 3/4), 128 samples a step, caption dropout 0.02, LoRA presets, 20,000 steps for the new resolution and the
+numbers of sampling steps. Ours are: precision, ZeRO stage, micro-batches (for GPUs of 24 GB where that is possible),
+guidance, and the number of steps of the other tasks.
+
+Source: Schusterbauer et al., "Diff2Flow", CVPR 2025, arXiv:2506.02221.
+"""
+
+from typing import Any, Literal
+
+from d2f_core.data.sources import ImageSource
+from d2f_core.inference.encode_job import EncodeConfig
+from d2f_core.model.artifact import SamplingDefaults
+from d2f_core.model.ema import EmaConfig
+from d2f_core.model.latent_task import ModelConfig, PreviewConfig
+from d2f_core.model.lora import LoraConfig
+from d2f_core.train.config import TrainConfig
+from d2f_core.train.estimate import EstimateConfig
+from pipelines.configs import FinetuneConfig
+
+PLACE = "s3://BUCKET"
+PROMPTS = (
+    "a photo of a cat on a wooden table", "a red bicycle in front of a brick wall", "a bowl of fruit, oil painting",
+    "an astronaut riding a horse", "a lighthouse at sunset", "a plate of pasta, studio light",
+    "a completely black image", "a completely white image",
+)  # fmt: skip
+
+
+def _train(learning_rate: float, micro_batch_size: int, **more: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "num_steps": 20_000,
+        "global_batch_size": 128,
+        "num_workers": 8,
+        "use_gpu": True,
+        "precision": "bf16",
+        "zero_stage": 2,
+        "beta2": 0.999,
+        "ema": EmaConfig(decay=0.999, start_step=1000, power=0.75),
+        "checkpoint_every": 500,
+        # A CPU would take hours for one look, and eight workers leave no GPU free of eight.
+        "evaluate_every": 0,
+    }
+    return TrainConfig(learning_rate=learning_rate, micro_batch_size=micro_batch_size, **values | more)
+
+
+def _model(base: str, preset: Literal["", "base", "small"] = "", **more: Any) -> ModelConfig:
+    values: dict[str, Any] = {"caption_dropout": 0.02, "method": "full"}
+    if preset:
+        values |= {"method": "lora", "lora": LoraConfig(preset=preset)}
+    return ModelConfig(base=f"{PLACE}/models/{base}", **values | more)
+
+
+def _finetune(name: str, model: ModelConfig, latents: str, train: TrainConfig, **more: Any) -> FinetuneConfig:
+    values: dict[str, Any] = {
+        "holdout_rows": 128,
+        "preview": PreviewConfig(prompts=PROMPTS, steps=25, guidance=5.0, columns=4),
+        "sampling": SamplingDefaults(steps=50, guidance=5.0),
+    }
+    return FinetuneConfig(
+        model=model, latents=f"{PLACE}/latents/{latents}", output=f"{PLACE}/runs/{name}", train=train, name=name,
+        **values | more,
+    )  # fmt: skip
+
+
+SAMPLED_IN_TEN = {"sampling": SamplingDefaults(steps=10, guidance=1.0)}
+
+FINETUNE_STABLE_DIFFUSION = {
+    recipe.name: recipe
+    for recipe in (
+        # New resolution: SD 2.1 was trained at 768 px.
+        _finetune("sd21-512", _model("sd21"), "sd21-512", _train(1e-5, 4)),
+        _finetune("sd21-512-lora", _model("sd21", "base"), "sd21-512", _train(1e-5, 4)),
+        # The same resolution, continued.
+        _finetune("sd15", _model("sd15"), "sd15-512", _train(1e-5, 4)),
+        _finetune("sd15-lora", _model("sd15", "small"), "sd15-512", _train(1e-5, 4)),
+        # Pairs of noise and image that SD 1.5 drew; guidance is in them, so no caption is dropped.
+        _finetune(
+            "sd15-reflow", _model("sd15", "small", caption_dropout=0.0), "sd15-pairs", _train(5e-5, 4),
+            preview=PreviewConfig(prompts=PROMPTS, steps=4, guidance=1.0, columns=4), **SAMPLED_IN_TEN,
+        ),
+        _finetune(
+            "sd21-depth", _model("sd21", task="image_to_depth", caption_dropout=0.0), "sd21-depth", _train(3e-5, 4),
+            preview=PreviewConfig(steps=10), **SAMPLED_IN_TEN,
+        ),
+        # Not in the paper: its settings for adapters, at 1024 px.
+        _finetune("sdxl-lora", _model("sdxl", "small"), "sdxl-1024", _train(1e-5, 1, activation_checkpointing=True)),
+    )
+}  # fmt: skip
+
+
+def _encode(base: str, resolution: int) -> EncodeConfig:
+    return EncodeConfig(
+        source=ImageSource(uri=f"{PLACE}/images"), base=f"{PLACE}/models/{base}",
+        output=f"{PLACE}/latents/{base}-{resolution}", resolution=resolution, rows_per_part=128, batch_size=8,
+        num_readers=16, num_actors=8, gpus_per_actor=1,
+    )  # fmt: skip
+
+
+ENCODE_STABLE_DIFFUSION = {
+    f"{base}-{resolution}": _encode(base, resolution)
+    for base, resolution in (("sd15", 512), ("sd21", 512), ("sdxl", 1024))
+}
+
+RESOLUTIONS = {"sdxl": 1024}
+ROWS = {"sd15-reflow": 1_644_334, "sd21-depth": 74_000}
+"""Rows of the paper's tables; a million where it names none."""
+
+
+def _estimate(name: str, recipe: FinetuneConfig) -> EstimateConfig:
+    base = recipe.model.base.rpartition("/")[2]
+    return EstimateConfig(
+        architecture=base, resolution=RESOLUTIONS.get(base, 512), model=recipe.model, train=recipe.train,
+        rows=ROWS.get(name, 1_000_000), pairs=name == "sd15-reflow",
+    )  # fmt: skip
+
+
+ESTIMATE = {name: _estimate(name, recipe) for name, recipe in FINETUNE_STABLE_DIFFUSION.items()}

@@ -1,0 +1,230 @@
+"""Image to depth on the real stack: trained, exported, predicted by a batch job, evaluated, registered, served."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from d2f_core.data.manifest import Manifest
+from d2f_core.data.schema import SchemaError
+from d2f_core.data.sources import ImageSource
+from d2f_core.inference.depth_evaluation import DepthEvaluationError, EvaluateDepthConfig, check_evaluate_depth
+from d2f_core.inference.depth_job import check_predict_depth, predict_depth
+from d2f_core.inference.depth_maker import PredictDepthError
+from d2f_core.inference.depth_plan import PredictDepthConfig
+from d2f_core.inference.generate import read_generations
+from d2f_core.inference.plan import GenerateError
+from d2f_core.inference.register import RegisterConfig, register
+from d2f_core.model.artifact import SamplingDefaults, load_model, read_description
+from d2f_core.model.autoencoder import autoencoder_fingerprint
+from d2f_core.model.base import local_copy, resolve_base
+from d2f_core.model.latent_task import ModelConfig, PreviewConfig
+from d2f_core.model.lora import LoraConfig
+from d2f_core.storage import filesystem, read_bytes, write_bytes
+from d2f_core.tracking import find_run
+from d2f_core.train.config import TrainConfig
+from pipelines import evaluate_depth, finetune
+from pipelines.configs import FinetuneConfig
+from tests.depth_tables import picture, write_depth_latents, write_depth_table
+from tests.latent_tables import write_latents
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
+HOME = "s3://d2f/test-depth"
+IMAGES = 10
+
+
+@pytest.fixture(scope="module")
+def training(base: str) -> FinetuneConfig:
+    write_depth_latents(f"{HOME}/latents", autoencoder_fingerprint(resolve_base(base)), rows=20)
+    return FinetuneConfig(
+        model=ModelConfig(base=base, task="image_to_depth", lora=LoraConfig(preset="small")),
+        latents=f"{HOME}/latents",
+        output=f"{HOME}/run",
+        holdout_rows=4,
+        preview=PreviewConfig(rows=2, steps=1, columns=1),
+        sampling=SamplingDefaults(steps=2, guidance=1.0),
+        train=TrainConfig(
+            num_steps=4, global_batch_size=4, micro_batch_size=4, threads_per_worker=1, zero_stage=0,
+            learning_rate=1e-2, log_every=2, checkpoint_every=4, evaluate_every=4,
+        ),
+        experiment="test-depth",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(training: FinetuneConfig) -> str:
+    return finetune.main(training).model
+
+
+@pytest.fixture(scope="module")
+def config(model: str) -> PredictDepthConfig:
+    """The images of a depth table and two bad ones, in a folder that is cut into three parts."""
+    write_depth_table(f"{HOME}/truth", IMAGES)
+    for number in range(IMAGES):
+        write_bytes(f"{HOME}/folder/{number}.png", picture(number))
+    write_bytes(f"{HOME}/folder/none.png", b"no image")
+    write_bytes(f"{HOME}/folder/small.png", picture(0, height=8))
+    return PredictDepthConfig(
+        source=ImageSource(uri=f"{HOME}/folder"),
+        model=model,
+        output=f"{HOME}/predictions",
+        steps=(1, 2),
+        ensemble=2,
+        batch_size=3,
+        rows_per_part=4,
+        num_actors=1,
+        experiment="test-depth-jobs",
+    )
+
+
+@pytest.fixture(scope="module")
+def predicted(config: PredictDepthConfig) -> Manifest:
+    return predict_depth(check_predict_depth(config))
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return row["source_uri"].rsplit("/", 1)[-1]
+
+
+def test_the_trained_model_says_what_it_is_and_its_run_shows_held_out_rows(
+    training: FinetuneConfig, model: str
+) -> None:
+    description = read_description(local_copy(model))
+    assert (description["task"], description["joined_channels"]) == ("image_to_depth", 4)
+    assert load_model(model).task == "image_to_depth"
+    handle = find_run(experiment=training.experiment, run_key=training.output)
+    assert handle
+    client = mlflow.MlflowClient()
+    assert "validation_flow_loss" in client.get_run(handle.run_id).data.metrics
+    picture_file = client.download_artifacts(handle.run_id, "samples.png")
+    assert Image.open(picture_file).size == (3 * 16 + 8, 2 * 16 + 12)
+
+
+def test_every_image_and_step_has_its_files_or_a_reason(config: PredictDepthConfig, predicted: Manifest) -> None:
+    index = read_generations(config.output).to_pylist()
+    assert predicted.counts == {"images": IMAGES + 2, "maps": 2 * IMAGES, "failed": 4}
+    reasons = {name_of(row): row["error"] for row in index if row["error"]}
+    assert "undecodable" in reasons["none.png"] and "too_small: 20x8" in reasons["small.png"]
+    rows = [row for row in index if not row["error"]]
+    assert len({(row["sample_id"], row["steps"]) for row in rows}) == len(rows) == 2 * IMAGES
+    for row in rows:
+        data = read_bytes(row["depth_uri"])
+        depth = np.load(io.BytesIO(data), allow_pickle=False)
+        assert hashlib.sha256(data).hexdigest() == row["depth_sha256"]
+        assert depth.shape == (16, 16) and depth.dtype == np.float32 and 0 <= depth.min() <= depth.max() <= 1
+        levels = np.asarray(Image.open(io.BytesIO(read_bytes(row["png_uri"]))))
+        np.testing.assert_allclose(levels / 65535, depth, atol=1e-5)
+        spread = np.load(io.BytesIO(read_bytes(row["uncertainty_uri"])), allow_pickle=False)
+        assert spread.mean() == pytest.approx(row["uncertainty"], rel=1e-4) and spread.max() > 0
+        assert Image.open(io.BytesIO(read_bytes(row["preview_uri"]))).size == (32, 16)
+        assert (row["width"], row["height"], row["crop"]) == (20, 16, [2, 0, 18, 16])
+        assert (row["ensemble"], row["num_evaluations"], row["solver"]) == (2, row["steps"], "euler")
+    with pytest.raises(GenerateError, match=r"another job \(ensemble was 2, now 3\)"):
+        predict_depth(check_predict_depth(dataclasses.replace(config, ensemble=3)))
+
+
+def test_missing_parts_are_made_again_and_no_others(config: PredictDepthConfig, predicted: Manifest) -> None:
+    fs, path = filesystem(config.output)
+    fs.rm([f"{path}/manifest.json", f"{path}/index/part-000001.parquet"])
+    kept = fs.info(f"{path}/index/part-000000.parquet")["LastModified"]
+    assert predict_depth(check_predict_depth(config)).digest == predicted.digest
+    assert fs.info(f"{path}/index/part-000000.parquet")["LastModified"] == kept
+    assert predict_depth(check_predict_depth(config)).digest == predicted.digest, "a finished job does nothing"
+
+
+def test_a_depth_table_is_a_source_too(config: PredictDepthConfig) -> None:
+    source = check_predict_depth(dataclasses.replace(config, source=ImageSource(uri=f"{HOME}/truth"))).source
+    assert source.num_rows == IMAGES and [sample.image for sample in source.shards[0].read()][1] == picture(1)
+
+
+def test_predictions_are_measured_beside_floors_and_logged(config: PredictDepthConfig, predicted: Manifest) -> None:
+    write_depth_table(f"{HOME}/train", 6, first_seed=100)
+    wanted = EvaluateDepthConfig(
+        predictions=(config.output,),
+        titles=("toy",),
+        truth=f"{HOME}/truth",
+        train=f"{HOME}/train",
+        output=f"{HOME}/evaluation",
+        replicates=20,
+        shown=2,
+        experiment="test-depth-evaluations",
+    )
+    results = evaluate_depth.main(wanted)
+    values = results["metrics"]["abs_rel"]["values"]
+    assert set(values) == {"toy", "constant", "vertical ramp", "mean depth"} and set(values["toy"]) == {"1", "2"}
+    assert values["vertical ramp"]["0"]["value"] < values["constant"]["0"]["value"]
+    assert results["images"] == IMAGES and results["left_out"] == 0
+    assert json.loads(read_bytes(f"{wanted.output}/depth_metrics.json")) == results
+    for name in ("depth.png", "depth_sheet.png"):
+        assert read_bytes(f"{wanted.output}/{name}").startswith(b"\x89PNG")
+    handle = find_run(experiment=wanted.experiment, run_key=wanted.output)
+    assert handle
+    logged = mlflow.MlflowClient().get_metric_history(handle.run_id, "toy/abs_rel")
+    assert {point.step: point.value for point in logged} == {
+        int(count): pytest.approx(one["value"]) for count, one in values["toy"].items()
+    }
+    with pytest.raises(DepthEvaluationError, match="is a table of generations, not of depth"):
+        check_evaluate_depth(dataclasses.replace(wanted, truth=config.output))
+    with pytest.raises(DepthEvaluationError, match=r"titles=.* one for each"):
+        dataclasses.replace(wanted, titles=("a", "b"))
+
+
+def test_mlflow_opens_a_registered_version_and_sees_the_depth_that_the_job_sees(
+    training: FinetuneConfig, config: PredictDepthConfig, predicted: Manifest
+) -> None:
+    version = register(RegisterConfig(run=training.output, name="test-depth", experiment=training.experiment))
+    assert version.tags["task"] == "image_to_depth"
+    info = mlflow.models.get_model_info(version.uri)
+    assert info.signature.inputs.required_input_names() == ["image"]
+    assert info.signature.outputs.input_names() == ["depth", "depth_png", "uncertainty"]
+    opened = mlflow.pyfunc.load_model("models:/test-depth@candidate")
+    asked = pd.DataFrame({"image": [picture(0), picture(1)], "num_inference_steps": [2, 1], "ensemble": [2, 2]})
+    found = opened.predict(asked)
+    rows = {(name_of(row), row["steps"]): row for row in read_generations(config.output).to_pylist()}
+    for number, steps in ((0, 2), (1, 1)):
+        own = np.load(io.BytesIO(read_bytes(rows[f"{number}.png", steps]["depth_uri"])))
+        np.testing.assert_allclose(np.load(io.BytesIO(found["depth"][number])), own, atol=1e-3)
+        assert found["depth_png"][number].startswith(b"\x89PNG")
+    with pytest.raises(Exception, match="Give the bytes of a PNG"):
+        opened.predict(pd.DataFrame({"image": [b"no image"]}))
+    description = mlflow.MlflowClient().get_model_version("test-depth", version.version).description
+    assert "pipelines.predict_depth" in description
+
+
+def test_tables_and_models_of_another_task_are_refused(training: FinetuneConfig, base: str) -> None:
+    plain = f"{HOME}/plain"
+    write_latents(plain, autoencoder_fingerprint(resolve_base(base)), rows=8, rows_per_file=8, captions=2)
+    with pytest.raises(SchemaError, match="made for task='text_to_image', the model is to learn task='image_to_depth'"):
+        finetune.check(dataclasses.replace(training, latents=plain))
+    text = dataclasses.replace(training, model=dataclasses.replace(training.model, task="text_to_image"))
+    with pytest.raises(SchemaError, match=r"made for task='image_to_depth'.* Give --model.task image_to_depth"):
+        finetune.check(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 17}, "resolution=17: height=17 must be a multiple of the autoencoder's 2 pixels"),
+        ({"solver": "eulr"}, "solver='eulr' is not known"),
+        ({"model": ""}, "model is empty"),
+        ({"output": f"{HOME}/folder/inside"}, "lies inside the source"),
+        ({"source": ImageSource(uri=f"{HOME}/nothing")}, "holds no"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_cluster_is_used(
+    config: PredictDepthConfig, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_predict_depth(dataclasses.replace(config, **change))
+
+
+def test_a_text_to_image_model_is_refused(config: PredictDepthConfig, base: str) -> None:
+    with pytest.raises(PredictDepthError, match="is a model of task='text_to_image': it reads no image"):
+        check_predict_depth(dataclasses.replace(config, model=base))

@@ -1,0 +1,152 @@
+"""The recipes for SD 1.5, SD 2.1 and SDXL resolve completely on networks of those shapes, and say what is missing."""
+
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+
+from d2f_core.data.table_reader import RowReader
+from d2f_core.model.autoencoder import autoencoder_fingerprint
+from d2f_core.model.base import resolve_base
+from d2f_core.train.checkpoint import KINDS
+from infra.local.stack import StackEnv
+from pipelines import estimate, finetune
+from pipelines.cli import resolve, run_job
+from pipelines.recipes import ENCODE_LATENTS, FINETUNE
+from pipelines.recipes_stable_diffusion import ESTIMATE, FINETUNE_STABLE_DIFFUSION
+from tests.depth_tables import write_depth_latents
+from tests.latent_tables import write_latents
+from tests.model.tiny_sd import Name, write_tiny
+from tests.slow import slow
+
+PLACE = "s3://d2f/test-recipes"
+NAMES = tuple(FINETUNE_STABLE_DIFFUSION)
+TINY_RUN = [
+    "--train.no-use-gpu", "--train.num-workers", "1", "--train.num-steps", "2", "--train.global-batch-size", "4",
+    "--train.micro-batch-size", "2", "--train.checkpoint-every", "2", "--train.threads-per-worker", "1",
+    "--holdout-rows", "4", "--train.learning-rate", "1e-3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tables(s3: StackEnv, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Recipe -> the flags that give it a tiny base of its shape, and latents of that base."""
+    del s3
+    flags, bases = {}, {name: write_tiny(tmp_path_factory.mktemp(name), name) for name in get_args(Name)}
+    for name, recipe in FINETUNE_STABLE_DIFFUSION.items():
+        base = str(bases[recipe.model.base.rpartition("/")[2]])
+        fingerprint = autoencoder_fingerprint(resolve_base(base))
+        latents = f"{PLACE}/{name}/latents"
+        if recipe.model.task == "image_to_depth":
+            write_depth_latents(latents, fingerprint, rows=200)
+        else:
+            write_latents(latents, fingerprint, rows=200, rows_per_file=200, pixels=64, captions=3)
+        flags[name] = ["--model.base", base, "--latents", latents, "--output", f"{PLACE}/{name}/run"]
+    return flags
+
+
+def run(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["finetune", *arguments])
+    run_job("finetune", FINETUNE, finetune.main, finetune.check)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_checks_base_and_table_and_prints_the_whole_config(name, tables, monkeypatch, capsys):
+    run(monkeypatch, name, *tables[name], "--dry-run")
+    printed = capsys.readouterr().out
+    assert "inputs were checked, nothing was done" in printed
+    config, expected = yaml.safe_load(printed), FINETUNE[name]
+    assert config["latents"] == f"{PLACE}/{name}/latents" and config["name"] == name
+    assert config["train"]["global_batch_size"] == 128 and config["train"]["num_workers"] == 8
+    assert config["model"]["method"] == expected.model.method
+
+
+def test_a_recipe_as_it_stands_names_what_is_missing(s3, monkeypatch, capsys):
+    del s3
+    for name in ("sd15", "sd21-depth"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, name, "--dry-run")
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"error: '{FINETUNE[name].latents}'") and "BUCKET" in line
+
+
+def test_the_papers_settings_are_kept():
+    rates = {"sd21-512": 1e-5, "sd15": 1e-5, "sd15-reflow": 5e-5, "sd21-depth": 3e-5}
+    for name, rate in rates.items():
+        train = FINETUNE[name].train
+        assert (train.learning_rate, train.weight_decay, train.decay, train.global_batch_size) == (
+            rate, 0.0, "constant", 128,
+        )  # fmt: skip
+        assert (train.ema.decay, train.ema.start_step, train.ema.power) == (0.999, 1000, 0.75)
+    assert FINETUNE["sd15"].model.caption_dropout == FINETUNE["sd21-512"].model.caption_dropout == 0.02
+    assert FINETUNE["sd21-512"].sampling.steps == 50 and FINETUNE["sd15-reflow"].sampling.steps == 10
+    assert {name for name in NAMES if FINETUNE[name].model.method == "full"} == {"sd21-512", "sd15", "sd21-depth"}
+
+
+def test_every_table_that_a_text_recipe_reads_has_a_recipe_that_encodes_it():
+    made = {config.output for config in ENCODE_LATENTS.values()}
+    read = {FINETUNE[name].latents for name in NAMES} - {
+        FINETUNE[name].latents for name in ("sd15-reflow", "sd21-depth")
+    }
+    assert read <= made
+
+
+def test_an_estimate_counts_before_anything_exists(monkeypatch, capsys, tmp_path: Path):
+    base = write_tiny(tmp_path, "sd15")
+    flags = ["sd15-lora", "--architecture", str(base), "--resolution", "64", "--rows", "1000", "--gpu", "a10g"]
+    monkeypatch.setattr(sys, "argv", ["estimate", *flags, "--train.num-workers", "4"])
+    run_job("estimate", ESTIMATE, estimate.main)
+    printed = capsys.readouterr().out
+    assert "bf16, 64 px, micro-batch 4, 4 workers" in printed and "| **2** |" in printed and "| fits |" in printed
+    assert "| 0 | refused: precision='bf16' with zero_stage=0" in printed
+    config, _ = resolve("estimate", ESTIMATE, flags)
+    found = estimate.estimate(config)
+    # Twice four channels of 8x8 in half precision, and the box of the crop.
+    assert found.row_bytes == 400 + 2 * 4 * 8 * 8 * 2 + 4 * 4
+    assert found.checkpoint_bytes == 16 * found.trained and found.memory[2].peak < 7e9  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["sd15-lora", "sd21-depth", "sd15-reflow", "sd21-512"])
+def test_a_recipe_builds_its_task_and_takes_a_step(name, tables):
+    """All of a worker but Ray Train and DeepSpeed; SDXL's is tested in tests/model/test_sdxl.py."""
+    config, _ = resolve("finetune", FINETUNE, [name, *tables[name], *TINY_RUN, "--train.precision", "fp32"])
+    base, manifests = finetune.check(config)
+    task = finetune.build_task(config, "cpu")
+    trained = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    numbers = pa.array([0, 1], pa.int64())
+    plan = finetune.make_plan(config, base, manifests)
+    rows = RowReader(config.latents, manifests[0], plan.columns).read(np.arange(2))
+    rows = rows.append_column("epoch", numbers).append_column("row", numbers)
+    before = [parameter.detach().clone() for parameter in trained]
+    losses = task.loss_fn(task.module, task.to_batch(rows))
+    losses.mean().backward()
+    optimizer.step()
+    assert losses.isfinite().all()
+    assert any(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    "name",
+    ["sd21-512-lora", *(pytest.param(one, marks=slow("a Ray Train run each")) for one in ("sd15", "sdxl-lora"))],
+)
+def test_a_recipe_runs_to_its_exported_model(name, tables, monkeypatch):
+    """Ray Train, DeepSpeed with ZeRO 2 in bf16, checkpoints, export; the one that is not slow has LoRA `base`."""
+    from d2f_core.model.artifact import load_model
+    from d2f_core.train import checkpoint
+
+    config, _ = resolve("finetune", FINETUNE, [name, *tables[name], *TINY_RUN])
+    result = finetune.main(config)
+    assert result.step == 2
+    found = checkpoint.list_checkpoints(config.output)[-1]
+    assert {file.kind for file in found.manifest.files} == set(KINDS)
+    model = load_model(result.model)
+    assert model.sampling.steps == config.sampling.steps
+    assert model.base.content_hash == resolve_base(config.model.base).content_hash

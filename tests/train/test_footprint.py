@@ -1,0 +1,131 @@
+"""The bytes that a worker is said to need are those that a DeepSpeed engine allocates, on two processes."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from d2f_core.model.ema import EmaConfig
+from d2f_core.model.footprint import PeakMemory, sizes
+from d2f_core.train import zero
+from d2f_core.train.config import TrainConfig
+from d2f_core.train.footprint import BUCKET, BYTES, memory_per_worker
+from d2f_core.train.worker import Worker
+from tests.train import processes
+
+WORKERS = 2
+ENGINES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+
+
+def config(stage: int, precision: str) -> TrainConfig:
+    return TrainConfig(
+        num_steps=3, global_batch_size=4, micro_batch_size=2, num_workers=WORKERS, zero_stage=stage,  # type: ignore[arg-type]
+        precision=precision, ema=EmaConfig(decay=0.9),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def network() -> nn.Module:
+    """Six equal layers, of which two are frozen."""
+    module = nn.Sequential(*(nn.Linear(400, 400, bias=False) for _ in range(6)))
+    for layer in module[2:4]:
+        layer.requires_grad_(False)
+    return module
+
+
+def allocated() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
+    tensors += [found.grad for found in tensors if found.is_leaf and found.grad is not None]
+    tensors = [found for found in tensors if not found.is_meta]  # DeepSpeed keeps shapes as tensors without contents
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(size for size in storages.values())
+
+
+def measure(stage: int, precision: str, rank: int) -> dict[str, int]:
+    before = allocated()
+    engine = zero.build_engine(network(), config(stage, precision), WORKERS)
+    worker = Worker(config(stage, precision), engine, rank, WORKERS)
+    x = torch.randn(2, 400, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    peaks = {"passing": 0, "stepping": 0, "saving": 0}
+    for _ in range(3):
+        with PeakMemory() as passing:
+            engine.backward(engine(x).float().square().mean())
+        with PeakMemory() as stepping:
+            engine.step()
+        worker.update_averages(1)
+        with PeakMemory() as saving:
+            worker.share()
+        for name, memory in (("passing", passing), ("stepping", stepping), ("saving", saving)):
+            peaks[name] = memory.peak
+    state = allocated() - before
+    worker.averages.clear()
+    return {"state": state, **peaks}
+
+
+def train(rank: int, port: int, directory: str) -> None:
+    processes.join(rank, WORKERS, port)
+    found = {f"{stage} {precision}": measure(stage, precision, rank) for stage, precision in ENGINES}
+    Path(directory, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("footprint")
+    processes.start(train, WORKERS, str(directory))
+    return json.loads((directory / "0.json").read_text())
+
+
+@pytest.mark.parametrize(("stage", "precision"), ENGINES)
+def test_an_engine_allocates_what_was_predicted(measured: dict[str, Any], stage: int, precision: str):
+    found = measured[f"{stage} {precision}"]
+    trained, frozen = (sizes(network(), trained=which) for which in (True, False))
+    memory = memory_per_worker(config(stage, precision), trained, frozen)
+    whole = BYTES[precision] * sum(trained + frozen)
+    # Between two steps stage 3 holds shares alone, with the gradients' and the bucket, which other stages give up.
+    between = memory.state
+    if stage == 3:
+        between += memory.gradients + memory.bucket - whole
+    assert found["state"] == pytest.approx(between, rel=0.01, abs=20_000)
+    bucket = BYTES[precision] * BUCKET if stage in (1, 2) else 0
+    slack = 400 * 400 * BYTES[precision]  # the layer at work, and activations
+    predicted = memory.gradients + memory.copies + (whole if stage == 3 else 0)
+    assert 0.45 * predicted < found["passing"] - bucket <= predicted + slack
+    assert found["stepping"] <= memory.stepping + memory.gradients + slack
+    if stage:
+        assert found["saving"] == memory.saving
+
+
+def test_adapters_pay_for_their_own_state_only():
+    full, adapted = (
+        memory_per_worker(config(2, "bf16"), trained, frozen)
+        for trained, frozen in (([10**6] * 100, []), ([10**6], [10**6] * 100))
+    )
+    assert full.moments == 100 * adapted.moments == 8 * 10**8 // WORKERS
+    assert adapted.weights == 2 * 101 * 10**6 and adapted.bucket == full.bucket == 10**9
+
+
+def test_offloading_moves_bytes_to_the_host():
+    trained = [10**6] * 1000
+    kept = memory_per_worker(TrainConfig(zero_stage=3, precision="bf16"), trained, [])
+    options = {"zero_stage": 3, "precision": "bf16", "optimizer": "cpu_adamw"}
+    moments = memory_per_worker(TrainConfig(offload="optimizer", **options), trained, [])
+    weights = memory_per_worker(TrainConfig(offload="optimizer_and_weights", **options), trained, [])
+    assert (moments.master, moments.moments, moments.gradients) == (0, 0, 0)
+    assert kept.peak - moments.peak >= 12 * 10**9 and moments.host - kept.host == (12 + 6) * 10**9
+    assert moments.weights - weights.weights == weights.host - moments.host == 2 * 10**9
+
+
+def test_the_peak_is_the_largest_of_passing_stepping_and_saving():
+    alone = TrainConfig(zero_stage=2, precision="bf16", global_batch_size=64)
+    saving = memory_per_worker(alone, [10**6] * 2000, [])
+    assert saving.peak == saving.state + saving.saving == 2 * 10**9 * (2 + 4 + 8 + 4 + 12) + 12 * 10**6
+    passing = memory_per_worker(alone, [10**6] * 2000, [], activations=60 * 10**9)
+    assert passing.peak == passing.state + 10**9 + 60 * 10**9 + passing.gradients
