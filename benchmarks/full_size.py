@@ -40,7 +40,7 @@ from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.recipes import FINETUNE
 from tests.latent_tables import write_latents
-from tests.model.tiny_sdxl import END, _write_tokenizer
+from tests.model.tiny_sdxl import END, write_tokenizer
 
 NEEDED = 14 * 10**9
 LATENTS = "s3://d2f/full-size/latents"
@@ -83,7 +83,7 @@ def write_base(path: Path) -> Path:
     architecture.build_vae().save_pretrained(path / "vae")
     (encoder,) = architecture.build_text_encoders()
     encoder.save_pretrained(path / "text_encoder")  # type: ignore[operator]
-    _write_tokenizer(path / "tokenizer", END)
+    write_tokenizer(path / "tokenizer", END)
     DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     ).save_pretrained(path / "scheduler")

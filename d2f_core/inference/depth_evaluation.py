@@ -9,10 +9,8 @@ import dataclasses
 import io
 import json
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -254,10 +252,7 @@ def _store(
     )
     for count in sorted({predictor.evaluations for predictor in job.predictors} | {0}):
         run.log_metrics(count, _at(metrics, count))
-    with tempfile.TemporaryDirectory() as directory:
-        for name, data in files.items():
-            Path(directory, name).write_bytes(data)
-            run.log_file(Path(directory, name))
+    run.log_files(files)
     run.finish()
     logger.info("MLflow run: %s", run.url)
 

@@ -10,7 +10,6 @@
 SSSSSS is the shard of the source. A shard whose index part is there is done; all others are made again.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -19,8 +18,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 import yaml
@@ -30,7 +27,7 @@ from d2f_core.data.sources import SourcePlan, plan_images
 from d2f_core.inference.depth_actor import DepthPredictor, work_item
 from d2f_core.inference.depth_maker import PredictDepthError, check_depth_model
 from d2f_core.inference.depth_plan import DepthPlan, PredictDepthConfig, make_depth_plan
-from d2f_core.inference.generate import KIND
+from d2f_core.inference.generate import KIND, describe_part, table_file
 from d2f_core.inference.plan import INDEX, PLAN_NAME, part_name, refuse_other
 from d2f_core.model.artifact import load_model
 from d2f_core.progress import Progress
@@ -84,12 +81,11 @@ def predict_depth(job: DepthJob) -> Manifest:
         return manifest
     there = set(list_names(join(config.output, INDEX)))
     done = [number for number in range(plan.num_shards) if part_name(number).rsplit("/", 1)[-1] in there]
-    parts = {number: _describe(config.output, number) for number in done}
+    earlier = {number: describe_part(config.output, number) for number in done}
+    parts = {number: (part.index, part.failed) for number, part in earlier.items()}
     progress = Progress("predict_depth", plan.num_shards, "parts", done=len(done))
     for result in _run(job, [number for number in range(plan.num_shards) if number not in parts]):
-        values = json.loads(result["part"])
-        file = TableFile(**{**values, "row_groups": tuple(values["row_groups"])})
-        parts[result["shard"]] = file, result["failed"]
+        parts[result["shard"]] = table_file(json.loads(result["part"])), result["failed"]
         progress.advance(1)
     return _finish(job, [parts[number] for number in range(plan.num_shards)])
 
@@ -132,18 +128,6 @@ def _check_room(config: PredictDepthConfig) -> None:
                 f"An actor needs {each:g} {name}, and the cluster has {there.get(name, 0):g}. Lower "
                 f"{name.lower()}s_per_actor, or add nodes."
             )
-
-
-def _describe(output: str, shard: int) -> tuple[TableFile, int]:
-    """An index part that an earlier run wrote, and how many of its rows failed."""
-    name = part_name(shard)
-    data = read_bytes(join(output, name))
-    with pq.ParquetFile(pa.BufferReader(data)) as file:
-        metadata = file.metadata
-        failed = metadata.num_rows - file.read(["error"])["error"].null_count
-    groups = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-    digest = hashlib.sha256(data).hexdigest()
-    return TableFile(path=name, rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups), failed
 
 
 def _finish(job: DepthJob, parts: list[tuple[TableFile, int]]) -> Manifest:

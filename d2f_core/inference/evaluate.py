@@ -13,8 +13,6 @@ import dataclasses
 import datetime
 import json
 import logging
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -197,10 +195,7 @@ def _store(job: EvaluateJob, results: dict[str, Any], metrics: dict[str, Metric]
     for count in config.evaluations:
         run.log_metrics(count, _at(metrics, count))
     run.log_metrics(0, {"gate_passed": float(results["gate"]["verdict"]["passed"])})
-    with tempfile.TemporaryDirectory() as directory:
-        for name, data in files.items():
-            Path(directory, name).write_bytes(data)
-            run.log_file(Path(directory, name))
+    run.log_files(files)
     run.finish()
     logger.info("MLflow run: %s", run.url)
 

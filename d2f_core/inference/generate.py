@@ -108,13 +108,13 @@ def generate(job: GenerateJob) -> Manifest:
     done = chunks_done(config.output, plan)
     missing = [chunk for chunk in range(plan.num_chunks) if chunk not in done]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        parts = dict(zip(done, pool.map(lambda chunk: _describe_part(config.output, chunk), done), strict=True))
+        parts = dict(zip(done, pool.map(lambda chunk: describe_part(config.output, chunk), done), strict=True))
     images_done = sum(part.index.rows for part in parts.values())
     failed = sum(part.failed for part in parts.values())
     progress = Progress("generate", plan.num_images, "images", done=images_done)
     with _Report(config, plan, progress) as report:
         for result in _run(config, plan, missing) if missing else ():
-            part = _Part.from_result(result)
+            part = Part.from_result(result)
             parts[result["chunk"]] = part
             failed += part.failed
             progress.advance(part.index.rows)
@@ -123,7 +123,7 @@ def generate(job: GenerateJob) -> Manifest:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """What a chunk left on storage."""
 
     index: TableFile
@@ -131,11 +131,12 @@ class _Part:
     failed: int
 
     @classmethod
-    def from_result(cls, result: dict[str, Any]) -> "_Part":
-        return cls(_table_file(result["part"]), _table_file(json.loads(result["latents"])), result["failed"])
+    def from_result(cls, result: dict[str, Any]) -> "Part":
+        return cls(table_file(result["part"]), table_file(json.loads(result["latents"])), result["failed"])
 
 
-def _table_file(values: dict[str, Any] | None) -> Any:
+def table_file(values: dict[str, Any] | None) -> Any:
+    """The TableFile that an actor sent as JSON; None for none."""
     return values and TableFile(**{**values, "row_groups": tuple(values["row_groups"])})
 
 
@@ -219,7 +220,7 @@ def _await_resources(actors: int, config: GenerateConfig) -> None:
         logger.warning("num_actors=%d of %s each; the cluster has %s: %d run until it grows", actors, wants, has, fit)
 
 
-def _describe_part(output: str, chunk: int) -> _Part:
+def describe_part(output: str, chunk: int) -> Part:
     """What an earlier run wrote of a chunk."""
     name = part_name(chunk)
     data = read_bytes(join(output, name))
@@ -230,10 +231,10 @@ def _describe_part(output: str, chunk: int) -> _Part:
     groups = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
     digest = hashlib.sha256(data).hexdigest()
     index = TableFile(path=name, rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups)
-    return _Part(index, _table_file(latents), failed)
+    return Part(index, table_file(latents), failed)
 
 
-def _finish(job: GenerateJob, parts: list[_Part]) -> Manifest:
+def _finish(job: GenerateJob, parts: list[Part]) -> Manifest:
     config, plan = job.config, job.plan
     rows, failed = sum(part.index.rows for part in parts), sum(part.failed for part in parts)
     if rows != plan.num_images:

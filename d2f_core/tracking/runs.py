@@ -4,6 +4,7 @@ Nothing here keeps state in the process: a `RunHandle` is three strings and can 
 """
 
 import logging
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,13 @@ class RunHandle:
         """Copy a local file into `directory` of the run's artifacts."""
         client = client_for(self.tracking_uri)
         attempt(f"log {file.name!r}", lambda: client.log_artifact(self.run_id, str(file), directory or None))
+
+    def log_files(self, files: Mapping[str, bytes]) -> None:
+        """Write artifacts by their names."""
+        with tempfile.TemporaryDirectory() as directory:
+            for name, data in files.items():
+                Path(directory, name).write_bytes(data)
+                self.log_file(Path(directory, name))
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         attempt("end the run", lambda: client_for(self.tracking_uri).set_terminated(self.run_id, status))

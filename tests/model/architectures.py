@@ -5,42 +5,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-DOWN, UP = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+from d2f_core.model.architectures import KNOWN
 
-SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": (*DOWN, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *UP),
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-SD21: dict[str, Any] = SD15 | {
-    "sample_size": 96,
-    "attention_head_dim": (5, 10, 20, 20),
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("DownBlock2D", *DOWN[:2]),
-    "up_block_types": (*UP[:2], "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-FULL: dict[str, dict[str, Any]] = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
+FULL: dict[str, dict[str, Any]] = {name: dict(known.unet) for name, known in KNOWN.items()}
 
 TINY: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": (8, 16, 32, 32), "attention_head_dim": 2, "cross_attention_dim": 12},

@@ -30,7 +30,7 @@ INDEX = {
 }
 
 
-def _write_tokenizer(directory: Path, pad: str) -> None:
+def write_tokenizer(directory: Path, pad: str) -> None:
     """The files of the original model: vocab.json, merges.txt, tokenizer_config.json."""
     directory.mkdir(parents=True)
     (directory / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(VOCABULARY)}))
@@ -41,7 +41,7 @@ def _write_tokenizer(directory: Path, pad: str) -> None:
     (directory / "special_tokens_map.json").write_text(json.dumps(names))
 
 
-def _text_config(width: int, activation: str, **more: int) -> CLIPTextConfig:
+def text_config(width: int, activation: str, **more: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=width,
@@ -57,15 +57,8 @@ def _text_config(width: int, activation: str, **more: int) -> CLIPTextConfig:
     )
 
 
-def write_tiny_sdxl(path: Path, *, zeros_for_empty: bool | None = True) -> Path:
-    """64 px images, latents 4x8x8; `zeros_for_empty` None leaves it out of model_index.json."""
-    tiny_unet("sdxl").save_pretrained(path / "unet")
-    torch.manual_seed(1)
-    CLIPTextModel(_text_config(8, "quick_gelu")).save_pretrained(path / "text_encoder")
-    second = CLIPTextModelWithProjection(_text_config(12, "gelu", projection_dim=24))
-    second.save_pretrained(path / "text_encoder_2")
-    _write_tokenizer(path / "tokenizer", END)
-    _write_tokenizer(path / "tokenizer_2", "!")
+def write_vae(directory: Path, **config: float) -> None:
+    """An 8-fold autoencoder."""
     AutoencoderKL(
         latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -73,9 +66,20 @@ def write_tiny_sdxl(path: Path, *, zeros_for_empty: bool | None = True) -> Path:
         block_out_channels=(4, 4, 8, 8),
         layers_per_block=1,
         norm_num_groups=4,
-        scaling_factor=0.13025,
-        force_upcast=True,
-    ).save_pretrained(path / "vae")
+        **config,
+    ).save_pretrained(directory)
+
+
+def write_tiny_sdxl(path: Path, *, zeros_for_empty: bool | None = True) -> Path:
+    """64 px images, latents 4x8x8; `zeros_for_empty` None leaves it out of model_index.json."""
+    tiny_unet("sdxl").save_pretrained(path / "unet")
+    torch.manual_seed(1)
+    CLIPTextModel(text_config(8, "quick_gelu")).save_pretrained(path / "text_encoder")
+    second = CLIPTextModelWithProjection(text_config(12, "gelu", projection_dim=24))
+    second.save_pretrained(path / "text_encoder_2")
+    write_tokenizer(path / "tokenizer", END)
+    write_tokenizer(path / "tokenizer_2", "!")
+    write_vae(path / "vae", scaling_factor=0.13025, force_upcast=True)
     EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     ).save_pretrained(path / "scheduler")
