@@ -1,6 +1,7 @@
 """Depth by two losses: emoji-sd learns it from rendered scenes as a diffusion model and as a flow model.
 
     python -m pipelines.make_dataset depth && python -m pipelines.make_dataset depth-test
+    python -m pipelines.train_autoencoder depth
     python -m pipelines.encode_depth depth
     python -m benchmarks.depth --results docs/results/depth.json --figure docs/depth.png --sheet docs/depth_sheet.png
 
@@ -57,7 +58,8 @@ class Config:
     sheet: Path
     state: Path = Path(".local/depth-benchmark")
     """Directory of what a second run goes on from; another one for other settings."""
-    base: str = "infra/models/emoji-sd"
+    base: str = "s3://d2f/runs/depth-decoder/base"
+    """emoji-sd with a decoder that knows such pictures."""
     latents: str = "s3://d2f/latents/depth"
     """Depth latent table to train on."""
     train: str = "s3://d2f/datasets/depth"

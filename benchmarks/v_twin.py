@@ -10,6 +10,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -44,7 +45,8 @@ def main() -> None:
     for step, loss in train(training, task, data, order, config.rate):
         print(f"step {step}  loss {loss:.4f}", flush=True)
         if step == config.steps:
-            task.module.save_pretrained(partial / "unet")
+            unet: Any = task.module
+            unet.save_pretrained(partial / "unet")
     partial.rename(config.output)
 
 

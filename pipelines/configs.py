@@ -55,25 +55,35 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainAutoencoderConfig:
-    vae_config: str
-    """Directory with the config.json of an AutoencoderKL; weights are drawn new."""
+    vae_config: str = ""
+    """Directory with the config.json of an AutoencoderKL; weights are drawn new, `OUTPUT/vae/` is made."""
+    base: str = ""
+    """Instead: a base model whose decoder learns the pictures of the table. Its encoder stays as it is, so its latents
+    and its UNet stay valid; `OUTPUT/base/` is the base model with that decoder."""
     images: str
-    """Image table to train on; all images of one size."""
+    """Image table to train on, or depth table: its images, and its depth maps as pictures. All of one size."""
     output: str
-    """Where checkpoints, the resolved config and, at the end, `vae/` go."""
+    """Where checkpoints, the resolved config and, at the end, the result go."""
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     holdout_rows: int = 32
     train: TrainConfig = field(default_factory=TrainConfig)
     experiment: str = "diff2flow"
     name: str = "autoencoder"
 
+    def __post_init__(self) -> None:
+        if bool(self.vae_config) == bool(self.base):
+            raise ValueError(
+                f"vae_config={self.vae_config!r} and base={self.base!r}: give one of them, the config of a new "
+                "autoencoder, or the base model whose decoder is to be trained."
+            )
+
     def plan(self, manifest: Manifest, columns: tuple[str, ...]) -> StreamPlan:
         """Which rows are trained on when, and which are held out."""
         return _plan((self.images,), (manifest,), columns, self.holdout_rows, self.train)
 
-    def identity(self, vae_config: Mapping[str, Any], table: Manifest) -> str:
+    def identity(self, begins_with: Mapping[str, Any], table: Manifest) -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
-        fixed = {"vae": vae_config, "loss": asdict(self.loss), "images": table.digest}
+        fixed = {**begins_with, "loss": asdict(self.loss), "images": table.digest}
         return _digest(fixed, self.train)
 
 

@@ -12,11 +12,11 @@ import ray
 from d2f_core.data.sources.depth import DepthSource
 from d2f_core.inference.encode import EncodeDepthConfig, check_encode_depth, encode_depth
 from pipelines.cli import run_job
-from pipelines.recipes import EMOJI_SD
+from pipelines.recipes import DEPTH_BASE
 
 RECIPES = {
     name: EncodeDepthConfig(
-        source=DepthSource(uri=f"s3://d2f/datasets/{name}"), base=EMOJI_SD, output=f"s3://d2f/latents/{name}"
+        source=DepthSource(uri=f"s3://d2f/datasets/{name}"), base=DEPTH_BASE, output=f"s3://d2f/latents/{name}"
     )
     for name in ("depth", "depth-test")
 }

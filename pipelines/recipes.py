@@ -11,6 +11,9 @@ from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.recipes_stable_diffusion import ENCODE_STABLE_DIFFUSION, FINETUNE_STABLE_DIFFUSION
 
 EMOJI_SD = "infra/models/emoji-sd"
+DEPTH_DECODER = "s3://d2f/runs/depth-decoder"
+DEPTH_BASE = f"{DEPTH_DECODER}/base"
+"""emoji-sd with a decoder that knows rendered scenes; `train_autoencoder depth` makes it."""
 
 SHOWN_EMOJI = (
     "red apple", "banana", "strawberry", "watermelon", "pizza", "hamburger", "red heart", "blue heart",
@@ -38,7 +41,27 @@ AUTOENCODER = {
             checkpoint_every=500,
             evaluate_every=500,
         ),
-    )
+    ),
+    # emoji-sd's decoder has seen flat drawings only. Latents, and with them its UNet, stay as they are.
+    "depth": TrainAutoencoderConfig(
+        base=EMOJI_SD,
+        images="s3://d2f/datasets/depth",
+        output=DEPTH_DECODER,
+        train=TrainConfig(
+            num_steps=1000,
+            global_batch_size=16,
+            micro_batch_size=16,
+            zero_stage=0,
+            learning_rate=1e-3,
+            warmup_steps=50,
+            decay="cosine",
+            ema=EmaConfig(decay=0.99),
+            log_every=50,
+            checkpoint_every=250,
+            evaluate_every=250,
+        ),
+        name="depth-decoder",
+    ),
 }
 
 ENCODE_LATENTS = {
@@ -100,7 +123,7 @@ FINETUNE = {
     # emoji-sd learns to see depth, from rendered scenes.
     "depth": FinetuneConfig(
         model=ModelConfig(
-            base=EMOJI_SD, task="image_to_depth", objective="diff2flow", method="full", caption_dropout=0.0
+            base=DEPTH_BASE, task="image_to_depth", objective="diff2flow", method="full", caption_dropout=0.0
         ),
         latents="s3://d2f/latents/depth",
         output="s3://d2f/runs/depth",

@@ -1,4 +1,4 @@
-"""Objects for rendered scenes: pybullet_data's 1,000 random bodies, and as many turned and prismatic ones of our own.
+"""Objects for rendered scenes: pybullet_data's random bodies, and as many turned and prismatic ones of our own.
 
 Every tenth object is for testing alone. Meshes are centred, with 1 as their largest extent.
 """
@@ -13,6 +13,8 @@ from d2f_core.randomness import keyed_generator
 
 NUM_BODIES = 1000
 """Of each of the two families."""
+BROKEN = 168
+"""The one of pybullet_data's bodies whose file holds no numbers: all its vertices are NaN."""
 RINGS = 16
 """Of a turned object, from bottom to top."""
 
@@ -31,7 +33,8 @@ class Mesh:
 
 def object_numbers(split: str) -> list[int]:
     """The objects of a split; `train` and `test` have none in common."""
-    return [number for number in range(2 * NUM_BODIES) if (number % 10 == 9) == (split == "test")]
+    whole = (number for number in range(2 * NUM_BODIES) if number != BROKEN)
+    return [number for number in whole if (number % 10 == 9) == (split == "test")]
 
 
 def object_name(number: int) -> str:

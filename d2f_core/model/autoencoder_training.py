@@ -1,4 +1,4 @@
-"""Train an AutoencoderKL from random weights: rows of an image table -> batch -> loss."""
+"""Train an AutoencoderKL, whole or its decoder alone: pictures -> batch -> loss."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -24,19 +24,33 @@ class AutoencoderLossConfig:
 
 
 class TrainableAutoencoder(nn.Module):
-    """An AutoencoderKL whose forward also gives what the KL term needs, and takes its noise from outside."""
+    """An AutoencoderKL whose forward also gives what the KL term needs, and takes its noise from outside.
 
-    def __init__(self, config: Mapping[str, Any], seed: int) -> None:
+    Args:
+        decoder_only: what turns pixels into latents stays as it is, and with it all latents and the networks that know
+            them.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL, *, decoder_only: bool = False) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.autoencoder = cast(AutoencoderKL, AutoencoderKL.from_config(dict(config)))
+        self.autoencoder = autoencoder
+        if decoder_only:
+            for part in (autoencoder.encoder, autoencoder.quant_conv):
+                if part is not None:
+                    part.requires_grad_(False)
 
     def forward(self, pixels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction [batch, 3, H, W], and mean and log-variance [batch, C, h, w] of the latents."""
         posterior = cast(Any, self.autoencoder.encode(pixels)).latent_dist
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         return cast(Any, self.autoencoder.decode(latents)).sample, posterior.mean, posterior.logvar
+
+
+def new_autoencoder(config: Mapping[str, Any], seed: int) -> AutoencoderKL:
+    """An AutoencoderKL of that config with weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(AutoencoderKL, AutoencoderKL.from_config(dict(config)))
 
 
 def decode_pixels(encoded: Sequence[bytes]) -> np.ndarray:
@@ -46,42 +60,51 @@ def decode_pixels(encoded: Sequence[bytes]) -> np.ndarray:
 
 
 class AutoencoderTask:
-    """The task on one worker's device."""
+    """The task on one worker's device.
 
-    def __init__(self, vae_config: Mapping[str, Any], config: AutoencoderLossConfig, *, seed: int, device: str) -> None:
-        self.module = TrainableAutoencoder(vae_config, seed)
-        self._channels = int(vae_config["latent_channels"])
-        self._factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    A row has one picture or several (an image, and its depth as a picture); its loss is their mean.
+    """
+
+    def __init__(self, module: TrainableAutoencoder, config: AutoencoderLossConfig, *, seed: int, device: str) -> None:
+        vae: Any = module.autoencoder.config
+        self.module = module
+        self._channels, self._factor = int(vae.latent_channels), 2 ** (len(vae.block_out_channels) - 1)
         self._config, self._seed, self._device = config, seed, device
 
-    def to_batch(self, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Columns of an image table, with `epoch` and `row`, -> tensors."""
-        pixels = decode_pixels(arrays["image"])
-        keys = [f"{epoch}/{row}" for epoch, row in zip(arrays["epoch"], arrays["row"], strict=True)]
-        shape = (self._channels, pixels.shape[2] // self._factor, pixels.shape[3] // self._factor)
+    def to_batch(self, pictures: np.ndarray, epochs: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor]:
+        """Pictures float32 [batch, pictures, 3, H, W] in [-1, 1] of those rows in those epochs -> tensors."""
+        batch, each, _, height, width = pictures.shape
+        keys = [
+            f"{epoch}/{row}/{number}" if number else f"{epoch}/{row}"
+            for epoch, row in zip(epochs, rows, strict=True)
+            for number in range(each)
+        ]
+        latent = (self._channels, height // self._factor, width // self._factor)
+        noise = keyed_normal(self._seed, keys, latent, "latent").reshape(batch, each, *latent)
         return {
-            "pixels": torch.from_numpy(pixels).to(self._device),
-            "noise": torch.from_numpy(keyed_normal(self._seed, keys, shape, "latent")).to(self._device),
+            "pixels": torch.from_numpy(pictures).to(self._device),
+            "noise": torch.from_numpy(noise).to(self._device),
         }
 
     def loss(self, network: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
-        """Loss per sample [batch]."""
-        pixels = batch["pixels"]
-        reconstruction, mean, log_variance = network(pixels, batch["noise"])
+        """Loss per row [batch]."""
+        pixels = batch["pixels"].flatten(0, 1)
+        reconstruction, mean, log_variance = network(pixels, batch["noise"].flatten(0, 1))
         error = reconstruction - pixels
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return (
+        loss = (
             error.abs().flatten(1).mean(1)
             + self._config.square_weight * error.square().flatten(1).mean(1)
             + self._config.kl_weight * kl.flatten(1).mean(1)
         )
+        return loss.unflatten(0, batch["pixels"].shape[:2]).mean(1)
 
-    def reconstruct(self, network: Callable[..., Any], encoded: Sequence[bytes]) -> tuple[float, list[Image.Image]]:
-        """Summed mean absolute error (in [0, 1] pixels) over images, and each image beside its reconstruction."""
-        pixels = torch.from_numpy(decode_pixels(encoded)).to(self._device)
-        reconstruction, *_ = network(pixels, None)
-        error = float((reconstruction - pixels).abs().flatten(1).mean(1).sum()) / 2
-        pairs = torch.stack([pixels, reconstruction], 1).flatten(0, 1)
+    def reconstruct(self, network: Callable[..., Any], pictures: np.ndarray) -> tuple[Tensor, list[Image.Image]]:
+        """Mean absolute error (in [0, 1] pixels) [batch, pictures], and each picture beside its reconstruction."""
+        pixels = torch.from_numpy(pictures).to(self._device)
+        reconstruction = network(pixels.flatten(0, 1), None)[0].unflatten(0, pixels.shape[:2])
+        error = (reconstruction - pixels).abs().flatten(2).mean(2) / 2
+        pairs = torch.stack([pixels, reconstruction], 2).flatten(0, 2)
         return error, [Image.fromarray(image) for image in to_uint8(pairs).numpy()]
 
 

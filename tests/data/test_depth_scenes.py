@@ -85,7 +85,7 @@ def test_the_depth_of_a_sphere_is_along_the_axis_and_not_the_distance():
 
 
 def test_every_mesh_is_closed_towards_the_outside():
-    for number in (*range(0, 1000, 97), *range(1000, 2000, 97)):
+    for number in (*object_numbers("train"), *object_numbers("test")):
         mesh = make_object(number)
         corners = mesh.vertices.reshape(-1, 3, 3)
         volume = np.einsum("ij,ij->i", corners[:, 0], np.cross(corners[:, 1], corners[:, 2])).sum() / 6
@@ -108,7 +108,7 @@ def test_a_scene_depends_on_its_number_alone():
 
 def test_train_and_test_share_no_object_and_no_texture():
     train, test = (set(object_numbers(split)) for split in ("train", "test"))
-    assert not train & test and len(train) == 1800 and len(test) == 200
+    assert not train & test and len(train) == 1799 and len(test) == 200
     shapes = {make_object(number).vertices.tobytes() for number in range(1000, 2000, 17)}
     assert len(shapes) == len(range(1000, 2000, 17))
     textures = [

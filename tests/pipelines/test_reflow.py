@@ -1,21 +1,18 @@
 """Reflow on the real stack: a model draws pairs, learns their straight lines, and is registered with its teacher."""
 
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from d2f_core.data.latents import table_to_arrays
-from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
-from d2f_core.data.schema import IMAGE_SCHEMA, SchemaError
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.schema import SchemaError
 from d2f_core.data.table_reader import RowReader
 from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.gate import GateConfig
@@ -35,6 +32,7 @@ from d2f_core.train.config import TrainConfig
 from pipelines import finetune
 from pipelines.configs import FinetuneConfig
 from pipelines.reflow import ReflowConfig, main
+from tests.image_tables import write_images
 from tests.inference.tiny_vision import write_tiny_vit
 from tests.latent_tables import write_latents
 
@@ -71,18 +69,6 @@ def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
             straightness_prompts=2, straightness_steps=2, shown_prompts=1, experiment="",
         ),
     )  # fmt: skip
-
-
-def write_images(uri: str, count: int) -> str:
-    """An image table of noise, 16 px."""
-    draw, rows = np.random.default_rng(0), []
-    for number in range(count):
-        sink = io.BytesIO()
-        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(sink, format="PNG")
-        rows.append({"sample_id": f"{number:032d}", "caption": "x", "image": sink.getvalue(), "source_uri": "x"})
-    file = write_part(uri, "part-0.parquet", pa.Table.from_pylist(rows, IMAGE_SCHEMA))
-    write_manifest(uri, Manifest(kind="images", files=(file,)))
-    return uri
 
 
 @pytest.fixture(scope="module")

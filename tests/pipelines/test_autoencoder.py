@@ -1,0 +1,72 @@
+"""Autoencoders trained on the real stack: a new one, and a base model's decoder on images and their depth."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.table_reader import RowReader
+from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.base import local_copy, resolve_base
+from d2f_core.train.config import TrainConfig
+from pipelines import train_autoencoder
+from pipelines.configs import TrainAutoencoderConfig
+from tests.depth_tables import write_depth_table
+from tests.image_tables import write_images
+
+pytestmark = pytest.mark.timeout(600)
+HOME = "s3://d2f/test-autoencoder"
+TRAIN = TrainConfig(
+    num_steps=4, global_batch_size=4, micro_batch_size=4, threads_per_worker=1, zero_stage=0,
+    learning_rate=1e-2, log_every=2, checkpoint_every=4, evaluate_every=4,
+)  # fmt: skip
+
+
+def weights(directory):
+    (file,) = directory.glob("*.safetensors")
+    return {name: tensor.float() for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_decoder_learns_images_and_depth_while_all_latents_stay(base: str):
+    write_depth_table(f"{HOME}/scenes", 16)
+    config = TrainAutoencoderConfig(
+        base=base, images=f"{HOME}/scenes", output=f"{HOME}/decoder", holdout_rows=4, train=TRAIN
+    )
+    made = train_autoencoder.main(config)
+    before, after = resolve_base(base), resolve_base(made)
+    old, new = weights(before.path / "vae"), weights(after.path / "vae")
+    assert old.keys() == new.keys()
+    kept = {name for name in old if torch.equal(old[name], new[name])}
+    assert kept == {name for name in old if name.startswith(("encoder.", "quant_conv."))}
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    mine, theirs = (torch.stack(load_autoencoder(each).encode(pixels)) for each in (after, before))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert (after.path / "unet/config.json").read_text() == (before.path / "unet/config.json").read_text()
+    assert weights(after.path / "unet").keys() == weights(before.path / "unet").keys()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_new_autoencoder_gives_latents_of_unit_deviation(base: str):
+    config = TrainAutoencoderConfig(
+        vae_config=str(resolve_base(base).path / "vae"),
+        images=write_images(f"{HOME}/images", 16),
+        output=f"{HOME}/new",
+        holdout_rows=0,
+        train=TRAIN,
+    )
+    network: Any = AutoencoderKL.from_pretrained(local_copy(train_autoencoder.main(config)))
+    table = RowReader(config.images, read_manifest(config.images), ("image",)).read(np.arange(16))
+    with torch.no_grad():
+        means = network.encode(torch.from_numpy(train_autoencoder.pictures(table)[:, 0])).latent_dist.mean
+    assert float(means.std()) * network.config.scaling_factor == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("fields", [{}, {"vae_config": "here", "base": "there"}])
+def test_a_new_autoencoder_or_a_base_is_asked_for_but_not_both(fields):
+    with pytest.raises(ValueError, match="give one of them"):
+        TrainAutoencoderConfig(images="s3://d2f/images", output="s3://d2f/vae", **fields)
