@@ -1,4 +1,4 @@
-"""Reflow: `ray job submit --working-dir . -- python -m pipelines.reflow emoji`.
+"""Reflow, a workflow: `ray job submit --working-dir . -- python -m pipelines.workflow reflow`.
 
 In every round a model draws pairs of noise and latent, is trained to go from one to the other on a straight line, is
 registered, and is measured beside its teacher and the base; the next round begins with it. What is complete is skipped;
@@ -22,7 +22,6 @@ from d2f_core.model.base import resolve_base
 from d2f_core.storage import check_reachable, join, write_bytes
 from d2f_core.tracking import check_tracking, pin_model
 from pipelines import generate
-from pipelines.cli import run_job
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow_stages import Outputs, Workflow, evaluate_with, finetune_with, register_with
 
@@ -113,9 +112,3 @@ def write_captions(config: ReflowConfig, uri: str, seed: int) -> str:
     lines = [json.dumps({"prompt": caption, "seed": seed}) for caption in captions]
     write_bytes(uri, ("\n".join(lines) + "\n").encode())
     return uri
-
-
-if __name__ == "__main__":
-    from pipelines.workflow_recipes import REFLOW
-
-    run_job("reflow", REFLOW, main, check)

@@ -1,7 +1,8 @@
 """All stages in one Ray job: `ray job submit --working-dir . -- python -m pipelines.workflow quickstart`.
 
-make_dataset -> encode_latents -> finetune -> register -> generate (base, flow) -> contact_sheet. A stage whose output
-is complete for the same config and inputs is skipped; after a kill the same command goes on.
+make_dataset -> encode_latents -> finetune -> register -> generate (base, flow) -> contact_sheet; or `reflow`, which
+pipelines/reflow.py describes. A stage whose output is complete for the same config and inputs is skipped; after a kill
+the same command goes on.
 """
 
 import json
@@ -12,8 +13,9 @@ from d2f_core.inference.prompts import table_captions, write_prompts
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import check_reachable, join, write_bytes
 from d2f_core.tracking import check_tracking, find_run
-from pipelines import encode_latents, make_dataset
+from pipelines import encode_latents, make_dataset, reflow
 from pipelines.cli import run_job
+from pipelines.reflow import ReflowConfig
 from pipelines.workflow_config import WorkflowConfig
 from pipelines.workflow_stages import (
     Outputs,
@@ -25,14 +27,20 @@ from pipelines.workflow_stages import (
 )
 
 
-def check(config: WorkflowConfig) -> None:
+def check(config: WorkflowConfig | ReflowConfig) -> None:
     """Refuse what cannot work before the first stage runs."""
+    if isinstance(config, ReflowConfig):
+        reflow.check(config)
+        return
     check_reachable(config.output, write=True)
     check_tracking()
     resolve_base(config.finetune.model.base)
 
 
-def main(config: WorkflowConfig) -> None:
+def main(config: WorkflowConfig | ReflowConfig) -> None:
+    if isinstance(config, ReflowConfig):
+        reflow.main(config)
+        return
     check(config)
     ray.init(ignore_reinit_error=True)
     flow = Workflow(config.output)
@@ -70,6 +78,6 @@ def _write_summary(flow: Workflow, config: WorkflowConfig, version: Outputs, she
 
 
 if __name__ == "__main__":
-    from pipelines.workflow_recipes import WORKFLOW
+    from pipelines.workflow_recipes import REFLOW, WORKFLOW
 
-    run_job("workflow", WORKFLOW, main, check)
+    run_job("workflow", {**WORKFLOW, "reflow": REFLOW}, main, check)

@@ -91,24 +91,22 @@ EVALUATE = {
     )
 }
 
-REFLOW = {
-    # After the quickstart: its flow model is made straight, on 1,000 pairs of its own.
-    "emoji": ReflowConfig(
-        output="s3://d2f/workflows/reflow",
-        teacher=f"models:/{FLOW_MODEL}@candidate",
-        captions="s3://d2f/latents/openmoji-starter",
-        num_pairs=1000,
-        generate=GenerateConfig(steps=(25,), batch_size=32),
-        finetune=replace(
-            FINETUNE["emoji-lora"],
-            # Guidance is in the pairs: the model is sampled without, and no caption is dropped.
-            model=replace(FINETUNE["emoji-lora"].model, caption_dropout=0.0),
-            sampling=SamplingDefaults(steps=2, guidance=1.0),
-            latents="",
-            output="",
-            name="emoji-reflow",
-        ),
-        register=RegisterConfig(name="emoji-reflow"),
-        evaluate=replace(EVALUATE["quickstart"], evaluations=(1, *EVALUATIONS), promote=False),
-    )
-}
+REFLOW = ReflowConfig(
+    output="s3://d2f/workflows/reflow",
+    teacher=f"models:/{FLOW_MODEL}@candidate",
+    captions="s3://d2f/latents/openmoji-starter",
+    num_pairs=1000,
+    generate=GenerateConfig(steps=(25,), batch_size=32),
+    finetune=replace(
+        FINETUNE["emoji-lora"],
+        # Guidance is in the pairs: the model is sampled without, and no caption is dropped.
+        model=replace(FINETUNE["emoji-lora"].model, caption_dropout=0.0),
+        sampling=SamplingDefaults(steps=2, guidance=1.0),
+        latents="",
+        output="",
+        name="emoji-reflow",
+    ),
+    register=RegisterConfig(name="emoji-reflow"),
+    evaluate=replace(EVALUATE["quickstart"], evaluations=(1, *EVALUATIONS), promote=False),
+)
+"""After the quickstart: its flow model is made straight, on 1,000 pairs of its own."""
