@@ -71,8 +71,9 @@ def draw(config: PlotConfig) -> None:
         counts.set(xscale="log", xticks=[2, 4, 10, 25], xticklabels=["2", "4", "10", "25"])
         counts.minorticks_off()
         losses.set(yscale="log")
-        for panel in (steps, counts):
-            panel.legend(fontsize=8, frameon=False)
+    shown = [dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True)) for panel in panels[0, :2]]
+    legend = shown[0] | shown[1]
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
     figure.suptitle(f"emoji-sd adapts to OpenMoji: {NAME}, lower is better", fontsize=12)
     figure.savefig(config.output, dpi=110)
 
