@@ -8,6 +8,7 @@ diffusion loss and sampled by DDIM then cannot reach the mean of its targets. A 
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.objectives import BATCH, RATES, Config, Data, Method, Objective,
 from d2f_core.data.order import SampleOrder
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.base import resolve_base
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_to_image import TextToImage
 from d2f_core.randomness import keyed_normal
@@ -41,12 +43,22 @@ class BrightnessConfig:
     """Drawn per caption and judgement."""
 
 
+def pictures(captions: Iterable[str]) -> torch.Tensor:
+    pixels = torch.tensor([2 * TARGETS[caption] - 1 for caption in captions])
+    return pixels[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+
+
 def targets(task: TextToImage) -> Data:
     captions = np.array([list(TARGETS)[i % 2] for i in range(ROWS)], dtype=object)
-    pixels = torch.tensor([2 * TARGETS[caption] - 1 for caption in captions])
-    images = pixels[:, None, None, None].expand(ROWS, 3, SIZE, SIZE)
-    mean, std = (part.numpy() for part in load_autoencoder(task.base).encode(images))
+    mean, std = (part.numpy() for part in load_autoencoder(task.base).encode(pictures(captions)))
     return Data(mean, std, captions, torch.empty(0))
+
+
+def round_trip(config: BrightnessConfig) -> dict[str, float]:
+    """Mean brightness of what the autoencoder makes of the targets: no model can do better."""
+    autoencoder = load_autoencoder(resolve_base(config.base))
+    decoded = to_uint8(autoencoder.decode(autoencoder.encode(pictures(TARGETS))[0])).float()
+    return dict(zip(TARGETS, (decoded.mean((1, 2, 3)) / 255).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -80,6 +92,8 @@ def main() -> None:
     config = tyro.cli(BrightnessConfig)
     torch.set_num_threads(2)
     results = json.loads(config.results.read_text()) if config.results.exists() else []
+    if not results:
+        results.append({"of": "the autoencoder's round trip", "brightness": round_trip(config)})
     for seed in config.seeds:
         for method in config.methods:
             for objective in config.objectives:
