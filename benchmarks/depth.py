@@ -40,6 +40,7 @@ from d2f_core.model.ema import EmaConfig, update
 from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import ModelConfig
 from d2f_core.train.config import TrainConfig
+from pipelines.recipes import DEPTH_BASE
 
 Objective = Literal["diffusion", "diff2flow"]
 HOLDOUT, EVERY = 64, 100
@@ -58,8 +59,7 @@ class Config:
     sheet: Path
     state: Path = Path(".local/depth-benchmark")
     """Directory of what a second run goes on from; another one for other settings."""
-    base: str = "s3://d2f/runs/depth-decoder/base"
-    """emoji-sd with a decoder that knows such pictures."""
+    base: str = DEPTH_BASE
     latents: str = "s3://d2f/latents/depth"
     """Depth latent table to train on."""
     train: str = "s3://d2f/datasets/depth"

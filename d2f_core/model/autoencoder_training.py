@@ -74,7 +74,7 @@ class AutoencoderTask:
     def to_batch(self, pictures: np.ndarray, epochs: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor]:
         """Pictures float32 [batch, pictures, 3, H, W] in [-1, 1] of those rows in those epochs -> tensors."""
         batch, each, _, height, width = pictures.shape
-        keys = [
+        keys = [  # a row's only picture keeps the noise that tables of images have always given it
             f"{epoch}/{row}/{number}" if number else f"{epoch}/{row}"
             for epoch, row in zip(epochs, rows, strict=True)
             for number in range(each)
