@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -124,26 +123,10 @@ class Judge:
         for start in range(0, len(self.captions), CHUNK):
             states = self.task.text_states(self.captions[start : start + CHUNK])
             noise = self.noise[start : start + CHUNK]
-            if solver == "dpm++":
-                latents = dpm_solver(model, noise, states, steps)
-            else:
-                given: dict[str, Any] = {"solver": solver, "steps": steps, "guidance": 1.0, "shift": shift}
-                latents, _ = sample_latents(model, noise, states, states, **given)
+            given: dict[str, Any] = {"solver": solver, "steps": steps, "guidance": 1.0, "shift": shift}
+            latents, _ = sample_latents(model, noise, states, states, **given)
             drawn.append(self.features(to_uint8(self.autoencoder.decode(latents))))
         return distance(torch.cat(drawn), self.data.real)
-
-
-def dpm_solver(model: TrainedModel, noise: Tensor, states: Tensor, steps: int) -> Tensor:
-    """diffusers' DPM-Solver++ (second order) on the base's own schedule."""
-    scheduler: Any = DPMSolverMultistepScheduler.from_config(
-        dict(model.base.scheduler_config), timestep_spacing="trailing", algorithm_type="dpmsolver++"
-    )
-    scheduler.set_timesteps(steps)
-    x = noise
-    for timestep in scheduler.timesteps:
-        prediction = model.denoiser(x, timestep.expand(len(x)).float(), text_states=states)
-        x = scheduler.step(prediction, timestep, x).prev_sample
-    return x
 
 
 def order_of(data: Data, seed: int) -> SampleOrder:

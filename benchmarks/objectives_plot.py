@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from benchmarks.frechet import NAME
+from benchmarks.objectives import Config
 
 COLOURS = {"diff2flow": "#0b6e4f", "flow_matching": "#b5651d", "diffusion": "#3b5b92"}
 TITLES = {"full": "full finetuning", "small": "LoRA small", "attention": "LoRA attention"}
@@ -21,6 +22,12 @@ TITLES = {"full": "full finetuning", "small": "LoRA small", "attention": "LoRA a
 class PlotConfig:
     results: Path
     output: Path
+    title: str = "emoji-sd adapts to OpenMoji"
+
+
+def size_of(line: Mapping[str, Any]) -> int:
+    """Of the images in pixels."""
+    return line["of"].get("size", Config.size)
 
 
 def by_evaluations(values: Mapping[str, float]) -> tuple[list[int], list[float]]:
@@ -38,21 +45,25 @@ def draw(config: PlotConfig) -> None:
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in config.results.read_text().splitlines()]
-    base = next(line["rows"] for line in lines if line["of"]["objective"] == "none")
+    bases = {size_of(line): line["rows"] for line in reversed(lines) if line["of"]["objective"] == "none"}
     trained = [line for line in lines if line["of"]["objective"] != "none"]
-    methods = [method for method in TITLES if any(line["of"]["method"] == method for line in trained)]
-    ddim = [row[NAME]["10"] for row in base if row["what"].startswith("ddim")]
-    start = next(row for row in base if row["what"] == "step 0")
+    present = {(size_of(line), line["of"]["method"]) for line in trained}
+    rows = [(size, method) for size in sorted(bases) for method in TITLES if (size, method) in present]
     figure, panels = pyplot.subplots(
-        len(methods), 3, figsize=(13, 3.9 * len(methods)), squeeze=False, constrained_layout=True
+        len(rows), 3, figsize=(13, 3.9 * len(rows)), squeeze=False, constrained_layout=True
     )
-    for method, (steps, counts, losses) in zip(methods, panels, strict=True):
+    for (size, method), (steps, counts, losses) in zip(rows, panels, strict=True):
+        base = bases[size]
+        ddim = [row[NAME]["10"] for row in base if row["what"].startswith("ddim")]
+        start = next(row for row in base if row["what"] == "step 0")
         steps.axhspan(min(ddim), max(ddim), color="#bbbbbb", alpha=0.6, lw=0, label="base, DDIM (three noise sets)")
         for row, style in ((base[0], "--"), (base[1], ":"), (start, "-.")):
             counts.plot(*by_evaluations(row[NAME]), color="#555555", ls=style, label=f"base, {row['what']}")
-        for line in (line for line in trained if line["of"]["method"] == method):
-            objective, curve = line["of"]["objective"], line["curve"]
-            style = {"color": COLOURS[objective], "marker": "o", "ms": 3.5, "label": objective}
+        for line in (line for line in trained if (size_of(line), line["of"]["method"]) == (size, method)):
+            objective, shift, curve = line["of"]["objective"], line["of"].get("shift", 1), line["curve"]
+            label = objective if shift == 1 else f"{objective}, shifted times"
+            style = {"color": COLOURS[objective], "marker": "o", "ms": 3.5, "label": label}
+            style["ls"] = "-" if shift == 1 else "--"
             x, y = at_ten(curve)
             first = start[NAME]["10"] if objective == "diff2flow" else None
             steps.plot([0, *x] if first else x, [first, *y] if first else y, **style)
@@ -66,15 +77,16 @@ def draw(config: PlotConfig) -> None:
             (losses, "training steps", "held-out flow loss"),
         )
         for panel, horizontal, vertical in labels:
-            panel.set(xlabel=horizontal, ylabel=vertical, title=TITLES[method])
+            panel.set(xlabel=horizontal, ylabel=vertical, title=f"{size} px, {TITLES[method]}")
             panel.grid(alpha=0.25)
         counts.set(xscale="log", xticks=[2, 4, 10, 25], xticklabels=["2", "4", "10", "25"])
         counts.minorticks_off()
         losses.set(yscale="log")
-    shown = [dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True)) for panel in panels[0, :2]]
-    legend = shown[0] | shown[1]
+    legend: dict[str, Any] = {}
+    for panel in panels.flat:
+        legend |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
-    figure.suptitle(f"emoji-sd adapts to OpenMoji: {NAME}, lower is better", fontsize=12)
+    figure.suptitle(f"{config.title}: {NAME}, lower is better", fontsize=12)
     figure.savefig(config.output, dpi=110)
 
 

@@ -11,7 +11,7 @@ from d2f_core.inference.generate import GenerateJob, check_generate
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
-from d2f_core.model.sampling import DDIM
+from d2f_core.model.sampling import DDIM, SCHEDULERS
 from d2f_core.storage import join, read_bytes, write_bytes
 from d2f_core.tracking import (
     RunHandle,
@@ -26,7 +26,7 @@ from d2f_core.tracking import (
 
 logger = logging.getLogger(__name__)
 
-EVALUATIONS_PER_STEP = {DDIM: 1, "euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+EVALUATIONS_PER_STEP = {**dict.fromkeys(SCHEDULERS, 1), "euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 """Solvers with fixed steps: only these can be asked for a number of evaluations."""
 REGISTERED = "models:/"
 PINS_NAME = "models.json"

@@ -28,6 +28,7 @@ from d2f_core.model.denoiser import load_unet
 from d2f_core.model.description import write_description
 from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, copy_part, read_json
 from d2f_core.model.diffusers_scheduler import SCHEDULE_FIELDS, Diff2FlowScheduler
+from d2f_core.model.sampling import SCHEDULERS
 from d2f_core.model.single_file_lora import (
     SingleFileLoraError,
     kohya_metadata,
@@ -204,7 +205,7 @@ def _lora_metadata(description: Mapping[str, Any], width: int | None) -> dict[st
         "d2f_format_version": str(description["format_version"]),
         "d2f_objective": description["objective"],
         "d2f_prediction_type": description["prediction_type"],
-        "d2f_sampler": sampling["solver"] if sampling["solver"] == "ddim" else f"{sampling['solver']} in flow time",
+        "d2f_sampler": sampling["solver"] if sampling["solver"] in SCHEDULERS else f"{sampling['solver']} in flow time",
         "d2f_steps": str(sampling["steps"]),
         "d2f_guidance": str(sampling["guidance"]),
         "d2f_shift": str(sampling.get("shift", 1.0)),

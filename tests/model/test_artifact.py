@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from d2f_core.inference.image_maker import fill_request
 from d2f_core.model.artifact import ArtifactError, SamplingDefaults, describe, load_model, load_weights, save_artifact
@@ -73,11 +73,11 @@ def test_another_base_is_refused_with_both_hashes(directory, tmp_path):
         load_model(str(saved(directory, tmp_path / "model", "lora")), base_uri=str(other))
 
 
-def test_the_untrained_converted_model_equals_ddim_of_diffusers(directory):
-    """Euler over the flow times of DDIM's own timesteps is DDIM, so a conversion starts at the base's quality."""
+@pytest.mark.parametrize(("solver", "kind"), [("ddim", DDIMScheduler), ("dpm++", DPMSolverMultistepScheduler)])
+def test_a_base_is_sampled_as_by_diffusers(directory, solver, kind):
     model = load_model(str(directory))
-    ours, evaluations = sample_latents(model, NOISE, STATES, NULL, solver="ddim", steps=5, guidance=1.0)
-    scheduler = DDIMScheduler.from_config(dict(model.base.scheduler_config), timestep_spacing="trailing")
+    ours, evaluations = sample_latents(model, NOISE, STATES, NULL, solver=solver, steps=5, guidance=1.0)
+    scheduler = kind.from_config(dict(model.base.scheduler_config), timestep_spacing="trailing")
     scheduler.set_timesteps(5)
     x = NOISE
     for timestep in scheduler.timesteps:
