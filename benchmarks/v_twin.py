@@ -1,9 +1,11 @@
 """A v-prediction twin of emoji-sd, for the comparison of losses on that kind of base model.
 
     python -m benchmarks.v_twin --output /path/to/emoji-sd-v
+    python -m benchmarks.v_twin --base /path/to/emoji-sd-v --zero-snr --steps 200 --output /path/to/emoji-sd-zero-snr
 
-emoji-sd's own weights are trained on for a while with its own data, loss and schedule; only what the network predicts
-is changed from epsilon to v. The result is a base model in diffusers' layout, like emoji-sd itself.
+emoji-sd's own weights are trained on for a while with its own data and loss; only what the network predicts is changed
+from epsilon to v, and on request the schedule to one of zero terminal SNR. The result is a base model in diffusers'
+layout, like emoji-sd itself.
 """
 
 import json
@@ -24,6 +26,8 @@ from d2f_core.data.order import SampleOrder
 class TwinConfig:
     output: Path
     base: str = "infra/models/emoji-sd"
+    zero_snr: bool = False
+    """Rescale the schedule so that its last timestep is noise alone (Lin et al., 2024, arXiv:2305.08891)."""
     steps: int = 1500
     rate: float = 5e-4
 
@@ -37,7 +41,8 @@ def main() -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(config.base, partial)
     file = partial / "scheduler/scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}, indent=2))
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": config.zero_snr}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}, indent=2))
     training = Config(results=partial, base=str(partial), steps=config.steps, judged_at=(250, 500, 1000))
     task = task_for(training, "diffusion", "full", 0)
     data = images_as_data(config.base, MakeDatasetConfig(style="twemoji", subset="core"))

@@ -40,6 +40,8 @@ from d2f_core.storage import join, list_names, read_bytes, remove_tree, write_by
 
 PROGRESS = "_progress"
 PACKAGES = ("pybullet", "numpy", "pillow")
+PARTS_PER_PROCESS = 8
+"""PyBullet keeps 3 MB of every scene's meshes for ever, whatever is removed or reset, so a process makes no more."""
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ def _make_parts(config: MakeDepthConfig) -> Iterator[tuple[int, TableFile]]:
 
     progress = Progress("make_dataset", config.num_parts, "parts")
     tasks = cast(Any, ray.data.TaskPoolStrategy(size=config.num_tasks))
-    for row in dataset.map(make, compute=tasks).iter_rows():
+    for row in dataset.map(make, compute=tasks, max_calls=PARTS_PER_PROCESS).iter_rows():
         content = json.loads(row["file"])
         yield row["part"], TableFile(**{**content, "row_groups": tuple(content["row_groups"])})
         progress.advance(1)

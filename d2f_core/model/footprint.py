@@ -8,7 +8,8 @@ GPUs): its scores are never stored, and are computed a second time in the backwa
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,12 +50,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         gc.collect()
-        gc.freeze()  # so that a collection looks at little more than what the passes made
         return super().__enter__()
-
-    def __exit__(self, *reason: Any) -> Any:
-        gc.unfreeze()
-        return super().__exit__(*reason)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
@@ -149,7 +145,7 @@ def measure_pass(network: nn.Module, inputs: dict[str, Tensor], dtype: torch.dty
     ]
     denoiser, rest = as_denoiser(network, dtype), dict(inputs)
     x_dm, timestep = rest.pop("x_dm"), rest.pop("timestep")
-    with PeakMemory() as memory, _flop_counter() as flops:
+    with _little_garbage(), PeakMemory() as memory, _flop_counter() as flops:
         prediction = denoiser(x_dm, timestep, **rest).float()
         held, forward = memory.live, flops.get_total_flops()
         # Activation checkpointing leaves cycles behind; when Python collects them is chance, and must not count.
@@ -160,6 +156,17 @@ def measure_pass(network: nn.Module, inputs: dict[str, Tensor], dtype: torch.dty
     return PassCount(
         held_bytes=held, peak_bytes=memory.peak, forward_flops=forward, flops=flops.get_total_flops()
     )  # fmt: skip
+
+
+@contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Let collections within look at little more than what is made within."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def text_flops(encoders: Sequence[nn.Module]) -> int:

@@ -10,9 +10,7 @@ bytes of precision and n workers:
 | moments      | 8 P     | 8 P / n                 | 8 P / n                                                       |
 | averages     | 4 P / n, by whole parameters, on every stage                                                      |
 | gradients    | 4 P     | b P; stage 2: b P / n   | b P / n                                                       |
-| bucket       | copies  | 5e8 b, and copies       | 5e8 b, and copies                                             |
-
-The bucket of 5e8 elements is DeepSpeed's default and is allocated whole, for a small adapter too.
+| bucket       | copies  | b min(P, 5e8), copies   | b min(P, 5e8), copies                                         |
 """
 
 from collections.abc import Sequence
@@ -22,8 +20,8 @@ from d2f_core.train.config import TrainConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Per element, by precision."""
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's gradient bucket."""
+MOST_IN_BUCKET = 500_000_000
+"""Elements of the gradient bucket at most: DeepSpeed's default. Fewer are trained: that many."""
 GATHERED = 550_000_000
 """Elements that stage 3 holds gathered at most: a weight stays from its forward to its backward pass when fewer than
 1e9 elements are used between (so the last 5e8 of the network do), and 5e7 are fetched ahead."""
@@ -100,8 +98,8 @@ def memory_per_worker(
         moments=0 if optimizer_offload else moments,
         averages=averages,
         gradients=gradients,
-        bucket=each * BUCKET if stage else 0,
-        copies=each * min(total, BUCKET),
+        bucket=each * min(total, MOST_IN_BUCKET) if stage else 0,
+        copies=each * min(total, MOST_IN_BUCKET),
         stepping=0 if optimizer_offload else step,
         # Weights, and both moments, of this worker's parameters and of the one that is being gathered; below stage 3
         # fp32 weights are at hand, and stage 0 hands out its own tensors.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from d2f_core.train.config import MissingCompilerError, TrainConfig, missing_compiler
+from d2f_core.train.footprint import MOST_IN_BUCKET
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -40,9 +41,10 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def engine_config(config: TrainConfig, num_workers: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+def engine_config(config: TrainConfig, num_workers: int, trained: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for that many trained elements."""
+    # The bucket is allocated whole, so DeepSpeed's default would take 1 GB (bf16) for an adapter of a few MB too.
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(trained, MOST_IN_BUCKET)}
     host = {"device": "cpu", "pin_memory": config.use_gpu}
     if config.offload != "none":
         zero["offload_optimizer"] = host
@@ -100,7 +102,7 @@ def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> An
         model=module,
         optimizer=_build_optimizer(list(trained.values()), config),
         model_parameters=list(trained.values()),
-        config=engine_config(config, num_workers),
+        config=engine_config(config, num_workers, sum(p.numel() for p in trained.values())),
         dist_init_required=False,
     )
     _limit_waiting(config.worker_timeout_seconds)

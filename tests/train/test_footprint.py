@@ -14,7 +14,7 @@ from d2f_core.model.ema import EmaConfig
 from d2f_core.model.footprint import PeakMemory, sizes
 from d2f_core.train import zero
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.footprint import BUCKET, BYTES, memory_per_worker
+from d2f_core.train.footprint import BYTES, memory_per_worker
 from d2f_core.train.worker import Worker
 from tests.train import processes
 
@@ -70,6 +70,8 @@ def measure(stage: int, precision: str, rank: int) -> dict[str, int]:
 
 def train(rank: int, port: int, directory: str) -> None:
     processes.join(rank, WORKERS, port)
+    measure(*ENGINES[0], rank)  # imports the rest of DeepSpeed
+    gc.freeze()  # the libraries' million objects would be looked through at each measurement
     found = {f"{stage} {precision}": measure(stage, precision, rank) for stage, precision in ENGINES}
     Path(directory, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -94,7 +96,7 @@ def test_an_engine_allocates_what_was_predicted(measured: dict[str, Any], stage:
     if stage == 3:
         between += memory.gradients + memory.bucket - whole
     assert found["state"] == pytest.approx(between, rel=0.01, abs=20_000)
-    bucket = BYTES[precision] * BUCKET if stage in (1, 2) else 0
+    bucket = memory.bucket if stage in (1, 2) else 0
     slack = 400 * 400 * BYTES[precision]  # the layer at work, and activations
     predicted = memory.gradients + memory.copies + (whole if stage == 3 else 0)
     assert 0.45 * predicted < found["passing"] - bucket <= predicted + slack
@@ -109,7 +111,7 @@ def test_adapters_pay_for_their_own_state_only():
         for trained, frozen in (([10**6] * 100, []), ([10**6], [10**6] * 100))
     )
     assert full.moments == 100 * adapted.moments == 8 * 10**8 // WORKERS
-    assert adapted.weights == 2 * 101 * 10**6 and adapted.bucket == full.bucket == 10**9
+    assert adapted.weights == 2 * 101 * 10**6 and adapted.bucket == 2 * 10**6 and full.bucket == 2 * 10**8
 
 
 def test_offloading_moves_bytes_to_the_host():
