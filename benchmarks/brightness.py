@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.objectives import BATCH, RATES, Config, Data, Method, Objective, own_solver, task_for, train
+from benchmarks.objectives import BATCH, RATES, Config, Data, Method, Objective, own_solver, task_for, training_of
 from d2f_core.data.order import SampleOrder
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
@@ -82,10 +82,9 @@ def run_one(config: BrightnessConfig, objective: Objective, method: Method, seed
     task = task_for(training, objective, method, seed)
     data = targets(task)
     order = SampleOrder(num_rows=ROWS, seed=seed, batch=BATCH)
-    for _, loss in train(training, task, data, order, RATES[method]):
-        found = {steps: brightness(config, task, objective, steps) for steps in config.evaluations}
-        return {"loss": loss, "brightness": found}
-    raise AssertionError("a training yields its last step")
+    (point,) = training_of(training, task, data, order, RATES[method]).run(())
+    found = {steps: brightness(config, task, objective, steps) for steps in config.evaluations}
+    return {"loss": point["loss"], "brightness": found}
 
 
 def main() -> None:

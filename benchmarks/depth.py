@@ -24,6 +24,7 @@ import torch
 import tyro
 from PIL import Image
 
+from benchmarks.plain_training import PlainTraining
 from d2f_core.data.depth import clean_depth
 from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.images import ImageRules, prepare_image
@@ -36,16 +37,15 @@ from d2f_core.inference.depth_figures import ShownDepth, draw_errors, draw_maps
 from d2f_core.inference.depth_maker import DepthMaker, fill_settings
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
-from d2f_core.model.ema import EmaConfig, update
 from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import ModelConfig
+from d2f_core.objective.path import TimeSampling
 from d2f_core.train.config import TrainConfig
 from pipelines.recipes import DEPTH_BASE
 
 Objective = Literal["diffusion", "diff2flow"]
 HOLDOUT, EVERY = 64, 100
 """Rows that are only validated on, and steps between two savings of the state."""
-EMA = EmaConfig(decay=0.99)
 SOLVERS = {"diffusion": "ddim", "diff2flow": "euler"}
 FOCAL, BASELINE, OFFSET = 994.978, 0.193001, 31.086
 """Of the real pair: pixels, metres, pixels. Source: the description of scikit-image's `stereo_motorcycle`."""
@@ -70,6 +70,8 @@ class Config:
     steps: int = 1500
     batch: int = 32
     rate: float = 5e-4
+    shift: float = 1.0
+    """Flow times of diff2flow's training moved towards noise, where the image is all there is to see."""
     seed: int = 0
     evaluations: tuple[int, ...] = (1, 2, 4, 10)
     """Network evaluations of each member."""
@@ -82,12 +84,13 @@ class Config:
     @property
     def training(self) -> dict[str, Any]:
         """What must stay the same for a state to belong to this run."""
-        names = ("base", "latents", "test", "steps", "batch", "rate", "seed", "images")
+        names = ("base", "latents", "test", "steps", "batch", "rate", "shift", "seed", "images")
         return {name: getattr(self, name) for name in names}
 
 
 def task_for(config: Config, objective: Objective) -> ImageToDepth:
-    chosen = ModelConfig(base=config.base, task="image_to_depth", objective=objective, method="full")
+    times = TimeSampling(shift=config.shift if objective == "diff2flow" else 1.0)
+    chosen = ModelConfig(base=config.base, task="image_to_depth", objective=objective, method="full", times=times)
     return ImageToDepth(resolve_base(config.base), chosen, seed=config.seed, dtype=torch.float32, device="cpu")
 
 
@@ -113,55 +116,20 @@ def train(config: Config, task: ImageToDepth, objective: Objective) -> list[dict
     rows = len(table["caption"])
     order = SampleOrder(num_rows=rows, holdout_rows=HOLDOUT, seed=config.seed, batch=config.batch, window_rows=rows)
     settings = TrainConfig(num_steps=config.steps, learning_rate=config.rate, warmup_steps=50, decay="cosine")
-    trained = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    averages = [p.detach().clone() for p in trained]
-    first, curve = _resume(config.state / f"{objective}.pt", task, optimizer, averages)
-    losses: list[float] = []
-    for step in range(first, config.steps):
-        epochs, chosen = order.at(np.arange(step * config.batch, (step + 1) * config.batch))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
-        arrays = {**{name: values[chosen] for name, values in table.items()}, "row": chosen, "epoch": epochs}
-        loss = task.loss(task.module, task.to_batch(arrays)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        for average, parameter in zip(averages, trained, strict=True):
-            update(average, parameter.detach(), EMA.decay_at(step + 1))
-        if (step + 1) % EVERY == 0 or step + 1 == config.steps:
-            curve.append({"step": step + 1, "loss": float(np.mean(losses))})
-            print(f"  {objective}: {curve[-1]}", flush=True)
-            losses = []
-            _save(config.state / f"{objective}.pt", step + 1, task, optimizer, averages, curve)
-    with torch.no_grad():
-        for parameter, average in zip(trained, averages, strict=True):
-            parameter.copy_(average)
+    training = PlainTraining(
+        task,
+        lambda chosen: {name: values[chosen] for name, values in table.items()},
+        order,
+        settings,
+        state=config.state / f"{objective}.pt",
+    )
+    for point in training.run(range(EVERY, config.steps, EVERY)):
+        print(f"  {objective}: {point}", flush=True)
     held = order.holdout()
     total, count = task.validation_loss(
         task.module, {**{name: values[held] for name, values in table.items()}, "row": held}
     )
-    return [*curve, {"step": config.steps, "validation_flow_loss": total / count}]
-
-
-def _save(file: Path, step: int, task: ImageToDepth, optimizer: Any, averages: Any, curve: Any) -> None:
-    state = {"step": step, "module": task.module.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "averages": averages, "curve": curve}, file.with_suffix(".new"))
-    file.with_suffix(".new").replace(file)
-
-
-def _resume(file: Path, task: ImageToDepth, optimizer: Any, averages: Any) -> tuple[int, list[dict[str, float]]]:
-    if not file.exists():
-        return 0, []
-    state = torch.load(file, weights_only=True)
-    task.module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
-    for average, kept in zip(averages, state["averages"], strict=True):
-        average.copy_(kept)
-    print(f"  going on after step {state['step']}", flush=True)
-    return state["step"], state["curve"]
+    return [*training.curve, {"step": config.steps, "validation_flow_loss": total / count}]
 
 
 @dataclass(frozen=True, kw_only=True)

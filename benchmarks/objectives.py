@@ -24,12 +24,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.frechet import NAME, Features, distance
+from benchmarks.plain_training import PlainTraining
 from d2f_core.data.emoji import Fit, MakeDatasetConfig, Style, Subset, render_rows
 from d2f_core.data.order import SampleOrder
 from d2f_core.model.artifact import TrainedModel, load_model, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
-from d2f_core.model.ema import EmaConfig, update
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_to_image import ModelConfig, TextToImage
@@ -41,7 +41,8 @@ Method = Literal["full", "small", "attention"]
 Objective = Literal["diffusion", "flow_matching", "diff2flow"]
 BATCH, HOLDOUT, CHUNK = 32, 128, 128
 RATES: dict[Method, float] = {"full": 5e-4, "small": 1e-3, "attention": 2e-3}
-EMA = EmaConfig(decay=0.99)
+OTHER_SOLVERS: dict[str, str] = {"diffusion": "euler", "diff2flow": "ddim"}
+"""Each of the two networks can be sampled as the other one is: what is the loss's doing, and what the sampler's?"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,38 +159,10 @@ def task_for(config: Config, objective: Objective, method: Method, seed: int) ->
     return TextToImage(resolve_base(config.base), chosen, seed=seed, dtype=torch.float32, device="cpu")
 
 
-def train(
-    config: Config, task: TextToImage, data: Data, order: SampleOrder, rate: float
-) -> Iterator[tuple[int, float]]:
-    """Yield (step, mean loss since the last) with the averaged weights in the module, at each judged step."""
-    settings = TrainConfig(num_steps=config.steps, learning_rate=rate, warmup_steps=20)
-    trained = [p for p in task.module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    averages, losses = [p.detach().clone() for p in trained], []
-    for step in range(config.steps):
-        epochs, rows = order.at(np.arange(step * BATCH, (step + 1) * BATCH))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
-        loss = task.loss(task.module, task.to_batch({**data.rows(rows), "epoch": epochs})).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        for average, parameter in zip(averages, trained, strict=True):
-            update(average, parameter.detach(), EMA.decay_at(step + 1))
-        if step + 1 in (*config.judged_at, config.steps):
-            kept = [p.detach().clone() for p in trained]
-            _put(trained, averages)
-            yield step + 1, float(np.mean(losses))
-            _put(trained, kept)
-            losses = []
-
-
-@torch.no_grad()
-def _put(parameters: list[torch.nn.Parameter], values: list[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def training_of(config: Config, task: TextToImage, data: Data, order: SampleOrder, rate: float) -> PlainTraining:
+    return PlainTraining(
+        task, data.rows, order, TrainConfig(num_steps=config.steps, learning_rate=rate, warmup_steps=20)
+    )
 
 
 def run_baseline(config: Config, data: Data, features: Features) -> Iterator[dict[str, Any]]:
@@ -219,11 +192,15 @@ def run_one(
     judge = Judge(config, data, task, features)
     order = order_of(data, seed)
     curve = []
-    for step, loss in train(config, task, data, order, RATES[method]):
-        counts = config.evaluations if step == config.steps else (10,)
+    for point in training_of(config, task, data, order, RATES[method]).run(config.judged_at):
+        last = point["step"] == config.steps
+        counts = config.evaluations if last else (10,)
         model, solver = task.model(task.module), own_solver(objective)
         found = {count: judge(model, solver, count, config.shift) for count in counts}
-        curve.append({"step": step, "loss": loss, NAME: found, "flow_loss": validation(task, data, order)})
+        curve.append({**point, NAME: found, "flow_loss": validation(task, data, order)})
+        if last and objective in OTHER_SOLVERS:
+            other = OTHER_SOLVERS[objective]
+            curve[-1][f"by {other}"] = {count: judge(model, other, count) for count in config.evaluations}
         print(f"  {objective} {method} seed {seed}: {curve[-1]}", flush=True)
     return {"curve": curve, "seconds": time.perf_counter() - began}
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.objectives import BATCH, Config, images_as_data, task_for, train
+from benchmarks.objectives import BATCH, Config, images_as_data, task_for, training_of
 from d2f_core.data.emoji import MakeDatasetConfig
 from d2f_core.data.order import SampleOrder
 
@@ -43,15 +43,14 @@ def main() -> None:
     file = partial / "scheduler/scheduler_config.json"
     changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": config.zero_snr}
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}, indent=2))
-    training = Config(results=partial, base=str(partial), steps=config.steps, judged_at=(250, 500, 1000))
+    training = Config(results=partial, base=str(partial), steps=config.steps)
     task = task_for(training, "diffusion", "full", 0)
     data = images_as_data(config.base, MakeDatasetConfig(style="twemoji", subset="core"))
     order = SampleOrder(num_rows=len(data.captions), batch=BATCH, window_rows=len(data.captions))
-    for step, loss in train(training, task, data, order, config.rate):
-        print(f"step {step}  loss {loss:.4f}", flush=True)
-        if step == config.steps:
-            unet: Any = task.module
-            unet.save_pretrained(partial / "unet")
+    for point in training_of(training, task, data, order, config.rate).run(range(250, config.steps, 250)):
+        print(f"step {point['step']}  loss {point['loss']:.4f}", flush=True)
+    unet: Any = task.module
+    unet.save_pretrained(partial / "unet")
     partial.rename(config.output)
 
 

@@ -18,7 +18,7 @@ from d2f_core.train import checkpoint
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import NotEnoughResourcesError
 from pipelines.configs import FinetuneConfig
-from pipelines.finetune import FinetuneResult, check, main
+from pipelines.finetune import FinetuneResult, check, main, make_plan
 from tests.latent_tables import write_latents
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
@@ -27,10 +27,13 @@ TABLE = {"rows": 24, "rows_per_file": 12, "captions": 24}
 
 @pytest.fixture(scope="module")
 def config(base: str) -> FinetuneConfig:
-    write_latents("s3://d2f/test-finetune/latents", autoencoder_fingerprint(resolve_base(base)), **TABLE)
+    fingerprint = autoencoder_fingerprint(resolve_base(base))
+    write_latents("s3://d2f/test-finetune/latents", fingerprint, **TABLE)
+    write_latents("s3://d2f/test-finetune/larger", fingerprint, **TABLE, shape=(4, 12, 12), pixels=24)
     return FinetuneConfig(
         model=ModelConfig(base=base, method="lora", lora=LoraConfig(rank=2), caption_dropout=0.5),
         latents="s3://d2f/test-finetune/latents",
+        more_latents=("s3://d2f/test-finetune/larger",),
         output="s3://d2f/test-finetune/unbroken",
         holdout_rows=4,
         preview=PreviewConfig(prompts=("thing 1", "thing 2"), steps=2),
@@ -72,6 +75,12 @@ def test_the_run_is_in_mlflow_with_losses_before_and_after(config, unbroken):
     kept = {one.manifest.step for one in checkpoint.list_checkpoints(config.output)}
     assert listed.keys() == {f"step-{step:08d}" for step in kept}
     assert listed["step-00000006"]["validation_flow_loss"] == pytest.approx(validation[-1].value)
+
+
+def test_steps_took_turns_between_two_image_sizes(config):
+    plan = make_plan(config, *check(config))
+    sizes = [{plan.micro_batch(step * 4 + part, 0, 1).source for part in range(4)} for step in range(plan.num_steps)]
+    assert {0} in sizes and {1} in sizes and {0, 1} not in sizes
 
 
 def test_the_exported_model_loads_and_says_how_to_sample_it(config, unbroken):
