@@ -90,7 +90,9 @@ def resolve(job: str, recipes: Mapping[str, Config], arguments: Sequence[str]) -
         default = next(iter(recipes.values()))
     else:
         raise ValueError(f"{job} needs a recipe ({', '.join(recipes)}) or --config FILE.yaml.")
-    return tyro.cli(type(default), args=rest, default=default, prog=f"python -m pipelines.{job}"), dry_run
+    # A part that may be missing is one or not by its recipe or file; flags change fields alone.
+    flat = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(type(default), args=rest, default=default, prog=f"python -m pipelines.{job}", config=flat), dry_run
 
 
 def run_job(

@@ -36,10 +36,10 @@ class WorkflowConfig:
             raise ValueError("output is empty. Give s3://bucket/key or a local path.")
         if not self.prompts:
             raise ValueError("prompts is empty. Give at least one, so that the models can be compared.")
-        _require_same("encode.source.uri", self.encode.source.uri, "dataset.output", self.dataset.output)
-        _require_same("encode.base", self.encode.base, "finetune.model.base", self.finetune.model.base)
-        _require_same("finetune.latents", self.finetune.latents, "encode.output", self.encode.output)
-        _require_same("register.run", self.register.run, "finetune.output", self.finetune.output)
+        require_same("encode.source.uri", self.encode.source.uri, "dataset.output", self.dataset.output)
+        require_same("encode.base", self.encode.base, "finetune.model.base", self.finetune.model.base)
+        require_same("finetune.latents", self.finetune.latents, "encode.output", self.encode.output)
+        require_same("register.run", self.register.run, "finetune.output", self.finetune.output)
 
     @property
     def prompts_uri(self) -> str:
@@ -75,6 +75,7 @@ class WorkflowConfig:
         )
 
 
-def _require_same(name: str, value: str, other: str, expected: str) -> None:
+def require_same(name: str, value: str, other: str, expected: str) -> None:
+    """Refuse a field that names another place than the stage before it writes to. Raises ValueError."""
     if value not in ("", expected):
         raise ValueError(f"{name}={value!r} is not {other}={expected!r}, which the workflow makes. Give both the same.")

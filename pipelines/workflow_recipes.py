@@ -4,14 +4,18 @@ from dataclasses import replace
 
 from d2f_core.data.emoji import MakeDatasetConfig
 from d2f_core.inference.contact_sheet import ContactSheetConfig
+from d2f_core.inference.depth_evaluation import EvaluateDepthConfig
 from d2f_core.inference.encode import EncodeConfig
 from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.lora import LoraConfig
+from pipelines.depth import DepthConfig
+from pipelines.encode_depth import RECIPES as ENCODE_DEPTH
 from pipelines.make_dataset import RECIPES as MAKE_DATASET
-from pipelines.recipes import EMOJI_SD, FINETUNE, SHOWN_EMOJI
+from pipelines.predict_depth import DEPTH_MODEL, PREDICT_DEPTH
+from pipelines.recipes import AUTOENCODER, EMOJI_SD, FINETUNE, SHOWN_EMOJI
 from pipelines.reflow import ReflowConfig
 from pipelines.workflow_config import WorkflowConfig
 
@@ -110,3 +114,16 @@ REFLOW = ReflowConfig(
     evaluate=replace(EVALUATE["quickstart"], evaluations=(1, *EVALUATIONS), promote=False),
 )
 """After the quickstart: its flow model is made straight, on 1,000 pairs of its own."""
+
+DEPTH = DepthConfig(
+    output="s3://d2f/workflows/depth",
+    dataset=MAKE_DATASET["depth"],
+    test=MAKE_DATASET["depth-test"],
+    decoder=AUTOENCODER["depth"],
+    encode=ENCODE_DEPTH["depth"],
+    finetune=FINETUNE["depth"],
+    register=RegisterConfig(name=DEPTH_MODEL),
+    predict=replace(PREDICT_DEPTH["depth"], model="", output=""),
+    evaluate=EvaluateDepthConfig(),
+)
+"""emoji-sd learns to see depth, from rendered scenes."""

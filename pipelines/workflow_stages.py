@@ -13,8 +13,8 @@ from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import local_copy
 from d2f_core.stages import StageOutcome, StageResult, run_stage, stage_key
-from d2f_core.storage import exists, join
-from d2f_core.tracking import TrackingError, pin_model
+from d2f_core.storage import exists, join, write_bytes
+from d2f_core.tracking import TrackingError, find_run, pin_model
 from pipelines import contact_sheet, evaluate, finetune, generate, register
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow_config import WorkflowConfig
@@ -102,6 +102,20 @@ def contact_sheet_stage(flow: Workflow, config: WorkflowConfig, *made: Outputs) 
 
     key = stage_key(wired, {str(number): one["digest"] for number, one in enumerate(made)})
     return flow.stage("contact_sheet", key, "prompts", run, lambda done: exists(done["uri"]))
+
+
+def write_summary(flow: Workflow, training: FinetuneConfig, version: Outputs, sheet: str) -> None:
+    """Write summary.json: what every stage did, where run and model are in MLflow, and which picture to look at."""
+    handle = find_run(experiment=training.experiment, run_key=training.output)
+    summary = {
+        "stages": [result.summary() for result in flow.results],
+        "experiment_id": handle and handle.experiment_id,
+        "run_id": handle and handle.run_id,
+        "registered_model": version["name"],
+        "model_version": version["version"],
+        "contact_sheet": sheet,
+    }
+    write_bytes(join(flow.output, "summary.json"), json.dumps(summary, indent=2).encode())
 
 
 def _table_is_there(outputs: Outputs) -> bool:

@@ -1,0 +1,142 @@
+"""Image to depth, a workflow: `ray job submit --working-dir . -- python -m pipelines.workflow depth`.
+
+make_dataset (scenes to learn from, and scenes of other objects to be judged on) -> train_autoencoder (the base's
+decoder) -> encode_depth -> finetune -> register -> predict_depth -> evaluate_depth. What is complete is skipped; after
+a kill the same command goes on.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import ray
+
+from d2f_core.data.depth_dataset import MakeDepthConfig
+from d2f_core.data.sources import ImageSource
+from d2f_core.inference.depth_evaluation import METRICS_NAME, SHEET_NAME, EvaluateDepthConfig
+from d2f_core.inference.depth_plan import PredictDepthConfig
+from d2f_core.inference.encode_config import EncodeDepthConfig
+from d2f_core.inference.register import RegisterConfig
+from d2f_core.model.base import resolve_base
+from d2f_core.stages import StageOutcome, stage_key
+from d2f_core.storage import check_reachable, exists, join
+from d2f_core.tracking import check_tracking
+from pipelines import encode_depth, evaluate_depth, make_dataset, predict_depth, train_autoencoder
+from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
+from pipelines.workflow_config import require_same
+from pipelines.workflow_stages import Outputs, Workflow, finetune_with, register_with, write_summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """Stages read each other's outputs: leave a field that names one empty, or give it the same URI."""
+
+    output: str
+    """Stage records, predictions, the evaluation and summary.json go here."""
+    dataset: MakeDepthConfig
+    """Scenes to learn from."""
+    test: MakeDepthConfig
+    """Scenes to be judged on."""
+    decoder: TrainAutoencoderConfig | None = None
+    """Before all else a base's decoder learns the dataset, and `finetune.model.base` is what comes out. None: that base
+    decodes depth well as it is."""
+    encode: EncodeDepthConfig
+    """`source.uri` is the dataset's output, `base` the finetune's."""
+    finetune: FinetuneConfig
+    """`latents` is the encode's output."""
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    """`run`, `model` and `experiment` are the finetune's."""
+    predict: PredictDepthConfig = field(default_factory=PredictDepthConfig)
+    """`source.uri` is the test scenes; `model` and `output` are filled in."""
+    evaluate: EvaluateDepthConfig = field(default_factory=EvaluateDepthConfig)
+    """`predictions`, `truth`, `train` and `output` are filled in."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
+        if self.decoder:
+            made = join(self.decoder.output, "base")
+            require_same("decoder.images", self.decoder.images, "dataset.output", self.dataset.output)
+            require_same("finetune.model.base", self.finetune.model.base, "decoder.output/base", made)
+        require_same("encode.source.uri", self.encode.source.uri, "dataset.output", self.dataset.output)
+        require_same("encode.base", self.encode.base, "finetune.model.base", self.finetune.model.base)
+        require_same("finetune.latents", self.finetune.latents, "encode.output", self.encode.output)
+        require_same("register.run", self.register.run, "finetune.output", self.finetune.output)
+        require_same("predict.source.uri", self.predict.source.uri, "test.output", self.test.output)
+
+
+def check(config: DepthConfig) -> None:
+    """Refuse what cannot work before the first stage runs."""
+    check_reachable(config.output, write=True)
+    check_tracking()
+    resolve_base(config.decoder.base if config.decoder else config.finetune.model.base)
+    for scenes in (config.dataset, config.test):
+        make_dataset.check(scenes)
+
+
+def main(config: DepthConfig) -> Outputs:
+    """Returns the registered version."""
+    check(config)
+    ray.init(ignore_reinit_error=True)
+    flow = Workflow(config.output)
+    scenes = flow.table("make_dataset", "scenes", make_dataset.main, config.dataset)
+    judged = flow.table("make_test_dataset", "scenes", make_dataset.main, config.test)
+    if config.decoder:
+        decoder_stage(flow, config.decoder, scenes)
+    base = config.finetune.model.base
+    wired = replace(config.encode, source=replace(config.encode.source, uri=scenes["uri"]), base=base)
+    inputs = {"scenes": scenes["digest"], "base": resolve_base(base).content_hash}
+    latents = flow.table("encode_depth", "scenes", encode_depth.main, wired, **inputs)
+    training = replace(config.finetune, latents=latents["uri"])
+    model = finetune_with(flow, "finetune", training, latents=latents["digest"], base=inputs["base"])
+    registered = replace(
+        config.register, run=training.output, model=model["uri"], experiment=config.finetune.experiment
+    )
+    version = register_with(flow, "register", registered, model)
+    report = evaluate_stage(flow, config, predict_stage(flow, config, version, judged), scenes, judged)
+    write_summary(flow, config.finetune, version, report["sheet"])
+    return version
+
+
+def decoder_stage(flow: Workflow, config: TrainAutoencoderConfig, scenes: Outputs) -> Outputs:
+    def run() -> StageOutcome:
+        made = train_autoencoder.main(config)
+        return StageOutcome(
+            count=config.train.num_steps, outputs={"uri": made, "digest": resolve_base(made).content_hash}
+        )
+
+    key = stage_key(config, {"scenes": scenes["digest"], "base": resolve_base(config.base).content_hash})
+    return flow.stage("train_autoencoder", key, "steps", run, lambda done: exists(join(done["uri"], "vae/config.json")))
+
+
+def predict_stage(flow: Workflow, config: DepthConfig, version: Outputs, judged: Outputs) -> Outputs:
+    inputs = {"model": version["digest"], "images": judged["digest"]}
+    # The key is part of the place: maps of another model or of other images never meet these.
+    key = stage_key(config.predict, inputs)
+    wired = replace(
+        config.predict,
+        source=ImageSource(uri=judged["uri"]),
+        model=version["uri"],
+        output=join(config.output, f"predictions-{key[:12]}"),
+    )
+    return flow.table("predict_depth", "maps", predict_depth.main, wired, **inputs)
+
+
+def evaluate_stage(
+    flow: Workflow, config: DepthConfig, predictions: Outputs, scenes: Outputs, judged: Outputs
+) -> Outputs:
+    wired = replace(
+        config.evaluate,
+        predictions=(predictions["uri"],),
+        truth=judged["uri"],
+        train=scenes["uri"],
+        output=join(config.output, "evaluation"),
+    )
+
+    def run() -> StageOutcome:
+        results = evaluate_depth.main(wired)
+        places = {"uri": METRICS_NAME, "sheet": SHEET_NAME}
+        return StageOutcome(
+            count=results["images"], outputs={name: join(wired.output, file) for name, file in places.items()}
+        )
+
+    inputs = {name: one["digest"] for name, one in (("maps", predictions), ("train", scenes), ("test", judged))}
+    return flow.stage("evaluate_depth", stage_key(wired, inputs), "images", run, lambda done: exists(done["uri"]))
