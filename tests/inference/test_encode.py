@@ -33,6 +33,7 @@ from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
 from tests.data.pictures import file_bytes, pictures, pixels, write_folder, write_parquet, write_tars
 from tests.inference.tiny_base import write_tiny_base
+from tests.slow import slow
 
 SHAPE = (4, 8, 8)
 
@@ -308,6 +309,7 @@ def test_the_cluster_changes_no_byte(on_s3):
     assert list_names(join(on_s3.output, PROGRESS)) == []
 
 
+@slow("70 s: a job that ended after any of its chunks is resumed above")
 def test_a_job_killed_in_the_middle_goes_on_to_the_same_bytes(on_s3, tmp_path):
     script = (
         "import ray; from d2f_core.inference.encode import *; from d2f_core.data.sources import ImageSource\n"
