@@ -133,10 +133,8 @@ def run(config: FullSizeConfig, directory: Path) -> dict[str, Any]:
 
     (done,) = mlflow.search_runs(experiment_names=[job.experiment], output_format="list")
     metrics: dict[str, float] = done.data.metrics  # type: ignore[union-attr]
-    # On a CPU the bucket is never touched beyond the gradients in it, so most of it takes no memory; and the copy of a
-    # checkpoint lies in the same memory, with one kind of its tensors as a file.
+    # On a CPU the copy of a checkpoint lies in the same memory, with one kind of its tensors as a file.
     trained, owned = memory.copies // 4, memory.averages // 4
-    touched = memory.peak - memory.bucket + 4 * trained
     saving = memory.state + memory.saving + (16 + 4) * owned
     return {
         "config": {"steps": config.steps, "latents": list(shape), "precision": "fp32", "zero_stage": config.zero_stage},
@@ -147,7 +145,7 @@ def run(config: FullSizeConfig, directory: Path) -> dict[str, Any]:
         "worker_peak_bytes": watch.peak,
         "worker_bytes_first_seen": watch.at_start,
         "predicted": dataclasses.asdict(memory),
-        "predicted_bytes_passing": touched,
+        "predicted_bytes_passing": memory.peak,
         "predicted_bytes_saving": saving,
         "flops_per_step": counted.flops,
     }
