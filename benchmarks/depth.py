@@ -116,19 +116,15 @@ def train(config: Config, task: ImageToDepth, objective: Objective) -> list[dict
     rows = len(table["caption"])
     order = SampleOrder(num_rows=rows, holdout_rows=HOLDOUT, seed=config.seed, batch=config.batch, window_rows=rows)
     settings = TrainConfig(num_steps=config.steps, learning_rate=config.rate, warmup_steps=50, decay="cosine")
-    training = PlainTraining(
-        task,
-        lambda chosen: {name: values[chosen] for name, values in table.items()},
-        order,
-        settings,
-        state=config.state / f"{objective}.pt",
-    )
+
+    def columns(chosen: np.ndarray) -> dict[str, Any]:
+        return {name: values[chosen] for name, values in table.items()}
+
+    training = PlainTraining(task, columns, order, settings, state=config.state / f"{objective}.pt")
     for point in training.run(range(EVERY, config.steps, EVERY)):
         print(f"  {objective}: {point}", flush=True)
     held = order.holdout()
-    total, count = task.validation_loss(
-        task.module, {**{name: values[held] for name, values in table.items()}, "row": held}
-    )
+    total, count = task.validation_loss(task.module, {**columns(held), "row": held})
     return [*training.curve, {"step": config.steps, "validation_flow_loss": total / count}]
 
 

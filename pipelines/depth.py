@@ -87,10 +87,7 @@ def main(config: DepthConfig) -> Outputs:
     latents = flow.table("encode_depth", "scenes", encode_depth.main, wired, **inputs)
     training = replace(config.finetune, latents=latents["uri"])
     model = finetune_with(flow, "finetune", training, latents=latents["digest"], base=inputs["base"])
-    registered = replace(
-        config.register, run=training.output, model=model["uri"], experiment=config.finetune.experiment
-    )
-    version = register_with(flow, "register", registered, model)
+    version = register_with(flow, "register", config.register, training, model)
     report = evaluate_stage(flow, config, predict_stage(flow, config, version, judged), scenes, judged)
     write_summary(flow, config.finetune, version, report["sheet"])
     return version

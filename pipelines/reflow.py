@@ -93,8 +93,7 @@ def run_round(flow: Workflow, config: ReflowConfig, number: int, teacher: str, s
         name=f"{config.finetune.name}-round-{number}",
     )
     model = finetune_with(flow, f"finetune_{number}", training, pairs=pairs["digest"])
-    wired = replace(config.register, run=training.output, model=model["uri"], experiment=config.finetune.experiment)
-    version = register_with(flow, f"register_{number}", wired, model)
+    version = register_with(flow, f"register_{number}", config.register, training, model)
     if config.evaluate.prompts:
         measuring = replace(
             config.evaluate,

@@ -21,7 +21,7 @@ from pipelines.workflow_stages import (
     contact_sheet_stage,
     finetune_stage,
     generate_stage,
-    register_stage,
+    register_with,
     write_summary,
 )
 
@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         "encode_latents", "images", encode_latents.main, config.wired_encode(), images=images["digest"], base=base
     )
     model = finetune_stage(flow, config, latents=latents["digest"], base=base)
-    version = register_stage(flow, config, model)
+    version = register_with(flow, "register", config.register, config.finetune, model)
     write_prompts(config.prompts_uri, config.prompts)
     write_prompts(config.captions_uri, table_captions(config.dataset.output))
     made = [

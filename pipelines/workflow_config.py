@@ -57,9 +57,6 @@ class WorkflowConfig:
     def wired_finetune(self) -> FinetuneConfig:
         return replace(self.finetune, latents=self.encode.output)
 
-    def wired_register(self, model: str) -> RegisterConfig:
-        return replace(self.register, run=self.finetune.output, model=model, experiment=self.finetune.experiment)
-
     def wired_generate(self, model: str, output: str) -> GenerateConfig:
         # The base would draw at its own size, the flow model at that of the images it was trained on.
         edge = self.generate.resolution or self.encode.resolution

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from d2f_core.content import hash_directory
@@ -64,17 +64,17 @@ def finetune_with(flow: Workflow, name: str, config: FinetuneConfig, **inputs: s
     return flow.stage(name, key, "steps", run, lambda done: exists(join(done["uri"], DESCRIPTION)))
 
 
-def register_stage(flow: Workflow, config: WorkflowConfig, model: Outputs) -> Outputs:
-    return register_with(flow, "register", config.wired_register(model["uri"]), model)
+def register_with(
+    flow: Workflow, name: str, config: RegisterConfig, training: FinetuneConfig, model: Outputs
+) -> Outputs:
+    wired = replace(config, run=training.output, model=model["uri"], experiment=training.experiment)
 
-
-def register_with(flow: Workflow, name: str, config: RegisterConfig, model: Outputs) -> Outputs:
     def run() -> StageOutcome:
-        info = register.main(config)
+        info = register.main(wired)
         outputs = {"uri": info.uri, "digest": info.content_hash, "name": info.name, "version": info.version}
         return StageOutcome(count=1, outputs=outputs)
 
-    return flow.stage(name, stage_key(config, {"model": model["digest"]}), "versions", run, _version_is_there)
+    return flow.stage(name, stage_key(wired, {"model": model["digest"]}), "versions", run, _version_is_there)
 
 
 def evaluate_with(flow: Workflow, name: str, config: EvaluateConfig, model: Outputs) -> Outputs:
