@@ -39,6 +39,8 @@ class BrightnessConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 150
     evaluations: tuple[int, ...] = (4, 25)
+    threads: int = 2
+    """Of torch."""
     images: int = 32
     """Drawn per caption and judgement."""
 
@@ -89,7 +91,7 @@ def run_one(config: BrightnessConfig, objective: Objective, method: Method, seed
 
 def main() -> None:
     config = tyro.cli(BrightnessConfig)
-    torch.set_num_threads(2)
+    torch.set_num_threads(config.threads)
     results = json.loads(config.results.read_text()) if config.results.exists() else []
     if not results:
         results.append({"of": "the autoencoder's round trip", "brightness": round_trip(config)})

@@ -27,7 +27,7 @@ from benchmarks.fault_proxy import FaultProxy
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
-from tests.chaos.training import assert_same_run, make_config, processes
+from tests.chaos.training import assert_same_run, make_config, newest_step, processes
 from tests.inference.tiny_base import write_tiny_base
 
 VICTIMS = {
@@ -37,7 +37,10 @@ VICTIMS = {
     "executor": "ray::SplitCoordinator",
     "driver": "",
 }
-OUTAGE = "outage"
+OUTAGE, READER = "outage", "reader"
+LOOK_SECONDS, STALL_SECONDS = 0.2, 10.0
+FRUITLESS = 5
+"""Submissions one after another without a new checkpoint, after which the job is given up."""
 DRIVER = """
 import os, runpy, ray
 ray.init(runtime_env={"env_vars": {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"]}})
@@ -54,28 +57,46 @@ class ChaosConfig:
     outage_seconds: float = 60.0
     fault_rate: float = 0.0
     """Share of S3's answers that are 503; half as many more are cut in their middle."""
+    stall_rate: float = 0.0
+    """Share of S3's answers that wait for 10 s first."""
     steps: int = 2000
     pause: tuple[float, float] = (15.0, 40.0)
     """Seconds between two of these events, drawn evenly."""
     seed: int = 0
     results: Path | None = None
     """Where to write the figures as JSON."""
+    logs: Path | None = None
+    """Directory for the drivers' output; by default a temporary one that stays when something was wrong."""
 
 
 class Job:
     """The training's driver, submitted again when it has ended too early."""
 
-    def __init__(self, config: FinetuneConfig, directory: Path, endpoint: str = "") -> None:
-        self._file, self.submissions, self._endpoint = directory / f"{config.name}.yaml", 0, endpoint
+    def __init__(self, config: FinetuneConfig, logs: Path, endpoint: str = "") -> None:
+        self._config, self._endpoint = config, endpoint
+        self.submissions, self._newest, self._fruitless = 0, -1, 0
+        self._file = logs / f"{config.name}.yaml"
         self._file.write_text(to_yaml(config))
-        self._log = (directory / f"{config.name}.log").open("w")
+        self.log = logs / f"{config.name}.log"
         self.submit()
 
     def submit(self) -> None:
+        """Raises SystemExit when the last few submissions brought no new checkpoint: no kill explains that."""
+        newest = newest_step(self._config.output) if self.submissions else 0
+        self._fruitless = self._fruitless + 1 if newest <= self._newest else 0
+        self._newest = max(newest, self._newest)
+        if self._fruitless >= FRUITLESS:
+            raise SystemExit(
+                f"{FRUITLESS} submissions ended before a new checkpoint. The end of {self.log}:\n{self.tail()}"
+            )
         command = [sys.executable, "-c", DRIVER, "--config", str(self._file)]
         environment = {**os.environ, "AWS_ENDPOINT_URL": self._endpoint or os.environ["AWS_ENDPOINT_URL"]}
-        self.process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         self.submissions += 1
+
+    def tail(self) -> str:
+        return self.log.read_text()[-3000:]
 
     def done(self) -> bool:
         """Whether the training is complete; submits it again when the driver failed."""
@@ -100,30 +121,47 @@ def kill_one(job: Job, name: str) -> bool:
     return bool(found)
 
 
+def happens(job: Job, event: str, chaos: ChaosConfig, proxy: FaultProxy) -> bool:
+    """Do it now; False when there is nobody to kill."""
+    if event != OUTAGE:
+        return kill_one(job, event)
+    proxy.outage_for(chaos.outage_seconds)
+    time.sleep(chaos.outage_seconds)
+    return True
+
+
 def run_troubled(
-    config: FinetuneConfig, chaos: ChaosConfig, directory: Path, proxy: FaultProxy
+    config: FinetuneConfig, chaos: ChaosConfig, logs: Path, proxy: FaultProxy
 ) -> tuple[Job, dict[str, int]]:
     draw, happened = random.Random(chaos.seed), collections.Counter[str]()
     events = draw.choices(list(VICTIMS), k=chaos.kills) + [OUTAGE] * chaos.outages
     draw.shuffle(events)
-    job = Job(config, directory, proxy.url)
+    job = Job(config, logs, proxy.url)
+    due = time.monotonic() + draw.uniform(*chaos.pause)
     while events and not job.done():
-        time.sleep(draw.uniform(*chaos.pause))
-        if job.process.poll() is not None:
-            continue
-        if events[-1] == OUTAGE:
-            proxy.outage_for(chaos.outage_seconds)
-            time.sleep(chaos.outage_seconds)
-        elif not kill_one(job, events[-1]):
-            continue
-        happened[events.pop()] += 1
-        print(f"{happened.total()}: {happened}", flush=True)
+        time.sleep(LOOK_SECONDS)
+        # A reader lives for seconds after each start only: it is killed when one is seen, whatever is next otherwise.
+        reader = READER in events and kill_one(job, READER)
+        if reader:
+            event = READER
+        elif time.monotonic() >= due and job.process.poll() is None:
+            event = next((one for one in events if one != READER and happens(job, one, chaos, proxy)), "")
+        else:
+            event = ""
+        if event:
+            events.remove(event)
+            happened[event] += 1
+            due = time.monotonic() + draw.uniform(*chaos.pause)
+            print(f"{happened.total()}: {dict(happened)}", flush=True)
     job.wait()
     return job, dict(happened)
 
 
 def main() -> None:
     chaos = tyro.cli(ChaosConfig)
+    logs = chaos.logs or Path(tempfile.mkdtemp(prefix="d2f-chaos-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    print(f"logs: {logs}", flush=True)
     with tempfile.TemporaryDirectory() as directory:
         stack = Stack(directory, tied=True)
         os.environ.update(stack.up().variables)
@@ -137,26 +175,30 @@ def main() -> None:
             }
             peaceful, troubled = (make_config(base, name, **values) for name in ("peaceful", "troubled"))
             began = time.monotonic()
-            Job(peaceful, Path(directory)).wait()
+            Job(peaceful, logs).wait()
             middle = time.monotonic()
             address = urlsplit(os.environ["AWS_ENDPOINT_URL"])
             with FaultProxy(str(address.hostname), int(address.port or 0), seed=chaos.seed) as proxy:
                 proxy.error_rate, proxy.reset_rate = chaos.fault_rate, chaos.fault_rate / 2
-                job, happened = run_troubled(troubled, chaos, Path(directory), proxy)
-            seconds = {"peace": round(middle - began), "trouble": round(time.monotonic() - middle)}
+                proxy.stall_rate, proxy.stall_seconds = chaos.stall_rate, STALL_SECONDS
+                job, happened = run_troubled(troubled, chaos, logs, proxy)
             result = {
+                "command": " ".join(sys.argv[1:]),
                 "happened": happened,
                 "requests": dict(proxy.counts),
                 "submissions": job.submissions,
                 "steps": chaos.steps,
-                "seconds": seconds,
+                "seconds": {"peace": round(middle - began), "trouble": round(time.monotonic() - middle)},
             }
+            print(result, flush=True)
             assert_same_run(troubled, peaceful)
         finally:
             stack.down()
-    print(f"{result}: weights, moments, averages and samples are equal")
+    if sum(happened.values()) < chaos.kills + chaos.outages:
+        raise SystemExit("The training ended before all of that had happened. Raise --steps.")
+    print("weights, moments, averages and samples are equal, and MLflow holds every step once")
     if chaos.results:
-        chaos.results.write_text(json.dumps(result, indent=1) + "\n")
+        chaos.results.write_text(json.dumps({**result, "equal": True}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@
 
 A local S3 server holds two tables of latents, one ten times as long as the other. A worker's reader is made anew at 0,
 10, 50, 90 and 99 % of an epoch, in turn, and again in the next round; 0 % is the start of a training that was never
-interrupted. Beside it, how long the plan of a step takes by itself in a table of a thousand million rows.
+interrupted. Beside it, what a worker does before it reads rows, in a table of a thousand million of which only the
+manifest is there: read that, plan a step of one of 1,024 workers, and find the files and row groups of its windows.
 """
 
+import hashlib
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +27,26 @@ import tyro
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core.data.latents import arrays_to_table
-from d2f_core.data.manifest import Manifest, write_manifest, write_part
+from d2f_core.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    TableFile,
+    read_manifest,
+    run_lengths,
+    write_manifest,
+    write_part,
+)
 from d2f_core.data.order import SampleOrder
 from d2f_core.data.plan import Source, StreamPlan
-from d2f_core.data.schema import array_field
+from d2f_core.data.schema import ROW_GROUP_ROWS, array_field
 from d2f_core.data.stream import PlanReader
+from d2f_core.data.table_reader import TableReader
+from d2f_core.storage import join, read_bytes
 from infra.local.stack import Stack
 
 SHAPE, FILE_ROWS = (4, 16, 16), 10_000
 SCHEMA = pa.schema([array_field("latent_mean", "float16", SHAPE)])
-HUGE = 1_000_000_000
+HUGE, HUGE_FILE_ROWS, HUGE_WORKERS = 1_000_000_000, 50_000, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +93,49 @@ def resume(config: ResumeConfig, plan: StreamPlan, share: float) -> float:
     return seconds
 
 
-def planning(config: ResumeConfig) -> dict[str, float]:
-    """Seconds to plan a step of one of 1,024 workers in an epoch that was not looked at before, by the share of it."""
-    found = {}
-    for number, share in enumerate(config.at):
-        order = SampleOrder(num_rows=HUGE, batch=1024 * 64, lanes=1024, seed=number)
-        began = time.perf_counter()
-        order.at(np.arange(64) + int(share * HUGE))
-        found[f"{share:.0%}"] = time.perf_counter() - began
-    return found
+def write_huge_manifest(uri: str) -> None:
+    full, rest = divmod(HUGE_FILE_ROWS, ROW_GROUP_ROWS)
+    files = tuple(
+        TableFile(
+            path=f"part-{number:06d}-00000.parquet",
+            rows=HUGE_FILE_ROWS,
+            size=HUGE_FILE_ROWS * 8192,
+            sha256=hashlib.sha256(str(number).encode()).hexdigest(),
+            row_groups=run_lengths([ROW_GROUP_ROWS] * full + [rest] * bool(rest)),
+        )
+        for number in range(HUGE // HUGE_FILE_ROWS)
+    )
+    write_manifest(uri, Manifest(kind="latents", files=files))
+
+
+def plan_huge(uri: str, share: float, seed: int) -> dict[str, float]:
+    """Seconds by part: everything that one of 1,024 workers does before it reads its first rows there."""
+    times = [time.perf_counter()]
+    manifest = read_manifest(uri)
+    times.append(time.perf_counter())
+    reader = TableReader(uri, manifest, ("latent_mean",))
+    times.append(time.perf_counter())
+    order = SampleOrder(num_rows=HUGE, batch=HUGE_WORKERS * 64, lanes=HUGE_WORKERS, seed=seed)
+    _, rows = order.at(np.arange(64) + int(share * HUGE))
+    times.append(time.perf_counter())
+    for window in np.unique(order.window_of(rows)).tolist():
+        first, end = order.window_bounds(window)
+        reader.row_groups(*reader.groups_of(np.array([first, end - 1])).tolist())
+    times.append(time.perf_counter())
+    return dict(zip(("manifest", "reader", "order", "row groups"), np.diff(times).tolist(), strict=True))
+
+
+def planning(config: ResumeConfig, uri: str) -> dict[str, Any]:
+    """What `plan_huge` takes, each time in an epoch that was not looked at before; the manifest's bytes, and those of
+    memory at the most while it is read and the reader made."""
+    write_huge_manifest(uri)
+    seconds = {f"{share:.0%}": plan_huge(uri, share, seed) for seed, share in enumerate(config.at)}
+    tracemalloc.start()
+    TableReader(uri, read_manifest(uri), ("latent_mean",))
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = len(read_bytes(join(uri, MANIFEST_NAME)))
+    return {"rows": HUGE, "files": HUGE // HUGE_FILE_ROWS, "bytes": size, "memory": memory, "seconds": seconds}
 
 
 def run(config: ResumeConfig, proxy: FaultProxy) -> list[dict[str, Any]]:
@@ -122,6 +169,7 @@ def main() -> None:
                 os.environ["AWS_ENDPOINT_URL"] = proxy.url
                 proxy.first_byte_delay = config.delay
                 found = run(config, proxy)
+                planned = planning(config, "s3://d2f/resume-huge")
         finally:
             stack.down()
     print("| rows | at, of the epoch | s to the first rows: median (range) | of it at 0 % | S3 requests |")
@@ -134,11 +182,16 @@ def main() -> None:
             f"| {one['rows']} | {one['at']:.0%} | {statistics.median(one['seconds']):.3f} ({low:.3f} to {high:.3f}) | "
             f"{ratio:.2f} | {one['requests']} |"
         )
-    plans = planning(config)
-    print(f"\nplanning a step among {HUGE:,} rows: " + ", ".join(f"at {at} {s:.2f} s" for at, s in plans.items()))
+    print(
+        f"\nplanning among {HUGE:,} rows in {planned['files']:,} files (a manifest of {planned['bytes'] / 1e6:.1f} MB, "
+        f"at most {planned['memory'] / 2**20:.0f} MiB of memory):"
+    )
+    for at, parts in planned["seconds"].items():
+        each = ", ".join(f"{name} {seconds:.3f}" for name, seconds in parts.items())
+        print(f"at {at}: {sum(parts.values()):.2f} s ({each})")
     if config.results:
         machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        content = {"machine": machine, "delay": config.delay, "resumes": found, "planning_seconds": plans}
+        content = {"machine": machine, "delay": config.delay, "resumes": found, "planning": planned}
         config.results.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -31,11 +31,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil
 import pyarrow as pa
@@ -44,7 +43,6 @@ import torch
 import tyro
 
 from benchmarks import streaming_peers as peers
-from benchmarks.fault_proxy import FaultProxy
 from benchmarks.streaming_peers import BATCH, READERS
 from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
@@ -185,18 +183,19 @@ def watched(pids: list[int]) -> Iterator[list[int]]:
         thread.join()
 
 
-def run(argv: list[str], url: str, seconds: float, beside: tuple[int, ...] = ()) -> dict[str, Any]:
-    """One run in a process of its own that finds S3 at `url`; its figures, with `peak_pss` and `pss_before` in bytes.
+def run(argv: list[str], url: str, seconds: float, beside: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """One run in a process of its own that finds S3 at `url`; its figures.
 
     Args:
-        beside: pids of processes that serve the run and whose memory counts, with that of all below them.
+        beside: pids of processes that serve the run and whose memory counts with its own: then `peak_pss` and
+            `pss_before` are in bytes. None: nobody looks, since a look takes time from the run.
 
     Raises:
         RuntimeError: it failed or took longer than `seconds`; with the end of what it wrote.
     """
     environment = {**os.environ, **ONE_THREAD, "AWS_ENDPOINT_URL": url, "PYTHONUNBUFFERED": "1"}
-    pids, pipe = list(beside), subprocess.PIPE
-    with watched(pids) as memory:
+    pids, pipe = list(beside or ()), subprocess.PIPE
+    with watched(pids) if beside is not None else nullcontext([]) as memory:
         process = subprocess.Popen(argv, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         pids.append(process.pid)
         try:
@@ -209,19 +208,23 @@ def run(argv: list[str], url: str, seconds: float, beside: tuple[int, ...] = ())
             raise
     if process.returncode:
         raise RuntimeError(f"{' '.join(argv)} ended with {process.returncode}:\n{errors[-3000:]}")
-    return {**json.loads(output.splitlines()[-1]), "peak_pss": max(memory), "pss_before": memory[0]}
+    looks = {"peak_pss": max(memory), "pss_before": memory[0]} if memory else {}
+    return {**json.loads(output.splitlines()[-1]), **looks}
 
 
 @contextmanager
 def s3_at(delay: float, endpoint: str) -> Iterator[str]:
-    """The address of the S3 server, or of a proxy before it that adds `delay` seconds to each first byte."""
+    """The address of S3, or of a proxy, a process of its own, that adds `delay` seconds to each first byte."""
     if not delay:
         yield endpoint
         return
-    target = urlsplit(endpoint)
-    with FaultProxy(target.hostname or "", target.port or 80) as proxy:
-        proxy.first_byte_delay = delay
-        yield proxy.url
+    argv = [sys.executable, "-m", "benchmarks.fault_proxy", "--target", endpoint, "--delay", str(delay)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
 
 
 class Bench:
@@ -244,11 +247,11 @@ class Bench:
             argv = [self.python, str(script), system, "--what", what, "--uri", uri, "--rows", rows, "--local", local]
             return run(argv, url, self.options.run_seconds)
 
-    def ours(self, url: str, rows: int, num_batches: int, step_seconds: float = 0.0) -> dict[str, Any]:
+    def ours(self, url: str, rows: int, num_batches: int, step_seconds: float = 0.0, *, look: bool = False) -> Any:
         node = [one.process.pid for one in owned(self.stack.directory, "ray") if one.process.name() == "raylet"]
         call = json.dumps([f"{BUCKET}/ours-{rows}", num_batches, step_seconds])
         argv = [sys.executable, "-m", "benchmarks.streaming", "ours", call]
-        return run(argv, url, self.options.run_seconds, tuple(node))
+        return run(argv, url, self.options.run_seconds, tuple(node) if look else None)
 
     def keep(self, kind: str, system: str, delay: float, rows: int, result: dict[str, Any], epochs: int = 1) -> None:
         """Add a run to the results; `complete`: it delivered each sample `epochs` times, with all its bytes."""
@@ -257,16 +260,18 @@ class Bench:
         result["longest_wait"] = max(waits)
         result["edge_wait"] = max(waits[end - EDGE_BATCHES : end + EDGE_BATCHES]) if epochs > 1 else None
         wanted = peers.digest(name for name in map(peers.sample_id, range(rows)) for _ in range(epochs))
-        result["complete"] = result["digest"] == wanted and result["checksum"] == epochs * self.checksums[rows]
+        whole = result["digest"] == wanted and result["checksum"] == epochs * self.checksums[rows]
+        result["complete"] = whole if result["samples"] == epochs * rows else None
         self.runs.append({"kind": kind, "system": system, "delay": delay, "rows": rows, **result})
         self.options.results.parent.mkdir(parents=True, exist_ok=True)
         machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {TORCH}"
         report = {"command": " ".join(sys.argv), "machine": machine, "options": asdict(self.options), "runs": self.runs}
         self.options.results.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        note = "" if result["complete"] else "   NOT EVERY SAMPLE ONCE"
+        peak = f"{result['peak_pss'] / 2**20:>7.0f} MB" if "peak_pss" in result else ""
+        note = {True: "", None: "   not the whole table", False: "   NOT EVERY SAMPLE ONCE"}[result["complete"]]
         print(
             f"{kind:<8}{system:<11}{delay:>6.3f} s{rows:>8} rows{result['rate']:>9.0f} samples/s"
-            f"{result['first_batch_seconds']:>7.2f} s to the first batch{result['peak_pss'] / 2**20:>7.0f} MB{note}",
+            f"{result['first_batch_seconds']:>7.2f} s to the first batch{peak}{note}",
             flush=True,
         )
 
@@ -291,7 +296,8 @@ class Bench:
             if rows not in self.checksums:
                 self.write_ours(rows)
             batches = rows // BATCH if rows == self.options.rows else self.options.memory_batches or rows // BATCH
-            self.keep("memory", "ours", 0.0, rows, self.ours(self.endpoint, rows, min(batches, rows // BATCH)))
+            result = self.ours(self.endpoint, rows, min(batches, rows // BATCH), look=True)
+            self.keep("memory", "ours", 0.0, rows, result)
 
     def of(self, kind: str, system: str, delay: float) -> list[dict[str, Any]]:
         return [run for run in self.runs if (run["kind"], run["system"], run["delay"]) == (kind, system, delay)]
@@ -301,10 +307,8 @@ def print_tables(bench: Bench) -> None:
     def middle(runs: list[dict[str, Any]], name: str) -> float:
         return statistics.median(run[name] for run in runs)
 
-    print(
-        "\n| delay s | system | samples/s | ours / it: median (range) | ms a batch, ours - it | s to first | peak MB |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print("\n| delay s | system | samples/s | ours / it: median (range) | ms a batch, ours - it | s to first |")
+    print("|---|---|---|---|---|---|")
     for delay in bench.options.delays:
         mine = bench.of("rate", "ours", delay)
         for system in SYSTEMS:
@@ -317,7 +321,7 @@ def print_tables(bench: Bench) -> None:
                 extra = f"{statistics.median(1000 * BATCH * (1 / a - 1 / b) for a, b in pairs):+.1f}"
             print(
                 f"| {delay:g} | {system} | {middle(runs, 'rate'):.0f} | {ratio} | {extra} | "
-                f"{middle(runs, 'first_batch_seconds'):.1f} | {middle(runs, 'peak_pss') / 2**20:.0f} |"
+                f"{middle(runs, 'first_batch_seconds'):.1f} |"
             )
     print(f"\n| ours at {PACE:.0%} of its rate, delay s | share waited | longest wait ms | at the epoch's end ms |")
     print("|---|---|---|---|")

@@ -30,11 +30,13 @@ class TwinConfig:
     """Rescale the schedule so that its last timestep is noise alone (Lin et al., 2024, arXiv:2305.08891)."""
     steps: int = 1500
     rate: float = 5e-4
+    threads: int = 2
+    """Of torch."""
 
 
 def main() -> None:
     config = tyro.cli(TwinConfig)
-    torch.set_num_threads(2)
+    torch.set_num_threads(config.threads)
     if (config.output / "unet").exists():
         raise SystemExit(f"{config.output} exists. Remove it, or choose another --output.")
     partial = config.output.with_name(f"{config.output.name}.partial")

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from infra.local.stack import Stack, StackEnv
+
+# Cases are the same in every run, and none fails because the machine was busy.
+settings.register_profile("d2f", deadline=None, derandomize=True)
+settings.load_profile("d2f")
 
 STACK_DIRECTORY = pytest.StashKey[Path]()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from d2f_core.objective.path import check_times, expand
-from d2f_core.objective.schedule import PREDICTION_TYPES, NoiseSchedule
+from d2f_core.objective.schedule import NoiseSchedule, check_prediction_type
 
 Denoiser = Callable[..., Tensor]
 """(x_dm [batch, *dims], timestep [batch], **condition) -> prediction [batch, *dims]."""
@@ -48,18 +48,14 @@ def _data_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tu
     """(from_x, from_prediction) of the data estimate at a noise level."""
     if prediction_type == "epsilon":
         return 1 / alpha, -sigma / alpha
-    if prediction_type == "v_prediction":
-        return alpha, -sigma
-    return torch.zeros_like(alpha), torch.ones_like(alpha)
+    return (alpha, -sigma) if prediction_type == "v_prediction" else (torch.zeros_like(alpha), torch.ones_like(alpha))
 
 
 def _noise_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """(from_x, from_prediction) of the noise estimate at a noise level."""
-    if prediction_type == "epsilon":
-        return torch.zeros_like(alpha), torch.ones_like(alpha)
-    if prediction_type == "v_prediction":
-        return sigma, alpha
-    return 1 / sigma, -alpha / sigma
+    if prediction_type == "sample":
+        return 1 / sigma, -alpha / sigma
+    return (sigma, alpha) if prediction_type == "v_prediction" else (torch.zeros_like(alpha), torch.ones_like(alpha))
 
 
 def align(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment:
@@ -107,15 +103,13 @@ def align_as_published(schedule: NoiseSchedule, prediction_type: str, t: Tensor)
     timestep = torch.where(inside, below - part, len(bars) - (times[-1] - t) / (times[0] - times[-1]))
     alpha_read, sigma_read = _between(bars.sqrt(), timestep), _between((1 - bars).sqrt(), timestep)
     norm = alpha_read + sigma_read
-    if prediction_type == "epsilon":
-        from_x, from_prediction = 1 / alpha_read, -norm / alpha_read
-    elif prediction_type == "v_prediction":
-        from_x, from_prediction = alpha_read - sigma_read, -norm
-    else:
-        from_x, from_prediction = -1 / sigma_read, norm / sigma_read
-    return Alignment(
-        timestep=timestep, scale=_between(alpha + sigma, timestep), from_x=from_x, from_prediction=from_prediction
-    )
+    from_x, from_prediction = {
+        "epsilon": (1 / alpha_read, -norm / alpha_read),
+        "v_prediction": (alpha_read - sigma_read, -norm),
+        "sample": (-1 / sigma_read, norm / sigma_read),
+    }[prediction_type]
+    scale = _between(alpha + sigma, timestep)
+    return Alignment(timestep=timestep, scale=scale, from_x=from_x, from_prediction=from_prediction)
 
 
 def _between(table: Tensor, index: Tensor) -> Tensor:
@@ -136,11 +130,7 @@ class VelocityField:
     """Use `align_as_published`, only to compare with what the paper's code gives."""
 
     def __post_init__(self) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type={self.prediction_type!r} is not known. Use one of {', '.join(PREDICTION_TYPES)}, "
-                "as the base model's scheduler config says."
-            )
+        check_prediction_type(self.prediction_type, self.schedule.trained_range[0])
 
     def align(self, t: Tensor) -> Alignment:
         return (align_as_published if self.paper_compat else align)(self.schedule, self.prediction_type, t)
@@ -161,12 +151,7 @@ class VelocityField:
         Raises:
             ValueError: times outside [0, 1] or not one per sample, or a network that changes the shape.
         """
-        check_times(t)
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(
-                f"t has shape {tuple(t.shape)}, the state {tuple(x_t.shape)}. Give one flow time per sample: "
-                "t.expand(len(x_t))."
-            )
+        check_times(t, x_t)
         at = self.align(t)
         x_dm = expand(at.scale, x_t) * x_t
         prediction = self.predict(x_dm, at.timestep, **condition)
@@ -182,5 +167,5 @@ class NaiveVelocityField:
 
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """Velocity [batch, *dims] at the flow state `x_t` [batch, *dims] and flow times `t` [batch]."""
-        check_times(t)
+        check_times(t, x_t)
         return self.denoiser(x_t, (self.schedule.num_timesteps * (1 - t)).float(), **condition)

@@ -2,7 +2,8 @@
 
 Each takes the network as a `VelocityField`, the two ends of the path and one uniform number per sample, and returns one
 loss per sample. Which numbers are drawn is the caller's business: they belong to the sample, not to the process. The
-noise may be fresh, or the noise that the data was made from (reflow).
+noise may be fresh, or the noise that the data was made from (reflow). All refuse (ValueError) noise of another shape
+than the data, and uniform numbers that are not one per sample or leave [0, 1].
 """
 
 from collections.abc import Callable, Mapping
@@ -13,12 +14,19 @@ import torch
 from torch import Tensor
 
 from d2f_core.objective.alignment import NaiveVelocityField, VelocityField
-from d2f_core.objective.path import TimeSampling, expand, interpolate
+from d2f_core.objective.path import TimeSampling, check_times, expand, interpolate
 
 Loss = Callable[..., Tensor]
 """(field, data, noise, uniform, mask=None, **options, **condition) -> float32 [batch]."""
 
 UNIFORM_TIMES = TimeSampling()
+
+
+def _check(data: Tensor, noise: Tensor, uniform: Tensor) -> None:
+    """Refuse what broadcasting would hide, and numbers from which no time can be drawn."""
+    if data.shape != noise.shape:
+        raise ValueError(f"data has shape {tuple(data.shape)}, noise {tuple(noise.shape)}. Give both ends alike.")
+    check_times(uniform, data)
 
 
 def _mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -29,7 +37,8 @@ def _mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
     square = error.float().square()
     if mask is None:
         return square.flatten(1).mean(1)
-    if mask.shape[0] != error.shape[0] or mask.ndim != error.ndim:
+    widths = zip(mask.shape[1:], error.shape[1:], strict=False)
+    if mask.ndim != error.ndim or len(mask) != len(error) or any(m not in (1, e) for m, e in widths):
         shapes = f"mask of shape {tuple(mask.shape)} does not fit an error of shape {tuple(error.shape)}"
         raise ValueError(f"{shapes}. Give [batch, 1, height, width] at the latent's size.")
     weight = mask.to(square.dtype).expand_as(square).flatten(1)
@@ -50,6 +59,7 @@ def diff2flow(
     The state is mixed for the network at once, not by way of `x_t`: velocity and target are linear in (data, noise,
     prediction), so their difference takes as many operations as the diffusion loss.
     """
+    _check(data, noise, uniform)
     at = field.align(t := times(uniform).double())
     to_data, to_noise = at.scale * t, at.scale * (1 - t)
     x_dm = torch.addcmul(expand(to_noise, noise) * noise, expand(to_data, data), data)
@@ -69,6 +79,7 @@ def flow_matching(
     **condition: Any,
 ) -> Tensor:
     """Naive flow matching, for comparison: the network is retrained to put out the velocity of `x_t` itself."""
+    _check(data, noise, uniform)
     naive = NaiveVelocityField(field.denoiser, field.schedule)
     t = times(uniform)
     return _mean_square(naive(interpolate(noise, data, t), t, **condition) - (data - noise), mask)
@@ -89,6 +100,7 @@ def diffusion(
         min_snr_gamma: levels with a signal-to-noise ratio above it count less; 5 is usual, 0 weighs all alike.
             Source: Hang et al., 2023, arXiv:2303.09556.
     """
+    _check(data, noise, uniform)
     schedule = field.schedule
     timestep = (uniform.double() * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
     alpha_bar = schedule.alphas_cumprod.to(uniform.device)[timestep]
@@ -108,16 +120,10 @@ def _min_snr_weight(prediction_type: str, alpha_bar: Tensor, gamma: float) -> Te
     """What makes the error in this prediction type weigh `min(snr, gamma)` as an error in the data estimate."""
     snr = alpha_bar / (1 - alpha_bar)
     data_weight = snr.clamp(max=gamma)
-    if prediction_type == "epsilon":
-        return data_weight / snr
-    if prediction_type == "v_prediction":
-        return data_weight / (snr + 1)
-    return data_weight
+    return data_weight / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
 
 
-LOSSES: Mapping[str, Loss] = MappingProxyType(
-    {"diff2flow": diff2flow, "flow_matching": flow_matching, "diffusion": diffusion}
-)
+LOSSES: Mapping[str, Loss] = MappingProxyType({f.__name__: f for f in (diff2flow, flow_matching, diffusion)})
 
 
 @torch.no_grad()

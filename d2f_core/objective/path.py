@@ -23,8 +23,11 @@ def interpolate(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
     return (1 - time) * noise + time * data
 
 
-def check_times(t: Tensor) -> None:
-    """Refuse flow times outside [0, 1], and what is no number."""
+def check_times(t: Tensor, state: Tensor | None = None) -> None:
+    """Refuse flow times outside [0, 1], what is no number, and any but one time per sample of a `state`."""
+    if state is not None and t.shape != state.shape[:1]:
+        shapes = f"t has shape {tuple(t.shape)}, the state {tuple(state.shape)}"
+        raise ValueError(f"{shapes}. Give one flow time per sample: t.expand(len(x_t)).")
     if not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(
             f"flow times must lie in [0, 1] (0 noise, 1 data), got {t.min().item():g} to {t.max().item():g}. "
@@ -35,10 +38,15 @@ def check_times(t: Tensor) -> None:
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """Move flow times towards noise (`shift` > 1), as larger images need: they keep more signal at equal `t`.
 
-    Inverse: `shift_times(t, 1 / shift)`. Source: Esser et al., 2024, arXiv:2403.03206, eq. 23, which counts time from
-    data to noise and recommends `sqrt(pixels / pixels of the base)`.
+    Shifts multiply; inverse: `shift_times(t, 1 / shift)`. Source: Esser et al., 2024, arXiv:2403.03206, eq. 23, which
+    counts time from data to noise.
     """
     return t / (t + shift * (1 - t))
+
+
+def resolution_shift(pixels: int, base_pixels: int) -> float:
+    """The shift at which images of so many pixels are as noisy as the base's own at equal flow time (likewise)."""
+    return math.sqrt(pixels / base_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LINEAR = {"linear": 1, "scaled_linear": 2}
+"""Schedules whose betas are a power of evenly spaced numbers."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class ScheduleError(ValueError):
     """A scheduler config that cannot be used as it is."""
+
+
+def check_prediction_type(kind: str, lowest_time: float = 1.0) -> None:
+    """Refuse what no network predicts, and epsilon where the noisiest level (at `lowest_time`) has no signal at all."""
+    if kind not in PREDICTION_TYPES:
+        raise ScheduleError(
+            f"prediction_type={kind!r} is not known. Use one of {', '.join(PREDICTION_TYPES)}, as the base model's "
+            "scheduler config says. A flow_prediction base is a flow model already."
+        )
+    if kind == "epsilon" and lowest_time == 0:
+        raise ScheduleError(
+            "prediction_type 'epsilon' with zero terminal SNR (rescale_betas_zero_snr): at zero signal, noise says "
+            "nothing about the data. Use a v_prediction base, or set rescale_betas_zero_snr to false."
+        )
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:
@@ -30,25 +46,23 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
                 f"num_train_timesteps={count} contradicts the {betas.numel()} trained_betas. Leave it out."
             )
         return betas
-    missing = [name for name in ("num_train_timesteps", "beta_schedule") if name not in config]
-    if missing:
+    kind = config.get("beta_schedule")
+    needed = ["num_train_timesteps", "beta_schedule", *(["beta_start", "beta_end"] if kind in LINEAR else [])]
+    if missing := [name for name in needed if name not in config]:
         raise ScheduleError(f"The scheduler config has no {missing}. Take scheduler_config.json from the base model.")
-    count, kind = int(config["num_train_timesteps"]), config["beta_schedule"]
+    count = int(config["num_train_timesteps"])
     if kind == "squaredcos_cap_v2":
         bars = [math.cos((k / count + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(count + 1)]
         return torch.tensor([min(1 - bars[k + 1] / bars[k], 0.999) for k in range(count)], dtype=torch.float64)
-    if "beta_start" not in config or "beta_end" not in config:
-        raise ScheduleError(f"beta_schedule {kind!r} needs beta_start and beta_end. Add both to the scheduler config.")
+    if kind not in LINEAR:
+        raise ScheduleError(
+            f"beta_schedule {kind!r} is not known. Known: {', '.join(LINEAR)}, squaredcos_cap_v2, or trained_betas."
+        )
     start, end = float(config["beta_start"]), float(config["beta_end"])
     if start > end:
         raise ScheduleError(f"beta_start={start} is above beta_end={end}: noise must grow. Exchange the two.")
-    if kind == "linear":
-        return torch.linspace(start, end, count, dtype=torch.float64)
-    if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-    raise ScheduleError(
-        f"beta_schedule {kind!r} is not known. Known: linear, scaled_linear, squaredcos_cap_v2, or trained_betas."
-    )
+    power = LINEAR[kind]
+    return torch.linspace(start ** (1 / power), end ** (1 / power), count, dtype=torch.float64) ** power
 
 
 def _to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
@@ -74,23 +88,16 @@ class NoiseSchedule:
                 zero terminal SNR.
         """
         kind = config.get("prediction_type", "epsilon")
-        if kind not in PREDICTION_TYPES:
-            raise ScheduleError(
-                f"prediction_type={kind!r} in the scheduler config is not known. Use one of "
-                f"{', '.join(PREDICTION_TYPES)}. A flow_prediction base is a flow model already."
-            )
+        check_prediction_type(kind)
         betas = _betas(config)
         if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ScheduleError(f"betas must be at least two numbers in (0, 1), got shape {tuple(betas.shape)}.")
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod = _to_zero_terminal_snr(alphas_cumprod)
-            if kind == "epsilon":
-                raise ScheduleError(
-                    "prediction_type 'epsilon' with rescale_betas_zero_snr: at zero signal, noise says nothing about "
-                    "the data. Use a v_prediction base, or set rescale_betas_zero_snr to false."
-                )
-        return cls(alphas_cumprod)
+        schedule = cls(alphas_cumprod)
+        check_prediction_type(kind, schedule.trained_range[0])
+        return schedule
 
     @property
     def num_timesteps(self) -> int:
@@ -105,8 +112,7 @@ class NoiseSchedule:
     @cached_property
     def trained_range(self) -> tuple[float, float]:
         """Lowest and highest flow time that the network has seen."""
-        times = self.flow_times
-        return float(times[-1]), float(times[0])
+        return float(self.flow_times[-1]), float(self.flow_times[0])
 
     def timestep_at(self, t: Tensor) -> Tensor:
         """Float64 [batch], fractional: linear in `t` between neighbours in the table; outside it the nearest one."""

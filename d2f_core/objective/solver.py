@@ -115,8 +115,6 @@ def _adaptive(field: Field, x: Tensor, times: Tensor, solver: str, rtol: float, 
 
 def uniform_times(steps: int, shift: float = 1.0) -> Tensor:
     """Flow times from noise to data, float64 [steps + 1]: equidistant, then shifted towards noise by `shift`."""
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1.")
-    if shift <= 0:
-        raise ValueError(f"shift={shift} must be above 0. 1 keeps the steps equal, 3 suits much larger images.")
+    if steps < 1 or shift <= 0:
+        raise ValueError(f"steps={steps} must be at least 1 and shift={shift} above 0. Shift 1 keeps the steps equal.")
     return shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)

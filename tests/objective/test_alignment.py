@@ -115,14 +115,35 @@ def test_a_velocity_gives_back_the_prediction(kind):
     torch.testing.assert_close(back, prediction, rtol=0, atol=1e-10)
 
 
-def test_bfloat16_predictions_keep_float32_coefficients():
-    field = VelocityField(lambda x, timestep: x.bfloat16(), SCHEDULE, "v_prediction")
-    assert field(torch.zeros(2, 4), torch.tensor([0.1, 0.9])).dtype == torch.float32
+@pytest.mark.parametrize("state_dtype", ["float32", "the network's"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_coefficients_stay_wide_under_networks_of_half_precision(kind, dtype, state_dtype):
+    """Of a rounded answer the velocity is what float64 makes of it: the conversion adds no half-precision rounding."""
+    generator = torch.Generator().manual_seed(4)
+    t = torch.linspace(*SCHEDULE.trained_range, 200, dtype=torch.float64)
+    x_t = torch.randn(200, 5, generator=generator)
+    x_t = x_t.to(dtype) if state_dtype != "float32" else x_t
+    answer = torch.randn(200, 5, generator=generator).to(dtype)
+    velocity = VelocityField(lambda x, timestep: answer, SCHEDULE, kind)(x_t, t)
+    at = align(SCHEDULE, kind, t)
+    from_x, from_prediction = (c[:, None] for c in (at.from_x * at.scale, at.from_prediction))
+    wanted = from_x * x_t.double() + from_prediction * answer.double()
+    size = (from_x * x_t.double()).abs() + (from_prediction * answer.double()).abs() + 1
+    assert velocity.dtype == torch.float32
+    assert ((velocity.double() - wanted) / size).abs().max() < 5e-7
 
 
 def test_unknown_prediction_type_is_refused():
     with pytest.raises(ValueError, match=r"prediction_type='eps'.*Use one of epsilon"):
         VelocityField(lambda x, timestep: x, SCHEDULE, "eps")
+
+
+def test_epsilon_is_refused_where_a_trained_level_has_no_signal():
+    schedule = NoiseSchedule.from_scheduler_config(ZERO_SNR)
+    VelocityField(lambda x, timestep: x, schedule, "sample")
+    with pytest.raises(ValueError, match=r"'epsilon' with zero terminal SNR.*Use a v_prediction base"):
+        VelocityField(lambda x, timestep: x, schedule, "epsilon")
 
 
 def test_a_network_that_changes_the_shape_is_refused():

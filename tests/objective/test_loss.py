@@ -98,6 +98,26 @@ def test_a_mask_leaves_only_what_it_marks(name):
         LOSSES[name](field, DATA, NOISE, UNIFORM, mask=torch.ones(6, 2))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"noise": NOISE[:1]}, r"data has shape \(6, 4, 2, 2\), noise \(1, 4, 2, 2\)"),
+        ({"noise": NOISE[:, :1]}, r"noise \(6, 1, 2, 2\). Give both ends alike"),
+        ({"uniform": UNIFORM[:1]}, r"t has shape \(1,\).*one flow time per sample"),
+        ({"uniform": UNIFORM[:, None]}, r"t has shape \(6, 1\)"),
+        ({"uniform": UNIFORM + 0.5}, r"must lie in \[0, 1\].*to 1.45"),
+        ({"uniform": UNIFORM - 0.2}, r"must lie in \[0, 1\].*got -0.1"),
+        ({"uniform": UNIFORM * torch.nan}, r"must lie in \[0, 1\]"),
+        ({"mask": torch.ones(6, 1, 3, 2)}, r"mask of shape \(6, 1, 3, 2\) does not fit"),
+    ],
+)
+def test_what_broadcasting_or_clamping_would_hide_is_refused(name, changed, message):
+    field = VelocityField(lambda x, timestep: x, SCHEDULE, "v_prediction")
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name](field, **{"data": DATA, "noise": NOISE, "uniform": UNIFORM} | changed)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weighs_the_data_error_alike_in_every_prediction_type(kind):
     """An error in the data estimate of size 1 costs min(snr, gamma), whatever the network predicts."""
