@@ -7,7 +7,6 @@
 The same command again leaves alone what is there, and ends with the same bytes.
 """
 
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 from PIL import Image
 
@@ -29,6 +27,7 @@ from d2f_core.data.manifest import (
     Manifest,
     ManifestError,
     TableFile,
+    describe_file,
     manifest_exists,
     read_manifest,
     write_manifest,
@@ -155,8 +154,7 @@ def _make_parts(config: MakeDepthConfig) -> Iterator[tuple[int, TableFile]]:
     progress = Progress("make_dataset", config.num_parts, "parts")
     tasks = cast(Any, ray.data.TaskPoolStrategy(size=config.num_tasks))
     for row in dataset.map(make, compute=tasks, max_calls=PARTS_PER_PROCESS).iter_rows():
-        content = json.loads(row["file"])
-        yield row["part"], TableFile(**{**content, "row_groups": tuple(content["row_groups"])})
+        yield row["part"], TableFile.from_json(json.loads(row["file"]))
         progress.advance(1)
 
 
@@ -190,8 +188,4 @@ def make_row(config: MakeDepthConfig, number: int) -> dict[str, Any]:
 
 def _known_part(output: str, number: int) -> TableFile:
     """What `write_part` said of a part, from the part itself: files appear whole."""
-    data = read_bytes(join(output, part_name(number)))
-    metadata = pq.read_metadata(pa.BufferReader(data))
-    groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-    digest = hashlib.sha256(data).hexdigest()
-    return TableFile(path=part_name(number), rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups)
+    return describe_file(part_name(number), read_bytes(join(output, part_name(number))))

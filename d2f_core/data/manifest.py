@@ -2,17 +2,22 @@
 
 A table is `URI/part-*.parquet` plus `URI/manifest.json`. The manifest is written last, and only once: without it the
 table does not exist, with it the table is complete and never changes.
+
+Its size, and the time to read it, go with the number of files: the row groups of a file are written as runs of equal
+ones. A thousand million rows in 20,000 files are 4 MB of JSON, where one number per row group would be 60 MB.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2f_core.data.schema import ROW_GROUP_ROWS, SCHEMA_VERSION
+from d2f_core.data.schema import READABLE_VERSIONS, ROW_GROUP_ROWS, SCHEMA_VERSION
 from d2f_core.storage import exists, join, read_bytes, write_bytes
 
 MANIFEST_NAME = "manifest.json"
@@ -27,7 +32,11 @@ class ManifestNotFoundError(ManifestError):
     """There is no manifest: the table was never finished."""
 
 
-@dataclass(frozen=True, kw_only=True)
+Runs = tuple[tuple[int, int], ...]
+"""Row groups of a file, in order, as runs of equal ones: (rows of each, how many)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TableFile:
     """One parquet file of a table."""
 
@@ -37,8 +46,19 @@ class TableFile:
     size: int
     """Bytes."""
     sha256: str
-    row_groups: tuple[int, ...]
-    """Rows of each row group, in order."""
+    row_groups: Runs
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "TableFile":
+        """The file that `asdict` gave, or schema version 2, which listed the rows of every row group."""
+        groups = content["row_groups"]
+        listed = groups and isinstance(groups[0], int)
+        return cls(**{**content, "row_groups": run_lengths(groups) if listed else tuple(map(tuple, groups))})
+
+
+def run_lengths(row_groups: Iterable[int]) -> Runs:
+    """Runs of equal row groups, of the rows of each."""
+    return tuple((rows, sum(1 for _ in equal)) for rows, equal in groupby(row_groups))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +74,18 @@ class Manifest:
     inputs: dict[str, Any] = field(default_factory=dict)
     """What the table was made from: source, configuration, versions."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Samples by fate; for a job over a source: read = written + quarantined + duplicates."""
+    """Samples by fate; for a job over a source: read = written + quarantined. `duplicates` are quarantined ones."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ManifestError(f"kind={self.kind!r} is not a kind of table. Known: {', '.join(KINDS)}.")
         for file in self.files:
-            if sum(file.row_groups) != file.rows:
-                raise ManifestError(f"{file.path}: row groups {file.row_groups} do not add up to {file.rows} rows.")
+            if sum(rows * count for rows, count in file.row_groups) != file.rows:
+                raise ManifestError(
+                    f"{file.path}: its row groups (rows, count) {str(file.row_groups)[:200]} do not add up to "
+                    f"{file.rows} rows. Write the table again."
+                )
 
     @property
     def num_rows(self) -> int:
@@ -71,8 +94,22 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Hash of the table's content: its files, its kind and its encoder, not how or when it was made."""
-        content = {"kind": self.kind, "files": [asdict(file) for file in self.files], "fingerprint": self.fingerprint}
-        return hashlib.sha256(canonical_json(content)).hexdigest()
+        text = hashlib.sha256(b'{"files":[')
+        for number, file in enumerate(self.files):
+            text.update(b"," * bool(number) + _listing_all_groups(file))
+        text.update(b"]," + canonical_json({"fingerprint": self.fingerprint, "kind": self.kind})[1:])
+        return text.hexdigest()
+
+
+def _listing_all_groups(file: TableFile) -> bytes:
+    """Canonical JSON of a file as schema version 2 had it, so that a table's digest stays what jobs noted of it.
+
+    By hand: through `json`, a table of 1e9 rows would take seconds.
+    """
+    path, sha256 = (json.dumps(text, ensure_ascii=False) for text in (file.path, file.sha256))
+    groups = "".join(f"{rows}," * count for rows, count in file.row_groups)[:-1]
+    text = f'{{"path":{path},"row_groups":[{groups}],"rows":{file.rows},"sha256":{sha256},"size":{file.size}}}'
+    return text.encode()
 
 
 def canonical_json(value: object) -> bytes:
@@ -90,7 +127,7 @@ def read_manifest(uri: str) -> Manifest:
 
     Raises:
         ManifestNotFoundError: there is none.
-        ManifestError: it is no manifest, or one of a newer schema version.
+        ManifestError: it is no manifest, or one of another schema version.
     """
     place = join(uri, MANIFEST_NAME)
     try:
@@ -102,12 +139,17 @@ def read_manifest(uri: str) -> Manifest:
     except ValueError as error:
         raise ManifestError(f"{place!r} is not JSON ({error}). Remove the table and write it again.") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ManifestError(f"{place!r} has schema_version={version}, not {SCHEMA_VERSION}. Write the table again.")
+    if version not in READABLE_VERSIONS:
+        raise ManifestError(
+            f"{place!r} has schema_version={version}; {' and '.join(map(str, READABLE_VERSIONS))} can be read. Write "
+            "the table again, or read it with the release that wrote it."
+        )
     try:
-        files = tuple(TableFile(**{**file, "row_groups": tuple(file["row_groups"])}) for file in content.pop("files"))
-        return Manifest(**content, files=files)
-    except (KeyError, TypeError) as error:
+        files = tuple(map(TableFile.from_json, content.pop("files")))
+        return Manifest(**{**content, "files": files, "schema_version": SCHEMA_VERSION})
+    except ManifestError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{place!r} is not a table's manifest ({error}). Write the table again.") from None
 
 
@@ -117,14 +159,21 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
     Raises:
         ManifestError: another manifest is there already; an equal one is fine.
     """
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False).encode()
     try:
-        write_bytes(join(uri, MANIFEST_NAME), text, exclusive=True)
+        write_bytes(join(uri, MANIFEST_NAME), _to_json(manifest).encode(), exclusive=True)
     except FileExistsError:
         if read_manifest(uri).digest != manifest.digest:
             raise ManifestError(
                 f"{uri!r} is already a complete table with other content. Write to another URI, or remove that one."
             ) from None
+
+
+def _to_json(manifest: Manifest) -> str:
+    """One line per file."""
+    files = ",\n".join(json.dumps(asdict(file), sort_keys=True, ensure_ascii=False) for file in manifest.files)
+    rest = asdict(replace(manifest, files=()))
+    del rest["files"]
+    return f'{{\n "files": [\n{files}\n ],' + json.dumps(rest, indent=1, sort_keys=True, ensure_ascii=False)[1:]
 
 
 def write_part(uri: str, name: str, table: pa.Table) -> TableFile:
@@ -143,8 +192,13 @@ def write_part(uri: str, name: str, table: pa.Table) -> TableFile:
         write_page_checksum=True,
     )
     data = sink.getvalue().to_pybytes()
-    full, rest = divmod(table.num_rows, ROW_GROUP_ROWS)
-    groups = (ROW_GROUP_ROWS,) * full + ((rest,) if rest else ())
     write_bytes(join(uri, name), data)
+    return describe_file(name, data)
+
+
+def describe_file(name: str, data: bytes) -> TableFile:
+    """The manifest's entry for a parquet file of these bytes."""
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    groups = run_lengths(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
     digest = hashlib.sha256(data).hexdigest()
-    return TableFile(path=name, rows=table.num_rows, size=len(data), sha256=digest, row_groups=groups)
+    return TableFile(path=name, rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups)

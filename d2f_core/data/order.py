@@ -33,6 +33,17 @@ def _windows(count: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
     return windows, int(np.flatnonzero(windows == count - 1)[0])
 
 
+@lru_cache(maxsize=2)
+def _cycle(batches: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bucket of each step of a cycle, and how many steps of the cycle took from that bucket before."""
+    labels = np.repeat(np.arange(len(batches), dtype=np.int32), batches)
+    buckets = labels[keyed_generator(seed, cycle, "buckets").permutation(len(labels))]
+    before = np.empty(len(buckets), np.int64)
+    for bucket, count in enumerate(batches):
+        before[buckets == bucket] = np.arange(count)
+    return buckets, before
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleOrder:
     num_rows: int
@@ -156,7 +167,6 @@ class BucketSchedule:
         if len(self.batches) == 1:
             return 0, step
         cycle, place = divmod(step, sum(self.batches))
-        labels = np.repeat(np.arange(len(self.batches)), self.batches)
-        order = labels[_permutation(len(labels), self.seed, cycle, "buckets")]
-        bucket = int(order[place])
-        return bucket, cycle * self.batches[bucket] + int((order[:place] == bucket).sum())
+        buckets, before = _cycle(self.batches, self.seed, cycle)
+        bucket = int(buckets[place])
+        return bucket, cycle * self.batches[bucket] + int(before[place])

@@ -11,11 +11,15 @@ from d2f_core.storage import arrow_filesystem, join, write_bytes
 
 QUARANTINE_NAME = "quarantine.parquet"
 
+DUPLICATE = "duplicate"
+"""Code of the one reason that costs nothing: the same sample is in the table already."""
+
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("source_uri", pa.string(), nullable=False),
         pa.field("sample_id", pa.string()),
         pa.field("reason", pa.string(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
     ]
 )
 
@@ -29,6 +33,12 @@ class BadSample:
     """None when it lacks the image or the caption that make up the id."""
     reason: str
     """A code and a detail: `too_small: 20x30 px, the short side must be at least 64`."""
+    rows: int = 1
+    """Samples that it stands for: all that follow in a piece of a file that cannot be read any further."""
+
+    @property
+    def code(self) -> str:
+        return self.reason.partition(":")[0]
 
 
 def write_quarantine(uri: str, bad: Sequence[BadSample]) -> None:
@@ -47,4 +57,7 @@ def read_quarantine(uri: str) -> list[BadSample]:
 
 def reason_counts(bad: Iterable[BadSample]) -> dict[str, int]:
     """Samples by the code of their reason, most frequent first."""
-    return dict(Counter(sample.reason.partition(":")[0] for sample in bad).most_common())
+    counts = Counter[str]()
+    for sample in bad:
+        counts[sample.code] += sample.rows
+    return dict(counts.most_common())

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
-"""Raised with every change that an older reader would misread."""
+SCHEMA_VERSION = 3
+"""Raised with every change that an older reader would misread. Version 2 lists the rows of every row group of a file in
+the manifest, where 3 has runs of equal ones; the tables are the same."""
+
+READABLE_VERSIONS = (2, 3)
 
 ROW_GROUP_ROWS = 64
 """Rows per parquet row group: the smallest piece that a reader can fetch."""

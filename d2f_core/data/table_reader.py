@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -37,17 +38,35 @@ class RowRange:
     """Row number -> why it cannot be used."""
 
 
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a table."""
+
+    file: int
+    number: int
+    """Within its file."""
+    first: int
+    end: int
+    """First and one past the last row."""
+
+
 class TableReader:
-    """Reads consecutive rows; safe to use from several threads."""
+    """Reads consecutive rows; safe to use from several threads.
+
+    It holds a few numbers per run of equal row groups, of which a file of `write_part` has two at most: as many as
+    there are rows would take seconds and gigabytes in a table of 1e9.
+    """
 
     def __init__(self, uri: str, manifest: Manifest, columns: Sequence[str]) -> None:
         self._columns = list(columns)
         self._filesystem, self._root = storage.arrow_filesystem(uri)
         self._files = manifest.files
-        groups = [(number, group, rows) for number, file in enumerate(manifest.files)
-                  for group, rows in enumerate(file.row_groups)]  # fmt: skip
-        self._groups = [(number, group) for number, group, _ in groups]
-        self._starts = np.concatenate([[0], np.cumsum([rows for *_, rows in groups], dtype=np.int64)])
+        runs = [(number, *run) for number, file in enumerate(manifest.files) for run in file.row_groups]
+        # Of each run: its file, and the rows of each of its groups.
+        self._run_files, self._run_sizes, counts = np.array(runs, np.int64).reshape(-1, 3).T
+        # The first row and the first group of each run, and one past the last of all.
+        self._run_rows = np.concatenate([[0], np.cumsum(self._run_sizes * counts)])
+        self._run_groups = np.concatenate([[0], np.cumsum(counts)])
         self._fragment = lru_cache(OPEN_FILES)(self._open)
 
     def _open(self, number: int) -> pads.ParquetFileFragment:
@@ -69,11 +88,17 @@ class TableReader:
 
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
         """The row group, int64, counted over the whole table, that holds each row."""
-        return np.searchsorted(self._starts, rows, side="right") - 1
+        runs = np.searchsorted(self._run_rows, rows, side="right") - 1
+        return self._run_groups[runs] + (rows - self._run_rows[runs]) // self._run_sizes[runs]
 
-    def range_of(self, group: int) -> tuple[int, int]:
-        """First and one past the last row of a row group."""
-        return int(self._starts[group]), int(self._starts[group + 1])
+    def row_groups(self, first: int, last: int) -> list[RowGroup]:
+        """The row groups with these numbers, counted over the whole table, and those between."""
+        groups = np.arange(first, last + 1)
+        runs = np.searchsorted(self._run_groups, groups, side="right") - 1
+        files, sizes = self._run_files[runs], self._run_sizes[runs]
+        numbers = groups - self._run_groups[np.searchsorted(self._run_files, files)]
+        firsts = self._run_rows[runs] + (groups - self._run_groups[runs]) * sizes
+        return list(map(RowGroup, files.tolist(), numbers.tolist(), firsts.tolist(), (firsts + sizes).tolist()))
 
     def read(self, first: int, end: int) -> RowRange:
         """Rows `first` to `end` - 1.
@@ -81,20 +106,19 @@ class TableReader:
         Raises:
             StorageError: the storage does not answer, or refuses.
         """
-        low, high = self.groups_of(np.array([first, end - 1])).tolist()
-        pieces: list[tuple[int, pa.Table | str]] = []
-        for file in dict.fromkeys(number for number, _ in self._groups[low : high + 1]):
-            inside = [index for index in range(low, high + 1) if self._groups[index][0] == file]
+        pieces: list[tuple[list[RowGroup], pa.Table | str]] = []
+        groups = self.row_groups(*self.groups_of(np.array([first, end - 1])).tolist())
+        for _, of_file in groupby(groups, key=lambda group: group.file):
+            inside = list(of_file)
             whole = self._read_groups(inside)
             if isinstance(whole, str) and len(inside) > 1:  # find out which of them
-                pieces += [(index, self._read_groups([index])) for index in inside]
+                pieces += [([group], self._read_groups([group])) for group in inside]
             else:
-                pieces.append((inside[0], whole))
+                pieces.append((inside, whole))
         tables, reasons, places, filled = [], {}, np.full(end - first, -1, np.int64), 0
-        bounds = [*(int(self._starts[index]) for index, _ in pieces[1:]), int(self._starts[high + 1])]
-        for (index, piece), last in zip(pieces, bounds, strict=True):
-            start = int(self._starts[index])
-            low_row, high_row = max(start, first), min(last, end)
+        for inside, piece in pieces:
+            start = inside[0].first
+            low_row, high_row = max(start, first), min(inside[-1].end, end)
             if isinstance(piece, str):
                 reasons |= dict.fromkeys(range(low_row, high_row), piece)
                 continue
@@ -102,21 +126,17 @@ class TableReader:
             tables.append(part)
             places[low_row - first : high_row - first] = np.arange(filled, filled + part.num_rows)
             for offset in _not_finite(part):
-                reasons[low_row + int(offset)] = f"not_finite: a number in {self._file_of(low_row)}"
+                reasons[low_row + int(offset)] = f"not_finite: a number in {self._files[inside[0].file].path}"
                 places[low_row + int(offset) - first] = -1
             filled += part.num_rows
         table = pa.concat_tables(tables) if tables else pa.Table.from_pylist([], self._schema)
         return RowRange(first, table, places, reasons)
 
-    def _file_of(self, row: int) -> str:
-        return self._files[self._groups[int(self.groups_of(np.array([row]))[0])][0]].path
-
-    def _read_groups(self, indices: list[int]) -> pa.Table | str:
-        """Row groups of one file, or why they cannot be read."""
-        number = self._groups[indices[0]][0]
-        path = self._files[number].path
+    def _read_groups(self, groups: list[RowGroup]) -> pa.Table | str:
+        """Row groups of one file, one after another, or why they cannot be read."""
+        path = self._files[groups[0].file].path
         try:
-            fragment = self._fragment(number).subset(row_group_ids=[self._groups[index][1] for index in indices])
+            fragment = self._fragment(groups[0].file).subset(row_group_ids=[group.number for group in groups])
             expected = self._schema
             found = pa.schema([fragment.physical_schema.field(name) for name in self._columns])
             if not found.equals(expected, check_metadata=True):
@@ -125,7 +145,7 @@ class TableReader:
                 f"read rows of {path}",
                 lambda: fragment.to_table(columns=self._columns, use_threads=False),
             )
-            rows = sum(self._files[number].row_groups[self._groups[index][1]] for index in indices)
+            rows = groups[-1].end - groups[0].first
             return table if table.num_rows == rows else f"unreadable: {path} holds other rows than its manifest says"
         except KeyError as error:
             return f"wrong_shape: {path} has no column {error}"
@@ -183,8 +203,10 @@ class RowReader:
         Raises:
             DamagedDataError: one of them cannot be used.
         """
-        groups = self._reader.groups_of(rows)
-        ranges = {int(group): self._reader.read(*self._reader.range_of(int(group))) for group in np.unique(groups)}
+        groups, ranges = self._reader.groups_of(rows), dict[int, RowRange]()
+        for number in np.unique(groups).tolist():
+            (group,) = self._reader.row_groups(number, number)
+            ranges[number] = self._reader.read(group.first, group.end)
         starts, filled, tables = {}, 0, []
         for group, found in ranges.items():
             starts[group], filled = filled, filled + found.table.num_rows

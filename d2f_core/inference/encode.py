@@ -5,21 +5,30 @@ A killed job goes on where it was when the same command is given again, and ends
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
+from math import inf
 from typing import Any, cast
 
 import ray
 import ray.data
 
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
-from d2f_core.data.quarantine import QUARANTINE_NAME, reason_counts, write_quarantine
+from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
 from d2f_core.data.sources import SourcePlan
 from d2f_core.inference.encode_actor import ChunkEncoder
 from d2f_core.inference.encode_chunks import prepare_shards, work_item, write_row
 from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeJob, EncodeSettings
 from d2f_core.inference.encode_job import check_complete_table, check_encode, check_encode_depth, claim_output
-from d2f_core.inference.encode_records import PROGRESS, ChunkRecord, drop_duplicates, read_records, unfinished_shards
+from d2f_core.inference.encode_records import (
+    PROGRESS,
+    ChunkRecord,
+    drop_duplicates,
+    ledger,
+    read_records,
+    unfinished_shards,
+)
 from d2f_core.progress import Progress
 from d2f_core.storage import join, remove_tree
 
@@ -71,9 +80,17 @@ def _encode(job: EncodeJob, source: SourcePlan) -> Manifest:
     records = read_records(output)
     todo = unfinished_shards(len(source.shards), records)
     progress = _progress(source, records, todo)
-    for record in run_chunks(job, source, todo) if todo else ():
-        records.append(record)
-        progress.advance(record.read if source.num_rows is not None else int(record.last))
+    most = inf if source.num_rows is None else job.config.max_quarantined_share * source.num_rows
+    unusable = sum(record.unusable for record in records)
+    with closing(run_chunks(job, source, todo)) as chunks:
+        while unusable <= most and (record := next(chunks, None)):
+            records.append(record)
+            unusable += record.unusable
+            progress.advance(record.read if source.num_rows is not None else int(record.last))
+    if unusable > most:  # whatever is still to come
+        bad = ledger(output, records)
+        write_quarantine(output, bad)
+        raise _too_many(job, bad, sum(record.read for record in records))
     return finish_table(job, records)
 
 
@@ -84,8 +101,10 @@ def _progress(source: SourcePlan, records: Sequence[ChunkRecord], todo: Mapping[
     return Progress("encode_latents", source.num_rows, "images", done=sum(record.read for record in records))
 
 
-def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[ChunkRecord]:
+def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
     """Encode the unfinished shards; one record per chunk, as they are written."""
+    if not todo:
+        return
     config = job.config
     actors = min(config.num_actors, len(todo))
     _require_resources(actors, config)
@@ -133,30 +152,54 @@ def _require_resources(actors: int, config: EncodeSettings) -> None:
 
 
 def finish_table(job: EncodeJob, records: Sequence[ChunkRecord]) -> Manifest:
-    """Drop samples that came twice, write the ledger, and declare the table complete."""
+    """Drop samples that came twice, write the ledger, and declare the table complete.
+
+    Raises:
+        EncodeError: no sample can be used, or more than may be cannot.
+    """
     output = job.config.output
     records = drop_duplicates(output, records)
     files = tuple(record.file for record in records if record.file is not None)
-    bad = [sample for record in records for sample in record.bad]
+    bad = ledger(output, records)
     write_quarantine(output, bad)
+    unusable = sum(record.unusable for record in records)
+    duplicates = reason_counts(bad).get(DUPLICATE, 0)
     counts = {
         "read": sum(record.read for record in records),
         "written": sum(file.rows for file in files),
-        "quarantined": len(bad),
-        "duplicates": sum(record.duplicates for record in records),
+        "quarantined": unusable + duplicates,
+        "duplicates": duplicates,
     }
-    reasons = ", ".join(f"{count} {code}" for code, count in reason_counts(bad).items())
+    reasons = _counted(bad)
     if not counts["written"]:
         raise EncodeError(
             f"None of the {counts['read']} samples in {job.inputs['source']!r} can be used ({reasons or 'empty'}). "
             f"The reasons are in {join(output, QUARANTINE_NAME)!r}."
         )
+    if unusable > job.config.max_quarantined_share * counts["read"]:
+        raise _too_many(job, bad, counts["read"])
     manifest = Manifest(kind="latents", files=files, fingerprint=job.fingerprint, inputs=job.inputs, counts=counts)
     write_manifest(output, manifest)
     remove_tree(join(output, PROGRESS))
     logger.info(
-        "%s: %d images read, %d written, %d quarantined%s, %d duplicates",
+        "%s: %d images read, %d written, %d quarantined%s",
         output, counts["read"], counts["written"], counts["quarantined"], f" ({reasons})" if reasons else "",
-        counts["duplicates"],
     )  # fmt: skip
     return manifest
+
+
+def _counted(bad: Sequence[BadSample]) -> str:
+    return ", ".join(f"{count} {code}" for code, count in reason_counts(bad).items())
+
+
+def _too_many(job: EncodeJob, bad: Sequence[BadSample], read: int) -> EncodeError:
+    """More of the samples that were read are unusable than may be."""
+    lost = [sample for sample in bad if sample.code != DUPLICATE]
+    shown = "; ".join(f"{sample.source_uri}: {sample.reason}" for sample in lost[:3])
+    count = sum(sample.rows for sample in lost)
+    return EncodeError(
+        f"{count} of the {read} samples read from {job.inputs['source']!r} cannot be used ({_counted(lost)}), "
+        f"more than max_quarantined_share={job.config.max_quarantined_share:g} allows. The first: "
+        f"{shown}. All are in {join(job.config.output, QUARANTINE_NAME)!r}. Check the source; or raise the limit, and "
+        "the same command goes on from here."
+    )

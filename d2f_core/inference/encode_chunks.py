@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from d2f_core.data.images import BadImageError
 from d2f_core.data.latents import arrays_to_table
-from d2f_core.data.quarantine import BadSample
+from d2f_core.data.quarantine import DUPLICATE, BadSample
 from d2f_core.data.schema import array_field, array_kind, is_array
 from d2f_core.data.sources import Sample, Shard
 from d2f_core.inference.encode_config import EncodeJob
@@ -54,11 +54,10 @@ def prepared_schema(job: EncodeJob) -> pa.Schema:
 
 
 def prepare_chunk(samples: Sequence[Sample], job: EncodeJob, **where: Any) -> tuple[ChunkRecord, pa.Table]:
-    """Sort out a chunk's samples; of equal ones the first counts."""
+    """Sort out a chunk's samples; of equal ones the first that can be used counts."""
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
     seen: set[str] = set()
-    duplicates = 0
     for sample in samples:
         name = None
         try:
@@ -66,13 +65,13 @@ def prepare_chunk(samples: Sequence[Sample], job: EncodeJob, **where: Any) -> tu
                 raise BadImageError(sample.problem)
             name = job.kind.identify(sample)
             if name in seen:
-                duplicates += 1
-                continue
-            seen.add(name)
+                raise BadImageError(DUPLICATE)
             good.append({"sample_id": name, "source_uri": sample.source_uri, **job.kind.prepare(sample, job)})
+            # Only now: an image whose first depth is broken may come again with a whole one.
+            seen.add(name)
         except BadImageError as error:
-            bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error)))
-    record = ChunkRecord(read=len(samples), bad=tuple(bad), duplicates=duplicates, **where)
+            bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
+    record = ChunkRecord(read=sum(sample.rows for sample in samples), bad=tuple(bad), **where)
     return record, _table(good, job)
 
 

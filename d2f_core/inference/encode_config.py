@@ -36,6 +36,9 @@ class EncodeSettings:
     """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
     max_pixels: int = 50_000_000
     """Largest accepted width x height of an image file."""
+    max_quarantined_share: float = 0.01
+    """Share of the samples that may be unusable before the job stops; duplicates do not count. A job that was stopped
+    goes on with a higher one."""
     rows_per_part: int = 256
     """Samples per output file: what a killed task loses at most."""
     batch_size: int = 16
@@ -56,6 +59,8 @@ class EncodeSettings:
             raise EncodeError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
             raise EncodeError(f"max_pixels={self.max_pixels} must be between 1 and {MAX_PIXELS_LIMIT}.")
+        if not 0 <= self.max_quarantined_share <= 1:
+            raise EncodeError(f"max_quarantined_share={self.max_quarantined_share} must lie in [0, 1]. Use 0.01.")
         rows = MAX_CHUNK_BYTES // (self.BYTES_PER_PIXEL * self.resolution**2)
         if self.rows_per_part > rows:
             raise EncodeError(

@@ -18,12 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2f_core.data.manifest import TableFile, write_part
-from d2f_core.data.quarantine import BadSample
-from d2f_core.storage import filesystem, join, list_names, read_bytes, write_bytes
+from d2f_core.data.quarantine import DUPLICATE, BadSample
+from d2f_core.storage import arrow_filesystem, filesystem, join, list_names, read_bytes, retried, write_bytes
 
 PROGRESS = "_progress"
 JOB_NAME = "job.json"
 READ_THREADS = 16
+PLACE_COLUMNS = ("sample_id", "source_uri")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,9 @@ class ChunkRecord:
     last: bool
     """Whether it ends its shard."""
     read: int
+    """Samples; also those that a line of the ledger stands for."""
     bad: tuple[BadSample, ...]
-    duplicates: int
+    """Duplicates too, with that code alone; `ledger` adds what they are equal to."""
     sample_ids: tuple[str, ...] = ()
     """Of the rows of its part."""
     file: TableFile | None = None
@@ -51,6 +53,11 @@ class ChunkRecord:
     def part_name(self) -> str:
         return f"part-{self.name}.parquet"
 
+    @property
+    def unusable(self) -> int:
+        """Samples that are lost; a duplicate is not."""
+        return sum(bad.rows for bad in self.bad if bad.code != DUPLICATE)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -58,7 +65,7 @@ class ChunkRecord:
     def from_json(cls, text: str | bytes) -> "ChunkRecord":
         content = json.loads(text)
         file = content.pop("file")
-        content["file"] = TableFile(**{**file, "row_groups": tuple(file["row_groups"])}) if file else None
+        content["file"] = TableFile.from_json(file) if file else None
         content["bad"] = tuple(BadSample(**bad) for bad in content["bad"])
         return cls(**{**content, "sample_ids": tuple(content["sample_ids"])})
 
@@ -77,7 +84,8 @@ def read_records(output: str) -> list[ChunkRecord]:
     sizes = _sizes(output)
     with ThreadPoolExecutor(READ_THREADS) as pool:
         texts = pool.map(lambda name: read_bytes(join(output, PROGRESS, name)), names)
-        records = [ChunkRecord.from_json(text) for text in texts]
+        # Records once counted duplicates without saying which: such a chunk is encoded again.
+        records = [ChunkRecord.from_json(text) for text in texts if b'"duplicates":' not in text]
     return [record for record in records if record.file is None or sizes.get(record.file.path) == record.file.size]
 
 
@@ -109,7 +117,7 @@ def drop_duplicates(output: str, records: Sequence[ChunkRecord]) -> list[ChunkRe
     Safe to repeat: what is dropped is always kept by an earlier chunk, and a part whose rewriting was interrupted no
     longer fits its record, so its chunk is encoded again.
     """
-    ordered = sorted(records, key=lambda record: (record.shard, record.number))
+    ordered = sorted(records, key=_in_order)
     ids = np.array([sample for record in ordered for sample in record.sample_ids], dtype="S32")
     keep = np.zeros(len(ids), dtype=bool)
     keep[np.unique(ids, return_index=True)[1]] = True
@@ -123,8 +131,38 @@ def drop_duplicates(output: str, records: Sequence[ChunkRecord]) -> list[ChunkRe
 
 def _keep_rows(output: str, record: ChunkRecord, kept: np.ndarray) -> ChunkRecord:
     table = pq.read_table(pa.BufferReader(read_bytes(join(output, record.part_name))))
-    record = replace(record, duplicates=record.duplicates + int((~kept).sum()))
+    dropped = table.filter(pa.array(~kept)).select(PLACE_COLUMNS).to_pylist()
+    record = replace(record, bad=(*record.bad, *(BadSample(**place, reason=DUPLICATE) for place in dropped)))
     if not kept.any():
         fs, path = filesystem(join(output, record.part_name))
         fs.rm_file(path)
     return write_chunk(output, record, table.filter(pa.array(kept)))
+
+
+def ledger(output: str, records: Sequence[ChunkRecord]) -> list[BadSample]:
+    """All samples that were left out, in the order of the source; a duplicate with the place of the one kept.
+
+    In a job that was stopped midway the kept one's chunk may have to be done again; its place is then left out.
+    """
+    bad = [sample for record in sorted(records, key=_in_order) for sample in record.bad]
+    wanted = {sample.sample_id for sample in bad if sample.code == DUPLICATE}
+    parts = [record.part_name for record in records if not wanted.isdisjoint(record.sample_ids)]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        tables = pool.map(lambda name: _places(join(output, name)), parts)
+        rows = (row for table in tables for row in table.to_pylist())
+        kept = {row["sample_id"]: row["source_uri"] for row in rows if row["sample_id"] in wanted}
+
+    def with_place(sample: BadSample) -> BadSample:
+        known = sample.code == DUPLICATE and sample.sample_id in kept
+        return replace(sample, reason=f"{DUPLICATE}: of {kept[sample.sample_id]}") if known else sample
+
+    return list(map(with_place, bad))
+
+
+def _places(part: str) -> pa.Table:
+    fs, path = arrow_filesystem(part)
+    return retried(f"read {part}", lambda: pq.read_table(path, columns=list(PLACE_COLUMNS), filesystem=fs))
+
+
+def _in_order(record: ChunkRecord) -> tuple[int, int]:
+    return record.shard, record.number

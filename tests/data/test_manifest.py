@@ -14,8 +14,10 @@ from d2f_core.data.manifest import (
     Manifest,
     ManifestError,
     ManifestNotFoundError,
+    canonical_json,
     manifest_exists,
     read_manifest,
+    run_lengths,
     write_manifest,
     write_part,
 )
@@ -63,7 +65,25 @@ def test_what_is_written_is_read(place):
     manifest = written(place, 130, 5)
     write_manifest(place, manifest)
     assert read_manifest(place) == manifest and manifest.num_rows == 135
-    assert manifest.files[0].row_groups == (64, 64, 2)
+    assert manifest.files[0].row_groups == ((64, 2), (2, 1))
+
+
+def test_a_manifest_has_a_line_per_file_however_many_row_groups_there_are(tmp_path):
+    write_manifest(str(tmp_path), written(str(tmp_path), 1000, 130))
+    lines = [line for line in (tmp_path / "manifest.json").read_text().splitlines() if "part-" in line]
+    assert [json.loads(line.rstrip(","))["row_groups"] for line in lines] == [[[64, 15], [40, 1]], [[64, 2], [2, 1]]]
+
+
+def test_a_manifest_of_schema_version_2_is_the_same_table(tmp_path):
+    """It listed the rows of every row group, and its digest, which other jobs noted, was a hash of that."""
+    manifest = written(str(tmp_path), 130, 5)
+    content = dataclasses.asdict(manifest) | {"schema_version": 2}
+    for file, groups in zip(content["files"], ([64, 64, 2], [5]), strict=True):
+        file["row_groups"] = groups
+    write_bytes(str(tmp_path / "manifest.json"), json.dumps(content, indent=1, sort_keys=True).encode())
+    assert read_manifest(str(tmp_path)) == manifest
+    hashed = canonical_json({name: content[name] for name in ("kind", "files", "fingerprint")})
+    assert read_manifest(str(tmp_path)).digest == hashlib.sha256(hashed).hexdigest()
 
 
 def test_a_complete_table_never_changes(place):
@@ -80,7 +100,7 @@ def test_parts_are_what_their_entry_says(tmp_path):
     data = (tmp_path / file.path).read_bytes()
     metadata = pq.read_metadata(tmp_path / file.path)
     assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256)
-    assert tuple(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)) == file.row_groups
+    assert run_lengths(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)) == file.row_groups
     assert metadata.row_group(0).column(0).compression == "UNCOMPRESSED"
 
 
@@ -99,7 +119,16 @@ def test_the_digest_is_of_content_not_of_origin(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["not json", "[]", '{"schema_version": 99}', '{"schema_version": 1, "kind": "latents"}']
+    "text",
+    [
+        "not json",
+        "[]",
+        '{"schema_version": 99}',
+        '{"schema_version": 1, "kind": "latents"}',
+        '{"schema_version": 3, "kind": "latents"}',
+        '{"schema_version": 3, "kind": "latents", "files": [{"row_groups": [[64]]}]}',
+        '{"schema_version": 3, "kind": "latents", "files": [{"row_groups": [[64, 1]], "rows": 64}]}',
+    ],
 )
 def test_a_bad_manifest_is_refused(text, tmp_path):
     write_bytes(str(tmp_path / "manifest.json"), text.encode())

@@ -173,7 +173,7 @@ def test_files_that_hold_other_rows_than_the_manifest_says_are_named(table):
     manifest = read_manifest(str(table))
     shorter = write_part(str(table), "part-1.parquet", rows_of(1).slice(0, 200))
     files = list(manifest.files)
-    files[1] = TableFile(path="part-1.parquet", rows=ROWS, size=shorter.size, sha256="", row_groups=(64,) * 4)
+    files[1] = TableFile(path="part-1.parquet", rows=ROWS, size=shorter.size, sha256="", row_groups=((64, 4),))
     (table / "manifest.json").unlink()
     write_manifest(str(table), Manifest(kind="images", files=tuple(files)))
     lost = range(ROWS + 192, 2 * ROWS)

@@ -102,14 +102,90 @@ def add_bad_files(folder: str) -> None:
     write_folder(folder, items)
 
 
-def test_every_sample_is_written_or_in_the_ledger_or_a_duplicate(config):
+def in_ledger(config: EncodeConfig) -> dict[str, str]:
+    """Reason by the name of the file."""
+    return {bad.source_uri.rpartition("/")[2]: bad.reason for bad in read_quarantine(config.output)}
+
+
+def test_every_sample_is_written_or_in_the_ledger(config):
+    config = dataclasses.replace(config, max_quarantined_share=0.3)
     add_bad_files(config.source.uri)
     manifest = encode_here(config)
-    assert manifest.counts == {"read": 19, "written": 14, "quarantined": 4, "duplicates": 1} and manifest.num_rows == 14
-    ledger = {bad.source_uri.rpartition("/")[2]: bad.reason.partition(":")[0] for bad in read_quarantine(config.output)}
-    assert ledger == {"100.png": "undecodable", "101.png": "too_small", "102.gif": "format", "103.png": "no_caption"}
+    assert manifest.counts == {"read": 19, "written": 14, "quarantined": 5, "duplicates": 1} and manifest.num_rows == 14
+    codes = {name: reason.partition(":")[0] for name, reason in in_ledger(config).items()}
+    assert codes == {
+        "100.png": "undecodable",
+        "101.png": "too_small",
+        "102.gif": "format",
+        "103.png": "no_caption",
+        "105.png": "duplicate",
+    }
     uris = [uri.rpartition("/")[2] for uri in rows_of(config.output)["source_uri"]]
     assert uris == [name for name, *_ in pictures(13)] + ["104.png"]
+
+
+def test_a_duplicate_is_in_the_ledger_with_the_place_of_the_one_that_is_kept(config, tmp_path):
+    """Within a chunk, of an earlier chunk, and of one that is itself the duplicate of an earlier chunk's."""
+    one, two, three, four = (item[1:] for item in pictures(4))
+    contents = [one, two, one, two, three, one, one, three, four, four]
+    items = [(f"{n:03d}.png", *content) for n, content in enumerate(contents)]
+    config = dataclasses.replace(config, source=ImageSource(uri=write_folder(str(tmp_path / "repeated"), items)))
+    manifest = encode_here(config)
+    assert manifest.counts == {"read": 10, "written": 4, "quarantined": 6, "duplicates": 6}
+    kept = {"002": "000", "003": "001", "005": "000", "006": "000", "007": "004", "009": "008"}
+    expected = {f"{n}.png": f"duplicate: of {join(config.source.uri, of)}.png" for n, of in kept.items()}
+    assert in_ledger(config) == expected
+    ids = dict(zip(items, map(lambda item: sample_id(*item[1:]), items), strict=True))
+    assert {bad.sample_id for bad in read_quarantine(config.output)} == set(ids.values())
+    assert [uri[-7:-4] for uri in rows_of(config.output)["source_uri"]] == ["000", "001", "004", "008"]
+
+
+def test_too_many_unusable_samples_stop_the_job_and_a_higher_limit_lets_it_go_on(config):
+    add_bad_files(config.source.uri)
+    message = (
+        r"4 of the 19 samples read from '.*images' cannot be used "
+        r"\(1 undecodable, 1 too_small, 1 format, 1 no_caption\), more than max_quarantined_share=0\.01 allows\. "
+        r"The first: .*100\.png: undecodable: .*101\.png: too_small: .* "
+        r"All are in '.*quarantine\.parquet'\. Check the source; or raise the limit"
+    )
+    with pytest.raises(EncodeError, match=message):
+        encode_here(config)
+    assert not manifest_exists(config.output) and len(in_ledger(config)) == 5
+    parts = {path: path.stat().st_mtime_ns for path in Path(config.output).glob("part-*")}
+    with pytest.raises(EncodeError, match="4 of the 19 samples"):
+        encode_latents(config)
+    raised = dataclasses.replace(config, max_quarantined_share=4 / 19)
+    assert encode_latents(raised).counts["written"] == 14, "nothing is left to encode, so no cluster is asked for"
+    assert {path: path.stat().st_mtime_ns for path in Path(config.output).glob("part-*")} == parts
+
+
+def test_a_job_stops_as_soon_as_what_it_read_is_too_much_of_the_whole(config):
+    write_folder(config.source.uri, [("000-a.png", b"no image", "a"), ("000-b.png", b"no image", "b")])
+    encode_some(config, chunks=1)
+    with pytest.raises(EncodeError, match=r"2 of the 4 samples read .*\(2 undecodable\)"):
+        encode_latents(config)
+    assert in_ledger(config).keys() == {"000-a.png", "000-b.png"}
+    assert len(read_records(config.output)) == 1, "no further chunk was encoded"
+
+
+def test_duplicates_are_no_loss(config, tmp_path):
+    items = [(f"{n:03d}.png", *pictures(1)[0][1:]) for n in range(9)]
+    config = dataclasses.replace(config, source=ImageSource(uri=write_folder(str(tmp_path / "repeated"), items)))
+    strict = dataclasses.replace(config, max_quarantined_share=0.0)
+    assert encode_here(strict).counts == {"read": 9, "written": 1, "quarantined": 8, "duplicates": 8}
+
+
+def test_the_rows_that_a_damaged_parquet_file_no_longer_gives_are_counted(config, tmp_path):
+    source = ImageSource(uri=write_parquet(str(tmp_path / "rows"), pictures(13)))
+    file = Path(source.uri, "data/train-00000.parquet")
+    page = pq.read_metadata(file).row_group(1).column(0).data_page_offset
+    data = bytearray(file.read_bytes())
+    data[page : page + 4] = b"\xff\xff\xff\xff"
+    file.write_bytes(bytes(data))
+    manifest = encode_here(dataclasses.replace(config, source=source, max_quarantined_share=0.5))
+    assert manifest.counts == {"read": 13, "written": 9, "quarantined": 4, "duplicates": 0}
+    (lost,) = read_quarantine(config.output)
+    assert lost.rows == 4 and "nothing can be read from row 4 on" in lost.reason
 
 
 def test_latents_are_the_autoencoders_moments_in_half_precision(config):
@@ -176,7 +252,7 @@ def test_a_job_resumed_after_any_chunk_ends_with_the_same_bytes(chunks, write, c
     encode_some(broken, chunks)
     assert not manifest_exists(broken.output)
     assert encode_here(broken).digest == expected.digest
-    assert expected.counts == {"read": 15, "written": 13, "quarantined": 0, "duplicates": 2}
+    assert expected.counts == {"read": 15, "written": 13, "quarantined": 2, "duplicates": 2}
     ledgers = [read_bytes(join(each.output, "quarantine.parquet")) for each in (broken, unbroken)]
     assert ledgers[0] == ledgers[1]
 
@@ -197,7 +273,7 @@ def test_dropping_duplicates_twice_changes_nothing(config, tmp_path):
     once = drop_duplicates(config.output, read_records(config.output))
     assert drop_duplicates(config.output, read_records(config.output)) == once
     manifest = encode_here(config)
-    assert manifest.counts == {"read": 13, "written": 5, "quarantined": 0, "duplicates": 8}
+    assert manifest.counts == {"read": 13, "written": 5, "quarantined": 8, "duplicates": 8}
     assert [file.rows for file in manifest.files] == [4, 1]
 
 
@@ -268,6 +344,8 @@ def test_stored_text_states_are_the_text_encoders(config):
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"num_actors": 0}, "num_actors=0"),
         ({"min_side": 0}, "min_side=0"),
+        ({"max_quarantined_share": -0.1}, r"max_quarantined_share=-0\.1 must lie in \[0, 1\]"),
+        ({"max_quarantined_share": float("nan")}, "max_quarantined_share=nan"),
         ({"max_pixels": 10**9}, "max_pixels=1000000000 must be between 1 and"),
         ({"resolution": 1024}, "rows_per_part=256 images of 1024 pixels are more than 512 MiB .* Most that fits: 170"),
     ],
@@ -298,14 +376,16 @@ def on_s3(stack: StackEnv, config) -> EncodeConfig:
     prefix = f"s3://d2f/tests/{uuid.uuid4().hex}"
     add_bad_files(write_folder(join(prefix, "images"), pictures(60)))
     source = ImageSource(uri=join(prefix, "images"))
-    return dataclasses.replace(config, source=source, output=join(prefix, "latents"), rows_per_part=2)
+    return dataclasses.replace(
+        config, source=source, output=join(prefix, "latents"), rows_per_part=2, max_quarantined_share=0.1
+    )
 
 
 def test_the_cluster_changes_no_byte(on_s3):
     two_actors = encode_latents(on_s3)
     alone = elsewhere(on_s3)
     assert encode_here(alone).digest == two_actors.digest
-    assert two_actors.counts == {"read": 66, "written": 61, "quarantined": 4, "duplicates": 1}
+    assert two_actors.counts == {"read": 66, "written": 61, "quarantined": 5, "duplicates": 1}
     assert list_names(join(on_s3.output, PROGRESS)) == []
 
 
@@ -336,6 +416,15 @@ def test_a_damaged_autoencoder_stops_the_job_and_names_samples(on_s3, tmp_path):
     with pytest.raises(EncodeError, match=r"latents are not finite in half precision, of the samples [0-9a-f]{32}"):
         encode_latents(dataclasses.replace(on_s3, base=str(damaged)))
     assert not manifest_exists(on_s3.output)
+
+
+def test_a_job_that_stopped_at_the_limit_goes_on_to_the_same_bytes(on_s3):
+    with pytest.raises(EncodeError, match=r"of the \d+ samples read .* more than max_quarantined_share=0 allows"):
+        encode_latents(dataclasses.replace(on_s3, max_quarantined_share=0.0))
+    assert not manifest_exists(on_s3.output) and read_quarantine(on_s3.output)
+    alone = elsewhere(on_s3)
+    assert encode_latents(on_s3).digest == encode_here(alone).digest
+    assert read_bytes(join(on_s3.output, "quarantine.parquet")) == read_bytes(join(alone.output, "quarantine.parquet"))
 
 
 def test_more_actors_than_the_cluster_has_is_said_at_once(on_s3):

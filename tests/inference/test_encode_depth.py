@@ -110,7 +110,9 @@ def config(base, tmp_path) -> EncodeDepthConfig:
     (tmp_path / "pairs/a.tar").write_bytes(tar_bytes({**members, **bad_members()}))
     source = DepthSource(uri=str(tmp_path / "pairs"))
     output = str(tmp_path / "latents")
-    return EncodeDepthConfig(source=source, base=base, output=output, resolution=16, rows_per_part=4, batch_size=3)
+    return EncodeDepthConfig(
+        source=source, base=base, output=output, resolution=16, rows_per_part=4, batch_size=3, max_quarantined_share=0.6
+    )
 
 
 def encode_here(config: EncodeDepthConfig, chunks: int | None = None) -> Manifest | None:
@@ -132,14 +134,31 @@ def rows_of(uri: str) -> dict[str, np.ndarray]:
     return table_to_arrays(pa.concat_tables(tables))
 
 
-def test_every_pair_is_written_or_in_the_ledger_or_a_duplicate(config):
+def test_every_pair_is_written_or_in_the_ledger(config):
     manifest = encode_here(config)
     assert manifest is not None
-    assert manifest.counts == {"read": 17, "written": 7, "quarantined": 9, "duplicates": 1}
+    assert manifest.counts == {"read": 17, "written": 7, "quarantined": 10, "duplicates": 1}
     ledger = {bad.source_uri.partition("#")[2].partition(".")[0]: bad.reason.partition(":")[0]
               for bad in read_quarantine(config.output)}  # fmt: skip
+    assert ledger.pop("100") == "duplicate"
     assert ledger == {code: code for code in ledger if code != "mask_only"} | {"mask_only": "no_valid_depth"}
     assert len(ledger) == 9
+
+
+def test_an_image_whose_first_depth_is_broken_is_not_lost_when_it_comes_again(config, tmp_path):
+    image, depth = pair(0)
+    members = {"a.png": image, "a.depth.npy": b"no depth", "b.png": image, "b.depth.npy": npy_bytes(depth)}
+    (tmp_path / "again.tar").write_bytes(tar_bytes(members))
+    source = DepthSource(uri=str(tmp_path / "again.tar"))
+    manifest = encode_here(dataclasses.replace(config, source=source))
+    assert manifest is not None and manifest.counts == {"read": 2, "written": 1, "quarantined": 1, "duplicates": 0}
+    assert [bad.reason.partition(":")[0] for bad in read_quarantine(config.output)] == ["bad_depth"]
+
+
+def test_too_many_unusable_pairs_stop_the_job(config):
+    with pytest.raises(EncodeError, match=r"9 of the 17 samples .* more than max_quarantined_share=0\.5 allows"):
+        encode_here(dataclasses.replace(config, max_quarantined_share=0.5))
+    assert not manifest_exists(config.output) and len(read_quarantine(config.output)) == 10
 
 
 def test_a_row_holds_the_latents_of_depth_and_image_and_the_mask_of_what_counts(config):

@@ -143,7 +143,7 @@ class DepthTableShard:
             for uri, record in self.run.read():
                 yield _row_sample(uri, record["image"], record["depth"])
         except DamagedFileError as error:
-            yield DepthSample(source_uri=self.run.uri, image=None, problem=str(error))
+            yield DepthSample(source_uri=self.run.uri, image=None, problem=str(error), rows=error.rows)
 
 
 def _row_sample(uri: str, image: bytes | None, depth: bytes | None) -> DepthSample:

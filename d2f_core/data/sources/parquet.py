@@ -33,7 +33,7 @@ class ParquetShard:
             for uri, record in self.run.read():
                 yield _sample(uri, record[image], record.get(caption))
         except DamagedFileError as error:
-            yield Sample(source_uri=self.run.uri, image=None, caption=None, problem=str(error))
+            yield Sample(source_uri=self.run.uri, image=None, caption=None, problem=str(error), rows=error.rows)
 
 
 def _sample(uri: str, image: bytes | dict | None, text: bytes | None) -> Sample:

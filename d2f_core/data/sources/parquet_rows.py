@@ -22,7 +22,11 @@ are compressed by themselves, and grow by a few per cent."""
 
 
 class DamagedFileError(ValueError):
-    """The rest of a run cannot be read; the message is the ledger's reason."""
+    """The rest of a run, so many rows, cannot be read; the message is the ledger's reason."""
+
+    def __init__(self, reason: str, rows: int) -> None:
+        super().__init__(reason)
+        self.rows = rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,8 @@ class RowRun:
             if not _is_damage(error):
                 raise
             raise DamagedFileError(
-                f"damaged_file: nothing can be read from row {row} on ({one_line(error, 200)})"
+                f"damaged_file: nothing can be read from row {row} on ({one_line(error, 200)})",
+                self.first_row + self.num_rows - row,
             ) from None
 
     def _records(self, file: pq.ParquetFile) -> Iterator[dict[str, Any]]:

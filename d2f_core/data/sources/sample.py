@@ -35,6 +35,8 @@ class Sample:
     caption: str | None
     problem: str | None = None
     """Why the source itself could not deliver it."""
+    rows: int = 1
+    """Samples that it stands for, where the rest of a parquet file's piece is lost with one reason."""
 
 
 class Shard(Protocol):
