@@ -1,7 +1,8 @@
-r"""Write a trained model in another tool's layout.
+r"""Write a trained model in another tool's layout, or make a model of a training's checkpoint.
 
 python -m pipelines.export diffusers --model models:/emoji-flow@candidate --output /data/emoji-flow
 python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
+python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 --output s3://d2f/models/emoji-200
 """
 
 import logging
@@ -11,6 +12,7 @@ from typing import Literal
 from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
 from d2f_core.storage import check_reachable
 from d2f_core.tracking import resolve_model
+from pipelines.checkpoint_export import CheckpointExportConfig, check_checkpoint, export_checkpoint
 from pipelines.cli import run_job
 
 logger = logging.getLogger(__name__)
@@ -36,19 +38,31 @@ RECIPES = {
     "diffusers": ExportConfig(),
     "peft": ExportConfig(layout="peft"),
     "single-file": ExportConfig(layout="single-file"),
+    "checkpoint": CheckpointExportConfig(),
 }
 
 
-def check(config: ExportConfig) -> str:
-    """Where the model's files are. Raises ValueError for what cannot work."""
+def check(config: ExportConfig | CheckpointExportConfig) -> None:
+    """Raises ValueError for what cannot work."""
+    if isinstance(config, CheckpointExportConfig):
+        check_checkpoint(config)
+    else:
+        _model_files(config)
+
+
+def _model_files(config: ExportConfig) -> str:
+    """Where the model's files are."""
     if not config.output:
         raise ValueError("output is empty. Give --output URI.")
     check_reachable(config.output, write=True)
     return resolve_model(config.model)
 
 
-def main(config: ExportConfig) -> None:
-    model, base = check(config), config.base or None
+def main(config: ExportConfig | CheckpointExportConfig) -> None:
+    if isinstance(config, CheckpointExportConfig):
+        logger.info("wrote %s", export_checkpoint(config))
+        return
+    model, base = _model_files(config), config.base or None
     if config.layout == "peft":
         logger.info("wrote %s", export_peft(model, config.output))
     elif config.layout == "diffusers":

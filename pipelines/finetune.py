@@ -15,23 +15,15 @@ from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.plan import StreamPlan
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.table_reader import RowReader
-from d2f_core.model.artifact import describe, load_weights, upload_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.image_to_depth import ImageToDepth
-from d2f_core.model.latent_task import (
-    LatentTask,
-    ModelConfig,
-    PreviewConfig,
-    build_network,
-    image_grid,
-    joined_channels,
-)
+from d2f_core.model.latent_task import LatentTask, ModelConfig, PreviewConfig, image_grid
 from d2f_core.model.text_to_image import TextToImage
 from d2f_core.tracking import RunHandle, check_tracking, pin_model, resolve_model, start_run
-from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import Evaluation, Task
+from pipelines.checkpoint_export import carried_edge, usual_weights, write_model
 from pipelines.cli import run_job, to_yaml
 from pipelines.configs import FinetuneConfig
 
@@ -74,12 +66,6 @@ def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
         metrics={"validation_flow_loss": total / count} if count else {},
         images=task.look(task.module, preview_of(config, task.base, manifests[0]), shown),
     )
-
-
-def carried_edge(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> int | None:
-    """Edge in pixels of the images that the model is to make: of those it was trained on; None: the base's own."""
-    edge = config.sampling.resolution or manifest.fingerprint.get("resolution")
-    return None if edge is None or base.default_size == (edge, edge) else int(edge)
 
 
 def preview_of(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> PreviewConfig:
@@ -125,33 +111,6 @@ class FinetuneResult:
     """The trained model's directory."""
 
 
-def export(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest], last: Checkpoint) -> str:
-    """Write `OUTPUT/model/` from a checkpoint (averaged weights if there are any); needs no GPU and no engine."""
-    network = build_network(base, dataclasses.replace(config.model, start=""), config.train.seed)
-    load_weights(network, read_tensors(last, "ema" if config.train.ema.decay else "weights"))
-    training = {
-        "latents": config.latents,
-        "step": last.manifest.step,
-        "checkpoint": last.uri,
-        "identity": last.manifest.identity,
-    }
-    if noise_columns(manifests, base.content_hash):
-        training["teacher"] = manifests[0].inputs["model"]
-    model = config.model
-    description = describe(
-        base,
-        objective=model.objective,
-        method=model.method,
-        sampling=dataclasses.replace(config.sampling, resolution=carried_edge(config, base, manifests[0])),
-        training=training,
-        task=model.task,
-        joined_channels=joined_channels(base, model),
-    )
-    target = storage.join(config.output, "model")
-    upload_artifact(target, network, description)
-    return target
-
-
 def main(config: FinetuneConfig) -> FinetuneResult:
     """Train to the end and export the model."""
     import ray
@@ -184,7 +143,8 @@ def main(config: FinetuneConfig) -> FinetuneResult:
         identity=config.identity(base.content_hash, manifests),
         tracker=run,
     )
-    model = export(config, base, manifests, last)
+    target = storage.join(config.output, "model")
+    model = write_model(config, base, manifests, last, target, weights=usual_weights(config))
     run.finish()
     logger.info("model: %s", model)
     return FinetuneResult(run=run, step=last.manifest.step, checkpoint=last.uri, model=model)

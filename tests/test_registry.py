@@ -127,7 +127,7 @@ def test_signature_and_example_are_there_and_no_pickle_is(version: ModelVersionI
     assert set(info.signature.inputs.optional_input_names()) == names == {spec.name for spec in info.signature.params}
     assert info.signature.outputs.input_names() == ["image"]
     names = listed(model_id(version))
-    own = {"README.md", "config.yaml", "samples.png", "diff2flow.json", "adapter/README.md"}
+    own = {"README.md", "config.yaml", "samples.png", "diff2flow.json"}
     own |= {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     others = {"MLmodel", "conda.yaml", "input_example.json", "pyfunc_model.py", "python_env.yaml", "requirements.txt"}
     assert names == {f"artifacts/model/{name}" for name in own} | others | {"serving_input_example.json"}

@@ -9,7 +9,6 @@ nothing in it can run code, and `artifact_files.check_files` refuses a directory
 """
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from d2f_core import storage
 from d2f_core.content import hash_directory
 from d2f_core.model.artifact_files import ArtifactError
+from d2f_core.model.artifact_writer import save_artifact, upload_artifact
 from d2f_core.model.base import BaseModel, BaseModelError, local_copy, resolve_base
 from d2f_core.model.denoiser import as_denoiser, extend_input_channels, load_unet, network_dtype
 from d2f_core.model.description import (
@@ -34,7 +33,6 @@ from d2f_core.model.description import (
     read_sampling,
     schedule_hash,
     weights_hashes,
-    write_description,
 )
 from d2f_core.model.lora import load_lora
 from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField
@@ -96,21 +94,6 @@ class TrainedModel:
     def to(self, device: str | torch.device) -> "TrainedModel":
         self.network.to(device)
         return self
-
-
-def save_artifact(directory: Path, network: nn.Module, description: Mapping[str, Any]) -> None:
-    """Write a trained network (a UNet, or PEFT's wrapper around one) with its description."""
-    directory.mkdir(parents=True, exist_ok=True)
-    cast(Any, network).save_pretrained(directory / WEIGHTS[description["method"]], safe_serialization=True)
-    write_description(directory, description)
-
-
-def upload_artifact(target: str, network: nn.Module, description: Mapping[str, Any]) -> None:
-    """Write a trained network to a URI, in place of what may lie there; its description comes last."""
-    storage.remove_tree(storage.join(target, DESCRIPTION))  # without it a half-replaced model is none
-    with tempfile.TemporaryDirectory() as directory:
-        save_artifact(Path(directory), network, description)
-        storage.upload_tree(Path(directory), target, last=DESCRIPTION)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

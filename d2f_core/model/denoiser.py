@@ -43,6 +43,12 @@ def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> 
     return UNet2DConditionModel.from_pretrained(directory, torch_dtype=torch.float32, use_safetensors=True)
 
 
+def empty_unet(base: BaseModel) -> UNet2DConditionModel:
+    """The base model's UNet without numbers: names, shapes and config alone, on torch's meta device."""
+    with torch.device("meta"):
+        return cast(Any, UNet2DConditionModel).from_config(UNet2DConditionModel.load_config(base.path / "unet"))
+
+
 def as_denoiser(network: Callable[..., Any], dtype: torch.dtype = torch.float32) -> Denoiser:
     """Adapt a UNet that computes in `dtype`, bare or inside an engine or PEFT's wrapper.
 

@@ -5,25 +5,26 @@ Every random number of a sample is keyed by (seed, epoch, row): no worker, resta
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 
 from d2f_core.model.artifact import SamplingDefaults, TrainedModel, load_model, read_description
 from d2f_core.model.base import BaseModel, local_copy
-from d2f_core.model.denoiser import as_denoiser, extend_input_channels, load_unet
+from d2f_core.model.denoiser import as_denoiser, empty_unet, extend_input_channels, load_unet
 from d2f_core.model.description import TaskName
 from d2f_core.model.image_sizes import SIZE_COLUMNS, sizes_of_rows
 from d2f_core.model.lora import LoraConfig, add_lora, set_adapter
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.loss import LOSSES, flow_validation_loss
-from d2f_core.objective.path import TimeSampling
+from d2f_core.objective.path import TimeSampling, resolution_shift
 from d2f_core.randomness import keyed_normal, keyed_uniform
 
 VALIDATION_TIMES = 10
@@ -56,6 +57,9 @@ class ModelConfig:
     """Share of samples trained with the empty caption, which guidance needs. SDXL's gives zeros."""
     times: TimeSampling = field(default_factory=TimeSampling)
     """Which flow times the flow losses see."""
+    shift_by_resolution: bool = False
+    """Also shift them by sqrt(pixels / pixels of the base's own size), size by size: larger images keep more signal at
+    equal flow time. Sampling has a shift of its own."""
     min_snr_gamma: float = 0.0
     """For the loss `diffusion`: levels with a higher signal-to-noise ratio count less; 5 is usual, 0 is off."""
 
@@ -66,9 +70,10 @@ class ModelConfig:
             raise ValueError("from_scratch=True with method='lora' would adapt random weights. Use method='full'.")
         if self.from_scratch and self.start:
             raise ValueError(f"start={self.start!r} with from_scratch=True contradict each other. Give one of them.")
-        if self.objective == "diffusion" and self.times != TimeSampling():
+        if self.objective == "diffusion" and (self.times != TimeSampling() or self.shift_by_resolution):
             raise ValueError(
-                "times belongs to the flow losses; objective='diffusion' draws timesteps evenly. Remove it."
+                "times and shift_by_resolution belong to the flow losses; objective='diffusion' draws timesteps "
+                "evenly. Remove them."
             )
         if self.min_snr_gamma < 0 or (self.min_snr_gamma and self.objective != "diffusion"):
             raise ValueError(
@@ -87,9 +92,10 @@ class ModelConfig:
         """Whether the network reads the latents of an image beside the noisy ones."""
         return self.task == "image_to_depth"
 
-    def loss(self, field_: VelocityField, batch: Mapping[str, Tensor]) -> Tensor:
-        """Loss per sample [batch]."""
-        options: dict[str, Any] = {"times": self.times}
+    def loss(self, field_: VelocityField, batch: Mapping[str, Tensor], base_pixels: int) -> Tensor:
+        """Loss per sample [batch]; `base_pixels` are those of a latent of the base's own size."""
+        shift = resolution_shift(batch["data"][0, 0].numel(), base_pixels) if self.shift_by_resolution else 1.0
+        options: dict[str, Any] = {"times": replace(self.times, shift=shift * self.times.shift)}
         if self.objective == "diffusion":
             options = {"min_snr_gamma": self.min_snr_gamma}
         return LOSSES[self.objective](field_, **batch, **options)
@@ -118,13 +124,22 @@ def joined_channels(base: BaseModel, config: ModelConfig) -> int:
 
 def build_network(base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
     """The module to train: gradients are on for just what the method trains."""
-    unet = load_unet(base, from_scratch=config.from_scratch, seed=seed)
-    if extra := joined_channels(base, config):
-        extend_input_channels(unet, extra)
-    network = add_lora(unet, config.lora, seed=seed) if config.method == "lora" else unet.requires_grad_(True)
+    network = _made_trainable(load_unet(base, from_scratch=config.from_scratch, seed=seed), base, config, seed)
     if config.start:
         _start_from(network, base, config)
     return network
+
+
+def empty_network(base: BaseModel, config: ModelConfig) -> nn.Module:
+    """What `build_network` makes, without numbers: names, shapes and configs alone, on torch's meta device."""
+    with torch.device("meta"):
+        return _made_trainable(empty_unet(base), base, config, seed=0)
+
+
+def _made_trainable(unet: UNet2DConditionModel, base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
+    if extra := joined_channels(base, config):
+        extend_input_channels(unet, extra)
+    return add_lora(unet, config.lora, seed=seed) if config.method == "lora" else unet.requires_grad_(True)
 
 
 def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
@@ -235,7 +250,8 @@ class LatentTask(abc.ABC):
     def loss(self, network: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
         """Loss per sample [batch]."""
         field_ = VelocityField(as_denoiser(network, self.dtype), self.base.schedule, self.base.prediction_type)
-        return self.config.loss(field_, batch)
+        _, height, width = self.base.latent_shape(*self.base.default_size)
+        return self.config.loss(field_, batch, height * width)
 
     def model(self, network: Callable[..., Any]) -> TrainedModel:
         """What is being trained, ready to sample."""

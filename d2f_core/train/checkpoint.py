@@ -12,6 +12,7 @@ A directory without a manifest does not exist. Nothing is ever overwritten: each
 directory. Every byte that is read back is covered by a sha256. `checkpoint_writer` writes, `retention` deletes.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,10 +23,11 @@ from typing import Any
 
 import dacite
 import torch
-from safetensors.torch import load
+from safetensors import safe_open
 from torch import Tensor
 
 from d2f_core import storage
+from d2f_core.content import file_sha256
 from d2f_core.data.manifest import canonical_json
 
 logger = logging.getLogger(__name__)
@@ -217,48 +219,58 @@ def candidates(output: str, identity: str) -> list[Checkpoint]:
     return [checkpoint for checkpoint in found if checkpoint.manifest.identity == identity]
 
 
-def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
-    """All parameters' tensors of one kind, every file and every tensor checked; empty when none were saved.
+def iter_tensors(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, tensor) of one kind, from one file after the other; nothing when none were saved.
+
+    One tensor is in memory at a time; a file on S3 lies on this disk while it is read. A file is checked before its
+    first tensor is handed on, and every tensor before it is. That none is missing is known at the end alone.
 
     Raises:
         CheckpointError: a file is missing, or something in it is not what was written.
     """
     expected = checkpoint.manifest.tensors.get(kind, {})
-    tensors: dict[str, Tensor] = {}
+    left = dict(expected)
     for file in checkpoint.manifest.files:
-        if file.kind == kind:
-            named = _read_file(storage.join(checkpoint.uri, file.path), file)
-            if twice := sorted(tensors.keys() & named.keys()):
-                raise damaged(checkpoint.uri, f"holds {kind} of {twice[0]!r} twice")
-            tensors.update(named)
-    if odd := sorted(tensors.keys() ^ expected.keys()):
-        which = "lacks" if odd[0] in expected else "holds, against its manifest,"
-        raise damaged(checkpoint.uri, f"{which} {kind} of {odd[0]!r} ({len(odd)} such names)")
-    for name, tensor in tensors.items():
-        if (digest := tensor_digest(tensor)) != expected[name]:
-            raise damaged(
-                checkpoint.uri, f"has {kind} of {name!r} with digest {digest[:12]}, not {expected[name][:12]}"
-            )
-    return tensors
+        if file.kind != kind:
+            continue
+        for name, tensor in _read_file(storage.join(checkpoint.uri, file.path), file):
+            if name not in left:
+                what = f"{kind} of {name!r}"
+                how = f"{what} twice" if name in expected else f"against its manifest {what}"
+                raise damaged(checkpoint.uri, f"holds {how}")
+            if (digest := tensor_digest(tensor)) != left.pop(name):
+                raise damaged(
+                    checkpoint.uri, f"has {kind} of {name!r} with digest {digest[:12]}, not {expected[name][:12]}"
+                )
+            yield name, tensor
+    if left:
+        raise damaged(checkpoint.uri, f"lacks {kind} of {min(left)!r} ({len(left)} such names)")
 
 
-def _read_file(place: str, file: CheckpointFile) -> dict[str, Tensor]:
-    try:
-        data = storage.read_bytes(place)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise damaged(place, "is missing") from None
-    digest = hashlib.sha256(data).hexdigest()
-    if (len(data), digest) != (file.size, file.sha256):
-        raise damaged(
-            place,
-            f"has sha256 {digest[:12]} and {len(data)} bytes, its manifest says {file.sha256[:12]} and {file.size}",
-        )
-    try:
-        return load(data)
-    except MemoryError:
-        raise
-    except Exception as error:  # the parser, and torch behind it, raise many types for bytes that are no safetensors
-        raise damaged(place, f"is not safetensors ({type(error).__name__}: {error})") from None
+def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
+    """All parameters' tensors of one kind, checked as by `iter_tensors`; empty when none were saved."""
+    return dict(iter_tensors(checkpoint, kind))
+
+
+def _read_file(place: str, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]:
+    with contextlib.ExitStack() as stack:
+        try:
+            local = stack.enter_context(storage.local_file(place))
+            size, digest = local.stat().st_size, file_sha256(local)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise damaged(place, "is missing") from None
+        if (size, digest) != (file.size, file.sha256):
+            stated = f"{file.sha256[:12]} and {file.size}"
+            raise damaged(place, f"has sha256 {digest[:12]} and {size} bytes, its manifest says {stated}")
+        try:
+            # Read, not mapped: mapped pages count as this process's memory, and could change after they were checked.
+            tensors = stack.enter_context(safe_open(local, "pt", backend="pread"))
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+        except MemoryError:
+            raise
+        except Exception as error:  # the parser, and torch behind it, raise many types for what is no safetensors
+            raise damaged(place, f"is not safetensors ({type(error).__name__}: {error})") from None
 
 
 def check_loaded(checkpoint: Checkpoint, kind: str, named: Mapping[str, Tensor]) -> None:

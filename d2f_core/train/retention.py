@@ -75,7 +75,7 @@ def read_evaluation(uri: str) -> dict[str, float] | None:
         return None
 
 
-def _metric(uri: str, name: str) -> float | None:
+def metric_of(uri: str, name: str) -> float | None:
     """The metric's value; None before the evaluation, NaN when the evaluation does not tell it."""
     try:
         metrics = read_evaluation(uri)
@@ -96,13 +96,19 @@ def kept(complete: Sequence[Checkpoint], retention: Retention, metric: Mapping[s
         stay |= {checkpoint.uri for checkpoint in complete if checkpoint.manifest.step % retention.keep_every == 0}
     if not retention.keep_best:
         return stay
-    values = [(value, place) for place, c in enumerate(complete) if (value := metric.get(c.uri)) is not None]
-    newest_evaluated = max((place for _, place in values), default=-1)
+    newest_evaluated = max((place for place, c in enumerate(complete) if metric.get(c.uri) is not None), default=-1)
     stay |= {checkpoint.uri for checkpoint in complete[newest_evaluated + 1 :]}
+    return stay | {checkpoint.uri for checkpoint in best_first(complete, retention, metric)[: retention.keep_best]}
+
+
+def best_first(
+    complete: Sequence[Checkpoint], retention: Retention, metric: Mapping[str, float | None]
+) -> list[Checkpoint]:
+    """The checkpoints that have a value, of those given oldest first; of equal ones the newer: it is trained longer."""
     sign = 1 if retention.lower_is_better else -1
-    # Of equal ones the newer is the better: it is trained longer.
+    values = [(value, place) for place, c in enumerate(complete) if (value := metric.get(c.uri)) is not None]
     ranked = sorted((v for v in values if not math.isnan(v[0])), key=lambda v: (sign * v[0], -v[1]))
-    return stay | {complete[place].uri for _, place in ranked[: retention.keep_best]}
+    return [complete[place] for _, place in ranked]
 
 
 def apply_retention(
@@ -126,7 +132,7 @@ def apply_retention(
     complete = [c for c in list_checkpoints(output) if up_to_step is None or c.manifest.step <= up_to_step]
     if not complete:
         return []
-    metric = {c.uri: _metric(c.uri, retention.metric) for c in complete} if retention.keep_best else {}
+    metric = {c.uri: metric_of(c.uri, retention.metric) for c in complete} if retention.keep_best else {}
     stay = kept(complete, retention, metric) | {uri.rstrip("/") for uri in being_evaluated}
     exist = {checkpoint.uri for checkpoint in complete}
     oldest_last = complete[-retention.keep_last :][0].manifest.step

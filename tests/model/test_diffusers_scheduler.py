@@ -16,6 +16,7 @@ from diffusers import (
 )
 
 from d2f_core.model.artifact import load_model
+from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler, SchedulerUseError
 from d2f_core.model.sampling import sample_latents
 from d2f_core.objective.guidance import guided
@@ -69,14 +70,14 @@ def pipeline_of(directory: Path, kind: type, **fields):
     return pipeline
 
 
-def run(pipeline, *, steps: int, guidance: float, **inputs) -> torch.Tensor:
+def run(pipeline, *, steps: int, guidance: float, output_type: str = "latent", **inputs) -> torch.Tensor:
     inputs = {"latents": NOISE, **inputs} if "image" not in inputs else inputs
     return pipeline(
         prompt_embeds=STATES,
         negative_prompt_embeds=NULL,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        output_type="latent",
+        output_type=output_type,
         **inputs,
     ).images
 
@@ -99,6 +100,15 @@ def test_an_unmodified_pipeline_gives_the_latents_of_our_own_sampler(with_schedu
     theirs = run(pipeline_of(directory, StableDiffusionPipeline), steps=steps, guidance=guidance)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     assert (ours - NOISE).abs().max() > 0.1
+
+
+def test_its_images_are_those_of_our_own_sampler_and_decoder(base):
+    model = load_model(str(base))
+    latents, _ = sample_latents(model, NOISE, STATES, NULL, solver="euler", steps=10, guidance=3.0)
+    ours = (load_autoencoder(model.base).decode(latents) / 2 + 0.5).clamp(0, 1)
+    theirs = run(pipeline_of(base, StableDiffusionPipeline), steps=10, guidance=3.0, output_type="pt")
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    assert ours.std() > 0.01
 
 
 def test_a_second_run_of_the_same_pipeline_starts_anew(base):

@@ -8,6 +8,7 @@ import torch
 from d2f_core.model.base import resolve_base
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ENCODED_TOGETHER, ModelConfig, TextToImage
+from d2f_core.objective.path import TimeSampling
 from tests.inference.tiny_base import write_tiny_base
 
 
@@ -16,8 +17,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
-def make(base: Path) -> TextToImage:
-    config = ModelConfig(base=str(base), lora=LoraConfig(rank=2))
+def make(base: Path, **given) -> TextToImage:
+    config = ModelConfig(base=str(base), lora=LoraConfig(rank=2), **given)
     return TextToImage(resolve_base(str(base)), config, seed=0, dtype=torch.float32, device="cpu")
 
 
@@ -43,3 +44,27 @@ def test_captions_are_encoded_in_batches_of_one_size_whatever_is_known_already(b
     for index in (0, 1, 17, 39, 5):
         assert torch.equal(task.condition([captions[index]])["text_states"][0], together[index]), captions[index]
     assert set(recording.sizes) == {ENCODED_TOGETHER}
+
+
+def test_flow_times_are_shifted_by_the_size_of_the_images(base: Path):
+    """Twice the edge: a shift of 2; the base's own size: none. Beside it, a shift of its own multiplies."""
+    channels, height, width = resolve_base(str(base)).latent_shape(*resolve_base(str(base)).default_size)
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(scale: int, **given) -> torch.Tensor:
+        shape = (3, channels, scale * height, scale * width)
+        data, noise = (torch.randn(shape, generator=generator.manual_seed(seed)) for seed in (1, 2))
+        task = make(base, **given)
+        batch = {"data": data, "noise": noise, "uniform": torch.tensor([0.2, 0.5, 0.8]), **task.condition(["x"] * 3)}
+        return task.loss(task.module, batch)
+
+    assert torch.equal(loss(1, shift_by_resolution=True), loss(1))
+    assert not torch.equal(loss(2, shift_by_resolution=True), loss(2))
+    assert torch.equal(loss(2, shift_by_resolution=True), loss(2, times=TimeSampling(shift=2.0)))
+    both = loss(2, shift_by_resolution=True, times=TimeSampling(shift=1.5))
+    assert torch.equal(both, loss(2, times=TimeSampling(shift=3.0)))
+
+
+def test_a_shift_is_refused_where_no_flow_times_are_drawn(base: Path):
+    with pytest.raises(ValueError, match=r"shift_by_resolution belong to the flow losses.*Remove them"):
+        make(base, objective="diffusion", shift_by_resolution=True)

@@ -8,15 +8,18 @@ import torch
 
 from d2f_core import storage
 from d2f_core.data.schema import SchemaError
+from d2f_core.inference.register import RegisterConfig, register
 from d2f_core.model.artifact import SamplingDefaults, load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
+from d2f_core.tracking import resolve_model
 from d2f_core.train import checkpoint
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import NotEnoughResourcesError
+from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import FinetuneResult, check, main, make_plan
 from tests.latent_tables import write_latents
@@ -88,6 +91,19 @@ def test_the_exported_model_loads_and_says_how_to_sample_it(config, unbroken):
     assert model.sampling.steps == 4 and model.objective == "diff2flow"
     description = read_description(local_copy(unbroken.model))
     assert description["base"]["sha256"] == resolve_base(config.model.base).content_hash
+
+
+def test_an_earlier_checkpoint_becomes_a_registered_model(config, unbroken):
+    target = "s3://d2f/test-finetune/model-of-step-3"
+    export_checkpoint(CheckpointExportConfig(run=config.output, step=3, output=target))
+    registered = register(
+        RegisterConfig(run=config.output, model=target, name="test-step-3", experiment=config.experiment)
+    )
+    model = load_model(resolve_model(registered.uri))
+    assert registered.tags["training.step"] == "3" and model.content_hash == load_model(target).content_hash
+    assert model.content_hash != load_model(unbroken.model).content_hash
+    export_checkpoint(CheckpointExportConfig(run=config.output, output=target))
+    assert load_model(target).content_hash == load_model(unbroken.model).content_hash, "one way of making a model"
 
 
 def test_the_same_command_again_does_nothing(config, unbroken):

@@ -17,6 +17,7 @@ from d2f_core.train.checkpoint import (
     Checkpoint,
     CheckpointError,
     candidates,
+    iter_tensors,
     list_checkpoints,
     manifest_bytes,
     read_checkpoint,
@@ -207,6 +208,17 @@ def test_a_missing_file_is_named(master, tmp_path):
         read_tensors(list_checkpoints(str(tmp_path / "run"))[-1], "ema")
 
 
+def test_of_a_damaged_file_not_one_tensor_is_handed_on(master, tmp_path):
+    shutil.copytree(master, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / VICTIM / "weights-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    handed_on = iter_tensors(list_checkpoints(str(tmp_path / "run"))[-1], "weights")
+    whole = shares(10)[0]["weights"]
+    assert equal(dict(next(handed_on) for _ in whole), whole)
+    with pytest.raises(CheckpointError, match=r"weights-1\.safetensors has sha256"):
+        next(handed_on)
+
+
 def rewritten(found: Checkpoint, **changes: object) -> Checkpoint:
     """The checkpoint after its manifest was replaced by one with a right digest."""
     fields = json.loads(manifest_bytes(found.manifest)) | changes
@@ -261,7 +273,7 @@ def test_tensors_that_the_manifest_does_not_list_are_refused(master, tmp_path):
     found = list_checkpoints(str(tmp_path / "run"))[-1]
     listed = {kind: dict(named) for kind, named in found.manifest.tensors.items()}
     listed["weights"].pop("layer.0.scale")
-    with pytest.raises(CheckpointError, match=r"holds, against its manifest, weights of 'layer\.0\.scale'"):
+    with pytest.raises(CheckpointError, match=r"holds against its manifest weights of 'layer\.0\.scale'"):
         read_tensors(rewritten(found, tensors=listed), "weights")
     listed["weights"] |= {"layer.0.scale": found.manifest.tensors["weights"]["layer.0.scale"], "layer.9": "0"}
     with pytest.raises(CheckpointError, match=r"lacks weights of 'layer\.9'"):

@@ -1,0 +1,179 @@
+"""Write a trained model's files one tensor at a time: what is in memory does not grow with the model.
+
+Weights and configs are, byte for byte, what `save_pretrained` of diffusers (full) and of PEFT (LoRA) would write, but
+for two things that depend on the machine: `_name_or_path` in `unet/config.json`, which is where the base lay, and
+PEFT's README.md, an unfilled form with that path in it as a Python object.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from d2f_core import storage
+from d2f_core.model.artifact_files import AUTO_MAPPING, ArtifactError
+from d2f_core.model.description import DESCRIPTION, WEIGHTS, write_description
+
+FULL_NAMES = "diffusion_pytorch_model{suffix}.safetensors"
+LORA_NAME = "adapter_model.safetensors"
+MAX_FILE_BYTES = 10 * 10**9
+"""Of a UNet's weights in one file; diffusers' own default."""
+HEADER_UNIT = 8
+"""Bytes of which a safetensors header has a multiple."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor belongs."""
+
+    file: str
+    key: str
+    """Its name in the file."""
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes, in float32."""
+        return 4 * math.prod(self.shape)
+
+
+def save_artifact(
+    directory: Path,
+    network: nn.Module,
+    description: Mapping[str, Any],
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Write a trained network (a UNet, or PEFT's wrapper around one) with its description.
+
+    Args:
+        network: for its names, shapes and configs; with `weights` it may be on torch's meta device.
+        weights: (parameter name, float32 tensor) of all that the method trains, in any order; None: the network's own.
+
+    Raises:
+        ArtifactError: weights of another network, or no room on the disk.
+    """
+    part = directory / WEIGHTS[description["method"]]
+    part.mkdir(parents=True, exist_ok=True)
+    state = network.state_dict()
+    if description["method"] == "lora":
+        places = _adapter_places(network, state)
+        _write_adapter_config(part, network)
+    else:
+        places = _unet_places(state)
+        _write_unet_config(part, network)
+        _write_index(part, places)
+    _write_weights(part, places, ((name, state[name]) for name in places) if weights is None else weights)
+    write_description(directory, description)
+
+
+def upload_artifact(
+    target: str, network: nn.Module, description: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]] | None = None
+) -> None:
+    """`save_artifact` at a URI, in place of what may lie there; its description comes last."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_artifact(Path(directory), network, description, weights)
+        if storage.exists(storage.join(target, DESCRIPTION)):
+            for part in (DESCRIPTION, *WEIGHTS.values()):  # without a description a half-replaced model is none
+                storage.remove_tree(storage.join(target, part))
+        storage.upload_tree(Path(directory), target, last=DESCRIPTION)
+
+
+def _unet_places(state: Mapping[str, Tensor]) -> dict[str, _Place]:
+    """Parameter name -> place, as diffusers spreads a UNet over files."""
+    empty = {name: tensor.to("meta") for name, tensor in state.items()}
+    split = split_torch_state_dict_into_shards(empty, filename_pattern=FULL_NAMES, max_shard_size=MAX_FILE_BYTES)
+    return {
+        name: _Place(file, name, tuple(state[name].shape))
+        for file, names in split.filename_to_tensors.items()
+        for name in names
+    }
+
+
+def _adapter_places(network: nn.Module, state: dict[str, Tensor]) -> dict[str, _Place]:
+    """Parameter name -> place, as PEFT saves an adapter: it picks tensors, which tell their own names."""
+    names = {id(tensor): name for name, tensor in state.items()}
+    saved = get_peft_model_state_dict(cast(Any, network), state_dict=state)
+    return {names[id(tensor)]: _Place(LORA_NAME, key, tuple(tensor.shape)) for key, tensor in saved.items()}
+
+
+def _write_unet_config(part: Path, network: nn.Module) -> None:
+    cast(Any, network).save_config(part)
+    config = json.loads((part / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (part / "config.json").write_text(_json(config))
+
+
+def _write_adapter_config(part: Path, network: nn.Module) -> None:
+    config = cast(PeftModel, network).peft_config["default"]
+    training, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(part), auto_mapping_dict=AUTO_MAPPING)
+    config.inference_mode = training
+
+
+def _write_index(part: Path, places: Mapping[str, _Place]) -> None:
+    """Which file holds what, where there are several."""
+    files = {name: place.file for name, place in places.items()}
+    if len(set(files.values())) > 1:
+        total = sum(place.size for place in places.values())
+        (part / SAFE_WEIGHTS_INDEX_NAME).write_text(_json({"metadata": {"total_size": total}, "weight_map": files}))
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _write_weights(part: Path, places: Mapping[str, _Place], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Make the files in full size, then put each tensor where it belongs as it comes."""
+    needed, free = sum(place.size for place in places.values()), shutil.disk_usage(part).free
+    if needed > free:
+        raise ArtifactError(
+            f"the weights need {needed:,} bytes at {str(part)!r}, where {free:,} are free. Free space, or set TMPDIR "
+            "to a larger disk."
+        )
+    left = dict(places)
+    with contextlib.ExitStack() as stack:
+        handles, starts = {}, {}
+        for file in {place.file for place in places.values()}:
+            handles[file] = stack.enter_context((part / file).open("wb"))
+            starts[file] = _begin(handles[file], [place for place in places.values() if place.file == file])
+        for name, tensor in weights:
+            place = left.pop(name, None)
+            if place is None or tuple(tensor.shape) != place.shape or tensor.dtype != torch.float32:
+                wanted = f"one of torch.float32 and {list(place.shape)}" if place else "none of that name, or not twice"
+                raise _misfit(f"{name!r} is of {tensor.dtype} and {list(tensor.shape)}, and the network has {wanted}")
+            handles[place.file].seek(starts[place.file][place.key])
+            handles[place.file].write(tensor.detach().cpu().contiguous().reshape(-1).numpy().data)
+    if left:
+        raise _misfit(f"{len(left)} tensors of the network are missing, such as {min(left)!r}")
+
+
+def _misfit(what: str) -> ArtifactError:
+    return ArtifactError(
+        f"the weights do not fit the network: {what}. Use the model config that they were trained with."
+    )
+
+
+def _begin(handle: IO[bytes], places: Iterable[_Place]) -> dict[str, int]:
+    """Write the header of a safetensors file of float32 tensors, and give it its size; key -> where its bytes begin."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for place in sorted(places, key=lambda place: place.key):  # as the library orders them
+        starts[place.key], end = end, end + place.size
+        header[place.key] = {"dtype": "F32", "shape": place.shape, "data_offsets": [starts[place.key], end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % HEADER_UNIT)
+    data = handle.write(len(text).to_bytes(8, "little") + text)
+    handle.truncate(data + end)
+    return {key: data + start for key, start in starts.items()}

@@ -1,0 +1,42 @@
+"""One checkpoint of a run, by what a user calls it: its step, the newest, or the best."""
+
+from typing import Literal
+
+from d2f_core.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints
+from d2f_core.train.retention import Retention, best_first, metric_of
+
+Which = int | Literal["newest", "best"]
+
+
+def select(output: str, which: Which, retention: Retention) -> Checkpoint:
+    """The checkpoint of that step (of several attempts the last one), or the newest or best of all that are there.
+
+    Args:
+        output: of the run.
+        retention: whose `metric` says which is the best.
+
+    Raises:
+        CheckpointError: there is none of that kind; says which there are.
+    """
+    complete = list_checkpoints(output)
+    if not complete:
+        raise CheckpointError(
+            f"{output} holds no complete checkpoint. Give the output of a training that has written one."
+        )
+    steps = ", ".join(dict.fromkeys(str(checkpoint.manifest.step) for checkpoint in complete))
+    if which == "newest":
+        return complete[-1]
+    if which == "best":
+        metric = {checkpoint.uri: metric_of(checkpoint.uri, retention.metric) for checkpoint in complete}
+        if not (ranked := best_first(complete, retention, metric)):
+            raise CheckpointError(
+                f"{output}: none of the checkpoints of step {steps} was evaluated with a {retention.metric}. Give one "
+                "of these steps, or 'newest'."
+            )
+        return ranked[0]
+    if not (found := [checkpoint for checkpoint in complete if checkpoint.manifest.step == which]):
+        raise CheckpointError(
+            f"{output} holds no complete checkpoint of step {which}. There are those of step {steps}; keep more with "
+            "--train.keep-every."
+        )
+    return found[-1]

@@ -1,0 +1,141 @@
+"""A model artifact from a checkpoint of a training, by files alone: no GPU, no engine, no Ray."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from d2f_core import storage
+from d2f_core.data.latents import noise_columns
+from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.model.artifact import describe, upload_artifact
+from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.model.latent_task import empty_network, joined_channels
+from d2f_core.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, iter_tensors
+from d2f_core.train.selection import Which, select
+from pipelines.cli import from_yaml
+from pipelines.configs import FinetuneConfig
+
+logger = logging.getLogger(__name__)
+
+KINDS = {"ema": "ema", "trained": "weights"}
+"""What users call the weights -> what a checkpoint does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointExportConfig:
+    run: str = ""
+    """Output of the finetuning: its config.yaml and its checkpoints lie there."""
+    step: Which = "newest"
+    """Optimizer steps of the checkpoint; `best`: the lowest `train.keep_best_metric` of those that were evaluated."""
+    weights: Literal["", "ema", "trained"] = ""
+    """The averages or the weights themselves; empty: the averages if the run keeps any, as at its end."""
+    output: str = ""
+    """Directory of the model, s3:// or local; a model that lies there is replaced."""
+    base: str = ""
+    """Where the base lies here, when it moved; empty: where the run's config.yaml says."""
+
+    def __post_init__(self) -> None:
+        if self.step not in ("newest", "best") and int(self.step) < 0:
+            raise ValueError(f"step={self.step} must be at least 0, or 'newest' or 'best'.")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """All that an export needs to know before a tensor is read."""
+
+    config: FinetuneConfig
+    base: BaseModel
+    manifests: list[Manifest]
+    checkpoint: Checkpoint
+    weights: str
+
+
+def check_checkpoint(config: CheckpointExportConfig) -> _Found:
+    """Find run, base and checkpoint, and that they belong together. Raises ValueError for what cannot work."""
+    for name in ("run", "output"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} is empty. Give --{name} URI.")
+    storage.check_reachable(config.run)
+    storage.check_reachable(config.output, write=True)
+    place = storage.join(config.run, "config.yaml")
+    try:
+        run = from_yaml(FinetuneConfig, storage.read_bytes(place).decode(), source=place)
+    except FileNotFoundError:
+        raise ValueError(f"{place!r} does not exist. Give --run the output of a finetuning.") from None
+    found = select(config.run, config.step, run.train.retention)
+    base, manifests = resolve_base(config.base or run.model.base), [read_manifest(uri) for uri in run.tables]
+    if (identity := run.identity(base.content_hash, manifests)) != found.manifest.identity:
+        raise CheckpointError(
+            f"{found.uri} has the identity {found.manifest.identity[:12]}; config.yaml, base and latents as they are "
+            f"now have {identity[:12]}. Put back those that it was trained with (--base, when the base moved)."
+        )
+    weights = config.weights or usual_weights(run)
+    if not found.manifest.tensors.get(KINDS[weights]):
+        raise CheckpointError(f"{found.uri} holds no weights={weights!r}. Use --weights trained.")
+    return _Found(run, base, manifests, found, weights)
+
+
+def export_checkpoint(config: CheckpointExportConfig) -> str:
+    """Write the model of one checkpoint to `config.output`, which is returned; repeated, it writes the same bytes.
+
+    Raises:
+        ValueError: something is not there or damaged, does not belong together, or was deleted meanwhile.
+    """
+    found = check_checkpoint(config)
+    checkpoint, base = found.checkpoint, found.base
+    logger.info("%s: %s weights of step %d", checkpoint.uri, found.weights, checkpoint.manifest.step)
+    try:
+        return write_model(found.config, base, found.manifests, checkpoint, config.output, weights=found.weights)
+    except CheckpointError:
+        if storage.exists(storage.join(checkpoint.uri, MANIFEST)):
+            raise
+        raise CheckpointError(
+            f"{checkpoint.uri} was deleted while it was read: the training goes on and keeps the newest only. Give a "
+            "later step, or copy that directory first."
+        ) from None
+
+
+def write_model(
+    config: FinetuneConfig,
+    base: BaseModel,
+    manifests: Sequence[Manifest],
+    checkpoint: Checkpoint,
+    target: str,
+    *,
+    weights: str,
+) -> str:
+    """Write the artifact of a checkpoint's "ema" or "trained" weights to `target`, one tensor after the other."""
+    model, manifest = config.model, checkpoint.manifest
+    training = {
+        "latents": config.latents,
+        "step": manifest.step,
+        "checkpoint": checkpoint.uri,
+        "identity": manifest.identity,
+        "weights": weights,
+    }
+    if noise_columns(manifests, base.content_hash):
+        training["teacher"] = manifests[0].inputs["model"]
+    description = describe(
+        base,
+        objective=model.objective,
+        method=model.method,
+        sampling=dataclasses.replace(config.sampling, resolution=carried_edge(config, base, manifests[0])),
+        training=training,
+        task=model.task,
+        joined_channels=joined_channels(base, model),
+    )
+    upload_artifact(target, empty_network(base, model), description, iter_tensors(checkpoint, KINDS[weights]))
+    return target
+
+
+def usual_weights(config: FinetuneConfig) -> str:
+    """What is exported unless asked otherwise."""
+    return "ema" if config.train.ema.decay else "trained"
+
+
+def carried_edge(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> int | None:
+    """Edge in pixels of the images that the model is to make: of those it was trained on; None: the base's own."""
+    edge = config.sampling.resolution or manifest.fingerprint.get("resolution")
+    return None if edge is None or base.default_size == (edge, edge) else int(edge)
