@@ -93,7 +93,8 @@ class TrainConfig:
     max_quarantined_share: float = 0.01
     """Share of a run's samples that may be unusable before it stops."""
     max_failures: int = 3
-    """Times that a training is restarted from its last checkpoint after a worker died; -1: without limit."""
+    """Times that a training is restarted from its last checkpoint after a worker died; -1: without limit. A node that
+    was announced to go (a spot instance's notice) costs none of them."""
     worker_timeout_seconds: int = 600
     """A worker that keeps the others waiting for longer than this ends the attempt; the error names it."""
     log_every: int = 10

@@ -1,4 +1,7 @@
-"""Which worker keeps the others waiting: each says from a thread of its own that it is alive, and what it does."""
+"""Which worker keeps the others waiting: each says from a thread of its own that it is alive, and what it does.
+
+The same actor carries two words between driver and first worker: that the training is to stop, and that a node will go.
+"""
 
 import contextlib
 import logging
@@ -8,10 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +42,25 @@ class Pulse:
 
     def __init__(self) -> None:
         self._states: dict[int, State] = {}
+        self._stopping = False
+        self._leaving: list[str] = []
 
-    def beat(self, rank: int, where: str, doing: str, step: int, since: float) -> None:
+    def beat(self, rank: int, where: str, doing: str, step: int, since: float) -> bool:
+        """Returns whether the training is to stop."""
         self._states[rank] = State(where, doing, step, since, time.monotonic())
+        return self._stopping
+
+    def stop(self) -> bool:
+        """Ask the workers to save and to end; returns whether there are any yet."""
+        self._stopping = True
+        return bool(self._states)
+
+    def leave(self, nodes: list[str]) -> None:
+        """Keep which nodes were announced to go, by their ids."""
+        self._leaving += nodes
+
+    def leaving(self) -> list[str]:
+        return self._leaving
 
     def silent(self, seconds: float) -> dict[int, str]:
         """Workers that were not heard of for longer: rank -> a phrase."""
@@ -66,6 +86,8 @@ class Heartbeat:
     def __init__(self, pulse: Any, rank: int) -> None:
         self._pulse, self._rank = pulse, rank
         self._doing, self._began, self.step = "starting", time.monotonic(), 0
+        self.stop_asked = False
+        """On the first worker: whether the driver wants the training to stop."""
         self._end = threading.Event()
         self._where = f"{socket.gethostname()}, process {os.getpid()}"
         threading.Thread(target=self._beat, daemon=True).start()
@@ -73,13 +95,27 @@ class Heartbeat:
     def doing(self, what: str) -> None:
         self._doing, self._began = what, time.monotonic()
 
+    def leave(self, nodes: list[str]) -> None:
+        """Let the driver know that nodes were announced to go."""
+        self._pulse.leave.remote(nodes)
+
     def stop(self) -> None:
         self._end.set()
 
     def _beat(self) -> None:
-        while not self._end.wait(BEAT_SECONDS):
-            since = time.monotonic() - self._began
-            self._pulse.beat.remote(self._rank, self._where, self._doing, self.step, since)
+        while not self._end.is_set():
+            state = self._rank, self._where, self._doing, self.step, time.monotonic() - self._began
+            if self._rank or self.stop_asked:
+                self._pulse.beat.remote(*state)
+            else:
+                self.stop_asked = ask(self._pulse.beat, *state, default=False)
+            self._end.wait(BEAT_SECONDS)
+
+
+def start_pulse() -> Any:
+    """On the driver's own node, for it must not go with a worker's. (A soft affinity may place it anywhere.)"""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return cast(Any, Pulse).options(scheduling_strategy=here).remote()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import ray
 import ray.train
@@ -26,7 +26,8 @@ from d2f_core.train import checkpoint, restore, retention
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError, Evaluations
-from d2f_core.train.heartbeat import Pulse, ask, watched
+from d2f_core.train.heartbeat import ask, start_pulse, watched
+from d2f_core.train.interruption import Failures, terminable, terminated, usable_resources
 from d2f_core.train.quarantine import QuarantineLimitError
 from d2f_core.train.steps import NonFiniteLossError
 from d2f_core.train.task import BuildTask
@@ -63,14 +64,15 @@ class TrainingStoppedError(ValueError):
 def fitting_workers(config: TrainConfig, *, wait_seconds: float) -> int:
     """How many workers the cluster can hold, at most `num_workers` and at least `min_workers`.
 
-    An autoscaling cluster may grow: nodes are given `wait_seconds` to come before fewer workers are taken.
+    An autoscaling cluster may grow: nodes are given `wait_seconds` to come before fewer workers are taken. A node that
+    was announced to go does not count.
 
     Raises:
         NotEnoughResourcesError: there is no room for the fewest; says what is missing.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
-        total = ray.cluster_resources()
+        total = usable_resources()
         fitting = [number for number in config.worker_counts if not _short(_needed(config, number), total)]
         if fitting and (fitting[0] == config.num_workers or time.monotonic() >= deadline):
             break
@@ -123,29 +125,47 @@ def run_training(
         NotEnoughResourcesError: the cluster is too small.
         CheckpointError: `output` holds a run of another configuration.
         TrainingStoppedError: workers died more often than `max_failures`, or of something that a restart cannot mend.
+        SystemExit: SIGTERM ended it, after a checkpoint.
     """
     job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
-    failures = 0
-    while not (last := _complete(config, output, identity)):
-        workers = fitting_workers(config, wait_seconds=RESOURCE_WAIT_SECONDS)
-        pulse: Any = cast(Any, Pulse).remote()
-        try:
-            now = replace(config, num_workers=workers, min_workers=0)
-            _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=pulse))
-        except (ray.train.TrainingFailedError, RayError) as error:
-            failures += 1
-            reason, final = _reason(error), _is_final(error)
-            workers = "; ".join(ask(pulse.report, default=[]))
-            there = checkpoint.candidates(output, identity)
-            place = f"The last good checkpoint is {there[0].uri}." if there else "There is no checkpoint yet."
-            if final or 0 <= config.max_failures < failures:
-                tail = "" if final else f" That was failure {failures}, max_failures={config.max_failures}."
-                raise TrainingStoppedError(f"{reason}{tail} {place} The same command again resumes.") from None
-            logger.warning("the attempt ended: %s (%s). Restart %d. %s", reason, workers, failures, place)
-        finally:
-            ray.kill(pulse)
+    failures = Failures()
+    with terminable() as termination:
+        while not (last := _complete(config, output, identity)):
+            workers = fitting_workers(config, wait_seconds=RESOURCE_WAIT_SECONDS)
+            termination.pulse = pulse = start_pulse()
+            try:
+                now = replace(config, num_workers=workers, min_workers=0)
+                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=pulse))
+            except (ray.train.TrainingFailedError, RayError) as error:
+                if termination.asked:
+                    logger.warning("the attempt ended: %s", _reason(error))
+                else:
+                    _after_failure(job, error, pulse, failures)
+            finally:
+                termination.pulse = None
+                ray.kill(pulse)
+            if termination.asked:
+                raise terminated(output, identity)
     _settle(job, last)
     return last
+
+
+def _after_failure(job: WorkerJob, error: BaseException, pulse: Any, failures: Failures) -> None:
+    """Say why an attempt ended, and from where the next one goes on.
+
+    Raises:
+        TrainingStoppedError: there must not be another attempt.
+    """
+    counts, limit = failures.add(error, pulse), job.config.max_failures
+    reason, final = _reason(error), _is_final(error)
+    workers = "; ".join(ask(pulse.report, default=[]))
+    there = checkpoint.candidates(job.output, job.identity)
+    place = f"The last good checkpoint is {there[0].uri}." if there else "There is no checkpoint yet."
+    if final or (counts and 0 <= limit < failures.counted):
+        tail = "" if final else f" That was failure {failures.counted}, max_failures={limit}."
+        raise TrainingStoppedError(f"{reason}{tail} {place} The same command again resumes.") from None
+    what = f"Restart {failures.counted}" if counts else "Restart without counting it: a node was announced to go"
+    logger.warning("the attempt ended: %s (%s). %s. %s", reason, workers, what, place)
 
 
 def _complete(config: TrainConfig, output: str, identity: str) -> Checkpoint | None:
@@ -168,7 +188,11 @@ def _attempt(job: WorkerJob) -> None:
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
         ),
         # Ray's own restarts would keep the attempt's name, and repeat errors that no restart mends.
-        run_config=ray.train.RunConfig(name=job.attempt, storage_path=_ray_storage(job.output)),
+        run_config=ray.train.RunConfig(
+            name=job.attempt,
+            storage_path=_ray_storage(job.output),
+            failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
+        ),
     )
     with watched(job.pulse), _dead_after(config.worker_timeout_seconds):
         trainer.fit()

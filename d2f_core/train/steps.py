@@ -39,17 +39,21 @@ class StepResult:
     """Rows of this worker's share that did not count, with the reason."""
     consumed: int = 0
     """`consumed_digest` of this worker's share."""
+    heard: int = 0
+    """Sum of what the workers said with this step; the same number on each."""
 
 
-def _check_finite(finite: list[Tensor], rows: list[list[int]], step: int) -> None:
-    """Stop every worker together, before the gradients of a broken batch are used.
+def _exchange(finite: list[Tensor], rows: list[list[int]], step: int, said: int) -> int:
+    """Stop every worker together, before the gradients of a broken batch are used; returns what all have said.
 
-    The one number that is read off the device in every step: weights that a NaN has reached cannot be saved any more.
+    All that is read off the device in every step: weights that a NaN has reached cannot be saved any more.
     """
-    flag = torch.stack([(~fine).sum() for fine in finite]).sum()
+    broken = torch.stack([(~fine).sum() for fine in finite]).sum()
+    numbers = torch.stack([broken, torch.full_like(broken, said)])
     if dist.is_initialized():
-        dist.all_reduce(flag)
-    if count := int(flag.item()):
+        dist.all_reduce(numbers)
+    count, heard = numbers.tolist()
+    if count:
         pairs = zip(rows, (fine.tolist() for fine in finite), strict=True)
         bad = [row for part, fine in pairs for row, good in zip(part, fine, strict=True) if not good]
         raise NonFiniteLossError(
@@ -57,6 +61,7 @@ def _check_finite(finite: list[Tensor], rows: list[list[int]], step: int) -> Non
             f"{f' (table rows {bad} on this worker)' if bad else ' (rows are named by another worker)'}. "
             "Lower the learning rate, or look at these rows; the last checkpoint is good."
         )
+    return heard
 
 
 def consumed_digest(epochs: np.ndarray, rows: np.ndarray) -> int:
@@ -87,6 +92,7 @@ def train_steps(
     accumulation: int,
     first_step: int = 0,
     before_step: Callable[[int], None] | None = None,
+    say: Callable[[], int] | None = None,
 ) -> Iterator[StepResult]:
     """Run optimizer steps, lazily; the caller decides when to log, save and stop.
 
@@ -96,13 +102,15 @@ def train_steps(
     Args:
         rows: one micro-batch each, `accumulation` of them per step.
         before_step: called with the step's number, counted from 0 (sets the learning rate).
+        say: called once a step; the sum of all workers' numbers is each one's `StepResult.heard`, at no further
+            exchange: so they agree on the step at which they do something out of turn.
 
     Raises:
         NonFiniteLossError: on every worker at once; names the step and the rows, and leaves the weights alone.
     """
     step, iterator = first_step, iter(rows)
     while True:
-        waited, mean, finite, numbers, unusable, consumed = 0.0, torch.zeros(()), [], [], (), 0
+        waited, mean, finite, numbers, unusable, consumed, heard = 0.0, torch.zeros(()), [], [], (), 0, 0
         for part in range(accumulation):
             began = time.perf_counter()
             table = next(iterator, None)
@@ -119,9 +127,9 @@ def train_steps(
             numbers.append(table.column(ROW).to_pylist())
             consumed += consumed_digest(table.column(EPOCH).to_numpy(), table.column(ROW).to_numpy())
             if part == accumulation - 1:
-                _check_finite(finite, numbers, step)
+                heard = _exchange(finite, numbers, step, say() if say else 0)
             engine.backward(losses.mean())
             engine.step()
             mean = mean.to(losses.device) + losses.detach().mean() / accumulation
         step += 1
-        yield StepResult(step=step, loss=mean, waited=waited, unusable=unusable, consumed=consumed)
+        yield StepResult(step=step, loss=mean, waited=waited, unusable=unusable, consumed=consumed, heard=heard)

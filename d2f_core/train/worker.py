@@ -26,6 +26,7 @@ from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import EvaluationJob, Evaluations, evaluation_due
 from d2f_core.train.heartbeat import Heartbeat
+from d2f_core.train.interruption import Interruptions
 from d2f_core.train.metrics import Window, log_progress
 from d2f_core.train.quarantine import TrainingQuarantine
 from d2f_core.train.steps import StepResult, train_steps
@@ -106,6 +107,7 @@ class Training:
         self.job, self.worker, self.config, self.task = job, worker, job.config, task
         self.first = worker.rank == 0
         self.heartbeat = Heartbeat(job.pulse, worker.rank)
+        self.interruptions = Interruptions(self.heartbeat, first=self.first)
         self.writer = CheckpointWriter(job.output, job.attempt, worker.rank, worker.num_workers, job.config.retention)
         self.evaluations = Evaluations(self.writer.protected)
         self.quarantine = TrainingQuarantine.restored(state, job.plan, job.config.max_quarantined_share)
@@ -128,7 +130,8 @@ class Training:
         last = step == config.num_steps
         if step % config.log_every == 0 or last:
             self.metrics(step)
-        if step % config.checkpoint_every == 0 or last:
+        out_of_turn = self.interruptions.heed(result.heard, step)
+        if step % config.checkpoint_every == 0 or last or out_of_turn:
             self.save(step)
         self.look()
         self.heartbeat.doing("waiting for rows")
@@ -196,13 +199,15 @@ class Training:
                 self.evaluations.start(missing)
 
     def finish(self) -> None:
-        """Wait for the last checkpoint, its evaluation, and the metrics."""
+        """Wait for the last checkpoint, its evaluation, and the metrics; of a stopped training for the first alone."""
         self.heartbeat.doing("finishing the last checkpoint")
         self.writer.wait()
-        self.evaluate_what_is_missing()
-        self.evaluations.poll(EVALUATION_SECONDS)
+        if not self.interruptions.stopping:
+            self.evaluate_what_is_missing()
+            self.evaluations.poll(EVALUATION_SECONDS)
         self.writer.close()
-        if self.log:
+        # The checkpoint of a stopped training holds the metrics that MLflow has not confirmed.
+        if self.log and not self.interruptions.stopping:
             self.log.close(FLUSH_SECONDS)
         self.heartbeat.stop()
 
@@ -268,5 +273,8 @@ def _run_steps(training: Training, task: Task, rows: Any, first_step: int) -> No
         accumulation=training.job.plan.per_step(worker.num_workers),
         first_step=first_step,
         before_step=lambda step: zero.set_learning_rate(worker.engine, config.learning_rate_at(step)),
+        say=training.interruptions.say,
     ):
         training.after(result)
+        if training.interruptions.stopping:
+            return

@@ -14,6 +14,8 @@ OBJECT_STORE_BYTES = 1_000_000_000
 LOGICAL_CPUS = max(8, os.cpu_count() or 1)
 """More than a small machine has: Ray Data's tasks need slots of their own beside two train workers."""
 KEPT_SESSIONS = 5
+JOB_STOP_SECONDS = 60
+"""From `ray job stop` to SIGKILL (Ray's default is 3): a training saves a checkpoint in this time."""
 
 
 def ray_variables(state: State) -> dict[str, str]:
@@ -43,6 +45,7 @@ def ray_part(state: State, client_variables: dict[str, str]) -> Part:
     variables = {
         **{key: value for key, value in client_variables.items() if key != "RAY_ADDRESS"},
         "RAY_TMPDIR": str(temp),  # else the head names itself in /tmp/ray as the machine's current cluster
+        "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
         "PYTHONUNBUFFERED": "1",
         "D2F_RAY_VERSION": version("ray"),
         **({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}),

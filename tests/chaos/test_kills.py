@@ -8,23 +8,66 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from d2f_core import storage
 from d2f_core.train import checkpoint, heartbeat
+from d2f_core.train.interruption import usable_resources
+from infra.local.ray_head import LOGICAL_CPUS
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml
+from pipelines.configs import FinetuneConfig
 from pipelines.finetune import main
-from tests.chaos.training import SAVES, Running, assert_same_run, has_checkpoint, make_config, processes, wait_for
+from tests.chaos.nodes import second_node
+from tests.chaos.training import (
+    SAVES,
+    STEPS,
+    Running,
+    assert_same_run,
+    has_checkpoint,
+    make_config,
+    off_schedule,
+    processes,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 
-def test_a_worker_and_then_the_controller_are_killed(base, unbroken):
-    config = make_config(base, "killed-worker")
-    with Running(config) as running:
-        running.wait_for("a first checkpoint", lambda: has_checkpoint(config.output))
+@ray.remote
+class Placeholder:
+    """Holds CPUs, so that others have no room there."""
+
+    def ready(self) -> bool:
+        return True
+
+
+def test_a_node_goes_as_announced_and_then_a_worker_and_the_controller_are_killed(
+    base, unbroken, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Three restarts, two of which count."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    config = make_config(base, "killed-worker", cpus_per_worker=2, max_failures=2)
+    placeholder = Placeholder.options(num_cpus=LOGICAL_CPUS - 3).remote()  # room for one worker and two readers
+    assert ray.get(placeholder.ready.remote(), timeout=60)
+    with (
+        second_node(2, tmp_path / "node.log") as node,
+        caplog.at_level(logging.WARNING, logger="d2f_core.train"),
+        Running(config) as running,
+    ):
+        # A node that was announced to go takes no new actors, and these start on the workers' own nodes.
+        running.wait_for("both readers", lambda: len(processes("ray::SplitCoordinator")) == 2)
+        assert len(node.processes("ray::RayTrainWorker")) == 1
+        ray.kill(placeholder)
+        node.announce(seconds=120)
+        assert usable_resources()["CPU"] == LOGICAL_CPUS < ray.cluster_resources()["CPU"]
+        running.wait_for("a checkpoint off schedule", lambda: off_schedule(config.output))
+        node.kill()
+        running.wait_for("a restart", lambda: "Restart without counting it" in caplog.text)
+        assert len(off_schedule(config.output)) == 1, "saved once for the notice"
+        running.wait_for_the_next_checkpoint()
         running.kill_one("ray::RayTrainWorker")
-        running.wait_for("the next checkpoint", lambda: has_checkpoint(config.output, 2 * SAVES))
+        running.wait_for_the_next_checkpoint()
         running.kill_one("ray::TrainController")
     assert_same_run(config, unbroken)
 
@@ -49,19 +92,37 @@ def test_s3_and_mlflow_are_killed_and_come_back_and_then_a_worker_stands_still(
     assert_same_run(config, unbroken)
 
 
-def test_the_driver_is_killed_and_the_newest_checkpoint_damaged(base, unbroken, tmp_path: Path):
-    """The same job again goes on from the checkpoint before."""
-    config = make_config(base, "killed-driver")
-    file = tmp_path / "config.yaml"
+def start_driver(config: FinetuneConfig, log: Path, *flags: str) -> subprocess.Popen:
+    file = log.with_suffix(".yaml")
     file.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "pipelines.finetune", "--config", str(file)]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "pipelines.finetune", "--config", str(file), *flags]
+    with log.open("w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+
+def test_the_driver_is_terminated_and_then_killed_and_the_newest_checkpoint_damaged(base, unbroken, tmp_path: Path):
+    """The same job again goes on: from the step at which it was terminated, then from the checkpoint before."""
+    config, log = make_config(base, "killed-driver"), tmp_path / "terminated.log"
+    driver = start_driver(config, log, f"--train.checkpoint-every={STEPS}")
     try:
-        wait_for("a checkpoint", lambda: driver.poll() is not None or has_checkpoint(config.output, 2 * SAVES))
-        assert driver.poll() is None
+        wait_for("both readers", lambda: driver.poll() is not None or len(processes("ray::SplitCoordinator")) == 2)
+        driver.terminate()
+        assert driver.wait(120) == 143, log.read_text()
     finally:
         driver.kill()
         driver.wait()
+    (step,) = off_schedule(config.output)
+    assert f"stopped by SIGTERM; step {step} is saved in s3://" in log.read_text()
+    assert not storage.exists(f"{config.output}/model/diff2flow.json"), "no export of a training that was stopped"
+    wait_for("the end of its workers", lambda: not processes("ray::RayTrainWorker"))
+    driver = start_driver(config, log := tmp_path / "killed.log")
+    try:
+        wait_for("a checkpoint", lambda: driver.poll() is not None or has_checkpoint(config.output, step + 2 * SAVES))
+        assert driver.poll() is None, log.read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    assert f"resumed from {config.output}/checkpoints/step-{step:08d}" in log.read_text()
     wait_for("the end of its workers", lambda: not processes("ray::RayTrainWorker"))
     newest, before = (checkpoint.list_checkpoints(config.output)[index] for index in (-1, -2))
     assert config.train.num_steps > newest.manifest.step > before.manifest.step

@@ -103,6 +103,15 @@ def has_checkpoint(output: str, step: int = SAVES) -> bool:
     return any(one.manifest.step >= step for one in checkpoint.list_checkpoints(output))
 
 
+def newest_step(output: str) -> int:
+    return max((one.manifest.step for one in checkpoint.list_checkpoints(output)), default=0)
+
+
+def off_schedule(output: str) -> list[int]:
+    """Steps of checkpoints that the schedule did not ask for."""
+    return [one.manifest.step for one in checkpoint.list_checkpoints(output) if one.manifest.step % SAVES]
+
+
 class Running:
     """A training in a thread of this process; leaving the context waits for its end, even after a failed check."""
 
@@ -115,6 +124,10 @@ class Running:
         wait_for(what, lambda: self.error or condition())
         if self.error:
             raise self.error
+
+    def wait_for_the_next_checkpoint(self) -> None:
+        step = newest_step(self.config.output)
+        self.wait_for("the next checkpoint", lambda: has_checkpoint(self.config.output, step + 1))
 
     def kill_one(self, title: str) -> None:
         self.wait_for(f"a process {title}", lambda: processes(title))

@@ -1,0 +1,200 @@
+"""What a training does when it is told that its end is near: it saves once, and stops or goes on.
+
+A node's notice (Ray drains it, for example because a spot instance will be reclaimed): all workers save, and go on
+until Ray ends the attempt. SIGTERM to the driver (`ray job stop`, Kubernetes): all workers save, and the training
+stops.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray._private.state
+import ray.train
+
+from d2f_core.train import checkpoint
+from d2f_core.train.heartbeat import Heartbeat, ask
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.0
+"""Between two looks for a notice. One is a round trip of all workers to an actor, some milliseconds; Ray itself learns
+of a notice every five seconds."""
+ANSWER_SECONDS = 60.0
+"""For which the driver asks the workers' list again, when it does not answer."""
+NOTHING, LOOK, STOP = 0, 1, 2
+"""What the first worker says to all with a step."""
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Interruptions:
+    """One worker's side. The first worker decides at which step all look for a notice, or stop."""
+
+    def __init__(self, heartbeat: Heartbeat, *, first: bool) -> None:
+        self._heartbeat, self._first = heartbeat, first
+        self._looked, self._known = -math.inf, set[str]()
+        self.stopping = False
+
+    def say(self) -> int:
+        """What goes to all workers with the step under way; the others say nothing, so the sum is the first's word."""
+        if not self._first:
+            return NOTHING
+        if self._heartbeat.stop_asked:
+            return STOP
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return NOTHING
+        self._looked = time.monotonic()
+        return LOOK
+
+    def heed(self, heard: int, step: int) -> bool:
+        """Whether to save at this step, due or not; every worker must call it, and gets the same answer."""
+        if heard == STOP:
+            self.stopping = True
+            if self._first:
+                logger.warning("step %d  the driver was told to end: saving, then stopping", step)
+            return True
+        return heard == LOOK and self._noticed(step)
+
+    def _noticed(self, step: int) -> bool:
+        """Whether nodes of these workers were announced to go since the last look."""
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_to_ranks) - self._known if info else set()
+        if not info or not new:
+            return False
+        self._known |= new
+        if self._first:
+            self._heartbeat.leave(sorted(new))
+            what = describe(info, new)
+            logger.warning("step %d  %s: saving, then going on until Ray ends the attempt", step, what)
+        return True
+
+
+def describe(info: ray.train.PreemptionInfo, nodes: set[str]) -> str:
+    """Which nodes go, with which workers, and when."""
+    parts = [
+        f"node {node[:12]} with worker {', '.join(str(rank) for rank in info.preempted_node_to_ranks[node])}"
+        for node in sorted(nodes)
+    ]
+    when = "soon" if info.deadline_ms is None else f"in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"
+    return f"{' and '.join(parts)} will be taken away {when}"
+
+
+def leaving_nodes() -> set[str]:
+    """Living nodes that Ray was told will go: it places nothing new on them.
+
+    Ray 2.60 has no public list of them; Ray Train's own watcher asks the same.
+    """
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def usable_resources() -> dict[str, float]:
+    """Resources of all nodes that stay; `ray.cluster_resources` counts the leaving ones too."""
+    leaving = leaving_nodes()
+    total: Counter[str] = Counter()
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] not in leaving:
+            total.update(node["Resources"])
+    return dict(total)
+
+
+@dataclass
+class Failures:
+    """Attempts that failed. One that failed because a node went that was announced to go does not count."""
+
+    counted: int = 0
+    _gone: set[str] = field(default_factory=set)
+    """Nodes that an attempt was lost with; each of them excuses one."""
+
+    def add(self, error: BaseException, pulse: Any) -> bool:
+        """Whether this failure counts.
+
+        Ray tells when it ended the attempt for a node's sake. Mostly it reports a dead worker or a broken connection
+        instead: then any node decides that the workers saw announced, or that is leaving now.
+        """
+        nodes = leaving_nodes() | set(ask(pulse.leaving, default=[]))
+        if isinstance(error, ray.train.PreemptionError):
+            nodes |= set(error.preemption_info.preempted_node_ids)
+        deaths = getattr(error, "worker_failures", {}).values()
+        excused = bool(nodes - self._gone) or any(getattr(death, "preempted", False) for death in deaths)
+        self._gone |= nodes
+        self.counted += not excused
+        return not excused
+
+
+class Termination:
+    """SIGTERM to the driver while it trains."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.pulse: Any = None
+        """That of the attempt under way."""
+        self._wake = threading.Event()
+
+    def handle(self, number: int, frame: object) -> None:
+        """The signal's handler; a second signal ends the process at once."""
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked = True
+        self._wake.set()
+
+    def close(self) -> None:
+        self._wake.set()
+
+    def pass_on(self) -> None:
+        """Ask the workers to stop; runs in a thread, for a handler must not wait for an answer."""
+        self._wake.wait()
+        if not self.asked:
+            return
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while (pulse := self.pulse) is not None:
+            # No answer on a busy machine is not the answer that there is nothing to save.
+            there = ask(pulse.stop, default=None)
+            if there:
+                logger.warning("SIGTERM: the workers save and stop; a second one ends this process at once")
+                return
+            if there is False or time.monotonic() >= deadline:
+                break
+        logger.warning("SIGTERM: no worker trains yet, so nothing has to be saved. The same command again resumes.")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[Termination]:
+    """Let SIGTERM stop the training instead of killing it, while the context lasts.
+
+    In a thread signals are left alone: Python lets only the main thread handle them.
+    """
+    termination = Termination()
+    if threading.current_thread() is not threading.main_thread():
+        yield termination
+        return
+    thread = threading.Thread(target=termination.pass_on, daemon=True)
+    thread.start()
+    before = signal.signal(signal.SIGTERM, termination.handle)
+    try:
+        yield termination
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        termination.close()
+        thread.join()
+
+
+def terminated(output: str, identity: str) -> SystemExit:
+    """The end of a stopped training; the log says from where it goes on."""
+    found = checkpoint.candidates(output, identity)
+    if found:
+        what = f"stopped by SIGTERM; step {found[0].manifest.step} is saved in {found[0].uri}"
+    else:
+        what = "stopped by SIGTERM before the first checkpoint"
+    logger.warning("the training was %s. The same command again resumes.", what)
+    return SystemExit(EXIT_CODE)

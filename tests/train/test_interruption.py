@@ -1,0 +1,94 @@
+"""What counts as a failure, and what SIGTERM does to the driver; with workers and nodes in tests/chaos."""
+
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray.train
+
+from d2f_core.train import interruption
+from d2f_core.train.interruption import LOOK, NOTHING, STOP, Failures, Interruptions, describe, terminable
+
+
+@pytest.fixture
+def leaving(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Ids of nodes that are announced to go."""
+    nodes: set[str] = set()
+    monkeypatch.setattr(interruption, "leaving_nodes", lambda: nodes)
+    monkeypatch.setattr(interruption, "ask", lambda method, default: method())
+    return nodes
+
+
+def pulse(*leaving: str) -> SimpleNamespace:
+    return SimpleNamespace(leaving=lambda: list(leaving), stop=lambda: True)
+
+
+def preempted(*nodes: str) -> ray.train.PreemptionError:
+    info = ray.train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
+    return ray.train.PreemptionError(info)
+
+
+def test_a_node_that_goes_as_announced_costs_no_failure_and_excuses_one_attempt_only(leaving):
+    failures, broken = Failures(), RuntimeError("connection closed by peer")
+    assert failures.add(broken, pulse())
+    leaving.add("a")
+    assert not failures.add(broken, pulse()), "it is leaving"
+    assert failures.add(broken, pulse("a")), "but an attempt was lost with it already"
+    assert not failures.add(broken, pulse("b")), "the workers saw it announced, and it is gone"
+    assert not failures.add(preempted("c"), pulse())
+    assert failures.counted == 2
+
+
+def test_the_first_worker_says_when_to_look_and_when_to_stop(monkeypatch):
+    heartbeat = SimpleNamespace(stop_asked=False)
+    first, other = (Interruptions(heartbeat, first=one) for one in (True, False))  # type: ignore[arg-type]
+    assert [first.say(), first.say(), other.say()] == [LOOK, NOTHING, NOTHING]
+    monkeypatch.setattr(interruption, "LOOK_SECONDS", 0.0)
+    assert first.say() == LOOK
+    heartbeat.stop_asked = True
+    assert [first.say(), other.say()] == [STOP, NOTHING]
+    assert first.heed(STOP, 7) and first.stopping and other.heed(STOP, 7) and other.stopping
+
+
+def test_a_notice_calls_for_one_checkpoint(monkeypatch):
+    notices = [
+        None,
+        preempted("a").preemption_info,
+        preempted("a").preemption_info,
+        preempted("b", "a").preemption_info,
+    ]
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notices.pop(0))
+    worker = Interruptions(SimpleNamespace(), first=False)  # type: ignore[arg-type]
+    assert not worker.heed(NOTHING, 1) and len(notices) == 4, "it costs an exchange: only when the first worker says so"
+    assert [worker.heed(LOOK, step) for step in (2, 3, 4, 5)] == [False, True, False, True]
+
+
+def test_a_notice_names_nodes_workers_and_time():
+    info = ray.train.PreemptionInfo(deadline_ms=int(time.time() * 1000) + 60_400, preempted_node_to_ranks={"a": [0, 1]})
+    assert describe(info, {"a"}) == "node a with worker 0, 1 will be taken away in 60 s"
+
+
+def test_the_first_sigterm_asks_the_workers_and_the_handler_is_put_back(leaving, caplog):
+    before = signal.getsignal(signal.SIGTERM)
+    with terminable() as termination:
+        termination.pulse = pulse()
+        assert not termination.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert termination.asked
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "the workers save and stop" in caplog.text
+
+
+def test_in_a_thread_signals_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run() -> None:
+        with terminable():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [before]
