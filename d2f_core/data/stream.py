@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -238,5 +238,14 @@ def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: i
 def micro_batches(shard: Any) -> Iterator[pa.Table]:
     """The shard's rows as tables of one micro-batch each."""
     for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        for part in block.column("micro_batch"):
-            yield pa.ipc.open_stream(part.as_buffer()).read_all()
+        for chunk in block.column("micro_batch").chunks:
+            for part in _parts(chunk):
+                yield pa.ipc.open_stream(part).read_all()
+
+
+def _parts(chunk: pa.LargeBinaryArray) -> Iterator[pa.Buffer]:
+    """Its values where they lie: an element of an Arrow array is a copy, half a millisecond for each two megabytes."""
+    _, ends, data = chunk.buffers()
+    places = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+    for start, end in pairwise(places):
+        yield data.slice(start, end - start)

@@ -12,7 +12,6 @@ Each image's noise is a function of (seed, sample_id): it is the same on any clu
 any model with latents of that shape.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -29,7 +28,14 @@ import ray
 import ray.data
 import yaml
 
-from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
+from d2f_core.data.manifest import (
+    Manifest,
+    TableFile,
+    describe_file,
+    manifest_exists,
+    read_manifest,
+    write_manifest,
+)
 from d2f_core.inference.plan import (
     LATENTS,
     GenerateConfig,
@@ -132,12 +138,12 @@ class Part:
 
     @classmethod
     def from_result(cls, result: dict[str, Any]) -> "Part":
-        return cls(table_file(result["part"]), table_file(json.loads(result["latents"])), result["failed"])
+        return cls(table_file(json.loads(result["part"])), table_file(json.loads(result["latents"])), result["failed"])
 
 
 def table_file(values: dict[str, Any] | None) -> Any:
     """The TableFile that an actor sent as JSON; None for none."""
-    return values and TableFile(**{**values, "row_groups": tuple(values["row_groups"])})
+    return values and TableFile.from_json(values)
 
 
 class _Report:
@@ -225,13 +231,9 @@ def describe_part(output: str, chunk: int) -> Part:
     name = part_name(chunk)
     data = read_bytes(join(output, name))
     with pq.ParquetFile(pa.BufferReader(data)) as file:
-        metadata = file.metadata
-        failed = metadata.num_rows - file.read(["error"])["error"].null_count
+        failed = file.metadata.num_rows - file.read(["error"])["error"].null_count
         latents = json.loads((file.schema_arrow.metadata or {}).get(LATENTS_FILE, b"null"))
-    groups = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-    digest = hashlib.sha256(data).hexdigest()
-    index = TableFile(path=name, rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups)
-    return Part(index, table_file(latents), failed)
+    return Part(describe_file(name, data), table_file(latents), failed)
 
 
 def _finish(job: GenerateJob, parts: list[Part]) -> Manifest:

@@ -61,7 +61,7 @@ UPLOAD_THREADS = 8
 
 
 class ChunkSampler:
-    """Ray Data actor: a batch of one chunk number in, that chunk's index part (as a TableFile) out."""
+    """Ray Data actor: a batch of one chunk number in, that chunk's index part (as a TableFile in JSON) out."""
 
     def __init__(self, plan: Plan, output: str, threads: int) -> None:
         self.plan, self.output = plan, output
@@ -111,7 +111,7 @@ class ChunkSampler:
         return {
             "chunk": [chunk],
             "failed": [failed],
-            "part": [dataclasses.asdict(part)],
+            "part": [json.dumps(dataclasses.asdict(part))],
             "latents": [json.dumps(latents and dataclasses.asdict(latents))],
         }
 

@@ -29,6 +29,7 @@ from d2f_core.data.manifest import (
     ManifestError,
     TableFile,
     canonical_json,
+    describe_file,
     manifest_exists,
     read_manifest,
     write_manifest,
@@ -229,11 +230,7 @@ def _pixels(row: dict[str, Any]) -> np.ndarray:
 
 
 def _describe(output: str, name: str) -> TableFile:
-    data = read_bytes(join(output, name))
-    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
-    groups = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-    digest = hashlib.sha256(data).hexdigest()
-    return TableFile(path=name, rows=metadata.num_rows, size=len(data), sha256=digest, row_groups=groups)
+    return describe_file(name, read_bytes(join(output, name)))
 
 
 def read_features(uri: str, manifest: Manifest, steps: int) -> Iterator[FeaturePart]:
