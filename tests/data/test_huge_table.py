@@ -75,7 +75,7 @@ def test_a_worker_plans_a_billion_rows_from_the_files_alone(table):
     assert (table / "manifest.json").stat().st_size < 5e6
     began = time.process_time()
     groups = find_first_rows(str(table), HALF_AN_EPOCH)
-    assert time.process_time() - began < 5, "some 0.3 s on an idle core"
+    assert time.process_time() - began < 5, "0.5 s on a core shared with other work"
     assert 8 <= len(groups) <= 18, "one window of 512 rows, or two"
     for group in groups:
         assert group.first == group.file * FILE_ROWS + group.number * 64 and group.end - group.first in (64, 16)
