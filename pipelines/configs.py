@@ -46,8 +46,11 @@ class FinetuneConfig:
     def identity(self, base_hash: str, manifests: Sequence[Manifest]) -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
         model = {name: value for name, value in asdict(self.model).items() if name != "base"}
-        if self.model.task == "text_to_image":  # runs that are older than this field keep their identity
+        # Runs that are older than these fields keep their identity.
+        if self.model.task == "text_to_image":
             del model["task"]
+        if not self.model.shift_by_resolution:
+            del model["shift_by_resolution"]
         latents = [manifest.digest for manifest in manifests]
         fixed = {"model": model, "base": base_hash, "latents": latents, "holdout_rows": self.holdout_rows}
         return _digest(fixed, self.train)
