@@ -4,15 +4,12 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import ray
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from tests.chaos.training import wait_for
 
@@ -27,9 +24,6 @@ main()
 
 @dataclass
 class Node:
-    id: str
-    address: str
-    """Of the cluster."""
     process: psutil.Process
     """`ray start`; all of the node's processes descend from it."""
 
@@ -42,12 +36,9 @@ class Node:
                     found.append(process)
         return found
 
-    def announce(self, seconds: int) -> None:
-        """The notice: in so many seconds the node will be gone."""
-        accepted, reason = GcsClient(address=self.address).drain_node(
-            self.id, DRAIN_NODE_REASON_PREEMPTION, "a test's notice", int((time.time() + seconds) * 1000)
-        )
-        assert accepted, reason
+    def announce(self) -> None:
+        """The notice, as Kubernetes gives it to a pod: Ray then drains the node, as for a spot instance."""
+        self.process.terminate()
 
     def kill(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -58,26 +49,33 @@ class Node:
 
 
 @contextlib.contextmanager
-def second_node(num_cpus: int, log: Path) -> Iterator[Node]:
-    """Joined to the cluster that this process is connected to: connect first, or the driver may choose this node."""
-    before, address = {node["NodeID"] for node in ray.nodes()}, os.environ["RAY_ADDRESS"]
+def second_node(num_cpus: int, log: Path, *, seconds: int = 120) -> Iterator[Node]:
+    """Joined to the cluster that this process is connected to: connect first, or the driver may choose this node.
+
+    Args:
+        seconds: how long the node stays once it is announced to go.
+    """
+    before = {node["NodeID"] for node in ray.nodes()}
     argv = [
-        sys.executable, "-c", RAY_START, "start", "--block", f"--address={address}", "--node-ip-address=127.0.0.1",
-        f"--num-cpus={num_cpus}", "--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0",
-        "--dashboard-agent-listen-port=0", "--disable-usage-stats",
+        sys.executable, "-c", RAY_START, "start", "--block", f"--address={os.environ['RAY_ADDRESS']}",
+        "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", "--object-store-memory=100000000",
+        "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--disable-usage-stats",
     ]  # fmt: skip
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(seconds),
+    }
     with log.open("w") as file:
-        started = psutil.Popen(argv, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    node = Node("", address, started)
+        node = Node(psutil.Popen(argv, env=environment, stdout=file, stderr=subprocess.STDOUT))
+
+    def joined() -> bool:
+        assert node.process.is_running() and node.process.status() != psutil.STATUS_ZOMBIE, log.read_text()
+        return any(one["Alive"] and one["NodeID"] not in before for one in ray.nodes())
+
     try:
-
-        def joined() -> list[str]:
-            assert started.poll() is None, log.read_text()
-            return [one["NodeID"] for one in ray.nodes() if one["Alive"] and one["NodeID"] not in before]
-
         wait_for("a second node", joined, 60)
-        node.id = joined()[0]
         yield node
     finally:
         node.kill()

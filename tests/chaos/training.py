@@ -1,5 +1,7 @@
 """A small training for the kill tests: what it trains on, what it leaves behind, and how its processes are found."""
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ from tests.latent_tables import write_latents
 
 ROWS, STEPS, SAVES = 96, 40, 8
 EXPERIMENT = "test-chaos"
+STACK = "RAY_API_SERVER_ADDRESS"
+"""All processes of a stack's Ray carry it."""
 
 
 def make_config(base: str, name: str, latents: str = "s3://d2f/test-chaos/latents", **train) -> FinetuneConfig:
@@ -82,17 +86,19 @@ def losses(config: FinetuneConfig) -> list[float]:
 
 
 def processes(prefix: str) -> list[psutil.Process]:
-    """Ray's processes by the title that Ray gives them."""
+    """Processes of this session's Ray, not of another's on the machine, by the title that Ray gives them."""
 
     def found() -> Iterator[psutil.Process]:
         for process in psutil.process_iter(["cmdline"]):
             if process.info["cmdline"] and process.info["cmdline"][0].startswith(prefix):
-                yield process
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.environ().get(STACK) == os.environ[STACK]:
+                        yield process
 
     return list(found())
 
 
-def wait_for(what: str, condition: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_for(what: str, condition: Callable[[], object], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
