@@ -43,6 +43,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_named(base):
     assert final(config.output)[0].manifest.step == config.train.num_steps
 
 
+@slow("a minute: the limit alone is in tests/train/test_quarantine.py")
 def test_more_unusable_rows_than_allowed_end_the_training_at_once(base):
     latents = "s3://d2f/test-chaos/too-many"
     config = make_config(base, "too-many", latents, evaluate_every=0)
