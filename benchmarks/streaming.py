@@ -247,11 +247,17 @@ class Bench:
             argv = [self.python, str(script), system, "--what", what, "--uri", uri, "--rows", rows, "--local", local]
             return run(argv, url, self.options.run_seconds)
 
-    def ours(self, url: str, rows: int, num_batches: int, step_seconds: float = 0.0, *, look: bool = False) -> Any:
-        node = [one.process.pid for one in owned(self.stack.directory, "ray") if one.process.name() == "raylet"]
+    def ours(
+        self, url: str, rows: int, num_batches: int, step_seconds: float = 0.0, *, look: bool = False
+    ) -> dict[str, Any]:
         call = json.dumps([f"{BUCKET}/ours-{rows}", num_batches, step_seconds])
         argv = [sys.executable, "-m", "benchmarks.streaming", "ours", call]
-        return run(argv, url, self.options.run_seconds, tuple(node) if look else None)
+        return run(argv, url, self.options.run_seconds, self.raylet() if look else None)
+
+    def raylet(self) -> tuple[int, ...]:
+        """Its pid: all that Ray starts for a run descends from it."""
+        node = owned(self.stack.directory, "ray")
+        return tuple(one.process.pid for one in node if one.process.name() == "raylet")
 
     def keep(self, kind: str, system: str, delay: float, rows: int, result: dict[str, Any], epochs: int = 1) -> None:
         """Add a run to the results; `complete`: it delivered each sample `epochs` times, with all its bytes."""

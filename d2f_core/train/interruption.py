@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 """Between two looks for a notice. One is a round trip of all workers to an actor, some milliseconds; Ray itself learns
 of a notice every five seconds."""
-ANSWER_SECONDS = 60.0
-"""For which the driver asks the workers' list again, when it does not answer."""
+QUESTIONS = 10
+"""Of the driver to the list of workers, some seconds apart, while it does not answer."""
 NOTHING, LOOK, STOP = 0, 1, 2
 """What the first worker says to all with a step."""
 EXIT_CODE = 128 + signal.SIGTERM
@@ -155,15 +155,17 @@ class Termination:
         self._wake.wait()
         if not self.asked:
             return
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while (pulse := self.pulse) is not None:
-            # No answer on a busy machine is not the answer that there is nothing to save.
-            there = ask(pulse.stop, default=None)
-            if there:
-                logger.warning("SIGTERM: the workers save and stop; a second one ends this process at once")
-                return
-            if there is False or time.monotonic() >= deadline:
+        there = None
+        for _ in range(QUESTIONS):
+            pulse = self.pulse
+            # No answer, on a busy machine, is not the answer that there is nothing to save.
+            there = ask(pulse.stop, default=None) if pulse is not None else False
+            if there is not None:
                 break
+            time.sleep(1)
+        if there:
+            logger.warning("SIGTERM: the workers save and stop; a second one ends this process at once")
+            return
         logger.warning("SIGTERM: no worker trains yet, so nothing has to be saved. The same command again resumes.")
         os.kill(os.getpid(), signal.SIGTERM)
 

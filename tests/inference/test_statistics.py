@@ -28,7 +28,7 @@ def drawn(rows: int, width: int = 6, mean: float = 0.0, seed: int = 0) -> np.nda
     return np.random.default_rng(seed).normal(mean, 1, (rows, width))
 
 
-@settings(deadline=None, derandomize=True, max_examples=50)
+@settings(max_examples=50)
 @given(
     cuts=st.lists(st.integers(0, 200), max_size=12), offset=st.sampled_from([0.0, 10.0, 1e4]), seed=st.integers(0, 99)
 )
