@@ -39,6 +39,10 @@ class StorageError(ValueError):
     """A URI that cannot be used, with the reason and the fix in one line."""
 
 
+class UnreachableStorageError(StorageError):
+    """S3 or the network to it was away for longer than repetitions bridge."""
+
+
 def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
@@ -104,13 +108,13 @@ def retried(what: str, call: Callable[[], T]) -> T:
         what: completes "could not ...", e.g. "read s3://bucket/key".
 
     Raises:
-        StorageError: it failed for all that time; one line.
+        UnreachableStorageError: it failed for all that time; one line.
         Exception: any other error of `call`, at once.
     """
     try:
         return keep_trying(what, call, transient=is_network_trouble, seconds=RETRY_SECONDS)
     except GaveUpError as error:
-        raise StorageError(
+        raise UnreachableStorageError(
             f"{error}. Check that {os.environ.get('AWS_ENDPOINT_URL', 'AWS')} is up and can be reached from here; the "
             "same command goes on from there."
         ) from error.__cause__

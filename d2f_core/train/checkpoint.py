@@ -43,6 +43,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used or written, with the reason and the fix."""
 
 
+class UnfinishedSaveError(CheckpointError):
+    """A save that another worker's end, or the storage's absence, kept from being completed."""
+
+
 class OtherFormatError(CheckpointError):
     """An undamaged checkpoint that another release wrote."""
 

@@ -27,6 +27,7 @@ from d2f_core.train.checkpoint import (
     CheckpointError,
     CheckpointFile,
     CheckpointManifest,
+    UnfinishedSaveError,
     checkpoints_uri,
     damaged,
     directory_name,
@@ -162,7 +163,9 @@ class CheckpointWriter:
         except BaseException as error:  # whatever it is, the training must hear of it
             reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             logger.error("saving step %d failed on worker %d: %s", step, self.rank, reason)
-            self._failure = CheckpointError(f"Saving step {step} failed on worker {self.rank}. {reason}")
+            mended = isinstance(error, (UnfinishedSaveError, storage.UnreachableStorageError))
+            kind = UnfinishedSaveError if mended else CheckpointError
+            self._failure = kind(f"Saving step {step} failed on worker {self.rank}. {reason}")
             self._failure.__cause__ = error
 
     def _write(self, job: _Save) -> None:
@@ -221,7 +224,7 @@ class CheckpointWriter:
             self._go_on(uri)
             if time.monotonic() >= deadline:
                 ranks = ", ".join(str(rank) for rank in missing)
-                raise CheckpointError(
+                raise UnfinishedSaveError(
                     f"{uri}: no {what} of worker {ranks} after {self.share_seconds:g} s, so this checkpoint stays "
                     "incomplete. See in the logs why it ended or cannot write; the run resumes from the one before."
                 )

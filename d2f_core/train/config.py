@@ -30,6 +30,8 @@ AT_LEAST = {
     "keep_best": 0,
     "keep_every": 0,
     "max_failures": -1,
+    "node_wait_seconds": 0,
+    "lost_node_wait_seconds": 0,
     "min_workers": 0,
 }
 
@@ -93,8 +95,13 @@ class TrainConfig:
     max_quarantined_share: float = 0.01
     """Share of a run's samples that may be unusable before it stops."""
     max_failures: int = 3
-    """Times that a training is restarted from its last checkpoint after a worker died; -1: without limit. A node that
-    was announced to go (a spot instance's notice) costs none of them."""
+    """Failures in a row after which a training is still restarted from its last checkpoint; -1: without limit. A new
+    checkpoint starts the count anew, and a node that was announced to go (a spot instance's notice) is not counted."""
+    node_wait_seconds: int = 60
+    """How long nodes are waited for before fewer workers are taken (see `min_workers`), or the first start is given up.
+    An autoscaler is asked for them; raise this to the time that it takes to start a node."""
+    lost_node_wait_seconds: int = 1800
+    """How long a training that has lost its nodes waits for room for its fewest workers."""
     worker_timeout_seconds: int = 600
     """A worker that keeps the others waiting for longer than this ends the attempt; the error names it."""
     log_every: int = 10

@@ -27,7 +27,14 @@ FLUSH_SECONDS = 60.0
 
 
 class CollapseError(RuntimeError):
-    """The model draws flat images only, or its metrics are not finite."""
+    """The model of a step draws flat images only, or its metrics are not finite."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message, step)  # both, so that it can be pickled
+        self.step = step
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +103,8 @@ def evaluate(job: EvaluationJob) -> dict[str, float]:
         raise CollapseError(
             f"step {job.step}: "
             + (f"the evaluation found {bad}" if bad else f"all {len(result.images)} images drawn are flat")
-            + ". The model has collapsed: lower the learning rate, or raise the warm-up, and start from an earlier "
-            "checkpoint in another output."
+            + ". The model has collapsed: lower the learning rate, or raise the warm-up, and train in another output.",
+            job.step,
         )
     job.keep(metrics)
     return metrics

@@ -12,13 +12,9 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-import ray._private.state
 import ray.train
 
 from d2f_core.train import checkpoint
@@ -86,48 +82,6 @@ def describe(info: ray.train.PreemptionInfo, nodes: set[str]) -> str:
     ]
     when = "soon" if info.deadline_ms is None else f"in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"
     return f"{' and '.join(parts)} will be taken away {when}"
-
-
-def leaving_nodes() -> set[str]:
-    """Living nodes that Ray was told will go: it places nothing new on them.
-
-    Ray 2.60 has no public list of them; Ray Train's own watcher asks the same.
-    """
-    return set(ray._private.state.state.get_draining_nodes())
-
-
-def usable_resources() -> dict[str, float]:
-    """Resources of all nodes that stay; `ray.cluster_resources` counts the leaving ones too."""
-    leaving = leaving_nodes()
-    total: Counter[str] = Counter()
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] not in leaving:
-            total.update(node["Resources"])
-    return dict(total)
-
-
-@dataclass
-class Failures:
-    """Attempts that failed. One that failed because a node went that was announced to go does not count."""
-
-    counted: int = 0
-    _gone: set[str] = field(default_factory=set)
-    """Nodes that an attempt was lost with; each of them excuses one."""
-
-    def add(self, error: BaseException, pulse: Any) -> bool:
-        """Whether this failure counts.
-
-        Ray tells when it ended the attempt for a node's sake. Mostly it reports a dead worker or a broken connection
-        instead: then any node decides that the workers saw announced, or that is leaving now.
-        """
-        nodes = leaving_nodes() | set(ask(pulse.leaving, default=[]))
-        if isinstance(error, ray.train.PreemptionError):
-            nodes |= set(error.preemption_info.preempted_node_ids)
-        deaths = getattr(error, "worker_failures", {}).values()
-        excused = bool(nodes - self._gone) or any(getattr(death, "preempted", False) for death in deaths)
-        self._gone |= nodes
-        self.counted += not excused
-        return not excused
 
 
 class Termination:

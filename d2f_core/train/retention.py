@@ -1,5 +1,6 @@
 """Which checkpoints stay on storage, and the metrics that decide it."""
 
+import itertools
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -75,6 +76,14 @@ def read_evaluation(uri: str) -> dict[str, float] | None:
         return None
 
 
+def is_evaluated(uri: str) -> bool:
+    """Whether an evaluation found nothing wrong with a checkpoint: of a collapsed model none is stored."""
+    try:
+        return read_evaluation(uri) is not None
+    except CheckpointError:
+        return False
+
+
 def metric_of(uri: str, name: str) -> float | None:
     """The metric's value; None before the evaluation, NaN when the evaluation does not tell it."""
     try:
@@ -116,6 +125,8 @@ def apply_retention(
 ) -> list[str]:
     """Delete complete checkpoints that no rule keeps, and what unfinished saves left behind.
 
+    The newest checkpoint that was evaluated stays: should the model collapse, it is the last good one.
+
     With `keep_best`, a checkpoint newer than the newest evaluated one waits for its own evaluation and stays; an older
     one without a value of the metric is never a best one. Directories without a manifest, or with a damaged one, go
     when they are older than the oldest of the `keep_last` newest. A manifest is deleted first, so that a checkpoint
@@ -134,6 +145,7 @@ def apply_retention(
         return []
     metric = {c.uri: metric_of(c.uri, retention.metric) for c in complete} if retention.keep_best else {}
     stay = kept(complete, retention, metric) | {uri.rstrip("/") for uri in being_evaluated}
+    stay |= set(itertools.islice((c.uri for c in reversed(complete) if is_evaluated(c.uri)), 1))
     exist = {checkpoint.uri for checkpoint in complete}
     oldest_last = complete[-retention.keep_last :][0].manifest.step
     gone = [uri for step, uri in directories(output) if uri not in stay and (uri in exist or step < oldest_last)]

@@ -18,7 +18,7 @@ from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
 from d2f_core.tracking import resolve_model
 from d2f_core.train import checkpoint
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.launch import NotEnoughResourcesError
+from d2f_core.train.room import NotEnoughResourcesError
 from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import FinetuneResult, check, main, make_plan
@@ -112,12 +112,11 @@ def test_the_same_command_again_does_nothing(config, unbroken):
     assert checkpoint.list_checkpoints(config.output) == before
 
 
-def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(config, unbroken, monkeypatch, caplog):
-    monkeypatch.setattr("d2f_core.train.launch.RESOURCE_WAIT_SECONDS", 1)
+def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(config, unbroken, caplog):
     output = "s3://d2f/test-finetune/moved"
     main(changed(config, output, num_steps=3))
     with caplog.at_level("WARNING", logger="d2f_core.train"):
-        main(changed(config, output, min_workers=1, cpus_per_worker=5, zero_stage=0))
+        main(changed(config, output, min_workers=1, cpus_per_worker=5, zero_stage=0, node_wait_seconds=1))
     assert "room for 1 of 2 workers" in caplog.text
     assert checkpoint.list_checkpoints(output)[-1].manifest.num_workers == 1
     expected, moved = final(config.output)["weights"], final(output)["weights"]
@@ -125,12 +124,11 @@ def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(conf
         torch.testing.assert_close(moved[name], tensor, rtol=0, atol=2e-5)
 
 
-def test_too_many_workers_say_what_is_missing(config, monkeypatch):
-    monkeypatch.setattr("d2f_core.train.launch.RESOURCE_WAIT_SECONDS", 1)
+def test_too_many_workers_say_what_is_missing(config):
     with pytest.raises(NotEnoughResourcesError, match=r"num_workers=8 needs 13 CPU .* the cluster has 8 CPU"):
-        main(changed(config, "s3://d2f/test-finetune/large", num_workers=8, micro_batch_size=1))
+        main(changed(config, "s3://d2f/test-finetune/large", num_workers=8, micro_batch_size=1, node_wait_seconds=1))
     with pytest.raises(NotEnoughResourcesError, match=r"min_workers=1 needs 10\.5 CPU .* Lower --train\.min-workers"):
-        main(changed(config, "s3://d2f/test-finetune/large", min_workers=1, cpus_per_worker=9))
+        main(changed(config, "s3://d2f/test-finetune/large", min_workers=1, cpus_per_worker=9, node_wait_seconds=0))
 
 
 def test_latents_of_another_autoencoder_are_refused(config):

@@ -216,6 +216,15 @@ def test_one_that_is_being_evaluated_stays(tmp_path):
     assert apply_retention(str(tmp_path), Retention(keep_last=1), [uris[0] + "/"]) == [uris[1]]
 
 
+def test_the_newest_that_was_evaluated_stays_for_the_case_that_the_model_collapses(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        uri = write(tmp_path, step)
+        if step in (1, 2):
+            write_evaluation(uri, {"loss": 1.0})
+    apply_retention(str(tmp_path), Retention(keep_last=2))
+    assert [one.manifest.step for one in list_checkpoints(str(tmp_path))] == [2, 4, 5]
+
+
 def test_later_checkpoints_can_be_left_out_of_the_rules(tmp_path):
     for step in (1, 2, 9):
         write(tmp_path, step)

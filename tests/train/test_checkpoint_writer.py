@@ -255,7 +255,7 @@ def test_a_closed_writer_saves_no_more(tmp_path):
         save(writer, 1)
 
 
-def test_the_last_the_best_every_so_many_and_the_protected_stay(tmp_path):
+def test_the_last_the_best_every_so_many_the_protected_and_the_last_good_stay(tmp_path):
     rule = Retention(keep_last=1, keep_best=1, metric="loss", keep_every=5)
     writer = CheckpointWriter(str(tmp_path), "a", 0, 1, rule)
     for step in range(1, 10):
@@ -265,11 +265,11 @@ def test_the_last_the_best_every_so_many_and_the_protected_stay(tmp_path):
         write_evaluation(writer.last_complete[1], {"loss": abs(step - 3)})
         if step == 2:
             writer.protected.add(writer.last_complete[1])
-    assert steps(tmp_path) == [2, 3, 5, 9]
+    assert steps(tmp_path) == [2, 3, 5, 8, 9], "8 is the newest evaluated one when 9 is complete"
     writer.protected.clear()
     save(writer, 10)
     writer.wait()
-    assert steps(tmp_path) == [3, 5, 10]
+    assert steps(tmp_path) == [3, 5, 9, 10]
 
 
 def test_a_run_behind_a_damaged_checkpoint_keeps_its_new_ones(tmp_path):

@@ -1,44 +1,19 @@
-"""What counts as a failure, and what SIGTERM does to the driver; with workers and nodes in tests/chaos."""
+"""When workers save out of turn, and what SIGTERM does to the driver; with workers and nodes in tests/chaos."""
 
 import signal
 import threading
 import time
 from types import SimpleNamespace
 
-import pytest
 import ray.train
 
 from d2f_core.train import interruption
-from d2f_core.train.interruption import LOOK, NOTHING, STOP, Failures, Interruptions, describe, terminable
-
-
-@pytest.fixture
-def leaving(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Ids of nodes that are announced to go."""
-    nodes: set[str] = set()
-    monkeypatch.setattr(interruption, "leaving_nodes", lambda: nodes)
-    monkeypatch.setattr(interruption, "ask", lambda method, default: method())
-    return nodes
-
-
-def pulse(*leaving: str) -> SimpleNamespace:
-    return SimpleNamespace(leaving=lambda: list(leaving), stop=lambda: True)
+from d2f_core.train.interruption import LOOK, NOTHING, STOP, Interruptions, describe, terminable
 
 
 def preempted(*nodes: str) -> ray.train.PreemptionError:
     info = ray.train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
     return ray.train.PreemptionError(info)
-
-
-def test_a_node_that_goes_as_announced_costs_no_failure_and_excuses_one_attempt_only(leaving):
-    failures, broken = Failures(), RuntimeError("connection closed by peer")
-    assert failures.add(broken, pulse())
-    leaving.add("a")
-    assert not failures.add(broken, pulse()), "it is leaving"
-    assert failures.add(broken, pulse("a")), "but an attempt was lost with it already"
-    assert not failures.add(broken, pulse("b")), "the workers saw it announced, and it is gone"
-    assert not failures.add(preempted("c"), pulse())
-    assert failures.counted == 2
 
 
 def test_the_first_worker_says_when_to_look_and_when_to_stop(monkeypatch):
@@ -70,10 +45,11 @@ def test_a_notice_names_nodes_workers_and_time():
     assert describe(info, {"a"}) == "node a with worker 0, 1 will be taken away in 60 s"
 
 
-def test_the_first_sigterm_asks_the_workers_and_the_handler_is_put_back(leaving, caplog):
+def test_the_first_sigterm_asks_the_workers_and_the_handler_is_put_back(monkeypatch, caplog):
+    monkeypatch.setattr(interruption, "ask", lambda method, default: method())
     before = signal.getsignal(signal.SIGTERM)
     with terminable() as termination:
-        termination.pulse = pulse()
+        termination.pulse = SimpleNamespace(stop=lambda: True)
         assert not termination.asked
         signal.raise_signal(signal.SIGTERM)
         assert termination.asked

@@ -1,0 +1,97 @@
+"""Whether a training that failed is started again."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray.train
+
+from d2f_core.storage import UnreachableStorageError
+from d2f_core.tracking import TrackingError
+from d2f_core.train.checkpoint import UnfinishedSaveError
+from d2f_core.train.config import MissingCompilerError
+from d2f_core.train.evaluation import CollapseError
+from d2f_core.train.heartbeat import ask
+from d2f_core.train.quarantine import QuarantineLimitError
+from d2f_core.train.room import leaving_nodes
+from d2f_core.train.steps import NonFiniteLossError
+from d2f_core.train.zero import NonFiniteGradientError
+
+FINAL = (NonFiniteLossError, NonFiniteGradientError, CollapseError, QuarantineLimitError, MissingCompilerError)
+"""A restart would end in the same error. So would it with our own errors of bad input, which are ValueErrors."""
+MENDED = (TrackingError, UnfinishedSaveError, UnreachableStorageError)
+"""Those of our own that a restart may mend: a server was away, or another worker died."""
+REPEATED = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
+"""What wrong code or a wrong setting raises: once it may be chance, the same text twice in a row is not."""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The workers' own errors, a verdict before the errors that followed from it."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    found = [getattr(failure, "cause", None) or failure for failure in failures]
+    return sorted(found, key=lambda cause: not is_final(cause))
+
+
+def reason(error: BaseException) -> str:
+    """The most telling error in one line."""
+    cause = causes(error)[0]
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:600]}"
+
+
+def is_final(cause: BaseException) -> bool:
+    if isinstance(cause, MENDED):
+        return False
+    return isinstance(cause, FINAL) or (isinstance(cause, ValueError) and type(cause).__module__.startswith("d2f_core"))
+
+
+@dataclass
+class Restarts:
+    """Counts the attempts of one training that failed, in a row: a new checkpoint starts the count anew.
+
+    One that failed because a node went that was announced to go does not count.
+    """
+
+    limit: int
+    """How many may fail in a row; -1: any number."""
+    in_a_row: int = 0
+    _step: int = 0
+    """Of the newest checkpoint at the last failure."""
+    _reason: str = ""
+    _gone: set[str] = field(default_factory=set)
+    """Nodes that an attempt was lost with; each of them excuses one."""
+
+    def add(self, error: BaseException, pulse: Any, step: int) -> str:
+        """Take in a failure.
+
+        Args:
+            step: that of the newest checkpoint, 0 without one.
+
+        Returns:
+            Why there must not be another attempt, "" if there may.
+        """
+        found, excused = reason(error), self._excused(error, pulse)
+        repeated = found == self._reason and step == self._step and isinstance(causes(error)[0], REPEATED)
+        if step > self._step:
+            self.in_a_row = 0
+        self._step, self._reason = step, found
+        self.in_a_row += not excused
+        if any(is_final(cause) for cause in causes(error)):
+            return "A restart would end alike."
+        if repeated:
+            return "A restart ended in the same error."
+        if not excused and 0 <= self.limit < self.in_a_row:
+            return f"That was failure {self.in_a_row} without a new checkpoint, max_failures={self.limit}."
+        return ""
+
+    def _excused(self, error: BaseException, pulse: Any) -> bool:
+        """Whether the attempt ended for the sake of a node that was announced to go.
+
+        Ray tells when it ended the attempt for a node's sake. Mostly it reports a dead worker or a broken connection
+        instead: then any node decides that the workers saw announced, or that is leaving now.
+        """
+        nodes = leaving_nodes() | set(ask(pulse.leaving, default=[]))
+        if isinstance(error, ray.train.PreemptionError):
+            nodes |= set(error.preemption_info.preempted_node_ids)
+        deaths = getattr(error, "worker_failures", {}).values()
+        excused = bool(nodes - self._gone) or any(getattr(death, "preempted", False) for death in deaths)
+        self._gone |= nodes
+        return excused

@@ -1,0 +1,139 @@
+"""After which failures a training is started again, and what it says when not."""
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+from ray.exceptions import RayTaskError
+
+from d2f_core.storage import StorageError, UnreachableStorageError
+from d2f_core.train import launch, restarts
+from d2f_core.train.checkpoint import CheckpointError, UnfinishedSaveError
+from d2f_core.train.checkpoint_writer import CheckpointWriter
+from d2f_core.train.evaluation import CollapseError
+from d2f_core.train.launch import TrainingStoppedError
+from d2f_core.train.quarantine import QuarantineLimitError
+from d2f_core.train.restarts import Restarts
+from d2f_core.train.retention import Retention, write_evaluation
+from d2f_core.train.steps import NonFiniteLossError
+
+BROKEN = RuntimeError("connection closed by peer")
+
+
+@pytest.fixture(autouse=True)
+def leaving(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Ids of nodes that are announced to go."""
+    nodes: set[str] = set()
+    monkeypatch.setattr(restarts, "leaving_nodes", lambda: nodes)
+    for module in (restarts, launch):
+        monkeypatch.setattr(module, "ask", lambda method, default: method())
+    return nodes
+
+
+def pulse(*leaving: str) -> SimpleNamespace:
+    return SimpleNamespace(leaving=lambda: list(leaving), report=lambda: ["worker 0"])
+
+
+def preempted(*nodes: str) -> ray.train.PreemptionError:
+    info = ray.train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
+    return ray.train.PreemptionError(info)
+
+
+def of_workers(*errors: Exception) -> Exception:
+    """What Ray Train raises when these end its workers."""
+    wrapped = {rank: RayTaskError("run", "", error) for rank, error in enumerate(errors)}
+    return ray.train.WorkerGroupError("failed", wrapped)  # type: ignore[arg-type]
+
+
+def test_a_node_that_goes_as_announced_costs_no_failure_and_excuses_one_attempt_only(leaving):
+    counted = Restarts(limit=-1)
+    assert counted.add(BROKEN, pulse(), 0) == "" and counted.in_a_row == 1
+    leaving.add("a")
+    counted.add(BROKEN, pulse(), 0)
+    assert counted.in_a_row == 1, "it is leaving"
+    counted.add(BROKEN, pulse("a"), 0)
+    assert counted.in_a_row == 2, "but an attempt was lost with it already"
+    counted.add(BROKEN, pulse("b"), 0)
+    assert counted.in_a_row == 2, "the workers saw it announced, and it is gone"
+    counted.add(preempted("c"), pulse(), 0)
+    assert counted.in_a_row == 2
+
+
+def test_a_new_checkpoint_starts_the_count_anew():
+    counted = Restarts(limit=2)
+    assert [counted.add(BROKEN, pulse(), step) for step in (0, 0, 10, 10, 20, 30)] == [""] * 6
+    assert [counted.add(BROKEN, pulse(), 30) for _ in range(2)] == [
+        "",
+        "That was failure 3 without a new checkpoint, max_failures=2.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (NonFiniteLossError("step 4"), True),
+        (QuarantineLimitError("3 of 200 rows"), True),
+        (CheckpointError("damaged"), True),
+        (StorageError("no room"), True),
+        (UnfinishedSaveError("no share of worker 1"), False),
+        (UnreachableStorageError("away"), False),
+        (ValueError("from some library"), False),
+        (ConnectionError("reset"), False),
+    ],
+)
+def test_verdicts_and_bad_input_end_it_and_what_may_have_been_chance_does_not(error, ends):
+    found = Restarts(limit=3).add(of_workers(BROKEN, error), pulse(), 0)
+    assert found == ("A restart would end alike." if ends else "")
+
+
+def test_a_wrong_setting_is_known_by_its_coming_again_and_a_killed_worker_is_not():
+    counted, wrong = Restarts(limit=-1), of_workers(ValueError("rank=0 must be positive"))
+    assert counted.add(wrong, pulse(), 0) == ""
+    assert counted.add(of_workers(ValueError("another")), pulse(), 0) == ""
+    assert counted.add(wrong, pulse(), 0) == "" == counted.add(wrong, pulse(), 10), "the training got further"
+    assert counted.add(wrong, pulse(), 10) == "A restart ended in the same error."
+    assert [counted.add(of_workers(BROKEN), pulse(), 10) for _ in range(5)] == [""] * 5
+
+
+def saved(output: Path, step: int) -> str:
+    writer = CheckpointWriter(str(output), "a", 0, 1, Retention(keep_last=9))
+    writer.save(step, samples=step, identity="run", tensors={"weights": {"w": torch.ones(1)}}, state={})
+    writer.wait()
+    writer.close()
+    return str(output / "checkpoints" / f"step-{step:08d}.a")
+
+
+def after(output: Path, error: Exception, counted: Restarts) -> None:
+    job: Any = SimpleNamespace(output=str(output), identity="run")
+    launch._after_failure(job, error, pulse(), counted)
+
+
+def test_a_failure_is_logged_with_its_number_and_from_where_it_goes_on(tmp_path, caplog):
+    newest = saved(tmp_path, 10)
+    after(tmp_path, of_workers(BROKEN), Restarts(limit=1))
+    assert f"failure 1 since the last checkpoint: RuntimeError: {BROKEN} (worker 0)" in caplog.text
+    assert f"The last good checkpoint is {newest}" in caplog.text
+    with pytest.raises(TrainingStoppedError, match=rf"max_failures=0\. The last good .*{newest}\. The same command"):
+        after(tmp_path, of_workers(BROKEN), Restarts(limit=0))
+
+
+def test_a_collapse_names_the_newest_checkpoint_that_was_found_good_before_it(tmp_path):
+    """Not the newest of all, which is the collapsed one or comes after it; and resuming would end alike."""
+    uris = {step: saved(tmp_path, step) for step in (10, 20, 30, 40, 50)}
+    collapse = of_workers(CollapseError("step 40: all 4 images drawn are flat.", 40))
+    with pytest.raises(TrainingStoppedError, match=r"flat.* No checkpoint before it was evaluated"):
+        after(tmp_path, collapse, Restarts(limit=3))
+    for step in (10, 20, 50):
+        write_evaluation(uris[step], {"loss": 1.0})
+    with pytest.raises(TrainingStoppedError, match=rf"flat.* {uris[20]}: .*--step 20 ") as caught:
+        after(tmp_path, collapse, Restarts(limit=3))
+    assert "resumes" not in str(caught.value)
+
+
+def test_a_collapse_travels_between_processes():
+    there = pickle.loads(pickle.dumps(CollapseError("step 40: flat", 40)))
+    assert (str(there), there.step) == ("step 40: flat", 40)
