@@ -57,6 +57,7 @@ def draw(config: PlotConfig) -> None:
         ddim = [row[NAME]["10"] for row in base if row["what"].startswith("ddim")]
         start = next(row for row in base if row["what"] == "step 0")
         steps.axhspan(min(ddim), max(ddim), color="#bbbbbb", alpha=0.6, lw=0, label="base, DDIM (three noise sets)")
+        steps.axhline(base[1][NAME]["10"], color="#555555", ls=":")
         for row, style in ((base[0], "--"), (base[1], ":"), (start, "-.")):
             counts.plot(*by_evaluations(row[NAME]), color="#555555", ls=style, label=f"base, {row['what']}")
         for line in (line for line in trained if (size_of(line), line["of"]["method"]) == (size, method)):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from d2f_core import storage
@@ -90,6 +92,10 @@ def test_a_diffusers_directory_is_complete_and_samples_as_the_artifact_does(comp
     assert set(exported.missing) == {"safety_checker", "feature_extractor"}
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
     assert type(pipeline) is StableDiffusionPipeline and type(pipeline.scheduler) is Diff2FlowScheduler
+    with safe_open(tmp_path / "exported/unet/diffusion_pytorch_model.safetensors", framework="pt") as written:
+        keys = list(written.keys())
+    base_keys = load_unet(resolve_base(str(complete_base))).state_dict().keys()
+    assert set(keys) == set(base_keys) and len(keys) == len(base_keys), "adapters are merged, and no key is new"
     model = load_model(artifact)
     torch.testing.assert_close(output(pipeline.unet), output(model.network), rtol=0, atol=1e-5)
     ours, _ = sample_latents(model, NOISE, STATES, NULL, solver="euler", steps=4, guidance=3.0)
@@ -184,6 +190,10 @@ def test_an_exported_adapter_is_read_by_peft(base, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "artifact/adapter" / name).read_bytes()
     network = PeftModel.from_pretrained(load_unet(resolve_base(str(base))), tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter/adapter_model.safetensors", framework="pt") as written:
+        keys = len(list(written.keys()))
+    pairs = sum(isinstance(module, LoraLayer) for module in network.modules())
+    assert keys == 2 * pairs + 4 and pairs > 0, "and weight and bias of the two convolutions that are trained whole"
     torch.testing.assert_close(output(network), output(load_model(artifact).network), rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "adapter/diff2flow.json").read_text())["sampling"]["solver"] == "euler"
 
