@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import functools
 import logging
 import os
 import uuid
@@ -101,9 +102,9 @@ def _after_failure(job: WorkerJob, error: BaseException, pulse: Any, restarts: R
     place = f"The last good checkpoint is {there[0].uri}." if there else "There is no checkpoint yet."
     if why_not:
         raise TrainingStoppedError(f"{reason(error)} {why_not} {place} The same command again resumes.") from None
-    what = f"failure {restarts.in_a_row} since the last checkpoint" if restarts.in_a_row else "it does not count"
+    count = "for a node was announced to go" if restarts.excused else f"failure {restarts.in_a_row} in a row"
     workers = "; ".join(ask(pulse.report, default=[]))
-    logger.warning("the attempt ended, %s: %s (%s). Starting again. %s", what, reason(error), workers, place)
+    logger.warning("the attempt ended, %s: %s (%s). Starting again. %s", count, reason(error), workers, place)
 
 
 def _last_good(job: WorkerJob, collapsed: CollapseError) -> str:
@@ -128,8 +129,8 @@ def _complete(config: TrainConfig, output: str, identity: str) -> Checkpoint | N
 def _attempt(job: WorkerJob) -> None:
     config = job.config
     trainer = TorchTrainer(
-        run_worker,  # type: ignore[arg-type]
-        train_loop_config=job,  # type: ignore[arg-type]
+        # Not as `train_loop_config`: Ray's controller would unpickle that, and import all that a worker needs.
+        functools.partial(run_worker, job),
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=config.worker_timeout_seconds),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,

@@ -53,6 +53,8 @@ class Restarts:
     limit: int
     """How many may fail in a row; -1: any number."""
     in_a_row: int = 0
+    excused: bool = False
+    """Whether the last failure did not count."""
     _step: int = 0
     """Of the newest checkpoint at the last failure."""
     _reason: str = ""
@@ -68,21 +70,21 @@ class Restarts:
         Returns:
             Why there must not be another attempt, "" if there may.
         """
-        found, excused = reason(error), self._excused(error, pulse)
+        found, self.excused = reason(error), self._is_excused(error, pulse)
         repeated = found == self._reason and step == self._step and isinstance(causes(error)[0], REPEATED)
         if step > self._step:
             self.in_a_row = 0
         self._step, self._reason = step, found
-        self.in_a_row += not excused
+        self.in_a_row += not self.excused
         if any(is_final(cause) for cause in causes(error)):
             return "A restart would end alike."
         if repeated:
             return "A restart ended in the same error."
-        if not excused and 0 <= self.limit < self.in_a_row:
+        if not self.excused and 0 <= self.limit < self.in_a_row:
             return f"That was failure {self.in_a_row} without a new checkpoint, max_failures={self.limit}."
         return ""
 
-    def _excused(self, error: BaseException, pulse: Any) -> bool:
+    def _is_excused(self, error: BaseException, pulse: Any) -> bool:
         """Whether the attempt ended for the sake of a node that was announced to go.
 
         Ray tells when it ended the attempt for a node's sake. Mostly it reports a dead worker or a broken connection

@@ -115,7 +115,7 @@ def after(output: Path, error: Exception, counted: Restarts) -> None:
 def test_a_failure_is_logged_with_its_number_and_from_where_it_goes_on(tmp_path, caplog):
     newest = saved(tmp_path, 10)
     after(tmp_path, of_workers(BROKEN), Restarts(limit=1))
-    assert f"failure 1 since the last checkpoint: RuntimeError: {BROKEN} (worker 0)" in caplog.text
+    assert f"failure 1 in a row: RuntimeError: {BROKEN} (worker 0)" in caplog.text
     assert f"The last good checkpoint is {newest}" in caplog.text
     with pytest.raises(TrainingStoppedError, match=rf"max_failures=0\. The last good .*{newest}\. The same command"):
         after(tmp_path, of_workers(BROKEN), Restarts(limit=0))
