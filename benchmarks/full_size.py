@@ -135,7 +135,7 @@ def run(config: FullSizeConfig, directory: Path) -> dict[str, Any]:
     metrics: dict[str, float] = done.data.metrics  # type: ignore[union-attr]
     # On a CPU the copy of a checkpoint lies in the same memory, with one kind of its tensors as a file.
     trained, owned = memory.copies // 4, memory.averages // 4
-    saving = memory.state + memory.saving + (16 + 4) * owned
+    saving = memory.state + memory.saving + (16 + 4) * owned + (4 * owned if config.zero_stage == 3 else 0)
     return {
         "config": {"steps": config.steps, "latents": list(shape), "precision": "fp32", "zero_stage": config.zero_stage},
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",

@@ -8,7 +8,7 @@ bytes of precision and n workers:
 | weights      | 4 T     | b T                     | b T / n, what is gathered at a time, and all below 1e5 elements |
 | fp32 copies  | -       | 4 P / n (also for fp32) | 4 P / n (also for fp32)                                       |
 | moments      | 8 P     | 8 P / n                 | 8 P / n                                                       |
-| averages     | 4 P / n, by whole parameters, on every stage                                                      |
+| averages     | 4 P / n: of whole parameters where every worker has whole fp32 weights, else of the fp32 copies   |
 | gradients    | 4 P     | b P; stage 2: b P / n   | b P / n                                                       |
 | bucket       | copies  | b min(P, 5e8), copies   | b min(P, 5e8), copies                                         |
 """
@@ -88,7 +88,9 @@ def memory_per_worker(
     partition = each * (share + _share(frozen, 3, number)) if stage == 3 else 0
     master, moments = (0 if stage == 0 else 4 * share), 8 * share
     offloaded = master + moments + (4 + each) * share if optimizer_offload else 0
-    averages = 4 * owned if config.ema.decay else 0
+    whole = each == 4 and stage < 3  # every worker has the whole fp32 weights
+    averages = 4 * (owned if whole else share) if config.ema.decay else 0
+    averages_offload = optimizer_offload and not whole
     # The fp32 copy is the gradient itself where that is in fp32 already; norms are taken in double precision.
     step = max(each * share + (0 if each == 4 else 4 * share), 8 * max(trained, default=0)) if stage else 0
     weights = partition + _gathered(each, [*trained, *frozen]) if stage == 3 else each * (total + sum(frozen))
@@ -96,19 +98,21 @@ def memory_per_worker(
         weights=weights - (partition if weight_offload else 0),
         master=0 if optimizer_offload else master,
         moments=0 if optimizer_offload else moments,
-        averages=averages,
+        averages=0 if averages_offload else averages,
         gradients=gradients,
         bucket=each * min(total, MOST_IN_BUCKET) if stage else 0,
         copies=each * min(total, MOST_IN_BUCKET),
         stepping=0 if optimizer_offload else step,
-        # Weights, and both moments, of this worker's parameters and of the one that is being gathered; below stage 3
-        # fp32 weights are at hand, and stage 0 hands out its own tensors.
-        saving=0 if stage == 0 else (8 if each == 4 and stage < 3 else 12) * (owned + max(trained, default=0)),
+        # Both moments, and the weights that are not at hand, of this worker's parameters; the tensor that is being
+        # gathered, and the one before, which the exchange may still hold. Averages go to the host one by one. Stage 0
+        # hands out its own tensors.
+        saving=0 if stage == 0 else (8 if whole else 12) * owned + 8 * max(trained, default=0),
         activations=activations,
         others=others,
         # A kind at a time is put into one safetensors file beside the copy of all four.
-        host=max(4 * (total + sum(frozen)), (12 * owned + averages) + 4 * owned)
+        host=max(4 * (total + sum(frozen)), (16 if config.ema.decay else 12) * owned + 4 * owned)
         + offloaded
+        + (averages if averages_offload else 0)
         + (partition if weight_offload else 0),
     )
 

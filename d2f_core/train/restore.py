@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d2f_core.model.artifact import load_weights
-from d2f_core.train import checkpoint, zero
+from d2f_core.train import checkpoint, shares, zero
 from d2f_core.train.checkpoint import KINDS, Checkpoint, CheckpointError
 from d2f_core.train.evaluation import EvaluationJob, evaluation_due
+from d2f_core.train.state import Worker
 from d2f_core.train.task import Task
 
 if TYPE_CHECKING:
-    from d2f_core.train.worker import Worker, WorkerJob
+    from d2f_core.train.worker import WorkerJob
 
 logger = logging.getLogger(__name__)
 
@@ -61,24 +62,20 @@ def choose(output: str, identity: str, module: nn.Module, device: str) -> Found 
     return None
 
 
-def put_back(worker: "Worker", task: Task, found: Found, first_rows: pa.Table) -> None:
+def put_back(worker: Worker, task: Task, found: Found, first_rows: pa.Table) -> None:
     """Restore moments, averages and the engine's own state, then compare what is there with the manifest's hashes.
 
     Raises:
         CheckpointError: the engine holds other numbers than the checkpoint.
     """
-    manifest, names = found.checkpoint.manifest, list(zero.trained_parameters(worker.engine))
-    moments = {name: {moment: found.tensors[moment][name] for moment in zero.MOMENTS} for name in names}
+    manifest, names = found.checkpoint.manifest, list(shares.trained_parameters(worker.engine))
+    moments = {name: {moment: found.tensors[moment][name] for moment in shares.MOMENTS} for name in names}
     batch = task.to_batch(first_rows)
     zero.restore_moments(worker.engine, moments, manifest.step, lambda: task.loss_fn(worker.engine, batch).mean())
     zero.restore_engine_state(worker.engine, manifest.state.get("engine", {}))
-    worker.averages = {
-        name: found.tensors["ema"][name].to(worker.engine.device)
-        for index, name in enumerate(names)
-        if worker.owner(index) == worker.rank and name in found.tensors["ema"]
-    }
-    for kind, tensors in worker.share().items():
-        checkpoint.check_loaded(found.checkpoint, kind, tensors)
+    worker.restore_averages(found.tensors["ema"].items())
+    for kind, name, tensor in worker.owned():
+        checkpoint.check_loaded(found.checkpoint, kind, {name: tensor})
     logger.info("resumed from %s: all its hashes and those of the loaded tensors are right", found.checkpoint.uri)
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,15 +13,12 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from d2f_core.data.plan import StreamPlan
 from d2f_core.data.stream import micro_batches, worker_shard
-from d2f_core.model import ema
 from d2f_core.tracking import RunHandle
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import restore, zero
-from d2f_core.train.checkpoint import KINDS
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import EvaluationJob, Evaluations, evaluation_due
@@ -29,6 +26,7 @@ from d2f_core.train.heartbeat import Heartbeat
 from d2f_core.train.interruption import Interruptions
 from d2f_core.train.metrics import Window, log_progress
 from d2f_core.train.quarantine import TrainingQuarantine
+from d2f_core.train.state import Worker
 from d2f_core.train.steps import StepResult, train_steps
 from d2f_core.train.task import BuildTask, Task
 
@@ -59,45 +57,6 @@ class WorkerJob:
             build_task=self.build_task, output=self.output, step=step, uri=uri, averaged=bool(self.config.ema.decay),
             num_gpus=self.config.evaluation_gpus, tracker=self.tracker,
         )  # fmt: skip
-
-
-@dataclass
-class Worker:
-    """One worker's state while it trains."""
-
-    config: TrainConfig
-    engine: Any
-    rank: int
-    num_workers: int
-    averages: dict[str, Tensor] = field(default_factory=dict)
-    """EMA of this worker's share of the parameters, fp32."""
-
-    def owner(self, index: int) -> int:
-        return index % self.num_workers
-
-    def update_averages(self, step: int) -> None:
-        decay = self.config.ema.decay_at(step)
-        for index, (name, parameter) in enumerate(zero.trained_parameters(self.engine).items()):
-            weight = zero.read_weight(self.engine, parameter)
-            if self.owner(index) != self.rank:
-                continue
-            if name not in self.averages:
-                self.averages[name] = weight.clone()
-            else:
-                ema.update(self.averages[name], weight, decay)
-
-    def share(self) -> dict[str, dict[str, Tensor]]:
-        """This worker's share of all that a checkpoint holds, by kind; every worker must call it."""
-        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
-        tensors["ema"] = self.averages
-        for index, (name, parameter) in enumerate(zero.trained_parameters(self.engine).items()):
-            whole = {"weights": zero.read_weight(self.engine, parameter)}
-            whole |= {moment: zero.read_moment(self.engine, parameter, moment) for moment in zero.MOMENTS}
-            if self.owner(index) == self.rank:
-                for kind, tensor in whole.items():
-                    # Stage 0 hands out the very tensor that trains on; the writer copies before it returns.
-                    tensors[kind][name] = tensor
-        return tensors
 
 
 class Training:

@@ -1,6 +1,6 @@
-"""The DeepSpeed engine, and parameters read and written whole, whatever the ZeRO stage.
+"""The DeepSpeed engine: how it is built, and how its state is put back, whatever the ZeRO stage.
 
-The only module that knows how DeepSpeed lays parameters out.
+Where its fp32 weights and moments lie is known to `shares` alone.
 """
 
 import logging
@@ -11,17 +11,16 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from d2f_core.train import shares
 from d2f_core.train.config import MissingCompilerError, TrainConfig, missing_compiler
 from d2f_core.train.footprint import MOST_IN_BUCKET
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -108,7 +107,7 @@ def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> An
     _limit_waiting(config.worker_timeout_seconds)
     for name, weight in whole.items():
         # DeepSpeed makes its fp32 weights from the rounded ones: a resumed run would lose their last digits.
-        _set_whole(engine, trained[name], weight.float())
+        shares.write(engine, trained[name], weight.float())
     if config.precision != "fp16":
         _refuse_non_finite_gradients(engine)
     return engine
@@ -145,63 +144,9 @@ def _refuse_non_finite_gradients(engine: Any) -> None:
     engine.optimizer.register_step_pre_hook(check)
 
 
-def trained_parameters(engine: Any) -> dict[str, nn.Parameter]:
-    """Name -> parameter, for all that are trained, in the module's order."""
-    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-
-
 def set_learning_rate(engine: Any, value: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = value
-
-
-def read_weight(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """The fp32 weight, whole. Every worker must call it, for every parameter in the same order."""
-    if engine.zero_optimization_stage() < 3 and parameter.dtype == torch.float32:
-        return parameter.detach()  # below stage 3 every worker computes with the whole fp32 weight itself
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return cast(Tensor, safe_get_full_fp32_param(parameter))
-
-
-def read_moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
-    """One of `MOMENTS`, fp32, whole. Every worker must call it, for every parameter in the same order."""
-    if not _moments_exist(engine):  # no step was applied yet, which under fp16 may last some steps
-        return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), device=engine.device)
-    if not engine.zero_optimization_stage():
-        return engine.optimizer.state[parameter][name]
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    return cast(Tensor, safe_get_full_optimizer_state(parameter, name))
-
-
-def _inner_optimizer(engine: Any) -> Any:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def _moments_exist(engine: Any) -> bool:
-    return any(MOMENTS[0] in state for state in _inner_optimizer(engine).state.values())
-
-
-def _set_whole(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
-    """Write a weight's fp32 copy, or one of its moments, from the whole tensor; each worker keeps its share."""
-    from deepspeed import utils
-
-    value = value.to(parameter.device)
-    if not engine.zero_optimization_stage():
-        (engine.optimizer.state[parameter][moment] if moment else parameter.data).copy_(value)
-        return
-    set_weight, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
-    if engine.zero_optimization_stage() == 3:
-        # Those fail at stage 3 when the number of workers does not divide the number of the parameter's elements.
-        set_weight, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
-        share = cast(Any, parameter).ds_tensor.ds_numel
-        padded = nn.functional.pad(value.flatten(), (0, share * dist.get_world_size() - value.numel()))
-        value = padded[share * dist.get_rank() :][:share]
-    if moment:
-        set_moment(parameter, value, moment)
-    else:
-        set_weight(parameter, value)
 
 
 def restore_moments(
@@ -221,20 +166,20 @@ def restore_moments(
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(any_loss() * 0)
         engine.step()
-    if not _moments_exist(engine):
+    if not shares.moments_exist(engine):
         raise NonFiniteGradientError(
             "the loss of the first batch, or its gradient, is not finite, so the optimizer cannot be restored. "
             "Look at that batch, or resume with precision='fp32' or 'bf16'."
         )
     restore_engine_state(engine, before)
-    for name, parameter in trained_parameters(engine).items():
-        for moment in MOMENTS:
-            _set_whole(engine, parameter, moments[name][moment], moment)
+    for name, parameter in shares.trained_parameters(engine).items():
+        for moment in shares.MOMENTS:
+            shares.write(engine, parameter, moments[name][moment], moment)
     _set_optimizer_steps(engine, steps)
 
 
 def _set_optimizer_steps(engine: Any, steps: int) -> None:
-    inner = _inner_optimizer(engine)
+    inner = shares.inner_optimizer(engine)
     for state in inner.state.values():
         if "step" in state:
             counted = state["step"]
@@ -269,7 +214,7 @@ def engine_state(engine: Any) -> dict[str, Any]:
     scaler = _loss_scaler(engine)
     if not scaler and not engine.skipped_steps:
         return {}
-    counted = [int(state["step"]) for state in _inner_optimizer(engine).state.values() if "step" in state]
+    counted = [int(state["step"]) for state in shares.inner_optimizer(engine).state.values() if "step" in state]
     return {
         "loss_scaler": {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS} if scaler else {},
         "skipped_steps": engine.skipped_steps,

@@ -1,7 +1,6 @@
 """Every way to run the engine, on two processes, against one plain torch process; and what a resumed run equals."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from d2f_core.train import zero
-from d2f_core.train.config import TrainConfig, cpu_adam_is_built, missing_compiler
-from tests.train import processes
+from d2f_core.train import shares, zero
+from d2f_core.train.config import TrainConfig
+from tests.train.processes import Workers
 
 WORKERS = 2
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-4}  # seen: 8e-9, 3e-4, 4e-5
@@ -116,9 +115,9 @@ def run(engine: Any, case: Case, steps: Iterable[int], rank: int) -> list[float]
 def read(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Weight and moments of every parameter, as a checkpoint holds them."""
     found = {}
-    for name, parameter in zero.trained_parameters(engine).items():
-        found[name] = {"weight": zero.read_weight(engine, parameter).clone()}
-        found[name] |= {moment: zero.read_moment(engine, parameter, moment).clone() for moment in zero.MOMENTS}
+    for name, parameter in shares.trained_parameters(engine).items():
+        found[name] = {"weight": shares.read_weight(engine, parameter).clone()}
+        found[name] |= {moment: shares.read_moment(engine, parameter, moment).clone() for moment in shares.MOMENTS}
     return found
 
 
@@ -174,8 +173,7 @@ def other_way(case: Case) -> Case:
     return Case(stage, case.precision, case.accumulation, loss_factor=case.loss_factor)
 
 
-def worker(rank: int, port: int, directory: str, offloaded: bool) -> None:
-    processes.join(rank, WORKERS, port)
+def run_cases(rank: int, offloaded: bool) -> dict[str, dict[str, Any]]:
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed refuses CPUs without fp16 arithmetic; torch computes it on any.
@@ -187,27 +185,12 @@ def worker(rank: int, port: int, directory: str, offloaded: bool) -> None:
         results |= {Case(case.stage, case.precision, -1): break_a_gradient(case, rank) for case in BROKEN}
     else:
         results[INTO_OFFLOAD] = train_save_and_resume(INTO_OFFLOAD, OFFLOADED[1], rank)
-    if rank == 0:
-        torch.save({str(case): result for case, result in results.items()}, Path(directory, "results.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def spawn(directory: Path, *, offloaded: bool) -> dict[str, Any]:
-    processes.start(worker, WORKERS, str(directory), offloaded)
-    return torch.load(directory / "results.pt", weights_only=True)
+    return {str(case): result for case, result in results.items()}
 
 
 @pytest.fixture(scope="module")
-def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("extensions")
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, extensions: Path) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-        return spawn(tmp_path_factory.mktemp("engine"), offloaded=False)
+def results(pair: Workers) -> dict[str, Any]:
+    return pair.run(run_cases, False)[0]
 
 
 def plain_losses(accumulation: int, steps: int) -> list[float]:
@@ -283,11 +266,7 @@ def test_nothing_is_compiled_for_adamw(results: dict[str, Any], extensions: Path
 
 
 @pytest.mark.timeout(900)  # for the compiler, where it is asked for
-def test_offloaded_moments_and_weights_train_and_resume_exactly(tmp_path: Path) -> None:
-    if missing := missing_compiler(OFFLOADED[0].config):
-        pytest.skip(missing)
-    if not (cpu_adam_is_built() or os.environ.get("D2F_COMPILE")):
-        pytest.skip("DeepSpeed's CPU AdamW is not built here; g++ needs some 150 s: D2F_COMPILE=1")
-    results = spawn(tmp_path, offloaded=True)
+def test_offloaded_moments_and_weights_train_and_resume_exactly(offloading_pair: Workers) -> None:
+    results = offloading_pair.run(run_cases, True)[0]
     for case in (*OFFLOADED, INTO_OFFLOAD):
         check_exact(case, results[str(case)])

@@ -1,13 +1,10 @@
 """The bytes that a worker is said to need are those that a DeepSpeed engine allocates, on two processes."""
 
 import gc
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from d2f_core.model.ema import EmaConfig
@@ -15,8 +12,8 @@ from d2f_core.model.footprint import PeakMemory, sizes
 from d2f_core.train import zero
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.footprint import BYTES, memory_per_worker
-from d2f_core.train.worker import Worker
-from tests.train import processes
+from d2f_core.train.state import Worker
+from tests.train.processes import Workers
 
 WORKERS = 2
 ENGINES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
@@ -68,21 +65,17 @@ def measure(stage: int, precision: str, rank: int) -> dict[str, int]:
     return {"state": state, **peaks}
 
 
-def train(rank: int, port: int, directory: str) -> None:
-    processes.join(rank, WORKERS, port)
+def measure_all(rank: int) -> dict[str, Any]:
     measure(*ENGINES[0], rank)  # imports the rest of DeepSpeed
     gc.freeze()  # the libraries' million objects would be looked through at each measurement
     found = {f"{stage} {precision}": measure(stage, precision, rank) for stage, precision in ENGINES}
-    Path(directory, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    gc.unfreeze()
+    return found
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("footprint")
-    processes.start(train, WORKERS, str(directory))
-    return json.loads((directory / "0.json").read_text())
+def measured(pair: Workers) -> dict[str, Any]:
+    return pair.run(measure_all)[0]
 
 
 @pytest.mark.parametrize(("stage", "precision"), ENGINES)
@@ -102,7 +95,9 @@ def test_an_engine_allocates_what_was_predicted(measured: dict[str, Any], stage:
     assert 0.45 * predicted < found["passing"] - bucket <= predicted + slack
     assert found["stepping"] <= memory.stepping + memory.gradients + slack
     if stage:
-        assert found["saving"] == memory.saving
+        # The averages are gathered to the host, which is where these engines' devices have their memory too.
+        averages = 0 if stage < 3 and precision == "fp32" else 4 * sum(trained) // WORKERS
+        assert 0 <= memory.saving + averages - found["saving"] <= 4 * max(trained)
 
 
 def test_adapters_pay_for_their_own_state_only():
@@ -121,13 +116,13 @@ def test_offloading_moves_bytes_to_the_host():
     moments = memory_per_worker(TrainConfig(offload="optimizer", **options), trained, [])
     weights = memory_per_worker(TrainConfig(offload="optimizer_and_weights", **options), trained, [])
     assert (moments.master, moments.moments, moments.gradients) == (0, 0, 0)
-    assert kept.peak - moments.peak >= 12 * 10**9 and moments.host - kept.host == (12 + 6) * 10**9
+    assert kept.peak - moments.peak >= 12 * 10**9 and moments.host - kept.host == (12 + 4 + 6) * 10**9
     assert moments.weights - weights.weights == weights.host - moments.host == 2 * 10**9
 
 
 def test_the_peak_is_the_largest_of_passing_stepping_and_saving():
     alone = TrainConfig(zero_stage=2, precision="bf16", global_batch_size=64)
     saving = memory_per_worker(alone, [10**6] * 2000, [])
-    assert saving.peak == saving.state + saving.saving == 2 * 10**9 * (2 + 4 + 8 + 4 + 12) + 12 * 10**6
+    assert saving.peak == saving.state + saving.saving == 2 * 10**9 * (2 + 4 + 8 + 4 + 12) + 8 * 10**6
     passing = memory_per_worker(alone, [10**6] * 2000, [], activations=60 * 10**9)
     assert passing.peak == passing.state + 10**9 + 60 * 10**9 + passing.gradients

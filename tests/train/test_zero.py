@@ -7,28 +7,34 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2f_core.model import ema
 from d2f_core.model.ema import EmaConfig
-from d2f_core.train import zero
+from d2f_core.train import shares, zero
 from d2f_core.train.config import MissingCompilerError, TrainConfig
-from d2f_core.train.worker import Worker
-from tests.train import processes
+from d2f_core.train.state import Worker
+from tests.train.processes import Workers
 
 STEPS, WORKERS = 4, 2
 EMA = EmaConfig(decay=0.9, start_step=1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENGINES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in DTYPES)]
+OFFLOADED = [(1, "bf16", "optimizer"), (2, "fp32", "optimizer"), (3, "bf16", "optimizer_and_weights")]
 
 
-def config(stage: int) -> TrainConfig:
+def config(stage: int, precision: str = "fp32", offload: str = "none") -> TrainConfig:
+    options: dict[str, Any] = {"zero_stage": stage, "precision": precision, "offload": offload}
     return TrainConfig(
-        num_steps=STEPS, global_batch_size=8, micro_batch_size=4, num_workers=WORKERS, zero_stage=stage,  # type: ignore[arg-type]
-        learning_rate=1e-2, ema=EMA,
+        **options, num_steps=STEPS, global_batch_size=8, micro_batch_size=4, num_workers=WORKERS, learning_rate=1e-2,
+        ema=EMA, optimizer="adamw" if offload == "none" else "cpu_adamw",
+        use_gpu=precision == "fp16",  # fp16 is for GPUs; the processes here compute it on the CPU
     )  # fmt: skip
 
 
@@ -43,25 +49,63 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
 
 
-def train(rank: int, port: int, directory: str) -> None:
-    processes.join(rank, WORKERS, port)
-    for stage in range(4):
-        engine = zero.build_engine(network(), config(stage), WORKERS)
-        worker = Worker(config(stage), engine, rank, WORKERS)
-        worker.update_averages(0)
-        for step in range(STEPS):
-            zero.set_learning_rate(engine, 1e-2)
-            engine.backward(engine(batch(step)[rank * 4 : rank * 4 + 4]).square().mean())
-            engine.step()
-            worker.update_averages(step + 1)
-        shares: list[dict[str, torch.Tensor]] = [{} for _ in range(WORKERS)]
-        dist.all_gather_object(shares, worker.averages)
-        averages = {name: tensor for share in shares for name, tensor in share.items()}
-        after = {name: zero.read_weight(engine, p).clone() for name, p in zero.trained_parameters(engine).items()}
-        if rank == 0:
-            torch.save({"averages": averages, "after": after}, Path(directory, f"{stage}.pt"))
-        dist.barrier()
-    dist.destroy_process_group()
+class Exchanges(TorchDispatchMode):
+    """Counts the collectives within, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def whole(worker: Worker, kind: str) -> dict[str, torch.Tensor]:
+    """All parameters' tensors of one kind, from what every worker saves."""
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(WORKERS)]
+    dist.all_gather_object(parts, {name: tensor.clone() for found, name, tensor in worker.owned() if found == kind})
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def follow(worker: Worker, expected: dict[str, torch.Tensor], step: int) -> list[str]:
+    """Update the averages, also plain ones of whole weights; names of the collectives of the first."""
+    with Exchanges() as seen:
+        worker.update_averages(step)
+    for name, weight in whole(worker, "weights").items():
+        ema.update(expected.setdefault(name, weight), weight, EMA.decay_at(step))
+    return seen.names
+
+
+def train(rank: int, stage: int, precision: str, offload: str = "none") -> dict[str, Any]:
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed refuses CPUs without fp16 arithmetic; torch computes it on any.
+    cast(Any, get_accelerator()).is_fp16_supported = lambda: True
+    settings = config(stage, precision, offload)
+    engine = zero.build_engine(network(), settings, WORKERS)
+    worker = Worker(settings, engine, rank, WORKERS)
+    expected: dict[str, torch.Tensor] = {}
+    exchanges = follow(worker, expected, 0)
+    for step in range(STEPS):
+        zero.set_learning_rate(engine, 1e-2)
+        x = batch(step)[rank * 4 : rank * 4 + 4].to(DTYPES[precision])
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+        exchanges += follow(worker, expected, step + 1)
+    with Exchanges() as seen:
+        averages = whole(worker, "ema")
+    parts, worker.averages = worker.averages, {}
+    worker.restore_averages(averages.items())
+    return {
+        "averages": averages, "after": whole(worker, "weights"), "expected": expected, "exchanges": exchanges,
+        "counted": seen.names, "parts": parts, "restored": whole(worker, "ema"),
+    }  # fmt: skip
+
+
+def train_all(rank: int, engines: list[tuple]) -> dict[tuple, dict[str, Any]]:
+    return {engine: train(rank, *engine) for engine in engines}
 
 
 def plain() -> dict[str, Any]:
@@ -82,35 +126,73 @@ def plain() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("zero")
-    processes.start(train, WORKERS, str(directory))
-    return directory
+def results(pair: Workers) -> list[dict[tuple, dict[str, Any]]]:
+    return pair.run(train_all, ENGINES)
+
+
+def check_averages(results: list[dict[tuple, dict[str, Any]]], engine: tuple) -> None:
+    """They have the bits of plain ones of the whole weights, in memory, gathered, and restored."""
+    for found in (result[engine] for result in results):
+        assert found["averages"].keys() == plain()["averages"].keys()
+        for name in ("averages", "restored"):
+            torch.testing.assert_close(found[name], found["expected"], rtol=0, atol=0)
+        assert not found["exchanges"] and found["counted"]
+    kept = sum(part.numel() for result in results for part in result[engine]["parts"].values())
+    padded = kept - sum(tensor.numel() for tensor in plain()["averages"].values())
+    assert 0 <= padded <= (3 if engine[0] == 3 else 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_averages_are_kept_without_a_collective_and_are_those_of_the_whole_weights(results, engine: tuple):
+    check_averages(results, engine)
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_averages_equal_those_of_one_plain_process(results: Path, stage: int):
-    found, expected = torch.load(results / f"{stage}.pt", weights_only=True), plain()
-    for name in ("averages", "after"):
-        assert found[name].keys() == expected[name].keys()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+def test_averages_equal_those_of_one_plain_process(results, stage: int):
+    found, expected = results[0][stage, "fp32"], plain()
+    torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=0, atol=1e-6)
 
 
-def wait_for_a_worker_that_stands_still(rank: int, port: int, directory: str) -> None:
-    processes.join(rank, WORKERS, port)
+@pytest.mark.timeout(900)  # for the compiler, where it is asked for
+def test_averages_of_offloaded_weights_are_kept_in_the_same_way(offloading_pair: Workers):
+    results = offloading_pair.run(train_all, OFFLOADED)
+    for engine in OFFLOADED:
+        check_averages(results, engine)
+
+
+def signs_of_zeros(rank: int) -> list[bool]:
+    found = []
+    for stage, precision in ENGINES:
+        engine = zero.build_engine(network(), config(stage, precision), WORKERS)
+        for parameter in shares.trained_parameters(engine).values():
+            zeros = torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
+            shares.write(engine, parameter, -zeros)
+            read = shares.join(engine, parameter, shares.held(engine, parameter))
+            found.append(bool((read == 0).all() and read.signbit().all()))
+    return found
+
+
+def test_a_negative_zero_stays_one(pair: Workers):
+    assert all(pair.run(signs_of_zeros)[0])
+
+
+def wait_for_a_worker_that_stands_still(rank: int, directory: str) -> float:
     engine = zero.build_engine(network(), dataclasses.replace(config(2), worker_timeout_seconds=2), WORKERS)
+    began, done = time.monotonic(), Path(directory, "done")
     if rank:
-        time.sleep(8)
-        return
-    began = time.monotonic()
+        while not done.exists() and time.monotonic() < began + 8:
+            time.sleep(0.1)
+        return 0.0
     with pytest.raises(RuntimeError):
         dist.all_reduce(torch.zeros(1), group=engine.optimizer.dp_process_group)
-    Path(directory, "waited").write_text(str(time.monotonic() - began))
+    done.touch()
+    return time.monotonic() - began
 
 
-def test_deepspeeds_own_group_waits_no_longer_than_asked(tmp_path: Path):
-    processes.start(wait_for_a_worker_that_stands_still, WORKERS, str(tmp_path))
-    assert 1 < float((tmp_path / "waited").read_text()) < 6
+def test_deepspeeds_own_group_waits_no_longer_than_asked(pair: Workers, tmp_path: Path):
+    waited = pair.run(wait_for_a_worker_that_stands_still, str(tmp_path))[0]
+    pair.close()  # their group is of no use any more
+    assert 1 < waited < 6
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -1,0 +1,87 @@
+"""What one worker keeps while it trains: its engine, and its part of the averages; and what of it it saves."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from d2f_core.model import ema
+from d2f_core.train import shares
+from d2f_core.train.checkpoint import KINDS
+from d2f_core.train.config import TrainConfig
+
+SAVED_ALWAYS = tuple(kind for kind in KINDS if kind != "ema")
+
+
+@dataclass
+class Worker:
+    """One worker's state while it trains."""
+
+    config: TrainConfig
+    engine: Any
+    rank: int
+    num_workers: int
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    """EMA, fp32: of this worker's share of every parameter; where `shares.is_whole`, of the whole ones that it owns."""
+
+    def owns(self, index: int) -> bool:
+        """Whether it is this worker that saves the parameter of that index."""
+        return index % self.num_workers == self.rank
+
+    def update_averages(self, step: int) -> None:
+        """Average what this worker has at hand; no other worker is asked."""
+        decay = self.config.ema.decay_at(step)
+        for index, (name, parameter) in enumerate(shares.trained_parameters(self.engine).items()):
+            if not shares.is_whole(self.engine, parameter):
+                weight = shares.held(self.engine, parameter)
+            elif self.owns(index):
+                weight = parameter.detach()
+            else:
+                continue
+            if name not in self.averages:
+                self.averages[name] = weight.clone()
+            else:
+                ema.update(self.averages[name], weight, decay)
+
+    def restore_averages(self, averages: Iterable[tuple[str, Tensor]]) -> None:
+        """Go on from whole averages, (parameter name, tensor); each worker keeps its part."""
+        parameters = shares.trained_parameters(self.engine)
+        indices = {name: index for index, name in enumerate(parameters)}
+        for name, whole in averages:
+            parameter = parameters[name]
+            if not shares.is_whole(self.engine, parameter):
+                device = shares.held(self.engine, parameter).device
+                self.averages[name] = shares.cut(self.engine, parameter, whole).to(device, copy=True)
+            elif self.owns(indices[name]):
+                self.averages[name] = whole.to(self.engine.device)
+
+    def owned(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, parameter name, whole tensor) of what this worker saves, one after the other.
+
+        Every worker must call it, and go through it to the end.
+        """
+        for index, (name, parameter) in enumerate(shares.trained_parameters(self.engine).items()):
+            for kind in KINDS if self.averages else SAVED_ALWAYS:
+                tensor = self._read(kind, name, parameter)
+                if self.owns(index):
+                    yield kind, name, cast(Tensor, tensor)
+                del tensor  # or the next one would be gathered beside it
+
+    def _read(self, kind: str, name: str, parameter: nn.Parameter) -> Tensor | None:
+        if kind == "weights":
+            return shares.read_weight(self.engine, parameter)
+        if kind in shares.MOMENTS:
+            return shares.read_moment(self.engine, parameter, kind)
+        if shares.is_whole(self.engine, parameter):
+            return self.averages.get(name)
+        return shares.join(self.engine, parameter, self.averages[name])
+
+    def share(self) -> dict[str, dict[str, Tensor]]:
+        """This worker's share of all that a checkpoint holds, by kind; every worker must call it."""
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        for kind, name, tensor in self.owned():
+            # The device need not hold whole averages too. Stage 0 hands out the very weights that train on; the writer
+            # copies before it returns.
+            tensors[kind][name] = tensor.cpu() if kind == "ema" else tensor
+        return tensors
