@@ -1,6 +1,7 @@
 """Saving goes on behind the training, tells of its errors, and never leaves a half checkpoint that can be loaded."""
 
 import itertools
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2f_core import storage
-from d2f_core.train.checkpoint import CheckpointError, list_checkpoints, read_tensors
+from d2f_core.train.checkpoint import CheckpointError, UnfinishedSaveError, list_checkpoints, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.retention import Retention, write_evaluation
 from tests.train.test_checkpoint import KEEP_ALL, equal, shares
@@ -134,9 +135,11 @@ def test_a_worker_that_never_comes_is_named_and_nothing_can_be_loaded(tmp_path):
     writers = [CheckpointWriter(str(tmp_path), "a", rank, 4, KEEP_ALL, share_seconds=0.5) for rank in range(2)]
     for writer in writers:
         save(writer, 1)
-    with pytest.raises(CheckpointError, match=r"step 1 failed on worker 0\..* no share of worker 2, 3 after 0\.5 s"):
+    with pytest.raises(
+        UnfinishedSaveError, match=r"step 1 failed on worker 0\..* no share of worker 2, 3 after 0\.5 s"
+    ):
         writers[0].wait()
-    with pytest.raises(CheckpointError, match=r"no manifest of worker 0 after 0\.5 s"):
+    with pytest.raises(UnfinishedSaveError, match=r"no manifest of worker 0 after 0\.5 s"):
         writers[1].wait()
     assert steps(tmp_path) == []
     assert not list(tmp_path.rglob("manifest.json"))
@@ -149,6 +152,25 @@ def test_the_error_of_an_upload_comes_out_of_every_later_call(tmp_path):
     for call in (writer.wait, writer.poll, writer.wait, lambda: save(writer, 2)):
         with pytest.raises(CheckpointError, match="Saving step 1 failed on worker 0"):
             call()
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays(tmp_path):
+    """The limit of a file's size stands for the disk's."""
+    writer = CheckpointWriter(str(tmp_path), "a", 0, 1, KEEP_ALL)
+    save(writer, 1)
+    writer.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        save(writer, 2, {"weights": {"large": torch.ones(50_000)}})
+        with pytest.raises(
+            CheckpointError, match=r"Saving step 2 failed on worker 0\. .*weights-0.* do not fit"
+        ) as caught:
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not isinstance(caught.value, UnfinishedSaveError), "a restart would end alike"
+    assert steps(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("number", range(11))
