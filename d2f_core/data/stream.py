@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
+from d2f_core.data.ahead import Ahead
 from d2f_core.data.latents import array_bytes
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.plan import MicroBatch, StreamPlan
@@ -35,6 +36,8 @@ BLOCK_BYTES = 32 * 2**20
 Data whatever its size: with half of this, half as many rows arrive in a second."""
 READY_BYTES = 2**30
 """Micro-batches that may wait for one worker, in the object store."""
+MICRO_BATCHES_AHEAD = 2
+"""Taken out of their block before the training wants them."""
 BUSY_STEP = 0.01
 """Seconds: an executor's step that took less, and moved no block, had nothing to do."""
 SHORTEST_REST, LONGEST_REST = 0.0005, 0.03
@@ -236,7 +239,11 @@ def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: i
 
 
 def micro_batches(shard: Any) -> Iterator[pa.Table]:
-    """The shard's rows as tables of one micro-batch each."""
+    """The shard's rows as tables of one micro-batch each; reading begins at once."""
+    return Ahead(_micro_batches(shard), MICRO_BATCHES_AHEAD)
+
+
+def _micro_batches(shard: Any) -> Iterator[pa.Table]:
     for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         for chunk in block.column("micro_batch").chunks:
             for part in _parts(chunk):

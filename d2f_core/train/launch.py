@@ -182,6 +182,7 @@ def _settle(job: WorkerJob, last: Checkpoint) -> None:
     if job.tracker:
         _list_checkpoints(job, job.tracker)
     _write_ledger(job, last)
+    storage.remove_tree(_ray_directory(job.output))
 
 
 def _list_checkpoints(job: WorkerJob, tracker: RunHandle) -> None:
@@ -207,7 +208,12 @@ def _write_ledger(job: WorkerJob, last: Checkpoint) -> None:
         logger.warning("%d of %d rows were unusable: %s/quarantine.parquet", len(rows), plan.num_samples, job.output)
 
 
+def _ray_directory(output: str) -> str:
+    """Ray Train's own bookkeeping, a directory per attempt; nobody resumes from it."""
+    return storage.join(output, "ray")
+
+
 def _ray_storage(output: str) -> Any:
-    """Where Ray Train keeps its own bookkeeping."""
-    path = storage.join(output, "ray")
+    """The same as Ray takes it."""
+    path = _ray_directory(output)
     return path if storage.is_s3(output) else storage.filesystem(path)[1]

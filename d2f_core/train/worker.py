@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,9 +201,11 @@ def run_worker(job: WorkerJob) -> None:
     first_step, state = (found.checkpoint.manifest.step, found.checkpoint.manifest.state) if found else (0, {})
     if config.activation_checkpointing:
         zero.enable_activation_checkpointing(task.module)
+    # Before the engine is built: both take seconds, and the first rows come through processes that start anew.
+    rows: Iterator[pa.Table] = micro_batches(
+        worker_shard(job.plan, rank=rank, num_workers=num_workers, first_step=first_step)
+    )
     worker = Worker(config, zero.build_engine(task.module, config, num_workers), rank, num_workers)
-    shard = worker_shard(job.plan, rank=rank, num_workers=num_workers, first_step=first_step)
-    rows = iter(micro_batches(shard))
     if found:
         first = next(rows)
         restore.put_back(worker, task, found, first)

@@ -33,7 +33,9 @@ def damaged_latents(uri: str, change) -> None:
 
 def test_rows_that_cannot_be_read_are_left_out_and_named(base):
     latents = "s3://d2f/test-chaos/truncated"
-    config = make_config(base, "truncated", latents, max_quarantined_share=0.5)
+    config = make_config(
+        base, "truncated", latents, max_quarantined_share=0.5, num_workers=1, num_steps=16, log_every=8
+    )  # one epoch and a part of the next
     damaged_latents(latents, lambda data: data[: len(data) // 2])
     main(config)
     ledger = read_quarantine(config.output)

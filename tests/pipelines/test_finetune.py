@@ -108,6 +108,8 @@ def test_an_earlier_checkpoint_becomes_a_registered_model(config, unbroken):
 
 def test_the_same_command_again_does_nothing(config, unbroken):
     before = checkpoint.list_checkpoints(config.output)
+    fs, path = storage.filesystem(f"{config.output}/ray")
+    assert set(fs.find(path)) <= {path}, "what Ray kept of the attempts is gone (some servers list an empty directory)"
     assert main(config).checkpoint == unbroken.checkpoint
     assert checkpoint.list_checkpoints(config.output) == before
 
