@@ -8,10 +8,11 @@ from itertools import groupby
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.fs
 
 from d2f_core import storage
 from d2f_core.data.latents import array_bytes
-from d2f_core.data.manifest import Manifest
+from d2f_core.data.manifest import Manifest, TableFile
 from d2f_core.data.schema import array_kind, is_array
 
 FORMAT = pads.ParquetFileFormat(
@@ -71,9 +72,23 @@ class TableReader:
 
     def _open(self, number: int) -> pads.ParquetFileFragment:
         file = self._files[number]
+        self._check_size(file)
         fragment = FORMAT.make_fragment(f"{self._root}/{file.path}", self._filesystem, file_size=file.size)
         storage.retried(f"read the footer of {file.path}", fragment.ensure_complete_metadata)
         return fragment
+
+    def _check_size(self, file: TableFile) -> None:
+        """Raise ArrowInvalid or FileNotFoundError unless the file is as long as its manifest says.
+
+        Arrow must never be given a size that is too large: what S3 does not send of a range stays in its buffer as the
+        memory was, which may be the end of the file read before, checksums and all.
+        """
+        path = f"{self._root}/{file.path}"
+        found = storage.retried(f"look for {file.path}", lambda: self._filesystem.get_file_info(path))
+        if found.type != pyarrow.fs.FileType.File:
+            raise FileNotFoundError(f"{path} is missing")
+        if found.size != file.size:
+            raise pa.ArrowInvalid(f"it has {found.size} bytes, its manifest says {file.size}")
 
     @cached_property
     def _schema(self) -> pa.Schema:

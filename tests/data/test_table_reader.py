@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from d2f_core import storage
 from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, TableFile, read_manifest, write_manifest, write_part
 from d2f_core.data.order import SampleOrder
@@ -84,6 +85,25 @@ def test_no_flipped_bit_anywhere_gives_other_numbers_unnoticed(table, seed):
     for row in set(range(FILES * ROWS)) - set(found.reasons):
         assert found.table.slice(int(found.places[row]), 1).equals(whole.table.slice(row, 1)), row
     assert set(found.reasons) <= set(range(2 * ROWS, 3 * ROWS))
+
+
+def test_a_truncated_object_is_not_completed_from_memory(s3):
+    """Arrow, told a size that is too large, finds the end of the file read before where S3 sends nothing."""
+    del s3
+    uri = "s3://d2f/test-table-reader/truncated"
+    files = tuple(write_part(uri, f"part-{i}.parquet", rows_of(0, (4, 8, 8))) for i in range(FILES))
+    assert len({file.size for file in files}) == 1, "so all have their footers in the same place"
+    write_manifest(uri, Manifest(kind="images", files=files))
+    reader = TableReader(uri, read_manifest(uri), COLUMNS)
+    assert not reader.read(0, FILES * ROWS).reasons
+    place = f"{uri}/part-1.parquet"
+    data = storage.read_bytes(place)
+    storage.write_bytes(place, data[: len(data) // 2])
+    for _ in range(20):
+        found = TableReader(uri, read_manifest(uri), COLUMNS).read(0, FILES * ROWS)
+        assert set(found.reasons) == set(range(ROWS, 2 * ROWS))
+        reason = f"unreadable: part-1.parquet: it has {len(data) // 2} bytes, its manifest says {len(data)}"
+        assert set(found.reasons.values()) == {reason}
 
 
 def test_a_truncated_file_costs_its_rows(table):
