@@ -23,6 +23,8 @@ STACK_DIRECTORY = pytest.StashKey[Path]()
 def pytest_configure(config: pytest.Config) -> None:
     """Fix where the session's servers live, and let a terminated run (`timeout`, a cancelled job) still stop them."""
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
+    # Tiny networks gain nothing by threads, and lose a hundredfold where these wait for a core that is taken.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Ray reads these when it is imported, which test modules do before the stack is up.
     directory = Path(tempfile.mkdtemp(prefix="d2f-tests-"))
     config.stash[STACK_DIRECTORY] = directory

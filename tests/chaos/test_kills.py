@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +10,14 @@ import pytest
 import ray
 
 from d2f_core import storage
-from d2f_core.train import checkpoint, heartbeat
+from d2f_core.train import checkpoint
 from d2f_core.train.interruption import usable_resources
 from infra.local.ray_head import LOGICAL_CPUS
-from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import main
 from tests.chaos.nodes import second_node
 from tests.chaos.training import (
-    SAVES,
     STEPS,
     Running,
     assert_same_run,
@@ -70,26 +67,6 @@ def test_a_node_goes_as_announced_and_then_a_worker_and_the_controller_are_kille
         running.kill_one("ray::RayTrainWorker")
         running.wait_for_the_next_checkpoint()
         running.kill_one("ray::TrainController")
-    assert_same_run(config, unbroken)
-
-
-def test_s3_and_mlflow_are_killed_and_come_back_and_then_a_worker_stands_still(
-    base, unbroken, stack_directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 6.0)  # far from the time limit, however busy the machine is
-    config = make_config(base, "killed-servers", worker_timeout_seconds=30)
-    # Without Ray's head: `up` would replace it, and the training with it, if it were too busy to answer.
-    servers = Stack(stack_directory, parts=("s3", "mlflow"), tied=True)
-    with caplog.at_level(logging.WARNING, logger="d2f_core.train"), Running(config) as running:
-        running.wait_for("a first checkpoint", lambda: has_checkpoint(config.output))
-        for status in servers.status():
-            for pid in status.pids:
-                os.kill(pid, signal.SIGKILL)
-        servers.up()
-        running.wait_for("a checkpoint after that", lambda: has_checkpoint(config.output, 2 * SAVES))
-        stopped = processes("ray::RayTrainWorker")[-1]
-        os.kill(stopped.pid, signal.SIGSTOP)
-    assert f"process {stopped.pid}) was last heard of" in caplog.text, "named before the time limit"
     assert_same_run(config, unbroken)
 
 
