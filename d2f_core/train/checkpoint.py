@@ -232,23 +232,25 @@ def iter_tensors(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tenso
     Raises:
         CheckpointError: a file is missing, or something in it is not what was written.
     """
-    expected = checkpoint.manifest.tensors.get(kind, {})
-    left = dict(expected)
-    for file in checkpoint.manifest.files:
-        if file.kind != kind:
-            continue
-        for name, tensor in _read_file(storage.join(checkpoint.uri, file.path), file):
-            if name not in left:
-                what = f"{kind} of {name!r}"
-                how = f"{what} twice" if name in expected else f"against its manifest {what}"
-                raise damaged(checkpoint.uri, f"holds {how}")
-            if (digest := tensor_digest(tensor)) != left.pop(name):
-                raise damaged(
-                    checkpoint.uri, f"has {kind} of {name!r} with digest {digest[:12]}, not {expected[name][:12]}"
-                )
+    left = dict(checkpoint.manifest.tensors.get(kind, {}))
+    for file in (file for file in checkpoint.manifest.files if file.kind == kind):
+        for name, tensor in iter_file(checkpoint, file):
+            if left.pop(name, None) is None:
+                raise damaged(checkpoint.uri, f"holds {kind} of {name!r} twice")
             yield name, tensor
     if left:
         raise damaged(checkpoint.uri, f"lacks {kind} of {min(left)!r} ({len(left)} such names)")
+
+
+def iter_file(checkpoint: Checkpoint, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, tensor) of one file, checked as by `iter_tensors`."""
+    kind, expected = file.kind, checkpoint.manifest.tensors.get(file.kind, {})
+    for name, tensor in _read_file(storage.join(checkpoint.uri, file.path), file):
+        if name not in expected:
+            raise damaged(checkpoint.uri, f"holds against its manifest {kind} of {name!r}")
+        if (found := tensor_digest(tensor)) != (stated := expected[name]):
+            raise damaged(checkpoint.uri, f"has {kind} of {name!r} with digest {found[:12]}, not {stated[:12]}")
+        yield name, tensor
 
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:

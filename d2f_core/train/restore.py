@@ -1,7 +1,10 @@
-"""Go on from a checkpoint: choose one that is whole, put it back, and prove that it is there."""
+"""Go on from a checkpoint: choose one that is whole, put it back, and prove that it is there.
+
+No worker ever holds more of it than the weights, in the module, and one or two tensors of the file that is being read.
+"""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -9,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2f_core.model.artifact import load_weights
+from d2f_core.model.artifact_files import ArtifactError
 from d2f_core.train import checkpoint, shares, zero
-from d2f_core.train.checkpoint import KINDS, Checkpoint, CheckpointError
+from d2f_core.train.checkpoint import Checkpoint, CheckpointError
 from d2f_core.train.evaluation import EvaluationJob, evaluation_due
 from d2f_core.train.state import Worker
 from d2f_core.train.task import Task
@@ -21,40 +24,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint and all its tensors, by kind and parameter name."""
-
-    checkpoint: Checkpoint
-    tensors: dict[str, dict[str, Tensor]]
+MOST_OF_A_MESSAGE = 1000
+"""Bytes of a worker's error that the others hear of."""
 
 
-def _all_agree(fine: bool, device: str) -> bool:
-    flag = torch.tensor([int(fine)], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
+def choose(output: str, identity: str, module: nn.Module, device: str) -> Checkpoint | None:
+    """The newest checkpoint of which every file has the right hash; its weights are in `module`.
 
-
-def choose(output: str, identity: str, module: nn.Module, device: str) -> Found | None:
-    """The newest checkpoint of which every worker read every file with the right hash; its weights are in `module`.
-
-    A damaged one is named in the log, and the one before it is taken. Every worker must call it.
+    Every worker reads the weights; of the other files each reads its share, and keeps nothing. A damaged checkpoint is
+    named in the log, and the one before it is taken. Every worker must call it.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole; or they belong to another run.
+        ArtifactError: the module has other parameters than the run had.
     """
     candidates = checkpoint.candidates(output, identity)
     for candidate in candidates:
-        tensors: dict[str, dict[str, Tensor]] = {}
+        damage = ""
         try:
-            tensors = {kind: checkpoint.read_tensors(candidate, kind) for kind in KINDS}
+            _verify_share(candidate)
+            _load_weights(module, candidate)
         except CheckpointError as error:
-            logger.error("%s is damaged, the one before it is tried: %s", candidate.uri, error)
-        if _all_agree(bool(tensors), device):
-            load_weights(module, tensors["weights"])
-            return Found(candidate, tensors)
+            damage = str(error)
+        damage = _of_any_worker(damage, device)
+        if not damage:
+            return candidate
+        logger.error("%s is damaged, the one before it is tried: %s", candidate.uri, damage)
     if candidates:
         raise CheckpointError(
             f"{output}: none of {len(candidates)} checkpoints is whole. Delete its checkpoints/ to start anew."
@@ -62,21 +57,66 @@ def choose(output: str, identity: str, module: nn.Module, device: str) -> Found 
     return None
 
 
-def put_back(worker: Worker, task: Task, found: Found, first_rows: pa.Table) -> None:
+def _rank_and_count() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _verify_share(found: Checkpoint) -> None:
+    """Read this worker's share of the files that hold no weights."""
+    rank, count = _rank_and_count()
+    for file in [file for file in found.manifest.files if file.kind != "weights"][rank::count]:
+        for _ in checkpoint.iter_file(found, file):
+            pass
+
+
+def _load_weights(module: nn.Module, found: Checkpoint) -> None:
+    """Put the weights into the module as they are read: after an error it holds some of them."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    saved = found.manifest.tensors.get("weights", {})
+    if odd := sorted(saved.keys() ^ trained.keys()):
+        raise ArtifactError(
+            f"{found.uri} and the network do not have the same parameters: {odd[:3]} and others, {len(odd)} in all. "
+            "Use the model config that they were trained with."
+        )
+    for name, tensor in checkpoint.iter_tensors(found, "weights"):
+        if tuple(tensor.shape) != shapes[name]:
+            raise ArtifactError(f"{found.uri}: {name!r} has shape {tuple(tensor.shape)}, not {shapes[name]}.")
+        trained[name].data.copy_(tensor)
+
+
+def _of_any_worker(damage: str, device: str) -> str:
+    """What the first worker that found damage says; empty when none did."""
+    rank, count = _rank_and_count()
+    text = damage.encode()[:MOST_OF_A_MESSAGE]
+    said = torch.zeros(count, MOST_OF_A_MESSAGE, dtype=torch.uint8, device=device)
+    said[rank, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
+    if dist.is_initialized():
+        dist.all_reduce(said)
+    texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in said.cpu()]
+    return next((text for text in texts if text), "")
+
+
+def put_back(worker: Worker, task: Task, found: Checkpoint, first_rows: pa.Table) -> None:
     """Restore moments, averages and the engine's own state, then compare what is there with the manifest's hashes.
 
     Raises:
-        CheckpointError: the engine holds other numbers than the checkpoint.
+        CheckpointError: a file was damaged since `choose`, or the engine holds other numbers than the checkpoint.
     """
-    manifest, names = found.checkpoint.manifest, list(shares.trained_parameters(worker.engine))
-    moments = {name: {moment: found.tensors[moment][name] for moment in shares.MOMENTS} for name in names}
-    batch = task.to_batch(first_rows)
-    zero.restore_moments(worker.engine, moments, manifest.step, lambda: task.loss_fn(worker.engine, batch).mean())
+    manifest, batch = found.manifest, task.to_batch(first_rows)
+    loss_fn = task.loss_fn
+    zero.restore_moments(worker.engine, _moments(found), manifest.step, lambda: loss_fn(worker.engine, batch).mean())
     zero.restore_engine_state(worker.engine, manifest.state.get("engine", {}))
-    worker.restore_averages(found.tensors["ema"].items())
+    worker.restore_averages(checkpoint.iter_tensors(found, "ema"))
     for kind, name, tensor in worker.owned():
-        checkpoint.check_loaded(found.checkpoint, kind, {name: tensor})
-    logger.info("resumed from %s: all its hashes and those of the loaded tensors are right", found.checkpoint.uri)
+        checkpoint.check_loaded(found, kind, {name: tensor})
+    logger.info("resumed from %s: all its hashes and those of the loaded tensors are right", found.uri)
+
+
+def _moments(found: Checkpoint) -> Iterator[tuple[str, str, Tensor]]:
+    for moment in shares.MOMENTS:
+        for name, tensor in checkpoint.iter_tensors(found, moment):
+            yield moment, name, tensor
 
 
 def not_evaluated(job: "WorkerJob") -> list[EvaluationJob]:

@@ -198,7 +198,7 @@ def run_worker(job: WorkerJob) -> None:
     device = str(ray.train.torch.get_device())
     task = job.build_task(device)
     found = restore.choose(job.output, job.identity, task.module, device)
-    first_step, state = (found.checkpoint.manifest.step, found.checkpoint.manifest.state) if found else (0, {})
+    first_step, state = (found.manifest.step, found.manifest.state) if found else (0, {})
     if config.activation_checkpointing:
         zero.enable_activation_checkpointing(task.module)
     # Before the engine is built: both take seconds, and the first rows come through processes that start anew.
@@ -210,7 +210,6 @@ def run_worker(job: WorkerJob) -> None:
         first = next(rows)
         restore.put_back(worker, task, found, first)
         rows = itertools.chain([first], rows)
-        del found  # or all its tensors, of all workers, would stay in memory for as long as the training runs
     elif config.ema.decay:
         worker.update_averages(0)
     training = Training(job, worker, task, first_step, state)

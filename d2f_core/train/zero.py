@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,9 @@ def set_learning_rate(engine: Any, value: float) -> None:
 
 
 def restore_moments(
-    engine: Any, moments: dict[str, dict[str, Tensor]], steps: int, any_loss: Callable[[], Tensor]
+    engine: Any, moments: Iterable[tuple[str, str, Tensor]], steps: int, any_loss: Callable[[], Tensor]
 ) -> None:
-    """Set optimizer moments (parameter name -> moment name -> tensor) and AdamW's step count.
+    """Set optimizer moments, (moment, parameter name, whole tensor) one after the other, and AdamW's step count.
 
     The weights must have been put into the module before the engine was built. The optimizer's state comes into being
     with a step of `0 * any_loss()` at learning rate 0, which changes no weight; under stage 3 only a real forward
@@ -172,9 +172,9 @@ def restore_moments(
             "Look at that batch, or resume with precision='fp32' or 'bf16'."
         )
     restore_engine_state(engine, before)
-    for name, parameter in shares.trained_parameters(engine).items():
-        for moment in shares.MOMENTS:
-            shares.write(engine, parameter, moments[name][moment], moment)
+    parameters = shares.trained_parameters(engine)
+    for moment, name, tensor in moments:
+        shares.write(engine, parameters[name], tensor, moment)
     _set_optimizer_steps(engine, steps)
 
 

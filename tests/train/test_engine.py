@@ -127,7 +127,8 @@ def resume(case: Case, saved: dict[str, dict[str, torch.Tensor]], steps: int, st
     engine = build(case, module)
     x = batch(0)[:4].to(DTYPES[case.precision])
     fresh = zero.engine_state(engine)
-    zero.restore_moments(engine, saved, steps, lambda: engine(x).float().square().mean())
+    moments = [(moment, name, tensors[moment]) for name, tensors in saved.items() for moment in shares.MOMENTS]
+    zero.restore_moments(engine, moments, steps, lambda: engine(x).float().square().mean())
     assert {**zero.engine_state(engine), "optimizer_steps": 0} == {**fresh, "optimizer_steps": 0}
     zero.restore_engine_state(engine, json.loads(state))
     return engine

@@ -66,8 +66,9 @@ def measure(stage: int, precision: str, rank: int) -> dict[str, int]:
 
 
 def measure_all(rank: int) -> dict[str, Any]:
-    measure(*ENGINES[0], rank)  # imports the rest of DeepSpeed
     gc.freeze()  # the libraries' million objects would be looked through at each measurement
+    measure(*ENGINES[0], rank)  # imports the rest of DeepSpeed
+    gc.freeze()
     found = {f"{stage} {precision}": measure(stage, precision, rank) for stage, precision in ENGINES}
     gc.unfreeze()
     return found
