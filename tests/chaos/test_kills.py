@@ -11,7 +11,7 @@ import ray
 
 from d2f_core import storage
 from d2f_core.train import checkpoint
-from d2f_core.train.interruption import usable_resources
+from d2f_core.train.room import usable_resources
 from infra.local.ray_head import LOGICAL_CPUS
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
