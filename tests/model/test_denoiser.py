@@ -158,7 +158,10 @@ def test_an_extended_network_is_saved_and_loaded_as_diffusers_does(tmp_path):
     unet.save_pretrained(tmp_path)
     condition = tiny_condition("sd15") | {"joined_latents": torch.randn(2, 4, 8, 8)}
     loaded = type(unet).from_pretrained(tmp_path)
-    assert torch.equal(as_denoiser(loaded)(X, TIMESTEP, **condition), as_denoiser(unet)(X, TIMESTEP, **condition))
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in unet.state_dict().items())
+    found, expected = (as_denoiser(one)(X, TIMESTEP, **condition) for one in (loaded, unet))
+    # Not bit for bit: convolutions round by where their weights lie in memory.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_joined_latents_must_fill_the_input_exactly():
