@@ -3,6 +3,8 @@
 They start once, which takes longer than most of what they are asked for, and run one function after the other.
 """
 
+import functools
+import gc
 import multiprocessing.connection
 import os
 import pickle
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import cpuinfo
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -81,11 +84,15 @@ def _serve(rank: int, count: int, environment: dict[str, str], connection: Conne
     os.environ |= environment
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=count)
+    # Each of DeepSpeed's CPU optimizers asks for the processor's vendor, which starts a process that takes a second.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     while True:
         try:
             function, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        # DeepSpeed collects garbage when it builds an engine; the libraries' million objects take half a second.
+        gc.freeze()
         try:
             answer = "", function(rank, *arguments)
         except BaseException:
