@@ -27,10 +27,10 @@ class Ahead(Iterator[T]):
     def __init__(self, items: Iterable[T], depth: int) -> None:
         self._ready: queue.Queue[T | _End] = queue.Queue(depth)
         self._unwanted = threading.Event()
-        # A daemon: what waits for something that never comes must not keep the process from ending.
-        threading.Thread(
-            target=_take, args=(items, self._ready, self._unwanted), name="ahead", daemon=True
-        ).start()  # it must not hold `self`, which would never be forgotten then
+        # Not a method of this: a thread that holds `self` would keep it from being forgotten. A daemon: what waits
+        # for something that never comes must not keep the process from ending.
+        work = items, self._ready, self._unwanted
+        threading.Thread(target=_take, args=work, name="ahead", daemon=True).start()
 
     def __next__(self) -> T:
         if self._unwanted.is_set():

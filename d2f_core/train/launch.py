@@ -61,7 +61,8 @@ def run_training(
     Raises:
         NotEnoughResourcesError: the cluster is too small.
         CheckpointError: `output` holds a run of another configuration.
-        TrainingStoppedError: workers died more often than `max_failures`, or of something that a restart cannot mend.
+        TrainingStoppedError: it failed more than `max_failures` times in a row without a new checkpoint, or of
+            something that a restart cannot mend.
         SystemExit: SIGTERM ended it, after a checkpoint.
     """
     job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
@@ -98,7 +99,7 @@ def _after_failure(job: WorkerJob, error: BaseException, pulse: Any, restarts: R
     why_not = restarts.add(error, pulse, there[0].manifest.step if there else 0)
     collapsed = [cause for cause in causes(error) if isinstance(cause, CollapseError)]
     if collapsed:
-        raise TrainingStoppedError(f"{reason(error)} {_last_good(job, collapsed[0])}") from None
+        raise TrainingStoppedError(f"{reason(error)} {_last_good(job, there, collapsed[0])}") from None
     place = f"The last good checkpoint is {there[0].uri}." if there else "There is no checkpoint yet."
     if why_not:
         raise TrainingStoppedError(f"{reason(error)} {why_not} {place} The same command again resumes.") from None
@@ -107,15 +108,15 @@ def _after_failure(job: WorkerJob, error: BaseException, pulse: Any, restarts: R
     logger.warning("the attempt ended, %s: %s (%s). Starting again. %s", count, reason(error), workers, place)
 
 
-def _last_good(job: WorkerJob, collapsed: CollapseError) -> str:
-    """The newest checkpoint whose evaluation found nothing wrong, before the model collapsed."""
-    for one in checkpoint.candidates(job.output, job.identity):
-        if one.manifest.step < collapsed.step and retention.is_evaluated(one.uri):
-            return (
-                f"The last good checkpoint is {one.uri}: python -m pipelines.export checkpoint --run {job.output} "
-                f"--step {one.manifest.step} --output PLACE makes a model of it."
-            )
-    return "No checkpoint before it was evaluated and kept."
+def _last_good(job: WorkerJob, there: list[Checkpoint], collapsed: CollapseError) -> str:
+    """Which of the checkpoints that are there, newest first, holds the model before it collapsed."""
+    good = retention.last_good(one for one in there if one.manifest.step < collapsed.step)
+    if good is None:
+        return "No checkpoint before it was evaluated and kept."
+    return (
+        f"The last good checkpoint is {good.uri}: python -m pipelines.export checkpoint --run {job.output} "
+        f"--step {good.manifest.step} --output PLACE makes a model of it."
+    )
 
 
 def _complete(config: TrainConfig, output: str, identity: str) -> Checkpoint | None:
@@ -178,7 +179,8 @@ def _settle(job: WorkerJob, last: Checkpoint) -> None:
         try:
             evaluations.poll(EVALUATION_SECONDS)
         except CollapseError as error:
-            raise TrainingStoppedError(f"{error} {_last_good(job, error)}") from None
+            there = checkpoint.candidates(job.output, job.identity)
+            raise TrainingStoppedError(f"{error} {_last_good(job, there, error)}") from None
     if job.tracker:
         _list_checkpoints(job, job.tracker)
     _write_ledger(job, last)

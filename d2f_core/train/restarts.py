@@ -70,13 +70,13 @@ class Restarts:
         Returns:
             Why there must not be another attempt, "" if there may.
         """
-        found, self.excused = reason(error), self._is_excused(error, pulse)
-        repeated = found == self._reason and step == self._step and isinstance(causes(error)[0], REPEATED)
+        cause, found, self.excused = causes(error)[0], reason(error), self._is_excused(error, pulse)
+        repeated = found == self._reason and step == self._step and isinstance(cause, REPEATED)
         if step > self._step:
             self.in_a_row = 0
         self._step, self._reason = step, found
         self.in_a_row += not self.excused
-        if any(is_final(cause) for cause in causes(error)):
+        if is_final(cause):
             return "A restart would end alike."
         if repeated:
             return "A restart ended in the same error."

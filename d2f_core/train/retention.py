@@ -1,9 +1,9 @@
 """Which checkpoints stay on storage, and the metrics that decide it."""
 
-import itertools
+import contextlib
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from d2f_core import storage
@@ -76,12 +76,13 @@ def read_evaluation(uri: str) -> dict[str, float] | None:
         return None
 
 
-def is_evaluated(uri: str) -> bool:
-    """Whether an evaluation found nothing wrong with a checkpoint: of a collapsed model none is stored."""
-    try:
-        return read_evaluation(uri) is not None
-    except CheckpointError:
-        return False
+def last_good(newest_first: Iterable[Checkpoint]) -> Checkpoint | None:
+    """The newest checkpoint with which an evaluation found nothing wrong: of a collapsed model none is stored."""
+    for complete in newest_first:
+        with contextlib.suppress(CheckpointError):  # a damaged evaluation tells nothing
+            if read_evaluation(complete.uri) is not None:
+                return complete
+    return None
 
 
 def metric_of(uri: str, name: str) -> float | None:
@@ -145,7 +146,8 @@ def apply_retention(
         return []
     metric = {c.uri: metric_of(c.uri, retention.metric) for c in complete} if retention.keep_best else {}
     stay = kept(complete, retention, metric) | {uri.rstrip("/") for uri in being_evaluated}
-    stay |= set(itertools.islice((c.uri for c in reversed(complete) if is_evaluated(c.uri)), 1))
+    if good := last_good(reversed(complete)):
+        stay.add(good.uri)
     exist = {checkpoint.uri for checkpoint in complete}
     oldest_last = complete[-retention.keep_last :][0].manifest.step
     gone = [uri for step, uri in directories(output) if uri not in stay and (uri in exist or step < oldest_last)]

@@ -1,5 +1,7 @@
 """SD 1.5, SD 2.1 and SDXL are called alike, wrong conditions are refused, and new input channels change nothing."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -157,11 +159,9 @@ def test_an_extended_network_is_saved_and_loaded_as_diffusers_does(tmp_path):
     unet.conv_in.weight.add_(0.1)
     unet.save_pretrained(tmp_path)
     condition = tiny_condition("sd15") | {"joined_latents": torch.randn(2, 4, 8, 8)}
-    loaded = type(unet).from_pretrained(tmp_path)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in unet.state_dict().items())
-    found, expected = (as_denoiser(one)(X, TIMESTEP, **condition) for one in (loaded, unet))
-    # Not bit for bit: convolutions round by where their weights lie in memory.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    # A copy: convolutions round by where their weights lie in memory, and those of a mapped file lie unaligned.
+    loaded = copy.deepcopy(type(unet).from_pretrained(tmp_path))
+    assert torch.equal(as_denoiser(loaded)(X, TIMESTEP, **condition), as_denoiser(unet)(X, TIMESTEP, **condition))
 
 
 def test_joined_latents_must_fill_the_input_exactly():

@@ -42,6 +42,7 @@ class Workers:
         results: dict[Connection, Any] = {}
         try:
             for connection in self._connections:
+                # Not `send`: torch would hand tensors over in shared memory, which ends with the process.
                 connection.send_bytes(pickle.dumps((function, arguments)))
             while len(results) < self.count:
                 # After an error the others may wait for that process for ever.
