@@ -11,8 +11,9 @@ from d2f_core.data.manifest import Manifest
 from d2f_core.inference.contenders import Contender
 from d2f_core.inference.estimates import Estimate, Metric
 from d2f_core.inference.evaluate_config import EvaluateConfig
-from d2f_core.inference.measure import MADE_DRAWS, REAL_DRAWS, ImageSet, gather, measure, model_distance
-from d2f_core.inference.score import extract_features, read_features, score_key
+from d2f_core.inference.feature_table import gather_features
+from d2f_core.inference.measure import MADE_DRAWS, REAL_DRAWS, measure, model_distance
+from d2f_core.inference.score import extract_features, score_key
 from d2f_core.storage import join
 
 TITLES = {
@@ -101,21 +102,8 @@ class _FeatureTable:
 
     def gather(self, job: EvaluateJob, steps: int, draws: int, only: np.ndarray | None = None) -> Any:
         """The image set of one number of steps (0: real images), as an object reference."""
-        return ray.remote(_gather).remote(self.uri, self.manifest, steps, job.dimensions, job.config, draws, only)
-
-
-def _gather(
-    uri: str,
-    manifest: Manifest,
-    steps: int,
-    dimensions: int,
-    config: EvaluateConfig,
-    draws: int,
-    only: np.ndarray | None,
-) -> ImageSet:
-    parts = read_features(uri, manifest, steps)
-    total = manifest.counts["set"]
-    return gather(parts, total=total, dimensions=dimensions, config=config.measure, draws=draws, only=only)
+        config = job.config.measure
+        return ray.remote(gather_features).remote(self.uri, self.manifest, steps, job.dimensions, config, draws, only)
 
 
 def _features(job: EvaluateJob) -> dict[str, _FeatureTable]:

@@ -35,8 +35,8 @@ from d2f_core.data.manifest import (
     write_manifest,
     write_part,
 )
+from d2f_core.inference.feature_table import feature_schema
 from d2f_core.inference.features import CaptionScorer, load_features
-from d2f_core.inference.measure import FeaturePart
 from d2f_core.progress import Progress
 from d2f_core.storage import join, list_names, read_bytes
 
@@ -68,19 +68,6 @@ class ScoreConfig:
                 raise ValueError(f"score: {name}={getattr(self, name)} must be at least 1.")
         if self.dimensions < 0:
             raise ValueError(f"score: dimensions={self.dimensions} must be at least 1, or 0 for all.")
-
-
-def feature_schema(dimensions: int) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field("row", pa.int64(), nullable=False),
-            pa.field("sample_id", pa.string(), nullable=False),
-            # 0 for real images.
-            pa.field("steps", pa.int32(), nullable=False),
-            pa.field("features", pa.list_(pa.float64(), dimensions), nullable=False),
-            pa.field("caption_score", pa.float64()),
-        ]
-    )
 
 
 def extract_features(
@@ -231,21 +218,6 @@ def _pixels(row: dict[str, Any]) -> np.ndarray:
 
 def _describe(output: str, name: str) -> TableFile:
     return describe_file(name, read_bytes(join(output, name)))
-
-
-def read_features(uri: str, manifest: Manifest, steps: int) -> Iterator[FeaturePart]:
-    """The parts of a finished feature table, of one number of steps (0: real images)."""
-    for file in manifest.files:
-        table = pq.read_table(pa.BufferReader(read_bytes(join(uri, file.path))))
-        table = table.filter(pa.array(table["steps"].to_numpy() == steps))
-        features = table["features"].combine_chunks()
-        width = table.schema.field("features").type.list_size
-        scores = table["caption_score"]
-        yield FeaturePart(
-            rows=table["row"].to_numpy(),
-            features=features.flatten().to_numpy().reshape(-1, width),
-            caption_scores=None if scores.null_count else scores.to_numpy(),
-        )
 
 
 def score_key(source: str, fingerprint: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,41 +112,56 @@ def evaluate(job: EvaluationJob) -> dict[str, float]:
 
 
 class Evaluations:
-    """Evaluations under way; their checkpoints must not be deleted meanwhile."""
+    """Evaluations of one training, one at a time; their checkpoints must not be deleted before they are done.
+
+    Several at once would each load their libraries and weights, on the training's own nodes if there are no others,
+    and pile up where the interval is shorter than an evaluation.
+    """
 
     def __init__(self, protected: set[str]) -> None:
         self._protected = protected
-        self._running: dict[Any, EvaluationJob] = {}
+        self._jobs: deque[EvaluationJob] = deque()
+        """The first is under way."""
+        self._result: Any = None
+        """What the first will return."""
 
     def start(self, job: EvaluationJob) -> None:
-        """Begin, unless it is under way."""
-        if job.step in {running.step for running in self._running.values()}:
+        """Begin when those before are done, unless it is among them."""
+        if any(job.step == other.step for other in self._jobs):
             return
         if job.uri:
             self._protected.add(job.uri)
-        remote = ray.remote(num_cpus=0 if job.num_gpus else 1, num_gpus=job.num_gpus, max_retries=2)(evaluate)
-        self._running[remote.remote(job)] = job
+        self._jobs.append(job)
+        if len(self._jobs) == 1:
+            self._begin()
 
     def poll(self, timeout: float = 0.0) -> None:
         """Take in what is done.
 
+        Args:
+            timeout: seconds to wait for each one.
+
         Raises:
             CollapseError: of an evaluation.
         """
-        if not self._running:
-            return
-        done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout)
-        for reference in done:
-            job = self._running.pop(reference)
+        while self._jobs and ray.wait([self._result], timeout=timeout)[0]:
+            job, result = self._jobs.popleft(), self._result
             self._protected.discard(job.uri or "")
+            self._begin()
             try:
-                logger.info("step %d  evaluation %s", job.step, _rounded(ray.get(reference)))
+                logger.info("step %d  evaluation %s", job.step, _rounded(ray.get(result)))
             except RayTaskError as error:
                 if isinstance(error.cause, CollapseError):
                     raise error.cause from None
                 logger.error("step %d  evaluation failed, it is repeated at the end: %s", job.step, error.cause)
             except RayError as error:
                 logger.error("step %d  evaluation failed, it is repeated at the end: %s", job.step, error)
+
+    def _begin(self) -> None:
+        if self._jobs:
+            gpus = self._jobs[0].num_gpus
+            remote = ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, max_retries=2)(evaluate)
+            self._result = remote.remote(self._jobs[0])
 
 
 def _rounded(metrics: dict[str, float]) -> str:

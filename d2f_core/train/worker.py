@@ -63,10 +63,12 @@ class WorkerJob:
 class Training:
     """The loop around the steps of one worker; only the first one logs, evaluates and names what is wrong."""
 
-    def __init__(self, job: WorkerJob, worker: Worker, task: Task, first_step: int, state: dict[str, Any]) -> None:
+    def __init__(
+        self, job: WorkerJob, worker: Worker, task: Task, heartbeat: Heartbeat, first_step: int, state: dict[str, Any]
+    ) -> None:
         self.job, self.worker, self.config, self.task = job, worker, job.config, task
         self.first = worker.rank == 0
-        self.heartbeat = Heartbeat(job.pulse, worker.rank)
+        self.heartbeat = heartbeat
         self.interruptions = Interruptions(self.heartbeat, first=self.first)
         self.writer = CheckpointWriter(job.output, job.attempt, worker.rank, worker.num_workers, job.config.retention)
         self.evaluations = Evaluations(self.writer.protected)
@@ -195,6 +197,8 @@ def run_worker(job: WorkerJob) -> None:
     config, context = job.config, ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     _set_threads(config, num_workers)
+    heartbeat = Heartbeat(job.pulse, rank)
+    heartbeat.doing("building the model")
     device = str(ray.train.torch.get_device())
     task = job.build_task(device)
     found = restore.choose(job.output, job.identity, task.module, device)
@@ -207,12 +211,13 @@ def run_worker(job: WorkerJob) -> None:
     )
     worker = Worker(config, zero.build_engine(task.module, config, num_workers), rank, num_workers)
     if found:
+        heartbeat.doing("restoring")
         first = next(rows)
         restore.put_back(worker, task, found, first)
         rows = itertools.chain([first], rows)
     elif config.ema.decay:
         worker.update_averages(0)
-    training = Training(job, worker, task, first_step, state)
+    training = Training(job, worker, task, heartbeat, first_step, state)
     training.evaluate_what_is_missing()
     _run_steps(training, task, rows, first_step)
     training.finish()

@@ -1,21 +1,18 @@
 """Whatever is killed while a training runs, it ends with the weights it would have had."""
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ray
+from ray.job_submission import JobStatus
 
 from d2f_core import storage
 from d2f_core.train import checkpoint
 from d2f_core.train.room import usable_resources
 from infra.local.ray_head import LOGICAL_CPUS
-from pipelines.cli import to_yaml
-from pipelines.configs import FinetuneConfig
 from pipelines.finetune import main
+from tests.chaos.jobs import submitted
 from tests.chaos.nodes import second_node
 from tests.chaos.training import (
     STEPS,
@@ -70,38 +67,22 @@ def test_a_node_goes_as_announced_and_then_a_worker_and_the_controller_are_kille
     assert_same_run(config, unbroken)
 
 
-def start_driver(config: FinetuneConfig, log: Path, *flags: str) -> subprocess.Popen:
-    file = log.with_suffix(".yaml")
-    file.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "pipelines.finetune", "--config", str(file), *flags]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def test_the_driver_is_terminated_and_then_killed_and_the_newest_checkpoint_damaged(base, unbroken, tmp_path: Path):
-    """The same job again goes on: from the step at which it was terminated, and from the checkpoint before."""
-    config, log = make_config(base, "killed-driver"), tmp_path / "terminated.log"
-    driver = start_driver(config, log, f"--train.checkpoint-every={STEPS}")
-    try:
-        wait_for("both readers", lambda: driver.poll() is not None or len(processes("ray::SplitCoordinator")) == 2)
-        driver.terminate()
-        assert driver.wait(120) == 143, log.read_text()
-    finally:
-        driver.kill()
-        driver.wait()
-    (step,) = off_schedule(config.output)
-    assert f"stopped by SIGTERM; step {step} is saved in s3://" in log.read_text()
+def test_a_job_is_stopped_and_then_its_driver_killed_and_the_newest_checkpoint_damaged(base, unbroken, tmp_path: Path):
+    """The same job again goes on: from the step at which it was stopped, and from the checkpoint before."""
+    config, file = make_config(base, "killed-driver"), tmp_path / "config.yaml"
+    with submitted(config, file, f"--train.checkpoint-every={STEPS}") as job:
+        job.wait_for("both readers", lambda: len(processes("ray::SplitCoordinator")) == 2)
+        job.stop()
+        assert job.wait() == JobStatus.STOPPED
+        (step,) = off_schedule(config.output)
+        assert f"stopped by SIGTERM; step {step} is saved in s3://" in job.log
     assert not storage.exists(f"{config.output}/model/diff2flow.json"), "no export of a training that was stopped"
     wait_for("the end of its workers", lambda: not processes("ray::RayTrainWorker"))
-    driver = start_driver(config, log := tmp_path / "killed.log")
-    try:
-        wait_for("a checkpoint", lambda: driver.poll() is not None or has_checkpoint(config.output, step + 1))
-        assert driver.poll() is None, log.read_text()
-    finally:
-        driver.kill()
-        driver.wait()
-    assert f"resumed from {config.output}/checkpoints/step-{step:08d}" in log.read_text()
+    with submitted(config, file) as job:
+        job.wait_for("a checkpoint", lambda: has_checkpoint(config.output, step + 1))
+        job.kill_driver()
+        assert job.wait() == JobStatus.FAILED
+        assert f"resumed from {config.output}/checkpoints/step-{step:08d}" in job.log
     wait_for("the end of its workers", lambda: not processes("ray::RayTrainWorker"))
     newest, before = (checkpoint.list_checkpoints(config.output)[index] for index in (-1, -2))
     assert config.train.num_steps > newest.manifest.step > before.manifest.step

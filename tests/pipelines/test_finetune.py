@@ -114,9 +114,11 @@ def test_the_same_command_again_does_nothing(config, unbroken):
     assert checkpoint.list_checkpoints(config.output) == before
 
 
-def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(config, unbroken, caplog):
+def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(config, unbroken, caplog, tmp_path):
     output = "s3://d2f/test-finetune/moved"
-    main(changed(config, output, num_steps=3))
+    (stopped,) = (one for one in checkpoint.list_checkpoints(config.output) if one.manifest.step == 3)
+    storage.download_tree(stopped.uri, tmp_path / "step")
+    storage.upload_tree(tmp_path / "step", f"{output}/checkpoints/{stopped.uri.rsplit('/', 1)[1]}")
     with caplog.at_level("WARNING", logger="d2f_core.train"):
         main(changed(config, output, min_workers=1, cpus_per_worker=5, zero_stage=0, node_wait_seconds=1))
     assert "room for 1 of 2 workers" in caplog.text

@@ -1,6 +1,9 @@
 """An evaluation writes what it found once, and stops a model that has collapsed."""
 
 import functools
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from torch import nn
 
 from d2f_core.train import evaluation
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.evaluation import CollapseError, EvaluationJob, evaluation_due
+from d2f_core.train.evaluation import CollapseError, EvaluationJob, Evaluations, evaluation_due
 from d2f_core.train.task import Evaluation, Task
 
 LIVELY = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
@@ -53,6 +56,27 @@ def test_a_collapsed_model_is_named_and_counts_as_not_evaluated(tmp_path, metric
     with pytest.raises(CollapseError, match=verdict):
         evaluation.evaluate(one)
     assert not one.done()
+
+
+def build_slow(device: str, *, log: Path) -> Task:
+    def evaluate() -> Evaluation:
+        with log.open("a") as file:
+            print("begin", file=file, flush=True)
+            time.sleep(0.5)
+            print("end", file=file, flush=True)
+        return Evaluation(metrics={})
+
+    return replace(build(device, metrics={}, images=[]), evaluate=evaluate)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_evaluations_take_turns_and_none_is_made_twice(tmp_path):
+    evaluations = Evaluations(set())
+    slow = replace(job(tmp_path), build_task=functools.partial(build_slow, log=tmp_path / "log"))
+    for step in (0, 1, 2, 1):
+        evaluations.start(replace(slow, step=step))
+    evaluations.poll(60)
+    assert (tmp_path / "log").read_text().split() == ["begin", "end"] * 3
 
 
 def test_evaluations_are_due_before_at_every_nth_and_after_the_last_step():
