@@ -29,11 +29,16 @@ class State:
     where: str
     """Host and process."""
     doing: str
-    step: int
+    step: int | None
+    """None before it trains."""
     since: float
     """Seconds that it has been doing so, when it said it."""
     heard: float
     """Clock of the actor that keeps the list."""
+
+    @property
+    def at(self) -> str:
+        return self.doing if self.step is None else f"step {self.step}, {self.doing}"
 
 
 @ray.remote(num_cpus=0)
@@ -45,15 +50,15 @@ class Pulse:
         self._stopping = False
         self._leaving: list[str] = []
 
-    def beat(self, rank: int, where: str, doing: str, step: int, since: float) -> bool:
+    def beat(self, rank: int, where: str, doing: str, step: int | None, since: float) -> bool:
         """Returns whether the training is to stop."""
         self._states[rank] = State(where, doing, step, since, time.monotonic())
         return self._stopping
 
     def stop(self) -> bool:
-        """Ask the workers to save and to end; returns whether there are any yet."""
+        """Ask the workers to save and to end; returns whether any trains yet."""
         self._stopping = True
-        return bool(self._states)
+        return any(state.step is not None for state in self._states.values())
 
     def leave(self, nodes: list[str]) -> None:
         """Keep which nodes were announced to go, by their ids."""
@@ -66,8 +71,7 @@ class Pulse:
         """Workers that were not heard of for longer: rank -> a phrase."""
         now = time.monotonic()
         return {
-            rank: f"worker {rank} ({state.where}) was last heard of {now - state.heard:.0f} s ago, at step "
-            f"{state.step}, {state.doing}"
+            rank: f"worker {rank} ({state.where}) was last heard of {now - state.heard:.0f} s ago: {state.at}"
             for rank, state in sorted(self._states.items())
             if now - state.heard > seconds
         }
@@ -75,17 +79,19 @@ class Pulse:
     def report(self) -> list[str]:
         """A phrase per worker."""
         return [
-            f"worker {rank} ({state.where}): step {state.step}, {state.doing} for {state.since:.0f} s"
+            f"worker {rank} ({state.where}): {state.at} for {state.since:.0f} s"
             for rank, state in sorted(self._states.items())
         ]
 
 
 class Heartbeat:
-    """One worker's side. `doing` is set by the training loop."""
+    """One worker's side. `doing` and `step` are set by the training loop."""
 
     def __init__(self, pulse: Any, rank: int) -> None:
         self._pulse, self._rank = pulse, rank
-        self._doing, self._began, self.step = "starting", time.monotonic(), 0
+        self._doing, self._began = "starting", time.monotonic()
+        self.step: int | None = None
+        """The last one done; None before the worker trains."""
         self.stop_asked = False
         """On the first worker: whether the driver wants the training to stop."""
         self._end = threading.Event()
@@ -94,6 +100,11 @@ class Heartbeat:
 
     def doing(self, what: str) -> None:
         self._doing, self._began = what, time.monotonic()
+
+    def begin(self, step: int) -> None:
+        """Training begins, after `step`; the driver knows it when the first worker's call returns."""
+        self.step = step
+        self._say()
 
     def leave(self, nodes: list[str]) -> None:
         """Let the driver know that nodes were announced to go."""
@@ -104,12 +115,15 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._end.is_set():
-            state = self._rank, self._where, self._doing, self.step, time.monotonic() - self._began
-            if self._rank or self.stop_asked:
-                self._pulse.beat.remote(*state)
-            else:
-                self.stop_asked = ask(self._pulse.beat, *state, default=False)
+            self._say()
             self._end.wait(BEAT_SECONDS)
+
+    def _say(self) -> None:
+        state = self._rank, self._where, self._doing, self.step, time.monotonic() - self._began
+        if self._rank or self.stop_asked:
+            self._pulse.beat.remote(*state)
+        elif ask(self._pulse.beat, *state, default=False):
+            self.stop_asked = True
 
 
 def start_pulse() -> Any:

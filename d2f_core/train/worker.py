@@ -69,6 +69,11 @@ class Training:
         self.job, self.worker, self.config, self.task = job, worker, job.config, task
         self.first = worker.rank == 0
         self.heartbeat = heartbeat
+        heartbeat.begin(first_step)
+        if self.first:
+            logger.info(
+                "training from step %d to %d on %d workers", first_step, self.config.num_steps, worker.num_workers
+            )
         self.interruptions = Interruptions(self.heartbeat, first=self.first)
         self.writer = CheckpointWriter(job.output, job.attempt, worker.rank, worker.num_workers, job.config.retention)
         self.evaluations = Evaluations(self.writer.protected)

@@ -71,7 +71,7 @@ def test_a_job_is_stopped_and_then_its_driver_killed_and_the_newest_checkpoint_d
     """The same job again goes on: from the step at which it was stopped, and from the checkpoint before."""
     config, file = make_config(base, "killed-driver"), tmp_path / "config.yaml"
     with submitted(config, file, f"--train.checkpoint-every={STEPS}") as job:
-        job.wait_for("both readers", lambda: len(processes("ray::SplitCoordinator")) == 2)
+        job.wait_for("the first step", lambda: f"training from step 0 to {STEPS} on 2 workers" in job.log)
         job.stop()
         assert job.wait() == JobStatus.STOPPED
         (step,) = off_schedule(config.output)

@@ -102,7 +102,7 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float = 240.0)
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def has_checkpoint(output: str, step: int = SAVES) -> bool:
