@@ -189,5 +189,5 @@ def test_a_depth_latent_table_is_a_latent_table_with_two_more_columns():
 
 
 def test_cleaning_makes_no_noise():
-    with warnings.catch_warnings(action="error", category=RuntimeWarning):
+    with warnings.catch_warnings(action="error"):
         assert np.isnan(clean_depth(np.array([[1e300, -1e300, np.nan]]))).all()

@@ -161,6 +161,7 @@ def test_an_extended_network_is_saved_and_loaded_as_diffusers_does(tmp_path):
     condition = tiny_condition("sd15") | {"joined_latents": torch.randn(2, 4, 8, 8)}
     # A copy: convolutions round by where their weights lie in memory, and those of a mapped file lie unaligned.
     loaded = copy.deepcopy(type(unet).from_pretrained(tmp_path))
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in unet.state_dict().items())
     assert torch.equal(as_denoiser(loaded)(X, TIMESTEP, **condition), as_denoiser(unet)(X, TIMESTEP, **condition))
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import ray.train
 
 from d2f_core.train import interruption
-from d2f_core.train.interruption import LOOK, NOTHING, STOP, Interruptions, describe, terminable
+from d2f_core.train.interruption import LOOK, NOTHING, STOP, Interruptions, describe, terminable, terminated
 
 
 def preempted(*nodes: str) -> ray.train.PreemptionError:
@@ -55,6 +55,11 @@ def test_the_first_sigterm_asks_the_workers_and_the_handler_is_put_back(monkeypa
         assert termination.asked
     assert signal.getsignal(signal.SIGTERM) is before
     assert "the workers save and stop" in caplog.text
+
+
+def test_a_stopped_training_ends_as_sigterm_ends_a_process(tmp_path, caplog):
+    assert terminated(str(tmp_path), "identity").code == 143
+    assert "stopped by SIGTERM before the first checkpoint" in caplog.text
 
 
 def test_in_a_thread_signals_are_left_alone():
