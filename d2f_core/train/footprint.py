@@ -27,6 +27,8 @@ GATHERED = 550_000_000
 1e9 elements are used between (so the last 5e8 of the network do), and 5e7 are fetched ahead."""
 PERSISTENT = 100_000
 """Stage 3 never gives up parameters of fewer elements."""
+TOGETHER = 1 << 22
+"""Elements that are gathered at a time for a checkpoint, or one larger tensor."""
 RUNTIME_BYTES = 1_500_000_000
 """Assumed, not counted: CUDA's context, libraries' workspaces and what the allocator cannot use."""
 
@@ -93,6 +95,8 @@ def memory_per_worker(
     averages_offload = optimizer_offload and not whole
     # The fp32 copy is the gradient itself where that is in fp32 already; norms are taken in double precision.
     step = max(each * share + (0 if each == 4 else 4 * share), 8 * max(trained, default=0)) if stage else 0
+    kinds = (2 if whole else 3) + (1 if config.ema.decay and not whole else 0)
+    exchanged = max(max(trained, default=0), min(kinds * total, TOGETHER))
     weights = partition + _gathered(each, [*trained, *frozen]) if stage == 3 else each * (total + sum(frozen))
     return Memory(
         weights=weights - (partition if weight_offload else 0),
@@ -103,10 +107,10 @@ def memory_per_worker(
         bucket=each * min(total, MOST_IN_BUCKET) if stage else 0,
         copies=each * min(total, MOST_IN_BUCKET),
         stepping=0 if optimizer_offload else step,
-        # Both moments, and the weights that are not at hand, of this worker's parameters; the tensor that is being
-        # gathered, and the one before, which the exchange may still hold. Averages go to the host one by one. Stage 0
-        # hands out its own tensors.
-        saving=0 if stage == 0 else (8 if whole else 12) * owned + 8 * max(trained, default=0),
+        # Both moments, and the weights that are not at hand, of this worker's parameters; what is being gathered, and
+        # what was before, which the exchange may still hold. Averages go to the host one by one. Stage 0 hands out its
+        # own tensors.
+        saving=0 if stage == 0 else (8 if whole else 12) * owned + 8 * exchanged,
         activations=activations,
         others=others,
         # A kind at a time is put into one safetensors file beside the copy of all four.

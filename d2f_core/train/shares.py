@@ -11,13 +11,25 @@ The only module that knows how DeepSpeed lays parameters out:
 The fp32 numbers of a share lie in the host's memory when they are offloaded.
 """
 
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from d2f_core.train.footprint import TOGETHER
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Share(NamedTuple):
+    """What a worker holds of one tensor."""
+
+    kind: str
+    name: str
+    parameter: nn.Parameter
+    held: Tensor
 
 
 def trained_parameters(engine: Any) -> dict[str, nn.Parameter]:
@@ -61,39 +73,51 @@ def cut(engine: Any, parameter: nn.Parameter, whole: Tensor) -> Tensor:
     return whole.flatten().narrow(0, stretch.lp_fragment_address.start, stretch.lp_fragment_address.numel)
 
 
-def join(engine: Any, parameter: nn.Parameter, share: Tensor) -> Tensor:
-    """The whole tensor, of the parameter's shape, out of all workers' shares.
+def join(engine: Any, parts: Iterable[Share]) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, name, whole tensor) of each, of the parameter's shape, out of all workers' shares above stage 0.
 
-    Every worker must call it, for every parameter in the same order.
+    `TOGETHER` elements, or one larger tensor, are exchanged at a time: a collective takes longer to begin than to move
+    a small tensor, and an adapter has thousands. A tensor may be a view of all that came with it. Every worker must
+    call it, with the same parameters in the same order, and go through it to the end.
     """
-    stage = engine.zero_optimization_stage()
-    if not stage:
-        return share
-    shape = cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
-    share = share.to(engine.device)
-    if stage == 3:
-        parts = torch.empty(share.numel() * dist.get_world_size(), device=engine.device)
-        dist.all_gather_into_tensor(parts, share)
-        return parts[: shape.numel()].view(shape)
-    # Added up as integers, because -0.0 + 0.0 is another zero: its hash would not be that of the checkpoint.
-    bits = torch.zeros(shape.numel(), dtype=torch.int32, device=engine.device)
-    cut(engine, parameter, bits).copy_(share.view(torch.int32))
-    dist.all_reduce(bits)
-    return bits.view(torch.float32).view(shape)
+    group: list[Share] = []
+    size = 0
+    for part in parts:
+        count = whole_shape(part.parameter).numel()
+        if group and size + count > TOGETHER:
+            yield from _exchange(engine, group)
+            group, size = [], 0
+        group.append(part)
+        size += count
+    if group:
+        yield from _exchange(engine, group)
 
 
-def read_weight(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """The fp32 weight, whole. Every worker must call it, for every parameter in the same order."""
-    if is_whole(engine, parameter):
-        return parameter.detach()
-    return join(engine, parameter, held(engine, parameter))
+def _exchange(engine: Any, group: list[Share]) -> Iterator[tuple[str, str, Tensor]]:
+    """All of the group by one collective."""
+    shapes = [whole_shape(part.parameter) for part in group]
+    if engine.zero_optimization_stage() == 3:
+        mine = torch.cat([part.held.to(engine.device) for part in group])
+        gathered = torch.empty(dist.get_world_size() * mine.numel(), device=engine.device)
+        dist.all_gather_into_tensor(gathered, mine)
+        del mine
+        columns = gathered.view(dist.get_world_size(), -1).split([part.held.numel() for part in group], dim=1)
+        wholes = (each.flatten()[: shape.numel()] for each, shape in zip(columns, shapes, strict=True))
+    else:
+        # Added up as integers, because -0.0 + 0.0 is another zero: its hash would not be that of the checkpoint.
+        counts = [shape.numel() for shape in shapes]
+        bits = torch.zeros(sum(counts), dtype=torch.int32, device=engine.device)
+        for part, whole in zip(group, bits.split(counts), strict=True):
+            cut(engine, part.parameter, whole).copy_(part.held.view(torch.int32))
+        dist.all_reduce(bits)
+        wholes = iter(bits.view(torch.float32).split(counts))
+    for part, shape, whole in zip(group, shapes, wholes, strict=True):
+        yield part.kind, part.name, whole.view(shape)
 
 
-def read_moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
-    """One of `MOMENTS`, fp32, whole. Every worker must call it, for every parameter in the same order."""
-    if not moments_exist(engine):  # no step was applied yet, which under fp16 may last some steps
-        return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), device=engine.device)
-    return join(engine, parameter, held(engine, parameter, name))
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter; stage 3 leaves an empty one behind."""
+    return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
 
 
 def write(engine: Any, parameter: nn.Parameter, whole: Tensor, moment: str | None = None) -> None:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from d2f_core.model import ema
@@ -57,25 +58,41 @@ class Worker:
                 self.averages[name] = whole.to(self.engine.device)
 
     def owned(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, parameter name, whole tensor) of what this worker saves, one after the other.
+        """(kind, parameter name, whole tensor) of what this worker saves.
 
         Every worker must call it, and go through it to the end.
         """
+        mine: set[str] = set()
+        parts: list[shares.Share] = []
         for index, (name, parameter) in enumerate(shares.trained_parameters(self.engine).items()):
+            if self.owns(index):
+                mine.add(name)
             for kind in KINDS if self.averages else SAVED_ALWAYS:
-                tensor = self._read(kind, name, parameter)
-                if self.owns(index):
-                    yield kind, name, cast(Tensor, tensor)
-                del tensor  # or the next one would be gathered beside it
+                if not self._is_whole(kind, parameter):
+                    parts.append(shares.Share(kind, name, parameter, self._held(kind, name, parameter)))
+                elif name in mine:
+                    yield kind, name, self._held(kind, name, parameter)
+        for kind, name, whole in shares.join(self.engine, parts):
+            if name in mine:
+                # A view would keep all that came with it.
+                yield kind, name, whole.clone() if whole.untyped_storage().nbytes() > whole.nbytes else whole
+            del whole  # or the next one would be gathered beside it
 
-    def _read(self, kind: str, name: str, parameter: nn.Parameter) -> Tensor | None:
-        if kind == "weights":
-            return shares.read_weight(self.engine, parameter)
+    def _is_whole(self, kind: str, parameter: nn.Parameter) -> bool:
+        """Whether the worker that saves it has all of it at hand."""
         if kind in shares.MOMENTS:
-            return shares.read_moment(self.engine, parameter, kind)
-        if shares.is_whole(self.engine, parameter):
-            return self.averages.get(name)
-        return shares.join(self.engine, parameter, self.averages[name])
+            return not self.engine.zero_optimization_stage() or not shares.moments_exist(self.engine)
+        return shares.is_whole(self.engine, parameter)
+
+    def _held(self, kind: str, name: str, parameter: nn.Parameter) -> Tensor:
+        if kind == "ema":
+            return self.averages[name]
+        if kind == "weights":
+            whole = shares.is_whole(self.engine, parameter)
+            return parameter.detach() if whole else shares.held(self.engine, parameter)
+        if not shares.moments_exist(self.engine):  # no step was applied yet, which under fp16 may last some steps
+            return torch.zeros(shares.whole_shape(parameter), device=self.engine.device)
+        return shares.held(self.engine, parameter, kind)
 
     def share(self) -> dict[str, dict[str, Tensor]]:
         """This worker's share of all that a checkpoint holds, by kind; every worker must call it."""

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2f_core.train import shares, zero
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.state import Worker
 from tests.train.processes import Workers
 
 WORKERS = 2
@@ -113,17 +114,16 @@ def run(engine: Any, case: Case, steps: Iterable[int], rank: int) -> list[float]
 
 
 def read(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Weight and moments of every parameter, as a checkpoint holds them."""
-    found = {}
-    for name, parameter in shares.trained_parameters(engine).items():
-        found[name] = {"weight": shares.read_weight(engine, parameter).clone()}
-        found[name] |= {moment: shares.read_moment(engine, parameter, moment).clone() for moment in shares.MOMENTS}
+    """Weights and moments of every parameter, as a checkpoint holds them."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for kind, name, tensor in Worker(TrainConfig(), engine, rank=0, num_workers=1).owned():  # it saves all of them
+        found.setdefault(name, {})[kind] = tensor.clone()
     return found
 
 
 def resume(case: Case, saved: dict[str, dict[str, torch.Tensor]], steps: int, state: str) -> Any:
     module = Network()
-    module.load_state_dict({name: tensors["weight"] for name, tensors in saved.items()}, strict=False)
+    module.load_state_dict({name: tensors["weights"] for name, tensors in saved.items()}, strict=False)
     engine = build(case, module)
     x = batch(0)[:4].to(DTYPES[case.precision])
     fresh = zero.engine_state(engine)
@@ -237,7 +237,7 @@ def test_weights_keep_the_digits_that_the_forward_dtype_drops(results: dict[str,
     start = results[str(Case(stage, precision))]["start"]
     for name, parameter in Network().named_parameters():
         if parameter.requires_grad:
-            assert torch.equal(start[name]["weight"], parameter.detach())
+            assert torch.equal(start[name]["weights"], parameter.detach())
             assert not torch.equal(parameter.detach().to(DTYPES[precision]).float(), parameter.detach())
 
 

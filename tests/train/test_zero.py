@@ -161,15 +161,16 @@ def test_averages_of_offloaded_weights_are_kept_in_the_same_way(offloading_pair:
 
 
 def signs_of_zeros(rank: int) -> list[bool]:
-    found = []
+    found: list[torch.Tensor] = []
     for stage, precision in ENGINES:
         engine = zero.build_engine(network(), config(stage, precision), WORKERS)
-        for parameter in shares.trained_parameters(engine).values():
-            zeros = torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
-            shares.write(engine, parameter, -zeros)
-            read = shares.join(engine, parameter, shares.held(engine, parameter))
-            found.append(bool((read == 0).all() and read.signbit().all()))
-    return found
+        parameters = shares.trained_parameters(engine)
+        for parameter in parameters.values():
+            shares.write(engine, parameter, -torch.zeros(shares.whole_shape(parameter)))
+        if stage:
+            parts = [shares.Share("weights", name, p, shares.held(engine, p)) for name, p in parameters.items()]
+            found += [(read == 0).all() and read.signbit().all() for *_, read in shares.join(engine, parts)]
+    return [bool(one) for one in found]
 
 
 def test_a_negative_zero_stays_one(pair: Workers):
