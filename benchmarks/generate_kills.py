@@ -31,7 +31,7 @@ from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from tests.chaos.training import processes
 
-ACTOR = "ray::MapWorker(MapBatches(ChunkSampler"
+ACTOR = "ray::MapWorker(MapBatches(JobsSampler"
 TABLES = ("images", "index")
 
 

@@ -35,7 +35,7 @@ from d2f_core.inference.estimates import Estimate, Metric
 from d2f_core.inference.evaluate_config import EvaluateConfig, EvaluateError
 from d2f_core.inference.features import CaptionScorer, load_features
 from d2f_core.inference.gate import FLOW_LOSS, Verdict, check_gate, judge
-from d2f_core.inference.generate import generate
+from d2f_core.inference.generate import generate_all
 from d2f_core.inference.report import render_report, shown_images
 from d2f_core.inference.straightness import follow_all
 from d2f_core.storage import check_reachable, join, write_bytes
@@ -90,8 +90,8 @@ def evaluate(job: EvaluateJob) -> Verdict:
     config = job.config
     keep_pins(config, job.pins)
     for contender in job.contenders:
-        logger.info("generating with the %s, %s", contender.role, contender.uri)
-        generate(contender.job)
+        logger.info("the %s is %s", contender.role, contender.uri)
+    generate_all([contender.job for contender in job.contenders])
     metrics, distances = measure_all(job)
     paths = follow_all(job)
     losses = {each.role: loss for each in job.contenders if (loss := validation_loss(each.uri)) is not None}

@@ -12,12 +12,13 @@ Each image's noise is a function of (seed, sample_id): it is the same on any clu
 any model with latents of that shape.
 """
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,7 +49,7 @@ from d2f_core.inference.plan import (
     refuse_other,
 )
 from d2f_core.inference.prompts import PromptFile, scan_prompts
-from d2f_core.inference.sampler import LATENTS_FILE, ChunkSampler
+from d2f_core.inference.sampler import LATENTS_FILE, JobsSampler
 from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.progress import Progress
@@ -104,28 +105,63 @@ def generate(job: GenerateJob) -> Manifest:
     Raises:
         GenerateError: the output belongs to another plan, or the cluster is too small.
     """
-    config, plan = job.config, job.plan
-    claim_output(config.output, plan, job.prompts)
-    if manifest_exists(config.output):
-        manifest = read_manifest(config.output)
-        refuse_other(config.output, plan.identity(), manifest.fingerprint)
-        logger.info("%s: all %d images are there, nothing to do", config.output, manifest.num_rows)
-        return manifest
-    done = chunks_done(config.output, plan)
-    missing = [chunk for chunk in range(plan.num_chunks) if chunk not in done]
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        parts = dict(zip(done, pool.map(lambda chunk: describe_part(config.output, chunk), done), strict=True))
-    images_done = sum(part.index.rows for part in parts.values())
-    failed = sum(part.failed for part in parts.values())
-    progress = Progress("generate", plan.num_images, "images", done=images_done)
-    with _Report(config, plan, progress) as report:
-        for result in _run(config, plan, missing) if missing else ():
-            part = Part.from_result(result)
-            parts[result["chunk"]] = part
-            failed += part.failed
-            progress.advance(part.index.rows)
-            report.advance(failed)
-        return _finish(job, [parts[chunk] for chunk in range(plan.num_chunks)])
+    return generate_all([job])[0]
+
+
+def generate_all(jobs: Sequence[GenerateJob]) -> list[Manifest]:
+    """The same for several jobs, one after the other, by one pool of actors: the first job's config says how many.
+
+    Raises:
+        GenerateError: as `generate`.
+    """
+    begun = [_Begun(job) for job in jobs]
+    missing = [(number, chunk) for number, each in enumerate(begun) for chunk in each.missing()]
+    with contextlib.ExitStack() as reports:
+        for each in begun:
+            if not each.manifest:
+                reports.enter_context(each.report)
+        for result in _run(jobs, missing) if missing else ():
+            begun[result["job"]].add(result)
+        return [each.manifest or each.finish() for each in begun]
+
+
+class _Begun:
+    """A job whose output is claimed, and which of its chunks are there."""
+
+    def __init__(self, job: GenerateJob) -> None:
+        config, plan = job.config, job.plan
+        self.job, self.parts = job, dict[int, Part]()
+        claim_output(config.output, plan, job.prompts)
+        self.manifest = read_manifest(config.output) if manifest_exists(config.output) else None
+        if self.manifest:
+            refuse_other(config.output, plan.identity(), self.manifest.fingerprint)
+            logger.info("%s: all %d images are there, nothing to do", config.output, self.manifest.num_rows)
+        else:
+            done = chunks_done(config.output, plan)
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                parts = pool.map(lambda chunk: describe_part(config.output, chunk), done)
+                self.parts = dict(zip(done, parts, strict=True))
+        self.failed = sum(part.failed for part in self.parts.values())
+        images = sum(part.index.rows for part in self.parts.values())
+        self.progress = Progress("generate", plan.num_images, "images", done=images)
+        self.report = _Report(config, plan, self.progress)
+
+    def missing(self) -> list[int]:
+        if self.manifest:
+            return []
+        return [chunk for chunk in range(self.job.plan.num_chunks) if chunk not in self.parts]
+
+    def add(self, result: dict[str, Any]) -> None:
+        part = Part.from_result(result)
+        self.parts[result["chunk"]] = part
+        self.progress.advance(part.index.rows)
+        self.failed += part.failed
+        self.report.advance(self.failed)
+        if len(self.parts) == self.job.plan.num_chunks:
+            self.manifest = self.finish()
+
+    def finish(self) -> Manifest:
+        return _finish(self.job, [self.parts[chunk] for chunk in range(self.job.plan.num_chunks)])
 
 
 @dataclass(frozen=True)
@@ -185,17 +221,18 @@ class _Report:
             self._run.finish("FAILED" if kind else "FINISHED")
 
 
-def _run(config: GenerateConfig, plan: Plan, chunks: list[int]) -> Iterator[dict[str, Any]]:
-    """One result per chunk, as they come."""
+def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """One result per (job, chunk), as they come."""
+    config = jobs[0].config
     actors = min(config.num_actors, len(chunks))
     _await_resources(actors, config)
-    blocks = min(len(chunks), MAX_INPUT_BLOCKS)
-    dataset = ray.data.from_items([{"chunk": chunk} for chunk in chunks], override_num_blocks=blocks)
+    items = [{"job": job, "chunk": chunk} for job, chunk in chunks]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     dataset.context.print_on_execution_start = False
     dataset = dataset.map_batches(
-        ChunkSampler,
-        fn_constructor_args=(plan, config.output, config.cpus_per_actor),
+        JobsSampler,
+        fn_constructor_args=([(job.plan, job.config.output) for job in jobs], config.cpus_per_actor),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=config.cpus_per_actor,

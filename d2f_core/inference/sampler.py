@@ -1,11 +1,12 @@
-"""The actor of a generation job: loads the model once, then turns chunks of prompts into images and an index part."""
+"""The actor of generation jobs: loads a job's model, then turns chunks of its prompts into images and an index part."""
 
 import dataclasses
 import hashlib
 import json
 import socket
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -60,8 +61,28 @@ LATENTS_FILE = b"d2f.latents"
 UPLOAD_THREADS = 8
 
 
+class JobsSampler:
+    """Ray Data actor for chunks of several jobs; it holds the model of one at a time.
+
+    A batch is one chunk of one job, by their numbers. Out come its index part and latents (TableFiles in JSON).
+    """
+
+    def __init__(self, jobs: Sequence[tuple[Plan, str]], threads: int) -> None:
+        """`jobs`: plan and output of each."""
+        self._jobs, self._threads = jobs, threads
+        self._number, self._sampler = -1, cast(ChunkSampler, None)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        ((number,), (chunk,)) = batch["job"].tolist(), batch["chunk"].tolist()
+        if number != self._number:
+            del self._sampler  # or two models would be there while the next one is loaded
+            plan, output = self._jobs[number]
+            self._number, self._sampler = number, ChunkSampler(plan, output, self._threads)
+        return {"job": [number], **self._sampler(chunk)}
+
+
 class ChunkSampler:
-    """Ray Data actor: a batch of one chunk number in, that chunk's index part (as a TableFile in JSON) out."""
+    """What makes the images of one job, chunk by chunk."""
 
     def __init__(self, plan: Plan, output: str, threads: int) -> None:
         self.plan, self.output = plan, output
@@ -80,8 +101,7 @@ class ChunkSampler:
         self._images = metrics.Counter("d2f_generated_images", "Images and latents made by generate.")
         self._failures = metrics.Counter("d2f_failed_images", "Rows of generate that failed.")
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        (chunk,) = (int(number) for number in batch["chunk"])
+    def __call__(self, chunk: int) -> dict[str, Any]:
         rows = retried(f"read {PROMPTS_NAME}", lambda: self.prompts.read_row_group(chunk)).to_pylist()
         requests = self.plan.requests(rows)
         images = self.plan.emit == "images"

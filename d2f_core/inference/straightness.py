@@ -60,13 +60,18 @@ def follow_paths(uri: str, plan: Plan, rows: list[dict[str, Any]], steps: int) -
 
 
 def follow_all(job: EvaluateJob) -> dict[str, Estimate]:
-    """Mean straightness by role, over the first prompts; needs a running Ray."""
+    """Mean straightness by role, over the first prompts; needs a running Ray. `score.num_actors` models at a time."""
     config = job.config
     rows = list(itertools.islice(checked_rows(config.prompts), config.straightness_prompts))
     if not rows:
         return {}
     task = ray.remote(follow_paths).options(num_cpus=config.score.cpus_per_actor, num_gpus=config.score.gpus_per_actor)
-    pending = [task.remote(each.uri, each.job.plan, rows, config.straightness_steps) for each in job.contenders]
+    pending: list[ray.ObjectRef] = []
+    for each in job.contenders:
+        # Not all at once: each would be a process of its own, which loads all libraries and takes a GPU.
+        if (done := len(pending) - config.score.num_actors + 1) > 0:
+            ray.wait(pending, num_returns=done)
+        pending.append(task.remote(each.uri, each.job.plan, rows, config.straightness_steps))
     draws = bootstrap_counts(len(rows), config.measure.replicates, MADE_DRAWS)
     return {
         contender.role: Estimate.of(float(values.mean()), draws @ values / len(values), len(values))

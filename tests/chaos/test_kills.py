@@ -1,19 +1,28 @@
 """Whatever is killed while a training runs, it ends with the weights it would have had."""
 
+import contextlib
 import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import ray
 from ray.job_submission import JobStatus
 
+from benchmarks.fault_proxy import FaultProxy
 from d2f_core import storage
-from d2f_core.train import checkpoint
+from d2f_core.train import checkpoint, heartbeat
 from d2f_core.train.room import usable_resources
 from infra.local.ray_head import LOGICAL_CPUS
+from infra.local.stack import Stack, StackEnv
 from pipelines.finetune import main
 from tests.chaos.jobs import submitted
-from tests.chaos.nodes import second_node
+from tests.chaos.nodes import Node, second_node
 from tests.chaos.training import (
     STEPS,
     Running,
@@ -36,34 +45,88 @@ class Placeholder:
         return True
 
 
-def test_a_node_goes_as_announced_and_then_a_worker_and_the_controller_are_killed(
-    base, unbroken, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def lose_the_node(running: Running, node: Node, placeholder: Any) -> None:
+    """A worker is on it, and no reader; a checkpoint is made between its notice and its end."""
+    # A node that was announced to go takes no new actors, and these start on the workers' own nodes.
+    now = time.time()
+    running.wait_for(
+        "both readers", lambda: sum(one.create_time() > now for one in processes("ray::SplitCoordinator")) == 2
+    )
+    assert len(node.processes("ray::RayTrainWorker")) == 1
+    ray.kill(placeholder)
+    node.announce()
+    running.wait_for("fewer CPUs to count on", lambda: usable_resources()["CPU"] == LOGICAL_CPUS)
+    assert ray.cluster_resources()["CPU"] > LOGICAL_CPUS
+    running.wait_for("a checkpoint off schedule", lambda: off_schedule(running.config.output))
+    node.kill()
+
+
+@contextlib.contextmanager
+def bad_network(stack: StackEnv) -> Iterator[FaultProxy]:
+    """Between S3 and all processes that this one starts on the cluster."""
+    address = urlsplit(stack.variables["AWS_ENDPOINT_URL"])
+    with FaultProxy(str(address.hostname), int(address.port or 0), seed=1) as proxy:
+        proxy.error_rate, proxy.reset_rate = 0.1, 0.05
+        ray.shutdown()
+        ray.init(runtime_env={"env_vars": {"AWS_ENDPOINT_URL": proxy.url}})
+        try:
+            yield proxy
+        finally:
+            ray.shutdown()
+            ray.init()
+
+
+def restart_servers(directory: Path) -> None:
+    """Kill S3 and MLflow, and start them again; not Ray's head: if it were too busy to answer, it would be replaced."""
+    servers = Stack(directory, parts=("s3", "mlflow"), tied=True)
+    for status in servers.status():
+        for pid in status.pids:
+            os.kill(pid, signal.SIGKILL)
+    servers.up()
+
+
+@pytest.mark.timeout(900)
+def test_six_attempts_over_a_bad_network_make_the_same_run(
+    base, unbroken, stack: StackEnv, stack_directory: Path, tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch
 ):
-    """Three restarts: one does not count, and between the other two is a new checkpoint."""
+    """What ends the attempts, in this order: its readers and executor killed, a node that goes as announced, a worker
+    killed, the controller killed, a worker that stands still. Between all but the first two is a new checkpoint; those
+    count as one, as a node that was announced to go is no failure.
+
+    Throughout, answers of S3 to the cluster's processes are refused, cut and lost; all of it is out for a while; and
+    its server is killed, with MLflow's.
+    """
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-    config = make_config(base, "killed-worker", cpus_per_worker=2, max_failures=1)
-    placeholder = Placeholder.options(num_cpus=LOGICAL_CPUS - 3).remote()  # room for one worker and two readers
-    assert ray.get(placeholder.ready.remote(), timeout=60)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 6.0)  # far from the time limit, however busy the machine is
+    config = make_config(base, "six-attempts", cpus_per_worker=2, max_failures=1, worker_timeout_seconds=30)
     with (
+        bad_network(stack) as proxy,
         second_node(2, tmp_path / "node.log") as node,
         caplog.at_level(logging.WARNING, logger="d2f_core.train"),
-        Running(config) as running,
     ):
-        # A node that was announced to go takes no new actors, and these start on the workers' own nodes.
-        running.wait_for("both readers", lambda: len(processes("ray::SplitCoordinator")) == 2)
-        assert len(node.processes("ray::RayTrainWorker")) == 1
-        ray.kill(placeholder)
-        node.announce()
-        running.wait_for("fewer CPUs to count on", lambda: usable_resources()["CPU"] == LOGICAL_CPUS)
-        assert ray.cluster_resources()["CPU"] > LOGICAL_CPUS
-        running.wait_for("a checkpoint off schedule", lambda: off_schedule(config.output))
-        node.kill()
-        running.wait_for("a restart", lambda: "for a node was announced to go" in caplog.text)
-        assert len(off_schedule(config.output)) == 1, "saved once for the notice"
-        running.wait_for_the_next_checkpoint()
-        running.kill_one("ray::RayTrainWorker")
-        running.wait_for_the_next_checkpoint()
-        running.kill_one("ray::TrainController")
+        placeholder = Placeholder.options(num_cpus=LOGICAL_CPUS - 3).remote()  # room for one worker and two readers
+        assert ray.get(placeholder.ready.remote(), timeout=60)
+        with Running(config) as running:
+            # As soon as they are there: so few rows are read ahead at once, and then their readers end.
+            running.kill_one("ray::MapWorker(MapBatches(PlanReader")
+            running.kill_one("ray::SplitCoordinator")
+            running.wait_for("a restart", lambda: "the attempt ended" in caplog.text)
+            lose_the_node(running, node, placeholder)
+            running.wait_for("a restart", lambda: "for a node was announced to go" in caplog.text)
+            assert len(off_schedule(config.output)) == 1, "saved once for the notice"
+            running.wait_for_the_next_checkpoint()
+            running.kill_one("ray::RayTrainWorker")
+            running.wait_for_the_next_checkpoint()
+            running.kill_one("ray::TrainController")
+            running.wait_for_the_next_checkpoint()
+            proxy.outage_for(5)
+            running.wait_for_the_next_checkpoint()
+            restart_servers(stack_directory)
+            running.wait_for_the_next_checkpoint()
+            stopped = processes("ray::RayTrainWorker")[-1]
+            os.kill(stopped.pid, signal.SIGSTOP)
+    assert proxy.counts["error"] and proxy.counts["reset"] and proxy.counts["refused"], "there were faults"
+    assert f"process {stopped.pid}) was last heard of" in caplog.text, "named before the time limit"
     assert_same_run(config, unbroken)
 
 
@@ -74,7 +137,7 @@ def test_a_job_is_stopped_and_then_its_driver_killed_and_the_newest_checkpoint_d
         job.wait_for("the first step", lambda: f"training from step 0 to {STEPS} on 2 workers" in job.log)
         job.stop()
         assert job.wait() == JobStatus.STOPPED
-        (step,) = off_schedule(config.output)
+        (step,) = (one.manifest.step for one in checkpoint.list_checkpoints(config.output))
         assert f"stopped by SIGTERM; step {step} is saved in s3://" in job.log
     assert not storage.exists(f"{config.output}/model/diff2flow.json"), "no export of a training that was stopped"
     wait_for("the end of its workers", lambda: not processes("ray::RayTrainWorker"))

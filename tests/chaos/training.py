@@ -1,4 +1,7 @@
-"""A small training for the kill tests: what it trains on, what it leaves behind, and how its processes are found."""
+"""A small training for the kill tests: what it trains on, what it leaves behind, and how its processes are found.
+
+One of the three files of its latents is cut off, so that the ledger of unusable rows has to come through as well.
+"""
 
 import contextlib
 import os
@@ -13,7 +16,9 @@ import psutil
 import torch
 from mlflow.entities import Metric
 
-from d2f_core.data.manifest import read_manifest
+from d2f_core import storage
+from d2f_core.data.manifest import manifest_exists, read_manifest
+from d2f_core.data.quarantine import read_quarantine
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.ema import EmaConfig
@@ -26,23 +31,34 @@ from pipelines.configs import FinetuneConfig
 from pipelines.finetune import COLUMNS, main
 from tests.latent_tables import write_latents
 
-ROWS, STEPS, SAVES = 96, 40, 8
+ROWS, STEPS, SAVES = 96, 40, 5
+LATENTS = "s3://d2f/test-chaos/latents"
+CUT_OFF = range(32, 64)
+"""Rows of the file that is cut off."""
 EXPERIMENT = "test-chaos"
 STACK = "RAY_API_SERVER_ADDRESS"
 """All processes of a stack's Ray carry it."""
 
 
-def make_config(base: str, name: str, latents: str = "s3://d2f/test-chaos/latents", **train) -> FinetuneConfig:
-    fingerprint = autoencoder_fingerprint(resolve_base(base))
-    write_latents(latents, fingerprint, rows=ROWS, rows_per_file=32, captions=7)
+def write_cut_off_latents(fingerprint: str) -> None:
+    write_latents(LATENTS, fingerprint, rows=ROWS, rows_per_file=len(CUT_OFF), captions=7)
+    file = f"{LATENTS}/{read_manifest(LATENTS).files[1].path}"
+    data = storage.read_bytes(file)
+    storage.write_bytes(file, data[: len(data) // 2])
+
+
+def make_config(base: str, name: str, **train) -> FinetuneConfig:
+    if not manifest_exists(LATENTS):
+        write_cut_off_latents(autoencoder_fingerprint(resolve_base(base)))
     values = {
         "num_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "num_workers": 2, "threads_per_worker": 1,
         "learning_rate": 1e-2, "ema": EmaConfig(decay=0.9), "log_every": 4, "checkpoint_every": SAVES,
         "evaluate_every": 0, "lanes": 4, "window_rows": 8,
+        "max_quarantined_share": 0.5,
     } | train  # fmt: skip
     return FinetuneConfig(
         model=ModelConfig(base=base, method="lora", lora=LoraConfig(rank=2), caption_dropout=0.5),
-        latents=latents,
+        latents=LATENTS,
         output=f"s3://d2f/test-chaos/{name}",
         holdout_rows=4,
         train=TrainConfig(**values),
@@ -68,6 +84,7 @@ def assert_same_run(config: FinetuneConfig, expected: FinetuneConfig) -> None:
     plan = config.plan([read_manifest(config.latents)], COLUMNS)
     epochs, rows = plan.sources[0].order.at(np.arange(config.train.num_steps * config.train.global_batch_size))
     assert int(last.manifest.state["consumed"]) == consumed_digest(epochs, rows)
+    assert read_quarantine(config.output) == read_quarantine(expected.output)
     steps = [point.step for point in loss_points(config, status="FINISHED")]
     assert sorted(steps) == list(range(4, config.train.num_steps + 1, 4))
 

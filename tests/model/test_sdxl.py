@@ -248,7 +248,7 @@ def test_a_generation_job_draws_what_the_model_samples(base, tmp_path):
     (tmp_path / "out").mkdir()
     copy_prompts(prompts, tmp_path / "out" / PROMPTS_NAME, plan.chunk_size)
     sampler = ChunkSampler(plan, config.output, torch.get_num_threads())
-    assert sampler({"chunk": np.array([0])})["failed"] == [0]
+    assert sampler(0)["failed"] == [0]
     index = pq.read_table(tmp_path / "out/index/part-000000.parquet").to_pylist()
     assert [row["prompt"] for row in index] == PROMPTS and all(row["error"] is None for row in index)
     encoder = load_text_encoder(model.base)

@@ -22,17 +22,15 @@ from d2f_core.inference.depth_plan import PredictDepthConfig
 from d2f_core.inference.generate import read_generations
 from d2f_core.inference.plan import GenerateError
 from d2f_core.inference.register import RegisterConfig, register
-from d2f_core.model.artifact import SamplingDefaults, load_model, read_description
+from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
-from d2f_core.model.latent_task import ModelConfig, PreviewConfig
-from d2f_core.model.lora import LoraConfig
 from d2f_core.storage import filesystem, read_bytes, write_bytes
 from d2f_core.tracking import find_run
-from d2f_core.train.config import TrainConfig
 from pipelines import evaluate_depth, finetune
 from pipelines.configs import FinetuneConfig
-from tests.depth_tables import picture, write_depth_latents, write_depth_table
+from pipelines.depth import DepthConfig
+from tests.depth_tables import picture, write_depth_table
 from tests.latent_tables import write_latents
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
@@ -41,26 +39,13 @@ IMAGES = 10
 
 
 @pytest.fixture(scope="module")
-def training(base: str) -> FinetuneConfig:
-    write_depth_latents(f"{HOME}/latents", autoencoder_fingerprint(resolve_base(base)), rows=20)
-    return FinetuneConfig(
-        model=ModelConfig(base=base, task="image_to_depth", lora=LoraConfig(preset="small")),
-        latents=f"{HOME}/latents",
-        output=f"{HOME}/run",
-        holdout_rows=4,
-        preview=PreviewConfig(rows=2, steps=1, columns=1),
-        sampling=SamplingDefaults(steps=2, guidance=1.0),
-        train=TrainConfig(
-            num_steps=4, global_batch_size=4, micro_batch_size=4, threads_per_worker=1, zero_stage=0,
-            learning_rate=1e-2, log_every=2, checkpoint_every=4, evaluate_every=4,
-        ),
-        experiment="test-depth",
-    )  # fmt: skip
+def training(depth_workflow: DepthConfig) -> FinetuneConfig:
+    return dataclasses.replace(depth_workflow.finetune, latents=depth_workflow.encode.output)
 
 
 @pytest.fixture(scope="module")
-def model(training: FinetuneConfig) -> str:
-    return finetune.main(training).model
+def model(training: FinetuneConfig, depth_made: dict[str, Any]) -> str:
+    return f"{training.output}/model"
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +183,11 @@ def test_mlflow_opens_a_registered_version_and_sees_the_depth_that_the_job_sees(
     assert "pipelines.predict_depth" in description
 
 
-def test_tables_and_models_of_another_task_are_refused(training: FinetuneConfig, base: str) -> None:
+def test_tables_and_models_of_another_task_are_refused(training: FinetuneConfig, depth_made: dict[str, Any]) -> None:
     plain = f"{HOME}/plain"
-    write_latents(plain, autoencoder_fingerprint(resolve_base(base)), rows=8, rows_per_file=8, captions=2)
+    write_latents(
+        plain, autoencoder_fingerprint(resolve_base(training.model.base)), rows=8, rows_per_file=8, captions=2
+    )
     with pytest.raises(SchemaError, match="made for task='text_to_image', the model is to learn task='image_to_depth'"):
         finetune.check(dataclasses.replace(training, latents=plain))
     text = dataclasses.replace(training, model=dataclasses.replace(training.model, task="text_to_image"))

@@ -1,0 +1,45 @@
+"""The smallest whole depth workflow."""
+
+from d2f_core.data.depth_dataset import MakeDepthConfig
+from d2f_core.inference.depth_evaluation import EvaluateDepthConfig
+from d2f_core.inference.depth_plan import PredictDepthConfig
+from d2f_core.inference.encode_config import EncodeDepthConfig
+from d2f_core.inference.register import RegisterConfig
+from d2f_core.model.artifact import SamplingDefaults
+from d2f_core.model.latent_task import ModelConfig, PreviewConfig
+from d2f_core.model.lora import LoraConfig
+from d2f_core.train.config import TrainConfig
+from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
+from pipelines.depth import DepthConfig
+
+HOME = "s3://d2f/test-depth-workflow"
+TRAIN = TrainConfig(
+    num_steps=2, global_batch_size=4, micro_batch_size=4, threads_per_worker=1, zero_stage=0,
+    learning_rate=1e-2, log_every=1, checkpoint_every=2, evaluate_every=2,
+)  # fmt: skip
+
+
+def depth_config(base: str) -> DepthConfig:
+    made = f"{HOME}/decoder/base"
+    return DepthConfig(
+        output=f"{HOME}/workflow",
+        dataset=MakeDepthConfig(output=f"{HOME}/scenes", size=16, num_scenes=12, num_tasks=1),
+        test=MakeDepthConfig(output=f"{HOME}/test", split="test", size=16, num_scenes=3, num_tasks=1),
+        decoder=TrainAutoencoderConfig(
+            base=base, images=f"{HOME}/scenes", output=f"{HOME}/decoder", holdout_rows=4, train=TRAIN
+        ),
+        encode=EncodeDepthConfig(resolution=16, output=f"{HOME}/latents", num_actors=1),
+        finetune=FinetuneConfig(
+            model=ModelConfig(base=made, task="image_to_depth", lora=LoraConfig(preset="small")),
+            latents="",
+            output=f"{HOME}/run",
+            holdout_rows=4,
+            preview=PreviewConfig(rows=2, steps=1, columns=1),
+            sampling=SamplingDefaults(steps=2, guidance=1.0),
+            train=TRAIN,
+            experiment="depth workflow tests",
+        ),
+        register=RegisterConfig(name="depth-workflow"),
+        predict=PredictDepthConfig(steps=(1, 2), ensemble=1, num_actors=1, experiment=""),
+        evaluate=EvaluateDepthConfig(replicates=20, shown=1, experiment=""),
+    )
