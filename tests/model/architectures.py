@@ -30,11 +30,15 @@ def full_unet(name: str) -> UNet2DConditionModel:
         return UNet2DConditionModel(**FULL[name])
 
 
-def tiny_unet(name: str, seed: int = 0) -> UNet2DConditionModel:
-    """The same kinds of blocks, levels and conditions, with widths / 40, half as deep, and random weights."""
+def tiny_unet(name: str, seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """The same kinds of blocks, levels and conditions, with widths / 40, half as deep, and random weights.
+
+    Args:
+        changes: other fields of the config.
+    """
     torch.manual_seed(seed)
     small = {"sample_size": 8, "norm_num_groups": 4, "layers_per_block": 1}
-    return UNet2DConditionModel(**FULL[name] | TINY[name] | small).eval()
+    return UNet2DConditionModel(**FULL[name] | TINY[name] | small | changes).eval()
 
 
 def tiny_condition(name: str, batch: int = 2, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from d2f_core.model import footprint
 from d2f_core.model.architectures import KNOWN, read_architecture
@@ -63,8 +64,19 @@ def test_bytes_and_operations_of_empty_tensors_are_those_of_real_ones(name: str,
     assert 0 < real.held_bytes <= real.peak_bytes < 1.5 * real.held_bytes
 
 
+def two_levels() -> UNet2DConditionModel:
+    """Of SD 2.1's four: a pass takes Python's time, by the number of operations."""
+    kinds = {
+        "block_out_channels": (8, 16),
+        "attention_head_dim": (1, 2),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return tiny_unet("sd21", **kinds).requires_grad_(True)
+
+
 def test_activations_grow_with_the_batch_and_fall_to_half_the_bytes_in_bf16():
-    unet = tiny_unet("sd21").requires_grad_(True)
+    unet = two_levels()
     one, three = (footprint.count_pass(unet, batch=size, side=16, dtype=torch.float32) for size in (1, 3))
     assert three.held_bytes == pytest.approx(3 * one.held_bytes, rel=0.02) and three.flops == 3 * one.flops
     half = footprint.count_pass(unet, batch=1, side=16, dtype=torch.bfloat16)
@@ -72,7 +84,7 @@ def test_activations_grow_with_the_batch_and_fall_to_half_the_bytes_in_bf16():
 
 
 def test_activation_checkpointing_holds_less_and_computes_more():
-    unet = tiny_unet("sd15").requires_grad_(True)
+    unet = two_levels()
     plain, saving = (
         footprint.count_pass(unet, batch=1, side=16, dtype=torch.float32, checkpointing=checkpointing)
         for checkpointing in (False, True)

@@ -101,7 +101,7 @@ def config(models: dict[str, Path], reference: str, tmp_path_factory) -> Evaluat
         measure=MeasureConfig(replicates=20, neighbours=2),
         gate=GateConfig(metric="frechet@2", must_not_regress=("failed@2",), without_champion="limits",
                         limits=(Limit(metric="failed@2", at_most=0),)),
-        straightness_prompts=2,
+        straightness_prompts=0,
         straightness_steps=3,
         shown_prompts=2,
         experiment=EXPERIMENT,
@@ -123,7 +123,7 @@ def second(
     config: EvaluateConfig, base: str, models: dict[str, Path], first: tuple[str, Verdict]
 ) -> tuple[EvaluateConfig, str, Verdict]:
     version = register(models["good"], f"{HOME}/good")
-    better = dataclasses.replace(config, base=base, output=f"{HOME}/second")
+    better = dataclasses.replace(config, base=base, output=f"{HOME}/second", straightness_prompts=2)
     return better, version, main(better)
 
 
@@ -239,7 +239,6 @@ def test_an_unregistered_model_is_compared_with_an_image_table_and_captions(
             metric="frechet@4", without_champion="limits", limits=(Limit(metric="clip_score@2", at_least=101),)
         ),
         score=dataclasses.replace(config.score, clip=str(write_tiny_clip(tmp_path / "clip"))),
-        straightness_prompts=0,
         shown_prompts=0,
         experiment="",
     )
