@@ -25,8 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
     # Tiny networks gain nothing by threads, and lose a hundredfold where these wait for a core that is taken.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A head that is told to end first waits until nothing runs on it, and Ray Data's own actors run for ever.
-    os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
     # Ray reads these when it is imported, which test modules do before the stack is up.
     directory = Path(tempfile.mkdtemp(prefix="d2f-tests-"))
     config.stash[STACK_DIRECTORY] = directory

@@ -145,17 +145,17 @@ class Evaluations:
             CollapseError: of an evaluation.
         """
         while self._jobs and ray.wait([self._result], timeout=timeout)[0]:
-            job, result = self._jobs.popleft(), self._result
+            job = self._jobs.popleft()
             self._protected.discard(job.uri or "")
-            self._begin()
             try:
-                logger.info("step %d  evaluation %s", job.step, _rounded(ray.get(result)))
+                logger.info("step %d  evaluation %s", job.step, _rounded(ray.get(self._result)))
             except RayTaskError as error:
                 if isinstance(error.cause, CollapseError):
                     raise error.cause from None
                 logger.error("step %d  evaluation failed, it is repeated at the end: %s", job.step, error.cause)
             except RayError as error:
                 logger.error("step %d  evaluation failed, it is repeated at the end: %s", job.step, error)
+            self._begin()
 
     def _begin(self) -> None:
         if self._jobs:

@@ -31,6 +31,7 @@ class Part:
     start_seconds: float
     stop_seconds: float
     before_start: Callable[[], None] = lambda: None
+    before_stop: Callable[[], None] = lambda: None
     after_stop: Callable[[], None] = lambda: None
 
     @property
@@ -75,17 +76,18 @@ def get(url: str, *, token: str | None = None) -> str | None:
         return f"{url}: {error}"
 
 
-def ask(url: str, *, token: str | None = None) -> Any:
-    """The JSON that a GET answers. Raises StackError when it does not."""
+def ask(url: str, *, token: str | None = None, method: str = "GET") -> Any:
+    """The JSON that is answered. Raises StackError when none is."""
     try:
-        with _open(url, token) as answer:
+        with _open(url, token, method) as answer:
             return json.load(answer)
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise StackError(f"{url}: {error}. The local stack must run: python -m infra.local up") from None
 
 
-def _open(url: str, token: str | None) -> Any:
+def _open(url: str, token: str | None, method: str = "GET") -> Any:
     """No proxy is asked for a local address."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, headers=headers, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return opener.open(request, timeout=REQUEST_SECONDS)

@@ -1,13 +1,15 @@
 """The Ray head with its job server, token authentication on, every socket on 127.0.0.1."""
 
+import contextlib
 import hashlib
 import os
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 
-from infra.local.part import Part, command, get
-from infra.local.processes import StackError, name_of, owned
+from infra.local.part import Part, ask, command, get
+from infra.local.processes import POLL_SECONDS, StackError, name_of, owned
 from infra.local.state import State
 
 OBJECT_STORE_BYTES = 1_000_000_000
@@ -16,6 +18,10 @@ LOGICAL_CPUS = max(8, os.cpu_count() or 1)
 KEPT_SESSIONS = 5
 JOB_STOP_SECONDS = 60
 """From `ray job stop` to SIGKILL (Ray's default is 3): a training saves a checkpoint in this time."""
+MARGIN_SECONDS = 5
+"""After it, for what a job's end takes."""
+ACTIVE = ("PENDING", "RUNNING")
+"""States of a job that has not ended."""
 
 
 def ray_variables(state: State) -> dict[str, str]:
@@ -46,6 +52,8 @@ def ray_part(state: State, client_variables: dict[str, str]) -> Part:
         **{key: value for key, value in client_variables.items() if key != "RAY_ADDRESS"},
         "RAY_TMPDIR": str(temp),  # else the head names itself in /tmp/ray as the machine's current cluster
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
+        # A head that is told to end first waits until nothing runs on it, and Ray Data's own actors run for ever.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PYTHONUNBUFFERED": "1",
         "D2F_RAY_VERSION": version("ray"),
         **({} if _has_gpu() else {"DS_ACCELERATOR": "cpu"}),
@@ -59,6 +67,7 @@ def ray_part(state: State, client_variables: dict[str, str]) -> Part:
         start_seconds=180.0,
         stop_seconds=20.0,
         before_start=lambda: _make_private(temp.parent),
+        before_stop=lambda: _stop_jobs(state),
         after_stop=lambda: _keep_logs(temp, state.directory / "logs"),
     )
 
@@ -79,6 +88,25 @@ def _problem(state: State) -> str | None:
         return f"no process {' and no '.join(sorted(missing))}"
     raylet = get(f"{state.url('ray_agent')}/api/local_raylet_healthz", token=state.ray_token)
     return raylet or get(f"{state.url('ray_dashboard')}/api/jobs/", token=state.ray_token)
+
+
+def _stop_jobs(state: State) -> None:
+    """As `ray job stop`, and wait: a training saves a checkpoint in this time. Nothing where the server is gone."""
+    jobs = f"{state.url('ray_dashboard')}/api/jobs/"
+    deadline = time.monotonic() + JOB_STOP_SECONDS + MARGIN_SECONDS
+    told: set[str] = set()
+    with contextlib.suppress(StackError):
+        while active := {
+            job["submission_id"]
+            for job in ask(jobs, token=state.ray_token)
+            if job["submission_id"] and job["status"] in ACTIVE
+        }:
+            for job in active - told:
+                ask(f"{jobs}{job}/stop", token=state.ray_token, method="POST")
+            told |= active
+            if time.monotonic() > deadline:
+                return
+            time.sleep(POLL_SECONDS)
 
 
 def _has_gpu() -> bool:

@@ -103,7 +103,7 @@ class Stack:
             return StackEnv(directory=self.directory, variables=variables, started=started)
 
     def down(self) -> int:
-        """Stop every process of this stack, jobs included. Returns how many there were."""
+        """Stop every process of this stack; jobs are told to end first. Returns how many processes there were."""
         if not self.directory.is_dir():  # deleted under the running servers
             return self._kill(self._owned, 10.0)
         with self._locked():
@@ -180,6 +180,8 @@ class Stack:
         if name not in self.names or not state.ports:
             return self._kill(lambda: self._owned(name), 10.0)
         part = self._parts(state)[name]
+        if self._owned(name):
+            part.before_stop()
         stopped = self._kill(lambda: self._owned(name), part.stop_seconds)
         part.after_stop()
         return stopped

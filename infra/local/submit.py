@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from infra.local.part import ask, command
+from infra.local.ray_head import ACTIVE
 
-ACTIVE = ("PENDING", "RUNNING")
 INTERRUPTED = 130
 
 
@@ -20,7 +20,10 @@ def submit(argv: Sequence[str], variables: Mapping[str, str]) -> int:
     (an earlier client was killed), its job is followed instead: two of them would write the same outputs.
     Ctrl-C and SIGTERM stop the job as well.
 
-    Returns: the exit code of the command; 1 when it never ran; 130 after Ctrl-C.
+    Returns: the exit code of the command; 1 when it never ran, or was stopped; 130 after Ctrl-C.
+
+    Raises:
+        StackError: the stack does not answer any more, so that the job's end is not known.
     """
     running = _running(shlex.join(argv), variables)
     if running:
@@ -35,8 +38,8 @@ def submit(argv: Sequence[str], variables: Mapping[str, str]) -> int:
     environment = {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([command("ray"), *client], env=environment, start_new_session=True)
     try:
-        code = process.wait()
-        return exit_code(job, variables) if running or code else 0
+        process.wait()
+        return exit_code(job, variables)  # the client's own is 0 for a job that was stopped
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stop = [command("ray"), "job", "stop", job]

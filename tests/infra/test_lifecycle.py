@@ -215,7 +215,25 @@ def test_the_env_file_gives_a_shell_and_python_the_same(own: Stack):
     assert "AWS_PROFILE" not in shell
 
 
-def test_a_ray_head_that_lost_its_raylet_is_replaced_and_down_leaves_nothing(tmp_path: Path):
+JOB = """
+import pathlib, signal, sys, time
+place = pathlib.Path(sys.argv[1])
+
+def end(*_):
+    time.sleep(4)  # Ray's own patience is 3 s
+    place.write_text("saved")
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, end)
+place.write_text("running")
+time.sleep(600)
+"""
+
+
+def test_a_ray_head_that_lost_its_raylet_is_replaced_and_down_lets_a_job_end_and_leaves_nothing(tmp_path: Path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/job.py").write_text(JOB)
+    said = tmp_path / "said"
     own = Stack(tmp_path / "ray", parts=("ray",), tied=True)
     try:
         own.up()
@@ -224,10 +242,23 @@ def test_a_ray_head_that_lost_its_raylet_is_replaced_and_down_leaves_nothing(tmp
         for item in own._owned("ray"):
             if item.process.name() == "raylet":
                 item.process.kill()
-        assert own.up().started == ("ray",)
+        env = own.up()
+        assert env.started == ("ray",)
         assert own.status()[0].state == "running"
+        client = subprocess.Popen(
+            [sys.executable, "-m", "infra.local", "submit", "--", "python", "job.py", str(said)],
+            cwd=tmp_path / "job",
+            env={**os.environ, "D2F_LOCAL_DIR": str(own.directory), "PYTHONPATH": os.getcwd()},
+        )
+        deadline = time.monotonic() + 60
+        while not (said.exists() and said.read_text() == "running"):
+            assert time.monotonic() < deadline and client.poll() is None
+            time.sleep(0.1)
+        began = time.monotonic()
     finally:
         Stack(own.directory).down()
+    assert said.read_text() == "saved" and time.monotonic() - began < 25
+    assert client.wait(60), "it lost its job"
     assert pids(own.directory) == set()
     assert not temp_directory(own.directory).exists()
     assert list((own.directory / "logs" / "ray").glob("session_2*/raylet.out"))
