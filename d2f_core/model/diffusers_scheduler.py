@@ -26,7 +26,7 @@ from torch import Tensor
 from d2f_core.objective.alignment import Alignment, align
 from d2f_core.objective.path import interpolate
 from d2f_core.objective.schedule import NoiseSchedule, ScheduleError
-from d2f_core.objective.solver import uniform_times
+from d2f_core.objective.solver import NonFiniteStateError, uniform_times
 
 SCHEDULE_FIELDS = (
     "num_train_timesteps",
@@ -153,6 +153,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             SchedulerUseError: not the run's next timestep, the network saw a state that `scale_model_input` has not
                 scaled, or the shapes differ.
+            NonFiniteStateError: the network failed.
         """
         at, index = self._next(timestep)
         if self._scaled_index != index:
@@ -164,6 +165,11 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             raise SchedulerUseError(
                 f"model_output of shape {tuple(model_output.shape)} does not fit sample {tuple(sample.shape)}: shapes "
                 "must be equal. A network that also predicts variances needs its first half split off."
+            )
+        if not bool(model_output.isfinite().all()):
+            raise NonFiniteStateError(
+                f"the network's output is not finite at step {index}, timestep {float(self.timesteps[index]):g}. Check "
+                "the weights, or compute in float32 or bfloat16 instead of float16."
             )
         x_t, prediction = _wide(sample), _wide(model_output)
         from_x_t, from_prediction = float(at.from_x[index] * at.scale[index]), float(at.from_prediction[index])

@@ -1,5 +1,6 @@
 """Latents from noise, by a flow solver or by diffusers' DDIM and DPM-Solver++ on the base's own schedule."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from d2f_core.model.artifact import TrainedModel
 from d2f_core.model.image_sizes import sizes_of_new_images
 from d2f_core.objective.guidance import guided
-from d2f_core.objective.solver import SOLVERS, integrate, uniform_times
+from d2f_core.objective.solver import SOLVERS, NonFiniteStateError, integrate, uniform_times
 
 DDIM = "ddim"
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -35,8 +36,10 @@ class SamplerChoice:
             raise ValueError(f"solver={self.solver!r} is not known. Use one of {', '.join((*SOLVERS, *SCHEDULERS))}.")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1.")
-        if self.shift <= 0:
-            raise ValueError(f"shift={self.shift} must be above 0. 1 keeps the steps equal.")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift={self.shift} must be a number above 0. 1 keeps the steps equal.")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance={self.guidance} must be a number. 1 is none.")
 
 
 @torch.inference_mode()
@@ -82,6 +85,21 @@ def _named(model: TrainedModel, noise: Tensor, given: Mapping[str, Tensor] | Ten
     return condition
 
 
+def refuse_non_finite(prediction: Tensor, where: str) -> None:
+    """Name the samples [batch, ...] that hold something that is no number.
+
+    Raises:
+        NonFiniteStateError: there are such.
+    """
+    finite = prediction.flatten(1).isfinite().all(1)
+    if not bool(finite.all()):
+        bad = [number for number, good in enumerate(finite.tolist()) if not good]
+        raise NonFiniteStateError(
+            f"the prediction of samples {bad} is not finite at {where}. Check the weights, or compute in float32 "
+            "or bfloat16 instead of float16."
+        )
+
+
 def _by_scheduler(
     solver: str,
     model: TrainedModel,
@@ -98,5 +116,6 @@ def _by_scheduler(
     for timestep in scheduler.timesteps:
         batch = timestep.expand(len(x)).float().to(x.device)
         prediction = guided(model.denoiser, guidance, condition, null)(x, batch)
+        refuse_non_finite(prediction, f"timestep {timestep}")
         x = scheduler.step(prediction, timestep, x).prev_sample
     return x, steps

@@ -119,6 +119,15 @@ def _between(table: Tensor, index: Tensor) -> Tensor:
     return table[low] + (table[low + 1] - table[low]) * (index - low)
 
 
+def predict(denoiser: Denoiser, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
+    """The network's answer [batch, *dims] at a state [batch, *dims] and its own timesteps [batch]."""
+    prediction = denoiser(x, timestep.float(), **condition)
+    if prediction.shape != x.shape:
+        shapes = f"the network maps {tuple(x.shape)} to {tuple(prediction.shape)}; shapes must be equal"
+        raise ValueError(f"{shapes}. A network that also predicts variances needs its first half split off.")
+    return prediction
+
+
 @dataclass(frozen=True)
 class VelocityField:
     """A diffusion network as a velocity field: the Diff2Flow model."""
@@ -135,16 +144,6 @@ class VelocityField:
     def align(self, t: Tensor) -> Alignment:
         return (align_as_published if self.paper_compat else align)(self.schedule, self.prediction_type, t)
 
-    def predict(self, x_dm: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
-        """The network's answer [batch, *dims] at a diffusion state and its own timesteps [batch]."""
-        prediction = self.denoiser(x_dm, timestep.float(), **condition)
-        if prediction.shape != x_dm.shape:
-            raise ValueError(
-                f"the network maps {tuple(x_dm.shape)} to {tuple(prediction.shape)}; shapes must be equal. "
-                "A network that also predicts variances needs its first half split off."
-            )
-        return prediction
-
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """Velocity [batch, *dims], float32 or wider, at the flow state `x_t` [batch, *dims] and times `t` [batch].
 
@@ -154,7 +153,7 @@ class VelocityField:
         check_times(t, x_t)
         at = self.align(t)
         x_dm = expand(at.scale, x_t) * x_t
-        prediction = self.predict(x_dm, at.timestep, **condition)
+        prediction = predict(self.denoiser, x_dm, at.timestep, **condition)
         return expand(at.from_x, x_dm) * x_dm + expand(at.from_prediction, prediction) * prediction
 
 
@@ -168,4 +167,4 @@ class NaiveVelocityField:
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """Velocity [batch, *dims] at the flow state `x_t` [batch, *dims] and flow times `t` [batch]."""
         check_times(t, x_t)
-        return self.denoiser(x_t, (self.schedule.num_timesteps * (1 - t)).float(), **condition)
+        return predict(self.denoiser, x_t, self.schedule.num_timesteps * (1 - t), **condition)

@@ -6,6 +6,7 @@ noise may be fresh, or the noise that the data was made from (reflow). All refus
 than the data, and uniform numbers that are not one per sample or leave [0, 1].
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f_core.objective.alignment import NaiveVelocityField, VelocityField
+from d2f_core.objective.alignment import NaiveVelocityField, VelocityField, predict
 from d2f_core.objective.path import TimeSampling, check_times, expand, interpolate
 
 Loss = Callable[..., Tensor]
@@ -63,7 +64,7 @@ def diff2flow(
     at = field.align(t := times(uniform).double())
     to_data, to_noise = at.scale * t, at.scale * (1 - t)
     x_dm = torch.addcmul(expand(to_noise, noise) * noise, expand(to_data, data), data)
-    prediction = field.predict(x_dm, at.timestep, **condition)
+    prediction = predict(field.denoiser, x_dm, at.timestep, **condition)
     error = (expand(at.from_x * to_noise + 1, noise) * noise).addcmul_(expand(at.from_x * to_data - 1, data), data)
     # In place: the whole loss then takes the memory of the diffusion loss, and one latent more on the way back.
     return _mean_square(error.addcmul_(expand(at.from_prediction, error), prediction.to(error.dtype)), mask)
@@ -101,17 +102,16 @@ def diffusion(
             Source: Hang et al., 2023, arXiv:2303.09556.
     """
     _check(data, noise, uniform)
+    if not 0 <= min_snr_gamma < math.inf:
+        raise ValueError(f"min_snr_gamma={min_snr_gamma} must be 0 (off) or above it. Use 5.")
     schedule = field.schedule
     timestep = (uniform.double() * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
     alpha_bar = schedule.alphas_cumprod.to(uniform.device)[timestep]
     alpha, sigma = expand(alpha_bar.sqrt(), data), expand((1 - alpha_bar).sqrt(), data)
-    prediction = field.predict(torch.addcmul(sigma * noise, alpha, data), timestep, **condition)
-    if field.prediction_type == "epsilon":
-        wanted = noise
-    elif field.prediction_type == "v_prediction":
+    prediction = predict(field.denoiser, torch.addcmul(sigma * noise, alpha, data), timestep, **condition)
+    wanted = data if field.prediction_type == "sample" else noise
+    if field.prediction_type == "v_prediction":
         wanted = torch.addcmul(alpha * noise, sigma, data, value=-1)
-    else:
-        wanted = data
     loss = _mean_square(prediction - wanted, mask)
     return loss * _min_snr_weight(field.prediction_type, alpha_bar, min_snr_gamma).float() if min_snr_gamma else loss
 
@@ -131,8 +131,7 @@ def flow_validation_loss(
     field: Callable[..., Tensor], data: Tensor, noise: Tensor, times: Tensor, mask: Tensor | None = None, **given: Any
 ) -> Tensor:
     """Squared velocity error [len(times), batch] at fixed flow times, for given noise: comparable between models."""
-    errors = []
-    for t in times.unsqueeze(1).expand(-1, len(data)):
-        velocity = field(interpolate(noise, data, t), t, **given)
-        errors.append(_mean_square(velocity - (data - noise), mask))
-    return torch.stack(errors)
+    _check(data, noise, times[:1].expand(len(data)))
+    repeated = times.unsqueeze(1).expand(-1, len(data))
+    velocities = (field(interpolate(noise, data, t), t, **given) for t in repeated)
+    return torch.stack([_mean_square(velocity - (data - noise), mask) for velocity in velocities])

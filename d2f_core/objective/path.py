@@ -29,10 +29,8 @@ def check_times(t: Tensor, state: Tensor | None = None) -> None:
         shapes = f"t has shape {tuple(t.shape)}, the state {tuple(state.shape)}"
         raise ValueError(f"{shapes}. Give one flow time per sample: t.expand(len(x_t)).")
     if not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(
-            f"flow times must lie in [0, 1] (0 noise, 1 data), got {t.min().item():g} to {t.max().item():g}. "
-            "Diffusion timesteps are not flow times: convert with NoiseSchedule.flow_times."
-        )
+        got = f"flow times must lie in [0, 1] (0 noise, 1 data), got {t.min().item():g} to {t.max().item():g}"
+        raise ValueError(f"{got}. Diffusion timesteps are not flow times: convert with NoiseSchedule.flow_times.")
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
@@ -70,17 +68,17 @@ class TimeSampling:
     def __post_init__(self) -> None:
         if self.distribution not in ("uniform", "logit_normal", "mode"):
             raise ValueError(f"time distribution {self.distribution!r} is not known: uniform, logit_normal or mode.")
-        if self.std <= 0 or self.shift <= 0:
-            raise ValueError(f"std={self.std} and shift={self.shift} of the flow times must be above 0. Use 1 and 1.")
+        if not (0 < self.std < math.inf and 0 < self.shift < math.inf and math.isfinite(self.mean)):
+            given = f"mean={self.mean}, std={self.std} and shift={self.shift} of the flow times"
+            raise ValueError(f"{given} must be finite, the last two above 0. Use 0, 1 and 1.")
         if not -1 <= self.scale <= 2 / (math.pi - 2):
             raise ValueError(f"mode scale={self.scale} must lie in [-1, 1.75]: beyond, times would run backward.")
 
     def __call__(self, uniform: Tensor) -> Tensor:
         """Flow times [batch] of numbers [batch] that are uniform in [0, 1): rising, by the inverse distribution."""
+        t = uniform
         if self.distribution == "logit_normal":
             t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(uniform))
         elif self.distribution == "mode":
             t = uniform - self.scale * (torch.sin(math.pi / 2 * uniform) ** 2 - uniform)
-        else:
-            t = uniform
         return t if self.shift == 1 else shift_times(t, self.shift)

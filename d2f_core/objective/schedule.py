@@ -25,10 +25,8 @@ class ScheduleError(ValueError):
 def check_prediction_type(kind: str, lowest_time: float = 1.0) -> None:
     """Refuse what no network predicts, and epsilon where the noisiest level (at `lowest_time`) has no signal at all."""
     if kind not in PREDICTION_TYPES:
-        raise ScheduleError(
-            f"prediction_type={kind!r} is not known. Use one of {', '.join(PREDICTION_TYPES)}, as the base model's "
-            "scheduler config says. A flow_prediction base is a flow model already."
-        )
+        known = f"one of {', '.join(PREDICTION_TYPES)}, as the base model's scheduler config says"
+        raise ScheduleError(f"prediction_type={kind!r} is not known. Use {known}; flow_prediction needs no alignment.")
     if kind == "epsilon" and lowest_time == 0:
         raise ScheduleError(
             "prediction_type 'epsilon' with zero terminal SNR (rescale_betas_zero_snr): at zero signal, noise says "
@@ -36,29 +34,34 @@ def check_prediction_type(kind: str, lowest_time: float = 1.0) -> None:
         )
 
 
+def _number(config: Mapping[str, Any], name: str, kind: type = float) -> Any:
+    """A field that is there and is a finite number above 0, whole if `kind` is int."""
+    value = config.get(name)
+    if value is None or type(value) not in (int, kind) or not 0 < value < math.inf:
+        kinds = "a whole number" if kind is int else "a number"
+        raise ScheduleError(f"{name}={value!r} must be {kinds} above 0. Take scheduler_config.json from the base.")
+    return value
+
+
 def _betas(config: Mapping[str, Any]) -> Tensor:
     """Float64 betas [T] from a diffusers scheduler config."""
-    trained = config.get("trained_betas")
+    trained, kind = config.get("trained_betas"), config.get("beta_schedule")
     if trained is not None:
-        betas = torch.as_tensor(trained, dtype=torch.float64)
-        if betas.numel() != (count := int(config.get("num_train_timesteps", betas.numel()))):
-            raise ScheduleError(
-                f"num_train_timesteps={count} contradicts the {betas.numel()} trained_betas. Leave it out."
-            )
+        try:
+            betas = torch.as_tensor(trained, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ScheduleError(f"trained_betas are no list of numbers ({error}). Take them from the base.") from error
+        if (given := config.get("num_train_timesteps")) not in (None, count := betas.numel()):
+            raise ScheduleError(f"num_train_timesteps={given!r} contradicts the {count} trained_betas. Leave it out.")
         return betas
-    kind = config.get("beta_schedule")
-    needed = ["num_train_timesteps", "beta_schedule", *(["beta_start", "beta_end"] if kind in LINEAR else [])]
-    if missing := [name for name in needed if name not in config]:
-        raise ScheduleError(f"The scheduler config has no {missing}. Take scheduler_config.json from the base model.")
-    count = int(config["num_train_timesteps"])
+    count = _number(config, "num_train_timesteps", int)
     if kind == "squaredcos_cap_v2":
         bars = [math.cos((k / count + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(count + 1)]
         return torch.tensor([min(1 - bars[k + 1] / bars[k], 0.999) for k in range(count)], dtype=torch.float64)
     if kind not in LINEAR:
-        raise ScheduleError(
-            f"beta_schedule {kind!r} is not known. Known: {', '.join(LINEAR)}, squaredcos_cap_v2, or trained_betas."
-        )
-    start, end = float(config["beta_start"]), float(config["beta_end"])
+        known = f"{', '.join(LINEAR)}, squaredcos_cap_v2, or trained_betas"
+        raise ScheduleError(f"beta_schedule={kind!r} is not known. Use one of {known}.")
+    start, end = _number(config, "beta_start"), _number(config, "beta_end")
     if start > end:
         raise ScheduleError(f"beta_start={start} is above beta_end={end}: noise must grow. Exchange the two.")
     power = LINEAR[kind]
@@ -90,8 +93,10 @@ class NoiseSchedule:
         kind = config.get("prediction_type", "epsilon")
         check_prediction_type(kind)
         betas = _betas(config)
-        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ScheduleError(f"betas must be at least two numbers in (0, 1), got shape {tuple(betas.shape)}.")
+        wrong = [beta for beta in betas.flatten().tolist() if not 0 < beta < 1]
+        if betas.ndim != 1 or len(betas) < 2 or wrong:
+            got = f"got shape {tuple(betas.shape)}" + (f", and in it {wrong[0]:g}" if wrong else "")
+            raise ScheduleError(f"betas must be at least two numbers in (0, 1), {got}. Take them from the base model.")
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod = _to_zero_terminal_snr(alphas_cumprod)

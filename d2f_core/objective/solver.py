@@ -4,6 +4,7 @@ Euler in flow time with an aligned diffusion network equals DDIM (eta 0) on the 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import cast
@@ -15,8 +16,6 @@ from d2f_core.objective.path import check_times, shift_times
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """(x_t [batch, *dims], t [batch]) -> velocity [batch, *dims]."""
-
-Step = Callable[[Field, Tensor, Tensor, Tensor], Tensor]
 
 
 class NonFiniteStateError(FloatingPointError):
@@ -43,12 +42,11 @@ def rk4(field: Field, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
     return x + h / 6 * (first + 2 * second + 2 * third + field(x + h * third, t + h))
 
 
-STEPS: Mapping[str, Step] = MappingProxyType({"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4})
+STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({f.__name__: f for f in (euler, midpoint, heun, rk4)})
 """Solvers with fixed steps."""
 
 ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun", "dopri8")
 """Solvers of torchdiffeq that choose their steps. Its `fehlberg2` missed its tolerance by 200 on a smooth field."""
-
 SOLVERS = (*STEPS, *ADAPTIVE)
 
 
@@ -64,10 +62,9 @@ class _Counted:
         velocity = self.field(x, t)
         if not bool(velocity.isfinite().all()):
             bad = [i for i, sample in enumerate(velocity) if not bool(sample.isfinite().all())]
-            raise NonFiniteStateError(
-                f"the velocity of samples {bad} is not finite at flow time {t.min().item():.4g}, evaluation "
-                f"{self.calls}. Check the weights, or compute in float32 or bfloat16 instead of float16."
-            )
+            where = f"at flow time {t.min().item():.4g}, evaluation {self.calls}"
+            advice = "Check the weights, or compute in float32 or bfloat16 instead of float16."
+            raise NonFiniteStateError(f"the velocity of samples {bad} is not finite {where}. {advice}")
         return velocity
 
 
@@ -115,6 +112,6 @@ def _adaptive(field: Field, x: Tensor, times: Tensor, solver: str, rtol: float, 
 
 def uniform_times(steps: int, shift: float = 1.0) -> Tensor:
     """Flow times from noise to data, float64 [steps + 1]: equidistant, then shifted towards noise by `shift`."""
-    if steps < 1 or shift <= 0:
+    if steps < 1 or not 0 < shift < math.inf:
         raise ValueError(f"steps={steps} must be at least 1 and shift={shift} above 0. Shift 1 keeps the steps equal.")
     return shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)

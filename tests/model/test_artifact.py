@@ -17,6 +17,7 @@ from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.model.text_to_image import ModelConfig, build_network
 from d2f_core.objective.schedule import ScheduleError
+from d2f_core.objective.solver import NonFiniteStateError
 from tests.inference.tiny_base import write_tiny_base
 
 NOISE, STATES, NULL = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 384), torch.zeros(2, 8, 384)
@@ -85,6 +86,21 @@ def test_a_base_is_sampled_as_by_diffusers(directory, solver, kind):
         x = scheduler.step(prediction, int(timestep), x).prev_sample
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
     assert evaluations == 5
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++", "euler"])
+def test_a_network_that_fails_is_named_with_its_samples(directory, solver):
+    broken = STATES.clone()
+    broken[1] = torch.nan
+    with pytest.raises(NonFiniteStateError, match=r"samples \[1\] is not finite at"):
+        sample_latents(load_model(str(directory)), NOISE, broken, NULL, solver=solver, steps=2, guidance=1.0)
+
+
+@pytest.mark.parametrize("change", [{"shift": float("nan")}, {"shift": float("inf")}, {"guidance": float("nan")}])
+def test_settings_that_are_no_numbers_are_refused(directory, change):
+    settings = {"solver": "euler", "steps": 2, "guidance": 1.0} | change
+    with pytest.raises(ValueError, match="must be a number"):
+        sample_latents(load_model(str(directory)), NOISE, STATES, NULL, **settings)
 
 
 def test_weights_that_do_not_fit_are_refused(directory):

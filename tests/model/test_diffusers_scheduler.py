@@ -22,7 +22,7 @@ from d2f_core.model.sampling import sample_latents
 from d2f_core.objective.guidance import guided
 from d2f_core.objective.path import interpolate
 from d2f_core.objective.schedule import ScheduleError
-from d2f_core.objective.solver import integrate, uniform_times
+from d2f_core.objective.solver import NonFiniteStateError, integrate, uniform_times
 from tests.inference.tiny_base import write_tiny_base
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -215,7 +215,7 @@ def test_an_impossible_shift_is_refused(base, shift):
     [
         ({"rescale_betas_zero_snr": True}, "zero_snr"),
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
         ({"trained_betas": [0.1, 0.2]}, "contradicts the 2 trained_betas"),
     ],
 )
@@ -241,6 +241,8 @@ def test_calls_out_of_order_are_refused(base):
     scheduler.scale_model_input(NOISE, first)
     with pytest.raises(SchedulerUseError, match="shapes must be equal"):
         scheduler.step(DATA[:, :2], first, NOISE)
+    with pytest.raises(NonFiniteStateError, match="output is not finite at step 0, timestep 999"):
+        scheduler.step(DATA / 0, first, NOISE)
     for timestep in (first, second):
         scheduler.scale_model_input(NOISE, timestep)
         scheduler.step(DATA, timestep, NOISE)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_core.objective.alignment import VelocityField, align, alpha_sigma
+from d2f_core.objective.alignment import NaiveVelocityField, VelocityField, align, alpha_sigma
 from d2f_core.objective.guidance import guided
 from d2f_core.objective.path import expand
 from d2f_core.objective.schedule import PREDICTION_TYPES, NoiseSchedule
@@ -146,8 +146,14 @@ def test_epsilon_is_refused_where_a_trained_level_has_no_signal():
         VelocityField(lambda x, timestep: x, schedule, "epsilon")
 
 
-def test_a_network_that_changes_the_shape_is_refused():
-    field = VelocityField(lambda x, timestep: torch.cat([x, x], 1), SCHEDULE, "epsilon")
+@pytest.mark.parametrize(
+    "field",
+    [
+        VelocityField(lambda x, timestep: torch.cat([x, x], 1), SCHEDULE, "epsilon"),
+        NaiveVelocityField(lambda x, timestep: torch.cat([x, x], 1), SCHEDULE),
+    ],
+)
+def test_a_network_that_changes_the_shape_is_refused(field):
     with pytest.raises(ValueError, match="predicts variances"):
         field(torch.zeros(1, 4, 2, 2), torch.tensor([0.5]))
 

@@ -57,6 +57,30 @@ def test_losses_of_samples_do_not_mix():
     torch.testing.assert_close(whole[2:3], alone)
 
 
+def test_validation_loss_is_the_flow_loss_at_each_of_the_times():
+    field = VelocityField(lambda x, timestep: torch.sin(x), SCHEDULE, "v_prediction")
+    times = torch.tensor([0.1, 0.5, 0.9])
+    expected = torch.stack([LOSSES["diff2flow"](field, DATA, NOISE, t.expand(6)) for t in times])
+    torch.testing.assert_close(flow_validation_loss(field, DATA, NOISE, times), expected)
+    assert flow_validation_loss(lambda x, t: DATA - NOISE, DATA, NOISE, times).max() == 0
+    with pytest.raises(ValueError, match=r"noise \(1, 4, 2, 2\). Give both ends alike"):
+        flow_validation_loss(field, DATA, NOISE[:1], times)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_network_that_changes_the_shape_is_refused(name):
+    field = VelocityField(lambda x, timestep: x[:, :1], SCHEDULE, "epsilon")
+    with pytest.raises(ValueError, match=r"maps \(6, 4, 2, 2\) to \(6, 1, 2, 2\)"):
+        LOSSES[name](field, DATA, NOISE, UNIFORM)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, float("nan"), float("inf")])
+def test_a_min_snr_gamma_that_is_no_bound_is_refused(gamma):
+    field = VelocityField(lambda x, timestep: x, SCHEDULE, "epsilon")
+    with pytest.raises(ValueError, match=r"min_snr_gamma=.* must be 0"):
+        LOSSES["diffusion"](field, DATA, NOISE, UNIFORM, min_snr_gamma=gamma)
+
+
 def test_validation_loss_has_one_number_per_time_and_sample():
     field = VelocityField(lambda x, timestep: x, SCHEDULE, "epsilon")
     times = torch.tensor([0.1, 0.5, 0.9])

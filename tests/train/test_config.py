@@ -52,6 +52,7 @@ def test_learning_rate_rises_then_falls_to_its_floor():
 
 def test_ema_decay_warms_up_to_its_value():
     ema = EmaConfig(decay=0.99, start_step=5)
+    assert EmaConfig(decay=0.999, start_step=1000).decay_at(1015) == pytest.approx(1 - 16**-0.75)  # by power 0.75
     assert ema.decay_at(5) == 0 and 0 < ema.decay_at(6) < ema.decay_at(7) < ema.decay_at(10**6) == 0.99
     with pytest.raises(ValueError, match=r"decay=1.0 must lie in \[0, 1\)"):
         EmaConfig(decay=1.0)
