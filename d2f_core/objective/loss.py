@@ -65,9 +65,9 @@ def diff2flow(
     to_data, to_noise = at.scale * t, at.scale * (1 - t)
     x_dm = torch.addcmul(expand(to_noise, noise) * noise, expand(to_data, data), data)
     prediction = predict(field.denoiser, x_dm, at.timestep, **condition)
-    error = (expand(at.from_x * to_noise + 1, noise) * noise).addcmul_(expand(at.from_x * to_data - 1, data), data)
     # In place: the whole loss then takes the memory of the diffusion loss, and one latent more on the way back.
-    return _mean_square(error.addcmul_(expand(at.from_prediction, error), prediction.to(error.dtype)), mask)
+    error = (expand(at.from_prediction, data) * prediction).addcmul_(expand(at.from_x * to_noise + 1, noise), noise)
+    return _mean_square(error.addcmul_(expand(at.from_x * to_data - 1, data), data), mask)
 
 
 def flow_matching(

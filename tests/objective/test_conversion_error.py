@@ -45,10 +45,11 @@ def test_a_perfect_network_transports_noise_to_the_data():
 
 @pytest.mark.parametrize("case", json.loads(REFERENCE.read_text())["cases"], ids=lambda case: case["prediction_type"])
 def test_paper_compat_is_the_published_map(case):
-    """The recorded numbers are float32, so they are met to its rounding, which 1 / alpha = 15 magnifies."""
+    """The recorded numbers are float32, so they are met to its rounding, which for epsilon 1 / alpha = 15 magnifies."""
     schedule = NoiseSchedule.from_scheduler_config({**SD, **case, "beta_schedule": "scaled_linear"})
     at = align_as_published(schedule, case["prediction_type"], torch.tensor(case["t"], dtype=torch.float64))
-    for name, tolerance in {"timestep": 1e-4, "scale": 2e-6, "from_x": 2e-4, "from_prediction": 2e-4}.items():
+    read = 2e-4 if case["prediction_type"] == "epsilon" else 1e-5
+    for name, tolerance in {"timestep": 1e-4, "scale": 2e-6, "from_x": read, "from_prediction": read}.items():
         recorded = torch.tensor(case[name], dtype=torch.float64)
         torch.testing.assert_close(getattr(at, name), recorded, rtol=2e-6, atol=tolerance)
 

@@ -33,9 +33,10 @@ class LatentAllocations(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_at_most_one_latent_sized_tensor_more(kind):
-    answer = torch.randn_like(DATA, requires_grad=True)
+def test_at_most_one_latent_sized_tensor_more(kind, dtype):
+    answer = torch.randn_like(DATA, dtype=dtype).requires_grad_()
     count = {}
     for name in ("diffusion", "diff2flow"):
         with LatentAllocations() as allocations:

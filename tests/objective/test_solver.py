@@ -63,7 +63,8 @@ def test_euler_in_flow_time_equals_ddim_on_the_mapped_grid(kind, config, steps):
     times = torch.cat([schedule.flow_times[scheduler.timesteps], torch.ones(1, dtype=torch.float64)])
     norm = float(torch.hypot(times[0], 1 - times[0]))
     ours, _ = integrate(VelocityField(network, schedule, kind), x * norm, times, "euler")
-    assert (ours - ddim).abs().max() < 1e-5 * max(1.0, float(ddim.abs().max()))
+    largest = float(ddim.abs().max()) if kind == "epsilon" else 1.0  # this network's samples grow to 25 and to 300
+    assert (ours - ddim).abs().max() < 1e-5 * largest
 
 
 def test_guidance_in_one_forward_equals_two():
