@@ -24,7 +24,7 @@ from peft import PeftModel
 from d2f_core import storage
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError, TrainedModel, load_model, read_description
 from d2f_core.model.base import local_copy
-from d2f_core.model.denoiser import load_unet
+from d2f_core.model.denoiser import POOLED_AND_TIME_IDS, load_unet
 from d2f_core.model.description import write_description
 from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, copy_part, read_json
 from d2f_core.model.diffusers_scheduler import SCHEDULE_FIELDS, Diff2FlowScheduler
@@ -241,16 +241,17 @@ def export_single_file_lora(
     base = _load_for_others(model_uri, description, base_uri).base
     changes = layer_changes(cast(PeftModel, PeftModel.from_pretrained(cast(Any, load_unet(base)), adapter)))
     biases = tuple(name for name, change in changes.items() if change.bias is not None)
+    unet = read_json(base.path / "unet/config.json")
     metadata = {
         **kohya_metadata(changes),
-        **_lora_metadata(description, read_json(base.path / "unet/config.json").get("cross_attention_dim")),
+        **_lora_metadata(description, unet.get("cross_attention_dim")),
         "ss_output_name": Path(target).stem,
     }
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "lora.safetensors"
         keys = write_single_file_lora(file, changes, metadata, dtype)
         storage.write_bytes(target, file.read_bytes())
-    passed_over = passed_over_by_kohya(changes)
+    passed_over = passed_over_by_kohya(changes, sdxl=unet.get("addition_embed_type") == POOLED_AND_TIME_IDS)
     return SingleFileExport(
         target=target, keys=keys, layers=len(changes), trained_biases=biases, passed_over_by_kohya=passed_over
     )

@@ -15,7 +15,8 @@ and last convolution. Who reads what:
   alpha that is not the file's most frequent one to convolutions, but not to attention projections. So all layers get
   the same alpha here, and what a layer's own scale differs by is multiplied into its `lora_up`.
 - sd-scripts, for SD 1.5 and SD 2.1: the layers inside transformer, resnet, down- and upsampling blocks. Others
-  (`conv_in`, `conv_out`, the time embedding) and `diff_b` it passes over. Its SDXL network has other names.
+  (`conv_in`, `conv_out`, the time embedding) and `diff_b` it passes over. Its SDXL network has other names, so that
+  of a LoRA for SDXL it finds nothing.
 
 Sources: kohya-ss/sd-scripts networks/lora.py; ComfyUI comfy/lora.py; diffusers loaders/lora_conversion_utils.py.
 """
@@ -145,9 +146,9 @@ def kohya_metadata(changes: Mapping[str, LayerChange]) -> dict[str, str]:
     }
 
 
-def passed_over_by_kohya(changes: Mapping[str, LayerChange]) -> tuple[str, ...]:
-    """The layers that sd-scripts has no place for: it uses the file without them."""
-    return tuple(name for name in changes if not name.replace(".", "_").startswith(KOHYA_PARTS))
+def passed_over_by_kohya(changes: Mapping[str, LayerChange], sdxl: bool) -> tuple[str, ...]:
+    """The layers that sd-scripts has no place for: it uses the file without them. Of SDXL that is all of them."""
+    return tuple(name for name in changes if sdxl or not name.replace(".", "_").startswith(KOHYA_PARTS))
 
 
 def write_single_file_lora(

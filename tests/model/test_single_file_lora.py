@@ -1,11 +1,17 @@
 """A single-file LoRA is the same network for us and for diffusers, whatever ranks and layers were trained."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
@@ -14,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from d2f_core.model.artifact import load_model
 from d2f_core.model.base import resolve_base
-from d2f_core.model.denoiser import load_unet
+from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.export import export_single_file_lora
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.single_file_lora import (
@@ -26,7 +32,9 @@ from d2f_core.model.single_file_lora import (
     write_single_file_lora,
 )
 from tests.inference.tiny_base import write_tiny_base
+from tests.model.architectures import tiny_condition, tiny_inputs
 from tests.model.artifacts import output, trained
+from tests.model.tiny_sdxl import write_tiny_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,39 @@ def test_ranks_that_differ_by_layer_reach_diffusers_with_their_scale(base, tmp_p
     torch.testing.assert_close(
         output(loaded_by_diffusers(base, tmp_path / "one.safetensors")), output(network), rtol=0, atol=1e-5
     )
+
+
+@torch.no_grad()
+def test_a_lora_for_sdxl_is_read_by_us_and_by_diffusers_and_not_by_kohya(tmp_path):
+    base, file = write_tiny_sdxl(tmp_path / "base"), tmp_path / "one.safetensors"
+    artifact = trained(base, tmp_path / "artifact", LoraConfig(rank=3))
+    exported = export_single_file_lora(artifact, str(file))
+    assert len(exported.passed_over_by_kohya) == exported.layers > 100
+
+    def answer(network):
+        return as_denoiser(network)(*tiny_inputs(), **tiny_condition("sdxl"))
+
+    expected = answer(load_model(artifact).network)
+    assert (expected - answer(load_unet(resolve_base(str(base))))).abs().max() > 1e-3
+    unet = load_unet(resolve_base(str(base)))
+    merge_single_file_lora(unet, read_single_file_lora(file))
+    torch.testing.assert_close(answer(unet), expected, rtol=0, atol=1e-5)
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    theirs = StableDiffusionXLPipeline(
+        **parts, unet=load_unet(resolve_base(str(base))), scheduler=EulerDiscreteScheduler()
+    )
+    theirs.load_lora_weights(str(file))
+    torch.testing.assert_close(answer(theirs.unet), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_metadata_say_what_the_network_predicts(base, tmp_path, kind):
+    shutil.copytree(base, tmp_path / "base")
+    scheduler = tmp_path / "base/scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": kind}))
+    artifact = trained(tmp_path / "base", tmp_path / "artifact", LoraConfig(rank=2))
+    export_single_file_lora(artifact, str(tmp_path / "one.safetensors"))
+    assert read_single_file_lora(tmp_path / "one.safetensors").metadata["d2f_prediction_type"] == kind
 
 
 @pytest.mark.parametrize("linear", [False, True])
