@@ -78,9 +78,7 @@ def main(config: ExportConfig | CheckpointExportConfig) -> None:
                 "%d layers have trained biases, which diffusers and sd-scripts do not read", len(file.trained_biases)
             )
         if len(file.passed_over_by_kohya) == file.layers:
-            logger.info(
-                "sd-scripts reads none of them: its SDXL has other names; ComfyUI and diffusers do"
-            )
+            logger.info("sd-scripts reads none of them: its SDXL has other names; ComfyUI and diffusers do")
         elif file.passed_over_by_kohya:
             logger.info("sd-scripts has no place for %s", ", ".join(file.passed_over_by_kohya))
 
