@@ -25,11 +25,12 @@ SD = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start
         for name, kind, data_name, schedule, data in cases()
     ],
 )
-def test_error_stays_within_its_bounds(kind, schedule, data, below):
+def test_error_stays_within_its_bounds(kind, schedule, data, below, holds):
     errors = measure(schedule, kind, data)
-    assert errors["inside_scaled"] < 1e-6
-    assert errors["above"] < 0.005
-    assert errors.get("below", 0) < below
+    holds("velocity error inside the trained range, times alpha or sigma", errors["inside_scaled"], 1e-6)
+    holds("velocity error above it", errors["above"], 0.005)
+    wide = ", data of deviation 2" if below > 0.04 else ""
+    holds(f"velocity error below it{wide}", errors.get("below", 0), below)
 
 
 def test_a_perfect_network_transports_noise_to_the_data():
@@ -44,14 +45,15 @@ def test_a_perfect_network_transports_noise_to_the_data():
 
 
 @pytest.mark.parametrize("case", json.loads(REFERENCE.read_text())["cases"], ids=lambda case: case["prediction_type"])
-def test_paper_compat_is_the_published_map(case):
+def test_paper_compat_is_the_published_map(case, holds):
     """The recorded numbers are float32, so they are met to its rounding, which for epsilon 1 / alpha = 15 magnifies."""
     schedule = NoiseSchedule.from_scheduler_config({**SD, **case, "beta_schedule": "scaled_linear"})
     at = align_as_published(schedule, case["prediction_type"], torch.tensor(case["t"], dtype=torch.float64))
     read = 2e-4 if case["prediction_type"] == "epsilon" else 1e-5
     for name, tolerance in {"timestep": 1e-4, "scale": 2e-6, "from_x": read, "from_prediction": read}.items():
         recorded = torch.tensor(case[name], dtype=torch.float64)
-        torch.testing.assert_close(getattr(at, name), recorded, rtol=2e-6, atol=tolerance)
+        apart = ((getattr(at, name) - recorded).abs() / (tolerance + 2e-6 * recorded.abs())).max()
+        holds(f"the published map's numbers, {case['prediction_type']}: part of float32's rounding", apart, 1)
 
 
 def test_what_the_published_map_costs():
@@ -65,6 +67,18 @@ def test_what_the_published_map_costs():
     )
     assert exact.max() < 1e-6
     assert 1e-4 < published.mean() < 5e-3 and 1e-3 < published.max() < 5e-2
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_converted_network_carries_data_to_noise_and_back(kind, holds):
+    schedule = NoiseSchedule.from_scheduler_config(SD)
+    data = corners()
+    drawn = data.draw(64, torch.Generator().manual_seed(0))
+    field = VelocityField(data.denoiser(schedule, kind), schedule, kind)
+    noise, _ = integrate(field, drawn, uniform_times(200).flip(0), "rk4")
+    back, _ = integrate(field, noise, uniform_times(200), "rk4")
+    assert (noise - drawn).abs().mean() > 0.2
+    holds("data to noise and back through a converted network, rk4, 200 steps", (back - drawn).abs().max(), 1e-2)
 
 
 @pytest.mark.parametrize(
