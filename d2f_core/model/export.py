@@ -23,8 +23,8 @@ from peft import PeftModel
 
 from d2f_core import storage
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError, TrainedModel, load_model, read_description
-from d2f_core.model.base import local_copy
-from d2f_core.model.denoiser import POOLED_AND_TIME_IDS, load_unet
+from d2f_core.model.base import is_sdxl, local_copy
+from d2f_core.model.denoiser import load_unet
 from d2f_core.model.description import write_description
 from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, copy_part, read_json
 from d2f_core.model.diffusers_scheduler import SCHEDULE_FIELDS, Diff2FlowScheduler
@@ -251,7 +251,7 @@ def export_single_file_lora(
         file = Path(temporary) / "lora.safetensors"
         keys = write_single_file_lora(file, changes, metadata, dtype)
         storage.write_bytes(target, file.read_bytes())
-    passed_over = passed_over_by_kohya(changes, sdxl=unet.get("addition_embed_type") == POOLED_AND_TIME_IDS)
+    passed_over = passed_over_by_kohya(changes, sdxl=is_sdxl(unet))
     return SingleFileExport(
         target=target, keys=keys, layers=len(changes), trained_biases=biases, passed_over_by_kohya=passed_over
     )
