@@ -121,10 +121,10 @@ def test_six_attempts_over_a_bad_network_make_the_same_run(
             running.wait_for_the_next_checkpoint()
             proxy.outage_for(5)
             running.wait_for_the_next_checkpoint()
-            restart_servers(stack_directory)
-            running.wait_for_the_next_checkpoint()
             stopped = processes("ray::RayTrainWorker")[-1]
             os.kill(stopped.pid, signal.SIGSTOP)
+            running.wait_for_the_next_checkpoint()
+            restart_servers(stack_directory)
     assert proxy.counts["error"] and proxy.counts["reset"] and proxy.counts["refused"], "there were faults"
     assert f"process {stopped.pid}) was last heard of" in caplog.text, "named before the time limit"
     assert_same_run(config, unbroken)
