@@ -17,7 +17,18 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.objectives import BATCH, RATES, Config, Data, Method, Objective, own_solver, task_for, training_of
+from benchmarks.objectives import (
+    BATCH,
+    RATES,
+    Config,
+    Data,
+    Method,
+    Objective,
+    base_key,
+    own_solver,
+    task_for,
+    training_of,
+)
 from d2f_core.data.order import SampleOrder
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
@@ -98,7 +109,8 @@ def main() -> None:
     for seed in config.seeds:
         for method in config.methods:
             for objective in config.objectives:
-                of = {"objective": objective, "method": method, "seed": seed, "steps": config.steps}
+                of = {"base": base_key(config.base), "objective": objective, "method": method, "seed": seed}
+                of["steps"] = config.steps
                 if of not in [one["of"] for one in results]:
                     results.append({"of": of, **run_one(config, objective, method, seed)})
                     config.results.write_text(json.dumps(results, indent=1) + "\n")

@@ -215,6 +215,11 @@ def run_one(
     return {"curve": curve, "seconds": time.perf_counter() - began}
 
 
+def base_key(uri: str) -> str:
+    """Short hash of a base model."""
+    return resolve_base(uri).content_hash[:12]
+
+
 def main() -> None:
     config = tyro.cli(Config)
     torch.set_num_threads(config.threads)
@@ -225,11 +230,12 @@ def main() -> None:
     fit: Fit = "drawing" if config.style == "openmoji" else "canvas"
     source = MakeDatasetConfig(style=config.style, subset=config.subset, fit=fit, size=config.size)
     data = images_as_data(config.base, source, features)
-    common = {"base": config.base, "steps": config.steps, "images": config.images, **config.task}
+    # By content: the same path may hold another network later.
+    common = {"base": base_key(config.base), "steps": config.steps, "images": config.images, **config.task}
 
     def keep(of: dict[str, Any], result: dict[str, Any]) -> None:
         with config.results.open("a") as file:
-            file.write(json.dumps({"of": of, **result}) + "\n")
+            file.write(json.dumps({"of": of, "base_uri": config.base, **result}) + "\n")
 
     baseline = {**common, "steps": 0, "objective": "none"}
     if json.dumps(baseline, sort_keys=True) not in done:
