@@ -14,6 +14,8 @@ RECIPE ?= quickstart
 # DeepSpeed compiles nothing at installation, and the versions are those of constraints.txt.
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Containers often set it; each of a training's dozen processes would then compile this project's modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make quickstart   install, start the local servers, run the workflow '$(RECIPE)', show what came out"
@@ -24,16 +26,15 @@ help:
 	@echo "make install      only .venv, from constraints.txt"
 
 # torch comes first and alone: a machine whose pip offers a CPU build then gets that one, and no other package picks it.
-# Nothing is compiled to bytecode beforehand: of 25,000 modules a training imports 6,500, and compiles these once.
 install:
 	@want="$$(cat pyproject.toml constraints.txt | cksum)"
 	if [[ "$$(cat $(VENV)/installed 2>/dev/null)" == "$$want" ]] && $(BIN)/python -c '' 2>/dev/null; then exit 0; fi
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python {v}: 3.11 or newer is needed. Name one: make PYTHON=python3.11")'
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	echo "installing torch into $(VENV) (about a minute the first time)"
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	echo "installing everything else (about four minutes the first time)"
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	$(BIN)/python -m pip check
 	echo "$$want" > $(VENV)/installed
 
