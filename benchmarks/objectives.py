@@ -2,6 +2,7 @@
 
     python -m benchmarks.objectives --results docs/results/objectives.jsonl
     python -m benchmarks.objectives --results docs/results/resolution.jsonl --style twemoji --subset core --size 96
+    python -m benchmarks.objectives --results docs/results/objectives.jsonl --methods small --rate 2 --judged-at
 
 Every combination sees the same rows in the same order with the same noises and flow times, and is judged by a Frechet
 distance (see benchmarks.frechet) of one image per caption and by the held-out flow loss, against steps and against
@@ -46,6 +47,7 @@ RATES: dict[Method, float] = {"full": 5e-4, "small": 1e-3, "attention": 2e-3}
 OTHER_SOLVERS: dict[str, str] = {"diffusion": "euler", "diff2flow": "ddim"}
 """Each of the two networks can be sampled as the other one is: what is the loss's doing, and what the sampler's?"""
 OTHER_EVALUATIONS = (2, 10)
+TUNING = ("rate", "times")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,10 @@ class Config:
     objectives: tuple[Objective, ...] = ("diff2flow", "diffusion", "flow_matching")
     methods: tuple[Method, ...] = ("full", "small", "attention")
     seeds: tuple[int, ...] = (0,)
+    rate: float = 1.0
+    """Factor on each method's learning rate."""
+    times: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    """Distribution of diff2flow's flow times in training."""
     steps: int = 400
     judged_at: tuple[int, ...] = (50, 100, 200)
     """Steps at which 10 evaluations are judged, besides the last one."""
@@ -77,9 +83,16 @@ class Config:
     @property
     def task(self) -> dict[str, Any]:
         """What is learned, where it is not OpenMoji at the base's own size."""
-        given = {"style": self.style, "subset": self.subset, "size": self.size, "shift": self.shift}
-        usual = {name: Config.__dataclass_fields__[name].default for name in given}
-        return {name: value for name, value in given.items() if value != usual[name]}
+        return self._unusual("style", "subset", "size", "shift")
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """How it is learned, where that is not the usual way."""
+        return self._unusual(*TUNING)
+
+    def _unusual(self, *names: str) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value != Config.__dataclass_fields__[name].default}
 
 
 @dataclass(frozen=True)
@@ -153,13 +166,14 @@ def validation(task: TextToImage, data: Data, order: SampleOrder) -> float:
 
 def task_for(config: Config, objective: Objective, method: Method, seed: int) -> TextToImage:
     lora = LoraConfig(preset="" if method == "full" else method)
+    flow = TimeSampling(distribution=config.times, shift=config.shift)
     chosen = ModelConfig(
         base=config.base,
         objective=objective,
         method="full" if method == "full" else "lora",
         lora=lora,
         caption_dropout=0.0,
-        times=TimeSampling() if objective == "diffusion" else TimeSampling(shift=config.shift),
+        times=TimeSampling() if objective == "diffusion" else flow,
     )
     return TextToImage(resolve_base(config.base), chosen, seed=seed, dtype=torch.float32, device="cpu")
 
@@ -202,7 +216,7 @@ def run_one(
     judge = Judge(config, data, task, features)
     order = order_of(data, seed)
     curve = []
-    for point in training_of(config, task, data, order, RATES[method]).run(config.judged_at):
+    for point in training_of(config, task, data, order, config.rate * RATES[method]).run(config.judged_at):
         last = point["step"] == config.steps
         counts = config.evaluations if last else (10,)
         model, solver = task.model(merged(task.module)), own_solver(objective)
@@ -243,7 +257,7 @@ def main() -> None:
     for seed in config.seeds:
         for method in config.methods:
             for objective in config.objectives:
-                of = {**common, "objective": objective, "method": method, "seed": seed}
+                of = {**common, **config.tuning, "objective": objective, "method": method, "seed": seed}
                 if json.dumps(of, sort_keys=True) not in done:
                     keep(of, run_one(config, data, features, objective, method, seed))
 

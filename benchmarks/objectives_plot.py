@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from benchmarks.frechet import NAME
-from benchmarks.objectives import Config
+from benchmarks.objectives import TUNING, Config
 
 COLOURS = {"diff2flow": "#0b6e4f", "flow_matching": "#b5651d", "diffusion": "#3b5b92"}
 TITLES = {"full": "full finetuning", "small": "LoRA small", "attention": "LoRA attention"}
@@ -46,7 +46,7 @@ def draw(config: PlotConfig) -> None:
 
     lines = [json.loads(line) for line in config.results.read_text().splitlines()]
     bases = {size_of(line): line["rows"] for line in reversed(lines) if line["of"]["objective"] == "none"}
-    trained = [line for line in lines if line["of"]["objective"] != "none"]
+    trained = [line for line in lines if line["of"]["objective"] != "none" and not set(TUNING) & set(line["of"])]
     present = {(size_of(line), line["of"]["method"]) for line in trained}
     rows = [(size, method) for size in sorted(bases) for method in TITLES if (size, method) in present]
     figure, panels = pyplot.subplots(
