@@ -156,7 +156,7 @@ def test_without_the_token_there_is_only_the_health(running: Running, header: st
     [
         ({"prompt": "a", "solver": "eulr"}, r"solver='eulr' is not known\. Use one of"),
         ({"prompt": "a", "height": 17}, r"height=17 must be a multiple of the autoencoder's 2 pixels"),
-        ({"prompt": "a", "shift": 0}, r"shift=0.* must be above 0"),
+        ({"prompt": "a", "shift": 0}, r"shift=0.* must be a number above 0"),
         ({"prompt": "a", "guidance": 1e38}, r"not finite"),
         ({"prompt": "a", "num_inference_steps": 3}, r"Unknown fields \['num_inference_steps'\]"),
     ],
