@@ -26,15 +26,17 @@ help:
 	@echo "make install      only .venv, from constraints.txt"
 
 # torch comes first and alone: a machine whose pip offers a CPU build then gets that one, and no other package picks it.
+# Bytecode is made afterwards, on all cores; the errors are of templates that some packages hold among their modules.
 install:
 	@want="$$(cat pyproject.toml constraints.txt | cksum)"
 	if [[ "$$(cat $(VENV)/installed 2>/dev/null)" == "$$want" ]] && $(BIN)/python -c '' 2>/dev/null; then exit 0; fi
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python {v}: 3.11 or newer is needed. Name one: make PYTHON=python3.11")'
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	echo "installing torch into $(VENV) (about a minute the first time)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
 	echo "installing everything else (about four minutes the first time)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	$(BIN)/python -m pip check
 	echo "$$want" > $(VENV)/installed
 

@@ -28,10 +28,26 @@ class NonFiniteGradientError(FloatingPointError):
     """A gradient was not finite, on at least one worker; no weight was changed by that step."""
 
 
+def _import_muon() -> None:
+    """Import an optimizer that every engine imports and that none uses here, without torch's compiler.
+
+    Its module asks for a compiled function, and that alone loads 500 modules of the compiler: two seconds of a start.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 def _deepspeed() -> Any:
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    _import_muon()
     # Without this the first initialize() on CPU compiles a shared-memory operator, which needs g++ and two minutes.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

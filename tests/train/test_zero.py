@@ -160,6 +160,14 @@ def test_averages_of_offloaded_weights_are_kept_in_the_same_way(offloading_pair:
         check_averages(results, engine)
 
 
+def has_loaded_compiler(rank: int) -> bool:
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+def test_no_engine_loads_torchs_compiler_which_takes_seconds(results, pair: Workers):
+    assert pair.run(has_loaded_compiler) == [False, False]
+
+
 def signs_of_zeros(rank: int) -> list[bool]:
     found: list[torch.Tensor] = []
     for stage, precision in ENGINES:
