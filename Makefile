@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Name of the workflow recipe that `make quickstart` runs.
 RECIPE ?= quickstart
+# Tests that need little of the other tests' servers: a process of their own runs them beside the rest.
+BESIDE := tests/infra tests/model tests/objective tests/train
 
 # DeepSpeed compiles nothing at installation, and the versions are those of constraints.txt.
 export DS_BUILD_OPS := 0
@@ -57,8 +59,20 @@ lint: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# Two processes, since much of a test is one process starting after another; the second's output follows the first's.
 test: lint
-	$(BIN)/python -m pytest
+	@beside="$$(mktemp)"
+	trap 'rm -f "$$beside"' EXIT
+	$(BIN)/python -m pytest $(BESIDE) > "$$beside" 2>&1 &
+	second=$$!
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(BESIDE)) &
+	first=$$!
+	trap 'kill $$first $$second 2> /dev/null || true' TERM INT HUP
+	failed=0
+	# Once more, for a signal ends a wait before the process.
+	for process in $$first $$first $$second $$second; do wait $$process || failed=$$?; done
+	cat "$$beside"
+	exit $$failed
 
 # After a change of the dependencies: install without constraints into a fresh .venv, test, then run this.
 constraints:

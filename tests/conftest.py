@@ -33,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "ray_token")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the chaos tests last: `make test` runs other tests beside these, which end earlier, and kills need quiet."""
+    chaos = Path(__file__).parent / "chaos"
+    items.sort(key=lambda item: chaos in item.path.parents)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[STACK_DIRECTORY], ignore_errors=True)
 

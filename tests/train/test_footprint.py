@@ -101,7 +101,9 @@ def test_an_engine_allocates_what_was_predicted(
     if stage:
         # The averages are gathered to the host, which is where these engines' devices have their memory too.
         averages = 0 if stage < 3 and precision == "fp32" else 4 * sum(trained) // WORKERS
-        assert 0 <= memory.saving + averages - found["saving"] <= 4 * TOGETHER
+        # A gloo thread may still hold this worker's share of the group before, which the prediction does not count.
+        late = 4 * TOGETHER // WORKERS
+        assert -late <= memory.saving + averages - found["saving"] <= 4 * TOGETHER
 
 
 def test_adapters_pay_for_their_own_state_only():
