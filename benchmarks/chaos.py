@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,6 +53,7 @@ runpy.run_module("pipelines.finetune", run_name="__main__", alter_sys=True)
 @dataclass(frozen=True, kw_only=True)
 class ChaosConfig:
     kills: int = 20
+    """As many of each kind of process, in an order that is drawn."""
     outages: int = 0
     """Times at which S3 cuts and refuses all connections."""
     outage_seconds: float = 60.0
@@ -134,7 +136,7 @@ def run_troubled(
     config: FinetuneConfig, chaos: ChaosConfig, logs: Path, proxy: FaultProxy
 ) -> tuple[Job, dict[str, int]]:
     draw, happened = random.Random(chaos.seed), collections.Counter[str]()
-    events = draw.choices(list(VICTIMS), k=chaos.kills) + [OUTAGE] * chaos.outages
+    events = [*islice(cycle(VICTIMS), chaos.kills), *[OUTAGE] * chaos.outages]
     draw.shuffle(events)
     job = Job(config, logs, proxy.url)
     due = time.monotonic() + draw.uniform(*chaos.pause)

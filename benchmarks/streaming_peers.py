@@ -67,12 +67,15 @@ def checksum(latents: torch.Tensor) -> int:
     return int(latents.view(torch.int16).sum(dtype=torch.int64))
 
 
-def consume(open_batches: Callable[[], Batches], *, step_seconds: float = 0.0) -> dict[str, Any]:
+def consume(
+    open_batches: Callable[[], Batches], *, step_seconds: float = 0.0, first_seconds: float = 0.0
+) -> dict[str, Any]:
     """Read all batches in one process.
 
     Args:
         open_batches: makes the reader; its time counts towards the first batch.
         step_seconds: how long each step keeps its batch; 0 takes them as they come.
+        first_seconds: how much longer the first one does; all counts begin after it.
 
     Returns:
         `samples`; `first_batch_seconds`; `seconds` from the first batch to the last; `rate` in samples/s over these;
@@ -83,7 +86,7 @@ def consume(open_batches: Callable[[], Batches], *, step_seconds: float = 0.0) -
     """
     torch.set_num_threads(1)
     ids: list[str] = []
-    waits, total, first = [], 0, 0
+    waits, total, first, first_batch_seconds = [], 0, 0, 0.0
     begun = asked = arrived = time.perf_counter()
     started = begun
     for names, latents in open_batches():
@@ -91,7 +94,9 @@ def consume(open_batches: Callable[[], Batches], *, step_seconds: float = 0.0) -
         if ids:
             waits.append(arrived - asked)
         else:
-            started, first = arrived, len(names)
+            first_batch_seconds, first = arrived - begun, len(names)
+            time.sleep(first_seconds)
+            started = arrived = time.perf_counter()
         if latents.dtype != torch.float16 or latents.shape != (len(names), *SHAPE):
             raise ValueError(f"A batch is {latents.dtype} {tuple(latents.shape)}, not fp16 {(len(names), *SHAPE)}.")
         ids += names
@@ -101,7 +106,7 @@ def consume(open_batches: Callable[[], Batches], *, step_seconds: float = 0.0) -
         asked = time.perf_counter()
     return {
         "samples": len(ids),
-        "first_batch_seconds": started - begun,
+        "first_batch_seconds": first_batch_seconds,
         "seconds": arrived - started,
         "rate": (len(ids) - first) / max(arrived - started, 1e-9),
         "waits": [round(wait, 6) for wait in waits],
