@@ -245,6 +245,9 @@ def main() -> None:
         run_rung(config)
         return
     with tempfile.TemporaryDirectory() as directory:
+        # Ray's workers give way to every other process (niceness 15), S3 and MLflow on the same cores included, which
+        # the bare loop does not.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         stack = Stack(directory, tied=True)
         os.environ.update(stack.up().variables)
         try:
