@@ -117,8 +117,11 @@ def is_complete(result: dict[str, Any], rows: int, checksum: int, epochs: int = 
     return result["digest"] == wanted and result["checksum"] == epochs * checksum
 
 
-def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {TORCH}"
+def heading(options: Any) -> dict[str, Any]:
+    """What stands above the runs in a file of results."""
+    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {TORCH}"
+    return {"command": " ".join(command), "machine": machine, "options": asdict(options)}
 
 
 @contextmanager
@@ -165,8 +168,8 @@ class Bench:
         result["complete"] = is_complete(result, self.options.rows, self.checksum, epochs)
         self.runs.append({"kind": kind, "system": system, "delay": delay, **result})
         self.options.results.parent.mkdir(parents=True, exist_ok=True)
-        report = {"command": " ".join(sys.argv), "machine": machine(), "options": asdict(self.options)}
-        self.options.results.write_text(json.dumps({**report, "runs": self.runs}, indent=1, default=str) + "\n")
+        report = {**heading(self.options), "runs": self.runs}
+        self.options.results.write_text(json.dumps(report, indent=1, default=str) + "\n")
         note = {True: "", None: "   NOT THE WHOLE TABLE", False: "   NOT EVERY SAMPLE ONCE"}[result["complete"]]
         print(
             f"{kind:<8}{system:<11}{delay:>6.3f} s{result['rate']:>9.0f} samples/s"

@@ -12,19 +12,18 @@ page cache is not in it.
 import json
 import os
 import statistics
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import tyro
 
-from benchmarks.streaming import is_complete, machine, run
+from benchmarks.streaming import heading, is_complete, run
 from benchmarks.streaming_ours import BUCKET, ours_command, write_ours
 from benchmarks.streaming_peers import BATCH, FILE_ROWS
 from infra.local.processes import owned
@@ -84,14 +83,24 @@ def watched(pids: list[int]) -> Iterator[list[int]]:
         thread.join()
 
 
+@contextmanager
+def running(directory: str) -> Iterator[Stack]:
+    """S3 with its data of before, and a new Ray node: an old one's object store keeps the pages that it ever used."""
+    stack = Stack(directory, parts=("s3", "ray"), tied=True, say=print)
+    try:
+        os.environ.update(stack.up().variables)
+        yield stack
+    finally:
+        stack.down()
+
+
 def read_once(options: Options, stack: Stack, rows: int, checksum: int) -> dict[str, Any]:
     """A pass over the table of so many rows, and the memory that it took, in bytes."""
     node = owned(stack.directory, "ray")
     pids = [one.process.pid for one in node if one.process.name() == "raylet"]  # all that Ray starts descends from it
+    command, url = ours_command(rows, rows // BATCH), os.environ["AWS_ENDPOINT_URL"]
     with watched(pids) as memory:
-        result = run(
-            ours_command(rows, rows // BATCH), os.environ["AWS_ENDPOINT_URL"], options.run_seconds, pids.append
-        )
+        result = run(command, url, options.run_seconds, pids.append)
     del result["waits"], result["row_waits"]
     looks = {"peak_pss": max(memory), "median_pss": statistics.median(memory), "pss_before": memory[0]}
     return {"rows": rows, **result, **looks, "complete": is_complete(result, rows, checksum)}
@@ -99,24 +108,18 @@ def read_once(options: Options, stack: Stack, rows: int, checksum: int) -> dict[
 
 def main(options: Options) -> None:
     runs: list[dict[str, Any]] = []
-    report = {"command": " ".join(sys.argv), "machine": machine(), "options": asdict(options), "runs": runs}
+    report = {**heading(options), "runs": runs}
+    sizes = (options.rows, LARGER * options.rows)
     with tempfile.TemporaryDirectory() as directory:
-        stack = Stack(directory, parts=("s3", "ray"), tied=True, say=print)
-        try:
-            os.environ.update(stack.up().variables)
-            sizes = (options.rows, LARGER * options.rows)
+        with running(directory):
             checksums = [write_ours(f"{BUCKET}/ours-{rows}", rows) for rows in sizes]
-            print("| rows | peak MiB | median MiB | before MiB | samples/s | complete |\n|---|---|---|---|---|---|")
-            for _ in range(options.rounds):
-                for rows, checksum in zip(sizes, checksums, strict=True):
-                    runs.append(read_once(options, stack, rows, checksum))
-                    options.results.write_text(json.dumps(report, indent=1, default=str) + "\n")
-                    memory = " | ".join(
-                        f"{runs[-1][name] / 2**20:.0f}" for name in ("peak_pss", "median_pss", "pss_before")
-                    )
-                    print(f"| {rows} | {memory} | {runs[-1]['rate']:.0f} | {runs[-1]['complete']} |", flush=True)
-        finally:
-            stack.down()
+        print("| rows | peak MiB | median MiB | before MiB | samples/s | complete |\n|---|---|---|---|---|---|")
+        for rows, checksum in options.rounds * list(zip(sizes, checksums, strict=True)):
+            with running(directory) as stack:
+                runs.append(read_once(options, stack, rows, checksum))
+            options.results.write_text(json.dumps(report, indent=1, default=str) + "\n")
+            memory = " | ".join(f"{runs[-1][name] / 2**20:.0f}" for name in ("peak_pss", "median_pss", "pss_before"))
+            print(f"| {rows} | {memory} | {runs[-1]['rate']:.0f} | {runs[-1]['complete']} |", flush=True)
 
 
 if __name__ == "__main__":
