@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
+import numpy as np
 import pyarrow as pa
 import ray.data
 from PIL import Image
@@ -57,6 +58,10 @@ class MakeDepthConfig:
     size: int = 64
     """Height and width of the pictures in pixels."""
     seed: int = 0
+    mirrored: bool = False
+    """Write every scene a second time, left and right exchanged: twice the rows for one rendering.
+
+    Rows held out of a training on them then have their mirror images in it: judge on another split."""
     rows_per_part: int = 64
     """Scenes per output file: what a killed task loses at most."""
     num_tasks: int = 2
@@ -86,7 +91,7 @@ def depth_inputs(config: MakeDepthConfig) -> dict[str, Any]:
         packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(f"Scenes need {error.name}. Install this project with [demo].") from None
-    names = ("split", "num_scenes", "size", "seed", "rows_per_part")
+    names = ("split", "num_scenes", "size", "seed", "rows_per_part", *["mirrored"] * config.mirrored)
     return {**{name: getattr(config, name) for name in names}, "packages": packages}
 
 
@@ -110,13 +115,13 @@ def make_depth_dataset(config: MakeDepthConfig) -> tuple[Manifest, bool]:
         remove_tree(join(config.output, PROGRESS))
         return manifest, False
     _claim(config.output, inputs)
-    files = dict(_make_parts(config))
+    files, rows = dict(_make_parts(config)), config.num_scenes * (2 if config.mirrored else 1)
     manifest = Manifest(
         kind="depth",
         files=tuple(files[number] for number in range(config.num_parts)),
         fingerprint={"height": config.size, "width": config.size},
         inputs=inputs,
-        counts={"read": config.num_scenes, "written": config.num_scenes, "quarantined": 0, "duplicates": 0},
+        counts={"read": rows, "written": rows, "quarantined": 0, "duplicates": 0},
     )
     write_manifest(config.output, manifest)
     remove_tree(join(config.output, PROGRESS))
@@ -166,24 +171,28 @@ def make_part(config: MakeDepthConfig, number: int) -> TableFile:
     """Draw and write the scenes of one part."""
     first = number * config.rows_per_part
     scenes = range(first, min(first + config.rows_per_part, config.num_scenes))
-    table = pa.Table.from_pylist([make_row(config, scene) for scene in scenes], DEPTH_SCHEMA)
+    rows = [row for scene in scenes for row in make_rows(config, scene)]
+    table = pa.Table.from_pylist(rows, DEPTH_SCHEMA)
     return write_part(config.output, part_name(number), table)
 
 
-def make_row(config: MakeDepthConfig, number: int) -> dict[str, Any]:
-    """Row `number` of the table."""
+def make_rows(config: MakeDepthConfig, number: int) -> list[dict[str, Any]]:
+    """The rows of scene `number`: as it is, and mirrored if asked for."""
     scene = make_scene(config.seed, config.split, number, config.size)
     picture, depth = render(scene, config.size)
+    uri = f"rendered:{config.split}/{config.seed}/{config.size}/{number}"
+    rows = [_row(picture, depth, uri, scene.text)]
+    if config.mirrored:
+        rows.append(_row(picture[:, ::-1], depth[:, ::-1], f"{uri}/mirrored", scene.text))
+    return rows
+
+
+def _row(picture: np.ndarray, depth: np.ndarray, uri: str, text: str) -> dict[str, Any]:
     sink = io.BytesIO()
     Image.fromarray(picture).save(sink, "PNG")
     image = sink.getvalue()
-    return {
-        "sample_id": sample_id(image, ""),
-        "image": image,
-        "depth": encode_depth(depth),
-        "source_uri": f"rendered:{config.split}/{config.seed}/{config.size}/{number}",
-        "scene": scene.text,
-    }
+    depth_file = encode_depth(np.ascontiguousarray(depth))
+    return {"sample_id": sample_id(image, ""), "image": image, "depth": depth_file, "source_uri": uri, "scene": text}
 
 
 def _known_part(output: str, number: int) -> TableFile:

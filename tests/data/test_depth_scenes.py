@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from d2f_core.data.depth_dataset import PROGRESS, MakeDepthConfig, make_depth_dataset, make_part, make_row
+from d2f_core.data.depth_dataset import PROGRESS, MakeDepthConfig, make_depth_dataset, make_part, make_rows
 from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.depth_meshes import Mesh, make_mesh, make_object, make_quad, object_numbers
 from d2f_core.data.depth_scenes import NUM_TEXTURES, Body, Camera, Light, Scene, make_scene, render
@@ -96,14 +96,23 @@ def test_every_mesh_is_closed_towards_the_outside():
 
 def test_a_scene_depends_on_its_number_alone():
     config = MakeDepthConfig(output="nowhere", size=32)
-    alone, first = make_row(config, 7), make_row(config, 3)
-    assert make_row(config, 7) == alone != first
+    [alone], first = make_rows(config, 7), make_rows(config, 3)
+    assert make_rows(config, 7) == [alone] != first
     code = "from d2f_core.data.depth_scenes import *; print(render(make_scene(0, 'train', 7, 32), 32)[0].sum())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout.split()[-1]) == np.asarray(Image.open(io.BytesIO(alone["image"]))).sum()
     assert alone["sample_id"] == sample_id(alone["image"], "")
     changed = [dataclasses.replace(config, seed=1), dataclasses.replace(config, split="test")]
-    assert all(make_row(each, 7)["image"] != alone["image"] for each in changed)
+    assert all(make_rows(each, 7)[0]["image"] != alone["image"] for each in changed)
+
+
+def test_a_mirrored_row_is_the_scene_with_left_and_right_exchanged():
+    rows = make_rows(MakeDepthConfig(output="nowhere", size=32, mirrored=True), 7)
+    assert rows[:1] == make_rows(MakeDepthConfig(output="nowhere", size=32), 7)
+    images = [np.asarray(Image.open(io.BytesIO(row["image"]))) for row in rows]
+    np.testing.assert_array_equal(images[1], images[0][:, ::-1])
+    np.testing.assert_array_equal(decode_depth(rows[1]["depth"]), decode_depth(rows[0]["depth"])[:, ::-1])
+    assert rows[1]["sample_id"] != rows[0]["sample_id"] and rows[1]["source_uri"] == "rendered:train/0/32/7/mirrored"
 
 
 def test_train_and_test_share_no_object_and_no_texture():
@@ -122,7 +131,7 @@ def test_train_and_test_share_no_object_and_no_texture():
 
 
 def test_pictures_vary_and_most_pixels_have_a_depth():
-    rows = [make_row(MakeDepthConfig(output="nowhere"), number) for number in range(10)]
+    rows = [make_rows(MakeDepthConfig(output="nowhere"), number)[0] for number in range(10)]
     images = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]))) for row in rows])
     depths = np.stack([decode_depth(row["depth"]) for row in rows])
     assert images.shape == (10, 64, 64, 3) and depths.shape == (10, 64, 64)
@@ -160,12 +169,18 @@ def test_the_table_is_complete_in_order_and_left_alone_afterwards(config):
     tables = [pq.read_table(io.BytesIO(read_bytes(join(config.output, file.path)))) for file in manifest.files]
     uris = [uri for table in tables for uri in table["source_uri"].to_pylist()]
     assert uris == [f"rendered:train/0/16/{number}" for number in range(11)]
-    assert tables[1].to_pylist()[2] == make_row(config, 6)
+    assert tables[1].to_pylist()[2] == make_rows(config, 6)[0]
     assert set(list_names(config.output)) - {PROGRESS} == {*(file.path for file in manifest.files), "manifest.json"}
     assert list_names(join(config.output, PROGRESS)) == []
     assert make_depth_dataset(config) == (manifest, False)
-    with pytest.raises(ManifestError, match="is a complete table of"):
-        make_depth_dataset(dataclasses.replace(config, seed=1))
+    for other in ({"seed": 1}, {"mirrored": True}):
+        with pytest.raises(ManifestError, match="is a complete table of"):
+            make_depth_dataset(dataclasses.replace(config, **other))
+
+
+def test_a_mirrored_table_has_twice_the_rows(config):
+    manifest, _ = make_depth_dataset(dataclasses.replace(config, num_scenes=3, mirrored=True))
+    assert [file.rows for file in manifest.files] == [6] and manifest.counts["written"] == 6
 
 
 def test_a_job_that_was_killed_goes_on_to_the_same_bytes(config, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from d2f_core.data.depth import crop_and_resize, depth_latent_schema, normalise_depth
-from d2f_core.data.depth_dataset import MakeDepthConfig, make_depth_dataset, make_row
+from d2f_core.data.depth_dataset import MakeDepthConfig, make_depth_dataset, make_rows
 from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.images import prepare_image
 from d2f_core.data.latents import check_fingerprint, table_to_arrays
@@ -254,7 +254,7 @@ def test_rendered_scenes_become_latents_with_the_right_masks(stack: StackEnv):
     assert rows["latent_mean"].shape == rows["joined_mean"].shape == (12, 4, 16, 16)
     assert list(rows["source_uri"]) == [f"rendered:train/0/64/{number}" for number in range(12)]
     for number in range(12):
-        valid = np.isfinite(decode_depth(make_row(scenes, number)["depth"]))
+        valid = np.isfinite(decode_depth(make_rows(scenes, number)[0]["depth"]))
         np.testing.assert_array_equal(rows["mask"][number, 0], valid.reshape(16, 4, 16, 4).all(axis=(1, 3)))
     here = dataclasses.replace(config, output=f"{prefix}/here")
     alone = encode_here(here)

@@ -1,0 +1,138 @@
+"""Two rounds of reflow of a base model, by LoRA and in full, as one figure and one JSON.
+
+    python -m benchmarks.reflow_plot --lora s3://d2f/workflows/reflow-lora --full s3://d2f/workflows/reflow-full \
+        --evaluations s3://d2f/workflows/reflow-lora/round-1/evaluation s3://d2f/evaluations/reflow-euler \
+        --results docs/results/reflow_base.json --figure docs/reflow_base.png
+
+It reads the evaluations that `pipelines.workflow reflow` left; docs/reflow.md has the commands that make them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from d2f_core.storage import join, read_bytes
+
+BASE_NAMES = {"ddim": "base, DDIM", "dpm++": "base, DPM-Solver++", "euler": "base as a flow model, Euler"}
+COLOURS = {"base": "#555555", "LoRA": "#0b6e4f", "full": "#b5651d"}
+STYLES = {"DDIM": "-", "DPM-Solver++": ":", "Euler": "--", "round 1": "-", "round 2": "--"}
+METRIC = "frechet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    lora: str
+    """Output of `pipelines.workflow reflow` with a LoRA."""
+    full: str
+    """The same in full."""
+    evaluations: tuple[str, ...] = ()
+    """Outputs of further evaluations: their base by another solver."""
+    rounds: int = 2
+    results: Path
+    figure: Path
+    title: str = "reflow of emoji-sd on its own drawings"
+
+
+def read_evaluation(uri: str) -> dict[str, Any]:
+    return json.loads(read_bytes(join(uri, "metrics.json")))
+
+
+def curve(evaluation: dict[str, Any], role: str) -> dict[str, Any]:
+    """What an evaluation says of one of its models."""
+    model = next(model for model in evaluation["models"] if model["role"] == role)
+    kept = ("uri", "sha256", "solver", "guidance", "straightness", "validation_flow_loss")
+    values = {name: metric["values"][role] for name, metric in evaluation["metrics"].items()}
+    return {**{name: model[name] for name in kept}, "metrics": values}
+
+
+def collect(config: Config) -> dict[str, dict[str, Any]]:
+    """Curves by what the figure calls them.
+
+    Raises:
+        ValueError: evaluations of different prompts or reference images.
+    """
+    outputs = {"LoRA": config.lora, "full": config.full}
+    places = {
+        (method, number): join(output, f"round-{number}", "evaluation")
+        for method, output in outputs.items()
+        for number in range(1, config.rounds + 1)
+    }
+    read = {key: read_evaluation(place) for key, place in places.items()}
+    others = [read_evaluation(place) for place in config.evaluations]
+    judged = {json.dumps([one["prompts"], one["reference"], one["features"]]) for one in [*read.values(), *others]}
+    if len(judged) > 1:
+        raise ValueError(f"evaluations of different prompts, images or features: {sorted(judged)}. Compare like ones.")
+    curves = {}
+    for evaluation in [*read.values(), *others]:
+        solver = next(model["solver"] for model in evaluation["models"] if model["role"] == "base")
+        curves.setdefault(BASE_NAMES[solver], curve(evaluation, "base"))
+    curves = {name: curves[name] for name in BASE_NAMES.values() if name in curves}
+    for (method, number), evaluation in read.items():
+        curves[f"{method}, round {number}"] = curve(evaluation, "candidate")
+    floor = next(iter(read.values()))["metrics"][METRIC]["floor"]
+    return {**curves, "two halves of the real images": {"metrics": {METRIC: floor}}}
+
+
+def draw(config: Config, curves: dict[str, dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    floor = curves["two halves of the real images"]["metrics"][METRIC]
+    models = {name: curve for name, curve in curves.items() if "solver" in curve}
+    figure, (quality, straightness) = pyplot.subplots(
+        1, 2, figsize=(12, 5), width_ratios=(3, 2), constrained_layout=True
+    )
+    for name, model in models.items():
+        values = model["metrics"][METRIC]
+        counts = [int(count) for count in values]
+        look = {
+            "color": next(colour for word, colour in COLOURS.items() if name.startswith(word)),
+            "ls": next(style for word, style in STYLES.items() if word in name),
+        }
+        quality.plot(counts, [one["value"] for one in values.values()], marker="o", ms=4, label=name, **look)
+        quality.fill_between(
+            counts, *([one[end] for one in values.values()] for end in ("low", "high")), color=look["color"], alpha=0.08
+        )
+    quality.axhline(floor["value"], color="#bbbbbb", lw=1, label="two halves of the real images")
+    quality.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Frechet distance, lower is better")
+    quality.set(xticks=counts, xticklabels=[str(count) for count in counts])
+    quality.yaxis.set_major_formatter("{x:.0f}")
+    quality.yaxis.set_minor_formatter("{x:.0f}")
+    quality.xaxis.minorticks_off()
+    quality.grid(alpha=0.25, which="both")
+    # A path does not depend on how the base is sampled: one bar for it.
+    bars = {name: model for name, model in models.items() if not name.startswith("base")}
+    bars = {"base": next(iter(models.values())), **bars}
+    places = range(len(bars))
+    straightness.barh(
+        places,
+        [model["straightness"]["value"] for model in bars.values()],
+        xerr=[
+            [model["straightness"]["value"] - model["straightness"]["low"] for model in bars.values()],
+            [model["straightness"]["high"] - model["straightness"]["value"] for model in bars.values()],
+        ],
+        color=[next(colour for word, colour in COLOURS.items() if name.startswith(word)) for name in bars],
+    )
+    straightness.set(yticks=places, yticklabels=list(bars), xlabel="bend of the paths, 0 is straight")
+    straightness.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{config.title} (bands: 95 %)", fontsize=12)
+    config.figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(config.figure, dpi=110)
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    curves = collect(config)
+    config.results.parent.mkdir(parents=True, exist_ok=True)
+    config.results.write_text(json.dumps(curves, indent=1) + "\n")
+    draw(config, curves)
+
+
+if __name__ == "__main__":
+    main()
