@@ -80,6 +80,8 @@ class Config:
     images: int = 400
     """Of the test table, from the first on."""
     shown: int = 6
+    threads: int = 2
+    """Of torch."""
 
     @property
     def training(self) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def judge(
 
 def main() -> None:
     config = tyro.cli(Config)
-    torch.set_num_threads(2)
+    torch.set_num_threads(config.threads)
     config.state.mkdir(parents=True, exist_ok=True)
     _claim(config)
     size = max(resolve_base(config.base).default_size)
@@ -233,7 +235,7 @@ def _write(config: Config, errors: Any, maps: Any, shown: list[JudgedImage], fac
     best = min(metrics["abs_rel"].values[floor][0].value for floor in FLOORS)
     real = facts.pop("real")
     results = {
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
+        "config": {name: value for name, value in asdict(config).items() if not isinstance(value, Path)},
         "test_digest": read_manifest(config.test).digest,
         "best_floor_abs_rel": best,
         **facts,

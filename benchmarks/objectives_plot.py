@@ -83,10 +83,13 @@ def draw(config: PlotConfig) -> None:
         counts.set(xscale="log", xticks=[2, 4, 10, 25], xticklabels=["2", "4", "10", "25"])
         counts.minorticks_off()
         losses.set(yscale="log")
+        losses.yaxis.set_major_formatter("{x:g}")
+        losses.yaxis.set_minor_formatter("{x:.1f}")
     legend: dict[str, Any] = {}
     for panel in panels.flat:
         legend |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
+    columns = len(legend) if len(legend) <= 7 else -(-len(legend) // 2)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{config.title}: {NAME}, lower is better", fontsize=12)
     figure.savefig(config.output, dpi=110)
 

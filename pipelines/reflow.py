@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 import ray
 
 from d2f_core.data.manifest import read_manifest
+from d2f_core.inference.evaluate import read_reference
 from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.plan import GenerateConfig
-from d2f_core.inference.prompts import table_captions
+from d2f_core.inference.prompts import scan_prompts, table_captions
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import check_reachable, join, write_bytes
@@ -63,6 +64,9 @@ def check(config: ReflowConfig) -> None:
     check_tracking()
     read_manifest(config.captions)
     resolve_base(config.finetune.model.base)
+    if config.evaluate.prompts:  # what the last stage needs is missed before the first one has run for hours
+        scan_prompts(config.evaluate.prompts)
+        read_reference(config.evaluate)
 
 
 def main(config: ReflowConfig) -> list[Outputs]:

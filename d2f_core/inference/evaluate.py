@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from d2f_core.data.manifest import read_manifest
+from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.inference.compare import EvaluateJob, measure_all, measured_names
 from d2f_core.inference.contenders import (
     PINS_NAME,
@@ -53,17 +53,12 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         ValueError: unusable storage, models, prompts, features or gate; one line each.
     """
     config.check_complete()
-    check_reachable(config.reference)
     check_reachable(config.output, write=True)
     if config.experiment or config.candidate.startswith(REGISTERED):
         check_tracking()
     per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())
     check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations)
-    reference = read_manifest(config.reference)
-    if reference.kind not in ("images", "generations"):
-        raise EvaluateError(f"reference={config.reference!r} is a table of {reference.kind}. Give real images.")
-    if reference.num_rows < 4 * (config.measure.neighbours + 1):
-        raise EvaluateError(f"reference={config.reference!r} has {reference.num_rows} images. Give more.")
+    reference = read_reference(config)
     features = load_features(config.score.features, dimensions=config.score.dimensions)
     clip = CaptionScorer(config.score.clip).model.as_network().fingerprint if config.score.clip else ""
     pins = pin_models(config)
@@ -79,6 +74,21 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         fingerprint={"features": features.name, "network": features.network.fingerprint, "clip": clip},
         reference=reference,
     )
+
+
+def read_reference(config: EvaluateConfig) -> Manifest:
+    """What the real images are.
+
+    Raises:
+        ValueError: unreachable, no table of images, or too few of them.
+    """
+    check_reachable(config.reference)
+    reference = read_manifest(config.reference)
+    if reference.kind not in ("images", "generations"):
+        raise EvaluateError(f"reference={config.reference!r} is a table of {reference.kind}. Give real images.")
+    if reference.num_rows < 4 * (config.measure.neighbours + 1):
+        raise EvaluateError(f"reference={config.reference!r} has {reference.num_rows} images. Give more.")
+    return reference
 
 
 def evaluate(job: EvaluateJob) -> Verdict:

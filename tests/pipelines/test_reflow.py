@@ -26,12 +26,12 @@ from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, TextToImage, build_network
-from d2f_core.storage import read_bytes
+from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import get_alias, resolve_model
 from d2f_core.train.config import TrainConfig
 from pipelines import finetune
 from pipelines.configs import FinetuneConfig
-from pipelines.reflow import ReflowConfig, main
+from pipelines.reflow import ReflowConfig, check, main
 from tests.image_tables import write_images
 from tests.inference.tiny_vision import write_tiny_vit
 from tests.latent_tables import write_latents
@@ -44,6 +44,7 @@ HOME = "s3://d2f/test-reflow"
 def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
     vit = write_tiny_vit(tmp_path_factory.mktemp("nets") / "vit")
     write_latents(f"{HOME}/captions", autoencoder_fingerprint(resolve_base(base)), rows=5, rows_per_file=5, captions=3)
+    write_bytes(f"{HOME}/prompts.jsonl", b"\n".join(b'{"prompt": "shape %d"}' % number for number in range(12)))
     return ReflowConfig(
         output=f"{HOME}/workflow",
         teacher=base,
@@ -63,7 +64,7 @@ def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
         ),
         register=RegisterConfig(name="reflow-test"),
         evaluate=EvaluateConfig(
-            base=base, prompts=f"{HOME}/workflow/round-1/prompts.jsonl", reference=write_images(f"{HOME}/images", 12),
+            base=base, prompts=f"{HOME}/prompts.jsonl", reference=write_images(f"{HOME}/images", 12),
             evaluations=(1, 2), score=ScoreConfig(features=str(vit), dimensions=4, num_actors=1),
             measure=MeasureConfig(replicates=20, neighbours=1), gate=GateConfig(metric="frechet@2"), promote=False,
             straightness_prompts=2, straightness_steps=2, shown_prompts=1, experiment="",
@@ -75,6 +76,21 @@ def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
 def version(config: ReflowConfig) -> dict[str, str]:
     (version,) = main(config)
     return version
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": f"{HOME}/nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"reference": f"{HOME}/captions"}, "is a table of latents. Give real images"),
+    ],
+)
+def test_what_the_last_stage_lacks_is_missed_before_the_first(
+    config: ReflowConfig, changes: dict[str, str], message: str
+) -> None:
+    check(config)
+    with pytest.raises(ValueError, match=message):
+        check(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **changes)))
 
 
 def test_pairs_hold_the_noise_that_each_latent_came_from(config: ReflowConfig, version: dict[str, str]) -> None:
