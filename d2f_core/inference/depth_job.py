@@ -25,10 +25,11 @@ import yaml
 from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.sources import SourcePlan, plan_images
 from d2f_core.inference.depth_actor import DepthPredictor, work_item
-from d2f_core.inference.depth_maker import PredictDepthError, check_depth_model
+from d2f_core.inference.depth_maker import check_depth_model
 from d2f_core.inference.depth_plan import DepthPlan, PredictDepthConfig, make_depth_plan
 from d2f_core.inference.generate import KIND, describe_part, table_file
 from d2f_core.inference.plan import INDEX, PLAN_NAME, part_name, refuse_other
+from d2f_core.inference.room import await_room
 from d2f_core.model.artifact import load_model
 from d2f_core.progress import Progress
 from d2f_core.storage import check_reachable, join, list_names, read_bytes, write_bytes
@@ -104,7 +105,7 @@ def _run(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
         return
     config = job.config
     actors = min(config.num_actors, len(shards))
-    _check_room(config)
+    await_room(actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds)
     items = [work_item(number, job.source.shards[number]) for number in shards]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.enable_progress_bars = sys.stderr.isatty()
@@ -118,16 +119,6 @@ def _run(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
         num_gpus=config.gpus_per_actor or None,
     )
     yield from dataset.iter_rows()
-
-
-def _check_room(config: PredictDepthConfig) -> None:
-    there = ray.cluster_resources()
-    for name, each in (("CPU", config.cpus_per_actor), ("GPU", config.gpus_per_actor)):
-        if each > there.get(name, 0):
-            raise PredictDepthError(
-                f"An actor needs {each:g} {name}, and the cluster has {there.get(name, 0):g}. Lower "
-                f"{name.lower()}s_per_actor, or add nodes."
-            )
 
 
 def _finish(job: DepthJob, parts: list[tuple[TableFile, int]]) -> Manifest:

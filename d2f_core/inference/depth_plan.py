@@ -13,6 +13,7 @@ from d2f_core.data.sources import ImageSource, SourcePlan
 from d2f_core.inference.depth_maker import DepthSettings, PredictDepthError, fill_settings
 from d2f_core.model.artifact import TrainedModel
 from d2f_core.model.base import BaseModelError
+from d2f_core.objective.solver import ADAPTIVE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class PredictDepthConfig:
     cpus_per_actor: int = 1
     """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
     gpus_per_actor: float = 0
+    node_wait_seconds: int = 60
+    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
     experiment: str = "diff2flow-depth"
     """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
 
@@ -123,6 +126,11 @@ def make_depth_plan(config: PredictDepthConfig, source: SourcePlan, model: Train
         )
         for steps in config.steps or (model.sampling.steps,)
     ]
+    if filled[0].solver in ADAPTIVE and len(filled) > 1:
+        raise PredictDepthError(
+            f"solver={filled[0].solver!r} chooses its steps by itself: steps={config.steps} would be the same map "
+            "several times. Give --steps 1."
+        )
     return DepthPlan(
         source_digest=source.digest,
         num_shards=len(source.shards),

@@ -19,7 +19,7 @@ from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reas
 from d2f_core.data.sources import SourcePlan
 from d2f_core.inference.encode_actor import ChunkEncoder
 from d2f_core.inference.encode_chunks import prepare_shards, work_item, write_row
-from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeJob, EncodeSettings
+from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeJob
 from d2f_core.inference.encode_job import check_complete_table, check_encode, check_encode_depth, claim_output
 from d2f_core.inference.encode_records import (
     PROGRESS,
@@ -29,6 +29,7 @@ from d2f_core.inference.encode_records import (
     read_records,
     unfinished_shards,
 )
+from d2f_core.inference.room import await_room
 from d2f_core.progress import Progress
 from d2f_core.storage import join, remove_tree
 
@@ -107,7 +108,13 @@ def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[
         return
     config = job.config
     actors = min(config.num_actors, len(todo))
-    _require_resources(actors, config)
+    await_room(
+        actors,
+        {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor},
+        others={"CPU": PREPARE_CPUS + WRITE_CPUS},
+        least=actors,
+        seconds=config.node_wait_seconds,
+    )
     items = [work_item(number, source.shards[number], done) for number, done in todo.items()]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.target_max_block_size = BLOCK_BYTES
@@ -138,17 +145,6 @@ def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[
         if row["problem"] is not None:
             raise EncodeError(row["problem"])
         yield ChunkRecord.from_json(row["record"])
-
-
-def _require_resources(actors: int, config: EncodeSettings) -> None:
-    there = ray.cluster_resources()
-    cpus = actors * config.cpus_per_actor + PREPARE_CPUS + WRITE_CPUS
-    for resource, needed in (("CPU", cpus), ("GPU", actors * config.gpus_per_actor)):
-        if needed > there.get(resource, 0):
-            raise EncodeError(
-                f"{actors} actors and their readers need {needed:g} {resource}, and the cluster has "
-                f"{there.get(resource, 0):g}. Lower num_actors, or add nodes."
-            )
 
 
 def finish_table(job: EncodeJob, records: Sequence[ChunkRecord]) -> Manifest:

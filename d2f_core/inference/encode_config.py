@@ -50,6 +50,8 @@ class EncodeSettings:
     cpus_per_actor: int = 1
     """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
     gpus_per_actor: float = 0
+    node_wait_seconds: int = 60
+    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
 
     def __post_init__(self) -> None:
         for name in ("resolution", "rows_per_part", "batch_size", "num_readers", "num_actors", "cpus_per_actor"):

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -49,6 +48,7 @@ from d2f_core.inference.plan import (
     refuse_other,
 )
 from d2f_core.inference.prompts import PromptFile, scan_prompts
+from d2f_core.inference.room import await_room
 from d2f_core.inference.sampler import LATENTS_FILE, JobsSampler
 from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
@@ -61,7 +61,6 @@ logger = logging.getLogger(__name__)
 KIND = "generations"
 READ_THREADS = 8
 MAX_INPUT_BLOCKS = 1000
-RESOURCE_WAIT_SECONDS = 60.0
 FLUSH_SECONDS = 60.0
 
 
@@ -103,7 +102,8 @@ def generate(job: GenerateJob) -> Manifest:
     """Make all images that are not there yet; needs a running Ray. A finished output is left alone.
 
     Raises:
-        GenerateError: the output belongs to another plan, or the cluster is too small.
+        GenerateError: the output belongs to another plan.
+        NoRoomError: the cluster is too small.
     """
     return generate_all([job])[0]
 
@@ -225,7 +225,7 @@ def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator
     """One result per (job, chunk), as they come."""
     config = jobs[0].config
     actors = min(config.num_actors, len(chunks))
-    _await_resources(actors, config)
+    await_room(actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds)
     items = [{"job": job, "chunk": chunk} for job, chunk in chunks]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.enable_progress_bars = sys.stderr.isatty()
@@ -239,28 +239,6 @@ def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator
         num_gpus=config.gpus_per_actor or None,
     )
     yield from dataset.iter_rows()
-
-
-def _await_resources(actors: int, config: GenerateConfig) -> None:
-    """Wait until one actor fits; say so when not all do.
-
-    Raises:
-        GenerateError: after a minute there is still no place for a single one.
-    """
-    needed = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
-    deadline = time.monotonic() + RESOURCE_WAIT_SECONDS
-    while True:
-        there = ray.cluster_resources()
-        fit = min(int(there.get(name, 0) // each) for name, each in needed.items() if each)
-        if fit >= 1 or time.monotonic() >= deadline:
-            break
-        time.sleep(1)
-    has = ", ".join(f"{there.get(name, 0):g} {name}" for name, each in needed.items() if each)
-    wants = ", ".join(f"{each:g} {name}" for name, each in needed.items() if each)
-    if fit < 1:
-        raise GenerateError(f"An actor needs {wants}, and the cluster has {has}. Lower cpus_per_actor, or add nodes.")
-    if fit < actors:
-        logger.warning("num_actors=%d of %s each; the cluster has %s: %d run until it grows", actors, wants, has, fit)
 
 
 def describe_part(output: str, chunk: int) -> Part:

@@ -64,6 +64,8 @@ class GenerateConfig:
     cpus_per_actor: int = 1
     """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
     gpus_per_actor: float = 0
+    node_wait_seconds: int = 60
+    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
     experiment: str = "diff2flow-generate"
     """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
 

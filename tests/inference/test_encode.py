@@ -27,6 +27,7 @@ from d2f_core.inference.encode_actor import ChunkEncoder, to_input
 from d2f_core.inference.encode_chunks import prepare_shards, work_item, write_row
 from d2f_core.inference.encode_job import claim_output
 from d2f_core.inference.encode_records import PROGRESS, drop_duplicates, read_records, unfinished_shards
+from d2f_core.inference.room import NoRoomError
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import join, list_names, read_bytes
@@ -428,5 +429,5 @@ def test_a_job_that_stopped_at_the_limit_goes_on_to_the_same_bytes(on_s3):
 
 
 def test_more_actors_than_the_cluster_has_is_said_at_once(on_s3):
-    with pytest.raises(EncodeError, match=r"\d+ actors and their readers need .* CPU, and the cluster has"):
-        encode_latents(dataclasses.replace(on_s3, cpus_per_actor=500))
+    with pytest.raises(NoRoomError, match=r"\d+ actors and their readers need .* CPU, and the cluster has"):
+        encode_latents(dataclasses.replace(on_s3, cpus_per_actor=500, node_wait_seconds=0))
