@@ -20,7 +20,7 @@ from d2f_core.model.base import BaseModel, local_copy
 from d2f_core.model.denoiser import as_denoiser, empty_unet, extend_input_channels, load_unet
 from d2f_core.model.description import TaskName
 from d2f_core.model.image_sizes import SIZE_COLUMNS, sizes_of_rows
-from d2f_core.model.lora import LoraConfig, add_lora, set_adapter
+from d2f_core.model.lora import LoraConfig, add_lora, check_adapter, set_adapter
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.loss import LOSSES, flow_validation_loss
@@ -142,8 +142,8 @@ def _made_trainable(unet: UNet2DConditionModel, base: BaseModel, config: ModelCo
     return add_lora(unet, config.lora, seed=seed) if config.method == "lora" else unet.requires_grad_(True)
 
 
-def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
-    """Give what is to be trained the values of a trained model.
+def check_start(base: BaseModel, config: ModelConfig) -> TrainedModel:
+    """The trained model that `config.start` (a directory) names, when a training as configured can begin with it.
 
     Raises:
         ValueError: it was trained on another base, for another task, by another method, or with other LoRA settings.
@@ -163,7 +163,15 @@ def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> Non
             f"start={config.start!r} was trained by method={method!r}, not {config.method!r}. Use the same."
         )
     if method == "lora":
-        set_adapter(cast(PeftModel, network), directory / "adapter")
+        check_adapter(cast(PeftModel, empty_network(base, config)), directory / "adapter")
+    return trained
+
+
+def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
+    """Give what is to be trained the values of a trained model."""
+    trained = check_start(base, config)
+    if config.method == "lora":
+        set_adapter(cast(PeftModel, network), local_copy(config.start) / "adapter")
     else:
         network.load_state_dict(trained.network.state_dict())
 

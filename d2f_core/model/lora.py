@@ -187,8 +187,9 @@ def load_lora(unet: UNet2DConditionModel, adapter: Path) -> nn.Module:
     return cast(Any, network).merge_and_unload()
 
 
-def set_adapter(network: PeftModel, adapter: Path) -> None:
-    """Give adapters that were added anew the values of a saved adapter of the same shape.
+def check_adapter(network: PeftModel, adapter: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, which has the shape of the network's own (the network may be on torch's meta
+    device).
 
     Raises:
         AdapterError: it has other ranks, or adapts other layers.
@@ -200,6 +201,16 @@ def set_adapter(network: PeftModel, adapter: Path) -> None:
             f"{len(odd)} of {len(wanted)} tensors of {adapter} have other shapes than the network's, such as {odd[0]}. "
             "Use the LoRA settings that it was trained with."
         )
+    return saved
+
+
+def set_adapter(network: PeftModel, adapter: Path) -> None:
+    """Give adapters that were added anew the values of a saved adapter of the same shape.
+
+    Raises:
+        AdapterError: as `check_adapter`.
+    """
+    saved = check_adapter(network, adapter)
     set_peft_model_state_dict(cast(Any, network), saved)
     weights = {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
     _check_taken(network, weights, adapter, "default")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,10 @@ from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.gate import GateConfig
 from d2f_core.inference.image_maker import ImageMaker, fill_request
 from d2f_core.inference.measure import MeasureConfig
-from d2f_core.inference.plan import GenerateConfig
+from d2f_core.inference.plan import GenerateConfig, GenerateError
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.inference.score import ScoreConfig
-from d2f_core.model.artifact import load_model
+from d2f_core.model.artifact import SamplingDefaults, load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.lora import LoraConfig
@@ -50,12 +51,14 @@ def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
         teacher=base,
         captions=f"{HOME}/captions",
         num_pairs=12,
-        generate=GenerateConfig(steps=(2,), num_actors=1, chunk_size=8),
+        rounds=2,
+        generate=GenerateConfig(steps=(2,), guidance=3.0, solver="ddim", num_actors=1, chunk_size=8),
         finetune=FinetuneConfig(
             model=ModelConfig(base=base, lora=LoraConfig(rank=2)),
             latents="",
             output="",
             holdout_rows=2,
+            sampling=SamplingDefaults(steps=2, guidance=1.0),
             train=TrainConfig(
                 num_steps=2, global_batch_size=2, micro_batch_size=2, threads_per_worker=1, zero_stage=0,
                 evaluate_every=0, lanes=1, window_rows=4,
@@ -73,9 +76,13 @@ def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
 
 
 @pytest.fixture(scope="module")
-def version(config: ReflowConfig) -> dict[str, str]:
-    (version,) = main(config)
-    return version
+def versions(config: ReflowConfig) -> list[dict[str, str]]:
+    return main(config)
+
+
+@pytest.fixture(scope="module")
+def version(versions: list[dict[str, str]]) -> dict[str, str]:
+    return versions[0]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,13 @@ def test_pairs_hold_the_noise_that_each_latent_came_from(config: ReflowConfig, v
     arrays = table_to_arrays(RowReader(uri, manifest, (*finetune.COLUMNS, "noise", "sample_id")).read(np.arange(12)))
     model = load_model(config.teacher)
     request = fill_request(
-        model, prompt=str(arrays["caption"][0]), sample_id=str(arrays["sample_id"][0]), seed=1, steps=2
+        model,
+        prompt=str(arrays["caption"][0]),
+        sample_id=str(arrays["sample_id"][0]),
+        seed=1,
+        steps=2,
+        guidance=3.0,
+        solver="ddim",
     )
     (made,) = ImageMaker(model).make([request])
     assert made.latent is not None
@@ -131,8 +144,43 @@ def test_the_version_is_measured_beside_the_base_and_no_alias_moves(
     assert get_alias("reflow-test", "champion") is None
 
 
-def test_a_finished_workflow_does_nothing(config: ReflowConfig, version: dict[str, str]) -> None:
-    assert main(config) == [version]
+def test_a_finished_workflow_does_nothing(config: ReflowConfig, versions: list[dict[str, str]]) -> None:
+    assert main(config) == versions
+
+
+def test_a_second_round_is_drawn_by_the_first_ones_version_as_that_carries_it(
+    config: ReflowConfig, versions: list[dict[str, str]]
+) -> None:
+    first, second = (json.loads(read_bytes(f"{HOME}/workflow/round-{n}/pairs/plan.json")) for n in (1, 2))
+    assert (first["model_uri"], first["guidance"], first["solver"]) == (config.teacher, 3.0, "ddim")
+    assert (second["model_uri"], second["guidance"], second["solver"]) == (versions[0]["uri"], 1.0, "euler")
+    found = json.loads(read_bytes(f"{HOME}/workflow/round-2/evaluation/metrics.json"))
+    assert [model["role"] for model in found["models"]] == ["candidate", "champion", "base"]
+
+
+def test_other_pairs_at_the_same_output_are_refused_and_nothing_is_lost(
+    config: ReflowConfig, versions: list[dict[str, str]]
+) -> None:
+    with pytest.raises(GenerateError, match=r"another job .*num_prompts was 12, now 13"):
+        main(dataclasses.replace(config, num_pairs=13))
+    assert main(config) == versions
+
+
+def test_a_teacher_that_the_training_cannot_begin_with_is_refused_at_the_door(
+    config: ReflowConfig, version: dict[str, str], tmp_path: Path
+) -> None:
+    student, own = dataclasses.replace(config, teacher=version["uri"]), config.finetune.model
+    assert check(student).start == version["uri"]
+    for change, message in (({"method": "full"}, "by method='lora'"), ({"lora": LoraConfig(rank=3)}, "other shapes")):
+        training = dataclasses.replace(config.finetune, model=dataclasses.replace(own, **change))
+        with pytest.raises(ValueError, match=message):
+            check(dataclasses.replace(student, finetune=training))
+    twin = shutil.copytree(resolve_base(config.teacher).path, tmp_path / "twin")
+    assert check(dataclasses.replace(config, teacher=str(twin))).start == "", "the base, by another name"
+    with (twin / "unet/config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match=r"is a base with the hash .* Train the base that draws the pairs"):
+        check(dataclasses.replace(config, teacher=str(twin)))
 
 
 def test_a_further_round_starts_from_the_version(config: ReflowConfig, version: dict[str, str], tmp_path: Path) -> None:
