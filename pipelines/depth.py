@@ -79,13 +79,14 @@ def main(config: DepthConfig) -> Outputs:
     flow = Workflow(config.output)
     scenes = flow.table("make_dataset", "scenes", make_dataset.main, config.dataset)
     judged = flow.table("make_test_dataset", "scenes", make_dataset.main, config.test)
-    if config.decoder:
-        decoder_stage(flow, config.decoder, scenes)
     base = config.finetune.model.base
+    if config.decoder:
+        decoder_stage(flow, replace(config.decoder, images=scenes["uri"]), scenes)
+        base = join(config.decoder.output, "base")
     wired = replace(config.encode, source=replace(config.encode.source, uri=scenes["uri"]), base=base)
     inputs = {"scenes": scenes["digest"], "base": resolve_base(base).content_hash}
     latents = flow.table("encode_depth", "scenes", encode_depth.main, wired, **inputs)
-    training = replace(config.finetune, latents=latents["uri"])
+    training = replace(config.finetune, latents=latents["uri"], model=replace(config.finetune.model, base=base))
     model = finetune_with(flow, "finetune", training, latents=latents["digest"], base=inputs["base"])
     version = register_with(flow, "register", config.register, training, model)
     report = evaluate_stage(flow, config, predict_stage(flow, config, version, judged), scenes, judged)

@@ -21,6 +21,7 @@ from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import LatentTask, ModelConfig, PreviewConfig, image_grid
 from d2f_core.model.text_to_image import TextToImage
 from d2f_core.tracking import RunHandle, check_tracking, pin_model, resolve_model, start_run
+from d2f_core.train.checkpoint import candidates
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import Evaluation, Task
 from pipelines.checkpoint_export import carried_edge, usual_weights, write_model
@@ -88,7 +89,15 @@ def check(config: FinetuneConfig) -> tuple[BaseModel, list[Manifest]]:
         check_fingerprint(manifest, autoencoder_fingerprint(base))
         check_task(manifest, config.model.task)
     make_plan(config, base, manifests)
+    check_tracking()
+    candidates(config.output, identity_of(config, base, manifests))  # refuses the output of another training
     return base, manifests
+
+
+def identity_of(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest]) -> str:
+    """What a checkpoint must have to belong to this training."""
+    pinned = dataclasses.replace(config, model=dataclasses.replace(config.model, start=pin_model(config.model.start)))
+    return pinned.identity(base.content_hash, manifests)
 
 
 def check_task(manifest: Manifest, task: str) -> None:
@@ -140,7 +149,7 @@ def main(config: FinetuneConfig) -> FinetuneResult:
         build_task=functools.partial(build_task, config),
         plan=make_plan(config, base, manifests),
         output=config.output,
-        identity=config.identity(base.content_hash, manifests),
+        identity=identity_of(config, base, manifests),
         tracker=run,
     )
     target = storage.join(config.output, "model")

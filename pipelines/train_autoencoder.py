@@ -33,7 +33,7 @@ from d2f_core.model.autoencoder_training import (
 )
 from d2f_core.model.base import local_copy, resolve_base
 from d2f_core.model.text_to_image import image_grid
-from d2f_core.train.checkpoint import Checkpoint, read_tensors
+from d2f_core.train.checkpoint import Checkpoint, candidates, read_tensors
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import Evaluation, Task
 from pipelines.cli import run_job, to_yaml
@@ -140,12 +140,22 @@ def _sample(config: TrainAutoencoderConfig) -> torch.Tensor:
     return torch.from_numpy(pictures(RowReader(config.images, manifest, wanted).read(rows))).flatten(0, 1)
 
 
+def check(config: TrainAutoencoderConfig) -> tuple[Manifest, str]:
+    """Refuse what cannot work, before anything is started; returns the table and the training's identity."""
+    storage.check_reachable(config.images)
+    storage.check_reachable(config.output, write=True)
+    manifest = read_manifest(config.images)
+    config.plan(manifest, columns(manifest))
+    identity = config.identity(begins_with(config), manifest)
+    candidates(config.output, identity)  # refuses the output of another training
+    return manifest, identity
+
+
 def main(config: TrainAutoencoderConfig) -> str:
     """Returns where the result is."""
     import ray
 
-    storage.check_reachable(config.output, write=True)
-    manifest = read_manifest(config.images)
+    manifest, identity = check(config)
     ray.init(ignore_reinit_error=True)
     storage.write_bytes(storage.join(config.output, "config.yaml"), to_yaml(config).encode())
     last = run_training(
@@ -153,7 +163,7 @@ def main(config: TrainAutoencoderConfig) -> str:
         build_task=functools.partial(build_task, config),
         plan=config.plan(manifest, columns(manifest)),
         output=config.output,
-        identity=config.identity(begins_with(config), manifest),
+        identity=identity,
     )
     result = export(config, last)
     logger.info("wrote %s", result)
@@ -163,4 +173,4 @@ def main(config: TrainAutoencoderConfig) -> str:
 if __name__ == "__main__":
     from pipelines.recipes import AUTOENCODER
 
-    run_job("train_autoencoder", AUTOENCODER, main)
+    run_job("train_autoencoder", AUTOENCODER, main, check)

@@ -30,14 +30,14 @@ def true_depth(seed: int, height: int = 16, width: int = 20) -> np.ndarray:
     return depth.astype(np.float32)
 
 
-def write_depth_table(uri: str, rows: int, *, first_seed: int = 0) -> list[str]:
-    """Write a depth table; returns its sample ids."""
+def write_depth_table(uri: str, rows: int, *, first_seed: int = 0, depth: np.ndarray | None = None) -> list[str]:
+    """Write a depth table, of the same depth in all rows if one is given; returns its sample ids."""
     images = [picture(first_seed + row) for row in range(rows)]
     names = [sample_id(image, "") for image in images]
     columns = {
         "sample_id": names,
         "image": images,
-        "depth": [encode_depth(true_depth(first_seed + row)) for row in range(rows)],
+        "depth": [encode_depth(true_depth(first_seed + row) if depth is None else depth) for row in range(rows)],
         "source_uri": [f"test#{row}" for row in range(rows)],
         "scene": ["a box on a plane"] * rows,
     }

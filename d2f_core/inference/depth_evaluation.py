@@ -25,6 +25,7 @@ from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.table_reader import RowReader
 from d2f_core.inference.depth_errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, square
 from d2f_core.inference.depth_figures import ShownDepth, draw_errors, draw_maps
+from d2f_core.inference.depth_metrics import NoValidPixelsError
 from d2f_core.inference.estimates import Metric
 from d2f_core.inference.generate import read_generations
 from d2f_core.storage import check_reachable, join, read_bytes, write_bytes
@@ -121,7 +122,7 @@ def check_evaluate_depth(config: EvaluateDepthConfig) -> EvaluateDepthJob:
         if title in models:
             raise DepthEvaluationError(f"{uri!r} is a second output of {title!r}. Tell them apart: --titles A B.")
         models[title] = {"uri": index["model_uri"][0].as_py(), **fingerprint}
-        predictors += _predictors(title, index)
+        predictors += _predictors(title, uri, index)
     return EvaluateDepthJob(config=config, truth=truth, models=models, predictors=tuple(predictors))
 
 
@@ -132,21 +133,23 @@ def _depth_table(uri: str) -> Manifest:
     return manifest
 
 
-def _predictors(role: str, index: pa.Table) -> list[_Predictor]:
-    rows = [row for row in index.to_pylist() if row["error"] is None]
-    counts = sorted({row["num_evaluations"] for row in rows})
-    return [
-        _Predictor(
-            role,
-            count,
-            {
-                row["sample_id"]: (row["depth_uri"], row["resolution"])
-                for row in rows
-                if row["num_evaluations"] == count
-            },
-        )
-        for count in counts
-    ]
+def _predictors(role: str, uri: str, index: pa.Table) -> list[_Predictor]:
+    """One for each number of steps. An adaptive solver's evaluations differ from batch to batch: their mean counts."""
+    by_steps: dict[int, list[dict[str, Any]]] = {}
+    for row in index.to_pylist():
+        by_steps.setdefault(row["steps"], []).append(row)
+    found = []
+    for steps, rows in sorted(by_steps.items()):
+        good = [row for row in rows if row["error"] is None]
+        if not good:
+            raise DepthEvaluationError(
+                f"{uri!r} has no map at {steps} steps: all {len(rows)} failed, the first with {rows[0]['error']!r}. "
+                "Predict again with a model and settings that work."
+            )
+        evaluations = round(sum(row["num_evaluations"] for row in good) / len(good))
+        maps = {row["sample_id"]: (row["depth_uri"], row["resolution"]) for row in good}
+        found.append(_Predictor(role, evaluations, maps))
+    return found
 
 
 def evaluate_depth(job: EvaluateDepthJob) -> dict[str, Any]:
@@ -168,11 +171,17 @@ def evaluate_depth(job: EvaluateDepthJob) -> dict[str, Any]:
             left_out += 1
             continue
         maps = [predictor.read(name) for predictor in job.predictors]
-        for floor, values in floors.items():
-            errors[floor][0].append(depth_errors(values, truth))
-        for predictor, values in zip(job.predictors, maps, strict=True):
-            by_count = errors.setdefault(predictor.role, {})
-            by_count.setdefault(predictor.evaluations, []).append(depth_errors(values, truth))
+        try:
+            for floor, values in floors.items():
+                errors[floor][0].append(depth_errors(values, truth))
+            for predictor, values in zip(job.predictors, maps, strict=True):
+                by_count = errors.setdefault(predictor.role, {})
+                by_count.setdefault(predictor.evaluations, []).append(depth_errors(values, truth))
+        except NoValidPixelsError:
+            raise DepthEvaluationError(
+                f"{name} of {config.truth!r} has {int(np.isfinite(truth).sum())} pixels with a depth in its centre "
+                "square; the fit needs 2. Leave it out of the table."
+            ) from None
         if len(shown) < config.shown:
             shown.append(_shown(row["image"], truth, job, maps))
     if not shown:

@@ -18,7 +18,7 @@ from d2f_core.data.depth_files import decode_npy
 from d2f_core.data.image_headers import read_declared
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.data.schema import sample_id
-from d2f_core.data.sources.depth import DepthSample, DepthSource, read_depth
+from d2f_core.data.sources.depth import DepthSample, DepthSource, read_depth, read_valid
 from d2f_core.inference.encode_config import EncodeDepthConfig, EncodeJob, EncodeKind, Picture
 
 
@@ -63,17 +63,20 @@ def identify_latents(sample: DepthSample) -> str:
 
 
 def prepare_latents(sample: DepthSample, job: EncodeJob) -> dict[str, Any]:
-    """Latents as they come, with the mask of the depth if there is one."""
+    """Latents as they come, with the mask of the depth, or of the sample, if there is one."""
     assert sample.latent is not None and sample.depth_latent is not None  # it was identified
     size = job.config.resolution
     joined, latent = (_read_latent(data, job.latent_shape) for data in (sample.latent, sample.depth_latent))
-    depth = read_depth(sample, _source(job), job.config.max_pixels)
+    counts = read_valid(sample, _source(job), job.config.max_pixels)
     valid = np.ones((size, size), bool)
-    if depth is not None:
-        height, width = depth.shape
+    if counts is not None:
+        height, width = counts.shape
         side = min(height, width)
         left, top = (width - side) // 2, (height - side) // 2
-        valid = np.isfinite(crop_and_resize(depth, (left, top, left + side, top + side), size))
+        holes = np.where(counts, np.float32(1), np.float32(np.nan))
+        valid = np.isfinite(crop_and_resize(holes, (left, top, left + side, top + side), size))
+        if not valid.any():
+            raise BadDepthError("no_valid_pixels: the mask leaves none")
     return {
         "caption": "",
         "width": size,

@@ -206,12 +206,20 @@ def test_another_way_of_reading_the_depth_is_another_job(config):
 def test_latents_that_come_with_the_source_are_taken_as_they_are(config, tmp_path):
     joined, latent = (np.random.default_rng(n).normal(size=SHAPE).astype(np.float16) for n in range(2))
     wrong = {"size": np.ones((4, 4, 4), "f4"), "number": np.full(SHAPE, 1e9)}
+    half = np.zeros((64, 64), np.uint8)
+    half[:32] = 255
     members = {
         "a.latent.npy": npy_bytes(joined),
         "a.depth_latent.npy": npy_bytes(latent),
         "a.depth.npy": npy_bytes(with_hole(a_depth(0), 0)),
         "b.latent.npy": npy_bytes(joined[::-1]),
         "b.depth_latent.npy": npy_bytes(latent),
+        "c.latent.npy": npy_bytes(joined * 2),
+        "c.depth_latent.npy": npy_bytes(latent),
+        "c.mask.png": png_bytes(half),
+        "empty.latent.npy": npy_bytes(joined * 3),
+        "empty.depth_latent.npy": npy_bytes(latent),
+        "empty.mask.png": png_bytes(np.zeros_like(half)),
         **{f"{name}.latent.npy": npy_bytes(latent) for name in wrong},
         **{f"{name}.depth_latent.npy": npy_bytes(value) for name, value in wrong.items()},
     }
@@ -219,12 +227,16 @@ def test_latents_that_come_with_the_source_are_taken_as_they_are(config, tmp_pat
     (tmp_path / "given.tar").write_bytes(tar_bytes(members))
     source = DepthSource(uri=str(tmp_path / "given.tar"), latents=True)
     manifest = encode_here(dataclasses.replace(config, source=source))
-    assert manifest is not None and manifest.counts["written"] == 2
+    assert manifest is not None and manifest.counts["written"] == 3
     rows = rows_of(config.output)
-    np.testing.assert_array_equal(rows["latent_mean"], [latent, latent])
-    np.testing.assert_array_equal(rows["joined_mean"], [joined, joined[::-1]])
+    np.testing.assert_array_equal(rows["latent_mean"], [latent] * 3)
+    np.testing.assert_array_equal(rows["joined_mean"], [joined, joined[::-1], joined * 2])
     assert not rows["latent_std"].any() and rows["mask"][1].all() and 0 < rows["mask"][0].sum() < 64
-    assert {bad.reason.partition(":")[0] for bad in read_quarantine(config.output)} == {"latent_size", "not_finite"}
+    upper = np.reshape(rows["mask"][2], SHAPE[1:])
+    assert upper[: len(upper) // 2].all() and not upper[len(upper) // 2 :].any(), "a mask alone counts too"
+    assert {bad.reason.partition(":")[0] for bad in read_quarantine(config.output)} == {
+        "latent_size", "no_valid_pixels", "not_finite",
+    }  # fmt: skip
 
 
 def test_pictures_of_a_chunk_are_limited_with_their_depth():

@@ -25,9 +25,7 @@ def depth_config(base: str) -> DepthConfig:
         output=f"{HOME}/workflow",
         dataset=MakeDepthConfig(output=f"{HOME}/scenes", size=16, num_scenes=12, num_tasks=1),
         test=MakeDepthConfig(output=f"{HOME}/test", split="test", size=16, num_scenes=3, num_tasks=1),
-        decoder=TrainAutoencoderConfig(
-            base=base, images=f"{HOME}/scenes", output=f"{HOME}/decoder", holdout_rows=4, train=TRAIN
-        ),
+        decoder=TrainAutoencoderConfig(base=base, images="", output=f"{HOME}/decoder", holdout_rows=4, train=TRAIN),
         encode=EncodeDepthConfig(resolution=16, output=f"{HOME}/latents", num_actors=1),
         finetune=FinetuneConfig(
             model=ModelConfig(base=made, task="image_to_depth", lora=LoraConfig(preset="small")),

@@ -9,13 +9,19 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.sources import ImageSource
-from d2f_core.inference.depth_evaluation import DepthEvaluationError, EvaluateDepthConfig, check_evaluate_depth
+from d2f_core.inference.depth_evaluation import (
+    DepthEvaluationError,
+    EvaluateDepthConfig,
+    _predictors,
+    check_evaluate_depth,
+)
 from d2f_core.inference.depth_job import check_predict_depth, predict_depth
 from d2f_core.inference.depth_maker import PredictDepthError
 from d2f_core.inference.depth_plan import PredictDepthConfig
@@ -27,6 +33,7 @@ from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
 from d2f_core.storage import filesystem, read_bytes, write_bytes
 from d2f_core.tracking import find_run
+from d2f_core.train.checkpoint import CheckpointError
 from pipelines import evaluate_depth, finetune
 from pipelines.configs import FinetuneConfig
 from pipelines.depth import DepthConfig
@@ -157,8 +164,35 @@ def test_predictions_are_measured_beside_floors_and_logged(config: PredictDepthC
     }
     with pytest.raises(DepthEvaluationError, match="is a table of generations, not of depth"):
         check_evaluate_depth(dataclasses.replace(wanted, truth=config.output))
+    nobody = np.full((16, 16), np.nan, np.float32)
+    write_depth_table(f"{HOME}/hidden", 1, depth=nobody)
+    with pytest.raises(DepthEvaluationError, match=r"of 's3://\S+/hidden' has 0 pixels with a depth"):
+        evaluate_depth.main(dataclasses.replace(wanted, truth=f"{HOME}/hidden"))
     with pytest.raises(DepthEvaluationError, match=r"titles=.* one for each"):
         dataclasses.replace(wanted, titles=("a", "b"))
+
+
+def test_an_adaptive_solver_counts_by_its_mean_and_a_model_without_maps_is_refused() -> None:
+    def row(number: int, steps: int, evaluations: int, error: str | None = None) -> dict[str, Any]:
+        made = {"depth_uri": f"s3://x/{number}.npy", "resolution": 16, "num_evaluations": evaluations, "error": error}
+        return {"sample_id": f"{number}", "steps": steps, **made}
+
+    (found,) = _predictors("m", "s3://x", pa.Table.from_pylist([row(0, 1, 38), row(1, 1, 44), row(2, 1, 0, "bad")]))
+    assert found.evaluations == 41 and set(found.maps) == {"0", "1"}
+    index = pa.Table.from_pylist([row(0, 1, 1), row(0, 2, 0, "not finite"), row(1, 2, 0, "other")])
+    with pytest.raises(DepthEvaluationError, match="'s3://x' has no map at 2 steps: all 2 failed, the first with 'not"):
+        _predictors("m", "s3://x", index)
+
+
+def test_another_training_at_its_output_is_refused_before_anything_is_written(
+    training: FinetuneConfig, depth_made: dict[str, Any]
+) -> None:
+    before = read_bytes(f"{training.output}/config.yaml")
+    other = dataclasses.replace(training, train=dataclasses.replace(training.train, seed=5))
+    for function in (finetune.check, finetune.main):
+        with pytest.raises(CheckpointError, match="Choose another --output"):
+            function(other)
+    assert read_bytes(f"{training.output}/config.yaml") == before
 
 
 def test_mlflow_opens_a_registered_version_and_sees_the_depth_that_the_job_sees(
@@ -200,6 +234,7 @@ def test_tables_and_models_of_another_task_are_refused(training: FinetuneConfig,
     [
         ({"resolution": 17}, "resolution=17: height=17 must be a multiple of the autoencoder's 2 pixels"),
         ({"solver": "eulr"}, "solver='eulr' is not known"),
+        ({"solver": "dopri5"}, r"chooses its steps by itself: steps=\(1, 2\)"),
         ({"model": ""}, "model is empty"),
         ({"output": f"{HOME}/folder/inside"}, "lies inside the source"),
         ({"source": ImageSource(uri=f"{HOME}/nothing")}, "holds no"),

@@ -105,6 +105,18 @@ def read_depth(sample: DepthSample, source: DepthSource, max_pixels: int) -> np.
     return depth
 
 
+def read_valid(sample: DepthSample, source: DepthSource, max_pixels: int) -> np.ndarray | None:
+    """Bool [height, width]: where the depth counts, by depth and mask, or by the mask alone; None with neither.
+
+    Raises:
+        BadDepthError: as `read_depth`.
+    """
+    depth = read_depth(sample, source, max_pixels)
+    if depth is not None:
+        return np.isfinite(depth)
+    return None if sample.mask is None else decode_mask(sample.mask, max_pixels)
+
+
 def plan_depth(source: DepthSource, *, rows_per_shard: int = 256) -> SourcePlan:
     """List the source and cut it into shards of about `rows_per_shard` samples (a tar is always one shard).
 
