@@ -1,8 +1,7 @@
-"""Depth by two losses: emoji-sd learns it from rendered scenes as a diffusion model and as a flow model.
+"""Depth by two losses: a base model learns it from rendered scenes as a diffusion model and as a flow model.
 
-    python -m pipelines.make_dataset depth && python -m pipelines.make_dataset depth-test
-    python -m pipelines.train_autoencoder depth
-    python -m pipelines.encode_depth depth
+    python -m benchmarks.v_twin --output /data/emoji-sd-v
+    ray job submit --working-dir . -- python -m pipelines.workflow depth --decoder.base /data/emoji-sd-v
     python -m benchmarks.depth --results docs/results/depth.json --figure docs/depth.png --sheet docs/depth_sheet.png
 
 Both see the same rows in the same order with the same noises, and are judged on scenes of other objects: AbsRel and
@@ -67,10 +66,10 @@ class Config:
     test: str = "s3://d2f/datasets/depth-test"
     """Depth table to judge on."""
     objectives: tuple[Objective, ...] = ("diffusion", "diff2flow")
-    steps: int = 1500
+    steps: int = 3000
     batch: int = 32
-    rate: float = 5e-4
-    shift: float = 1.0
+    rate: float = 1e-3
+    shift: float = 4.0
     """Flow times of diff2flow's training moved towards noise, where the image is all there is to see."""
     seed: int = 0
     evaluations: tuple[int, ...] = (1, 2, 4, 10)

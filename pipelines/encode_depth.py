@@ -1,8 +1,8 @@
 r"""Encode images with depth into a depth latent table.
 
     python -m pipelines.encode_depth depth
-    python -m pipelines.encode_depth depth --source.uri s3://data/hypersim --source.distances radial \
-        --base /models/sd21 --resolution 768 --output s3://d2f/latents/hypersim
+    python -m pipelines.encode_depth sd21-depth --source.uri s3://data/hypersim --source.distances radial \
+        --base s3://models/sd21 --output s3://d2f/latents/hypersim
 
 The same command again goes on where a killed job was, and does nothing once the table is complete.
 """
@@ -13,13 +13,14 @@ from d2f_core.data.sources.depth import DepthSource
 from d2f_core.inference.encode import EncodeDepthConfig, check_encode_depth, encode_depth
 from pipelines.cli import run_job
 from pipelines.recipes import DEPTH_BASE
+from pipelines.recipes_stable_diffusion import ENCODE_DEPTH_STABLE_DIFFUSION
 
 RECIPES = {
     name: EncodeDepthConfig(
         source=DepthSource(uri=f"s3://d2f/datasets/{name}"), base=DEPTH_BASE, output=f"s3://d2f/latents/{name}"
     )
     for name in ("depth", "depth-test")
-}
+} | ENCODE_DEPTH_STABLE_DIFFUSION
 
 
 def main(config: EncodeDepthConfig) -> None:

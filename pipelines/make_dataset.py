@@ -20,7 +20,7 @@ RECIPES = {
         output="s3://d2f/datasets/openmoji-starter", style="openmoji", subset="starter", fit="drawing"
     ),
     "both": MakeDatasetConfig(output="s3://d2f/datasets/emoji-both", style="both"),
-    "depth": MakeDepthConfig(output="s3://d2f/datasets/depth", split="train", num_scenes=4096),
+    "depth": MakeDepthConfig(output="s3://d2f/datasets/depth", split="train", num_scenes=16_384, mirrored=True),
     "depth-test": MakeDepthConfig(output="s3://d2f/datasets/depth-test", split="test", num_scenes=400),
 }
 

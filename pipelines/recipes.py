@@ -1,11 +1,12 @@
 """Named, complete values of the jobs' configs."""
 
 from d2f_core.data.sources import ImageSource
-from d2f_core.inference.encode_job import EncodeConfig
+from d2f_core.inference.encode_config import EncodeConfig
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
+from d2f_core.objective.path import TimeSampling
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.recipes_stable_diffusion import ENCODE_STABLE_DIFFUSION, FINETUNE_STABLE_DIFFUSION
@@ -120,23 +121,29 @@ FINETUNE = {
         ),
         name="emoji-lora",
     ),
-    # emoji-sd learns to see depth, from rendered scenes.
+    # emoji-sd learns to see depth, from rendered scenes. A depth map is smooth, so most of it shows soon after pure
+    # noise: only flow times near noise teach what the image is for.
     "depth": FinetuneConfig(
         model=ModelConfig(
-            base=DEPTH_BASE, task="image_to_depth", objective="diff2flow", method="full", caption_dropout=0.0
+            base=DEPTH_BASE,
+            task="image_to_depth",
+            objective="diff2flow",
+            method="full",
+            caption_dropout=0.0,
+            times=TimeSampling(shift=4.0),
         ),
         latents="s3://d2f/latents/depth",
         output="s3://d2f/runs/depth",
         holdout_rows=64,
-        preview=PreviewConfig(rows=8, steps=4, columns=2),
-        sampling=SamplingDefaults(steps=4, guidance=1.0),
+        preview=PreviewConfig(rows=8, steps=2, columns=2),
+        sampling=SamplingDefaults(steps=2, guidance=1.0),
         train=TrainConfig(
-            num_steps=1500,
+            num_steps=3000,
             global_batch_size=32,
             micro_batch_size=16,
             num_workers=2,
             zero_stage=2,
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             warmup_steps=50,
             decay="cosine",
             ema=EmaConfig(decay=0.99),

@@ -12,7 +12,9 @@ Source: Schusterbauer et al., "Diff2Flow", CVPR 2025, arXiv:2506.02221.
 from typing import Any, Literal
 
 from d2f_core.data.sources import ImageSource
-from d2f_core.inference.encode_job import EncodeConfig
+from d2f_core.data.sources.depth import DepthSource
+from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig
+from d2f_core.inference.plan import GenerateConfig
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.latent_task import ModelConfig, PreviewConfig
@@ -22,6 +24,8 @@ from d2f_core.train.estimate import EstimateConfig
 from pipelines.configs import FinetuneConfig
 
 PLACE = "s3://BUCKET"
+NODE_WAIT_SECONDS = 900
+"""GPU nodes that an autoscaler starts take some minutes to come."""
 PROMPTS = (
     "a photo of a cat on a wooden table", "a red bicycle in front of a brick wall", "a bowl of fruit, oil painting",
     "an astronaut riding a horse", "a lighthouse at sunset", "a plate of pasta, studio light",
@@ -42,6 +46,7 @@ def _train(learning_rate: float, micro_batch_size: int, **more: Any) -> TrainCon
         "checkpoint_every": 500,
         # A CPU would take hours for one look, and eight workers leave no GPU free of eight.
         "evaluate_every": 0,
+        "node_wait_seconds": NODE_WAIT_SECONDS,
     }
     return TrainConfig(learning_rate=learning_rate, micro_batch_size=micro_batch_size, **values | more)
 
@@ -78,7 +83,7 @@ FINETUNE_STABLE_DIFFUSION = {
         _finetune("sd15-lora", _model("sd15", "small"), "sd15-512", _train(1e-5, 4)),
         # Pairs of noise and image that SD 1.5 drew; guidance is in them, so no caption is dropped.
         _finetune(
-            "sd15-reflow", _model("sd15", "small", caption_dropout=0.0), "sd15-pairs", _train(5e-5, 4),
+            "sd15-reflow", _model("sd15", "small", caption_dropout=0.0), "sd15-pairs/latents", _train(5e-5, 4),
             preview=PreviewConfig(prompts=PROMPTS, steps=4, guidance=1.0, columns=4), **SAMPLED_IN_TEN,
         ),
         _finetune(
@@ -95,7 +100,7 @@ def _encode(base: str, resolution: int) -> EncodeConfig:
     return EncodeConfig(
         source=ImageSource(uri=f"{PLACE}/images"), base=f"{PLACE}/models/{base}",
         output=f"{PLACE}/latents/{base}-{resolution}", resolution=resolution, rows_per_part=128, batch_size=8,
-        num_readers=16, num_actors=8, gpus_per_actor=1,
+        num_readers=16, num_actors=8, gpus_per_actor=1, node_wait_seconds=NODE_WAIT_SECONDS,
     )  # fmt: skip
 
 
@@ -103,6 +108,23 @@ ENCODE_STABLE_DIFFUSION = {
     f"{base}-{resolution}": _encode(base, resolution)
     for base, resolution in (("sd15", 512), ("sd21", 512), ("sdxl", 1024))
 }
+
+ENCODE_DEPTH_STABLE_DIFFUSION = {
+    "sd21-depth": EncodeDepthConfig(
+        source=DepthSource(uri=f"{PLACE}/hypersim", distances="radial"), base=f"{PLACE}/models/sd21",
+        output=f"{PLACE}/latents/sd21-depth", resolution=512, rows_per_part=64, batch_size=8,
+        num_readers=16, num_actors=8, gpus_per_actor=1, node_wait_seconds=NODE_WAIT_SECONDS,
+    )
+}  # fmt: skip
+
+PAIRS_STABLE_DIFFUSION = {
+    # Solver, steps and guidance are usual ones, and ours.
+    "sd15-pairs": GenerateConfig(
+        model=f"{PLACE}/models/sd15", prompts=f"{PLACE}/prompts.parquet", output=f"{PLACE}/latents/sd15-pairs",
+        emit="pairs", solver="ddim", steps=(50,), guidance=7.5, num_actors=8, gpus_per_actor=1, chunk_size=256,
+        node_wait_seconds=NODE_WAIT_SECONDS,
+    )
+}  # fmt: skip
 
 RESOLUTIONS = {"sdxl": 1024}
 ROWS = {"sd15-reflow": 1_644_334, "sd21-depth": 74_000}

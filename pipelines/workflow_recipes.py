@@ -10,12 +10,14 @@ from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults
+from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
 from pipelines.depth import DepthConfig
 from pipelines.encode_depth import RECIPES as ENCODE_DEPTH
 from pipelines.make_dataset import RECIPES as MAKE_DATASET
 from pipelines.predict_depth import DEPTH_MODEL, PREDICT_DEPTH
 from pipelines.recipes import AUTOENCODER, EMOJI_SD, FINETUNE, SHOWN_EMOJI
+from pipelines.recipes_stable_diffusion import PAIRS_STABLE_DIFFUSION
 from pipelines.reflow import ReflowConfig
 from pipelines.workflow_config import WorkflowConfig
 
@@ -27,7 +29,7 @@ GENERATE = {
         model=f"models:/{FLOW_MODEL}@candidate", prompts="s3://d2f/prompts.jsonl", output="s3://d2f/generations/flow"
     ),
     "base": GenerateConfig(model=EMOJI_SD, prompts="s3://d2f/prompts.jsonl", output="s3://d2f/generations/base"),
-}
+} | PAIRS_STABLE_DIFFUSION
 
 REGISTER = {"emoji-flow": RegisterConfig(run="s3://d2f/runs/emoji-lora", name=FLOW_MODEL)}
 
@@ -52,6 +54,16 @@ def new_resolution(edge: int) -> WorkflowConfig:
             latents="",
             output=f"s3://d2f/runs/{name}",
             preview=replace(training.preview, prompts=tuple(f"{shown}, twemoji style" for shown in SHOWN_EMOJI[::3])),
+            # Whole objects come after some 200 steps, their details later.
+            train=replace(
+                training.train,
+                num_steps=720,
+                learning_rate=1e-3,
+                warmup_steps=20,
+                ema=EmaConfig(decay=0.99),
+                checkpoint_every=120,
+                evaluate_every=240,
+            ),
             name=name,
         ),
         register=RegisterConfig(name=name),

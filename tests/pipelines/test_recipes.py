@@ -17,8 +17,10 @@ from d2f_core.train.checkpoint import KINDS
 from infra.local.stack import StackEnv
 from pipelines import estimate, finetune
 from pipelines.cli import resolve, run_job
+from pipelines.encode_depth import RECIPES as ENCODE_DEPTH
 from pipelines.recipes import ENCODE_LATENTS, FINETUNE
 from pipelines.recipes_stable_diffusion import ESTIMATE, FINETUNE_STABLE_DIFFUSION
+from pipelines.workflow_recipes import GENERATE
 from tests.depth_tables import write_depth_latents
 from tests.latent_tables import write_latents
 from tests.model.tiny_sd import Name, write_tiny
@@ -34,9 +36,9 @@ TINY_RUN = [
 
 
 @pytest.fixture(scope="module")
-def tables(s3: StackEnv, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def tables(stack: StackEnv, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Recipe -> the flags that give it a tiny base of its shape, and latents of that base."""
-    del s3
+    del stack
     flags, bases = {}, {name: write_tiny(tmp_path_factory.mktemp(name), name) for name in get_args(Name)}
     for name, recipe in FINETUNE_STABLE_DIFFUSION.items():
         base = str(bases[recipe.model.base.rpartition("/")[2]])
@@ -88,12 +90,10 @@ def test_the_papers_settings_are_kept():
     assert {name for name in NAMES if FINETUNE[name].model.method == "full"} == {"sd21-512", "sd15", "sd21-depth"}
 
 
-def test_every_table_that_a_text_recipe_reads_has_a_recipe_that_encodes_it():
-    made = {config.output for config in ENCODE_LATENTS.values()}
-    read = {FINETUNE[name].latents for name in NAMES} - {
-        FINETUNE[name].latents for name in ("sd15-reflow", "sd21-depth")
-    }
-    assert read <= made
+def test_every_table_that_a_recipe_reads_has_a_recipe_that_makes_it():
+    made = {config.output for config in (*ENCODE_LATENTS.values(), *ENCODE_DEPTH.values())}
+    made |= {f"{config.output}/latents" for config in GENERATE.values() if config.emit == "pairs"}
+    assert {FINETUNE[name].latents for name in NAMES} <= made
 
 
 def test_an_estimate_counts_before_anything_exists(monkeypatch, capsys, tmp_path: Path):

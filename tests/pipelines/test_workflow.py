@@ -20,7 +20,7 @@ from d2f_core.inference.encode import EncodeConfig
 from d2f_core.inference.generate import read_generations
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
-from d2f_core.model.artifact import SamplingDefaults
+from d2f_core.model.artifact import DESCRIPTION, SamplingDefaults, load_model
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig
@@ -37,6 +37,8 @@ from tests.slow import slow
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("cluster")]
 ROOT = Path(__file__).parents[2]
 HOME = "s3://d2f/tests/workflow"
+EDGE = 24
+"""Not the tiny base's own 16 pixels: the model learns a new resolution too."""
 STAGES = [
     "make_dataset",
     "encode_latents",
@@ -55,8 +57,8 @@ def workflow(name: str, base: str) -> WorkflowConfig:
     )  # fmt: skip
     return WorkflowConfig(
         output=f"{HOME}/{name}",
-        dataset=MakeDatasetConfig(size=16, output=f"{HOME}/{name}-images"),
-        encode=EncodeConfig(resolution=16, output=f"{HOME}/{name}-latents", rows_per_part=64, num_actors=1),
+        dataset=MakeDatasetConfig(size=EDGE, output=f"{HOME}/{name}-images"),
+        encode=EncodeConfig(resolution=EDGE, output=f"{HOME}/{name}-latents", rows_per_part=64, num_actors=1),
         finetune=FinetuneConfig(
             model=ModelConfig(base=base, lora=LoraConfig(rank=2)),
             latents=f"{HOME}/{name}-latents",
@@ -113,6 +115,15 @@ def test_base_and_flow_are_sampled_as_their_models_say(config: WorkflowConfig, f
     assert {(row["solver"], row["guidance"]) for row in flow} == {("euler", 2.0)}
     assert {row["model_uri"] for row in flow} == {"models:/flow-unbroken/1"}
     assert [row["sample_id"] for row in base] == [row["sample_id"] for row in flow]
+
+
+def test_both_draw_the_new_size_and_the_model_carries_it(config: WorkflowConfig, first: dict[str, Any]) -> None:
+    for name in list_names(f"{config.output}/generations"):
+        for row in read_generations(f"{config.output}/generations/{name}").to_pylist():
+            assert Image.open(io.BytesIO(read_bytes(row["image_uri"]))).size == (EDGE, EDGE)
+    description = json.loads(Path(resolve_model("models:/flow-unbroken/1"), DESCRIPTION).read_text())
+    assert description["sampling"]["resolution"] == EDGE
+    assert load_model(resolve_model("models:/flow-unbroken/1")).default_size == (EDGE, EDGE)
 
 
 def test_the_registered_model_says_how_to_use_it(config: WorkflowConfig, first: dict[str, Any]) -> None:
