@@ -212,7 +212,9 @@ def _shown(image: bytes, truth: np.ndarray, job: EvaluateDepthJob, maps: list[np
     whole = (0, 0, len(channels[0]), len(channels[0]))
     several = len({predictor.role for predictor in job.predictors}) > 1
     headings = [
-        f"{predictor.role}\n{predictor.evaluations}" if several else f"{predictor.evaluations} evaluations"
+        f"{predictor.role}\n{predictor.evaluations}"
+        if several
+        else f"{predictor.evaluations} evaluation{'s' * (predictor.evaluations != 1)}"
         for predictor in job.predictors
     ]
     return ShownDepth(
