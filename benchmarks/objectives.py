@@ -1,7 +1,8 @@
-"""The paper's comparison at our size: emoji-sd adapts to OpenMoji, or to another resolution, by three losses.
+r"""The paper's comparison at our size: emoji-sd adapts to OpenMoji, or to another resolution, by three losses.
 
     python -m benchmarks.objectives --results docs/results/objectives.jsonl
-    python -m benchmarks.objectives --results docs/results/resolution.jsonl --style twemoji --subset all --size 32
+    python -m benchmarks.objectives --results docs/results/resolution.jsonl --style twemoji --subset core --images 297 \
+        --size 96
     python -m benchmarks.objectives --results docs/results/objectives.jsonl --methods small --rate 2 --judged-at
 
 Every combination sees the same rows in the same order with the same noises and flow times, and is judged by a Frechet
