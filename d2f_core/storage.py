@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import fsspec.asyn
 import pyarrow.fs
 
 from d2f_core.retry import GaveUpError, is_network_trouble, keep_trying, one_line
@@ -290,12 +291,13 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "AWS")
     bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
 
+    fs = fsspec.filesystem(
+        "s3",
+        skip_instance_cache=True,
+        config_kwargs={"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": 1}},
+    )
+
     def probe() -> None:
-        fs = fsspec.filesystem(
-            "s3",
-            skip_instance_cache=True,
-            config_kwargs={"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": 1}},
-        )
         fs.ls(bucket, detail=False)  # a PUT alone may create the bucket, which is not what a misspelt URI asks for
         if write:
             fs.pipe_file(f"{bucket}/{prefix}/.writable", b"")
@@ -303,6 +305,8 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
 
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     try:
+        # Making the client takes seconds of a busy processor, which are no silence of the server's.
+        fsspec.asyn.sync(fs.loop, fs.set_session)
         again = {"transient": is_network_trouble, "seconds": PROBE_SECONDS}  # one lost packet is no refusal
         pool.submit(keep_trying, f"reach {uri}", probe, **again).result(timeout=CHECK_SECONDS)
     except concurrent.futures.TimeoutError:
