@@ -1,7 +1,7 @@
-"""Two rounds of reflow of a base model, by LoRA and in full, as one figure and one JSON.
+"""Rounds of reflow of a base model, by LoRA and in full, as one figure and one JSON.
 
     python -m benchmarks.reflow_plot --lora s3://d2f/workflows/reflow-lora --full s3://d2f/workflows/reflow-full \
-        --evaluations s3://d2f/workflows/reflow-lora/round-1/evaluation s3://d2f/evaluations/reflow-euler \
+        --evaluations s3://d2f/evaluations/reflow-euler \
         --results docs/results/reflow_base.json --figure docs/reflow_base.png
 
 It reads the evaluations that `pipelines.workflow reflow` left; docs/reflow.md has the commands that make them.
@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from d2f_core.storage import join, read_bytes
+from d2f_core.storage import exists, join, read_bytes
 
 BASE_NAMES = {"ddim": "base, DDIM", "dpm++": "base, DPM-Solver++", "euler": "base as a flow model, Euler"}
 COLOURS = {"base": "#555555", "LoRA": "#0b6e4f", "full": "#b5651d"}
@@ -30,7 +30,6 @@ class Config:
     """The same in full."""
     evaluations: tuple[str, ...] = ()
     """Outputs of further evaluations: their base by another solver."""
-    rounds: int = 2
     results: Path
     figure: Path
     title: str = "reflow of emoji-sd on its own drawings"
@@ -55,20 +54,23 @@ def collect(config: Config) -> dict[str, dict[str, Any]]:
         ValueError: evaluations of different prompts or reference images.
     """
     outputs = {"LoRA": config.lora, "full": config.full}
-    places = {
-        (method, number): join(output, f"round-{number}", "evaluation")
+    read = {
+        (method, number): read_evaluation(place)
         for method, output in outputs.items()
-        for number in range(1, config.rounds + 1)
+        for number in (1, 2)
+        if exists(join(place := join(output, f"round-{number}", "evaluation"), "metrics.json"))
     }
-    read = {key: read_evaluation(place) for key, place in places.items()}
+    if len({method for method, _ in read}) < len(outputs):
+        raise ValueError(f"{list(outputs.values())} hold evaluations of {sorted(read)} alone. Let the workflows end.")
     others = [read_evaluation(place) for place in config.evaluations]
     judged = {json.dumps([one["prompts"], one["reference"], one["features"]]) for one in [*read.values(), *others]}
     if len(judged) > 1:
         raise ValueError(f"evaluations of different prompts, images or features: {sorted(judged)}. Compare like ones.")
     curves = {}
     for evaluation in [*read.values(), *others]:
-        solver = next(model["solver"] for model in evaluation["models"] if model["role"] == "base")
-        curves.setdefault(BASE_NAMES[solver], curve(evaluation, "base"))
+        for model in evaluation["models"]:
+            if model["role"] == "base":
+                curves.setdefault(BASE_NAMES[model["solver"]], curve(evaluation, "base"))
     curves = {name: curves[name] for name in BASE_NAMES.values() if name in curves}
     for (method, number), evaluation in read.items():
         curves[f"{method}, round {number}"] = curve(evaluation, "candidate")
