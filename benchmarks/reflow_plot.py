@@ -1,7 +1,6 @@
 """Rounds of reflow of a base model, by LoRA and in full, as one figure and one JSON.
 
     python -m benchmarks.reflow_plot --lora s3://d2f/workflows/reflow-lora --full s3://d2f/workflows/reflow-full \
-        --evaluations s3://d2f/evaluations/reflow-euler \
         --results docs/results/reflow_base.json --figure docs/reflow_base.png
 
 It reads the evaluations that `pipelines.workflow reflow` left; docs/reflow.md has the commands that make them.
@@ -28,8 +27,6 @@ class Config:
     """Output of `pipelines.workflow reflow` with a LoRA."""
     full: str
     """The same in full."""
-    evaluations: tuple[str, ...] = ()
-    """Outputs of further evaluations: their base by another solver."""
     results: Path
     figure: Path
     title: str = "reflow of emoji-sd on its own drawings"
@@ -39,11 +36,10 @@ def read_evaluation(uri: str) -> dict[str, Any]:
     return json.loads(read_bytes(join(uri, "metrics.json")))
 
 
-def curve(evaluation: dict[str, Any], role: str) -> dict[str, Any]:
+def curve(evaluation: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation says of one of its models."""
-    model = next(model for model in evaluation["models"] if model["role"] == role)
     kept = ("uri", "sha256", "solver", "guidance", "straightness", "validation_flow_loss")
-    values = {name: metric["values"][role] for name, metric in evaluation["metrics"].items()}
+    values = {name: metric["values"][model["role"]] for name, metric in evaluation["metrics"].items()}
     return {**{name: model[name] for name in kept}, "metrics": values}
 
 
@@ -51,7 +47,7 @@ def collect(config: Config) -> dict[str, dict[str, Any]]:
     """Curves by what the figure calls them.
 
     Raises:
-        ValueError: evaluations of different prompts or reference images.
+        ValueError: a method without evaluation, or evaluations of different prompts or reference images.
     """
     outputs = {"LoRA": config.lora, "full": config.full}
     read = {
@@ -62,20 +58,19 @@ def collect(config: Config) -> dict[str, dict[str, Any]]:
     }
     if len({method for method, _ in read}) < len(outputs):
         raise ValueError(f"{list(outputs.values())} hold evaluations of {sorted(read)} alone. Let the workflows end.")
-    others = [read_evaluation(place) for place in config.evaluations]
-    judged = {json.dumps([one["prompts"], one["reference"], one["features"]]) for one in [*read.values(), *others]}
+    judged = {json.dumps([one["prompts"], one["reference"], one["features"]]) for one in read.values()}
     if len(judged) > 1:
         raise ValueError(f"evaluations of different prompts, images or features: {sorted(judged)}. Compare like ones.")
-    curves = {}
-    for evaluation in [*read.values(), *others]:
+    bases, rounds = {}, {}
+    for (method, number), evaluation in read.items():
         for model in evaluation["models"]:
             if model["role"] == "base":
-                curves.setdefault(BASE_NAMES[model["solver"]], curve(evaluation, "base"))
-    curves = {name: curves[name] for name in BASE_NAMES.values() if name in curves}
-    for (method, number), evaluation in read.items():
-        curves[f"{method}, round {number}"] = curve(evaluation, "candidate")
+                bases.setdefault(BASE_NAMES[model["solver"]], curve(evaluation, model))
+            elif model["role"] == "candidate":
+                rounds[f"{method}, round {number}"] = curve(evaluation, model)
+    bases = {name: bases[name] for name in BASE_NAMES.values() if name in bases}
     floor = next(iter(read.values()))["metrics"][METRIC]["floor"]
-    return {**curves, "two halves of the real images": {"metrics": {METRIC: floor}}}
+    return {**bases, **rounds, "two halves of the real images": {"metrics": {METRIC: floor}}}
 
 
 def draw(config: Config, curves: dict[str, dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 from unittest import mock
 
@@ -49,6 +49,11 @@ def allocated() -> int:
     return sum(size for size in storages.values())
 
 
+def holders(tensors: Iterable[Tensor]) -> list[int]:
+    """How many references to each there are, gloo's among them."""
+    return [cast(Any, tensor)._use_count() for tensor in tensors]
+
+
 def letting_go(exchange: Callable[..., None]) -> Callable[..., None]:
     """The collective, returning when gloo's thread has let go of its tensors, which a busy machine may let it do late.
 
@@ -56,10 +61,10 @@ def letting_go(exchange: Callable[..., None]) -> Callable[..., None]:
     """
 
     def call(*tensors: Tensor) -> None:
-        counts = [cast(Any, tensor)._use_count() for tensor in tensors]
+        counts = holders(tensors)
         exchange(*tensors)
         deadline = time.monotonic() + 20
-        while [cast(Any, tensor)._use_count() for tensor in tensors] > counts:
+        while holders(tensors) != counts:
             assert time.monotonic() < deadline, "gloo's thread holds the tensors of a collective that is over"
             time.sleep(0.001)
 
