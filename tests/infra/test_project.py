@@ -49,10 +49,9 @@ def test_nothing_of_one_machine_is_in_the_constraints():
 def test_quickstart_installs_starts_submits_and_reports_in_this_order():
     plan = subprocess.check_output(["make", "-n", "quickstart"], cwd=ROOT, text=True)
     steps = [
-        "--constraint constraints.txt torch",
-        "--editable '.[demo,dev]'",
+        "infra/install.py",
         "-m infra.local up",
-        "-m infra.local submit -- python -m pipelines.workflow quickstart",
+        "-m infra.local submit --quiet -- python -m pipelines.workflow quickstart",
         "-m infra.local.report quickstart",
     ]
     assert [plan.index(step) for step in steps] == sorted(plan.index(step) for step in steps)

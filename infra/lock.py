@@ -1,0 +1,57 @@
+"""python -m infra.lock: write constraints.txt, lock.txt and lock-dev.txt from what is installed in .venv.
+
+constraints.txt holds the versions that were tested together, for pip's --constraint. The locks hold the same versions
+with the SHA-256 of every file of each release, on any platform; torch is left out, since its builds differ by machine.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from infra.install import ROOT, read_lock
+
+HEADS = {
+    "constraints.txt": "# Versions that were tested together; `make install` uses them.",
+    "lock.txt": "# What the quickstart needs, with the hashes of its files; torch apart.",
+    "lock-dev.txt": "# What lint, types and tests need beside lock.txt.",
+}
+TOOLS = {"pip", "setuptools", "wheel", "uv"}
+"""Not among the constraints: they install, and nothing imports them."""
+
+
+def write(name: str, lines: list[str]) -> None:
+    (ROOT / name).write_text("\n".join([f"{HEADS[name]} Rewritten by `make constraints`.", *lines]) + "\n")
+
+
+def installed() -> list[str]:
+    """`NAME==VERSION` of each package but the project; a build's label (`+cpu`) belongs to one machine."""
+    command = [sys.executable, "-m", "pip", "list", "--format=freeze", "--exclude-editable"]
+    lines = subprocess.check_output(command, text=True).split()
+    return [re.sub(r"\+.*", "", line) for line in lines if line.partition("==")[0].lower() not in TOOLS]
+
+
+def compiled(constraints: Path, *extras: str) -> dict[str, str]:
+    """The lock's entries by name for the project with these extras, resolved for every platform."""
+    options = [option for extra in extras for option in ("--extra", extra)]
+    command = [
+        "-m", "uv", "pip", "compile", "pyproject.toml", "--universal", "--generate-hashes", "--no-annotate",
+        "--no-header", "--group", "build", "--no-emit-package", "torch", "--constraint", str(constraints), *options,
+    ]  # fmt: skip
+    return read_lock(subprocess.check_output([sys.executable, *command], cwd=ROOT, text=True))
+
+
+def main() -> None:
+    write("constraints.txt", installed())
+    with tempfile.TemporaryDirectory() as directory:
+        # Without a build's label both builds of torch fit; uv reads no comments of pip's kind in a pinned file's name.
+        constraints = Path(directory, "constraints.txt")
+        constraints.write_text((ROOT / "constraints.txt").read_text())
+        demo, everything = compiled(constraints, "demo"), compiled(constraints, "demo", "dev")
+    write("lock.txt", list(demo.values()))
+    write("lock-dev.txt", [entry for name, entry in everything.items() if name not in demo])
+
+
+if __name__ == "__main__":
+    main()
