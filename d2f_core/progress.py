@@ -1,4 +1,4 @@
-"""Progress of long work as plain log lines: done, rate, time to go."""
+"""Progress of long work: plain log lines (done, rate, time to go), and those that whoever waits is shown."""
 
 import logging
 import time
@@ -6,6 +6,15 @@ import time
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 5.0
+TOLD = ">>> "
+"""How a line begins that is meant for whoever waits for a job; a quiet `infra.local submit` shows no others."""
+UNDER_WAY = " ..."
+"""How such a line ends whose other half comes when the work is done; that half begins with it."""
+
+
+def tell(line: str) -> None:
+    """Print a line for whoever waits for the job, on the process's standard output."""
+    print(f"{TOLD}{line}", flush=True)
 
 
 class Progress:

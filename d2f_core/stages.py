@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from d2f_core.progress import UNDER_WAY, tell
 from d2f_core.storage import read_bytes, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -75,21 +76,26 @@ def run_stage(
     unit: str,
     run: Callable[[], StageOutcome],
     still_there: Callable[[dict[str, Any]], bool],
+    told: str = "",
 ) -> StageResult:
     """Run the stage, or skip it when `record_uri` says that it completed with the same key.
 
     Args:
         still_there: given the recorded outputs, whether they exist unchanged; a record without them is not trusted.
+        told: what whoever waits is told that it does; empty: its name.
     """
+    told = told or name
     record = _read_record(record_uri)
     if record is not None and record["key"] == key:
         if still_there(record["outputs"]):
             logger.info("%s: complete (%d %s), skipped", name, record["count"], unit)
+            tell(f"{told}: complete before")
             return _result(name, unit, record, skipped=True)
         logger.warning("%s: recorded as complete, but its output is gone or changed; running it again", name)
     elif record is not None:
         logger.info("%s: its config or inputs changed since it last completed; running it again", name)
     logger.info("%s: starting", name)
+    tell(f"{told}{UNDER_WAY}")
     started = time.monotonic()
     outcome = run()
     seconds = time.monotonic() - started
@@ -97,6 +103,7 @@ def run_stage(
     record["rate"] = outcome.count / seconds if seconds > 0 else 0.0
     write_bytes(record_uri, json.dumps(record, indent=2, sort_keys=True).encode())
     logger.info("%s: %d %s in %.1f s (%.1f/s)", name, outcome.count, unit, seconds, record["rate"])
+    tell(f"{UNDER_WAY} {outcome.count:,} {unit} in {seconds:.0f} s")
     return _result(name, unit, record, skipped=False)
 
 

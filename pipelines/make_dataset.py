@@ -19,6 +19,9 @@ RECIPES = {
     "openmoji-starter": MakeDatasetConfig(
         output="s3://d2f/datasets/openmoji-starter", style="openmoji", subset="starter", fit="drawing"
     ),
+    "openmoji-few": MakeDatasetConfig(
+        output="s3://d2f/datasets/openmoji-few", style="openmoji", subset="few", fit="drawing"
+    ),
     "both": MakeDatasetConfig(output="s3://d2f/datasets/emoji-both", style="both"),
     "depth": MakeDepthConfig(output="s3://d2f/datasets/depth", split="train", num_scenes=16_384, mirrored=True),
     "depth-test": MakeDepthConfig(output="s3://d2f/datasets/depth-test", split="test", num_scenes=400),

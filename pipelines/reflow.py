@@ -116,10 +116,7 @@ def main(config: ReflowConfig) -> list[Outputs]:
 
 def run_round(flow: Workflow, config: ReflowConfig, number: int, teacher: Teacher) -> Outputs:
     place = join(config.output, f"round-{number}")
-    prompts = write_captions(config, place, seed=number)
-    drawing = replace(config.generate, prompts=prompts, model=teacher.uri, output=join(place, "pairs"), emit="pairs")
-    if number > 1:
-        drawing = replace(drawing, guidance=None, solver=None)
+    drawing = drawing_of(config, number, teacher)
     pairs = flow.table(f"pairs_{number}", "pairs", generate.main, drawing, teacher=teacher.digest)
     training = replace(
         config.finetune,
@@ -139,6 +136,15 @@ def run_round(flow: Workflow, config: ReflowConfig, number: int, teacher: Teache
         )
         evaluate_with(flow, f"evaluate_{number}", measuring, version)
     return version
+
+
+def drawing_of(config: ReflowConfig, number: int, teacher: Teacher) -> GenerateConfig:
+    """The pairs of a round, whose prompts are written. After the first the teacher samples as it carries it: guidance
+    is in the pairs that it was trained on."""
+    place = join(config.output, f"round-{number}")
+    prompts = write_captions(config, place, seed=number)
+    drawing = replace(config.generate, prompts=prompts, model=teacher.uri, output=join(place, "pairs"), emit="pairs")
+    return drawing if number == 1 else replace(drawing, guidance=None, solver=None)
 
 
 def write_captions(config: ReflowConfig, place: str, seed: int) -> str:

@@ -80,14 +80,14 @@ WORKFLOW = {
     # What `make quickstart` runs: emoji-sd learns OpenMoji's style as a flow model.
     "quickstart": WorkflowConfig(
         output="s3://d2f/workflows/quickstart",
-        dataset=MAKE_DATASET["openmoji-starter"],
-        encode=EncodeConfig(output="s3://d2f/latents/openmoji-starter"),
-        finetune=FINETUNE["emoji-lora"],
+        dataset=MAKE_DATASET["openmoji-few"],
+        encode=EncodeConfig(output="s3://d2f/latents/openmoji-few"),
+        finetune=FINETUNE["emoji-few"],
         register=RegisterConfig(name=FLOW_MODEL),
         generate=GenerateConfig(steps=EVALUATIONS, chunk_size=6),
         sheet=ContactSheetConfig(
-            titles=("base model, DDIM", "flow model, Euler"),
-            title="emoji-sd, and the flow model finetuned from it on OpenMoji: same prompts, same noises",
+            titles=("before: the base model, by DDIM", "after: the flow model, by Euler"),
+            title="emoji-sd has learned to draw by OpenMoji's hand, as a flow model: fewer evaluations are enough",
         ),
         prompts=tuple(f"{name}, openmoji style" for name in SHOWN_EMOJI[::2]),
     ),
@@ -110,7 +110,7 @@ EVALUATE = {
 REFLOW = ReflowConfig(
     output="s3://d2f/workflows/reflow",
     teacher=f"models:/{FLOW_MODEL}@candidate",
-    captions="s3://d2f/latents/openmoji-starter",
+    captions=WORKFLOW["quickstart"].encode.output,
     num_pairs=1000,
     generate=GenerateConfig(steps=(25,), batch_size=32),
     finetune=replace(

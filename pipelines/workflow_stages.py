@@ -1,7 +1,7 @@
 """The workflow's stages: what each needs, what it is called when nothing changed, and what it hands on."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from d2f_core.content import hash_directory
 from d2f_core.data.manifest import manifest_exists, read_manifest
 from d2f_core.inference.evaluate import REPORT_NAME
 from d2f_core.inference.evaluate_config import EvaluateConfig
+from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import local_copy
@@ -27,6 +28,8 @@ class Workflow:
     """Runs stages one after another and keeps their results."""
 
     output: str
+    told: Mapping[str, str] = field(default_factory=dict)
+    """Every stage in order, and what whoever waits is told that it does; empty: their names."""
     results: list[StageResult] = field(default_factory=list)
 
     def stage(
@@ -37,9 +40,18 @@ class Workflow:
         run: Callable[[], StageOutcome],
         still_there: Callable[[Outputs], bool],
     ) -> Outputs:
-        record = join(self.output, f"{name}.json")
-        self.results.append(run_stage(name, record_uri=record, key=key, unit=unit, run=run, still_there=still_there))
-        return self.results[-1].outputs
+        place = f"[{list(self.told).index(name) + 1}/{len(self.told)}] " if name in self.told else ""
+        result = run_stage(
+            name,
+            record_uri=join(self.output, f"{name}.json"),
+            key=key,
+            unit=unit,
+            run=run,
+            still_there=still_there,
+            told=place + self.told.get(name, name),
+        )
+        self.results.append(result)
+        return result.outputs
 
     def table(self, name: str, unit: str, main: Callable[[Any], object], config: Any, **inputs: str) -> Outputs:
         def run() -> StageOutcome:
@@ -87,11 +99,28 @@ def evaluate_with(flow: Workflow, name: str, config: EvaluateConfig, model: Outp
     return flow.stage(name, key, "points", run, lambda done: exists(done["uri"]))
 
 
-def generate_stage(flow: Workflow, config: WorkflowConfig, name: str, model: str, digest: str) -> Outputs:
-    # The key is part of the place: images of another model or other prompts never meet these.
-    key = stage_key(config.wired_generate("", ""), {"model": digest, "prompts": json.dumps(config.prompts)})
-    wired = config.wired_generate(model, join(config.output, "generations", f"{name}-{key[:12]}"))
-    return flow.table(name, "images", generate.main, wired, model=digest, prompts=key)
+def generate_stage(flow: Workflow, config: WorkflowConfig, models: Mapping[str, tuple[str, str]]) -> list[Outputs]:
+    """The images of each model, drawn by one pool of actors.
+
+    Args:
+        models: URI and digest, by the name of its generation.
+    """
+    wired: dict[str, GenerateConfig] = {}
+    keys = {}
+    for name, (uri, digest) in models.items():
+        # The key is part of the place: images of another model or other prompts never meet these.
+        inputs = {"model": digest, "prompts": json.dumps(config.prompts)}
+        keys[name] = stage_key(config.wired_generate("", ""), inputs)
+        wired[name] = config.wired_generate(uri, join(config.output, "generations", f"{name}-{keys[name][:12]}"))
+
+    def run() -> StageOutcome:
+        made = generate.run_all(list(wired.values()))
+        tables = [{"uri": one.output, "digest": each.digest} for one, each in zip(wired.values(), made, strict=True)]
+        return StageOutcome(count=sum(each.num_rows for each in made), outputs={"tables": tables})
+
+    key = stage_key(config.wired_generate("", ""), keys)
+    done = flow.stage("generate", key, "images", run, lambda there: all(map(_table_is_there, there["tables"])))
+    return done["tables"]
 
 
 def contact_sheet_stage(flow: Workflow, config: WorkflowConfig, *made: Outputs) -> Outputs:

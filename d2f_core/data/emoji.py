@@ -16,13 +16,13 @@ from typing import Any, Literal
 import pyarrow as pa
 from PIL import Image
 
-from d2f_core.data.emoji_core import core_names, starter_names
+from d2f_core.data.emoji_core import core_names, few_names, starter_names
 from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
 
 Style = Literal["twemoji", "openmoji"]
 Fit = Literal["canvas", "drawing"]
-Subset = Literal["starter", "core", "all"]
+Subset = Literal["few", "starter", "core", "all"]
 Box = tuple[float, float, float, float]
 """Left, top, width and height in a drawing's own units."""
 
@@ -54,7 +54,7 @@ class MakeDatasetConfig:
     """`canvas`: with the margins that the artist left. `drawing`: what is drawn fills the picture."""
     subset: Subset = "core"
     """`core`: 297 pictures chosen for being drawable from their name. `starter`: 120 of these, for a finetuning that
-    takes minutes. `all`: every emoji without skin tones."""
+    takes minutes. `few`: 32 of those, for one that takes a minute. `all`: every emoji without skin tones."""
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -96,7 +96,7 @@ def drawings(style: Style) -> dict[str, Path]:
 def subset_names(subset: Subset) -> list[str]:
     """The emoji of a subset, sorted: those that both styles draw, so that the styles have the same captions."""
     both = drawings("twemoji").keys() & drawings("openmoji").keys()
-    chosen = {"starter": starter_names(), "core": core_names(), "all": both}[subset]
+    chosen = {"few": few_names(), "starter": starter_names(), "core": core_names(), "all": both}[subset]
     return sorted(both & set(chosen))
 
 

@@ -1,10 +1,12 @@
 """One picture that compares models: the same prompts and noises, sampled with more and more network evaluations."""
 
+import functools
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
@@ -12,11 +14,12 @@ from d2f_core.inference.generate import read_generations
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import find_run
 
-CAPTION_WIDTH = 190
-GAP = 6
-GROUP_GAP = 22
-MARGIN = 16
-TITLE_SIZE, HEADER_SIZE, TEXT_SIZE = 17, 14, 14
+CAPTION_WIDTH = 260
+GAP = 8
+GROUP_GAP = 36
+MARGIN = 28
+TITLE_SIZE, HEADER_SIZE, TEXT_SIZE, SMALL_SIZE = 32, 24, 22, 18
+LINE_GAP = 8
 INK, MUTED, PAPER, RULE = (25, 25, 25), (105, 105, 105), (255, 255, 255), (200, 200, 200)
 
 
@@ -31,7 +34,7 @@ class ContactSheetConfig:
     title: str = "Same prompts, same noises"
     max_rows: int = 24
     """Prompts shown, from the first one on."""
-    cell: int = 96
+    cell: int = 160
     """Edge of one image on the sheet in pixels."""
     run: str = ""
     """Output URI of a training whose MLflow run also gets the picture; empty: none."""
@@ -100,20 +103,31 @@ def _open(uri: str | None) -> Image.Image | None:
     return None if uri is None else Image.open(io.BytesIO(read_bytes(uri))).convert("RGB")
 
 
-def contact_sheet(title: str, captions: Sequence[str], groups: Sequence[Group], *, cell: int = 96) -> Image.Image:
+def contact_sheet(title: str, captions: Sequence[str], groups: Sequence[Group], *, cell: int = 160) -> Image.Image:
     """Rows are captions, columns are `groups` side by side, each headed by its number of network evaluations.
+
+    Below that number stands how far the column's images are from those of the group's last column, and above all it is
+    said what that means.
 
     Args:
         cell: edge of one image on the sheet in pixels; images of another size are resampled.
     """
-    title_height, header_height = TITLE_SIZE + 18, 2 * (HEADER_SIZE + 8) + 6
-    top = MARGIN + title_height + header_height
     columns = sum(len(group.columns) for group in groups)
     width = 2 * MARGIN + CAPTION_WIDTH + columns * (cell + GAP) + len(groups) * GROUP_GAP
+    said = [line for text in explained(groups) for line in _wrap(text, _font(TEXT_SIZE), width - 2 * MARGIN, 3)]
+    top = MARGIN + TITLE_SIZE + (len(said) + 1) * (TEXT_SIZE + LINE_GAP) + 2 * HEADER_SIZE + SMALL_SIZE + 7 * LINE_GAP
     sheet = Image.new("RGB", (width, top + len(captions) * (cell + GAP) + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, fill=INK, font=_font(TITLE_SIZE))
-    draw.text((MARGIN, top - HEADER_SIZE - 10), "network evaluations", fill=MUTED, font=_font(HEADER_SIZE))
+    for number, line in enumerate(said):
+        y = MARGIN + TITLE_SIZE + 2 * LINE_GAP + number * (TEXT_SIZE + LINE_GAP)
+        draw.text((MARGIN, y), line, fill=MUTED, font=_font(TEXT_SIZE))
+    heads = (
+        ("network evaluations", HEADER_SIZE, SMALL_SIZE + 2 * LINE_GAP),
+        ("off the last column", SMALL_SIZE, LINE_GAP),
+    )
+    for text, size, above in heads:
+        draw.text((MARGIN, top - above), text, fill=MUTED, font=_font(size), anchor="ls")
     for row, caption in enumerate(captions):
         _caption(draw, caption, top + row * (cell + GAP), cell)
     left = MARGIN + CAPTION_WIDTH
@@ -124,14 +138,46 @@ def contact_sheet(title: str, captions: Sequence[str], groups: Sequence[Group], 
     return sheet
 
 
+def explained(groups: Sequence[Group]) -> list[str]:
+    """What the columns mean, for someone who has never seen such a sheet."""
+    counts = sorted({evaluations for group in groups for evaluations in group.columns})
+    if len(counts) < 2:
+        return ["Each row is one prompt, drawn by all models from the same noise."]
+    least, most = counts[0], counts[-1]
+    return [
+        "Each row is one prompt, drawn from the same noise. A column's number says how often the network runs for an "
+        f"image, and that is what an image costs: {least} is {most / least:g} times faster than {most}.",
+        "The smaller the percentage below it, the less is lost against the last column: a model whose fast columns "
+        "look like its slow ones saves that time for good.",
+    ]
+
+
+def off_the_last(columns: Mapping[int, Sequence[Image.Image | None]]) -> dict[int, float]:
+    """Mean absolute difference of pixels, as a share of their range, to the images with the most evaluations."""
+    last = columns[max(columns)]
+    found = {}
+    for evaluations, images in columns.items():
+        pairs = [(one, other) for one, other in zip(images, last, strict=True) if one and other]
+        each = [
+            np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean() / 255 for one, other in pairs
+        ]
+        found[evaluations] = float(np.mean(each)) if each else float("nan")
+    return found
+
+
 def _group(sheet: Image.Image, draw: ImageDraw.ImageDraw, group: Group, left: int, top: int, cell: int) -> None:
     right = left + len(group.columns) * (cell + GAP) - GAP
-    line = top - HEADER_SIZE - 18
-    draw.text(((left + right) / 2, line - 6), group.title, fill=INK, font=_font(HEADER_SIZE + 1), anchor="ms")
-    draw.line((left, line, right, line), fill=RULE)
+    line = top - HEADER_SIZE - SMALL_SIZE - 4 * LINE_GAP
+    draw.text(((left + right) / 2, line - LINE_GAP), group.title, fill=INK, font=_font(HEADER_SIZE), anchor="ms")
+    draw.line((left, line, right, line), fill=RULE, width=2)
+    off = off_the_last(group.columns)
     for column, (evaluations, images) in enumerate(group.columns.items()):
         x = left + column * (cell + GAP)
-        draw.text((x + cell / 2, top - 8), str(evaluations), fill=INK, font=_font(HEADER_SIZE), anchor="ms")
+        middle, under = x + cell / 2, SMALL_SIZE + 2 * LINE_GAP
+        draw.text((middle, top - under), str(evaluations), fill=INK, font=_font(HEADER_SIZE), anchor="ms")
+        if evaluations != max(group.columns) and off[evaluations] == off[evaluations]:
+            text = f"{off[evaluations]:.1%}"
+            draw.text((middle, top - LINE_GAP), text, fill=MUTED, font=_font(SMALL_SIZE), anchor="ms")
         for row, image in enumerate(images):
             y = top + row * (cell + GAP)
             if image is None:
@@ -142,7 +188,7 @@ def _group(sheet: Image.Image, draw: ImageDraw.ImageDraw, group: Group, left: in
 
 
 def _caption(draw: ImageDraw.ImageDraw, caption: str, y: int, cell: int) -> None:
-    font, line_height = _font(TEXT_SIZE), TEXT_SIZE + 5
+    font, line_height = _font(TEXT_SIZE), TEXT_SIZE + LINE_GAP
     lines = _wrap(caption, font, CAPTION_WIDTH, cell // line_height)
     start = y + (cell - len(lines) * line_height) / 2
     for number, line in enumerate(lines):
@@ -159,6 +205,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -
     return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], f"{lines[max_lines - 1][:-1]}…"]
 
 
+@functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size=size)
     assert isinstance(font, ImageFont.FreeTypeFont)

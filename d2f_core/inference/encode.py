@@ -5,7 +5,7 @@ A killed job goes on where it was when the same command is given again, and ends
 
 import logging
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from math import inf
@@ -103,9 +103,19 @@ def _progress(source: SourcePlan, records: Sequence[ChunkRecord], todo: Mapping[
 
 
 def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
-    """Encode the unfinished shards; one record per chunk, as they are written."""
-    if not todo:
-        return
+    """Encode the unfinished shards; one record per chunk, as they are written.
+
+    Raises:
+        EncodeError: what a chunk could not be encoded for.
+    """
+    for row in _rows(job, source, todo) if todo else ():
+        if row["problem"] is not None:
+            raise EncodeError(row["problem"])
+        yield ChunkRecord.from_json(row["record"])
+
+
+def _rows(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+    """What `write_row` makes of each chunk, on the cluster."""
     config = job.config
     actors = min(config.num_actors, len(todo))
     await_room(
@@ -141,10 +151,7 @@ def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[
         num_cpus=WRITE_CPUS,
         **rows,
     )
-    for row in dataset.iter_rows():
-        if row["problem"] is not None:
-            raise EncodeError(row["problem"])
-        yield ChunkRecord.from_json(row["record"])
+    yield from dataset.iter_rows()
 
 
 def finish_table(job: EncodeJob, records: Sequence[ChunkRecord]) -> Manifest:

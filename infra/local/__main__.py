@@ -1,4 +1,4 @@
-"""python -m infra.local up | status | env | submit -- COMMAND ... | down
+"""python -m infra.local up | status | env | submit [--quiet] -- COMMAND ... | down
 
 The stack lives in `.local` beside the code, or in the directory that D2F_LOCAL_DIR names.
 """
@@ -50,12 +50,15 @@ def main(argv: list[str]) -> int:
     commands.add_parser("env", help="print the environment as shell lines")
     commands.add_parser("down", help="stop the servers and their jobs; data stay")
     job = commands.add_parser("submit", help="run a command as a Ray job on the current directory's code")
+    job.add_argument(
+        "--quiet", action="store_true", help="show only how far it is; all its output: DIRECTORY/logs/job.log"
+    )
     job.add_argument("argv", nargs="+", metavar="COMMAND", help="after --: -- python -m pipelines.workflow")
     arguments = parser.parse_args(argv)
     stack = Stack(stack_directory(), say=lambda line: print(line, flush=True))
     try:
         if arguments.command == "submit":
-            return submit(arguments.argv, running_variables(stack))
+            return submit(arguments.argv, running_variables(stack), stack.directory, quiet=arguments.quiet)
         if arguments.command == "env":
             print(shell_lines(running_variables(stack)), end="")
             return 0

@@ -41,6 +41,18 @@ def addresses(summary: Mapping[str, Any], mlflow_url: str) -> str:
     return "\n".join(lines)
 
 
+NEXT = """\
+what next
+  look at      {sheet}
+  your photos  put them with their captions in the bucket d2f (`source {directory}/env` gives your
+               tools its key and address), then run, each after `python -m infra.local submit --`,
+                 python -m pipelines.encode_latents openmoji --source.uri s3://d2f/photos --output s3://d2f/latents/photos
+                 python -m pipelines.finetune emoji-lora --latents s3://d2f/latents/photos --output s3://d2f/runs/photos
+               README.md tells how your own checkpoint takes the place of emoji-sd
+  your GPUs    the same commands by `ray job submit` on any cluster; ray_cluster.yaml describes one on AWS
+  stop         make down (data stay in {directory})"""
+
+
 def report(recipe: str, state: State) -> str:
     """The whole text; the contact sheet is downloaded beside the stack's data.
 
@@ -58,7 +70,8 @@ def report(recipe: str, state: State) -> str:
         download(summary["contact_sheet"], sheet, state)
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
         raise StackError(f"{summary_uri}: {error}. The workflow writes it at its end: make quickstart.") from None
-    return f"{table(summary['stages'])}\n\n{addresses(summary, state.url('mlflow'))}\ncontact sheet {sheet}"
+    links = f"{addresses(summary, state.url('mlflow'))}\nlog          {state.directory / 'logs/job.log'}"
+    return f"{table(summary['stages'])}\n\n{links}\n\n{NEXT.format(sheet=sheet, directory=state.directory)}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,5 +1,6 @@
 """SeaweedFS (`weed mini`) as the S3 server: one process, data in `DIRECTORY/s3`."""
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -53,11 +54,16 @@ def _internal_keys(state: State) -> dict[str, str]:
     return {**{f"{name}KEY": key for name in names}, **expiry}
 
 
+@functools.cache
+def _session():
+    """It reads the descriptions of all services' addresses once, which takes a tenth of a second."""
+    return botocore.session.Session(profile=None)
+
+
 def make_client(endpoint: str, access_key: str, secret_key: str, *, seconds: float = 10.0):
     """A low-level S3 client that waits at most `seconds` for an answer, and asks once."""
     config = Config(connect_timeout=3, read_timeout=seconds, retries={"total_max_attempts": 1})
-    session = botocore.session.Session(profile=None)
-    return session.create_client(
+    return _session().create_client(
         "s3", endpoint_url=endpoint, region_name=REGION, config=config, verify=False,
         aws_access_key_id=access_key, aws_secret_access_key=secret_key,
     )  # fmt: skip

@@ -1,52 +1,182 @@
 """Send a command to the stack's Ray head as one job, show its output, hand back its exit code."""
 
+import contextlib
+import logging
 import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
+from d2f_core.progress import TOLD, UNDER_WAY
 from infra.local.part import ask, command
-from infra.local.ray_head import ACTIVE
+from infra.local.processes import StackError, tail
+from infra.local.ray_head import ACTIVE, temp_directory
 
 INTERRUPTED = 130
+CLOCK_SECONDS, FOLLOW_SECONDS = 1.0, 0.3
+CHUNK = 2**16
 
 
-def submit(argv: Sequence[str], variables: Mapping[str, str]) -> int:
-    """Run `ray job submit` from the current directory, which is the job's code.
+def submit(argv: Sequence[str], variables: Mapping[str, str], directory: Path, *, quiet: bool = False) -> int:
+    """Run `ray job submit` from the current directory, which is the job's code, and follow the job.
 
     Ray itself leaves out what .gitignore names, and .git, .venv and __pycache__. When the same command runs already
     (an earlier client was killed), its job is followed instead: two of them would write the same outputs.
     Ctrl-C and SIGTERM stop the job as well.
+
+    Args:
+        directory: the stack's.
+        quiet: keep the job's output in DIRECTORY/logs/job.log, and show only lines that tell how far it is
+            (`d2f_core.progress.tell`), or the log's end when the command fails.
 
     Returns: the exit code of the command; 1 when it never ran, or was stopped; 130 after Ctrl-C.
 
     Raises:
         StackError: the stack does not answer any more, so that the job's end is not known.
     """
-    running = _running(shlex.join(argv), variables)
-    if running:
-        print(f"the same command runs already as job {running}; this is its output")
-        client, job = ["job", "logs", "--follow", running], running
-    else:
-        job = f"d2f-{os.getpid()}-{os.urandom(4).hex()}"
-        client = ["job", "submit", "--submission-id", job, "--working-dir", ".", "--", *argv]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # A session of its own: Ctrl-C must not end the client before it can be told to stop the job.
-    # Unbuffered: piped into a file, its lines would come in lumps of 8 KB, minutes late.
-    environment = {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([command("ray"), *client], env=environment, start_new_session=True)
+    job = _running(shlex.join(argv), variables)
     try:
-        process.wait()
-        return exit_code(job, variables)  # the client's own is 0 for a job that was stopped
+        if job:
+            print(f"the same command runs already as job {job}; this is its output", flush=True)
+        else:
+            job = f"d2f-{os.getpid()}-{os.urandom(4).hex()}"
+            _hand_over(argv, job, variables)
+            if not quiet:
+                print(f"Job '{job}' submitted successfully", flush=True)
+        return _show_quietly(job, variables, directory) if quiet else _show_all(job, variables, directory)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        stop = [command("ray"), "job", "stop", job]
-        subprocess.run(stop, env={**os.environ, **variables}, check=False, timeout=60)
-        process.terminate()
-        process.wait(timeout=20)
+        stop = [command("ray"), "job", "stop", str(job)]
+        subprocess.run(stop, env={**os.environ, **variables}, check=False, timeout=60, stdout=subprocess.DEVNULL)
         return INTERRUPTED
+
+
+def _hand_over(argv: Sequence[str], job: str, variables: Mapping[str, str]) -> None:
+    """As `ray job submit --working-dir .`, without its second process.
+
+    Raises:
+        StackError: the job server refuses it, in its words.
+    """
+    os.environ.update(variables)  # by which Ray's client finds the token
+    from ray.job_submission import JobSubmissionClient  # not above: it takes a second
+
+    logging.disable(logging.WARNING)  # which files are packed, and that .git is not among them
+    try:
+        JobSubmissionClient(variables["RAY_API_SERVER_ADDRESS"]).submit_job(
+            entrypoint=shlex.join(argv), submission_id=job, runtime_env={"working_dir": "."}
+        )
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        raise StackError(f"the job server does not take the job: {error}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _show_all(job: str, variables: Mapping[str, str], directory: Path) -> int:
+    for text in follow(job, variables, directory):
+        print(text, end="", flush=True)
+    code = exit_code(job, variables)
+    print(f"job {job} succeeded" if not code else f"job {job} failed ({code})", flush=True)
+    return code
+
+
+def _show_quietly(job: str, variables: Mapping[str, str], directory: Path) -> int:
+    log = directory / "logs/job.log"
+    with log.open("w") as file:
+        show(_lines(follow(job, variables, directory), file), sys.stdout)
+    code = exit_code(job, variables)
+    if code:
+        print(f"\nThe command failed ({code}). The end of {log}:\n{tail(log)}", file=sys.stderr)
+    return code
+
+
+def follow(job: str, variables: Mapping[str, str], directory: Path) -> Iterator[str]:
+    """What a job of this stack prints, as it comes, until the job has ended.
+
+    Read where the head writes it: Ray's own client looks once in a second, and takes some more to see the end.
+    """
+    log = temp_directory(directory) / "session_latest/logs" / f"job-driver-{job}.log"
+    file: TextIO | None = None
+    while True:
+        ended = _jobs(job, variables).get("status") not in ACTIVE  # before the last look
+        if file is None and log.exists():
+            file = log.open(errors="replace", newline="")
+        while text := file.read(CHUNK) if file else "":
+            yield text
+        if ended:
+            break
+        time.sleep(FOLLOW_SECONDS)
+    if file:
+        file.close()
+
+
+def _lines(texts: Iterable[str], file: TextIO) -> Iterator[str]:
+    """Whole lines of what comes in pieces, kept in a file too."""
+    rest = ""
+    for text in texts:
+        file.write(text)
+        file.flush()
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def show(lines: Iterable[str], screen: TextIO) -> None:
+    """Print what is told among a job's lines, two halves as one line; on a terminal the seconds run meanwhile."""
+    clock = _Clock(screen)
+    for line in lines:
+        told = line.rstrip("\n")
+        if not told.startswith(TOLD):
+            continue
+        told = told.removeprefix(TOLD)
+        clock.stop()
+        if told.startswith(UNDER_WAY):
+            print(told, file=screen, flush=True)
+        elif told.endswith(UNDER_WAY):
+            print(told.removesuffix(UNDER_WAY), end="", file=screen, flush=True)
+            clock.start()
+        else:
+            print(told, file=screen, flush=True)
+    if clock.stop():
+        print(file=screen, flush=True)
+
+
+class _Clock:
+    """Seconds at the end of an unfinished line of a terminal."""
+
+    def __init__(self, screen: TextIO) -> None:
+        self._screen, self._end = screen, threading.Event()
+        self._thread: threading.Thread | None = None
+        self._runs = False
+
+    def start(self) -> None:
+        self._runs, self._end = True, threading.Event()
+        if self._screen.isatty():
+            self._thread = threading.Thread(target=self._run, args=(self._end,), daemon=True)
+            self._thread.start()
+
+    def stop(self) -> bool:
+        """Returns whether a line was unfinished."""
+        runs, self._runs = self._runs, False
+        self._end.set()
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        return runs
+
+    def _run(self, end: threading.Event) -> None:
+        began = time.monotonic()
+        while not end.wait(CLOCK_SECONDS):
+            text = f" {time.monotonic() - began:4.0f} s"
+            with contextlib.suppress(OSError):  # a closed terminal
+                print(text + "\b" * len(text), end="", file=self._screen, flush=True)
 
 
 def exit_code(job: str, variables: Mapping[str, str]) -> int:

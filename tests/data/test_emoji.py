@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from d2f_core.data.emoji import MakeDatasetConfig, drawings, make_dataset, render, subset_names
-from d2f_core.data.emoji_core import core_names, starter_names
+from d2f_core.data.emoji_core import core_names, few_names, starter_names
 from d2f_core.data.manifest import ManifestError
 from d2f_core.data.schema import IMAGE_SCHEMA, check_schema, sample_id
 
@@ -25,6 +25,7 @@ def test_both_styles_draw_every_emoji_of_the_core_set():
 def test_the_starter_set_is_part_of_the_core_set():
     names = starter_names()
     assert len(set(names)) == len(names) == 120 and set(names) < set(core_names())
+    assert len(set(few_names())) == len(few_names()) == 32 and set(few_names()) < set(names)
 
 
 def test_all_has_every_emoji_that_both_styles_draw_and_no_skin_tones():

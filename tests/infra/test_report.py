@@ -44,7 +44,9 @@ def test_the_report_shows_stages_addresses_and_the_picture(s3: StackEnv):
     text = "\n".join(lines)
     assert f"{state.url('mlflow')}/#/experiments/1/runs/abc" in text
     assert f"{state.url('mlflow')}/#/models/emoji%20lora/versions/2" in text
-    assert Path(lines[-1].split(maxsplit=2)[2]).read_bytes() == b"a picture"
+    (look,) = (line.split(maxsplit=2)[2] for line in lines if line.startswith("  look at "))
+    assert Path(look).read_bytes() == b"a picture"
+    assert "make down" in text and "--source.uri s3://d2f/photos" in text, "what to do next"
 
 
 def test_a_workflow_that_has_not_finished_is_named_with_the_fix(s3: StackEnv):
