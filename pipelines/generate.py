@@ -20,7 +20,7 @@ def main(config: GenerateConfig) -> Manifest:
 
 
 def run_all(configs: Sequence[GenerateConfig]) -> list[Manifest]:
-    """Several generations by one pool of actors, which takes half a minute less than one pool after the other."""
+    """Several generations by one pool of actors, which load their libraries once for all."""
     jobs = [check_generate(config) for config in configs]
     ray.init(ignore_reinit_error=True)
     return generate_all(jobs)

@@ -18,6 +18,21 @@ settings.register_profile("d2f", deadline=None, derandomize=True)
 settings.load_profile("d2f")
 
 STACK_DIRECTORY = pytest.StashKey[Path]()
+TESTS = Path(__file__).parent
+RUNGS = ("quick", "process", "servers")
+"""What `--rung` chooses: pure functions and files; networks, large files, and servers of a test's own; the session's
+servers and workers."""
+STARTS_PROCESSES = {"s3", "stack", "stack_directory", "pair", "single", "offloading_pair", "offloading_single"}
+"""Fixtures of servers and of worker processes."""
+LONGER = ("model", "data/test_hostile_inputs.py", "pipelines/test_checkpoint_export.py", "pipelines/test_recipes.py",
+          "test_fault_proxy.py", "test_storage.py", "test_tracking.py")  # fmt: skip
+QUICK_NEVERTHELESS = ("model/test_artifact.py", "model/test_hostile_artifacts.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rung", choices=RUNGS, help="only tests of pure functions, of one process, or with the session's servers"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,14 +44,28 @@ def pytest_configure(config: pytest.Config) -> None:
     directory = Path(tempfile.mkdtemp(prefix="d2f-tests-"))
     config.stash[STACK_DIRECTORY] = directory
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Ray's workers give way to all else by default, and so would wait for the tests that run beside them.
+    os.environ["RAY_worker_niceness"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(directory / "ray_token")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the chaos tests last: `make test` runs other tests beside these, which end earlier, and kills need quiet."""
-    chaos = Path(__file__).parent / "chaos"
-    items.sort(key=lambda item: chaos in item.path.parents)
+def rung_of(item: pytest.Item) -> str:
+    if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
+        return "servers"
+    place = item.path.relative_to(TESTS).as_posix()
+    longer = place.startswith(LONGER) and place not in QUICK_NEVERTHELESS
+    return "process" if longer or item.get_closest_marker("starts_processes") else "quick"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put first what fails most plainly, and the chaos tests last: other tests, beside them, have ended by then."""
+    rungs = {item: rung_of(item) for item in items}
+    chaos = TESTS / "chaos"
+    items.sort(key=lambda item: (chaos in item.path.parents, RUNGS.index(rungs[item])))
+    if rung := config.getoption("--rung"):
+        config.hook.pytest_deselected(items=[item for item in items if rungs[item] != rung])
+        items[:] = [item for item in items if rungs[item] == rung]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -73,11 +102,10 @@ def stack(s3: StackEnv, stack_directory: Path) -> StackEnv:
 
 
 @pytest.fixture(scope="module")
-def cluster(stack: StackEnv) -> Iterator[None]:
-    """A connection to the Ray head, ended after the module."""
+def cluster(stack: StackEnv) -> None:
+    """A connection to the Ray head; it lasts, for Ray ends the processes of a connection with it, and new ones would
+    import everything anew."""
     import ray  # not above: `pytest_configure` sets what Ray reads when it is imported
 
     del stack
     ray.init(ignore_reinit_error=True)
-    yield
-    ray.shutdown()

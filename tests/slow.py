@@ -1,10 +1,8 @@
-"""Tests that `D2F_SLOW=1 make test` runs beside the others: each takes more than a minute on two cores."""
-
-import os
+"""Tests that `make test-slow` runs and `make test` does not: long repetitions of what a small case shows as well."""
 
 import pytest
 
 
 def slow(reason: str) -> pytest.MarkDecorator:
-    """Leave the test out of an ordinary run."""
-    return pytest.mark.skipif("D2F_SLOW" not in os.environ, reason=f"{reason}; D2F_SLOW=1 runs it")
+    """Leave the test out of an ordinary run. `reason`: how long it takes, and which small case stays."""
+    return pytest.mark.slow(reason)

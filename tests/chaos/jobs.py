@@ -16,11 +16,13 @@ from tests.chaos.training import wait_for
 
 
 class Job:
-    def __init__(self, config: FinetuneConfig, file: Path, *flags: str) -> None:
+    def __init__(self, config: FinetuneConfig, file: Path, *flags: str, endpoint: str) -> None:
         file.write_text(to_yaml(config))
         self._command = [sys.executable, "-m", "pipelines.finetune", "--config", str(file), *flags]
         self._client = JobSubmissionClient(os.environ["RAY_API_SERVER_ADDRESS"])
-        self._id = self._client.submit_job(entrypoint=shlex.join(self._command))
+        self._id = self._client.submit_job(
+            entrypoint=shlex.join(self._command), runtime_env={"env_vars": {"AWS_ENDPOINT_URL": endpoint}}
+        )
 
     @property
     def log(self) -> str:
@@ -54,9 +56,13 @@ class Job:
 
 
 @contextlib.contextmanager
-def submitted(config: FinetuneConfig, file: Path, *flags: str) -> Iterator[Job]:
-    """A job that has ended when the context is left."""
-    job = Job(config, file, *flags)
+def submitted(config: FinetuneConfig, file: Path, *flags: str, endpoint: str) -> Iterator[Job]:
+    """A job that has ended when the context is left.
+
+    Args:
+        endpoint: by which its processes reach S3.
+    """
+    job = Job(config, file, *flags, endpoint=endpoint)
     try:
         yield job
     finally:

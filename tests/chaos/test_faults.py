@@ -12,7 +12,7 @@ from tests.slow import slow
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 
 
-@slow("150 s: four workers on two cores")
+@slow("150 s: two workers at stage 2 against one plain process stay, in tests/train/test_engine.py")
 def test_losses_do_not_depend_on_the_number_of_workers_nor_on_the_zero_stage(base, unbroken):
     config = make_config(base, "four-workers", num_workers=4, zero_stage=3)
     main(config)
@@ -28,7 +28,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_named(unbroken):
     assert final(unbroken.output)[0].manifest.step == unbroken.train.num_steps
 
 
-@slow("a minute: the limit alone is in tests/train/test_quarantine.py")
+@slow("a minute: the limit by itself stays, in tests/train/test_quarantine.py")
 def test_more_unusable_rows_than_allowed_end_the_training_at_once(base):
     with pytest.raises(
         TrainingStoppedError, match=r"rows are unusable, more than max_quarantined_share=0\.01 .*part-1"

@@ -20,6 +20,7 @@ from d2f_core.data.depth_textures import make_texture
 from d2f_core.data.manifest import ManifestError, manifest_exists, read_manifest
 from d2f_core.data.schema import sample_id
 from d2f_core.storage import join, list_names, read_bytes
+from tests.inference.here import here
 
 pytest.importorskip("pybullet")
 
@@ -164,7 +165,8 @@ def config(cluster, bucket) -> MakeDepthConfig:
 
 
 def test_the_table_is_complete_in_order_and_left_alone_afterwards(config):
-    manifest, written = make_depth_dataset(config)
+    with here():
+        manifest, written = make_depth_dataset(config)
     assert written and [file.rows for file in manifest.files] == [4, 4, 3] and manifest.kind == "depth"
     tables = [pq.read_table(io.BytesIO(read_bytes(join(config.output, file.path)))) for file in manifest.files]
     uris = [uri for table in tables for uri in table["source_uri"].to_pylist()]
@@ -179,7 +181,8 @@ def test_the_table_is_complete_in_order_and_left_alone_afterwards(config):
 
 
 def test_a_mirrored_table_has_twice_the_rows(config):
-    manifest, _ = make_depth_dataset(dataclasses.replace(config, num_scenes=3, mirrored=True))
+    with here():
+        manifest, _ = make_depth_dataset(dataclasses.replace(config, num_scenes=3, mirrored=True))
     assert [file.rows for file in manifest.files] == [6] and manifest.counts["written"] == 6
 
 

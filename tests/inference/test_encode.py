@@ -33,6 +33,7 @@ from d2f_core.model.base import resolve_base
 from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
 from tests.data.pictures import file_bytes, pictures, pixels, write_folder, write_parquet, write_tars
+from tests.inference.here import here
 from tests.inference.tiny_base import write_tiny_base
 from tests.slow import slow
 
@@ -390,7 +391,7 @@ def test_the_cluster_changes_no_byte(on_s3):
     assert list_names(join(on_s3.output, PROGRESS)) == []
 
 
-@slow("70 s: a job that ended after any of its chunks is resumed above")
+@slow("70 s: a job that ended after any of its chunks is resumed above, and one that stopped itself below")
 def test_a_job_killed_in_the_middle_goes_on_to_the_same_bytes(on_s3, tmp_path):
     script = (
         "import ray; from d2f_core.inference.encode import *; from d2f_core.data.sources import ImageSource\n"
@@ -414,17 +415,20 @@ def test_a_damaged_autoencoder_stops_the_job_and_names_samples(on_s3, tmp_path):
     weights = load_file(damaged / "vae/diffusion_pytorch_model.safetensors")
     weights["quant_conv.bias"] += float("nan")
     save_file(weights, damaged / "vae/diffusion_pytorch_model.safetensors")
-    with pytest.raises(EncodeError, match=r"latents are not finite in half precision, of the samples [0-9a-f]{32}"):
+    message = r"latents are not finite in half precision, of the samples [0-9a-f]{32}"
+    with here(), pytest.raises(EncodeError, match=message):
         encode_latents(dataclasses.replace(on_s3, base=str(damaged)))
     assert not manifest_exists(on_s3.output)
 
 
 def test_a_job_that_stopped_at_the_limit_goes_on_to_the_same_bytes(on_s3):
-    with pytest.raises(EncodeError, match=r"of the \d+ samples read .* more than max_quarantined_share=0 allows"):
+    message = r"of the \d+ samples read .* more than max_quarantined_share=0 allows"
+    with here(), pytest.raises(EncodeError, match=message):
         encode_latents(dataclasses.replace(on_s3, max_quarantined_share=0.0))
     assert not manifest_exists(on_s3.output) and read_quarantine(on_s3.output)
     alone = elsewhere(on_s3)
-    assert encode_latents(on_s3).digest == encode_here(alone).digest
+    with here():
+        assert encode_latents(on_s3).digest == encode_here(alone).digest
     assert read_bytes(join(on_s3.output, "quarantine.parquet")) == read_bytes(join(alone.output, "quarantine.parquet"))
 
 

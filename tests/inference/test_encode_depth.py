@@ -31,6 +31,7 @@ from d2f_core.storage import join, read_bytes
 from infra.local.stack import StackEnv
 from tests.data.pictures import file_bytes, pixels, tar_bytes
 from tests.data.test_depth import npy_bytes, png_bytes
+from tests.inference.here import here
 from tests.inference.tiny_base import write_tiny_base
 
 SHAPE = (4, 8, 8)
@@ -246,7 +247,7 @@ def test_pictures_of_a_chunk_are_limited_with_their_depth():
         check_encode_depth(EncodeDepthConfig())
 
 
-# On a real cluster and a real S3 server.
+# On a real S3 server; the cluster runs it in tests/pipelines/depth_workflow.py.
 
 
 def test_rendered_scenes_become_latents_with_the_right_masks(stack: StackEnv):
@@ -255,11 +256,13 @@ def test_rendered_scenes_become_latents_with_the_right_masks(stack: StackEnv):
     ray.init(ignore_reinit_error=True)
     prefix = f"s3://d2f/tests/{uuid.uuid4().hex}"
     scenes = MakeDepthConfig(output=f"{prefix}/depth", num_scenes=12, rows_per_part=5)
-    make_depth_dataset(scenes)
+    with here():
+        make_depth_dataset(scenes)
     config = EncodeDepthConfig(
         source=DepthSource(uri=scenes.output), base=EMOJI_SD, output=f"{prefix}/latents", rows_per_part=5
     )
-    manifest = encode_depth(config)
+    with here():
+        manifest = encode_depth(config)
     assert manifest.counts == {"read": 12, "written": 12, "quarantined": 0, "duplicates": 0}
     assert encode_depth(config) == manifest
     rows = rows_of(config.output)
@@ -268,6 +271,6 @@ def test_rendered_scenes_become_latents_with_the_right_masks(stack: StackEnv):
     for number in range(12):
         valid = np.isfinite(decode_depth(make_rows(scenes, number)[0]["depth"]))
         np.testing.assert_array_equal(rows["mask"][number, 0], valid.reshape(16, 4, 16, 4).all(axis=(1, 3)))
-    here = dataclasses.replace(config, output=f"{prefix}/here")
-    alone = encode_here(here)
+    apart = dataclasses.replace(config, output=f"{prefix}/here")
+    alone = encode_here(apart)
     assert alone is not None and alone.digest == manifest.digest

@@ -23,7 +23,7 @@ from infra.local.stack import Stack
 from infra.local.state import load_state, read_variables
 from tests.infra.servers import pids, s3_client
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.starts_processes]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from infra.local.state import load_state
 from tests.inference.tiny_base import write_tiny_base
 from tests.infra.servers import s3_client
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.starts_processes]
 
 PLANTED = {
     "MLFLOW_TRACKING_USERNAME": "planted-user",

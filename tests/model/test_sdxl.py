@@ -209,7 +209,7 @@ def test_the_autoencoder_keeps_its_own_scaling_and_full_precision(base):
     torch.testing.assert_close(autoencoder.encode(pixels)[0], expected, rtol=0, atol=1e-6)
 
 
-def test_the_finetune_job_reads_what_sdxl_needs_from_the_table(base, tmp_path):
+def test_the_finetune_job_reads_what_sdxl_needs_from_the_table(base, stack, tmp_path):
     """The job's task by itself, from a table on disk: a batch, its loss, and an evaluation with images."""
     more = {"sample_id": [f"{row:032x}" for row in range(4)], "source_uri": ["test"] * 4}
     table = arrays_to_table(rows() | more, latent_schema((4, 8, 8)))

@@ -31,8 +31,10 @@ def depth_made(depth_workflow: "DepthConfig", stack: "StackEnv") -> dict[str, An
 
     from d2f_core.storage import read_bytes
     from pipelines.workflow import main
+    from tests.train_here import trained_here
 
     del stack
     ray.init(ignore_reinit_error=True)
-    main(depth_workflow)
+    with trained_here():
+        main(depth_workflow)
     return json.loads(read_bytes(f"{depth_workflow.output}/summary.json"))

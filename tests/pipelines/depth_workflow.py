@@ -19,25 +19,25 @@ TRAIN = TrainConfig(
 )  # fmt: skip
 
 
-def depth_config(base: str) -> DepthConfig:
-    made = f"{HOME}/decoder/base"
+def depth_config(base: str, home: str = HOME) -> DepthConfig:
+    made = f"{home}/decoder/base"
     return DepthConfig(
-        output=f"{HOME}/workflow",
-        dataset=MakeDepthConfig(output=f"{HOME}/scenes", size=16, num_scenes=12, num_tasks=1),
-        test=MakeDepthConfig(output=f"{HOME}/test", split="test", size=16, num_scenes=3, num_tasks=1),
-        decoder=TrainAutoencoderConfig(base=base, images="", output=f"{HOME}/decoder", holdout_rows=4, train=TRAIN),
-        encode=EncodeDepthConfig(resolution=16, output=f"{HOME}/latents", num_actors=1),
+        output=f"{home}/workflow",
+        dataset=MakeDepthConfig(output=f"{home}/scenes", size=16, num_scenes=12, num_tasks=1),
+        test=MakeDepthConfig(output=f"{home}/test", split="test", size=16, num_scenes=3, num_tasks=1),
+        decoder=TrainAutoencoderConfig(base=base, images="", output=f"{home}/decoder", holdout_rows=4, train=TRAIN),
+        encode=EncodeDepthConfig(resolution=16, output=f"{home}/latents", num_actors=1),
         finetune=FinetuneConfig(
             model=ModelConfig(base=made, task="image_to_depth", lora=LoraConfig(preset="small")),
             latents="",
-            output=f"{HOME}/run",
+            output=f"{home}/run",
             holdout_rows=4,
             preview=PreviewConfig(rows=2, steps=1, columns=1),
             sampling=SamplingDefaults(steps=2, guidance=1.0),
             train=TRAIN,
             experiment="depth workflow tests",
         ),
-        register=RegisterConfig(name="depth-workflow"),
+        register=RegisterConfig(name=home.rpartition("/")[2].removeprefix("test-")),
         predict=PredictDepthConfig(steps=(1, 2), ensemble=1, num_actors=1, experiment=""),
         evaluate=EvaluateDepthConfig(replicates=20, shown=1, experiment=""),
     )

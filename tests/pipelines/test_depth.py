@@ -1,4 +1,4 @@
-"""Image to depth on the real stack: trained, exported, predicted by a batch job, evaluated, registered, served."""
+"""Image to depth with real servers: trained, exported, predicted by a batch job, evaluated, registered, served."""
 
 import dataclasses
 import hashlib
@@ -38,6 +38,7 @@ from pipelines import evaluate_depth, finetune
 from pipelines.configs import FinetuneConfig
 from pipelines.depth import DepthConfig
 from tests.depth_tables import picture, write_depth_table
+from tests.inference.here import here
 from tests.latent_tables import write_latents
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
@@ -78,7 +79,8 @@ def config(model: str) -> PredictDepthConfig:
 
 @pytest.fixture(scope="module")
 def predicted(config: PredictDepthConfig) -> Manifest:
-    return predict_depth(check_predict_depth(config))
+    with here():
+        return predict_depth(check_predict_depth(config))
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -126,7 +128,8 @@ def test_missing_parts_are_made_again_and_no_others(config: PredictDepthConfig, 
     fs, path = filesystem(config.output)
     fs.rm([f"{path}/manifest.json", f"{path}/index/part-000001.parquet"])
     kept = fs.info(f"{path}/index/part-000000.parquet")["LastModified"]
-    assert predict_depth(check_predict_depth(config)).digest == predicted.digest
+    with here():
+        assert predict_depth(check_predict_depth(config)).digest == predicted.digest
     assert fs.info(f"{path}/index/part-000000.parquet")["LastModified"] == kept
     assert predict_depth(check_predict_depth(config)).digest == predicted.digest, "a finished job does nothing"
 

@@ -1,4 +1,4 @@
-"""Image to depth by one command on the real stack, with a tiny model: scenes, decoder, latents, model, maps, errors."""
+"""Image to depth by one command with real servers and a tiny model: scenes, decoder, latents, model, maps, errors."""
 
 import dataclasses
 import json
@@ -16,6 +16,8 @@ from pipelines.cli import from_yaml, resolve, to_yaml
 from pipelines.depth import DepthConfig
 from pipelines.workflow import main
 from pipelines.workflow_recipes import DEPTH
+from tests.pipelines.depth_workflow import depth_config
+from tests.slow import slow
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 STAGES = [
@@ -66,6 +68,13 @@ def test_stages_that_do_not_fit_together_are_refused(depth_workflow: DepthConfig
     with pytest.raises(ValueError, match=r"finetune\.model\.base=.* is not decoder\.output/base="):
         dataclasses.replace(depth_workflow, finetune=other)
     dataclasses.replace(depth_workflow, finetune=other, decoder=None)
+
+
+@slow("two minutes: the same workflow, trained in this process, stays, and the rails are run by test_finetune.py")
+def test_it_runs_on_the_cluster(base: str) -> None:
+    config = depth_config(base, "s3://d2f/test-depth-workflow-on-cluster")
+    main(config)
+    assert [stage["name"] for stage in summary(config)["stages"]] == STAGES
 
 
 @pytest.mark.parametrize("decoder", [True, False])

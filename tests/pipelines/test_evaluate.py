@@ -1,4 +1,6 @@
-"""evaluate on a real cluster: a better model is promoted, a worse one is not, and a second run changes nothing.
+"""evaluate: a better model is promoted, a worse one is not, and a second run changes nothing.
+
+The better one is evaluated on a real cluster, the others in this process.
 
 "Real" images are drawn by one of the models with other seeds, so that which model is better is known.
 """
@@ -30,6 +32,7 @@ from d2f_core.model.denoiser import load_unet
 from d2f_core.storage import filesystem, join, list_names, read_bytes, write_bytes
 from d2f_core.tracking import find_run, get_alias, promote, register_model, start_run
 from pipelines.evaluate import main
+from tests.inference.here import here
 from tests.inference.tiny_vision import write_tiny_clip, write_tiny_vit
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -82,7 +85,8 @@ def reference(models: dict[str, Path], cluster: None) -> str:
         prompts=write_prompt_file("real", 77), model=str(models["good"]), output=output, steps=(2,), chunk_size=8,
         experiment="",
     )  # fmt: skip
-    generate(check_generate(config))
+    with here():
+        generate(check_generate(config))
     return output
 
 
@@ -115,7 +119,8 @@ def results(config: EvaluateConfig) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def first(config: EvaluateConfig, models: dict[str, Path]) -> tuple[str, Verdict]:
     version = register(models["bad"], f"{HOME}/bad")
-    return version, evaluate(check_evaluate(config))
+    with here():
+        return version, evaluate(check_evaluate(config))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +192,8 @@ def test_a_second_run_goes_on_and_changes_nothing(second: tuple[EvaluateConfig, 
     digest = read_manifest(features).digest
     fs, path = filesystem(features)
     fs.rm([f"{path}/manifest.json", f"{path}/part-000001.parquet"])
-    again = evaluate(check_evaluate(config))
+    with here():
+        again = evaluate(check_evaluate(config))
     assert read_manifest(features).digest == digest
     assert again == verdict and get_alias(NAME, "champion") == version
     assert {**results(config), "created": ""} == {**before, "created": ""}
@@ -197,7 +203,8 @@ def test_a_second_run_goes_on_and_changes_nothing(second: tuple[EvaluateConfig, 
 
 def test_a_worse_candidate_is_not_promoted(config: EvaluateConfig, second: tuple[EvaluateConfig, str, Verdict]) -> None:
     worse = dataclasses.replace(config, candidate=f"models:/{NAME}/1", output=f"{HOME}/third")
-    verdict = evaluate(check_evaluate(worse))
+    with here():
+        verdict = evaluate(check_evaluate(worse))
     assert not verdict.passed and "frechet@2 of the candidate is at most" in verdict.reason
     assert get_alias(NAME, "champion") == "2" and results(worse)["promotion"] is None
 
@@ -210,7 +217,7 @@ def test_a_champion_that_moved_meanwhile_is_not_overwritten(
     write_bytes(join(config.output, "models.json"), json.dumps(
         {"candidate": f"models:/{NAME}/1", "champion": "", "base": ""}).encode())  # fmt: skip
     stale = dataclasses.replace(config, candidate=f"models:/{NAME}/1")
-    with pytest.raises(EvaluateError, match=f"{NAME}@champion moved to version 2 while this evaluation ran"):
+    with here(), pytest.raises(EvaluateError, match=f"{NAME}@champion moved to version 2 while this evaluation ran"):
         evaluate(check_evaluate(stale))
     assert get_alias(NAME, "champion") == "2"
 
@@ -242,7 +249,8 @@ def test_an_unregistered_model_is_compared_with_an_image_table_and_captions(
         shown_prompts=0,
         experiment="",
     )
-    verdict = evaluate(check_evaluate(alone))
+    with here():
+        verdict = evaluate(check_evaluate(alone))
     found = results(alone)
     assert not verdict.passed and "clip_score@2 of the candidate is at least 101" in verdict.reason
     scores = found["metrics"]["clip_score"]

@@ -23,6 +23,7 @@ from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoin
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import FinetuneResult, check, main, make_plan
 from tests.latent_tables import write_latents
+from tests.slow import slow
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 TABLE = {"rows": 24, "rows_per_file": 12, "captions": 24}
@@ -114,6 +115,7 @@ def test_the_same_command_again_does_nothing(config, unbroken):
     assert checkpoint.list_checkpoints(config.output) == before
 
 
+@slow("20 s: tests/train/test_portability.py goes on from the same files on other numbers of workers and stages")
 def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(config, unbroken, caplog, tmp_path):
     output = "s3://d2f/test-finetune/moved"
     (stopped,) = (one for one in checkpoint.list_checkpoints(config.output) if one.manifest.step == 3)

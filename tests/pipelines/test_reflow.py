@@ -1,4 +1,4 @@
-"""Reflow on the real stack: a model draws pairs, learns their straight lines, and is registered with its teacher."""
+"""Reflow with real servers: a model draws pairs, learns their straight lines, and is registered with its teacher."""
 
 import dataclasses
 import json
@@ -17,6 +17,7 @@ from d2f_core.data.schema import SchemaError
 from d2f_core.data.table_reader import RowReader
 from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.gate import GateConfig
+from d2f_core.inference.generate import check_generate
 from d2f_core.inference.image_maker import ImageMaker, fill_request
 from d2f_core.inference.measure import MeasureConfig
 from d2f_core.inference.plan import GenerateConfig, GenerateError
@@ -32,10 +33,13 @@ from d2f_core.tracking import get_alias, resolve_model
 from d2f_core.train.config import TrainConfig
 from pipelines import finetune
 from pipelines.configs import FinetuneConfig
-from pipelines.reflow import ReflowConfig, check, main
+from pipelines.reflow import ReflowConfig, Teacher, check, drawing_of, main
 from tests.image_tables import write_images
+from tests.inference.here import here
 from tests.inference.tiny_vision import write_tiny_vit
 from tests.latent_tables import write_latents
+from tests.slow import slow
+from tests.train_here import trained_here
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 HOME = "s3://d2f/test-reflow"
@@ -51,7 +55,7 @@ def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
         teacher=base,
         captions=f"{HOME}/captions",
         num_pairs=12,
-        rounds=2,
+        rounds=1,
         generate=GenerateConfig(steps=(2,), guidance=3.0, solver="ddim", num_actors=1, chunk_size=8),
         finetune=FinetuneConfig(
             model=ModelConfig(base=base, lora=LoraConfig(rank=2)),
@@ -77,7 +81,8 @@ def config(base: str, tmp_path_factory: pytest.TempPathFactory) -> ReflowConfig:
 
 @pytest.fixture(scope="module")
 def versions(config: ReflowConfig) -> list[dict[str, str]]:
-    return main(config)
+    with here(), trained_here():
+        return main(config)
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +154,26 @@ def test_a_finished_workflow_does_nothing(config: ReflowConfig, versions: list[d
 
 
 def test_a_second_round_is_drawn_by_the_first_ones_version_as_that_carries_it(
-    config: ReflowConfig, versions: list[dict[str, str]]
+    config: ReflowConfig, version: dict[str, str]
 ) -> None:
-    first, second = (json.loads(read_bytes(f"{HOME}/workflow/round-{n}/pairs/plan.json")) for n in (1, 2))
+    teacher = Teacher(uri=version["uri"], digest=version["digest"], start=version["uri"])
+    first = json.loads(read_bytes(f"{HOME}/workflow/round-1/pairs/plan.json"))
+    second = check_generate(drawing_of(config, 2, teacher)).plan
     assert (first["model_uri"], first["guidance"], first["solver"]) == (config.teacher, 3.0, "ddim")
-    assert (second["model_uri"], second["guidance"], second["solver"]) == (versions[0]["uri"], 1.0, "euler")
-    found = json.loads(read_bytes(f"{HOME}/workflow/round-2/evaluation/metrics.json"))
+    assert (second.model_uri, second.guidance, second.solver) == (version["uri"], 1.0, "euler")
+    assert second.prompts_digest != first["prompts_digest"], "from noises of its own"
+
+
+@slow("two minutes, on the cluster: one round, trained in this process, and how the second is drawn, stay")
+def test_two_rounds_one_after_the_other_on_the_cluster(config: ReflowConfig) -> None:
+    output = f"{HOME}/two-rounds"
+    first, second = main(
+        dataclasses.replace(config, rounds=2, output=output, register=RegisterConfig(name="reflow-two"))
+    )
+    assert (first["version"], second["version"]) == ("1", "2")
+    plan = json.loads(read_bytes(f"{output}/round-2/pairs/plan.json"))
+    assert (plan["model_uri"], plan["guidance"], plan["solver"]) == (first["uri"], 1.0, "euler")
+    found = json.loads(read_bytes(f"{output}/round-2/evaluation/metrics.json"))
     assert [model["role"] for model in found["models"]] == ["candidate", "champion", "base"]
 
 

@@ -32,6 +32,7 @@ from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow import main
 from pipelines.workflow_config import WorkflowConfig
+from tests.inference.here import here
 from tests.slow import slow
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("cluster")]
@@ -44,8 +45,7 @@ STAGES = [
     "encode_latents",
     "finetune",
     "register",
-    "generate_base",
-    "generate_flow",
+    "generate",
     "contact_sheet",
 ]
 
@@ -98,12 +98,12 @@ def test_one_job_makes_everything_and_says_what(config: WorkflowConfig, first: d
     amounts = {stage["name"]: (stage["rows_or_steps"], stage["unit"]) for stage in first["stages"]}
     images = read_manifest(config.dataset.output).num_rows
     assert amounts["make_dataset"] == amounts["encode_latents"] == (images, "images")
-    assert amounts["finetune"] == (4, "steps") and amounts["generate_flow"] == (6, "images")
+    assert amounts["finetune"] == (4, "steps") and amounts["generate"] == (12, "images")
     handle = find_run(experiment="workflow tests", run_key=config.finetune.output)
     assert handle and (first["run_id"], first["experiment_id"]) == (handle.run_id, handle.experiment_id)
     assert (first["registered_model"], first["model_version"]) == ("flow-unbroken", "1")
     sheet = Image.open(io.BytesIO(read_bytes(first["contact_sheet"])))
-    assert sheet.width > 190 + 4 * 96 and sheet.height > 3 * 96
+    assert sheet.width > 260 + 4 * 160 and sheet.height > 3 * 160
 
 
 def test_base_and_flow_are_sampled_as_their_models_say(config: WorkflowConfig, first: dict[str, Any]) -> None:
@@ -145,7 +145,8 @@ def test_the_same_command_again_skips_everything(config: WorkflowConfig, first: 
 
 
 def test_only_what_depends_on_a_change_runs_again(config: WorkflowConfig, first: dict[str, Any]) -> None:
-    main(replace(config, prompts=(*config.prompts, "snowman")))
+    with here():
+        main(replace(config, prompts=(*config.prompts, "snowman")))
     assert skipped(summary(config)) == STAGES[:4]
 
 
@@ -162,7 +163,7 @@ def until(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path)
         time.sleep(0.05)
 
 
-@slow("90 s: the stages' own tests are killed too")
+@slow("90 s: each stage's own resume stays, in its test file, and a finished workflow skips everything above")
 def test_killed_in_several_stages_it_ends_with_the_same_outputs(
     base: str, config: WorkflowConfig, first: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from d2f_core.train import shares, zero
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.state import Worker
+from tests.slow import slow
 from tests.train.processes import Workers
 
 WORKERS = 2
@@ -266,7 +267,8 @@ def test_nothing_is_compiled_for_adamw(results: dict[str, Any], extensions: Path
     assert results and not list(extensions.iterdir())
 
 
-@pytest.mark.timeout(900)  # for the compiler, where it is asked for
+@slow("4 minutes, of which 3 compile DeepSpeed's CPU AdamW; the same without offload stays")
+@pytest.mark.timeout(900)  # for the compiler
 def test_offloaded_moments_and_weights_train_and_resume_exactly(offloading_pair: Workers) -> None:
     results = offloading_pair.run(run_cases, True)[0]
     for case in (*OFFLOADED, INTO_OFFLOAD):

@@ -18,6 +18,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.retention import Retention
 from d2f_core.train.state import Worker
 from d2f_core.train.task import Task
+from tests.slow import slow
 from tests.train.processes import Workers
 
 STEPS, MICRO, BATCH = 3, 4, 8
@@ -196,7 +197,8 @@ def test_after_each_switch_all_bits_are_those_of_the_checkpoint_and_the_losses_g
     check_chain(case, results[case])
 
 
-@pytest.mark.timeout(900)  # for the compiler, where it is asked for
+@slow("4 minutes, of which 3 compile DeepSpeed's CPU AdamW; the same without offload stays")
+@pytest.mark.timeout(900)  # for the compiler
 def test_the_same_with_moments_and_weights_in_the_hosts_memory(
     offloading_pair: Workers, offloading_single: Workers, tmp_path: Path
 ):

@@ -20,6 +20,7 @@ from d2f_core.model.ema import EmaConfig
 from d2f_core.train import shares, zero
 from d2f_core.train.config import MissingCompilerError, TrainConfig
 from d2f_core.train.state import Worker
+from tests.slow import slow
 from tests.train.processes import Workers
 
 STEPS, WORKERS = 4, 2
@@ -153,7 +154,8 @@ def test_averages_equal_those_of_one_plain_process(results, stage: int):
     torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.timeout(900)  # for the compiler, where it is asked for
+@slow("4 minutes, of which 3 compile DeepSpeed's CPU AdamW; the same without offload stays")
+@pytest.mark.timeout(900)  # for the compiler
 def test_averages_of_offloaded_weights_are_kept_in_the_same_way(offloading_pair: Workers):
     results = offloading_pair.run(train_all, OFFLOADED)
     for engine in OFFLOADED:
