@@ -159,9 +159,9 @@ def main() -> int:
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
         for kind in missing:
             install(Pip(python), (ROOT / LOCKS[kind]).read_text(), with_torch=kind == "demo")
-            # Many processes import the same modules: compiled once, on all cores, instead of by each of them.
-            compiling = [str(python), "-m", "compileall", "-qq", "-j", "0", "-x", UNUSED, str(venv / "lib")]
-            subprocess.run(compiling, stdout=subprocess.DEVNULL, check=False)  # templates among modules do not compile
+        # Many processes import the same modules: compiled once, on all cores, instead of by each of them.
+        compiling = [str(python), "-m", "compileall", "-qq", "-j", "0", "-x", UNUSED, str(venv / "lib")]
+        subprocess.run(compiling, stdout=subprocess.DEVNULL, check=False)  # templates among modules do not compile
         Pip(python)("check")
     except (InstallError, subprocess.CalledProcessError) as error:
         print(f"error: the installation failed.\n{error}", file=sys.stderr)

@@ -7,8 +7,6 @@ with the SHA-256 of every file of each release, on any platform; torch is left o
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from infra.install import ROOT, read_lock
 
@@ -32,23 +30,19 @@ def installed() -> list[str]:
     return [re.sub(r"\+.*", "", line) for line in lines if line.partition("==")[0].lower() not in TOOLS]
 
 
-def compiled(constraints: Path, *extras: str) -> dict[str, str]:
+def compiled(*extras: str) -> dict[str, str]:
     """The lock's entries by name for the project with these extras, resolved for every platform."""
     options = [option for extra in extras for option in ("--extra", extra)]
     command = [
         "-m", "uv", "pip", "compile", "pyproject.toml", "--universal", "--generate-hashes", "--no-annotate",
-        "--no-header", "--group", "build", "--no-emit-package", "torch", "--constraint", str(constraints), *options,
+        "--no-header", "--group", "build", "--no-emit-package", "torch", "--constraint", "constraints.txt", *options,
     ]  # fmt: skip
     return read_lock(subprocess.check_output([sys.executable, *command], cwd=ROOT, text=True))
 
 
 def main() -> None:
     write("constraints.txt", installed())
-    with tempfile.TemporaryDirectory() as directory:
-        # Without a build's label both builds of torch fit; uv reads no comments of pip's kind in a pinned file's name.
-        constraints = Path(directory, "constraints.txt")
-        constraints.write_text((ROOT / "constraints.txt").read_text())
-        demo, everything = compiled(constraints, "demo"), compiled(constraints, "demo", "dev")
+    demo, everything = compiled("demo"), compiled("demo", "dev")
     write("lock.txt", list(demo.values()))
     write("lock-dev.txt", [entry for name, entry in everything.items() if name not in demo])
 

@@ -106,11 +106,11 @@ def generate_stage(flow: Workflow, config: WorkflowConfig, models: Mapping[str, 
         models: URI and digest, by the name of its generation.
     """
     wired: dict[str, GenerateConfig] = {}
-    keys = {}
+    keys, same_for_all = {}, config.wired_generate("", "")
     for name, (uri, digest) in models.items():
         # The key is part of the place: images of another model or other prompts never meet these.
         inputs = {"model": digest, "prompts": json.dumps(config.prompts)}
-        keys[name] = stage_key(config.wired_generate("", ""), inputs)
+        keys[name] = stage_key(same_for_all, inputs)
         wired[name] = config.wired_generate(uri, join(config.output, "generations", f"{name}-{keys[name][:12]}"))
 
     def run() -> StageOutcome:
@@ -118,7 +118,7 @@ def generate_stage(flow: Workflow, config: WorkflowConfig, models: Mapping[str, 
         tables = [{"uri": one.output, "digest": each.digest} for one, each in zip(wired.values(), made, strict=True)]
         return StageOutcome(count=sum(each.num_rows for each in made), outputs={"tables": tables})
 
-    key = stage_key(config.wired_generate("", ""), keys)
+    key = stage_key(same_for_all, keys)
     done = flow.stage("generate", key, "images", run, lambda there: all(map(_table_is_there, there["tables"])))
     return done["tables"]
 

@@ -18,7 +18,6 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BESIDE = (
@@ -130,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
             failed = failed or code
             if code:
                 break  # what the next part would show is not worth its minutes
-        tests: Any = read_results(results)
+        tests = read_results(results)
     if coverage:
         report_coverage()
     print("; ".join(lines))

@@ -100,5 +100,7 @@ def trained_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (finetune, train_autoencoder):
             patch.setattr(module, "run_training", run_training)
-        yield
-    torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def _group(sheet: Image.Image, draw: ImageDraw.ImageDraw, group: Group, left: in
         x = left + column * (cell + GAP)
         middle, under = x + cell / 2, SMALL_SIZE + 2 * LINE_GAP
         draw.text((middle, top - under), str(evaluations), fill=INK, font=_font(HEADER_SIZE), anchor="ms")
-        if evaluations != max(group.columns) and off[evaluations] == off[evaluations]:
+        if evaluations != max(group.columns) and not math.isnan(off[evaluations]):
             text = f"{off[evaluations]:.1%}"
             draw.text((middle, top - LINE_GAP), text, fill=MUTED, font=_font(SMALL_SIZE), anchor="ms")
         for row, image in enumerate(images):

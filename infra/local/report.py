@@ -13,7 +13,7 @@ import botocore.exceptions
 
 from infra.local.processes import StackError
 from infra.local.seaweed import download
-from infra.local.state import BUCKET, State, load_state, stack_directory
+from infra.local.state import BUCKET, JOB_LOG, State, load_state, stack_directory
 
 
 def table(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -70,7 +70,7 @@ def report(recipe: str, state: State) -> str:
         download(summary["contact_sheet"], sheet, state)
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
         raise StackError(f"{summary_uri}: {error}. The workflow writes it at its end: make quickstart.") from None
-    links = f"{addresses(summary, state.url('mlflow'))}\nlog          {state.directory / 'logs/job.log'}"
+    links = f"{addresses(summary, state.url('mlflow'))}\nlog          {state.directory / JOB_LOG}"
     return f"{table(summary['stages'])}\n\n{links}\n\n{NEXT.format(sheet=sheet, directory=state.directory)}"
 
 

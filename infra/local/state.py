@@ -11,6 +11,8 @@ from pathlib import Path
 
 BUCKET = "d2f"
 REGION = "us-east-1"
+JOB_LOG = "logs/job.log"
+"""In a stack's directory: all that the last job printed which was submitted quietly."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from d2f_core.progress import TOLD, UNDER_WAY
 from infra.local.part import ask, command
 from infra.local.processes import StackError, tail
 from infra.local.ray_head import ACTIVE, temp_directory
+from infra.local.state import JOB_LOG
 
 INTERRUPTED = 130
 CLOCK_SECONDS, FOLLOW_SECONDS = 1.0, 0.3
@@ -87,7 +88,7 @@ def _show_all(job: str, variables: Mapping[str, str], directory: Path) -> int:
 
 
 def _show_quietly(job: str, variables: Mapping[str, str], directory: Path) -> int:
-    log = directory / "logs/job.log"
+    log = directory / JOB_LOG
     with log.open("w") as file:
         show(_lines(follow(job, variables, directory), file), sys.stdout)
     code = exit_code(job, variables)

@@ -45,13 +45,17 @@ def score_here(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any
         yield scorer({name: np.array([value]) for name, value in item.items()})
 
 
+def prepared_rows(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[pa.Table]:
+    """The chunks of unfinished shards as they come to an encoder, one after the other."""
+    for number, done in todo.items():
+        yield from prepare_shards(pa.Table.from_pylist([work_item(number, source.shards[number], done)]), job=job)
+
+
 def encode_here(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
     """As `encode._rows`."""
     encoder = ChunkEncoder(job)
-    for number, done in todo.items():
-        work = pa.Table.from_pylist([work_item(number, source.shards[number], done)])
-        for row in prepare_shards(work, job=job):
-            yield from write_row(encoder(row), output=job.config.output).to_pylist()
+    for row in prepared_rows(job, source, todo):
+        yield from write_row(encoder(row), output=job.config.output).to_pylist()
 
 
 def predict_here(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
@@ -107,5 +111,7 @@ def here() -> Iterator[None]:
         patch.setattr(depth_job, "_run", predict_here)
         for module in (compare, straightness):
             patch.setattr(module, "ray", TasksHere())
-        yield
-    torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

@@ -24,7 +24,7 @@ from d2f_core.data.schema import SchemaError, check_schema, latent_schema, sampl
 from d2f_core.data.sources import ImageSource
 from d2f_core.inference.encode import EncodeConfig, EncodeError, check_encode, encode_latents, finish_table
 from d2f_core.inference.encode_actor import ChunkEncoder, to_input
-from d2f_core.inference.encode_chunks import prepare_shards, work_item, write_row
+from d2f_core.inference.encode_chunks import write_row
 from d2f_core.inference.encode_job import claim_output
 from d2f_core.inference.encode_records import PROGRESS, drop_duplicates, read_records, unfinished_shards
 from d2f_core.inference.room import NoRoomError
@@ -33,7 +33,7 @@ from d2f_core.model.base import resolve_base
 from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
 from tests.data.pictures import file_bytes, pictures, pixels, write_folder, write_parquet, write_tars
-from tests.inference.here import here
+from tests.inference.here import here, prepared_rows
 from tests.inference.tiny_base import write_tiny_base
 from tests.slow import slow
 
@@ -69,13 +69,12 @@ def encode_some(config: EncodeConfig, chunks: int | None = None) -> None:
     job, source = check_encode(config)
     claim_output(job)
     encoder, written = ChunkEncoder(job), 0
-    for number, done in unfinished_shards(len(source.shards), read_records(config.output)).items():
-        work = pa.Table.from_pylist([work_item(number, source.shards[number], done)])
-        for row in prepare_shards(work, job=job):
-            if written == chunks:
-                return
-            write_row(encoder(row), output=config.output)
-            written += 1
+    todo = unfinished_shards(len(source.shards), read_records(config.output))
+    for row in prepared_rows(job, source, todo):
+        if written == chunks:
+            return
+        write_row(encoder(row), output=config.output)
+        written += 1
 
 
 def encode_here(config: EncodeConfig) -> Manifest:

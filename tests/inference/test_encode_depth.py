@@ -22,7 +22,7 @@ from d2f_core.data.schema import check_schema, sample_id
 from d2f_core.data.sources.depth import DepthSource
 from d2f_core.inference.encode import EncodeDepthConfig, EncodeError, check_encode_depth, encode_depth, finish_table
 from d2f_core.inference.encode_actor import ChunkEncoder, to_input
-from d2f_core.inference.encode_chunks import prepare_shards, work_item, write_row
+from d2f_core.inference.encode_chunks import write_row
 from d2f_core.inference.encode_job import claim_output
 from d2f_core.inference.encode_records import read_records, unfinished_shards
 from d2f_core.model.autoencoder import load_autoencoder
@@ -31,7 +31,7 @@ from d2f_core.storage import join, read_bytes
 from infra.local.stack import StackEnv
 from tests.data.pictures import file_bytes, pixels, tar_bytes
 from tests.data.test_depth import npy_bytes, png_bytes
-from tests.inference.here import here
+from tests.inference.here import here, prepared_rows
 from tests.inference.tiny_base import write_tiny_base
 
 SHAPE = (4, 8, 8)
@@ -121,12 +121,12 @@ def encode_here(config: EncodeDepthConfig, chunks: int | None = None) -> Manifes
     job, source = check_encode_depth(config)
     claim_output(job)
     encoder, written = ChunkEncoder(job), 0
-    for number, done in unfinished_shards(len(source.shards), read_records(config.output)).items():
-        for row in prepare_shards(pa.Table.from_pylist([work_item(number, source.shards[number], done)]), job=job):
-            if written == chunks:
-                return None
-            write_row(encoder(row), output=config.output)
-            written += 1
+    todo = unfinished_shards(len(source.shards), read_records(config.output))
+    for row in prepared_rows(job, source, todo):
+        if written == chunks:
+            return None
+        write_row(encoder(row), output=config.output)
+        written += 1
     return finish_table(job, read_records(config.output))
 
 
