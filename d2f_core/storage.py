@@ -82,15 +82,20 @@ def _without_expect(params: dict[str, Any], **_: Any) -> None:
     params["headers"].pop("Expect", None)
 
 
+def _own_session() -> Any:
+    """This process's session, for the S3 that the environment names now."""
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    return _session(os.getpid(), environment)
+
+
 def _s3(*, attempts: int) -> Any:
     """s3fs, which makes a failing request up to `attempts` times, silently."""
     # Listings are never cached: another process (a worker, an earlier attempt) writes the same prefix.
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     retries = {"total_max_attempts": attempts, "mode": "standard"}
     fs = fsspec.filesystem(
         "s3",
         use_listings_cache=False,
-        session=_session(os.getpid(), environment),
+        session=_own_session(),
         config_kwargs={"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "retries": retries},
     )
     fs.retries = attempts
@@ -294,6 +299,7 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     fs = fsspec.filesystem(
         "s3",
         skip_instance_cache=True,
+        session=_own_session(),  # one of its own would read the description of S3's interface anew, 50 ms each time
         config_kwargs={"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": 1}},
     )
 

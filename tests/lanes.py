@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[1]
 BESIDE = (
@@ -33,6 +35,12 @@ class Part:
     name: str
     commands: Sequence[Sequence[str]]
     """Run side by side; what the first prints is shown as it comes, the others' afterwards."""
+
+    def start(self, number: int, output: IO[bytes] | None, counts: Path | None) -> subprocess.Popen[bytes]:
+        # A file of counts for each: whoever ends first would take what the others have not finished writing.
+        variables = {"COVERAGE_FILE": str(counts / f".coverage.{uuid.uuid4().hex}")} if counts else {}
+        command, stderr = self.commands[number], subprocess.STDOUT if output else None
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=stderr, env=os.environ | variables)
 
 
 @dataclass(frozen=True)
@@ -63,15 +71,12 @@ def parts(results: Path, options: Sequence[str]) -> list[Part]:
     ]
 
 
-def run(part: Part) -> int:
+def run(part: Part, counts: Path | None) -> int:
     """0, or the exit code of a command that failed."""
     with tempfile.TemporaryDirectory() as directory:
         outputs = [Path(directory, str(number)) for number in range(1, len(part.commands))]
-        others = [
-            subprocess.Popen(command, cwd=ROOT, stdout=output.open("wb"), stderr=subprocess.STDOUT)
-            for command, output in zip(part.commands[1:], outputs, strict=True)
-        ]
-        processes = [subprocess.Popen(part.commands[0], cwd=ROOT), *others]
+        others = [part.start(number, output.open("wb"), counts) for number, output in enumerate(outputs, 1)]
+        processes = [part.start(0, None, counts), *others]
         try:
             codes = [process.wait() for process in processes]
         finally:
@@ -106,8 +111,9 @@ def summary(tests: Sequence[Test], seconds: float) -> str:
     return f"{ran} tests ran in {seconds / 60:.1f} minutes, {len(tests) - ran} were left out; the longest: {names}"
 
 
-def report_coverage() -> None:
-    for arguments in (["combine", "--quiet"], ["report"]):
+def report_coverage(counts: Path) -> None:
+    """The table of files, and `coverage.json` beside it for comparing two states of the code."""
+    for arguments in (["combine", "--quiet", str(counts)], ["json", "--quiet"], ["report"]):
         subprocess.run([sys.executable, "-m", "coverage", *arguments], cwd=ROOT, check=True)
 
 
@@ -118,20 +124,20 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     began, failed = time.monotonic(), 0
     lines: list[str] = []
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as counts:
         results = Path(directory)
         for part in parts(results, options):
             print(f"--- {part.name}", flush=True)
             start = time.monotonic()
-            code = run(part)
+            code = run(part, Path(counts) if coverage else None)
             lines.append(f"{part.name}: {time.monotonic() - start:.0f} s" + (" FAILED" if code else ""))
             print(f"--- {lines[-1]}", flush=True)
             failed = failed or code
             if code:
                 break  # what the next part would show is not worth its minutes
         tests = read_results(results)
-    if coverage:
-        report_coverage()
+        if coverage:
+            report_coverage(Path(counts))
     print("; ".join(lines))
     print(summary(tests, time.monotonic() - began))
     return failed
