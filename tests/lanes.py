@@ -8,18 +8,18 @@ Prints the time of each part, and at the end a line with the number of tests, th
 With --coverage it counts branches of d2f_core too, in all processes, and prints the table of files.
 """
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 ROOT = Path(__file__).parents[1]
 BESIDE = (
@@ -36,12 +36,6 @@ class Part:
     commands: Sequence[Sequence[str]]
     """Run side by side; what the first prints is shown as it comes, the others' afterwards."""
 
-    def start(self, number: int, output: IO[bytes] | None, counts: Path | None) -> subprocess.Popen[bytes]:
-        # A file of counts for each: whoever ends first would take what the others have not finished writing.
-        variables = {"COVERAGE_FILE": str(counts / f".coverage.{uuid.uuid4().hex}")} if counts else {}
-        command, stderr = self.commands[number], subprocess.STDOUT if output else None
-        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=stderr, env=os.environ | variables)
-
 
 @dataclass(frozen=True)
 class Test:
@@ -50,16 +44,12 @@ class Test:
     skipped: bool
 
 
-def pytest_command(results: Path, *arguments: str) -> list[str]:
-    number = len(list(results.iterdir()))
-    file = results / f"{number}.xml"
-    file.touch()
-    return [sys.executable, "-m", "pytest", f"--junitxml={file}", *arguments]
-
-
-def parts(results: Path, options: Sequence[str]) -> list[Part]:
+def parts(results: Path, runner: Sequence[str]) -> list[Part]:
     def tests(*arguments: str) -> list[str]:
-        return pytest_command(results, *arguments, *options)
+        number = len(list(results.iterdir()))
+        file = results / f"{number}.xml"
+        file.touch()
+        return [sys.executable, *runner, "-m", "pytest", f"--junitxml={file}", *arguments]
 
     others = [f"--ignore={place}" for place in BESIDE]
     return [
@@ -71,12 +61,15 @@ def parts(results: Path, options: Sequence[str]) -> list[Part]:
     ]
 
 
-def run(part: Part, counts: Path | None) -> int:
+def run(part: Part) -> int:
     """0, or the exit code of a command that failed."""
     with tempfile.TemporaryDirectory() as directory:
         outputs = [Path(directory, str(number)) for number in range(1, len(part.commands))]
-        others = [part.start(number, output.open("wb"), counts) for number, output in enumerate(outputs, 1)]
-        processes = [part.start(0, None, counts), *others]
+        others = [
+            subprocess.Popen(command, cwd=ROOT, stdout=output.open("wb"), stderr=subprocess.STDOUT)
+            for command, output in zip(part.commands[1:], outputs, strict=True)
+        ]
+        processes = [subprocess.Popen(part.commands[0], cwd=ROOT), *others]
         try:
             codes = [process.wait() for process in processes]
         finally:
@@ -111,33 +104,50 @@ def summary(tests: Sequence[Test], seconds: float) -> str:
     return f"{ran} tests ran in {seconds / 60:.1f} minutes, {len(tests) - ran} were left out; the longest: {names}"
 
 
-def report_coverage(counts: Path) -> None:
-    """The table of files, and `coverage.json` beside it for comparing two states of the code."""
-    for arguments in (["combine", "--quiet", str(counts)], ["json", "--quiet"], ["report"]):
+@contextlib.contextmanager
+def counted(directory: Path) -> Iterator[None]:
+    """All processes that are started now count into files of their own in the directory; afterwards the table is
+    printed, and `coverage.json` is kept for comparing two states of the code."""
+    os.environ["COVERAGE_FILE"] = str(directory / ".coverage")
+    os.environ["PYTHONPATH"] = str(ROOT / "tests/counted")
+    yield
+    for file in directory.iterdir():
+        if not is_whole(file):
+            file.unlink()
+    for arguments in (["combine", "--quiet"], ["json", "--quiet"], ["report"]):
         subprocess.run([sys.executable, "-m", "coverage", *arguments], cwd=ROOT, check=True)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether the process that counted lived long enough to write it once."""
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            tables = {name for (name,) in database.execute("select name from sqlite_master")}
+    except sqlite3.DatabaseError:
+        return False
+    return {"file", "arc", "context"} <= tables
 
 
 def main(arguments: Sequence[str]) -> int:
     coverage = "--coverage" in arguments
-    options = ["--cov", "--cov-report="] if coverage else []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     began, failed = time.monotonic(), 0
     lines: list[str] = []
-    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as counts:
-        results = Path(directory)
-        for part in parts(results, options):
+    with contextlib.ExitStack() as stack:
+        results = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if coverage:
+            stack.enter_context(counted(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+        for part in parts(results, ["-m", "coverage", "run"] if coverage else []):
             print(f"--- {part.name}", flush=True)
             start = time.monotonic()
-            code = run(part, Path(counts) if coverage else None)
+            code = run(part)
             lines.append(f"{part.name}: {time.monotonic() - start:.0f} s" + (" FAILED" if code else ""))
             print(f"--- {lines[-1]}", flush=True)
             failed = failed or code
             if code:
                 break  # what the next part would show is not worth its minutes
         tests = read_results(results)
-        if coverage:
-            report_coverage(Path(counts))
     print("; ".join(lines))
     print(summary(tests, time.monotonic() - began))
     return failed
