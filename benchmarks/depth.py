@@ -40,7 +40,7 @@ from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import ModelConfig
 from d2f_core.objective.path import TimeSampling
 from d2f_core.train.config import TrainConfig
-from pipelines.recipes import DEPTH_BASE
+from pipelines.names import DEPTH_BASE
 
 Objective = Literal["diffusion", "diff2flow"]
 HOLDOUT, EVERY = 64, 100

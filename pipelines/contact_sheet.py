@@ -7,12 +7,16 @@ r"""Draw generations of the same prompts side by side.
 from d2f_core.inference.contact_sheet import ContactSheetConfig, make_contact_sheet
 from pipelines.cli import run_job
 
+CONTACT_SHEET = {
+    "compare": ContactSheetConfig(
+        generations=("s3://d2f/generations/base", "s3://d2f/generations/flow"), output="s3://d2f/contact_sheet.png"
+    )
+}
+
 
 def main(config: ContactSheetConfig) -> str:
     return make_contact_sheet(config)
 
 
 if __name__ == "__main__":
-    from pipelines.workflow_recipes import CONTACT_SHEET
-
     run_job("contact_sheet", CONTACT_SHEET, main)

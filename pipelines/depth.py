@@ -5,62 +5,20 @@ decoder) -> encode_depth -> finetune -> register -> predict_depth -> evaluate_de
 a kill the same command goes on.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import ray
 
-from d2f_core.data.depth_dataset import MakeDepthConfig
 from d2f_core.data.sources import ImageSource
-from d2f_core.inference.depth_evaluation import METRICS_NAME, SHEET_NAME, EvaluateDepthConfig
-from d2f_core.inference.depth_plan import PredictDepthConfig
-from d2f_core.inference.encode_config import EncodeDepthConfig
-from d2f_core.inference.register import RegisterConfig
+from d2f_core.inference.depth_evaluation import METRICS_NAME, SHEET_NAME
 from d2f_core.model.base import resolve_base
 from d2f_core.stages import StageOutcome, stage_key
 from d2f_core.storage import check_reachable, exists, join
 from d2f_core.tracking import check_tracking
 from pipelines import encode_depth, evaluate_depth, make_dataset, predict_depth, train_autoencoder
-from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
-from pipelines.workflow_config import require_same
+from pipelines.configs import TrainAutoencoderConfig
+from pipelines.workflow_config import DepthConfig
 from pipelines.workflow_stages import Outputs, Workflow, finetune_with, register_with, write_summary
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthConfig:
-    """Stages read each other's outputs: leave a field that names one empty, or give it the same URI."""
-
-    output: str
-    """Stage records, predictions, the evaluation and summary.json go here."""
-    dataset: MakeDepthConfig
-    """Scenes to learn from."""
-    test: MakeDepthConfig
-    """Scenes to be judged on."""
-    decoder: TrainAutoencoderConfig | None = None
-    """Before all else a base's decoder learns the dataset, and `finetune.model.base` is what comes out. None: that base
-    decodes depth well as it is."""
-    encode: EncodeDepthConfig
-    """`source.uri` is the dataset's output, `base` the finetune's."""
-    finetune: FinetuneConfig
-    """`latents` is the encode's output."""
-    register: RegisterConfig = field(default_factory=RegisterConfig)
-    """`run`, `model` and `experiment` are the finetune's."""
-    predict: PredictDepthConfig = field(default_factory=PredictDepthConfig)
-    """`source.uri` is the test scenes; `model` and `output` are filled in."""
-    evaluate: EvaluateDepthConfig = field(default_factory=EvaluateDepthConfig)
-    """`predictions`, `truth`, `train` and `output` are filled in."""
-
-    def __post_init__(self) -> None:
-        if not self.output:
-            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
-        if self.decoder:
-            made = join(self.decoder.output, "base")
-            require_same("decoder.images", self.decoder.images, "dataset.output", self.dataset.output)
-            require_same("finetune.model.base", self.finetune.model.base, "decoder.output/base", made)
-        require_same("encode.source.uri", self.encode.source.uri, "dataset.output", self.dataset.output)
-        require_same("encode.base", self.encode.base, "finetune.model.base", self.finetune.model.base)
-        require_same("finetune.latents", self.finetune.latents, "encode.output", self.encode.output)
-        require_same("register.run", self.register.run, "finetune.output", self.finetune.output)
-        require_same("predict.source.uri", self.predict.source.uri, "test.output", self.test.output)
 
 
 def check(config: DepthConfig) -> None:

@@ -10,12 +10,13 @@ The same command again goes on where a killed job was, and does nothing once the
 import ray
 
 from d2f_core.data.sources.depth import DepthSource
-from d2f_core.inference.encode import EncodeDepthConfig, check_encode_depth, encode_depth
+from d2f_core.inference.encode import check_encode_depth, encode_depth
+from d2f_core.inference.encode_config import EncodeDepthConfig
 from pipelines.cli import run_job
-from pipelines.recipes import DEPTH_BASE
+from pipelines.names import DEPTH_BASE
 from pipelines.recipes_stable_diffusion import ENCODE_DEPTH_STABLE_DIFFUSION
 
-RECIPES = {
+ENCODE_DEPTH = {
     name: EncodeDepthConfig(
         source=DepthSource(uri=f"s3://d2f/datasets/{name}"), base=DEPTH_BASE, output=f"s3://d2f/latents/{name}"
     )
@@ -30,4 +31,4 @@ def main(config: EncodeDepthConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_job("encode_depth", RECIPES, main, check_encode_depth)
+    run_job("encode_depth", ENCODE_DEPTH, main, check_encode_depth)

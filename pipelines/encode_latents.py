@@ -9,8 +9,19 @@ The same command again goes on where a killed job was, and does nothing once the
 
 import ray
 
-from d2f_core.inference.encode import EncodeConfig, check_encode, encode_latents
+from d2f_core.data.sources import ImageSource
+from d2f_core.inference.encode import check_encode, encode_latents
+from d2f_core.inference.encode_config import EncodeConfig
 from pipelines.cli import run_job
+from pipelines.names import EMOJI_SD
+from pipelines.recipes_stable_diffusion import ENCODE_STABLE_DIFFUSION
+
+ENCODE_LATENTS = {
+    style: EncodeConfig(
+        source=ImageSource(uri=f"s3://d2f/datasets/{style}"), base=EMOJI_SD, output=f"s3://d2f/latents/{style}"
+    )
+    for style in ("twemoji", "openmoji", "openmoji-starter", "openmoji-few")
+} | ENCODE_STABLE_DIFFUSION
 
 
 def main(config: EncodeConfig) -> None:
@@ -20,6 +31,4 @@ def main(config: EncodeConfig) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.recipes import ENCODE_LATENTS
-
     run_job("encode_latents", ENCODE_LATENTS, main, check_encode)

@@ -12,6 +12,21 @@ from d2f_core.inference.evaluate import check_evaluate, evaluate
 from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.gate import Verdict
 from pipelines.cli import run_job
+from pipelines.make_dataset import MAKE_DATASET
+from pipelines.names import EMOJI_SD, EVALUATIONS, FLOW_MODEL, QUICKSTART
+from pipelines.workflow_config import captions_uri
+
+EVALUATE = {
+    # What `make quickstart` made: every caption of its drawings, and the drawings to compare with.
+    "quickstart": EvaluateConfig(
+        candidate=f"models:/{FLOW_MODEL}@candidate",
+        base=EMOJI_SD,
+        prompts=captions_uri(QUICKSTART),
+        reference=MAKE_DATASET["openmoji-few"].output,
+        output="s3://d2f/evaluations/quickstart",
+        evaluations=EVALUATIONS,
+    )
+}
 
 
 def main(config: EvaluateConfig) -> Verdict:
@@ -21,6 +36,4 @@ def main(config: EvaluateConfig) -> Verdict:
 
 
 if __name__ == "__main__":
-    from pipelines.workflow_recipes import EVALUATE
-
     run_job("evaluate", EVALUATE, main, check_evaluate)

@@ -11,8 +11,18 @@ from collections.abc import Sequence
 import ray
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.inference.generate import GenerateConfig, check_generate, generate_all
+from d2f_core.inference.generate import check_generate, generate_all
+from d2f_core.inference.plan import GenerateConfig
 from pipelines.cli import run_job
+from pipelines.names import EMOJI_SD, FLOW_MODEL
+from pipelines.recipes_stable_diffusion import PAIRS_STABLE_DIFFUSION
+
+GENERATE = {
+    "flow": GenerateConfig(
+        model=f"models:/{FLOW_MODEL}@candidate", prompts="s3://d2f/prompts.jsonl", output="s3://d2f/generations/flow"
+    ),
+    "base": GenerateConfig(model=EMOJI_SD, prompts="s3://d2f/prompts.jsonl", output="s3://d2f/generations/base"),
+} | PAIRS_STABLE_DIFFUSION
 
 
 def main(config: GenerateConfig) -> Manifest:
@@ -27,6 +37,4 @@ def run_all(configs: Sequence[GenerateConfig]) -> list[Manifest]:
 
 
 if __name__ == "__main__":
-    from pipelines.workflow_recipes import GENERATE
-
     run_job("generate", GENERATE, main, check_generate)

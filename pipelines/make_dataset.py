@@ -13,7 +13,7 @@ from d2f_core.data.emoji import MakeDatasetConfig, make_dataset
 from d2f_core.storage import check_reachable
 from pipelines.cli import run_job
 
-RECIPES = {
+MAKE_DATASET = {
     "twemoji": MakeDatasetConfig(output="s3://d2f/datasets/twemoji", style="twemoji"),
     "openmoji": MakeDatasetConfig(output="s3://d2f/datasets/openmoji", style="openmoji"),
     "openmoji-starter": MakeDatasetConfig(
@@ -49,4 +49,4 @@ def main(config: MakeDatasetConfig | MakeDepthConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_job("make_dataset", RECIPES, main, check)
+    run_job("make_dataset", MAKE_DATASET, main, check)

@@ -13,8 +13,7 @@ from d2f_core.data.sources import ImageSource
 from d2f_core.inference.depth_job import check_predict_depth, predict_depth
 from d2f_core.inference.depth_plan import PredictDepthConfig
 from pipelines.cli import run_job
-
-DEPTH_MODEL = "emoji-depth"
+from pipelines.names import DEPTH_MODEL
 
 PREDICT_DEPTH = {
     "depth": PredictDepthConfig(

@@ -1,9 +1,7 @@
-"""Named, complete values of the jobs' configs."""
+"""Named, complete configs of the trainings."""
 
 from dataclasses import replace
 
-from d2f_core.data.sources import ImageSource
-from d2f_core.inference.encode_config import EncodeConfig
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
@@ -11,19 +9,8 @@ from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
 from d2f_core.objective.path import TimeSampling
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
-from pipelines.recipes_stable_diffusion import ENCODE_STABLE_DIFFUSION, FINETUNE_STABLE_DIFFUSION
-
-EMOJI_SD = "infra/models/emoji-sd"
-DEPTH_DECODER = "s3://d2f/runs/depth-decoder"
-DEPTH_BASE = f"{DEPTH_DECODER}/base"
-"""emoji-sd with a decoder that knows rendered scenes; `train_autoencoder depth` makes it."""
-
-SHOWN_EMOJI = (
-    "red apple", "banana", "strawberry", "watermelon", "pizza", "hamburger", "red heart", "blue heart",
-    "grinning face", "loudly crying face", "smiling face with sunglasses", "enraged face",
-    "cat face", "dog face", "panda", "frog", "fish", "octopus", "sunflower", "evergreen tree",
-    "rocket", "rainbow", "snowman", "star",
-)  # fmt: skip
+from pipelines.names import DEPTH_BASE, DEPTH_DECODER, EMOJI_SD, SHOWN_EMOJI
+from pipelines.recipes_stable_diffusion import FINETUNE_STABLE_DIFFUSION
 
 AUTOENCODER = {
     # The autoencoder that emoji-sd ships with: both styles, so that either decodes well.
@@ -66,13 +53,6 @@ AUTOENCODER = {
         name="depth-decoder",
     ),
 }
-
-ENCODE_LATENTS = {
-    style: EncodeConfig(
-        source=ImageSource(uri=f"s3://d2f/datasets/{style}"), base=EMOJI_SD, output=f"s3://d2f/latents/{style}"
-    )
-    for style in ("twemoji", "openmoji", "openmoji-starter", "openmoji-few")
-} | ENCODE_STABLE_DIFFUSION
 
 _EMOJI_LORA = FinetuneConfig(
     model=ModelConfig(base=EMOJI_SD, objective="diff2flow", method="lora", lora=LoraConfig(rank=64)),

@@ -10,56 +10,24 @@ import hashlib
 import itertools
 import json
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import ray
 
 from d2f_core.data.manifest import read_manifest
 from d2f_core.inference.evaluate import read_reference
-from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.prompts import scan_prompts, table_captions
-from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import local_copy, resolve_base
 from d2f_core.model.latent_task import check_start
 from d2f_core.storage import check_reachable, join, write_bytes
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
 from pipelines import generate
-from pipelines.configs import FinetuneConfig
+from pipelines.workflow_config import ReflowConfig
 from pipelines.workflow_stages import Outputs, Workflow, evaluate_with, finetune_with, register_with
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReflowConfig:
-    output: str
-    """Stage records, prompts, pairs and trainings go here."""
-    teacher: str
-    """Who draws the first pairs: a base model, or a trained one (directory or models:/NAME@ALIAS)."""
-    captions: str
-    """Latent table whose captions are drawn, one after another, again and again."""
-    num_pairs: int = 10_000
-    """Pairs of a round."""
-    rounds: int = 1
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
-    """How pairs are drawn; `prompts`, `model`, `output` and `emit` are filled in. `guidance` and `solver` are the first
-    teacher's: a round's version carries its own, and has guidance in its pairs already."""
-    finetune: FinetuneConfig
-    """Of each round; `latents`, `output` and `model.start` are filled in."""
-    register: RegisterConfig = field(default_factory=RegisterConfig)
-    """`run`, `model` and `experiment` are the finetune's."""
-    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(promote=False))
-    """Of each round's version; `candidate`, `champion` (the teacher, unless it is the base) and `output` are filled in.
-    Without prompts there is none."""
-
-    def __post_init__(self) -> None:
-        for name in ("output", "teacher", "captions"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty. Give --{name} URI.")
-        if self.num_pairs < 1 or self.rounds < 1:
-            raise ValueError(f"num_pairs={self.num_pairs} and rounds={self.rounds} must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,9 @@
 from d2f_core.inference.register import RegisterConfig, register
 from d2f_core.tracking import ModelVersionInfo
 from pipelines.cli import run_job
+from pipelines.names import FLOW_MODEL
+
+REGISTER = {"emoji-flow": RegisterConfig(run="s3://d2f/runs/emoji-lora", name=FLOW_MODEL)}
 
 
 def main(config: RegisterConfig) -> ModelVersionInfo:
@@ -10,6 +13,4 @@ def main(config: RegisterConfig) -> ModelVersionInfo:
 
 
 if __name__ == "__main__":
-    from pipelines.workflow_recipes import REGISTER
-
     run_job("register", REGISTER, main)

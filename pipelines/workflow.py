@@ -13,9 +13,7 @@ from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking
 from pipelines import depth, encode_latents, make_dataset, reflow
 from pipelines.cli import run_job
-from pipelines.depth import DepthConfig
-from pipelines.reflow import ReflowConfig
-from pipelines.workflow_config import WorkflowConfig
+from pipelines.workflow_config import DepthConfig, ReflowConfig, WorkflowConfig
 from pipelines.workflow_stages import (
     Workflow,
     contact_sheet_stage,

@@ -1,19 +1,26 @@
-"""The whole way from images to a compared model, as one config: the stages' own configs, wired together."""
+"""The workflows as one config each: the stages' own configs, wired together."""
 
 from dataclasses import dataclass, field, replace
 
+from d2f_core.data.depth_dataset import MakeDepthConfig
 from d2f_core.data.emoji import MakeDatasetConfig
 from d2f_core.inference.contact_sheet import ContactSheetConfig
-from d2f_core.inference.encode import EncodeConfig
-from d2f_core.inference.generate import GenerateConfig
+from d2f_core.inference.depth_evaluation import EvaluateDepthConfig
+from d2f_core.inference.depth_plan import PredictDepthConfig
+from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig
+from d2f_core.inference.evaluate_config import EvaluateConfig
+from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.storage import join
-from pipelines.configs import FinetuneConfig
+from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkflowConfig:
-    """Stages read each other's outputs: leave a field that names one empty, or give it the same URI."""
+    """From images to a compared model.
+
+    Stages read each other's outputs: leave a field that names one empty, or give it the same URI.
+    """
 
     output: str
     """Stage records, prompts, generations, contact sheet and summary.json go here."""
@@ -48,7 +55,7 @@ class WorkflowConfig:
     @property
     def captions_uri(self) -> str:
         """Every caption of the dataset as a prompt, for `pipelines.evaluate`."""
-        return join(self.output, "captions.jsonl")
+        return captions_uri(self.output)
 
     def wired_encode(self) -> EncodeConfig:
         source = replace(self.encode.source, uri=self.dataset.output)
@@ -70,6 +77,84 @@ class WorkflowConfig:
             run=self.finetune.output,
             experiment=self.finetune.experiment,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """From rendered scenes to a measured depth model.
+
+    Stages read each other's outputs: leave a field that names one empty, or give it the same URI.
+    """
+
+    output: str
+    """Stage records, predictions, the evaluation and summary.json go here."""
+    dataset: MakeDepthConfig
+    """Scenes to learn from."""
+    test: MakeDepthConfig
+    """Scenes to be judged on."""
+    decoder: TrainAutoencoderConfig | None = None
+    """Before all else a base's decoder learns the dataset, and `finetune.model.base` is what comes out. None: that base
+    decodes depth well as it is."""
+    encode: EncodeDepthConfig
+    """`source.uri` is the dataset's output, `base` the finetune's."""
+    finetune: FinetuneConfig
+    """`latents` is the encode's output."""
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    """`run`, `model` and `experiment` are the finetune's."""
+    predict: PredictDepthConfig = field(default_factory=PredictDepthConfig)
+    """`source.uri` is the test scenes; `model` and `output` are filled in."""
+    evaluate: EvaluateDepthConfig = field(default_factory=EvaluateDepthConfig)
+    """`predictions`, `truth`, `train` and `output` are filled in."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
+        if self.decoder:
+            made = join(self.decoder.output, "base")
+            require_same("decoder.images", self.decoder.images, "dataset.output", self.dataset.output)
+            require_same("finetune.model.base", self.finetune.model.base, "decoder.output/base", made)
+        require_same("encode.source.uri", self.encode.source.uri, "dataset.output", self.dataset.output)
+        require_same("encode.base", self.encode.base, "finetune.model.base", self.finetune.model.base)
+        require_same("finetune.latents", self.finetune.latents, "encode.output", self.encode.output)
+        require_same("register.run", self.register.run, "finetune.output", self.finetune.output)
+        require_same("predict.source.uri", self.predict.source.uri, "test.output", self.test.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReflowConfig:
+    """Rounds in which a model is trained on pairs that the one before it drew."""
+
+    output: str
+    """Stage records, prompts, pairs and trainings go here."""
+    teacher: str
+    """Who draws the first pairs: a base model, or a trained one (directory or models:/NAME@ALIAS)."""
+    captions: str
+    """Latent table whose captions are drawn, one after another, again and again."""
+    num_pairs: int = 10_000
+    """Pairs of a round."""
+    rounds: int = 1
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """How pairs are drawn; `prompts`, `model`, `output` and `emit` are filled in. `guidance` and `solver` are the first
+    teacher's: a round's version carries its own, and has guidance in its pairs already."""
+    finetune: FinetuneConfig
+    """Of each round; `latents`, `output` and `model.start` are filled in."""
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    """`run`, `model` and `experiment` are the finetune's."""
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(promote=False))
+    """Of each round's version; `candidate`, `champion` (the teacher, unless it is the base) and `output` are filled in.
+    Without prompts there is none."""
+
+    def __post_init__(self) -> None:
+        for name in ("output", "teacher", "captions"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty. Give --{name} URI.")
+        if self.num_pairs < 1 or self.rounds < 1:
+            raise ValueError(f"num_pairs={self.num_pairs} and rounds={self.rounds} must be at least 1.")
+
+
+def captions_uri(output: str) -> str:
+    """Where a workflow that writes to `output` puts every caption of its dataset."""
+    return join(output, "captions.jsonl")
 
 
 def require_same(name: str, value: str, other: str, expected: str) -> None:

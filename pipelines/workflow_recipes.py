@@ -1,43 +1,23 @@
-"""Named values of the workflow, and of the jobs that only it chains."""
+"""Named, complete configs of the workflows."""
 
 from dataclasses import replace
 
 from d2f_core.data.emoji import MakeDatasetConfig
 from d2f_core.inference.contact_sheet import ContactSheetConfig
 from d2f_core.inference.depth_evaluation import EvaluateDepthConfig
-from d2f_core.inference.encode import EncodeConfig
-from d2f_core.inference.evaluate_config import EvaluateConfig
+from d2f_core.inference.encode_config import EncodeConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
-from pipelines.depth import DepthConfig
-from pipelines.encode_depth import RECIPES as ENCODE_DEPTH
-from pipelines.make_dataset import RECIPES as MAKE_DATASET
-from pipelines.predict_depth import DEPTH_MODEL, PREDICT_DEPTH
-from pipelines.recipes import AUTOENCODER, EMOJI_SD, FINETUNE, SHOWN_EMOJI
-from pipelines.recipes_stable_diffusion import PAIRS_STABLE_DIFFUSION
-from pipelines.reflow import ReflowConfig
-from pipelines.workflow_config import WorkflowConfig
-
-EVALUATIONS = (2, 4, 10, 25)
-FLOW_MODEL = "emoji-flow"
-
-GENERATE = {
-    "flow": GenerateConfig(
-        model=f"models:/{FLOW_MODEL}@candidate", prompts="s3://d2f/prompts.jsonl", output="s3://d2f/generations/flow"
-    ),
-    "base": GenerateConfig(model=EMOJI_SD, prompts="s3://d2f/prompts.jsonl", output="s3://d2f/generations/base"),
-} | PAIRS_STABLE_DIFFUSION
-
-REGISTER = {"emoji-flow": RegisterConfig(run="s3://d2f/runs/emoji-lora", name=FLOW_MODEL)}
-
-CONTACT_SHEET = {
-    "compare": ContactSheetConfig(
-        generations=("s3://d2f/generations/base", "s3://d2f/generations/flow"), output="s3://d2f/contact_sheet.png"
-    )
-}
+from pipelines.encode_depth import ENCODE_DEPTH
+from pipelines.evaluate import EVALUATE
+from pipelines.make_dataset import MAKE_DATASET
+from pipelines.names import DEPTH_MODEL, EVALUATIONS, FLOW_MODEL, QUICKSTART, SHOWN_EMOJI
+from pipelines.predict_depth import PREDICT_DEPTH
+from pipelines.recipes import AUTOENCODER, FINETUNE
+from pipelines.workflow_config import DepthConfig, ReflowConfig, WorkflowConfig
 
 
 def new_resolution(edge: int) -> WorkflowConfig:
@@ -79,7 +59,7 @@ def new_resolution(edge: int) -> WorkflowConfig:
 WORKFLOW = {
     # What `make quickstart` runs: emoji-sd learns OpenMoji's style as a flow model.
     "quickstart": WorkflowConfig(
-        output="s3://d2f/workflows/quickstart",
+        output=QUICKSTART,
         dataset=MAKE_DATASET["openmoji-few"],
         encode=EncodeConfig(output="s3://d2f/latents/openmoji-few"),
         finetune=FINETUNE["emoji-few"],
@@ -93,18 +73,6 @@ WORKFLOW = {
     ),
     # emoji-sd, made for 64 pixels, at other sizes.
     **{f"emoji-{edge}": new_resolution(edge) for edge in (32, 96)},
-}
-
-EVALUATE = {
-    # What `make quickstart` made: every caption of its drawings, and the drawings to compare with.
-    "quickstart": EvaluateConfig(
-        candidate=f"models:/{FLOW_MODEL}@candidate",
-        base=EMOJI_SD,
-        prompts=WORKFLOW["quickstart"].captions_uri,
-        reference=WORKFLOW["quickstart"].dataset.output,
-        output="s3://d2f/evaluations/quickstart",
-        evaluations=EVALUATIONS,
-    )
 }
 
 REFLOW = ReflowConfig(

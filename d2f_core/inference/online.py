@@ -9,7 +9,6 @@ Only the token's hash leaves the process of the command, so that neither Ray's s
 
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from ray import serve
 
 from d2f_core.content import cache_root
 from d2f_core.inference.image_maker import fill_request
+from d2f_core.inference.online_config import ServeConfig, ServeError, is_loopback
 from d2f_core.model.artifact import load_model
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
 
@@ -37,68 +37,6 @@ STOP_SECONDS = 20.0
 """How long requests in work may go on once the service is told to stop."""
 DOOR_REQUESTS = 1000
 """Requests that the door holds at a time, most of them waiting for a painter."""
-
-
-class ServeError(ValueError):
-    """A service that cannot run as asked, with the reason and the fix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    model: str = "models:/emoji-flow@champion"
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
-    replicas: int = 1
-    """Processes that hold the model."""
-    cpus_per_replica: float = 1
-    """Logical CPUs that Ray reserves for each, and its torch threads."""
-    gpus_per_replica: float = 0
-    max_batch_size: int = 8
-    """Most images drawn together."""
-    batch_wait_seconds: float = 0.05
-    """How long the first request of a batch waits for others."""
-    max_queue: int = 32
-    """Images that may wait beyond those that the replicas have taken in; more are answered with 503."""
-    host: str = "127.0.0.1"
-    """Address to listen on, on the head node; another than 127.0.0.1 needs --allow-external and a token of your own."""
-    port: int = 8000
-    allow_external: bool = False
-    """Listen for other machines too. There is no TLS: put a proxy that has it in front."""
-    token_file: str = ""
-    """File of mode 600 with the token; empty: D2F_SERVE_TOKEN, or else a file that is made."""
-    max_prompt_characters: int = 1000
-    max_steps: int = 100
-    max_pixels: int = 1024 * 1024
-    """Largest height x width of an image."""
-    max_images: int = 4
-    """Of one request."""
-    max_body_bytes: int = 65_536
-    request_seconds: float = 120.0
-    """Most time for one request, waiting included."""
-    replace: bool = False
-    """End what Ray Serve runs on this cluster first, such as a service whose command was killed."""
-
-    def __post_init__(self) -> None:
-        whole = ("replicas", "max_batch_size", "max_queue", "max_prompt_characters", "max_steps", "max_pixels")
-        for name in (*whole, "max_images", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise ServeError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("cpus_per_replica", "gpus_per_replica", "batch_wait_seconds"):
-            if getattr(self, name) < 0:
-                raise ServeError(f"{name}={getattr(self, name)} must not be negative.")
-        if self.request_seconds <= 0:
-            raise ServeError(f"request_seconds={self.request_seconds} must be above 0.")
-        if not 1024 <= self.port <= 65_535:
-            raise ServeError(f"port={self.port} must be a number from 1024 to 65535.")
-        if self.max_queue < self.max_images:
-            raise ServeError(
-                f"max_queue={self.max_queue} is below max_images={self.max_images}, so that such a request could never "
-                f"be taken in. Nearest that fits: {self.max_images}."
-            )
-        if not is_loopback(self.host) and not self.allow_external:
-            raise ServeError(
-                f"host={self.host!r} is reached from other machines. Give --host 127.0.0.1, or --allow-external if "
-                "that is what you want."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +57,6 @@ class ServeJob:
     model_uri: str
     """Pinned: never an alias."""
     model_hash: str
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server at that address; a name other than localhost counts as outer."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def obtain_token(config: ServeConfig) -> Token:

@@ -10,7 +10,7 @@ import hmac
 import logging
 from base64 import b64encode
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.util
@@ -22,12 +22,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from d2f_core.inference.image_maker import ImageMaker, Made, Request, encode_image, fill_request
+from d2f_core.inference.online_config import ServeConfig
 from d2f_core.inference.online_request import RequestError, parse_request
 from d2f_core.model.artifact import load_model
 from d2f_core.tracking import resolve_model
-
-if TYPE_CHECKING:
-    from d2f_core.inference.online import ServeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ def _listen_on_the_nodes_address_only() -> None:
 class Painter:
     """Holds the model; draws what came in meanwhile in one call."""
 
-    def __init__(self, model_uri: str, model_hash: str, config: "ServeConfig") -> None:
+    def __init__(self, model_uri: str, model_hash: str, config: ServeConfig) -> None:
         _listen_on_the_nodes_address_only()
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
         model = load_model(resolve_model(model_uri))
@@ -132,7 +130,7 @@ def _drawn(made: Made, together: int) -> Drawn:
 class Door:
     """Asks for the token, checks what can be checked without the model, and hands the rest to the painters."""
 
-    def __init__(self, painters: DeploymentHandle, token_digest: bytes, config: "ServeConfig") -> None:
+    def __init__(self, painters: DeploymentHandle, token_digest: bytes, config: ServeConfig) -> None:
         _listen_on_the_nodes_address_only()
         self.painters, self.token_digest, self.config = painters, token_digest, config
         self.routes = {("POST", "/v1/images"): self._images, ("GET", "/v1/model"): self._model}

@@ -29,7 +29,8 @@ from d2f_core.train.interruption import terminable, terminated
 from d2f_core.train.restarts import Restarts, causes, reason
 from d2f_core.train.room import fitting_workers
 from d2f_core.train.task import BuildTask
-from d2f_core.train.worker import EVALUATION_SECONDS, WorkerJob, run_worker
+from d2f_core.train.worker import EVALUATION_SECONDS, run_worker
+from d2f_core.train.worker_job import WorkerJob
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ No worker ever holds more of it than the weights, in the module, and one or two 
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import torch
@@ -18,9 +17,7 @@ from d2f_core.train.checkpoint import Checkpoint, CheckpointError
 from d2f_core.train.evaluation import EvaluationJob, evaluation_due
 from d2f_core.train.state import Worker
 from d2f_core.train.task import Task
-
-if TYPE_CHECKING:
-    from d2f_core.train.worker import WorkerJob
+from d2f_core.train.worker_job import WorkerJob
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +116,7 @@ def _moments(found: Checkpoint) -> Iterator[tuple[str, str, Tensor]]:
             yield moment, name, tensor
 
 
-def not_evaluated(job: "WorkerJob") -> list[EvaluationJob]:
+def not_evaluated(job: WorkerJob) -> list[EvaluationJob]:
     """Evaluations that an earlier attempt owes: of the untrained model, and of complete checkpoints."""
     steps: list[tuple[int, str | None]] = [(0, None)]
     steps += [(one.manifest.step, one.uri) for one in checkpoint.list_checkpoints(job.output)]

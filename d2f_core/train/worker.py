@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -15,49 +14,24 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from d2f_core.data.plan import StreamPlan
 from d2f_core.data.stream import micro_batches, worker_shard
-from d2f_core.tracking import RunHandle
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import restore, zero
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.evaluation import EvaluationJob, Evaluations, evaluation_due
+from d2f_core.train.evaluation import Evaluations, evaluation_due
 from d2f_core.train.heartbeat import Heartbeat
 from d2f_core.train.interruption import Interruptions
 from d2f_core.train.metrics import Window, log_progress
 from d2f_core.train.quarantine import TrainingQuarantine
 from d2f_core.train.state import Worker
 from d2f_core.train.steps import StepResult, train_steps
-from d2f_core.train.task import BuildTask, Task
+from d2f_core.train.task import Task
+from d2f_core.train.worker_job import WorkerJob
 
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS, EVALUATION_SECONDS = 120.0, 1800.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerJob:
-    """All that a worker is given."""
-
-    config: TrainConfig
-    build_task: BuildTask
-    plan: StreamPlan
-    output: str
-    """Where checkpoints go."""
-    identity: str
-    """Hash of what must not change within a run."""
-    attempt: str = ""
-    """Names this attempt's checkpoint directories."""
-    pulse: Any = None
-    """The actor that keeps what each worker said last."""
-    tracker: RunHandle | None = None
-
-    def evaluation(self, step: int, uri: str | None) -> EvaluationJob:
-        return EvaluationJob(
-            build_task=self.build_task, output=self.output, step=step, uri=uri, averaged=bool(self.config.ema.decay),
-            num_gpus=self.config.evaluation_gpus, tracker=self.tracker,
-        )  # fmt: skip
 
 
 class Training:

@@ -23,7 +23,8 @@ import requests
 from PIL import Image
 
 from d2f_core.inference.image_maker import ImageMaker, fill_request
-from d2f_core.inference.online import ServeConfig, ServeError, ServeJob, Token, is_running, obtain_token, service
+from d2f_core.inference.online import ServeJob, Token, is_running, obtain_token, service
+from d2f_core.inference.online_config import ServeConfig, ServeError
 from d2f_core.inference.online_request import RequestError, parse_request
 from d2f_core.model.artifact import load_model
 from infra.local.stack import StackEnv

@@ -9,7 +9,7 @@ from tests.inference.tiny_base import write_tiny_base
 
 if TYPE_CHECKING:  # `pytest_configure` sets what Ray reads when it is imported
     from infra.local.stack import StackEnv
-    from pipelines.depth import DepthConfig
+    from pipelines.workflow_config import DepthConfig
 
 
 @pytest.fixture(scope="session")

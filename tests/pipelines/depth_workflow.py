@@ -10,7 +10,7 @@ from d2f_core.model.latent_task import ModelConfig, PreviewConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
-from pipelines.depth import DepthConfig
+from pipelines.workflow_config import DepthConfig
 
 HOME = "s3://d2f/test-depth-workflow"
 TRAIN = TrainConfig(

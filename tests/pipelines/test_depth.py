@@ -36,7 +36,7 @@ from d2f_core.tracking import find_run
 from d2f_core.train.checkpoint import CheckpointError
 from pipelines import evaluate_depth, finetune
 from pipelines.configs import FinetuneConfig
-from pipelines.depth import DepthConfig
+from pipelines.workflow_config import DepthConfig
 from tests.depth_tables import picture, write_depth_table
 from tests.inference.here import here
 from tests.latent_tables import write_latents

@@ -13,8 +13,8 @@ from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import read_bytes
 from pipelines.cli import from_yaml, resolve, to_yaml
-from pipelines.depth import DepthConfig
 from pipelines.workflow import main
+from pipelines.workflow_config import DepthConfig
 from pipelines.workflow_recipes import DEPTH
 from tests.pipelines.depth_workflow import depth_config
 from tests.slow import slow

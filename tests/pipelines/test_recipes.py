@@ -19,10 +19,13 @@ from d2f_core.train.checkpoint import KINDS
 from infra.local.stack import StackEnv
 from pipelines import estimate, finetune
 from pipelines.cli import resolve, run_job
-from pipelines.encode_depth import RECIPES as ENCODE_DEPTH
-from pipelines.recipes import ENCODE_LATENTS, FINETUNE, SHOWN_EMOJI
+from pipelines.encode_depth import ENCODE_DEPTH
+from pipelines.encode_latents import ENCODE_LATENTS
+from pipelines.generate import GENERATE
+from pipelines.names import SHOWN_EMOJI
+from pipelines.recipes import FINETUNE
 from pipelines.recipes_stable_diffusion import ESTIMATE, FINETUNE_STABLE_DIFFUSION
-from pipelines.workflow_recipes import GENERATE, REFLOW, WORKFLOW
+from pipelines.workflow_recipes import REFLOW, WORKFLOW
 from tests.depth_tables import write_depth_latents
 from tests.latent_tables import write_latents
 from tests.model.tiny_sd import Name, write_tiny

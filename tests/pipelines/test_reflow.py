@@ -33,7 +33,8 @@ from d2f_core.tracking import get_alias, resolve_model
 from d2f_core.train.config import TrainConfig
 from pipelines import finetune
 from pipelines.configs import FinetuneConfig
-from pipelines.reflow import ReflowConfig, Teacher, check, drawing_of, main
+from pipelines.reflow import Teacher, check, drawing_of, main
+from pipelines.workflow_config import ReflowConfig
 from tests.image_tables import write_images
 from tests.inference.here import here
 from tests.inference.tiny_vision import write_tiny_vit
