@@ -4,12 +4,10 @@ A stage that completes leaves one small JSON record with its key, counts and out
 killed stage has none and runs again; making that second run cheap (resume, no-op) is the stage's own business.
 """
 
-import dataclasses
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,21 +49,6 @@ class StageResult:
             "rate": round(rate, 2),
             "skipped": self.skipped,
         }
-
-
-def stage_key(config: Any, inputs: Mapping[str, str]) -> str:
-    """Hash of a stage's config (a dataclass) and of the digests of what it reads; equal keys mean equal work."""
-    value = {"config": _plain(dataclasses.asdict(config)), "inputs": dict(inputs)}
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """The value with whole floats as integers: a config read back from YAML says 1.0 where the code said 1."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def run_stage(

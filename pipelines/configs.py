@@ -1,13 +1,13 @@
 """One frozen dataclass per training job; the other jobs' configs lie beside their owners."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from d2f_core.data.manifest import Manifest, canonical_json
+from d2f_core.data.manifest import Manifest
 from d2f_core.data.order import SampleOrder
 from d2f_core.data.plan import Source, StreamPlan
+from d2f_core.identity import identity_hash, identity_values
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.autoencoder_training import AutoencoderLossConfig
 from d2f_core.model.latent_task import ModelConfig, PreviewConfig
@@ -45,7 +45,7 @@ class FinetuneConfig:
 
     def identity(self, base_hash: str, manifests: Sequence[Manifest]) -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
-        model = {name: value for name, value in asdict(self.model).items() if name != "base"}
+        model = {name: value for name, value in identity_values(self.model).items() if name != "base"}
         # Runs that are older than these fields keep their identity.
         if self.model.task == "text_to_image":
             del model["task"]
@@ -86,7 +86,7 @@ class TrainAutoencoderConfig:
 
     def identity(self, begins_with: Mapping[str, Any], table: Manifest) -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
-        fixed = {**begins_with, "loss": asdict(self.loss), "images": table.digest}
+        fixed = {**begins_with, "loss": identity_values(self.loss), "images": table.digest}
         return _digest(fixed, self.train)
 
 
@@ -116,4 +116,4 @@ def _plan(
 
 def _digest(fixed: Mapping[str, Any], train: TrainConfig) -> str:
     batch = {name: getattr(train, name) for name in ("seed", "global_batch_size", "lanes", "window_rows")}
-    return hashlib.sha256(canonical_json({**fixed, **batch})).hexdigest()
+    return identity_hash({**fixed, **batch})

@@ -10,9 +10,10 @@ from dataclasses import replace
 import ray
 
 from d2f_core.data.sources import ImageSource
+from d2f_core.identity import stage_key
 from d2f_core.inference.depth_evaluation import METRICS_NAME, SHEET_NAME
 from d2f_core.model.base import resolve_base
-from d2f_core.stages import StageOutcome, stage_key
+from d2f_core.stages import StageOutcome
 from d2f_core.storage import check_reachable, exists, join
 from d2f_core.tracking import check_tracking
 from pipelines import encode_depth, evaluate_depth, make_dataset, predict_depth, train_autoencoder

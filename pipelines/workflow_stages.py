@@ -7,13 +7,14 @@ from typing import Any
 
 from d2f_core.content import hash_directory
 from d2f_core.data.manifest import manifest_exists, read_manifest
+from d2f_core.identity import stage_key
 from d2f_core.inference.evaluate import REPORT_NAME
 from d2f_core.inference.evaluate_config import EvaluateConfig
 from d2f_core.inference.plan import GenerateConfig
 from d2f_core.inference.register import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import local_copy
-from d2f_core.stages import StageOutcome, StageResult, run_stage, stage_key
+from d2f_core.stages import StageOutcome, StageResult, run_stage
 from d2f_core.storage import exists, join, write_bytes
 from d2f_core.tracking import TrackingError, find_run, pin_model
 from pipelines import contact_sheet, evaluate, finetune, generate, register

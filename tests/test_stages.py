@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from d2f_core.stages import StageOutcome, StageResult, run_stage, stage_key
+from d2f_core.identity import stage_key
+from d2f_core.stages import StageOutcome, StageResult, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2f_core.data.schema import READABLE_VERSIONS, ROW_GROUP_ROWS, SCHEMA_VERSION
+from d2f_core.identity import canonical_json
 from d2f_core.storage import exists, join, read_bytes, write_bytes
 
 MANIFEST_NAME = "manifest.json"
@@ -110,11 +111,6 @@ def _listing_all_groups(file: TableFile) -> bytes:
     groups = "".join(f"{rows}," * count for rows, count in file.row_groups)[:-1]
     text = f'{{"path":{path},"row_groups":[{groups}],"rows":{file.rows},"sha256":{sha256},"size":{file.size}}}'
     return text.encode()
-
-
-def canonical_json(value: object) -> bytes:
-    """The one JSON text of a value, for hashing and comparing."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def manifest_exists(uri: str) -> bool:

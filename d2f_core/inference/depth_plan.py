@@ -4,12 +4,12 @@ The source is cut into shards (runs of files or rows, or one tar). A shard is do
 that was killed goes on with the missing ones, and the size of the cluster changes nothing in any map.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from d2f_core.data.images import MAX_PIXELS_LIMIT, ImageRules
 from d2f_core.data.sources import ImageSource, SourcePlan
+from d2f_core.identity import identity_values
 from d2f_core.inference.depth_maker import DepthSettings, PredictDepthError, fill_settings
 from d2f_core.model.artifact import TrainedModel
 from d2f_core.model.base import BaseModelError
@@ -104,8 +104,7 @@ class DepthPlan:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two jobs to make the same maps: of the model its hash, not its place."""
-        values = json.loads(json.dumps(asdict(self)))
-        del values["model_uri"]
+        values = {name: value for name, value in identity_values(self).items() if name != "model_uri"}
         return {"task": "image_to_depth", **values}
 
 

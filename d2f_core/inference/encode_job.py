@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.sources import SourcePlan, plan_images
 from d2f_core.data.sources.depth import plan_depth
+from d2f_core.identity import differences, identity_values
 from d2f_core.inference.encode_captioned import CAPTIONED
 from d2f_core.inference.encode_config import (
     EncodeConfig,
@@ -40,7 +40,7 @@ def check_encode_depth(config: EncodeDepthConfig) -> tuple[EncodeJob, SourcePlan
     """`check_encode` of images with depth."""
     plan = partial(plan_depth, config.source, rows_per_shard=config.rows_per_part)
     kind = DEPTH_LATENTS if config.source.latents else DEPTH
-    how = {name: value for name, value in asdict(config.source).items() if name not in ("uri", "kind")}
+    how = {name: value for name, value in identity_values(config.source).items() if name not in ("uri", "kind")}
     return _check(config, kind, config.source.uri, plan, inputs={"depth": how})
 
 
@@ -70,7 +70,7 @@ def _check(
         "source_digest": planned.digest,
         "base": base.uri,
         "base_hash": base.content_hash,
-        **asdict(config.rules),
+        **identity_values(config.rules),
         "rows_per_part": config.rows_per_part,
         **(inputs or {}),
     }
@@ -138,12 +138,10 @@ def check_complete_table(job: EncodeJob, manifest: Manifest) -> None:
 def _refuse_other(job: EncodeJob, there: dict[str, Any], what: str) -> None:
     now = job.identity()
     now, there = ({**values, **values.get("fingerprint", {})} for values in (now, there))
-    changed = [
-        f"{name} was {there.get(name)}, now {value}"
-        for name, value in now.items()
-        if name != "fingerprint" and there.get(name) != value
-    ]
-    if changed:
+    for name in ("fingerprint", "base", "base_hash"):  # of a complete table the last two are told as well
+        now.pop(name, None)
+        there.pop(name, None)
+    if changed := differences(there, now):
         raise EncodeError(
             f"{job.config.output!r} {what} of another job: {'; '.join(changed)}. Give another output, or remove it."
         )

@@ -6,10 +6,11 @@ that was killed goes on with the missing chunks, and the size of the cluster cha
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from d2f_core.identity import differences, identity_values
 from d2f_core.inference.image_maker import Request, fill_request
 from d2f_core.inference.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.model.artifact import TrainedModel
@@ -145,9 +146,7 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two jobs to make the same images: of the model its hash, not its place."""
-        values = json.loads(json.dumps(asdict(self)))
-        del values["model_uri"]
-        return values
+        return {name: value for name, value in identity_values(self).items() if name != "model_uri"}
 
 
 def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, model_uri: str) -> Plan:
@@ -229,9 +228,11 @@ def claim_output(output: str, plan: Plan, prompts: PromptFile) -> None:
     """
     place = join(output, PLAN_NAME)
     try:
-        write_bytes(place, json.dumps(asdict(plan), indent=1, sort_keys=True).encode(), exclusive=True)
+        write_bytes(place, json.dumps(identity_values(plan), indent=1, sort_keys=True).encode(), exclusive=True)
     except FileExistsError:
-        refuse_other(output, plan.identity(), json.loads(read_bytes(place)))
+        there = json.loads(read_bytes(place))
+        there.pop("model_uri", None)
+        refuse_other(output, plan.identity(), there)
     if not exists(join(output, PROMPTS_NAME)):
         with tempfile.TemporaryDirectory() as directory:
             copy_prompts(prompts, Path(directory, PROMPTS_NAME), plan.chunk_size)
@@ -240,8 +241,7 @@ def claim_output(output: str, plan: Plan, prompts: PromptFile) -> None:
 
 def refuse_other(output: str, wanted: dict[str, Any], there: dict[str, Any]) -> None:
     """Raises GenerateError when what lies at the output differs from the wanted identity; names what differs."""
-    different = [f"{name} was {there.get(name)}, now {new}" for name, new in wanted.items() if there.get(name) != new]
-    if different:
+    if different := differences(there, wanted):
         raise GenerateError(
             f"{output!r} holds images of another job ({'; '.join(different)}). Give another output, or remove that one."
         )

@@ -28,13 +28,13 @@ from d2f_core.data.manifest import (
     Manifest,
     ManifestError,
     TableFile,
-    canonical_json,
     describe_file,
     manifest_exists,
     read_manifest,
     write_manifest,
     write_part,
 )
+from d2f_core.identity import canonical_json
 from d2f_core.inference.feature_table import feature_schema
 from d2f_core.inference.features import CaptionScorer, load_features
 from d2f_core.progress import Progress

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from d2f_core import storage
 from d2f_core.content import file_sha256
-from d2f_core.data.manifest import canonical_json
+from d2f_core.identity import canonical_json
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from d2f_core import storage
-from d2f_core.data.manifest import canonical_json
+from d2f_core.identity import canonical_json
 from d2f_core.train.checkpoint import (
     MANIFEST,
     PLAIN_NAME,

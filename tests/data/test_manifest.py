@@ -14,7 +14,6 @@ from d2f_core.data.manifest import (
     Manifest,
     ManifestError,
     ManifestNotFoundError,
-    canonical_json,
     manifest_exists,
     read_manifest,
     run_lengths,
@@ -23,6 +22,7 @@ from d2f_core.data.manifest import (
 )
 from d2f_core.data.quarantine import BadSample, read_quarantine, reason_counts, write_quarantine
 from d2f_core.data.schema import SchemaError, array_field, array_kind, check_schema, latent_schema, sample_id
+from d2f_core.identity import canonical_json
 from d2f_core.storage import join, write_bytes
 
 SHAPE = (4, 3, 2)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d2f_core.data.manifest import canonical_json, manifest_exists, read_manifest
+from d2f_core.data.manifest import manifest_exists, read_manifest
 from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, CAPTION_TABLES, Shard, SourceError, SourceKind, whole_text
+from d2f_core.identity import canonical_json
 from d2f_core.storage import filesystem, is_s3
 
 SUFFIXES: dict[SourceKind, tuple[str, ...]] = {

@@ -1,0 +1,76 @@
+"""What stored work is known by: the fields that decide it as JSON values, and their hash.
+
+Checkpoints, tables, plans and stages carry such an identity, and work goes on only where it is the same. A field that
+a dataclass gets later is declared by `since`, so that what was stored before is neither refused nor made again.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
+
+BEFORE = "value before the field existed"
+
+
+def since(default: T, *, before: T) -> T:
+    """A field of a dataclass that stored work knows nothing of.
+
+    Args:
+        default: its value in a new config.
+        before: what it would have said before it existed. A dataclass that says so has the identity of one without it.
+    """
+    return cast(T, dataclasses.field(default=default, metadata={BEFORE: before}))
+
+
+def identity_values(config: Any) -> dict[str, Any]:
+    """A dataclass's fields by name, nested ones too, without those that say what held before they existed."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if BEFORE not in field.metadata or field.metadata[BEFORE] != value:
+            found[field.name] = _values(value)
+    return found
+
+
+def _values(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return identity_values(value)
+    if isinstance(value, Mapping):
+        return {name: _values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_values(item) for item in value]
+    return value
+
+
+def canonical_json(value: object) -> bytes:
+    """The one JSON text of a value, for hashing and comparing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def identity_hash(values: Mapping[str, Any]) -> str:
+    """SHA-256, hexadecimal, of the values' canonical JSON."""
+    return hashlib.sha256(canonical_json(values)).hexdigest()
+
+
+def stage_key(config: Any, inputs: Mapping[str, str]) -> str:
+    """Hash of a stage's config (a dataclass) and of the digests of what it reads; equal keys mean equal work."""
+    value = {"config": _whole_numbers(identity_values(config)), "inputs": dict(inputs)}
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _whole_numbers(value: Any) -> Any:
+    """The value with whole floats as integers: a config read back from YAML says 1.0 where the code said 1."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What to tell of two identities that are not the same: each field with its values; none when they are."""
+    names = [*now, *(name for name in there if name not in now)]
+    return [f"{name} was {there.get(name)}, now {now.get(name)}" for name in names if there.get(name) != now.get(name)]
