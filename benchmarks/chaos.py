@@ -29,7 +29,7 @@ from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from tests.chaos.training import assert_same_run, make_config, newest_step, processes
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 VICTIMS = {
     "worker": "ray::RayTrainWorker",

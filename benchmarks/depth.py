@@ -31,9 +31,9 @@ from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.order import SampleOrder
 from d2f_core.data.table_reader import RowReader
-from d2f_core.inference.depth_errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, square
-from d2f_core.inference.depth_figures import ShownDepth, draw_errors, draw_maps
-from d2f_core.inference.depth_maker import DepthMaker, fill_settings
+from d2f_core.flow.depth.errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, square
+from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
+from d2f_core.flow.depth.predictor import DepthMaker, fill_settings
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.image_to_depth import ImageToDepth

@@ -36,10 +36,10 @@ from d2f_core.data.manifest import write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.sources import ImageSource, plan_images
 from d2f_core.data.table_reader import RowReader
-from d2f_core.inference.encode import EncodeConfig, check_encode, encode_latents, finish_table, run_chunks
-from d2f_core.inference.encode_actor import to_input
-from d2f_core.inference.encode_job import claim_output
-from d2f_core.inference.encode_records import unfinished_shards
+from d2f_core.flow.encode.actor import to_input
+from d2f_core.flow.encode.check import claim_output
+from d2f_core.flow.encode.chunk_records import unfinished_shards
+from d2f_core.flow.encode.job import EncodeConfig, check_encode, encode_latents, finish_table, run_chunks
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import join

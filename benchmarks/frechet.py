@@ -2,15 +2,16 @@
 
 Not FID: another network, and a fixed random projection of its 1280 features onto 64, so that a covariance of some 2,000
 images is well determined. Compare figures of this module with each other only, and with the floor between two halves
-of the real images. Computed as `pipelines.evaluate` does; see d2f_core.inference.features for the wheels it needs.
+of the real images. Computed as `pipelines.evaluate` does; see d2f_core.flow.evaluate.feature_networks for the wheels
+it needs.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2f_core.inference.features import EFFICIENTNET, load_features
-from d2f_core.inference.statistics import FeatureMoments, frechet_distance
+from d2f_core.flow.evaluate.distances import FeatureMoments, frechet_distance
+from d2f_core.flow.evaluate.feature_networks import EFFICIENTNET, load_features
 
 NAME = "frechet_efficientnet_lite0_64d"
 CHUNK = 128

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from d2f_core.inference.plan import GenerateConfig
-from d2f_core.inference.prompts import write_prompts
+from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.generate.prompts import write_prompts
 from d2f_core.storage import list_names, read_bytes
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml

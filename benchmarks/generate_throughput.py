@@ -27,9 +27,9 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 
-from d2f_core.inference.generate import read_generations
-from d2f_core.inference.plan import GenerateConfig
-from d2f_core.inference.prompts import checked_rows, write_prompts
+from d2f_core.flow.generate.job import read_generations
+from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.generate.prompts import checked_rows, write_prompts
 from d2f_core.model.base import resolve_base
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.randomness import keyed_normal

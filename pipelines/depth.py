@@ -10,8 +10,8 @@ from dataclasses import replace
 import ray
 
 from d2f_core.data.sources import ImageSource
+from d2f_core.flow.depth.evaluation import METRICS_NAME, SHEET_NAME
 from d2f_core.identity import stage_key
-from d2f_core.inference.depth_evaluation import METRICS_NAME, SHEET_NAME
 from d2f_core.model.base import resolve_base
 from d2f_core.stages import StageOutcome
 from d2f_core.storage import check_reachable, exists, join

@@ -10,8 +10,8 @@ The same command again goes on where a killed job was, and does nothing once the
 import ray
 
 from d2f_core.data.sources.depth import DepthSource
-from d2f_core.inference.encode import check_encode_depth, encode_depth
-from d2f_core.inference.encode_config import EncodeDepthConfig
+from d2f_core.flow.encode.config import EncodeDepthConfig
+from d2f_core.flow.encode.job import check_encode_depth, encode_depth
 from pipelines.cli import run_job
 from pipelines.names import DEPTH_BASE
 from pipelines.recipes_stable_diffusion import ENCODE_DEPTH_STABLE_DIFFUSION

@@ -10,8 +10,8 @@ The same command again goes on where a killed job was, and does nothing once the
 import ray
 
 from d2f_core.data.sources import ImageSource
-from d2f_core.inference.encode import check_encode, encode_latents
-from d2f_core.inference.encode_config import EncodeConfig
+from d2f_core.flow.encode.config import EncodeConfig
+from d2f_core.flow.encode.job import check_encode, encode_latents
 from pipelines.cli import run_job
 from pipelines.names import EMOJI_SD
 from pipelines.recipes_stable_diffusion import ENCODE_STABLE_DIFFUSION

@@ -8,9 +8,9 @@ The same command again goes on where a killed job was.
 
 import ray
 
-from d2f_core.inference.evaluate import check_evaluate, evaluate
-from d2f_core.inference.evaluate_config import EvaluateConfig
-from d2f_core.inference.gate import Verdict
+from d2f_core.evaluation.gate import Verdict
+from d2f_core.flow.evaluate.config import EvaluateConfig
+from d2f_core.flow.evaluate.job import check_evaluate, evaluate
 from pipelines.cli import run_job
 from pipelines.make_dataset import MAKE_DATASET
 from pipelines.names import EMOJI_SD, EVALUATIONS, FLOW_MODEL, QUICKSTART

@@ -7,7 +7,7 @@ python -m pipelines.evaluate_depth depth --predictions s3://d2f/predictions/a s3
 import logging
 from typing import Any
 
-from d2f_core.inference.depth_evaluation import (
+from d2f_core.flow.depth.evaluation import (
     METRICS_NAME,
     EvaluateDepthConfig,
     check_evaluate_depth,

@@ -4,7 +4,7 @@ python -m pipelines.promote emoji-flow --version 3
 python -m pipelines.promote emoji-flow --rollback
 """
 
-from d2f_core.inference.register import PromoteConfig, move_alias
+from d2f_core.flow.publish.job import PromoteConfig, move_alias
 from d2f_core.tracking import ModelVersionInfo
 from pipelines.cli import run_job
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from d2f_core.data.sources import ImageSource
 from d2f_core.data.sources.depth import DepthSource
-from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig
-from d2f_core.inference.plan import GenerateConfig
+from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
+from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.latent_task import ModelConfig, PreviewConfig

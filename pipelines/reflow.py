@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import ray
 
 from d2f_core.data.manifest import read_manifest
-from d2f_core.inference.evaluate import read_reference
-from d2f_core.inference.plan import GenerateConfig
-from d2f_core.inference.prompts import scan_prompts, table_captions
+from d2f_core.flow.evaluate.job import read_reference
+from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.generate.prompts import scan_prompts, table_captions
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import local_copy, resolve_base
 from d2f_core.model.latent_task import check_start

@@ -11,8 +11,8 @@ import time
 
 import ray
 
-from d2f_core.inference.online import check_serve, is_running, obtain_token, service
-from d2f_core.inference.online_config import ServeConfig, ServeError
+from d2f_core.flow.serve.config import ServeConfig, ServeError
+from d2f_core.flow.serve.service import check_serve, is_running, obtain_token, service
 from pipelines.cli import run_job
 
 WATCH_SECONDS = 5.0

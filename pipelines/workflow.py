@@ -7,7 +7,7 @@ config and inputs is skipped; after a kill the same command goes on.
 
 import ray
 
-from d2f_core.inference.prompts import table_captions, write_prompts
+from d2f_core.flow.generate.prompts import table_captions, write_prompts
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field, replace
 
 from d2f_core.data.depth_dataset import MakeDepthConfig
 from d2f_core.data.emoji import MakeDatasetConfig
-from d2f_core.inference.contact_sheet import ContactSheetConfig
-from d2f_core.inference.depth_evaluation import EvaluateDepthConfig
-from d2f_core.inference.depth_plan import PredictDepthConfig
-from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig
-from d2f_core.inference.evaluate_config import EvaluateConfig
-from d2f_core.inference.plan import GenerateConfig
-from d2f_core.inference.register import RegisterConfig
+from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
+from d2f_core.flow.depth.plan import PredictDepthConfig
+from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
+from d2f_core.flow.evaluate.config import EvaluateConfig
+from d2f_core.flow.generate.contact_sheet import ContactSheetConfig
+from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.storage import join
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 

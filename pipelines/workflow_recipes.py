@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from d2f_core.data.emoji import MakeDatasetConfig
-from d2f_core.inference.contact_sheet import ContactSheetConfig
-from d2f_core.inference.depth_evaluation import EvaluateDepthConfig
-from d2f_core.inference.encode_config import EncodeConfig
-from d2f_core.inference.plan import GenerateConfig
-from d2f_core.inference.register import RegisterConfig
+from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
+from d2f_core.flow.encode.config import EncodeConfig
+from d2f_core.flow.generate.contact_sheet import ContactSheetConfig
+from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig

@@ -10,14 +10,14 @@ import pytest
 from d2f_core.data.depth_dataset import MakeDepthConfig
 from d2f_core.data.emoji import MakeDatasetConfig
 from d2f_core.data.manifest import Manifest, TableFile
+from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
+from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig
+from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
+from d2f_core.flow.evaluate.config import EvaluateConfig
+from d2f_core.flow.generate.contact_sheet import ContactSheetConfig
+from d2f_core.flow.generate.plan import GenerateConfig, GenerateError, Plan, refuse_other
+from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.identity import differences, identity_values, since, stage_key
-from d2f_core.inference.contact_sheet import ContactSheetConfig
-from d2f_core.inference.depth_evaluation import EvaluateDepthConfig
-from d2f_core.inference.depth_plan import DepthPlan, PredictDepthConfig
-from d2f_core.inference.encode_config import EncodeConfig, EncodeDepthConfig
-from d2f_core.inference.evaluate_config import EvaluateConfig
-from d2f_core.inference.plan import GenerateConfig, GenerateError, Plan, refuse_other
-from d2f_core.inference.register import RegisterConfig
 from pipelines.cli import from_yaml
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.workflow_config import DepthConfig, ReflowConfig, WorkflowConfig

@@ -17,8 +17,8 @@ from PIL import Image
 
 from d2f_core import storage
 from d2f_core.content import hash_directory
-from d2f_core.inference.image_maker import ImageMaker, fill_request
-from d2f_core.inference.register import PromoteConfig, RegisterConfig, RegisterError, move_alias, register
+from d2f_core.flow.generate.sampler import ImageMaker, fill_request
+from d2f_core.flow.publish.job import PromoteConfig, RegisterConfig, RegisterError, move_alias, register
 from d2f_core.model.artifact import load_model
 from d2f_core.model.description import write_description
 from d2f_core.model.lora import LoraConfig
@@ -40,7 +40,7 @@ from d2f_core.tracking.model_files import download_model
 from d2f_core.tracking.server import client_for
 from infra.local.stack import StackEnv
 from pipelines.promote import RECIPES
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 from tests.model.artifacts import trained
 
 EXPERIMENT = "registry tests"
@@ -129,7 +129,7 @@ def test_signature_and_example_are_there_and_no_pickle_is(version: ModelVersionI
     names = listed(model_id(version))
     own = {"README.md", "config.yaml", "samples.png", "diff2flow.json"}
     own |= {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
-    others = {"MLmodel", "conda.yaml", "input_example.json", "pyfunc_model.py", "python_env.yaml", "requirements.txt"}
+    others = {"MLmodel", "conda.yaml", "input_example.json", "image_pyfunc.py", "python_env.yaml", "requirements.txt"}
     assert names == {f"artifacts/model/{name}" for name in own} | others | {"serving_input_example.json"}
     requirements = Path(mlflow.artifacts.download_artifacts(f"{version.uri}/requirements.txt")).read_text()
     assert "diff2flow" not in requirements and "diffusers==" in requirements and "+cpu" not in requirements

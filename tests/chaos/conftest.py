@@ -4,7 +4,7 @@ import pytest
 
 from infra.local.stack import StackEnv
 from pipelines.configs import FinetuneConfig
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from d2f_core.data.depth_textures import make_texture
 from d2f_core.data.manifest import ManifestError, manifest_exists, read_manifest
 from d2f_core.data.schema import sample_id
 from d2f_core.storage import join, list_names, read_bytes
-from tests.inference.here import here
+from tests.flow.here import here
 
 pytest.importorskip("pybullet")
 

@@ -16,7 +16,7 @@ from d2f_core.tracking import TrackingError, check_tracking, tracking_uri
 from infra.local.ray_head import temp_directory
 from infra.local.stack import Stack, StackEnv
 from infra.local.state import load_state
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 from tests.infra.servers import s3_client
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.starts_processes]
@@ -29,7 +29,7 @@ PLANTED = {
 }
 JOB = """
 import os, sys, ray
-from d2f_core.inference.plan import GenerateConfig
+from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import start_run
 from pipelines.cli import to_yaml

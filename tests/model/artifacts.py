@@ -8,7 +8,7 @@ from d2f_core.model.artifact import SamplingDefaults, describe, save_artifact
 from d2f_core.model.base import resolve_base
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.lora import LoraConfig, add_lora
-from tests.inference.tiny_base import MAX_LENGTH, TEXT_WIDTH
+from tests.flow.tiny_base import MAX_LENGTH, TEXT_WIDTH
 
 GENERATOR = torch.Generator().manual_seed(0)
 NOISE, X = torch.randn(2, 2, 4, 8, 8, generator=GENERATOR)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from d2f_core.inference.image_maker import fill_request
+from d2f_core.flow.generate.sampler import fill_request
 from d2f_core.model.artifact import ArtifactError, SamplingDefaults, describe, load_model, load_weights, save_artifact
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModelError, resolve_base
@@ -18,7 +18,7 @@ from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.model.text_to_image import ModelConfig, build_network
 from d2f_core.objective.schedule import ScheduleError
 from d2f_core.objective.solver import NonFiniteStateError
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 NOISE, STATES, NULL = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 384), torch.zeros(2, 8, 384)
 

@@ -10,7 +10,7 @@ import pytest
 from d2f_core.model.base import BaseModelError, resolve_base
 from d2f_core.storage import upload_tree, write_bytes
 from infra.local.stack import StackEnv
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from d2f_core.objective.guidance import guided
 from d2f_core.objective.path import interpolate
 from d2f_core.objective.schedule import ScheduleError
 from d2f_core.objective.solver import NonFiniteStateError, integrate, uniform_times
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 GENERATOR = torch.Generator().manual_seed(0)
 NOISE, DATA = torch.randn(2, 2, 4, 8, 8, generator=GENERATOR)

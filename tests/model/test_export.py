@@ -23,7 +23,7 @@ from d2f_core.model.lora import LoraConfig, add_lora
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.single_file_lora import SingleFileLoraError, read_single_file_lora
 from d2f_core.model.text_encoder import load_text_encoder
-from tests.inference.tiny_base import MAX_LENGTH, TEXT_WIDTH, write_tiny_base
+from tests.flow.tiny_base import MAX_LENGTH, TEXT_WIDTH, write_tiny_base
 from tests.model.artifacts import NOISE, NULL, STATES, output, trained
 
 PROJECT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import ModelConfig, PreviewConfig, build_network
 from d2f_core.model.lora import LoraConfig
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 ROWS, SHAPE = 6, (4, 8, 8)
 

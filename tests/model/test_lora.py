@@ -19,7 +19,7 @@ from d2f_core.model.lora import (
     preset_ranks,
 )
 from d2f_core.model.text_to_image import ModelConfig, build_network
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 from tests.model.architectures import NAMES, full_unet, tiny_condition, tiny_inputs, tiny_unet
 
 X, TIMESTEP, STATES = torch.randn(2, 4, 8, 8), torch.tensor([10.5, 700.0]), torch.randn(2, 8, 384)

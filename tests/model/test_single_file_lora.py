@@ -31,7 +31,7 @@ from d2f_core.model.single_file_lora import (
     read_single_file_lora,
     write_single_file_lora,
 )
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 from tests.model.architectures import tiny_condition, tiny_inputs
 from tests.model.artifacts import output, trained
 from tests.model.tiny_sdxl import write_tiny_sdxl

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from d2f_core.content import hash_directory
 from d2f_core.model.base import PARTS, BaseModelError, resolve_base
 from d2f_core.model.text_encoder import TextEncoder, TextEncoderPair, load_text_encoder
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 from tests.model.tiny_sdxl import write_tiny_sdxl
 
 CAPTIONS = ["a cat", "dog, cat", "z " * 100]

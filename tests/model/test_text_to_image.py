@@ -9,7 +9,7 @@ from d2f_core.model.base import resolve_base
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ENCODED_TOGETHER, ModelConfig, TextToImage
 from d2f_core.objective.path import TimeSampling
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 
 @pytest.fixture(scope="module")

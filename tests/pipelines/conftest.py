@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 if TYPE_CHECKING:  # `pytest_configure` sets what Ray reads when it is imported
     from infra.local.stack import StackEnv

@@ -1,10 +1,10 @@
 """The smallest whole depth workflow."""
 
 from d2f_core.data.depth_dataset import MakeDepthConfig
-from d2f_core.inference.depth_evaluation import EvaluateDepthConfig
-from d2f_core.inference.depth_plan import PredictDepthConfig
-from d2f_core.inference.encode_config import EncodeDepthConfig
-from d2f_core.inference.register import RegisterConfig
+from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
+from d2f_core.flow.depth.plan import PredictDepthConfig
+from d2f_core.flow.encode.config import EncodeDepthConfig
+from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.latent_task import ModelConfig, PreviewConfig
 from d2f_core.model.lora import LoraConfig

@@ -32,7 +32,7 @@ from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoin
 from pipelines.cli import from_yaml, resolve, to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.export import RECIPES, check, main
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 from tests.latent_tables import write_latents
 from tests.model.artifacts import STATES, TIMESTEP
 

@@ -16,18 +16,18 @@ from PIL import Image
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.sources import ImageSource
-from d2f_core.inference.depth_evaluation import (
+from d2f_core.flow.depth.evaluation import (
     DepthEvaluationError,
     EvaluateDepthConfig,
     _predictors,
     check_evaluate_depth,
 )
-from d2f_core.inference.depth_job import check_predict_depth, predict_depth
-from d2f_core.inference.depth_maker import PredictDepthError
-from d2f_core.inference.depth_plan import PredictDepthConfig
-from d2f_core.inference.generate import read_generations
-from d2f_core.inference.plan import GenerateError
-from d2f_core.inference.register import RegisterConfig, register
+from d2f_core.flow.depth.job import check_predict_depth, predict_depth
+from d2f_core.flow.depth.plan import PredictDepthConfig
+from d2f_core.flow.depth.predictor import PredictDepthError
+from d2f_core.flow.generate.job import read_generations
+from d2f_core.flow.generate.plan import GenerateError
+from d2f_core.flow.publish.job import RegisterConfig, register
 from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
@@ -38,7 +38,7 @@ from pipelines import evaluate_depth, finetune
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow_config import DepthConfig
 from tests.depth_tables import picture, write_depth_table
-from tests.inference.here import here
+from tests.flow.here import here
 from tests.latent_tables import write_latents
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]

@@ -19,21 +19,21 @@ from PIL import Image
 
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
-from d2f_core.inference.evaluate import check_evaluate, evaluate
-from d2f_core.inference.evaluate_config import EvaluateConfig, EvaluateError
-from d2f_core.inference.gate import GateConfig, Limit, Verdict
-from d2f_core.inference.generate import check_generate, generate, read_generations
-from d2f_core.inference.measure import MeasureConfig
-from d2f_core.inference.plan import GenerateConfig
-from d2f_core.inference.score import ScoreConfig
+from d2f_core.evaluation.gate import GateConfig, Limit, Verdict
+from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
+from d2f_core.flow.evaluate.extract_features import ScoreConfig
+from d2f_core.flow.evaluate.image_metrics import MeasureConfig
+from d2f_core.flow.evaluate.job import check_evaluate, evaluate
+from d2f_core.flow.generate.job import check_generate, generate, read_generations
+from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.model.artifact import SamplingDefaults, describe, save_artifact
 from d2f_core.model.base import resolve_base
 from d2f_core.model.denoiser import load_unet
 from d2f_core.storage import filesystem, join, list_names, read_bytes, write_bytes
 from d2f_core.tracking import find_run, get_alias, promote, register_model, start_run
 from pipelines.evaluate import main
-from tests.inference.here import here
-from tests.inference.tiny_vision import write_tiny_clip, write_tiny_vit
+from tests.flow.here import here
+from tests.flow.tiny_vision import write_tiny_clip, write_tiny_vit
 
 pytestmark = pytest.mark.usefixtures("cluster")
 HOME, NAME, EXPERIMENT = "s3://d2f/tests/evaluate", "tiny-flow", "test-evaluate"

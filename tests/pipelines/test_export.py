@@ -12,7 +12,7 @@ from d2f_core.model.lora import LoraConfig
 from d2f_core.storage import exists, write_bytes
 from infra.local.stack import StackEnv
 from pipelines.export import RECIPES, ExportConfig, check, main
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 from tests.model.artifacts import output, trained
 
 pytestmark = pytest.mark.usefixtures("cluster")

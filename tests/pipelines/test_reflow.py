@@ -15,14 +15,14 @@ from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.table_reader import RowReader
-from d2f_core.inference.evaluate_config import EvaluateConfig
-from d2f_core.inference.gate import GateConfig
-from d2f_core.inference.generate import check_generate
-from d2f_core.inference.image_maker import ImageMaker, fill_request
-from d2f_core.inference.measure import MeasureConfig
-from d2f_core.inference.plan import GenerateConfig, GenerateError
-from d2f_core.inference.register import RegisterConfig
-from d2f_core.inference.score import ScoreConfig
+from d2f_core.evaluation.gate import GateConfig
+from d2f_core.flow.evaluate.config import EvaluateConfig
+from d2f_core.flow.evaluate.extract_features import ScoreConfig
+from d2f_core.flow.evaluate.image_metrics import MeasureConfig
+from d2f_core.flow.generate.job import check_generate
+from d2f_core.flow.generate.plan import GenerateConfig, GenerateError
+from d2f_core.flow.generate.sampler import ImageMaker, fill_request
+from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults, load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
@@ -35,9 +35,9 @@ from pipelines import finetune
 from pipelines.configs import FinetuneConfig
 from pipelines.reflow import Teacher, check, drawing_of, main
 from pipelines.workflow_config import ReflowConfig
+from tests.flow.here import here
+from tests.flow.tiny_vision import write_tiny_vit
 from tests.image_tables import write_images
-from tests.inference.here import here
-from tests.inference.tiny_vision import write_tiny_vit
 from tests.latent_tables import write_latents
 from tests.slow import slow
 from tests.train_here import trained_here

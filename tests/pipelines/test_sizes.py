@@ -15,7 +15,7 @@ from d2f_core.model.text_to_image import TextToImage
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import carried_edge, preview_of
 from pipelines.workflow_recipes import WORKFLOW
-from tests.inference.tiny_base import write_tiny_base
+from tests.flow.tiny_base import write_tiny_base
 
 
 @pytest.fixture(scope="module")

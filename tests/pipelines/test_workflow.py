@@ -16,10 +16,10 @@ from PIL import Image
 
 from d2f_core.data.emoji import MakeDatasetConfig
 from d2f_core.data.manifest import read_manifest
-from d2f_core.inference.encode import EncodeConfig
-from d2f_core.inference.generate import read_generations
-from d2f_core.inference.plan import GenerateConfig
-from d2f_core.inference.register import RegisterConfig
+from d2f_core.flow.encode.job import EncodeConfig
+from d2f_core.flow.generate.job import read_generations
+from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION, SamplingDefaults, load_model
 from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
@@ -32,7 +32,7 @@ from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow import main
 from pipelines.workflow_config import WorkflowConfig
-from tests.inference.here import here
+from tests.flow.here import here
 from tests.slow import slow
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("cluster")]

@@ -1,0 +1,1 @@
+"""Rails of Ray Data jobs, whatever they make."""

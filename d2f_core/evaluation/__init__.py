@@ -1,0 +1,1 @@
+"""Judgement, whatever is judged: values with intervals, and the gate."""

@@ -1,0 +1,56 @@
+"""Measured values with their intervals, by model and number of network evaluations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from d2f_core.evaluation.bootstrap import percentile_interval
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Estimate:
+    """A value, the 95 % interval that a bootstrap over images gives it, and of how many images it is."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    replicates: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
+    """The value on every resampled set; sets of the same prompts were resampled alike."""
+
+    @classmethod
+    def of(cls, value: float, replicates: np.ndarray, count: int) -> "Estimate":
+        low, high = percentile_interval(value, replicates)
+        return cls(value=value, low=low, high=high, count=count, replicates=replicates)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One quantity, for every model at every number of evaluations."""
+
+    name: str
+    """In full, with the feature network and its dimensions; the name in MLflow."""
+    title: str
+    """What a report calls it."""
+    higher_is_better: bool
+    values: Mapping[str, Mapping[int, Estimate]]
+    """By role (candidate, champion, base), then by number of network evaluations."""
+    floor: Estimate | None = None
+    """Between two halves of the real images: what sampling noise alone gives."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "title": self.title,
+            "higher_is_better": self.higher_is_better,
+            "values": {
+                role: {str(count): estimate.to_json() for count, estimate in values.items()}
+                for role, values in self.values.items()
+            },
+            "floor": self.floor and self.floor.to_json(),
+        }

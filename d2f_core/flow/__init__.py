@@ -1,0 +1,1 @@
+"""Diff2Flow's jobs: encoding, sampling, depth, evaluation, serving and publishing."""

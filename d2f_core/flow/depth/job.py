@@ -1,0 +1,148 @@
+"""Batch inference: images in, depth maps and an index table out.
+
+    OUTPUT/plan.json                                  what decides the maps; a second job with another plan is refused
+    OUTPUT/depth/SSSSSS/{sample_id}-{steps}.npy       float32 [height, width]: 0 near, 1 far
+    OUTPUT/depth/SSSSSS/{sample_id}-{steps}.png       the same in 16 bits
+    OUTPUT/depth/SSSSSS/..-uncertainty.npy, ..-preview.png
+    OUTPUT/index/part-*.parquet                       one row per image and number of steps: every setting, or why not
+    OUTPUT/manifest.json                              written last
+
+SSSSSS is the shard of the source. A shard whose index part is there is done; all others are made again.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+import ray.data
+import yaml
+
+from d2f_core.batch.resources import await_room
+from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
+from d2f_core.data.sources import SourcePlan, plan_images
+from d2f_core.flow.depth.actor import DepthPredictor, work_item
+from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig, make_depth_plan
+from d2f_core.flow.depth.predictor import check_depth_model
+from d2f_core.flow.generate.job import KIND, describe_part, table_file
+from d2f_core.flow.generate.plan import INDEX, PLAN_NAME, part_name, refuse_other
+from d2f_core.model.artifact import load_model
+from d2f_core.progress import Progress
+from d2f_core.storage import check_reachable, join, list_names, read_bytes, write_bytes
+from d2f_core.tracking import check_tracking, pin_model, resolve_model, start_run
+
+logger = logging.getLogger(__name__)
+
+MAX_INPUT_BLOCKS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthJob:
+    """A job that was checked, and is ready to run."""
+
+    config: PredictDepthConfig
+    source: SourcePlan
+    plan: DepthPlan
+
+
+def check_predict_depth(config: PredictDepthConfig) -> DepthJob:
+    """Check everything that can be checked before a cluster is used.
+
+    Raises:
+        ValueError: unusable storage, source, model or sampler settings; one line each.
+    """
+    config.check_complete()
+    check_reachable(config.source.uri)
+    check_reachable(config.output, write=True)
+    if config.model.startswith("models:/"):
+        check_tracking()
+    pinned = pin_model(config.model)
+    model = load_model(resolve_model(pinned))
+    check_depth_model(model, config.model)
+    source = plan_images(config.source, rows_per_shard=config.rows_per_part, captions=False)
+    return DepthJob(config=config, source=source, plan=make_depth_plan(config, source, model, pinned))
+
+
+def predict_depth(job: DepthJob) -> Manifest:
+    """Make all maps that are not there yet; needs a running Ray. A finished output is left alone.
+
+    Raises:
+        ValueError: the output belongs to another plan, or the cluster is too small.
+    """
+    config, plan = job.config, job.plan
+    _claim(config.output, plan)
+    if manifest_exists(config.output):
+        manifest = read_manifest(config.output)
+        refuse_other(config.output, plan.identity(), manifest.fingerprint)
+        logger.info("%s: all %d maps are there, nothing to do", config.output, manifest.num_rows)
+        return manifest
+    there = set(list_names(join(config.output, INDEX)))
+    done = [number for number in range(plan.num_shards) if part_name(number).rsplit("/", 1)[-1] in there]
+    earlier = {number: describe_part(config.output, number) for number in done}
+    parts = {number: (part.index, part.failed) for number, part in earlier.items()}
+    progress = Progress("predict_depth", plan.num_shards, "parts", done=len(done))
+    for result in _run(job, [number for number in range(plan.num_shards) if number not in parts]):
+        parts[result["shard"]] = table_file(json.loads(result["part"])), result["failed"]
+        progress.advance(1)
+    return _finish(job, [parts[number] for number in range(plan.num_shards)])
+
+
+def _claim(output: str, plan: DepthPlan) -> None:
+    """Write the plan at the output, or check that the one which lies there is the same."""
+    try:
+        write_bytes(join(output, PLAN_NAME), json.dumps(plan.identity(), indent=1).encode(), exclusive=True)
+    except FileExistsError:
+        refuse_other(output, plan.identity(), json.loads(read_bytes(join(output, PLAN_NAME))))
+
+
+def _run(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
+    """One result per shard, as they come."""
+    if not shards:
+        return
+    config = job.config
+    actors = min(config.num_actors, len(shards))
+    await_room(actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds)
+    items = [work_item(number, job.source.shards[number]) for number in shards]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
+    dataset.context.enable_progress_bars = sys.stderr.isatty()
+    dataset.context.print_on_execution_start = False
+    dataset = dataset.map_batches(
+        DepthPredictor,
+        fn_constructor_args=(job.plan, config.output, config.cpus_per_actor),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor or None,
+    )
+    yield from dataset.iter_rows()
+
+
+def _finish(job: DepthJob, parts: list[tuple[TableFile, int]]) -> Manifest:
+    config, plan = job.config, job.plan
+    rows, failed = sum(file.rows for file, _ in parts), sum(count for _, count in parts)
+    manifest = Manifest(
+        kind=KIND,
+        files=tuple(file for file, _ in parts),
+        fingerprint=plan.identity(),
+        inputs={"source": config.source.uri, "model": plan.model_uri},
+        counts={"images": rows // len(plan.steps), "maps": rows - failed, "failed": failed},
+    )
+    write_manifest(config.output, manifest)
+    logger.info("%s: %d maps, %d failed", config.output, rows - failed, failed)
+    if config.experiment and os.environ.get("MLFLOW_TRACKING_URI"):
+        run = start_run(
+            experiment=config.experiment,
+            run_key=config.output,
+            name=config.output.rstrip("/").rsplit("/", 1)[-1],
+            config_yaml=yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False),
+            params=asdict(plan),
+            tags={"d2f.model": plan.model_uri, "d2f.source": config.source.uri, "d2f.output": config.output},
+        )
+        run.log_metrics(0, {name: float(count) for name, count in manifest.counts.items()})
+        run.finish()
+        logger.info("MLflow run: %s", run.url)
+    return manifest

@@ -1,0 +1,153 @@
+"""Depth from images with one loaded model: what the batch job, MLflow's loader and the benchmark share.
+
+A map is a function of the model, the image and the settings alone: the noise of member `k` is keyed by
+(seed + k, sample_id); other images in its batch change it by float rounding at most.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_core.flow.depth.ensemble import combine
+from d2f_core.model.artifact import TrainedModel
+from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.sampling import SamplerChoice, sample_latents
+from d2f_core.model.text_encoder import load_text_encoder
+from d2f_core.objective.solver import NonFiniteStateError
+from d2f_core.randomness import keyed_normal
+
+
+class PredictDepthError(ValueError):
+    """Depth that cannot be predicted as asked, with the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthSettings:
+    """How a map is sampled. There is no text, so there is no guidance."""
+
+    solver: str
+    steps: int
+    shift: float
+    ensemble: int
+    """Members, each from a noise of its own."""
+    seed: int
+    """Of the first member."""
+
+    def __post_init__(self) -> None:
+        SamplerChoice(solver=self.solver, steps=self.steps, guidance=1.0, shift=self.shift)
+        if self.ensemble < 1:
+            raise PredictDepthError(f"ensemble={self.ensemble} must be at least 1. 4 is usual.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthMade:
+    """What became of an image: a map, or why there is none."""
+
+    depth: np.ndarray | None
+    """float32 [height, width] in [0, 1], 0 near."""
+    uncertainty: np.ndarray | None
+    """float32 [height, width], in the same unit."""
+    num_evaluations: int
+    """Network evaluations of each member."""
+    error: str | None
+
+
+def check_depth_model(model: TrainedModel, uri: str) -> None:
+    """Refuse a model of another task. Raises PredictDepthError."""
+    if model.task != "image_to_depth":
+        raise PredictDepthError(
+            f"{uri!r} is a model of task={model.task!r}: it reads no image. Give one trained with --model.task "
+            "image_to_depth, or draw with pipelines.generate."
+        )
+
+
+def fill_settings(
+    model: TrainedModel,
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    shift: float | None = None,
+    ensemble: int = 4,
+    seed: int = 0,
+) -> DepthSettings:
+    """Settings whose missing values are those that the model carries."""
+    carried = model.sampling
+    return DepthSettings(
+        solver=solver or carried.solver,
+        steps=carried.steps if steps is None else steps,
+        shift=carried.shift if shift is None else shift,
+        ensemble=ensemble,
+        seed=seed,
+    )
+
+
+class DepthMaker:
+    """A depth model with its autoencoder and the state of the empty text.
+
+    Raises:
+        PredictDepthError: the model is of another task.
+    """
+
+    def __init__(self, model: TrainedModel, *, uri: str = "model", device: str | torch.device = "cpu") -> None:
+        check_depth_model(model, uri)
+        self.model, self.device = model.to(device), device
+        self._autoencoder = load_autoencoder(model.base, device=device)
+        self._null = {
+            name: value.clone() for name, value in load_text_encoder(model.base, device=device).condition([""]).items()
+        }
+
+    def make(self, pixels: np.ndarray, names: Sequence[str], settings: DepthSettings) -> list[DepthMade]:
+        """Maps of one batch of images; should the network fail on one, each by itself.
+
+        Args:
+            pixels: uint8 [images, height, width, 3]; the autoencoder divides height and width.
+            names: the images' sample ids, which key their noise.
+        """
+        try:
+            members, evaluations = self._members(pixels, names, settings)
+        except NonFiniteStateError as error:
+            if len(names) > 1:
+                alone = ((pixels[row : row + 1], names[row : row + 1]) for row in range(len(names)))
+                return [made for image, name in alone for made in self.make(image, name, settings)]
+            return [DepthMade(depth=None, uncertainty=None, num_evaluations=0, error=str(error))]
+        return [_made(maps, evaluations) for maps in members.swapaxes(0, 1)]
+
+    @torch.inference_mode()
+    def _members(self, pixels: np.ndarray, names: Sequence[str], settings: DepthSettings) -> tuple[np.ndarray, int]:
+        """Maps [members, images, height, width] in [0, 1], and the evaluations of each."""
+        shape = self.model.base.latent_shape(*pixels.shape[1:3])
+        images = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        condition = self._condition(self._autoencoder.encode(images)[0])
+        maps, evaluations = [], 0
+        for member in range(settings.ensemble):
+            noise = torch.from_numpy(keyed_normal(settings.seed + member, names, shape)).to(self.device)
+            latents, evaluations = sample_latents(
+                self.model,
+                noise,
+                condition,
+                condition,
+                solver=settings.solver,
+                steps=settings.steps,
+                guidance=1.0,
+                shift=settings.shift,
+            )
+            # Asked of the latents: decoding clamps an infinite value into a depth like any other.
+            usable = latents.flatten(1).isfinite().all(1)
+            depth = (self._autoencoder.decode(latents).mean(1) + 1) / 2
+            depth[~usable] = torch.nan
+            maps.append(depth.float().cpu().numpy())
+        return np.stack(maps), evaluations
+
+    def _condition(self, joined: Tensor) -> dict[str, Tensor]:
+        null = {name: value.expand(len(joined), *value.shape[1:]) for name, value in self._null.items()}
+        return {**null, "joined_latents": joined}
+
+
+def _made(maps: np.ndarray, evaluations: int) -> DepthMade:
+    if not np.isfinite(maps).all():
+        return DepthMade(depth=None, uncertainty=None, num_evaluations=evaluations, error="the depth is not finite")
+    depth, uncertainty = combine(maps)
+    return DepthMade(depth=depth, uncertainty=uncertainty, num_evaluations=evaluations, error=None)

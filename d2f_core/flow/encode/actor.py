@@ -1,0 +1,93 @@
+"""The actor of an encode job: it holds the autoencoder, and the text encoder when text states are stored."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from d2f_core.data.latents import arrays_to_table, table_to_arrays
+from d2f_core.data.schema import array_field
+from d2f_core.flow.encode.chunks import pack, unpack
+from d2f_core.flow.encode.config import EncodeJob
+from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.base import resolve_base
+from d2f_core.model.text_encoder import load_text_encoder
+
+
+class ChunkEncoder:
+    """Ray Data actor: pictures of a chunk -> its latent table. Loads the weights once."""
+
+    def __init__(self, job: EncodeJob) -> None:
+        torch.set_num_threads(job.config.cpus_per_actor)
+        self._job = job
+        self._device = "cuda" if job.config.gpus_per_actor else "cpu"
+        base = resolve_base(job.config.base)
+        self._autoencoder = load_autoencoder(base, device=self._device)
+        states = job.fingerprint["text"] == "states"
+        self._text_encoder = load_text_encoder(base, device=self._device) if states else None
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        record, prepared = unpack(row)
+        if self._autoencoder.fingerprint != self._job.fingerprint["autoencoder"]:
+            problem = f"{self._job.config.base!r} is another model on some node. Give a URI that all nodes share."
+            return pack(record, prepared, problem=problem)
+        columns: dict[str, Any] = table_to_arrays(prepared)
+        schema = self._job.kind.schema(self._job.latent_shape)
+        encoded = []
+        for picture in self._job.kind.pictures:
+            moments = self._encode(columns.pop(picture.name))
+            for name, values in zip((picture.mean, picture.std), moments, strict=True):
+                if name is not None:
+                    columns[name] = values
+                    encoded.append(name)
+        if self._text_encoder is not None:
+            columns["text_state"], shape = self._encode_text(list(columns["caption"]), self._job.config.batch_size)
+            schema = schema.append(array_field("text_state", "float16", shape))
+        return pack(record, arrays_to_table(columns, schema), problem=_not_finite(columns, encoded))
+
+    def _encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of the scaled latents of a chunk's pictures, float16 [rows, C, h, w]."""
+        empty = np.empty((0, *self._job.latent_shape), np.float16)
+        means, stds = [empty], [empty]
+        for start in range(0, len(pictures), self._job.config.batch_size):
+            batch = to_input(pictures[start : start + self._job.config.batch_size], self._device)
+            mean, std = self._autoencoder.encode(batch)
+            means.append(mean.half().cpu().numpy())
+            stds.append(std.half().cpu().numpy())
+        return np.concatenate(means), np.concatenate(stds)
+
+    def _encode_text(self, captions: list[str], size: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        assert self._text_encoder is not None
+        # An empty chunk still needs the shape of its column.
+        batches = [captions[start : start + size] for start in range(0, len(captions), size)] or [[""]]
+        states = np.concatenate([self._text_encoder.encode(batch).half().cpu().numpy() for batch in batches])
+        return states[: len(captions)], states.shape[1:]
+
+
+def _not_finite(columns: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """What stops the job: a latent among these columns that is not finite."""
+    wrong = np.zeros(len(columns["sample_id"]), bool)
+    for name in names:
+        wrong |= ~np.isfinite(columns[name]).all(axis=(1, 2, 3))
+    if not wrong.any():
+        return None
+    samples = ", ".join(columns["sample_id"][row] for row in np.flatnonzero(wrong)[:8])
+    return (
+        f"{wrong.sum()} latents are not finite in half precision, of the samples {samples}. The autoencoder's weights "
+        "or its scaling_factor are damaged; check the base model."
+    )
+
+
+def to_input(pictures: np.ndarray, device: str) -> Tensor:
+    """Float32 [batch, 3, height, width] in [-1, 1].
+
+    Args:
+        pictures: uint8 [batch, height, width, 3], or float32 [batch, height, width] in [-1, 1]: three equal channels.
+    """
+    tensor = torch.tensor(pictures, device=device)
+    if pictures.dtype == np.uint8:
+        return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return tensor[:, None].expand(-1, 3, -1, -1)

@@ -1,0 +1,48 @@
+"""Captioned images as samples of an encode job."""
+
+from typing import Any
+
+from d2f_core.data.images import BadImageError, prepare_image
+from d2f_core.data.schema import latent_schema, sample_id
+from d2f_core.data.sources import Sample
+from d2f_core.flow.encode.config import EncodeJob, EncodeKind, Picture
+
+
+def identify(sample: Sample) -> str:
+    """Name by image and caption."""
+    if sample.image is None:
+        raise BadImageError("no_image: none found")
+    return sample_id(sample.image, check_caption(sample.caption))
+
+
+def check_caption(caption: str | None) -> str:
+    """The caption without outer white space.
+
+    Raises:
+        BadImageError: none, or not UTF-8.
+    """
+    if caption is None or not caption.strip():
+        raise BadImageError("no_caption: empty" if caption is not None else "no_caption: none found")
+    if "\ufffd" in caption:
+        raise BadImageError("bad_caption: not UTF-8")
+    return caption.strip()
+
+
+def prepare(sample: Sample, job: EncodeJob) -> dict[str, Any]:
+    assert sample.image is not None  # it was identified
+    image = prepare_image(sample.image, job.config.rules)
+    return {
+        "caption": check_caption(sample.caption),
+        "width": image.width,
+        "height": image.height,
+        "crop": image.crop,
+        "pixels": image.pixels,
+    }
+
+
+CAPTIONED = EncodeKind(
+    schema=latent_schema,
+    pictures=(Picture(name="pixels", dtype="uint8", mean="latent_mean", std="latent_std"),),
+    identify=identify,
+    prepare=prepare,
+)

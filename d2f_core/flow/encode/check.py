@@ -1,0 +1,147 @@
+"""What an encode job will do, checked and decided before it starts."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from d2f_core.data.manifest import Manifest
+from d2f_core.data.sources import SourcePlan, plan_images
+from d2f_core.data.sources.depth import plan_depth
+from d2f_core.flow.encode.captioned import CAPTIONED
+from d2f_core.flow.encode.chunk_records import JOB_NAME, PROGRESS
+from d2f_core.flow.encode.config import (
+    EncodeConfig,
+    EncodeDepthConfig,
+    EncodeError,
+    EncodeJob,
+    EncodeKind,
+    EncodeSettings,
+)
+from d2f_core.flow.encode.with_depth import DEPTH, DEPTH_LATENTS
+from d2f_core.identity import differences, identity_values
+from d2f_core.model.autoencoder import autoencoder_fingerprint
+from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.storage import check_reachable, join, list_names, read_bytes, write_bytes
+
+
+def check_encode(config: EncodeConfig) -> tuple[EncodeJob, SourcePlan]:
+    """Check everything that can be checked before a cluster is used.
+
+    Raises:
+        ValueError: unusable storage, source, base model or resolution; one line each.
+    """
+    plan = partial(plan_images, config.source, rows_per_shard=config.rows_per_part)
+    return _check(config, CAPTIONED, config.source.uri, plan, text=config.text)
+
+
+def check_encode_depth(config: EncodeDepthConfig) -> tuple[EncodeJob, SourcePlan]:
+    """`check_encode` of images with depth."""
+    plan = partial(plan_depth, config.source, rows_per_shard=config.rows_per_part)
+    kind = DEPTH_LATENTS if config.source.latents else DEPTH
+    how = {name: value for name, value in identity_values(config.source).items() if name not in ("uri", "kind")}
+    return _check(config, kind, config.source.uri, plan, inputs={"depth": how})
+
+
+def _check(
+    config: EncodeSettings,
+    kind: EncodeKind,
+    source: str,
+    plan: Callable[[], SourcePlan],
+    *,
+    text: str = "online",
+    inputs: Mapping[str, Any] | None = None,
+) -> tuple[EncodeJob, SourcePlan]:
+    for name, value in (("source.uri", source), ("base", config.base), ("output", config.output)):
+        if not value:
+            raise EncodeError(f"{name} is empty. Give --{name} URI.")
+    if f"{config.output.rstrip('/')}/".startswith(f"{source.rstrip('/')}/"):
+        raise EncodeError(f"output={config.output!r} lies inside the source {source!r}. Put it beside it.")
+    check_reachable(source)
+    check_reachable(config.output, write=True)
+    base = resolve_base(config.base)
+    fingerprint = {**_fingerprint(base, config.resolution, text), **kind.fingerprint}
+    shape = _latent_shape(config, base.path)
+    planned = plan()
+    made_from = {
+        "source": source,
+        "source_kind": planned.kind,
+        "source_digest": planned.digest,
+        "base": base.uri,
+        "base_hash": base.content_hash,
+        **identity_values(config.rules),
+        "rows_per_part": config.rows_per_part,
+        **(inputs or {}),
+    }
+    job = EncodeJob(config=config, kind=kind, fingerprint=fingerprint, inputs=made_from, latent_shape=shape)
+    return job, planned
+
+
+def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:
+    text_encoder = None
+    if text == "states":
+        from d2f_core.model.text_encoder import load_text_encoder
+
+        text_encoder = load_text_encoder(base).fingerprint
+    return {
+        "autoencoder": autoencoder_fingerprint(base),
+        "scaling_factor": float(_vae_config(base.path)["scaling_factor"]),
+        "resolution": resolution,
+        "crop": "center",
+        "text": text,
+        "text_encoder": text_encoder,
+    }
+
+
+def _vae_config(path: Path) -> dict[str, Any]:
+    return json.loads((path / "vae/config.json").read_text())
+
+
+def _latent_shape(config: EncodeSettings, path: Path) -> tuple[int, int, int]:
+    vae = _vae_config(path)
+    unit = 2 ** (len(vae["block_out_channels"]) - 1)
+    if config.resolution % unit:
+        nearest = max(unit, config.resolution // unit * unit)
+        raise EncodeError(
+            f"resolution={config.resolution} is not a multiple of the autoencoder's {unit} pixels per latent. "
+            f"Nearest that fits: {nearest}."
+        )
+    return vae["latent_channels"], config.resolution // unit, config.resolution // unit
+
+
+def claim_output(job: EncodeJob) -> None:
+    """Write what the job is at its output, or check that the job begun there is the same.
+
+    Raises:
+        EncodeError: another job began there, naming what differs; or something else lies there.
+    """
+    place = join(job.config.output, PROGRESS, JOB_NAME)
+    if (names := list_names(job.config.output)) and PROGRESS not in names:
+        raise EncodeError(
+            f"{job.config.output!r} is not empty: it holds {', '.join(names[:5])}. Give another output, or remove them."
+        )
+    try:
+        write_bytes(place, json.dumps(job.identity(), indent=1, sort_keys=True).encode(), exclusive=True)
+    except FileExistsError:
+        _refuse_other(job, json.loads(read_bytes(place)), "is an unfinished table")
+
+
+def check_complete_table(job: EncodeJob, manifest: Manifest) -> None:
+    """Raises EncodeError when the finished table at the output is not what the job would write."""
+    if manifest.kind != "latents":
+        raise EncodeError(f"{job.config.output!r} holds a table of {manifest.kind}. Give another output.")
+    there = {**manifest.inputs, "fingerprint": manifest.fingerprint}
+    _refuse_other(job, there, "is a complete table")
+
+
+def _refuse_other(job: EncodeJob, there: dict[str, Any], what: str) -> None:
+    now = job.identity()
+    now, there = ({**values, **values.get("fingerprint", {})} for values in (now, there))
+    for name in ("fingerprint", "base", "base_hash"):  # of a complete table the last two are told as well
+        now.pop(name, None)
+        there.pop(name, None)
+    if changed := differences(there, now):
+        raise EncodeError(
+            f"{job.config.output!r} {what} of another job: {'; '.join(changed)}. Give another output, or remove it."
+        )

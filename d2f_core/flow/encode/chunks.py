@@ -1,0 +1,120 @@
+"""The stages of an encode job around the actors: read and decode before, write after; one row per chunk.
+
+A chunk travels whole, so that what is one forward pass and what is one file follow from the input alone, never from
+how Ray schedules or bundles. Nothing here imports torch: each of these tasks' processes would pay for it.
+"""
+
+import pickle
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from d2f_core.data.images import BadImageError
+from d2f_core.data.latents import arrays_to_table
+from d2f_core.data.quarantine import DUPLICATE, BadSample
+from d2f_core.data.schema import array_field, array_kind, is_array
+from d2f_core.data.sources import Sample, Shard
+from d2f_core.flow.encode.chunk_records import ChunkRecord, write_chunk
+from d2f_core.flow.encode.config import EncodeJob
+
+PACKED_SCHEMA = pa.schema([("record", pa.string()), ("table", pa.binary()), ("problem", pa.string())])
+"""`problem` stops the job. It travels as data because Ray keeps of an exception only its traceback's text."""
+
+
+def pack(record: ChunkRecord, table: pa.Table, *, problem: str | None = None) -> pa.Table:
+    """A chunk as one row of bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = sink.getvalue()
+    ends = pa.py_buffer(np.array([0, content.size], np.int32))
+    packed = pa.Array.from_buffers(pa.binary(), 1, [None, ends, content])  # without a copy
+    return pa.table([[record.to_json()], packed, [problem]], schema=PACKED_SCHEMA)
+
+
+def unpack(row: pa.Table) -> tuple[ChunkRecord, pa.Table]:
+    """The chunk of a one-row table; its columns are not copied."""
+    record = ChunkRecord.from_json(row["record"][0].as_py())
+    return record, pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
+
+
+def prepared_schema(job: EncodeJob) -> pa.Schema:
+    """Columns of a chunk on its way to an actor: what is known of the table, and the pictures."""
+    encoded = {name for picture in job.kind.pictures for name in (picture.mean, picture.std)}
+    fields = [column for column in job.kind.schema(job.latent_shape) if column.name not in encoded]
+    size = job.config.resolution
+    for picture in job.kind.pictures:
+        fields.append(
+            array_field(picture.name, picture.dtype, (size, size, 3) if picture.dtype == "uint8" else (size, size))
+        )
+    return pa.schema(fields)
+
+
+def prepare_chunk(samples: Sequence[Sample], job: EncodeJob, **where: Any) -> tuple[ChunkRecord, pa.Table]:
+    """Sort out a chunk's samples; of equal ones the first that can be used counts."""
+    good: list[dict[str, Any]] = []
+    bad: list[BadSample] = []
+    seen: set[str] = set()
+    for sample in samples:
+        name = None
+        try:
+            if sample.problem:
+                raise BadImageError(sample.problem)
+            name = job.kind.identify(sample)
+            if name in seen:
+                raise BadImageError(DUPLICATE)
+            good.append({"sample_id": name, "source_uri": sample.source_uri, **job.kind.prepare(sample, job)})
+            # Only now: an image whose first depth is broken may come again with a whole one.
+            seen.add(name)
+        except BadImageError as error:
+            bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
+    record = ChunkRecord(read=sum(sample.rows for sample in samples), bad=tuple(bad), **where)
+    return record, _table(good, job)
+
+
+def _table(good: Sequence[dict[str, Any]], job: EncodeJob) -> pa.Table:
+    columns: dict[str, Any] = {"bucket": [f"{job.config.resolution}x{job.config.resolution}"] * len(good)}
+    schema = prepared_schema(job)
+    for column in schema:
+        if column.name not in columns:
+            values = [row[column.name] for row in good]
+            columns[column.name] = _stacked(values, column) if is_array(column) else values
+    return arrays_to_table(columns, schema)
+
+
+def _stacked(values: list[Any], column: pa.Field) -> np.ndarray:
+    shape, dtype = array_kind(column)
+    return np.stack(values).astype(dtype, copy=False) if values else np.empty((0, *shape), dtype)
+
+
+def work_item(number: int, shard: Shard, done: frozenset[int]) -> dict[str, Any]:
+    """The input row of one shard; `done` are its chunks to leave out."""
+    return {"shard": number, "work": pickle.dumps((shard, done))}
+
+
+def prepare_shards(rows: pa.Table, *, job: EncodeJob) -> Iterator[pa.Table]:
+    """Read the shards of work items and yield their chunks, decoded."""
+    size = job.config.rows_per_part
+    for item in rows.to_pylist():
+        shard, done = pickle.loads(item["work"])  # made by the driver of this very job
+        samples = shard.read()
+        number, chunk = 0, list(islice(samples, size))
+        while True:
+            following = list(islice(samples, size))
+            if number not in done:
+                yield pack(*prepare_chunk(chunk, job, shard=item["shard"], number=number, last=not following))
+            if not following:
+                break
+            number, chunk = number + 1, following
+
+
+def write_row(row: pa.Table, *, output: str) -> pa.Table:
+    """Write one encoded chunk; only its record goes on to the driver. A chunk with a problem is not written."""
+    record, table = unpack(row)
+    problem = row["problem"][0].as_py()
+    if problem is None:
+        record = write_chunk(output, record, table)
+    return pa.table({"record": [record.to_json()], "problem": pa.array([problem], pa.string())})

@@ -1,0 +1,119 @@
+"""Images with depth as samples of an encode job: what is learnt is the depth's latent, given the image's."""
+
+import dataclasses
+from typing import Any, cast
+
+import numpy as np
+
+from d2f_core.data.depth import (
+    DEPTH_TASK,
+    BadDepthError,
+    crop_and_resize,
+    depth_latent_schema,
+    latent_mask,
+    normalise_depth,
+    size_text,
+)
+from d2f_core.data.depth_files import decode_npy
+from d2f_core.data.image_headers import read_declared
+from d2f_core.data.images import BadImageError, prepare_image
+from d2f_core.data.schema import sample_id
+from d2f_core.data.sources.depth import DepthSample, DepthSource, read_depth, read_valid
+from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeJob, EncodeKind, Picture
+
+
+def identify(sample: DepthSample) -> str:
+    """Name by the image alone: one image has one depth."""
+    if sample.image is None:
+        raise BadImageError("no_image: none found")
+    return sample_id(sample.image, "")
+
+
+def prepare(sample: DepthSample, job: EncodeJob) -> dict[str, Any]:
+    """Image and depth, cut and resized alike, the depth in its affine-invariant form, and the latents that count."""
+    assert sample.image is not None  # it was identified
+    size = job.config.resolution
+    image = prepare_image(sample.image, job.config.rules)
+    declared = read_declared(sample.image)
+    if declared is not None and declared.orientation != 1:
+        raise BadImageError("orientation: the image is turned by its metadata, its depth is not")
+    depth = read_depth(sample, _source(job), job.config.max_pixels)
+    if depth is None:
+        raise BadDepthError("no_depth: none found")
+    if depth.shape != (image.height, image.width):
+        raise BadDepthError(f"depth_size: the depth is {size_text(depth)} px, its image {image.width}x{image.height}")
+    depth = crop_and_resize(depth, image.crop, size)
+    valid = np.isfinite(depth)
+    picture, _, _ = normalise_depth(depth, valid)
+    return {
+        "caption": "",
+        "width": image.width,
+        "height": image.height,
+        "crop": image.crop,
+        "pixels": image.pixels,
+        "depth_picture": picture,
+        "mask": latent_mask(valid, job.latent_shape[1:]),
+    }
+
+
+def identify_latents(sample: DepthSample) -> str:
+    if sample.latent is None or sample.depth_latent is None:
+        raise BadDepthError("no_latent: none found")
+    return sample_id(sample.latent + sample.depth_latent, "")
+
+
+def prepare_latents(sample: DepthSample, job: EncodeJob) -> dict[str, Any]:
+    """Latents as they come, with the mask of the depth, or of the sample, if there is one."""
+    assert sample.latent is not None and sample.depth_latent is not None  # it was identified
+    size = job.config.resolution
+    joined, latent = (_read_latent(data, job.latent_shape) for data in (sample.latent, sample.depth_latent))
+    counts = read_valid(sample, _source(job), job.config.max_pixels)
+    valid = np.ones((size, size), bool)
+    if counts is not None:
+        height, width = counts.shape
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        holes = np.where(counts, np.float32(1), np.float32(np.nan))
+        valid = np.isfinite(crop_and_resize(holes, (left, top, left + side, top + side), size))
+        if not valid.any():
+            raise BadDepthError("no_valid_pixels: the mask leaves none")
+    return {
+        "caption": "",
+        "width": size,
+        "height": size,
+        "crop": (0, 0, size, size),
+        "latent_mean": latent,
+        "latent_std": np.zeros_like(latent),
+        "joined_mean": joined,
+        "mask": latent_mask(valid, job.latent_shape[1:]),
+    }
+
+
+def _source(job: EncodeJob) -> DepthSource:
+    return cast(EncodeDepthConfig, job.config).source
+
+
+def _read_latent(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    latent = decode_npy(data, int(np.prod(shape)))
+    if latent.shape != shape:
+        raise BadDepthError(f"latent_size: a latent of shape {latent.shape}, the base model's are {shape}")
+    with np.errstate(over="ignore"):
+        half = latent.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise BadDepthError("not_finite: a latent in half precision")
+    return half
+
+
+DEPTH = EncodeKind(
+    schema=depth_latent_schema,
+    pictures=(
+        Picture(name="depth_picture", dtype="float32", mean="latent_mean", std="latent_std"),
+        Picture(name="pixels", dtype="uint8", mean="joined_mean", std=None),
+    ),
+    identify=identify,
+    prepare=prepare,
+    fingerprint={"task": DEPTH_TASK},
+)
+
+DEPTH_LATENTS = dataclasses.replace(DEPTH, pictures=(), identify=identify_latents, prepare=prepare_latents)
+"""Latents that were encoded elsewhere."""

@@ -1,0 +1,166 @@
+"""Which models an evaluation compares: found once, pinned to versions, and kept beside the output."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
+from d2f_core.flow.generate.job import GenerateJob, check_generate
+from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.model.artifact import DESCRIPTION, read_description
+from d2f_core.model.base import local_copy
+from d2f_core.model.sampling import DDIM, SCHEDULERS
+from d2f_core.storage import join, read_bytes, write_bytes
+from d2f_core.tracking import (
+    RunHandle,
+    TrackingError,
+    get_alias,
+    model_version,
+    pin_model,
+    resolve_model,
+    run_metrics,
+    tracking_uri,
+)
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS_PER_STEP = {**dict.fromkeys(SCHEDULERS, 1), "euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
+"""Solvers with fixed steps: only these can be asked for a number of evaluations."""
+REGISTERED = "models:/"
+PINS_NAME = "models.json"
+VALIDATION_LOSS = "validation_flow_loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One model under test, ready to generate."""
+
+    role: str
+    """candidate, champion or base."""
+    uri: str
+    """Pinned: never an alias."""
+    job: GenerateJob
+
+    @property
+    def images(self) -> str:
+        """Where its images go."""
+        return self.job.config.output
+
+    def steps(self, evaluations: int) -> int:
+        """Solver steps that take so many network evaluations."""
+        return evaluations // EVALUATIONS_PER_STEP[self.job.plan.solver]
+
+
+def registered_name(uri: str) -> str:
+    """NAME of `models:/NAME/VERSION` or `models:/NAME@ALIAS`; empty for any other URI."""
+    return uri.removeprefix(REGISTERED).split("@")[0].split("/")[0] if uri.startswith(REGISTERED) else ""
+
+
+def pin_models(config: EvaluateConfig) -> dict[str, str]:
+    """Pinned URIs by role, "" where there is none; of a resumed evaluation those that it began with.
+
+    Raises:
+        EvaluateError: the output evaluates another candidate or base.
+    """
+    pinned = {
+        "candidate": pin_model(config.candidate),
+        "champion": _champion(config),
+        "base": pin_model(config.base) if config.base else "",
+    }
+    try:
+        there = json.loads(read_bytes(join(config.output, PINS_NAME)))
+    except FileNotFoundError:
+        return pinned
+    for role in ("candidate", "base"):
+        if there[role] != pinned[role]:
+            raise EvaluateError(
+                f"{config.output!r} evaluates the {role} {there[role]!r}, not {pinned[role]!r}. Give another output."
+            )
+    # The champion may have moved since, to this very candidate even: what was begun against the old one stays so.
+    return there
+
+
+def keep_pins(config: EvaluateConfig, pins: Mapping[str, str]) -> None:
+    """Write the pinned URIs at the output; an earlier run's stay."""
+    try:
+        write_bytes(join(config.output, PINS_NAME), json.dumps(pins, indent=1).encode(), exclusive=True)
+    except FileExistsError:
+        return
+
+
+def _champion(config: EvaluateConfig) -> str:
+    if config.champion != "auto":
+        return pin_model(config.champion) if config.champion else ""
+    name = registered_name(config.candidate)
+    version = get_alias(name, config.champion_alias) if name else None
+    return f"{REGISTERED}{name}/{version}" if version is not None else ""
+
+
+def make_contender(config: EvaluateConfig, role: str, uri: str, resolution: int | None) -> Contender:
+    """Check that a model can make the images, of an edge of `resolution` pixels.
+
+    Raises:
+        ValueError: a model, prompt file or setting that cannot be used.
+    """
+    solver = config.base_solver if role == "base" else config.solver or carried_sampling(uri).get("solver", DDIM)
+    per_step = EVALUATIONS_PER_STEP.get(solver)
+    if per_step is None:
+        raise EvaluateError(
+            f"the {role}'s solver {solver!r} chooses its own steps. Give one of {', '.join(EVALUATIONS_PER_STEP)}."
+        )
+    odd = [count for count in config.evaluations if count % per_step]
+    if odd:
+        raise EvaluateError(f"{solver} takes {per_step} evaluations a step, so {odd} cannot be made. Leave them out.")
+    job = check_generate(
+        GenerateConfig(
+            prompts=config.prompts,
+            model=uri,
+            output=join(config.output, "generations", role),
+            solver=solver,
+            steps=tuple(count // per_step for count in config.evaluations),
+            guidance=config.guidance,
+            resolution=resolution,
+            seed=config.seed,
+            batch_size=config.generate_batch_size,
+            chunk_size=config.chunk_size,
+            num_actors=config.score.num_actors,
+            cpus_per_actor=config.score.cpus_per_actor,
+            gpus_per_actor=config.score.gpus_per_actor,
+            experiment="",
+        )
+    )
+    if job.prompts.rows_with_steps:
+        raise EvaluateError(
+            f"{config.prompts!r} has rows with their own steps, which an evaluation varies. Remove the column steps."
+        )
+    return Contender(role=role, uri=uri, job=job)
+
+
+def carried_sampling(uri: str) -> dict[str, Any]:
+    """The sampling settings of a trained model; empty for a base."""
+    directory = local_copy(resolve_model(uri))
+    return read_description(directory)["sampling"] if (directory / DESCRIPTION).is_file() else {}
+
+
+def validation_loss(uri: str) -> float | None:
+    """The flow loss on held-out rows that the training of a registered model measured at its last step.
+
+    None: not registered, or not measured there. It is read, not computed again: which rows were held out, only the
+    training knows.
+    """
+    if not uri.startswith(REGISTERED):
+        return None
+    version, directory = model_version(uri), local_copy(resolve_model(uri))
+    if not version.run_id or not (directory / DESCRIPTION).is_file():
+        return None
+    step = read_description(directory)["training"].get("step")
+    if step is None:
+        return None
+    run = RunHandle(tracking_uri=tracking_uri(), experiment_id="", run_id=version.run_id)
+    try:
+        return run_metrics(run, int(step)).get(VALIDATION_LOSS)
+    except TrackingError as error:
+        logger.warning("%s: no %s: %s", uri, VALIDATION_LOSS, error)
+        return None

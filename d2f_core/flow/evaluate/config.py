@@ -1,0 +1,76 @@
+"""What an evaluation compares, and how."""
+
+from dataclasses import dataclass, field
+
+from d2f_core.evaluation.gate import GateConfig
+from d2f_core.flow.evaluate.extract_features import ScoreConfig
+from d2f_core.flow.evaluate.image_metrics import MeasureConfig
+
+
+class EvaluateError(ValueError):
+    """An evaluation that cannot run as asked, with the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    candidate: str = ""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or a model's directory (local or s3://)."""
+    champion: str = "auto"
+    """The model to be no worse than; auto: the @champion of the candidate's name, when there is one; empty: none."""
+    base: str = ""
+    """The base model, sampled as it is; empty: none."""
+    prompts: str = ""
+    """Prompt file, as for generate; every model draws every prompt from the same noise."""
+    reference: str = ""
+    """Real images: an image table, or an output of generate (its largest number of steps)."""
+    output: str = ""
+    """Where generations/, features/, metrics.json and report.html go."""
+    evaluations: tuple[int, ...] = (2, 4, 10, 25)
+    """Network evaluations per image at which quality is measured."""
+    solver: str | None = None
+    """Solver with fixed steps of candidate and champion; None: what each carries."""
+    base_solver: str = "ddim"
+    """euler shows the base as the untrained flow model."""
+    guidance: float | None = None
+    """Guidance scale of all models; None: what each carries."""
+    resolution: int | None = None
+    """Edge of all models' images in pixels; None: what the candidate carries."""
+    seed: int = 0
+    """Of prompts without a seed of their own."""
+    generate_batch_size: int = 16
+    """Images per forward pass."""
+    chunk_size: int = 64
+    """Prompts per unit of work."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """Its actors' number and size also hold for generating."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    promote: bool = True
+    """Move @champion to the candidate, a registered model, when the gate passes."""
+    champion_alias: str = "champion"
+    straightness_prompts: int = 16
+    """First prompts whose paths are followed; 0: none."""
+    straightness_steps: int = 25
+    """Euler steps of such a path."""
+    shown_prompts: int = 6
+    """First prompts whose images the report shows."""
+    experiment: str = "diff2flow-evaluate"
+    """MLflow experiment; empty: no run."""
+
+    def __post_init__(self) -> None:
+        counts = self.evaluations
+        if not counts or len(set(counts)) != len(counts) or min(counts) < 1:
+            raise EvaluateError(f"evaluations={counts} must be different numbers of at least 1.")
+        for name in ("straightness_prompts", "shown_prompts"):
+            if getattr(self, name) < 0:
+                raise EvaluateError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.straightness_steps < 2:
+            raise EvaluateError(f"straightness_steps={self.straightness_steps} must be at least 2.")
+        if not self.champion_alias:
+            raise EvaluateError("champion_alias is empty. Use 'champion'.")
+
+    def check_complete(self) -> None:
+        """Raises EvaluateError when a URI is missing."""
+        for name in ("candidate", "prompts", "reference", "output"):
+            if not getattr(self, name):
+                raise EvaluateError(f"{name} is empty. Give --{name} URI.")

@@ -1,0 +1,226 @@
+"""Images to features as a Ray Data job: a table of images or of generations in, a table of features out.
+
+    OUTPUT/part-*.parquet    row, sample_id, steps, features, caption_score; one part per file of the source
+    OUTPUT/manifest.json     written last
+
+`row` is the image's place in its set: the same for the same prompt in generations of one prompt file. A part is done
+when its file exists, so a killed job goes on with the missing ones.
+"""
+
+import hashlib
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from PIL import Image
+
+from d2f_core.data.images import to_rgb
+from d2f_core.data.manifest import (
+    Manifest,
+    ManifestError,
+    TableFile,
+    describe_file,
+    manifest_exists,
+    read_manifest,
+    write_manifest,
+    write_part,
+)
+from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
+from d2f_core.flow.evaluate.feature_table import feature_schema
+from d2f_core.identity import canonical_json
+from d2f_core.progress import Progress
+from d2f_core.storage import join, list_names, read_bytes
+
+KIND = "features"
+READ_THREADS = 8
+MAX_INPUT_BLOCKS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How images become features."""
+
+    features: str = "efficientnet-lite0"
+    """efficientnet-lite0, inception, or the directory of a vision model (local or s3://)."""
+    dimensions: int = 64
+    """Onto how many fixed random directions features are projected; 0: all of the network's. A covariance of fewer than
+    some 30 images per dimension is mostly noise."""
+    clip: str = ""
+    """Directory of a CLIP model that scores images against their prompts; empty: none."""
+    batch_size: int = 32
+    """Images per forward pass."""
+    num_actors: int = 2
+    cpus_per_actor: int = 1
+    gpus_per_actor: float = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_actors", "cpus_per_actor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"score: {name}={getattr(self, name)} must be at least 1.")
+        if self.dimensions < 0:
+            raise ValueError(f"score: dimensions={self.dimensions} must be at least 1, or 0 for all.")
+
+
+def extract_features(
+    tables: Mapping[str, str], config: ScoreConfig, fingerprint: dict[str, Any]
+) -> dict[str, Manifest]:
+    """Features of every image of several tables, in one job; needs a running Ray. What is there already is left alone.
+
+    Args:
+        tables: source URI (images, or generations) by output URI.
+        fingerprint: the networks, by hash: what must be equal for features to be comparable.
+
+    Returns:
+        The feature tables by output URI.
+
+    Raises:
+        ValueError: an image that cannot be decoded, or an output that belongs to other images or networks.
+    """
+    items = {output: _items(source, output) for output, source in tables.items() if not manifest_exists(output)}
+    missing = []
+    for output, each in items.items():
+        there = set(list_names(output))
+        missing += [item for item in each if _part_name(item["part"]) not in there]
+    parts = sum(len(each) for each in items.values())
+    progress = Progress("score", parts, "parts", done=parts - len(missing))
+    for _ in _run(config, missing) if missing else ():
+        progress.advance(1)
+    return {output: _finish(source, output, items.get(output, []), fingerprint) for output, source in tables.items()}
+
+
+def _items(source: str, output: str) -> list[dict[str, Any]]:
+    """One unit of work for each file of the source."""
+    table, items, first = read_manifest(source), [], 0
+    turns = _turns(table)
+    for number, file in enumerate(table.files):
+        place = {"source": source, "kind": table.kind, "path": file.path, "output": output}
+        items.append({**place, "part": number, "first": first})
+        first += file.rows // turns
+    return items
+
+
+def _turns(table: Manifest) -> int:
+    """A generation has several images of each prompt, one for each number of steps."""
+    return len(table.fingerprint["steps"]) if table.kind == "generations" else 1
+
+
+def _finish(source: str, output: str, items: list[dict[str, Any]], fingerprint: dict[str, Any]) -> Manifest:
+    """The finished table's manifest: written now, or by an earlier run."""
+    table = read_manifest(source)
+    identity = {**fingerprint, "source": table.digest}
+    if manifest_exists(output):
+        manifest = read_manifest(output)
+        if manifest.fingerprint != identity:
+            raise ManifestError(f"{output!r} holds features of other images or networks. Give another output.")
+        return manifest
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        files = tuple(pool.map(lambda item: _describe(output, _part_name(item["part"])), items))
+    rows = sum(file.rows for file in files)
+    counts = {"images": rows, "failed": table.num_rows - rows, "set": table.num_rows // _turns(table)}
+    inputs = {"source": source, "kind": table.kind}
+    manifest = Manifest(kind=KIND, files=files, fingerprint=identity, inputs=inputs, counts=counts)
+    write_manifest(output, manifest)
+    return manifest
+
+
+def _part_name(part: int) -> str:
+    return f"part-{part:06d}.parquet"
+
+
+def _run(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any]:
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
+    dataset.context.enable_progress_bars = sys.stderr.isatty()
+    dataset.context.print_on_execution_start = False
+    dataset = dataset.map_batches(
+        cast(Any, PartScorer),
+        fn_constructor_args=(config,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(items))),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor or None,
+    )
+    yield from dataset.iter_rows()
+
+
+class PartScorer:
+    """Ray Data actor: one file of the source in, one part of features out."""
+
+    def __init__(self, config: ScoreConfig) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Set even for a single actor: with another number of threads sums come out in another order.
+        torch.set_num_threads(config.cpus_per_actor)
+        self._batch = config.batch_size
+        self._features = load_features(config.features, dimensions=config.dimensions, device=device)
+        self._scorer = CaptionScorer(config.clip, device) if config.clip else None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        item = {name: values[0] for name, values in batch.items()}
+        data = pa.BufferReader(read_bytes(join(str(item["source"]), str(item["path"]))))
+        rows = (_image_rows if item["kind"] == "images" else _generation_rows)(data, int(item["first"]))
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for start in range(0, len(rows), self._batch):
+                some = rows[start : start + self._batch]
+                self._score(some, list(pool.map(_pixels, some)))
+        columns = feature_schema(self._features.dimensions)
+        made = [{name: row[name] for name in columns.names} for row in rows]
+        write_part(str(item["output"]), _part_name(int(item["part"])), pa.Table.from_pylist(made, schema=columns))
+        return {"part": [int(item["part"])]}
+
+    def _score(self, rows: list[dict[str, Any]], pixels: list[np.ndarray]) -> None:
+        """Add features (and caption scores) to rows; images of one size share a forward pass."""
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for number, each in enumerate(pixels):
+            sizes.setdefault(each.shape, []).append(number)
+        for numbers in sizes.values():
+            images = np.stack([pixels[number] for number in numbers])
+            scores = self._scorer(images, [rows[number]["caption"] for number in numbers]) if self._scorer else None
+            for place, (number, found) in enumerate(zip(numbers, self._features(images), strict=True)):
+                rows[number]["features"] = found
+                rows[number]["caption_score"] = None if scores is None else float(scores[place])
+
+
+def _image_rows(data: pa.BufferReader, first: int) -> list[dict[str, Any]]:
+    rows = pq.read_table(data, columns=["sample_id", "caption", "image"]).to_pylist()
+    return [{**row, "row": first + number, "steps": 0} for number, row in enumerate(rows)]
+
+
+def _generation_rows(data: pa.BufferReader, first: int) -> list[dict[str, Any]]:
+    """Those that have an image; the failed ones keep their places."""
+    seen: dict[int, int] = {}
+    rows = []
+    for row in pq.read_table(data, columns=["sample_id", "prompt", "steps", "image_uri"]).to_pylist():
+        place = seen.get(row["steps"], 0)
+        seen[row["steps"]] = place + 1
+        if row["image_uri"] is not None:
+            rows.append({**row, "row": first + place, "caption": row["prompt"]})
+    return rows
+
+
+def _pixels(row: dict[str, Any]) -> np.ndarray:
+    """uint8 [h, w, 3]."""
+    data = row["image"] if "image" in row else read_bytes(row["image_uri"])
+    try:
+        return np.asarray(to_rgb(Image.open(io.BytesIO(data))))
+    except Exception as error:  # Pillow's decoders raise a dozen types on broken data; each means the same here
+        raise ValueError(
+            f"the image of sample {row['sample_id']!r} cannot be decoded ({error}). Make it again."
+        ) from None
+
+
+def _describe(output: str, name: str) -> TableFile:
+    return describe_file(name, read_bytes(join(output, name)))
+
+
+def score_key(source: str, fingerprint: dict[str, Any]) -> str:
+    """Short hash of a source table's content and the networks: part of a feature table's place."""
+    value = {"source": read_manifest(source).digest, **fingerprint}
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:12]

@@ -1,0 +1,53 @@
+"""Tables of features, read. Imports no network: tasks that only measure start in a second, not in ten."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2f_core.data.manifest import Manifest
+from d2f_core.flow.evaluate.image_metrics import FeaturePart, ImageSet, MeasureConfig, gather
+from d2f_core.storage import join, read_bytes
+
+
+def feature_schema(dimensions: int) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("sample_id", pa.string(), nullable=False),
+            # 0 for real images.
+            pa.field("steps", pa.int32(), nullable=False),
+            pa.field("features", pa.list_(pa.float64(), dimensions), nullable=False),
+            pa.field("caption_score", pa.float64()),
+        ]
+    )
+
+
+def read_features(uri: str, manifest: Manifest, steps: int) -> Iterator[FeaturePart]:
+    """The parts of a finished feature table, of one number of steps (0: real images)."""
+    for file in manifest.files:
+        table = pq.read_table(pa.BufferReader(read_bytes(join(uri, file.path))))
+        table = table.filter(pa.array(table["steps"].to_numpy() == steps))
+        features = table["features"].combine_chunks()
+        width = table.schema.field("features").type.list_size
+        scores = table["caption_score"]
+        yield FeaturePart(
+            rows=table["row"].to_numpy(),
+            features=features.flatten().to_numpy().reshape(-1, width),
+            caption_scores=None if scores.null_count else scores.to_numpy(),
+        )
+
+
+def gather_features(
+    uri: str,
+    manifest: Manifest,
+    steps: int,
+    dimensions: int,
+    config: MeasureConfig,
+    draws: int,
+    only: np.ndarray | None,
+) -> ImageSet:
+    """`measure.gather` of a table's images of one number of steps (0: real images)."""
+    parts, total = read_features(uri, manifest, steps), manifest.counts["set"]
+    return gather(parts, total=total, dimensions=dimensions, config=config, draws=draws, only=only)

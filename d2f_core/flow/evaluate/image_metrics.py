@@ -1,0 +1,185 @@
+"""From features to measured values: parts are read once, in a stream, and only what pairs of images need is kept."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from d2f_core.evaluation.bootstrap import bootstrap_counts
+from d2f_core.evaluation.estimates import Estimate
+from d2f_core.flow.evaluate.distances import (
+    FeatureMoments,
+    KernelDistance,
+    frechet_distance,
+    normalised_distances,
+    precision_recall,
+)
+
+MADE_DRAWS, REAL_DRAWS = 1, 2
+"""Seeds of the bootstrap: all models are resampled alike, real images apart from them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """How values and their intervals are computed."""
+
+    replicates: int = 200
+    """Resampled sets per interval."""
+    neighbours: int = 3
+    """k of precision and recall."""
+    pairwise_rows: int = 2000
+    """At most so many images on each side, chosen at random, where every pair is looked at: kernel distance, precision
+    and recall, and the distance between two models."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("replicates", 20), ("neighbours", 1), ("pairwise_rows", 4)):
+            if getattr(self, name) < least:
+                raise ValueError(f"measure: {name}={getattr(self, name)} must be at least {least}.")
+        if self.neighbours >= self.pairwise_rows:
+            raise ValueError(f"measure: neighbours={self.neighbours} must be below pairwise_rows={self.pairwise_rows}.")
+
+
+class FeaturePart(NamedTuple):
+    """Some of a set's images."""
+
+    rows: np.ndarray
+    """int64 [n]: their places in the whole set, which for images of one prompt file pair them across models."""
+    features: np.ndarray
+    """float64 [n, d]."""
+    caption_scores: np.ndarray | None
+    """float64 [n]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """What is kept of a set of images."""
+
+    total: int
+    """Images asked for; those that failed have no features."""
+    moments: FeatureMoments
+    resampled: tuple[FeatureMoments, ...]
+    """One per replicate."""
+    kept: FeaturePart
+    """The images for the pairwise metrics, by rising row."""
+    kept_draws: np.ndarray
+    """int64 [replicates, kept]: how often each replicate draws them."""
+    caption_scores: np.ndarray
+    """float64 [images], or empty."""
+    caption_draws: np.ndarray
+    """int64 [replicates, images], or empty."""
+
+    @property
+    def count(self) -> int:
+        return self.moments.count
+
+
+def gather(
+    parts: Iterable[FeaturePart],
+    *,
+    total: int,
+    dimensions: int,
+    config: MeasureConfig,
+    draws: int = MADE_DRAWS,
+    only: np.ndarray | None = None,
+) -> ImageSet:
+    """Read a set part by part; the split into parts and their order change nothing but rounding.
+
+    Args:
+        total: images in the whole set, failed ones included.
+        draws: seed of the resampling.
+        only: bool [total]: leave out the other rows.
+    """
+    chosen = np.ones(total, bool) if only is None else only
+    shuffled = np.random.Generator(np.random.Philox(draws)).permutation(np.flatnonzero(chosen))
+    keep = np.zeros(total, bool)
+    keep[shuffled[: config.pairwise_rows]] = True
+    counts = np.zeros((config.replicates, total), np.int64)
+    counts[:, chosen] = bootstrap_counts(int(chosen.sum()), config.replicates, draws)
+    moments = FeatureMoments.none(dimensions)
+    resampled = [moments] * config.replicates
+    kept: list[FeaturePart] = []
+    scores: list[tuple[np.ndarray, np.ndarray]] = []
+    for part in parts:
+        part = _subset(part, chosen[part.rows])
+        if not len(part.rows):
+            continue
+        moments = moments.merge(FeatureMoments.of(part.features))
+        for number, drawn in enumerate(counts[:, part.rows]):
+            if drawn.any():
+                resampled[number] = resampled[number].merge(FeatureMoments.of(part.features, drawn))
+        kept.append(_subset(part, keep[part.rows]))
+        if part.caption_scores is not None:
+            scores.append((part.rows, part.caption_scores))
+    pairwise = _sorted(kept, dimensions)
+    return ImageSet(
+        total=int(chosen.sum()),
+        moments=moments,
+        resampled=tuple(resampled),
+        kept=pairwise,
+        kept_draws=counts[:, pairwise.rows],
+        caption_scores=np.concatenate([each for _, each in scores]) if scores else np.empty(0),
+        caption_draws=counts[:, np.concatenate([rows for rows, _ in scores])] if scores else np.empty((0, 0), np.int64),
+    )
+
+
+def _subset(part: FeaturePart, mask: np.ndarray) -> FeaturePart:
+    scores = None if part.caption_scores is None else part.caption_scores[mask]
+    return FeaturePart(part.rows[mask], part.features[mask], scores)
+
+
+def _sorted(parts: list[FeaturePart], dimensions: int) -> FeaturePart:
+    rows = np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)])
+    features = np.concatenate([np.empty((0, dimensions)), *(part.features for part in parts)])
+    order = np.argsort(rows)
+    return FeaturePart(rows[order], features[order], None)
+
+
+def enough(images: ImageSet, config: MeasureConfig) -> bool:
+    """Whether there are images enough for every metric, on every replicate."""
+    return len(images.kept.rows) > config.neighbours + 1 and all(each.count > 1 for each in images.resampled)
+
+
+def measure(real: ImageSet, made: ImageSet, config: MeasureConfig) -> dict[str, Estimate]:
+    """Every metric of a made set against the real one, by short name; only `failed` where too few images are usable."""
+    found = {"failed": _failed(made)}
+    if not enough(made, config):
+        return found
+    value = frechet_distance(made.moments, real.moments)
+    pairs = zip(made.resampled, real.resampled, strict=True)
+    found["frechet"] = Estimate.of(value, np.array([frechet_distance(*pair) for pair in pairs]), made.count)
+    kernel = KernelDistance(made.kept.features, real.kept.features)
+    replicates = [kernel(draws) for draws in zip(made.kept_draws, real.kept_draws, strict=True)]
+    kept = len(made.kept.rows)
+    found["kernel"] = Estimate.of(kernel(), np.array(replicates), kept)
+    like_real, covered = precision_recall(real.kept.features, made.kept.features, k=config.neighbours)
+    found["precision"] = _share(like_real, made.kept_draws)
+    found["recall"] = _share(covered, real.kept_draws)
+    if len(made.caption_scores):
+        found["clip_score"] = _share(made.caption_scores, made.caption_draws)
+    return found
+
+
+def model_distance(first: ImageSet, second: ImageSet) -> Estimate | None:
+    """Mean squared distance of the normalised features of two models' images of the same prompt and noise.
+
+    None when they have no image in common.
+    """
+    rows, left, right = np.intersect1d(first.kept.rows, second.kept.rows, return_indices=True)
+    if not len(rows):
+        return None
+    distances = normalised_distances(first.kept.features[left], second.kept.features[right])
+    return _share(distances, first.kept_draws[:, left])
+
+
+def _share(values: np.ndarray, draws: np.ndarray) -> Estimate:
+    """The mean of a value per image; replicates that drew none of the images say nothing."""
+    sizes = draws.sum(1)
+    replicates = (draws @ values)[sizes > 0] / sizes[sizes > 0]
+    return Estimate.of(float(values.mean()), replicates, len(values))
+
+
+def _failed(made: ImageSet) -> Estimate:
+    """The share of images that could not be made; known, not estimated."""
+    share = 1 - made.count / made.total
+    return Estimate(value=share, low=share, high=share, count=made.total)

@@ -1,0 +1,247 @@
+"""What a generation job will make, decided before it starts: a function of config, prompts and model alone.
+
+Prompts are cut into chunks in file order, chunks into batches. A chunk is done when its index part exists. So a job
+that was killed goes on with the missing chunks, and the size of the cluster changes nothing in any image.
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
+from d2f_core.flow.generate.sampler import Request, fill_request
+from d2f_core.identity import differences, identity_values
+from d2f_core.model.artifact import TrainedModel
+from d2f_core.model.base import BaseModelError
+from d2f_core.storage import exists, join, list_names, read_bytes, upload_tree, write_bytes
+
+Emit = Literal["images", "latents", "pairs"]
+Format = Literal["png", "webp", "jpeg"]
+
+PLAN_NAME = "plan.json"
+PROMPTS_NAME = "prompts.parquet"
+"""The checked prompts, one row group per chunk: what the actors read, however large the prompt file was."""
+INDEX, TIMING, LATENTS = "index", "timing", "latents"
+
+
+class GenerateError(ValueError):
+    """A generation job that cannot run as asked, with the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    prompts: str = ""
+    """Prompt file: .parquet, .jsonl or .csv with a column `prompt`; s3:// or local. Its columns `seed`, `steps`,
+    `guidance`, `height`, `width` and `negative_prompt` go before the settings here, row by row."""
+    model: str = ""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
+    output: str = ""
+    """Where images/ (or latents/), index/ and timing/ are written, and manifest.json at the end."""
+    emit: Emit = "images"
+    """latents: a latent table at OUTPUT/latents that a training reads; pairs: with the noise each latent came from."""
+    format: Format = "png"
+    """Of image files; webp and jpeg at `quality`."""
+    quality: int = 95
+    """Of lossy formats, 1 to 100."""
+    solver: str | None = None
+    """euler, heun, midpoint, rk4, dopri5, bosh3, adaptive_heun, dopri8 or ddim; None: what the model carries."""
+    steps: tuple[int, ...] = ()
+    """Every prompt is sampled once for each, from the same noise; empty: what the model carries."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; None: what the model carries."""
+    shift: float | None = None
+    """Above 1, steps are spent nearer to noise; None: what the model carries."""
+    seed: int = 0
+    """Of rows without a seed of their own."""
+    resolution: int | None = None
+    """Edge of the images in pixels; None: what the UNet's config says."""
+    batch_size: int = 16
+    """Images per forward pass."""
+    chunk_size: int = 64
+    """Prompts per unit of work: what a killed actor loses at most."""
+    num_actors: int = 2
+    cpus_per_actor: int = 1
+    """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
+    gpus_per_actor: float = 0
+    node_wait_seconds: int = 60
+    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
+    experiment: str = "diff2flow-generate"
+    """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "chunk_size", "num_actors", "cpus_per_actor"):
+            if getattr(self, name) < 1:
+                raise GenerateError(f"{name}={getattr(self, name)} must be at least 1.")
+        if len(set(self.steps)) != len(self.steps) or any(steps < 1 for steps in self.steps):
+            raise GenerateError(f"steps={self.steps} must be different numbers of at least 1.")
+        if not 1 <= self.quality <= 100:
+            raise GenerateError(f"quality={self.quality} must be from 1 to 100.")
+        if self.emit != "images" and len(self.steps) > 1:
+            raise GenerateError(f"emit={self.emit!r} makes one latent per prompt. Give one number of steps.")
+
+    def check_complete(self) -> None:
+        """Raises GenerateError when a URI is missing."""
+        for name in ("prompts", "model", "output"):
+            if not getattr(self, name):
+                raise GenerateError(f"{name} is empty. Give --{name} URI.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides the images; kept beside them as plan.json."""
+
+    prompts_digest: str
+    num_prompts: int
+    num_images: int
+    model_uri: str
+    """Pinned: never an alias."""
+    model_hash: str
+    solver: str
+    steps: tuple[int, ...]
+    guidance: float
+    shift: float
+    seed: int
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    batch_size: int
+    chunk_size: int
+    emit: Emit
+    format: Format
+    quality: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_prompts // self.chunk_size)
+
+    def rows_of(self, chunk: int) -> range:
+        return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.num_prompts))
+
+    def requests(self, rows: list[dict[str, Any]]) -> list[Request]:
+        """What a chunk's rows ask for: all rows at the first number of steps, then at the next; a row that says its
+        own number has its place among the first."""
+        return [
+            self._request(row, row["steps"] or steps)
+            for turn, steps in enumerate(self.steps)
+            for row in rows
+            if turn == 0 or row["steps"] is None
+        ]
+
+    def _request(self, row: dict[str, Any], steps: int) -> Request:
+        return Request(
+            sample_id=row["sample_id"],
+            prompt=row["prompt"],
+            negative_prompt=row["negative_prompt"],
+            seed=self.seed if row["seed"] is None else row["seed"],
+            solver=self.solver,
+            steps=steps,
+            guidance=self.guidance if row["guidance"] is None else row["guidance"],
+            shift=self.shift,
+            height=row["height"] or row["width"] or self.height,
+            width=row["width"] or row["height"] or self.width,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two jobs to make the same images: of the model its hash, not its place."""
+        return {name: value for name, value in identity_values(self).items() if name != "model_uri"}
+
+
+def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, model_uri: str) -> Plan:
+    """Fill in what the config leaves to the model.
+
+    Raises:
+        ValueError: an unknown solver, or a size that the autoencoder cannot make.
+    """
+    try:
+        filled = [
+            fill_request(
+                model,
+                prompt="",
+                solver=config.solver,
+                steps=steps,
+                guidance=config.guidance,
+                shift=config.shift,
+                height=config.resolution,
+                width=config.resolution,
+            )
+            for steps in config.steps or (model.sampling.steps,)
+        ]
+    except BaseModelError as error:
+        raise GenerateError(f"resolution={config.resolution}: {error}") from None
+    _check_sizes(config, prompts, model)
+    turns, first = len(filled), filled[0]
+    return Plan(
+        prompts_digest=prompts.digest,
+        num_prompts=prompts.num_rows,
+        num_images=turns * prompts.num_rows - (turns - 1) * prompts.rows_with_steps,
+        model_uri=model_uri,
+        model_hash=model.content_hash,
+        solver=first.solver,
+        steps=tuple(request.steps for request in filled),
+        guidance=first.guidance,
+        shift=first.shift,
+        seed=config.seed,
+        height=first.height,
+        width=first.width,
+        batch_size=config.batch_size,
+        chunk_size=config.chunk_size,
+        emit=config.emit,
+        format=config.format,
+        quality=config.quality,
+    )
+
+
+def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: TrainedModel) -> None:
+    for number, height, width in prompts.sizes:
+        if height is None and width is None:
+            continue
+        if config.emit != "images":
+            raise GenerateError(
+                f"{prompts.uri!r} row {number} has a size of its own, but latents of one table have one shape. Remove "
+                "the columns height and width, and give --resolution."
+            )
+        try:
+            model.base.latent_shape(height or width or 0, width or height or 0)
+        except BaseModelError as error:
+            raise PromptError(f"{prompts.uri!r} row {number}: {error}") from None
+
+
+def part_name(chunk: int, table: str = INDEX) -> str:
+    """Path of a chunk's part of a table, relative to the output."""
+    return f"{table}/part-{chunk:06d}.parquet"
+
+
+def chunks_done(output: str, plan: Plan) -> set[int]:
+    """The chunks whose index part exists."""
+    names = set(list_names(join(output, INDEX)))
+    return {chunk for chunk in range(plan.num_chunks) if part_name(chunk).rsplit("/", 1)[-1] in names}
+
+
+def claim_output(output: str, plan: Plan, prompts: PromptFile) -> None:
+    """Write plan and prompts at the output, or check that the plan which lies there is the same.
+
+    Raises:
+        GenerateError: the output holds images of another plan; names what differs.
+    """
+    place = join(output, PLAN_NAME)
+    try:
+        write_bytes(place, json.dumps(identity_values(plan), indent=1, sort_keys=True).encode(), exclusive=True)
+    except FileExistsError:
+        there = json.loads(read_bytes(place))
+        there.pop("model_uri", None)
+        refuse_other(output, plan.identity(), there)
+    if not exists(join(output, PROMPTS_NAME)):
+        with tempfile.TemporaryDirectory() as directory:
+            copy_prompts(prompts, Path(directory, PROMPTS_NAME), plan.chunk_size)
+            upload_tree(Path(directory), output)
+
+
+def refuse_other(output: str, wanted: dict[str, Any], there: dict[str, Any]) -> None:
+    """Raises GenerateError when what lies at the output differs from the wanted identity; names what differs."""
+    if different := differences(there, wanted):
+        raise GenerateError(
+            f"{output!r} holds images of another job ({'; '.join(different)}). Give another output, or remove that one."
+        )

@@ -1,0 +1,202 @@
+"""The online service: images over HTTP from one model, on Ray Serve, behind a token.
+
+    POST /v1/images   {"prompt": ..., "seed": ..., "sample_id": ..., "steps": ...} -> JSON with base64 PNG, or a PNG
+    GET  /v1/model    version, hash, defaults, limits, counts
+    GET  /healthz     open to all
+
+Only the token's hash leaves the process of the command, so that neither Ray's state nor its logs can hold the token.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import ray.exceptions
+from ray import serve
+
+from d2f_core.content import cache_root
+from d2f_core.flow.generate.sampler import fill_request
+from d2f_core.flow.serve.config import ServeConfig, ServeError, is_loopback
+from d2f_core.model.artifact import load_model
+from d2f_core.tracking import check_tracking, pin_model, resolve_model
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "diff2flow"
+TOKEN_VARIABLE = "D2F_SERVE_TOKEN"
+TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
+STOP_SECONDS = 20.0
+"""How long requests in work may go on once the service is told to stop."""
+DOOR_REQUESTS = 1000
+"""Requests that the door holds at a time, most of them waiting for a painter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """What clients must send; only its hash is kept."""
+
+    digest: bytes
+    """sha256."""
+    source: str
+    """Where it is, for the one who runs the command: a variable or a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeJob:
+    """A service that was checked, and is ready to start."""
+
+    config: ServeConfig
+    model_uri: str
+    """Pinned: never an alias."""
+    model_hash: str
+
+
+def obtain_token(config: ServeConfig) -> Token:
+    """The token by the config's file, by D2F_SERVE_TOKEN (which is then taken out of the environment), or a new one.
+
+    Out of the environment, because a Ray that is started here would hand it to all its processes.
+
+    Raises:
+        ServeError: no usable token; never shows it.
+    """
+    given = os.environ.pop(TOKEN_VARIABLE, "")
+    if config.token_file:
+        path = Path(config.token_file).expanduser()
+    elif given:
+        return _token(given, TOKEN_VARIABLE)
+    else:
+        path = cache_root() / "serve_token"
+        if not is_loopback(config.host):
+            raise ServeError(
+                f"host={config.host!r} is reached from other machines, which needs a token that you chose. Set "
+                f"{TOKEN_VARIABLE}, or give --token-file FILE."
+            )
+        _make_token(path)
+    try:
+        file = path.stat()
+        if file.st_uid != os.getuid() or file.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ServeError(f"{path} must be your own file that nobody else can read. chmod 600 {path}.")
+        return _token(path.read_text().strip(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServeError(f"{path} cannot be read ({type(error).__name__}). Give --token-file another file.") from None
+
+
+def _token(text: str, source: str) -> Token:
+    if not TOKEN.fullmatch(text):
+        raise ServeError(
+            f"the token in {source} has {len(text)} characters. It must have 16 to 512, all of them visible ASCII. "
+            "Make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        )
+    return Token(digest=hashlib.sha256(text.encode()).digest(), source=source)
+
+
+def _make_token(path: Path) -> None:
+    """A new token in a file for this user alone; one that is there stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+
+
+def check_serve(config: ServeConfig) -> ServeJob:
+    """Check everything that can be checked before a cluster is used.
+
+    Raises:
+        ValueError: no such model, or its defaults are beyond the service's limits.
+    """
+    if config.model.startswith("models:/"):
+        check_tracking()
+    pinned = pin_model(config.model)
+    model = load_model(resolve_model(pinned))
+    usual = fill_request(model, prompt="")
+    for name, value, most in (
+        ("steps", usual.steps, config.max_steps),
+        ("height x width", usual.height * usual.width, config.max_pixels),
+    ):
+        if value > most:
+            limit = "max_steps" if name == "steps" else "max_pixels"
+            raise ServeError(f"{limit}={most} is below the model's own {name} of {value}. Raise it.")
+    return ServeJob(config=config, model_uri=pinned, model_hash=model.content_hash)
+
+
+@contextlib.contextmanager
+def service(job: ServeJob, token: Token) -> Iterator[str]:
+    """Run the service while the context lasts; yields its URL. Needs a running Ray.
+
+    Raises:
+        ServeError: Ray Serve runs there already, the cluster is too small, or it did not start.
+    """
+    config = job.config
+    _clear(config)
+    _check_room(config)
+    try:
+        # One proxy, on the head node: the address that is printed is the only one.
+        serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+        serve.run(_application(job, token), name=APPLICATION, route_prefix="/")
+        yield f"http://{config.host}:{config.port}"
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        reason = " ".join(str(error).split())[-600:]
+        raise ServeError(f"the service did not start or broke off at port {config.port}: {reason}") from error
+    finally:
+        serve.shutdown()
+
+
+def is_running() -> bool:
+    """Whether the service is still there, or was ended from elsewhere."""
+    try:
+        return APPLICATION in serve.status().applications
+    except ray.exceptions.ActorDiedError:  # of Ray Serve's controller, known here from an earlier call
+        return False
+
+
+def _clear(config: ServeConfig) -> None:
+    status = serve.status()
+    if not status.proxies and not status.applications:
+        return
+    if not config.replace:
+        raise ServeError(
+            f"Ray Serve runs on this cluster already (applications: {', '.join(status.applications) or 'none'}), and "
+            "its address cannot be changed. End that service, or give --replace to end it now."
+        )
+    serve.shutdown()
+
+
+def _check_room(config: ServeConfig) -> None:
+    there = ray.cluster_resources()
+    for name, each in (("CPU", config.cpus_per_replica), ("GPU", config.gpus_per_replica)):
+        if each * config.replicas > there.get(name, 0):
+            raise ServeError(
+                f"replicas={config.replicas} need {each * config.replicas:g} {name}, and the cluster has "
+                f"{there.get(name, 0):g}. Ask for fewer, or add nodes."
+            )
+
+
+def _application(job: ServeJob, token: Token) -> serve.Application:
+    from d2f_core.flow.serve.deployments import Door, Painter
+
+    config = job.config
+    painters = serve.deployment(
+        Painter,
+        num_replicas=config.replicas,
+        # One batch is drawn while the next one gathers; all others wait where `max_queue` counts them.
+        max_ongoing_requests=2 * config.max_batch_size,
+        max_queued_requests=config.max_queue,
+        graceful_shutdown_timeout_s=STOP_SECONDS,
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+    )
+    door = serve.deployment(
+        Door,
+        max_ongoing_requests=DOOR_REQUESTS,
+        max_queued_requests=DOOR_REQUESTS,
+        graceful_shutdown_timeout_s=STOP_SECONDS,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return door.bind(painters.bind(job.model_uri, job.model_hash, config), token.digest, config)
