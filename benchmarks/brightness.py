@@ -29,7 +29,7 @@ from benchmarks.objectives import (
     task_for,
     training_of,
 )
-from d2f_core.data.order import SampleOrder
+from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base

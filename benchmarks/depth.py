@@ -29,11 +29,11 @@ from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.images import ImageRules, prepare_image
 from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import read_manifest
-from d2f_core.data.order import SampleOrder
+from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.table_reader import RowReader
 from d2f_core.flow.depth.errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, square
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
-from d2f_core.flow.depth.predictor import DepthMaker, fill_settings
+from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.image_to_depth import ImageToDepth
@@ -162,12 +162,14 @@ def real_image(size: int) -> JudgedImage | None:
     return JudgedImage(name="motorcycle", pixels=pixels, truth=square(depth))
 
 
-def predict(maker: DepthMaker, images: list[JudgedImage], solver: str, count: int, ensemble: int) -> list[np.ndarray]:
-    settings = fill_settings(maker.model, solver=solver, steps=count, shift=1.0, ensemble=ensemble)
+def predict(
+    predictor: DepthPredictor, images: list[JudgedImage], solver: str, count: int, ensemble: int
+) -> list[np.ndarray]:
+    settings = fill_settings(predictor.model, solver=solver, steps=count, shift=1.0, ensemble=ensemble)
     maps = []
     for start in range(0, len(images), 32):
         part = images[start : start + 32]
-        made = maker.make(np.stack([image.pixels for image in part]), [image.name for image in part], settings)
+        made = predictor.predict(np.stack([image.pixels for image in part]), [image.name for image in part], settings)
         for one in made:
             if one.depth is None:
                 raise ValueError(f"{one.error}. The training has diverged: lower --rate.")
@@ -179,19 +181,19 @@ def judge(
     config: Config, task: ImageToDepth, objective: Objective, images: list[JudgedImage]
 ) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
     """Errors by role and evaluations, and the maps of the images to show (the last `shown`, one member)."""
-    maker = DepthMaker(task.model(task.module.eval()))
+    predictor = DepthPredictor(task.model(task.module.eval()))
     errors: dict[str, Any] = {}
     maps: dict[str, list[np.ndarray]] = {}
     judged, shown = images[: len(images) - config.shown], images[-config.shown :]
     for ensemble in config.ensembles:
         role = objective if ensemble == 1 else f"{objective}, {ensemble} members"
         for count in config.evaluations:
-            found = predict(maker, judged, SOLVERS[objective], count, ensemble)
+            found = predict(predictor, judged, SOLVERS[objective], count, ensemble)
             each = [depth_errors(depth, image.truth) for depth, image in zip(found, judged, strict=True)]
             errors.setdefault(role, {})[count] = each
             print(f"  {role} at {count}: AbsRel {np.mean([one['abs_rel'] for one in each]):.4f}", flush=True)
             if ensemble == config.ensembles[0]:
-                maps[f"{objective} {count}"] = predict(maker, shown, SOLVERS[objective], count, ensemble)
+                maps[f"{objective} {count}"] = predict(predictor, shown, SOLVERS[objective], count, ensemble)
     return errors, maps
 
 

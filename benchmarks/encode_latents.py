@@ -29,7 +29,7 @@ import ray
 import torch
 import tyro
 
-from d2f_core.data.emoji import MakeDatasetConfig, make_dataset
+from d2f_core.data.datasets.emoji import MakeDatasetConfig, make_dataset
 from d2f_core.data.images import prepare_image
 from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import write_part

@@ -5,7 +5,7 @@
 Writes a base model of SD 1.5's configs with random weights (5 GB of disk; the tokenizer alone is a small one), a latent
 table of 4x32x32 latents, and runs `pipelines.finetune` on a local stack: one Ray Train worker, DeepSpeed, a checkpoint,
 the exported model. Reported are the seconds of each part and the worker's largest resident memory, beside what
-`d2f_core.train.footprint` says. Needs 14 GB of free memory.
+`d2f_core.train.memory` says. Needs 14 GB of free memory.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from d2f_core.model import footprint
 from d2f_core.model.architectures import KNOWN
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
-from d2f_core.model.ema import EmaConfig
 from d2f_core.model.latent_task import PreviewConfig
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.ema import EmaConfig
 from d2f_core.train.estimate import DTYPES, build_on_meta
-from d2f_core.train.footprint import Memory, memory_per_worker
+from d2f_core.train.memory import Memory, memory_per_worker
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from benchmarks.frechet import NAME, Features, distance
 from benchmarks.plain_training import PlainTraining
-from d2f_core.data.emoji import Fit, MakeDatasetConfig, Style, Subset, render_rows
-from d2f_core.data.order import SampleOrder
+from d2f_core.data.datasets.emoji import Fit, MakeDatasetConfig, Style, Subset, render_rows
+from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import TrainedModel, load_model, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base

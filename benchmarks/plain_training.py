@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d2f_core.data.order import SampleOrder
-from d2f_core.model.ema import EmaConfig, update
+from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.latent_task import LatentTask
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.ema import EmaConfig, update
 
 EMA = EmaConfig(decay=0.99)
 

@@ -19,10 +19,10 @@ from benchmarks import streaming_peers as peers
 from benchmarks.streaming_peers import BATCH
 from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
-from d2f_core.data.order import SampleOrder
-from d2f_core.data.plan import Source, StreamPlan
+from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field
 from d2f_core.data.stream import micro_batches, worker_shard
+from d2f_core.data.stream_plan import Source, StreamPlan
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TEXTS = [pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "caption")]

@@ -71,7 +71,7 @@ def check_checkpoint(config: CheckpointExportConfig) -> _Found:
             f"{found.uri} has the identity {found.manifest.identity[:12]}; config.yaml, base and latents as they are "
             f"now have {identity[:12]}. Put back those that it was trained with (--base, when the base moved)."
         )
-    weights = config.weights or usual_weights(run)
+    weights = config.weights or default_weights(run)
     if not found.manifest.tensors.get(KINDS[weights]):
         raise CheckpointError(f"{found.uri} holds no weights={weights!r}. Use --weights trained.")
     return _Found(run, base, manifests, found, weights)
@@ -121,7 +121,7 @@ def write_model(
         base,
         objective=model.objective,
         method=model.method,
-        sampling=dataclasses.replace(config.sampling, resolution=carried_edge(config, base, manifests[0])),
+        sampling=dataclasses.replace(config.sampling, resolution=trained_resolution(config, base, manifests[0])),
         training=training,
         task=model.task,
         joined_channels=joined_channels(base, model),
@@ -130,12 +130,12 @@ def write_model(
     return target
 
 
-def usual_weights(config: FinetuneConfig) -> str:
+def default_weights(config: FinetuneConfig) -> str:
     """What is exported unless asked otherwise."""
     return "ema" if config.train.ema.decay else "trained"
 
 
-def carried_edge(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> int | None:
+def trained_resolution(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> int | None:
     """Edge in pixels of the images that the model is to make: of those it was trained on; None: the base's own."""
     edge = config.sampling.resolution or manifest.fingerprint.get("resolution")
     return None if edge is None or base.default_size == (edge, edge) else int(edge)

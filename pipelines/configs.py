@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.data.order import SampleOrder
-from d2f_core.data.plan import Source, StreamPlan
+from d2f_core.data.sample_order import SampleOrder
+from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.identity import identity_hash, identity_values
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.autoencoder_training import AutoencoderLossConfig

@@ -12,8 +12,8 @@ import torch
 from d2f_core import storage
 from d2f_core.data.latents import check_fingerprint, noise_columns, table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
-from d2f_core.data.plan import StreamPlan
 from d2f_core.data.schema import SchemaError
+from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
@@ -24,7 +24,7 @@ from d2f_core.tracking import RunHandle, check_tracking, pin_model, resolve_mode
 from d2f_core.train.checkpoint import candidates
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import Evaluation, Task
-from pipelines.checkpoint_export import carried_edge, usual_weights, write_model
+from pipelines.checkpoint_export import default_weights, trained_resolution, write_model
 from pipelines.cli import run_job, to_yaml
 from pipelines.configs import FinetuneConfig
 
@@ -70,7 +70,7 @@ def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
 
 
 def preview_of(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> PreviewConfig:
-    edge = config.preview.resolution or carried_edge(config, base, manifest)
+    edge = config.preview.resolution or trained_resolution(config, base, manifest)
     return dataclasses.replace(config.preview, resolution=edge)
 
 
@@ -153,7 +153,7 @@ def main(config: FinetuneConfig) -> FinetuneResult:
         tracker=run,
     )
     target = storage.join(config.output, "model")
-    model = write_model(config, base, manifests, last, target, weights=usual_weights(config))
+    model = write_model(config, base, manifests, last, target, weights=default_weights(config))
     run.finish()
     logger.info("model: %s", model)
     return FinetuneResult(run=run, step=last.manifest.step, checkpoint=last.uri, model=model)

@@ -8,8 +8,8 @@ python -m pipelines.make_dataset depth-test
 
 import logging
 
-from d2f_core.data.depth_dataset import MakeDepthConfig, depth_inputs, make_depth_dataset
-from d2f_core.data.emoji import MakeDatasetConfig, make_dataset
+from d2f_core.data.datasets.depth_table import MakeDepthConfig, depth_inputs, make_depth_dataset
+from d2f_core.data.datasets.emoji import MakeDatasetConfig, make_dataset
 from d2f_core.storage import check_reachable
 from pipelines.cli import run_job
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from d2f_core.data.depth_dataset import MakeDepthConfig
-from d2f_core.data.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.depth_table import MakeDepthConfig
+from d2f_core.data.datasets.emoji import MakeDatasetConfig
 from d2f_core.data.manifest import Manifest, TableFile
 from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
 from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from d2f_core import storage
-from d2f_core.content import hash_directory
-from d2f_core.flow.generate.sampler import ImageMaker, fill_request
+from d2f_core.flow.generate.sampler import ImageSampler, fill_request
 from d2f_core.flow.publish.job import PromoteConfig, RegisterConfig, RegisterError, move_alias, register
+from d2f_core.hashing import hash_directory
 from d2f_core.model.artifact import load_model
 from d2f_core.model.description import write_description
 from d2f_core.model.lora import LoraConfig
@@ -105,11 +105,13 @@ def test_mlflow_opens_a_version_and_draws_the_images_that_this_project_draws(
             "height": [16, 32], "width": [16, 16], "shift": [2.0, 1.0],
         }
     )  # fmt: skip
-    maker = ImageMaker(load_model(resolve_model(version.uri)))
+    sampler = ImageSampler(load_model(resolve_model(version.uri)))
     apple = {"seed": 3, "steps": 3, "solver": "heun", "guidance": 2.0, "height": 16, "width": 16, "shift": 2.0}
     cat = {"seed": 4, "steps": 1, "negative_prompt": "dog", "guidance": 1.0, "height": 32, "width": 16, "shift": 1.0}
     requests = {"red apple": apple, "cat face": cat, "rocket": {}}
-    wanted = [maker.make([fill_request(maker.model, prompt=name, **given)])[0] for name, given in requests.items()]
+    wanted = [
+        sampler.sample([fill_request(sampler.model, prompt=name, **given)])[0] for name, given in requests.items()
+    ]
     [plain] = opened.predict(pd.DataFrame({"prompt": ["rocket"]}))
     for png, image in zip([*opened.predict(rows), plain], wanted, strict=True):
         assert png.startswith(b"\x89PNG")

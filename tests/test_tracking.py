@@ -15,7 +15,7 @@ from mlflow.entities import Metric
 from PIL import Image
 
 from benchmarks.fault_proxy import FaultProxy
-from d2f_core.content import hash_directory
+from d2f_core.hashing import hash_directory
 from d2f_core.tracking import (
     MetricLog,
     RunHandle,

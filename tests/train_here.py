@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from d2f_core.data.manifest import read_manifest
-from d2f_core.data.plan import StreamPlan
 from d2f_core.data.stream import EPOCH, ROW
+from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
-from d2f_core.model import ema
 from d2f_core.tracking import RunHandle
-from d2f_core.train import checkpoint
+from d2f_core.train import checkpoint, ema
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import EvaluationJob, evaluate

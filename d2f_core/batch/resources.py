@@ -7,14 +7,12 @@ from collections.abc import Mapping
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from d2f_core.resources import InsufficientResourcesError
+
 logger = logging.getLogger(__name__)
 
 
-class NoRoomError(ValueError):
-    """The cluster cannot hold a job."""
-
-
-def await_room(
+def await_resources(
     actors: int, each: Mapping[str, float], *, others: Mapping[str, float] | None = None, least: int = 1, seconds: float
 ) -> None:
     """Wait until the cluster holds `least` of the actors, and say so when it does not hold all.
@@ -27,7 +25,7 @@ def await_room(
         others: what the job's tasks take beside the actors.
 
     Raises:
-        NoRoomError: there was no room in time; says what is missing.
+        InsufficientResourcesError: there was no room in time; says what is missing.
     """
     each, others = {name: amount for name, amount in each.items() if amount}, others or {}
     began, asked = time.monotonic(), False
@@ -49,7 +47,7 @@ def await_room(
     if fit < least:
         wanted = {name: least * amount + others.get(name, 0) for name, amount in each.items()}
         who = "An actor needs" if least == 1 and not others else f"{least} actors and their readers need"
-        raise NoRoomError(
+        raise InsufficientResourcesError(
             f"{who} {_sizes(wanted)}, and the cluster has {_sizes({name: there.get(name, 0) for name in each})}. Lower "
             "num_actors, cpus_per_actor or gpus_per_actor, add nodes, or give them time with node_wait_seconds."
         )

@@ -17,11 +17,11 @@ import pyarrow as pa
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
-from d2f_core.data.ahead import Ahead
 from d2f_core.data.latents import array_bytes
 from d2f_core.data.manifest import read_manifest
-from d2f_core.data.plan import MicroBatch, StreamPlan
+from d2f_core.data.prefetch import Prefetcher
 from d2f_core.data.schema import is_array
+from d2f_core.data.stream_plan import MicroBatch, StreamPlan
 from d2f_core.data.table_reader import DamagedDataError, RowRange, TableReader
 
 EPOCH, ROW, REASON = "epoch", "row", "reason"
@@ -240,7 +240,7 @@ def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: i
 
 def micro_batches(shard: Any) -> Iterator[pa.Table]:
     """The shard's rows as tables of one micro-batch each; reading begins at once."""
-    return Ahead(_micro_batches(shard), MICRO_BATCHES_AHEAD)
+    return Prefetcher(_micro_batches(shard), MICRO_BATCHES_AHEAD)
 
 
 def _micro_batches(shard: Any) -> Iterator[pa.Table]:

@@ -1,5 +1,9 @@
 """`d2f_core.flow.depth.predictor`, for versions that were registered before it had that name."""
 
-from d2f_core.flow.depth.predictor import DepthMaker, fill_settings
+from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 
 __all__ = ["DepthMaker", "fill_settings"]
+
+
+class DepthMaker(DepthPredictor):
+    make = DepthPredictor.predict

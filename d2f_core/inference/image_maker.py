@@ -1,5 +1,9 @@
 """`d2f_core.flow.generate.sampler`, for versions that were registered before it had that name."""
 
-from d2f_core.flow.generate.sampler import ImageMaker, Made, Request, encode_image, fill_request
+from d2f_core.flow.generate.sampler import ImageSampler, Request, encode_image, fill_request
 
-__all__ = ["ImageMaker", "Made", "Request", "encode_image", "fill_request"]
+__all__ = ["ImageMaker", "Request", "encode_image", "fill_request"]
+
+
+class ImageMaker(ImageSampler):
+    make = ImageSampler.sample

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from d2f_core.content import hash_directory
+from d2f_core.hashing import hash_directory
 from d2f_core.model.artifact_files import ArtifactError
 from d2f_core.model.artifact_writer import save_artifact, upload_artifact
 from d2f_core.model.base import BaseModel, BaseModelError, local_copy, resolve_base

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from d2f_core.content import hash_directory
+from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f_core import storage
-from d2f_core.content import HASHED_SUFFIXES, cache_root, hash_directory, one_at_a_time
+from d2f_core.hashing import HASHED_SUFFIXES, cache_root, hash_directory, one_at_a_time
 from d2f_core.objective.schedule import NoiseSchedule
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import dacite
 
-from d2f_core.content import HASHED_SUFFIXES, file_sha256
+from d2f_core.hashing import HASHED_SUFFIXES, file_sha256
 from d2f_core.model.artifact_files import ArtifactError, check_files
 from d2f_core.model.base import BaseModel
 from d2f_core.retry import one_line

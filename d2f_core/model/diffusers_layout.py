@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from d2f_core.content import HASHED_SUFFIXES
+from d2f_core.hashing import HASHED_SUFFIXES
 from d2f_core.model.base import PARTS
 
 MODEL_INDEX = "model_index.json"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f_core.content import hash_directory
+from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
 
 

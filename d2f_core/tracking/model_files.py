@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from d2f_core.content import cache_root, hash_directory, one_at_a_time
+from d2f_core.hashing import cache_root, hash_directory, one_at_a_time
 from d2f_core.tracking.pyfunc_files import MODEL_PART
 from d2f_core.tracking.registry import HASH_TAG, find_version
 from d2f_core.tracking.server import TrackingError, attempt, client_for, tracking_uri

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2f_core.content import HASHED_SUFFIXES, hash_directory
+from d2f_core.hashing import HASHED_SUFFIXES, hash_directory
 from d2f_core.storage import download_tree, is_s3
 from d2f_core.tracking.logged_models import READY, complete, logged_model, upload
 from d2f_core.tracking.pyfunc_files import MODEL_PART, Loader, write_pyfunc

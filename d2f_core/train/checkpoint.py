@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from d2f_core import storage
-from d2f_core.content import file_sha256
+from d2f_core.hashing import file_sha256
 from d2f_core.identity import canonical_json
 
 logger = logging.getLogger(__name__)

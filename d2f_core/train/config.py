@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from d2f_core.model.ema import EmaConfig
+from d2f_core.train.ema import EmaConfig
 from d2f_core.train.retention import Retention
 
 AT_LEAST = {

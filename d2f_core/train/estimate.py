@@ -19,7 +19,7 @@ from d2f_core.model.denoiser import extend_input_channels
 from d2f_core.model.latent_task import CACHED_BYTES, ModelConfig
 from d2f_core.model.lora import add_lora
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.footprint import RUNTIME_BYTES, Memory, memory_per_worker
+from d2f_core.train.memory import RUNTIME_BYTES, Memory, memory_per_worker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_BYTES = 400

@@ -42,7 +42,7 @@ class State:
 
 
 @ray.remote(num_cpus=0)
-class Pulse:
+class HeartbeatMonitor:
     """Keeps what each worker said last."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Heartbeat:
 def start_pulse() -> Any:
     """On the driver's own node, for it must not go with a worker's. (A soft affinity may place it anywhere.)"""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return cast(Any, Pulse).options(scheduling_strategy=here).remote()
+    return cast(Any, HeartbeatMonitor).options(scheduling_strategy=here).remote()
 
 
 @contextlib.contextmanager

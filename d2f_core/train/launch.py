@@ -16,8 +16,8 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from d2f_core import storage
-from d2f_core.data.plan import StreamPlan
 from d2f_core.data.quarantine import BadSample, write_quarantine
+from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.tracking import RunHandle, log_checkpoint_model
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import checkpoint, restore, retention
@@ -26,8 +26,8 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError, Evaluations
 from d2f_core.train.heartbeat import ask, start_pulse, watched
 from d2f_core.train.interruption import terminable, terminated
+from d2f_core.train.resources import fitting_workers
 from d2f_core.train.restarts import Restarts, causes, reason
-from d2f_core.train.room import fitting_workers
 from d2f_core.train.task import BuildTask
 from d2f_core.train.worker import EVALUATION_SECONDS, run_worker
 from d2f_core.train.worker_job import WorkerJob
@@ -60,7 +60,7 @@ def run_training(
         The last checkpoint.
 
     Raises:
-        NotEnoughResourcesError: the cluster is too small.
+        InsufficientResourcesError: the cluster is too small.
         CheckpointError: `output` holds a run of another configuration.
         TrainingStoppedError: it failed more than `max_failures` times in a row without a new checkpoint, or of
             something that a restart cannot mend.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from d2f_core.data.plan import StreamPlan
+from d2f_core.data.stream_plan import StreamPlan
 
 
 class QuarantineLimitError(ValueError):

@@ -12,7 +12,7 @@ from d2f_core.train.config import MissingCompilerError
 from d2f_core.train.evaluation import CollapseError
 from d2f_core.train.heartbeat import ask
 from d2f_core.train.quarantine import QuarantineLimitError
-from d2f_core.train.room import leaving_nodes
+from d2f_core.train.resources import leaving_nodes
 from d2f_core.train.steps import NonFiniteLossError
 from d2f_core.train.zero import NonFiniteGradientError
 

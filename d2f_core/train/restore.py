@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d2f_core.model.artifact_files import ArtifactError
-from d2f_core.train import checkpoint, shares, zero
+from d2f_core.train import checkpoint, partitions, zero
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError
 from d2f_core.train.evaluation import EvaluationJob, evaluation_due
-from d2f_core.train.state import Worker
 from d2f_core.train.task import Task
 from d2f_core.train.worker_job import WorkerJob
+from d2f_core.train.worker_state import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def put_back(worker: Worker, task: Task, found: Checkpoint, first_rows: pa.Table
 
 
 def _moments(found: Checkpoint) -> Iterator[tuple[str, str, Tensor]]:
-    for moment in shares.MOMENTS:
+    for moment in partitions.MOMENTS:
         for name, tensor in checkpoint.iter_tensors(found, moment):
             yield moment, name, tensor
 

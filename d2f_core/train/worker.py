@@ -24,10 +24,10 @@ from d2f_core.train.heartbeat import Heartbeat
 from d2f_core.train.interruption import Interruptions
 from d2f_core.train.metrics import Window, log_progress
 from d2f_core.train.quarantine import TrainingQuarantine
-from d2f_core.train.state import Worker
 from d2f_core.train.steps import StepResult, train_steps
 from d2f_core.train.task import Task
 from d2f_core.train.worker_job import WorkerJob
+from d2f_core.train.worker_state import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from d2f_core.data.plan import StreamPlan
+from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.tracking import RunHandle
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import EvaluationJob

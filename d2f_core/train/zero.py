@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from d2f_core.train import shares
+from d2f_core.train import partitions
 from d2f_core.train.config import MissingCompilerError, TrainConfig, missing_compiler
-from d2f_core.train.footprint import MOST_IN_BUCKET
+from d2f_core.train.memory import MOST_IN_BUCKET
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -123,7 +123,7 @@ def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> An
     _limit_waiting(config.worker_timeout_seconds)
     for name, weight in whole.items():
         # DeepSpeed makes its fp32 weights from the rounded ones: a resumed run would lose their last digits.
-        shares.write(engine, trained[name], weight.float())
+        partitions.write(engine, trained[name], weight.float())
     if config.precision != "fp16":
         _refuse_non_finite_gradients(engine)
     return engine
@@ -182,20 +182,20 @@ def restore_moments(
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(any_loss() * 0)
         engine.step()
-    if not shares.moments_exist(engine):
+    if not partitions.moments_exist(engine):
         raise NonFiniteGradientError(
             "the loss of the first batch, or its gradient, is not finite, so the optimizer cannot be restored. "
             "Look at that batch, or resume with precision='fp32' or 'bf16'."
         )
     restore_engine_state(engine, before)
-    parameters = shares.trained_parameters(engine)
+    parameters = partitions.trained_parameters(engine)
     for moment, name, tensor in moments:
-        shares.write(engine, parameters[name], tensor, moment)
+        partitions.write(engine, parameters[name], tensor, moment)
     _set_optimizer_steps(engine, steps)
 
 
 def _set_optimizer_steps(engine: Any, steps: int) -> None:
-    inner = shares.inner_optimizer(engine)
+    inner = partitions.inner_optimizer(engine)
     for state in inner.state.values():
         if "step" in state:
             counted = state["step"]
@@ -230,7 +230,7 @@ def engine_state(engine: Any) -> dict[str, Any]:
     scaler = _loss_scaler(engine)
     if not scaler and not engine.skipped_steps:
         return {}
-    counted = [int(state["step"]) for state in shares.inner_optimizer(engine).state.values() if "step" in state]
+    counted = [int(state["step"]) for state in partitions.inner_optimizer(engine).state.values() if "step" in state]
     return {
         "loss_scaler": {name: getattr(scaler, name) for name in LOSS_SCALER_FIELDS} if scaler else {},
         "skipped_steps": engine.skipped_steps,

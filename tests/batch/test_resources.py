@@ -3,7 +3,8 @@
 import pytest
 
 from d2f_core.batch import resources
-from d2f_core.batch.resources import NoRoomError, await_room
+from d2f_core.batch.resources import await_resources
+from d2f_core.resources import InsufficientResourcesError
 
 
 class Cluster:
@@ -29,27 +30,31 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def test_a_cluster_with_room_is_asked_for_nothing(cluster: Cluster) -> None:
     cluster.there = {0: {"CPU": 2.75}}
-    await_room(2, {"CPU": 1, "GPU": 0}, others={"CPU": 0.75}, least=2, seconds=60)
+    await_resources(2, {"CPU": 1, "GPU": 0}, others={"CPU": 0.75}, least=2, seconds=60)
     assert cluster.now == 0 and not cluster.asked
 
 
 def test_an_autoscaler_is_asked_for_all_and_the_first_that_fits_begins(cluster: Cluster, caplog) -> None:
     cluster.there = {0: {}, 200: {"CPU": 8.0, "GPU": 1.0}}
-    await_room(4, {"CPU": 2, "GPU": 1}, seconds=900)
+    await_resources(4, {"CPU": 2, "GPU": 1}, seconds=900)
     assert cluster.now == 200 and cluster.asked == [[{"CPU": 2, "GPU": 1}] * 4, []]
     assert "room for 1 of 4 actors" in caplog.text
 
 
 def test_readers_need_room_beside_the_actors(cluster: Cluster) -> None:
     cluster.there = {0: {"CPU": 2.0}, 30: {"CPU": 4.0}}
-    await_room(2, {"CPU": 1}, others={"CPU": 0.75}, least=2, seconds=60)
+    await_resources(2, {"CPU": 1}, others={"CPU": 0.75}, least=2, seconds=60)
     assert cluster.now == 30 and cluster.asked == [[{"CPU": 1}, {"CPU": 1}, {"CPU": 0.75}], []]
 
 
 def test_what_does_not_come_in_time_is_named(cluster: Cluster) -> None:
     cluster.there = {0: {"CPU": 4.0}}
-    with pytest.raises(NoRoomError, match=r"An actor needs 1 CPU, 1 GPU, and the cluster has 4 CPU, 0 GPU\. Lower"):
-        await_room(8, {"CPU": 1, "GPU": 1}, seconds=60)
+    with pytest.raises(
+        InsufficientResourcesError, match=r"An actor needs 1 CPU, 1 GPU, and the cluster has 4 CPU, 0 GPU\. Lower"
+    ):
+        await_resources(8, {"CPU": 1, "GPU": 1}, seconds=60)
     assert cluster.now == 60 and cluster.asked[-1] == []
-    with pytest.raises(NoRoomError, match=r"5 actors and their readers need 5\.75 CPU, and the cluster has 4 CPU"):
-        await_room(5, {"CPU": 1}, others={"CPU": 0.75}, least=5, seconds=0)
+    with pytest.raises(
+        InsufficientResourcesError, match=r"5 actors and their readers need 5\.75 CPU, and the cluster has 4 CPU"
+    ):
+        await_resources(5, {"CPU": 1}, others={"CPU": 0.75}, least=5, seconds=0)

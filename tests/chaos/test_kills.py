@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import storage
 from d2f_core.train import checkpoint, heartbeat
-from d2f_core.train.room import usable_resources
+from d2f_core.train.resources import usable_resources
 from infra.local.ray_head import LOGICAL_CPUS
 from infra.local.stack import Stack, StackEnv
 from tests.chaos.jobs import submitted

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2f_core.data.emoji import MakeDatasetConfig, make_dataset
+from d2f_core.data.datasets.emoji import MakeDatasetConfig, make_dataset
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources import ImageSource, SourceError, plan_images
 from d2f_core.data.sources.tar import split_name

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from d2f_core.data import depth_dataset
-from d2f_core.data.depth_dataset import MakeDepthConfig
+from d2f_core.data.datasets import depth_table
+from d2f_core.data.datasets.depth_table import MakeDepthConfig
 from d2f_core.data.manifest import TableFile
 from d2f_core.data.sources import SourcePlan
 from d2f_core.flow.depth import job as depth_job
-from d2f_core.flow.depth.actor import DepthPredictor
+from d2f_core.flow.depth.actor import DepthActor
 from d2f_core.flow.depth.actor import work_item as depth_item
 from d2f_core.flow.depth.job import DepthJob
 from d2f_core.flow.encode import job as encode
@@ -26,7 +26,7 @@ from d2f_core.flow.encode.actor import ChunkEncoder
 from d2f_core.flow.encode.chunks import prepare_shards, work_item, write_row
 from d2f_core.flow.encode.config import EncodeJob
 from d2f_core.flow.evaluate import extract_features, metrics, straightness
-from d2f_core.flow.evaluate.extract_features import PartScorer, ScoreConfig
+from d2f_core.flow.evaluate.extract_features import FeatureExtractor, ScoreConfig
 from d2f_core.flow.generate import job as generate
 from d2f_core.flow.generate.actor import JobsSampler
 from d2f_core.flow.generate.job import GenerateJob
@@ -43,7 +43,7 @@ def draw_here(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Ite
 
 def score_here(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any]:
     """As `extract_features._run`."""
-    scorer = PartScorer(config)
+    scorer = FeatureExtractor(config)
     for item in items:
         yield scorer({name: np.array([value]) for name, value in item.items()})
 
@@ -63,7 +63,7 @@ def encode_here(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset
 
 def predict_here(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
     """As `depth_job._run`."""
-    predictor = DepthPredictor(job.plan, job.config.output, job.config.cpus_per_actor)
+    predictor = DepthActor(job.plan, job.config.output, job.config.cpus_per_actor)
     for number in shards:
         item = depth_item(number, job.source.shards[number])
         made = predictor({name: np.array([value], dtype=object) for name, value in item.items()})
@@ -71,13 +71,13 @@ def predict_here(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def make_here(config: MakeDepthConfig) -> Iterator[tuple[int, TableFile]]:
-    """As `depth_dataset._make_parts`."""
+    """As `depth_table._make_parts`."""
     there = list_names(config.output)
     for number in range(config.num_parts):
-        if depth_dataset.part_name(number) in there:
-            yield number, depth_dataset._known_part(config.output, number)
+        if depth_table.part_name(number) in there:
+            yield number, depth_table._known_part(config.output, number)
         else:
-            yield number, depth_dataset.make_part(config, number)
+            yield number, depth_table.make_part(config, number)
 
 
 class TasksHere:
@@ -107,7 +107,7 @@ def here() -> Iterator[None]:
     """Scenes are rendered, images encoded, drawn and scored, depth is seen in this process; it keeps its threads."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depth_dataset, "_make_parts", make_here)
+        patch.setattr(depth_table, "_make_parts", make_here)
         patch.setattr(encode, "_rows", encode_here)
         patch.setattr(generate, "_run", draw_here)
         patch.setattr(extract_features, "_run", score_here)

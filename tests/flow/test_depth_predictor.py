@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2f_core.flow.depth.plan import PredictDepthConfig
-from d2f_core.flow.depth.predictor import DepthMaker, PredictDepthError, fill_settings
+from d2f_core.flow.depth.predictor import DepthPredictor, PredictDepthError, fill_settings
 from d2f_core.model.artifact import SamplingDefaults, TrainedModel, load_model
 from d2f_core.model.base import resolve_base
 from d2f_core.model.latent_task import ModelConfig, build_network
@@ -40,45 +40,45 @@ def model(base: Path) -> TrainedModel:
 
 
 def test_a_map_is_its_images_own_in_any_batch(model: TrainedModel) -> None:
-    maker, settings = DepthMaker(model), fill_settings(model, ensemble=2)
-    together = maker.make(PIXELS, NAMES, settings)
-    alone = maker.make(PIXELS[1:2], ["b"], settings)
+    predictor, settings = DepthPredictor(model), fill_settings(model, ensemble=2)
+    together = predictor.predict(PIXELS, NAMES, settings)
+    alone = predictor.predict(PIXELS[1:2], ["b"], settings)
     assert together[1].depth is not None and alone[0].depth is not None
     np.testing.assert_allclose(together[1].depth, alone[0].depth, atol=1e-4)
     assert together[1].num_evaluations == 2 and together[1].depth.shape == (16, 16)
     assert 0 <= together[1].depth.min() and together[1].depth.max() <= 1
-    other = maker.make(PIXELS[:1], ["b"], settings)[0].depth
+    other = predictor.predict(PIXELS[:1], ["b"], settings)[0].depth
     assert other is not None and np.abs(other - alone[0].depth).max() > 1e-3, "it reads the image"
 
 
 def test_members_come_from_seeds_of_their_own(model: TrainedModel) -> None:
-    maker = DepthMaker(model)
-    maps, _ = maker._members(PIXELS, NAMES, fill_settings(model, ensemble=3, seed=5))
-    again, _ = maker._members(PIXELS, NAMES, fill_settings(model, ensemble=1, seed=6))
+    predictor = DepthPredictor(model)
+    maps, _ = predictor._members(PIXELS, NAMES, fill_settings(model, ensemble=3, seed=5))
+    again, _ = predictor._members(PIXELS, NAMES, fill_settings(model, ensemble=1, seed=6))
     np.testing.assert_allclose(maps[1], again[0], atol=1e-5)
     assert np.abs(maps[0] - maps[1]).max() > 1e-3
 
 
 def test_an_image_whose_map_is_not_finite_does_not_cost_the_others_theirs(model: TrainedModel) -> None:
-    maker = DepthMaker(model)
+    predictor = DepthPredictor(model)
 
     def spoilt(joined: torch.Tensor) -> dict[str, torch.Tensor]:
-        condition = DepthMaker._condition(maker, joined)
+        condition = DepthPredictor._condition(predictor, joined)
         bad = (joined - marked).flatten(1).abs().max(1).values < 1e-3
         condition["joined_latents"] = torch.where(bad[:, None, None, None], torch.inf, joined)
         return condition
 
     images = torch.tensor(PIXELS[1:2]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    marked = maker._autoencoder.encode(images)[0]
-    maker._condition = spoilt  # type: ignore[method-assign]
-    made = maker.make(PIXELS, NAMES, fill_settings(model, ensemble=1))
+    marked = predictor._autoencoder.encode(images)[0]
+    predictor._condition = spoilt  # type: ignore[method-assign]
+    made = predictor.predict(PIXELS, NAMES, fill_settings(model, ensemble=1))
     assert [one.error is None for one in made] == [True, False, True]
     assert made[1].depth is None and "not finite" in str(made[1].error)
 
 
 def test_a_text_to_image_model_is_refused(base: Path, model: TrainedModel) -> None:
     with pytest.raises(PredictDepthError, match="is a model of task='text_to_image': it reads no image"):
-        DepthMaker(load_model(str(base)))
+        DepthPredictor(load_model(str(base)))
     with pytest.raises(ValueError, match="solver='eulr' is not known"):
         fill_settings(model, solver="eulr")
     with pytest.raises(PredictDepthError, match="ensemble=0 must be at least 1"):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2f_core.batch.resources import NoRoomError
 from d2f_core.data.images import prepare_image
 from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
@@ -30,6 +29,7 @@ from d2f_core.flow.encode.chunks import write_row
 from d2f_core.flow.encode.job import EncodeConfig, EncodeError, check_encode, encode_latents, finish_table
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
+from d2f_core.resources import InsufficientResourcesError
 from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
 from tests.data.pictures import file_bytes, pictures, pixels, write_folder, write_parquet, write_tars
@@ -432,5 +432,7 @@ def test_a_job_that_stopped_at_the_limit_goes_on_to_the_same_bytes(on_s3):
 
 
 def test_more_actors_than_the_cluster_has_is_said_at_once(on_s3):
-    with pytest.raises(NoRoomError, match=r"\d+ actors and their readers need .* CPU, and the cluster has"):
+    with pytest.raises(
+        InsufficientResourcesError, match=r"\d+ actors and their readers need .* CPU, and the cluster has"
+    ):
         encode_latents(dataclasses.replace(on_s3, cpus_per_actor=500, node_wait_seconds=0))

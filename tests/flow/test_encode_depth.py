@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from d2f_core.data.datasets.depth_table import MakeDepthConfig, make_depth_dataset, make_rows
 from d2f_core.data.depth import crop_and_resize, depth_latent_schema, normalise_depth
-from d2f_core.data.depth_dataset import MakeDepthConfig, make_depth_dataset, make_rows
 from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.images import prepare_image
 from d2f_core.data.latents import check_fingerprint, table_to_arrays

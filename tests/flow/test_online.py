@@ -22,7 +22,7 @@ import pytest
 import requests
 from PIL import Image
 
-from d2f_core.flow.generate.sampler import ImageMaker, fill_request
+from d2f_core.flow.generate.sampler import ImageSampler, fill_request
 from d2f_core.flow.serve.config import ServeConfig, ServeError
 from d2f_core.flow.serve.request import RequestError, parse_request
 from d2f_core.flow.serve.service import ServeJob, Token, is_running, obtain_token, service
@@ -90,7 +90,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 def expected(base: Path, **fields: Any) -> np.ndarray:
     model = load_model(str(base))
-    (made,) = ImageMaker(model).make([fill_request(model, **fields)])
+    (made,) = ImageSampler(model).sample([fill_request(model, **fields)])
     assert made.pixels is not None
     return made.pixels
 

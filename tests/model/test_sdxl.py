@@ -253,7 +253,7 @@ def test_a_generation_job_draws_what_the_model_samples(base, tmp_path):
     assert [row["prompt"] for row in index] == PROMPTS and all(row["error"] is None for row in index)
     encoder = load_text_encoder(model.base)
     names = list(checked_rows(config.prompts))
-    made = sampler.maker.make(plan.requests(names))
+    made = sampler.sampler.sample(plan.requests(names))
     drawn = torch.from_numpy(np.stack([one.latent for one in made]))
     shape = model.base.latent_shape(plan.height, plan.width)
     start = np.concatenate([keyed_normal(row["seed"], [row["sample_id"]], shape) for row in names])

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from d2f_core.content import hash_directory
+from d2f_core.hashing import hash_directory
 from d2f_core.model.base import PARTS, BaseModelError, resolve_base
 from d2f_core.model.text_encoder import TextEncoder, TextEncoderPair, load_text_encoder
 from tests.flow.tiny_base import write_tiny_base

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2f_core.content import hash_directory
+from d2f_core.hashing import hash_directory
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import read_bytes

@@ -12,13 +12,13 @@ from d2f_core.flow.publish.job import RegisterConfig, register
 from d2f_core.model.artifact import SamplingDefaults, load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
-from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
+from d2f_core.resources import InsufficientResourcesError
 from d2f_core.tracking import resolve_model
 from d2f_core.train import checkpoint
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.room import NotEnoughResourcesError
+from d2f_core.train.ema import EmaConfig
 from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import FinetuneResult, check, main, make_plan
@@ -131,9 +131,11 @@ def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(conf
 
 
 def test_too_many_workers_say_what_is_missing(config):
-    with pytest.raises(NotEnoughResourcesError, match=r"num_workers=8 needs 13 CPU .* the cluster has 8 CPU"):
+    with pytest.raises(InsufficientResourcesError, match=r"num_workers=8 needs 13 CPU .* the cluster has 8 CPU"):
         main(changed(config, "s3://d2f/test-finetune/large", num_workers=8, micro_batch_size=1, node_wait_seconds=1))
-    with pytest.raises(NotEnoughResourcesError, match=r"min_workers=1 needs 10\.5 CPU .* Lower --train\.min-workers"):
+    with pytest.raises(
+        InsufficientResourcesError, match=r"min_workers=1 needs 10\.5 CPU .* Lower --train\.min-workers"
+    ):
         main(changed(config, "s3://d2f/test-finetune/large", min_workers=1, cpus_per_worker=9, node_wait_seconds=0))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from d2f_core.data.emoji import make_dataset
+from d2f_core.data.datasets.emoji import make_dataset
 from d2f_core.data.table_reader import RowReader
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base

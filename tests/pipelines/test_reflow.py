@@ -21,7 +21,7 @@ from d2f_core.flow.evaluate.extract_features import ScoreConfig
 from d2f_core.flow.evaluate.image_metrics import MeasureConfig
 from d2f_core.flow.generate.job import check_generate
 from d2f_core.flow.generate.plan import GenerateConfig, GenerateError
-from d2f_core.flow.generate.sampler import ImageMaker, fill_request
+from d2f_core.flow.generate.sampler import ImageSampler, fill_request
 from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults, load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
@@ -121,7 +121,7 @@ def test_pairs_hold_the_noise_that_each_latent_came_from(config: ReflowConfig, v
         guidance=3.0,
         solver="ddim",
     )
-    (made,) = ImageMaker(model).make([request])
+    (made,) = ImageSampler(model).sample([request])
     assert made.latent is not None
     np.testing.assert_allclose(arrays["latent_mean"][0], made.latent, atol=2e-3, rtol=1e-3)
     np.testing.assert_allclose(arrays["noise"][0], made.noise, atol=2e-3, rtol=1e-3)

@@ -13,7 +13,7 @@ from d2f_core.model.latent_task import ModelConfig, PreviewConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import TextToImage
 from pipelines.configs import FinetuneConfig
-from pipelines.finetune import carried_edge, preview_of
+from pipelines.finetune import preview_of, trained_resolution
 from pipelines.workflow_recipes import WORKFLOW
 from tests.flow.tiny_base import write_tiny_base
 
@@ -34,10 +34,10 @@ def latents(resolution: int | None) -> Manifest:
 
 def test_a_model_carries_the_size_of_the_images_it_was_trained_on(tiny: BaseModel):
     own, _ = tiny.default_size
-    assert carried_edge(config(tiny), tiny, latents(own + 8)) == own + 8
-    assert carried_edge(config(tiny), tiny, latents(own)) is None, "the base says it already"
-    assert carried_edge(config(tiny), tiny, latents(None)) is None
-    assert carried_edge(config(tiny, SamplingDefaults(resolution=own + 16)), tiny, latents(own)) == own + 16
+    assert trained_resolution(config(tiny), tiny, latents(own + 8)) == own + 8
+    assert trained_resolution(config(tiny), tiny, latents(own)) is None, "the base says it already"
+    assert trained_resolution(config(tiny), tiny, latents(None)) is None
+    assert trained_resolution(config(tiny, SamplingDefaults(resolution=own + 16)), tiny, latents(own)) == own + 16
 
 
 def test_previews_are_drawn_at_that_size(tiny: BaseModel):

@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from d2f_core.data.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.emoji import MakeDatasetConfig
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.job import EncodeConfig
 from d2f_core.flow.generate.job import read_generations
 from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION, SamplingDefaults, load_model
-from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import ModelConfig
 from d2f_core.storage import exists, list_names, read_bytes
 from d2f_core.tracking import find_run, pin_model, resolve_model
 from d2f_core.tracking.server import client_for
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.ema import EmaConfig
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow import main

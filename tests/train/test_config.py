@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from d2f_core.model.ema import EmaConfig
 from d2f_core.train.config import TrainConfig, missing_compiler
+from d2f_core.train.ema import EmaConfig
 from pipelines.recipes import AUTOENCODER, FINETUNE
 
 

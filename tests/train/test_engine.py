@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from d2f_core.train import shares, zero
+from d2f_core.train import partitions, zero
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.state import Worker
+from d2f_core.train.worker_state import Worker
 from tests.slow import slow
 from tests.train.processes import Workers
 
@@ -128,7 +128,7 @@ def resume(case: Case, saved: dict[str, dict[str, torch.Tensor]], steps: int, st
     engine = build(case, module)
     x = batch(0)[:4].to(DTYPES[case.precision])
     fresh = zero.engine_state(engine)
-    moments = [(moment, name, tensors[moment]) for name, tensors in saved.items() for moment in shares.MOMENTS]
+    moments = [(moment, name, tensors[moment]) for name, tensors in saved.items() for moment in partitions.MOMENTS]
     zero.restore_moments(engine, moments, steps, lambda: engine(x).float().square().mean())
     assert {**zero.engine_state(engine), "optimizer_steps": 0} == {**fresh, "optimizer_steps": 0}
     zero.restore_engine_state(engine, json.loads(state))

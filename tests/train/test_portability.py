@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from d2f_core.model.ema import EmaConfig
 from d2f_core.model.lora import LoraConfig, add_lora
 from d2f_core.train import restore, zero
 from d2f_core.train.checkpoint import KINDS, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.ema import EmaConfig
 from d2f_core.train.retention import Retention
-from d2f_core.train.state import Worker
 from d2f_core.train.task import Task
+from d2f_core.train.worker_state import Worker
 from tests.slow import slow
 from tests.train.processes import Workers
 

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from d2f_core.model.artifact_files import ArtifactError
-from d2f_core.model.ema import EmaConfig
 from d2f_core.train import checkpoint, restore, zero
 from d2f_core.train.checkpoint import KINDS, CheckpointError, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.ema import EmaConfig
 from d2f_core.train.retention import Retention
-from d2f_core.train.state import Worker
 from d2f_core.train.task import Task
+from d2f_core.train.worker_state import Worker
 from tests.train.processes import Workers
 
 WORKERS, LAYERS, WIDTH = 2, 6, 32

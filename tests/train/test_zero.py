@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2f_core.model import ema
-from d2f_core.model.ema import EmaConfig
-from d2f_core.train import shares, zero
+from d2f_core.train import ema, partitions, zero
 from d2f_core.train.config import MissingCompilerError, TrainConfig
-from d2f_core.train.state import Worker
+from d2f_core.train.ema import EmaConfig
+from d2f_core.train.worker_state import Worker
 from tests.slow import slow
 from tests.train.processes import Workers
 
@@ -174,12 +173,12 @@ def signs_of_zeros(rank: int) -> list[bool]:
     found: list[torch.Tensor] = []
     for stage, precision in ENGINES:
         engine = zero.build_engine(network(), config(stage, precision), WORKERS)
-        parameters = shares.trained_parameters(engine)
+        parameters = partitions.trained_parameters(engine)
         for parameter in parameters.values():
-            shares.write(engine, parameter, -torch.zeros(shares.whole_shape(parameter)))
+            partitions.write(engine, parameter, -torch.zeros(partitions.whole_shape(parameter)))
         if stage:
-            parts = [shares.Share("weights", name, p, shares.held(engine, p)) for name, p in parameters.items()]
-            found += [(read == 0).all() and read.signbit().all() for *_, read in shares.join(engine, parts)]
+            parts = [partitions.Share("weights", name, p, partitions.held(engine, p)) for name, p in parameters.items()]
+            found += [(read == 0).all() and read.signbit().all() for *_, read in partitions.join(engine, parts)]
     return [bool(one) for one in found]
 
 

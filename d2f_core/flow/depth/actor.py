@@ -18,7 +18,7 @@ from d2f_core.data.schema import sample_id
 from d2f_core.data.sources import Sample
 from d2f_core.flow.depth.ensemble import depth_npy, depth_png, preview_png
 from d2f_core.flow.depth.plan import DepthPlan
-from d2f_core.flow.depth.predictor import DepthMade, DepthMaker, DepthSettings, PredictDepthError
+from d2f_core.flow.depth.predictor import DepthMade, DepthPredictor, DepthSettings, PredictDepthError
 from d2f_core.flow.generate.plan import part_name
 from d2f_core.model.artifact import load_model
 from d2f_core.storage import join, write_bytes
@@ -64,7 +64,7 @@ def work_item(number: int, shard: Any) -> dict[str, Any]:
     return {"shard": number, "work": pickle.dumps(shard)}
 
 
-class DepthPredictor:
+class DepthActor:
     """Ray Data actor: a batch of one shard in, that shard's index part (as a TableFile in JSON) out."""
 
     def __init__(self, plan: DepthPlan, output: str, threads: int) -> None:
@@ -78,7 +78,7 @@ class DepthPredictor:
                 "job started. Put the model where every node reads the same files: s3:// or models:/."
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.maker = DepthMaker(model, uri=plan.model_uri, device=device)
+        self.predictor = DepthPredictor(model, uri=plan.model_uri, device=device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         (number,), (work,) = (int(value) for value in batch["shard"]), batch["work"]
@@ -98,7 +98,7 @@ class DepthPredictor:
         pixels = [found[1].pixels for found in prepared if isinstance(found[1], PreparedImage)]
         names = [prepared[row][0] or "" for row in good]
         for settings in self.plan.settings:
-            made = self.maker.make(np.stack(pixels), names, settings) if good else []
+            made = self.predictor.predict(np.stack(pixels), names, settings) if good else []
             by_row = dict(zip(good, made, strict=True))
             for row, (sample, (name, found)) in enumerate(zip(samples, prepared, strict=True)):
                 index = self._row(sample, name, settings)

@@ -22,10 +22,10 @@ import ray
 import ray.data
 import yaml
 
-from d2f_core.batch.resources import await_room
+from d2f_core.batch.resources import await_resources
 from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.sources import SourcePlan, plan_images
-from d2f_core.flow.depth.actor import DepthPredictor, work_item
+from d2f_core.flow.depth.actor import DepthActor, work_item
 from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig, make_depth_plan
 from d2f_core.flow.depth.predictor import check_depth_model
 from d2f_core.flow.generate.job import KIND, describe_part, table_file
@@ -105,13 +105,15 @@ def _run(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
         return
     config = job.config
     actors = min(config.num_actors, len(shards))
-    await_room(actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds)
+    await_resources(
+        actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds
+    )
     items = [work_item(number, job.source.shards[number]) for number in shards]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     dataset.context.print_on_execution_start = False
     dataset = dataset.map_batches(
-        DepthPredictor,
+        DepthActor,
         fn_constructor_args=(job.plan, config.output, config.cpus_per_actor),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),

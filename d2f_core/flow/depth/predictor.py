@@ -84,7 +84,7 @@ def fill_settings(
     )
 
 
-class DepthMaker:
+class DepthPredictor:
     """A depth model with its autoencoder and the state of the empty text.
 
     Raises:
@@ -99,7 +99,7 @@ class DepthMaker:
             name: value.clone() for name, value in load_text_encoder(model.base, device=device).condition([""]).items()
         }
 
-    def make(self, pixels: np.ndarray, names: Sequence[str], settings: DepthSettings) -> list[DepthMade]:
+    def predict(self, pixels: np.ndarray, names: Sequence[str], settings: DepthSettings) -> list[DepthMade]:
         """Maps of one batch of images; should the network fail on one, each by itself.
 
         Args:
@@ -111,7 +111,7 @@ class DepthMaker:
         except NonFiniteStateError as error:
             if len(names) > 1:
                 alone = ((pixels[row : row + 1], names[row : row + 1]) for row in range(len(names)))
-                return [made for image, name in alone for made in self.make(image, name, settings)]
+                return [made for image, name in alone for made in self.predict(image, name, settings)]
             return [DepthMade(depth=None, uncertainty=None, num_evaluations=0, error=str(error))]
         return [_made(maps, evaluations) for maps in members.swapaxes(0, 1)]
 

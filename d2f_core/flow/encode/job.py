@@ -14,7 +14,7 @@ from typing import Any, cast
 import ray
 import ray.data
 
-from d2f_core.batch.resources import await_room
+from d2f_core.batch.resources import await_resources
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
 from d2f_core.data.sources import SourcePlan
@@ -118,7 +118,7 @@ def _rows(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]
     """What `write_row` makes of each chunk, on the cluster."""
     config = job.config
     actors = min(config.num_actors, len(todo))
-    await_room(
+    await_resources(
         actors,
         {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor},
         others={"CPU": PREPARE_CPUS + WRITE_CPUS},

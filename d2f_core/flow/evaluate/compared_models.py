@@ -34,7 +34,7 @@ VALIDATION_LOSS = "validation_flow_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class ComparedModel:
     """One model under test, ready to generate."""
 
     role: str
@@ -98,7 +98,7 @@ def _champion(config: EvaluateConfig) -> str:
     return f"{REGISTERED}{name}/{version}" if version is not None else ""
 
 
-def make_contender(config: EvaluateConfig, role: str, uri: str, resolution: int | None) -> Contender:
+def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution: int | None) -> ComparedModel:
     """Check that a model can make the images, of an edge of `resolution` pixels.
 
     Raises:
@@ -135,7 +135,7 @@ def make_contender(config: EvaluateConfig, role: str, uri: str, resolution: int 
         raise EvaluateError(
             f"{config.prompts!r} has rows with their own steps, which an evaluation varies. Remove the column steps."
         )
-    return Contender(role=role, uri=uri, job=job)
+    return ComparedModel(role=role, uri=uri, job=job)
 
 
 def carried_sampling(uri: str) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _run(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any]:
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     dataset.context.print_on_execution_start = False
     dataset = dataset.map_batches(
-        cast(Any, PartScorer),
+        cast(Any, FeatureExtractor),
         fn_constructor_args=(config,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(items))),
@@ -151,7 +151,7 @@ def _run(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any]:
     yield from dataset.iter_rows()
 
 
-class PartScorer:
+class FeatureExtractor:
     """Ray Data actor: one file of the source in, one part of features out."""
 
     def __init__(self, config: ScoreConfig) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from d2f_core.content import file_sha256, hash_directory
+from d2f_core.hashing import file_sha256, hash_directory
 from d2f_core.model.base import local_copy
 
 EFFICIENTNET, INCEPTION = "efficientnet-lite0", "inception"

@@ -24,10 +24,10 @@ from d2f_core.flow.evaluate.compared_models import (
     PINS_NAME,
     REGISTERED,
     VALIDATION_LOSS,
-    Contender,
+    ComparedModel,
     carried_sampling,
     keep_pins,
-    make_contender,
+    make_compared_model,
     pin_models,
     registered_name,
     validation_loss,
@@ -68,7 +68,7 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     return EvaluateJob(
         config=config,
         pins=pins,
-        contenders=tuple(make_contender(config, role, uri, edge) for role, uri in wanted.items()),
+        contenders=tuple(make_compared_model(config, role, uri, edge) for role, uri in wanted.items()),
         feature_name=features.name,
         dimensions=features.dimensions,
         fingerprint={"features": features.name, "network": features.network.fingerprint, "clip": clip},
@@ -99,13 +99,13 @@ def evaluate(job: EvaluateJob) -> Verdict:
     """
     config = job.config
     keep_pins(config, job.pins)
-    for contender in job.contenders:
-        logger.info("the %s is %s", contender.role, contender.uri)
-    generate_all([contender.job for contender in job.contenders])
+    for compared in job.contenders:
+        logger.info("the %s is %s", compared.role, compared.uri)
+    generate_all([compared.job for compared in job.contenders])
     metrics, distances = measure_all(job)
     paths = follow_all(job)
     losses = {each.role: loss for each in job.contenders if (loss := validation_loss(each.uri)) is not None}
-    verdict = judge(config.gate, metrics | per_model(paths, losses), {contender.role for contender in job.contenders})
+    verdict = judge(config.gate, metrics | per_model(paths, losses), {compared.role for compared in job.contenders})
     if job.pins["champion"] == job.pins["candidate"]:
         verdict = dataclasses.replace(verdict, passed=False, reason="the candidate is the champion already")
     results = _results(job, metrics, distances, paths, losses, verdict)
@@ -147,7 +147,7 @@ def _results(
     promotes = verdict.passed and config.promote and bool(name)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "models": [_model(contender, paths, losses) for contender in job.contenders],
+        "models": [_model(compared, paths, losses) for compared in job.contenders],
         "features": {**job.fingerprint, "uri": config.score.features},
         "prompts": {"uri": config.prompts, "count": job.contenders[0].job.prompts.num_rows, "seed": config.seed},
         "reference": {"uri": config.reference, "count": job.reference.num_rows},
@@ -166,18 +166,18 @@ def _results(
     }
 
 
-def _model(contender: Contender, paths: dict[str, Estimate], losses: dict[str, float]) -> dict[str, Any]:
-    plan, path = contender.job.plan, paths.get(contender.role)
+def _model(compared: ComparedModel, paths: dict[str, Estimate], losses: dict[str, float]) -> dict[str, Any]:
+    plan, path = compared.job.plan, paths.get(compared.role)
     return {
-        "role": contender.role,
-        "uri": contender.uri,
+        "role": compared.role,
+        "uri": compared.uri,
         "sha256": plan.model_hash,
         "solver": plan.solver,
         "guidance": plan.guidance,
         "shift": plan.shift,
         "size": [plan.height, plan.width],
         "straightness": path and path.to_json(),
-        VALIDATION_LOSS: losses.get(contender.role),
+        VALIDATION_LOSS: losses.get(compared.role),
     }
 
 

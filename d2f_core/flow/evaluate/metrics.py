@@ -9,7 +9,7 @@ import ray
 
 from d2f_core.data.manifest import Manifest
 from d2f_core.evaluation.estimates import Estimate, Metric
-from d2f_core.flow.evaluate.compared_models import Contender
+from d2f_core.flow.evaluate.compared_models import ComparedModel
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.extract_features import extract_features, score_key
 from d2f_core.flow.evaluate.feature_table import gather_features
@@ -33,7 +33,7 @@ class EvaluateJob:
 
     config: EvaluateConfig
     pins: dict[str, str]
-    contenders: tuple[Contender, ...]
+    contenders: tuple[ComparedModel, ...]
     feature_name: str
     """The feature network and its dimensions, as in metric names."""
     dimensions: int
@@ -56,9 +56,9 @@ def measure_all(job: EvaluateJob) -> tuple[dict[str, Metric], dict[str, dict[int
     real_steps = max(job.reference.fingerprint["steps"]) if job.reference.kind == "generations" else 0
     real_set = real.gather(job, real_steps, REAL_DRAWS)
     made: dict[tuple[str, int], Any] = {}
-    for contender in job.contenders:
+    for compared in job.contenders:
         for count in config.evaluations:
-            made[contender.role, count] = tables[contender.role].gather(job, contender.steps(count), MADE_DRAWS)
+            made[compared.role, count] = tables[compared.role].gather(job, compared.steps(count), MADE_DRAWS)
     total = real.manifest.counts["set"]
     half = np.random.Generator(np.random.Philox(0)).permutation(total) < total // 2
     halves = [real.gather(job, real_steps, draws, only) for draws, only in ((REAL_DRAWS, half), (MADE_DRAWS, ~half))]

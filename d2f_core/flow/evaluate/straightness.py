@@ -74,6 +74,6 @@ def follow_all(job: EvaluateJob) -> dict[str, Estimate]:
         pending.append(task.remote(each.uri, each.job.plan, rows, config.straightness_steps))
     draws = bootstrap_counts(len(rows), config.measure.replicates, MADE_DRAWS)
     return {
-        contender.role: Estimate.of(float(values.mean()), draws @ values / len(values), len(values))
-        for contender, values in zip(job.contenders, ray.get(pending), strict=True)
+        compared.role: Estimate.of(float(values.mean()), draws @ values / len(values), len(values))
+        for compared, values in zip(job.contenders, ray.get(pending), strict=True)
     }

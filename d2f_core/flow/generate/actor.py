@@ -18,7 +18,7 @@ from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.manifest import TableFile, write_part
 from d2f_core.data.schema import array_field, latent_schema
 from d2f_core.flow.generate.plan import LATENTS, PROMPTS_NAME, TIMING, Plan, part_name
-from d2f_core.flow.generate.sampler import ImageMaker, Made, Request, batches, encode_image
+from d2f_core.flow.generate.sampler import ImageSampler, Request, Sampled, batches, encode_image
 from d2f_core.model.artifact import load_model
 from d2f_core.storage import arrow_filesystem, join, retried, write_bytes
 from d2f_core.tracking import resolve_model
@@ -97,7 +97,7 @@ class ChunkSampler:
                 f"{plan.model_uri!r} has the hash {model.content_hash} on this node, and {plan.model_hash} where "
                 "the job started. Put the model where every node reads the same files: s3:// or models:/."
             )
-        self.maker = ImageMaker(model, device=device)
+        self.sampler = ImageSampler(model, device=device)
         self._images = metrics.Counter("d2f_generated_images", "Images and latents made by generate.")
         self._failures = metrics.Counter("d2f_failed_images", "Rows of generate that failed.")
 
@@ -105,12 +105,12 @@ class ChunkSampler:
         rows = retried(f"read {PROMPTS_NAME}", lambda: self.prompts.read_row_group(chunk)).to_pylist()
         requests = self.plan.requests(rows)
         images = self.plan.emit == "images"
-        kept: dict[int, Made] = {}
+        kept: dict[int, Sampled] = {}
         files: dict[int, Future[str]] = {}
         # Encoding and uploading go on beside the sampling of the next batch.
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
             for positions in batches(requests, self.plan.batch_size):
-                made = self.maker.make_batch([requests[position] for position in positions], decode=images)
+                made = self.sampler.sample_batch([requests[position] for position in positions], decode=images)
                 for position, one in zip(positions, made, strict=True):
                     if images and one.pixels is not None:
                         files[position] = pool.submit(self._write_image, one)
@@ -135,7 +135,7 @@ class ChunkSampler:
             "latents": [json.dumps(latents and dataclasses.asdict(latents))],
         }
 
-    def _write_image(self, made: Made) -> str:
+    def _write_image(self, made: Sampled) -> str:
         assert made.pixels is not None
         options = {} if self.plan.format == "png" else {"quality": self.plan.quality}
         data = encode_image(made.pixels, self.plan.format, **options)
@@ -145,7 +145,7 @@ class ChunkSampler:
     def _image_uri(self, request: Request) -> str:
         return join(self.output, f"images/{request.sample_id}-{request.steps}.{self.plan.format}")
 
-    def _write_latents(self, chunk: int, made: list[Made]) -> TableFile | None:
+    def _write_latents(self, chunk: int, made: list[Sampled]) -> TableFile | None:
         good = [one for one in made if one.latent is not None]
         if not good:
             return None
@@ -170,14 +170,14 @@ class ChunkSampler:
         part = write_part(self.output, name, arrays_to_table(columns, schema))
         return dataclasses.replace(part, path=name.removeprefix(f"{LATENTS}/"))
 
-    def _write_timing(self, chunk: int, requests: list[Request], made: dict[int, Made]) -> None:
+    def _write_timing(self, chunk: int, requests: list[Request], made: dict[int, Sampled]) -> None:
         rows = [
             {"sample_id": r.sample_id, "steps": r.steps, "seconds": made[at].seconds, "host": socket.gethostname()}
             for at, r in enumerate(requests)
         ]
         write_part(self.output, part_name(chunk, TIMING), pa.Table.from_pylist(rows, schema=TIMING_SCHEMA))
 
-    def _index_row(self, made: Made, digest: str | None) -> dict[str, Any]:
+    def _index_row(self, made: Sampled, digest: str | None) -> dict[str, Any]:
         return dataclasses.asdict(made.request) | {
             "num_evaluations": made.num_evaluations,
             "image_uri": None if digest is None else self._image_uri(made.request),

@@ -28,7 +28,7 @@ import ray
 import ray.data
 import yaml
 
-from d2f_core.batch.resources import await_room
+from d2f_core.batch.resources import await_resources
 from d2f_core.data.manifest import (
     Manifest,
     TableFile,
@@ -103,7 +103,7 @@ def generate(job: GenerateJob) -> Manifest:
 
     Raises:
         GenerateError: the output belongs to another plan.
-        NoRoomError: the cluster is too small.
+        InsufficientResourcesError: the cluster is too small.
     """
     return generate_all([job])[0]
 
@@ -225,7 +225,9 @@ def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator
     """One result per (job, chunk), as they come."""
     config = jobs[0].config
     actors = min(config.num_actors, len(chunks))
-    await_room(actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds)
+    await_resources(
+        actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds
+    )
     items = [{"job": job, "chunk": chunk} for job, chunk in chunks]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.enable_progress_bars = sys.stderr.isatty()

@@ -61,7 +61,7 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class Sampled:
     """What became of a request: image and latent, or why there is none."""
 
     request: Request
@@ -139,7 +139,7 @@ def batches(requests: Iterable[Request], size: int) -> list[list[int]]:
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
-class ImageMaker:
+class ImageSampler:
     """A model with its autoencoder and text encoder, ready to draw.
 
     Raises:
@@ -152,15 +152,15 @@ class ImageMaker:
         self._text_encoder = load_text_encoder(model.base, device=device)
         self._conditions: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
-    def make(self, requests: Sequence[Request], *, batch_size: int = 16, decode: bool = True) -> list[Made]:
+    def sample(self, requests: Sequence[Request], *, batch_size: int = 16, decode: bool = True) -> list[Sampled]:
         """Draw requests of any shapes; the answers stand in the order of the requests."""
-        made: dict[int, Made] = {}
+        made: dict[int, Sampled] = {}
         for positions in batches(requests, batch_size):
-            done = self.make_batch([requests[position] for position in positions], decode=decode)
+            done = self.sample_batch([requests[position] for position in positions], decode=decode)
             made |= dict(zip(positions, done, strict=True))
         return [made[position] for position in range(len(requests))]
 
-    def make_batch(self, requests: Sequence[Request], *, decode: bool = True) -> list[Made]:
+    def sample_batch(self, requests: Sequence[Request], *, decode: bool = True) -> list[Sampled]:
         """Draw requests of one shape in one batch; should the network fail on one, each by itself."""
         began = time.perf_counter()
         noise = self._noise(requests)
@@ -168,7 +168,7 @@ class ImageMaker:
             latents, evaluations = self._latents(requests, noise)
         except NonFiniteStateError as error:
             if len(requests) > 1:  # one request must not cost the others their images
-                return [made for request in requests for made in self.make_batch([request], decode=decode)]
+                return [made for request in requests for made in self.sample_batch([request], decode=decode)]
             seconds = time.perf_counter() - began
             return [_failed(requests[0], noise[0], str(error), seconds)]
         pixels = self._autoencoder.decode(latents) if decode else None
@@ -181,7 +181,7 @@ class ImageMaker:
         usable, values = finite.tolist(), latents.float().cpu().numpy()
         seconds = (time.perf_counter() - began) / len(requests)
         return [
-            Made(
+            Sampled(
                 request=request,
                 noise=noise[row],
                 latent=values[row],
@@ -236,8 +236,8 @@ def encode_image(pixels: np.ndarray, format: str = "png", **options: int) -> byt
     return sink.getvalue()
 
 
-def _failed(request: Request, noise: np.ndarray, error: str, seconds: float, evaluations: int = 0) -> Made:
-    return Made(
+def _failed(request: Request, noise: np.ndarray, error: str, seconds: float, evaluations: int = 0) -> Sampled:
+    return Sampled(
         request=request, noise=noise, latent=None, pixels=None, num_evaluations=evaluations, error=error,
         seconds=seconds,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from mlflow.pyfunc import PythonModel
 from d2f_core.data.images import ImageRules, prepare_image
 from d2f_core.data.schema import sample_id
 from d2f_core.flow.depth.ensemble import depth_npy, depth_png
-from d2f_core.flow.depth.predictor import DepthMaker, fill_settings
+from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 from d2f_core.model.artifact import load_model
 
 WHOLE = {"num_inference_steps": "steps", "seed": "seed", "ensemble": "ensemble"}
@@ -34,7 +34,7 @@ class DepthModel(PythonModel):
         config = context.model_config or {}
         device = config.get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
         model = load_model(context.artifacts["model"], base_uri=config.get("base_model") or None)
-        self.maker = DepthMaker(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.predictor = DepthPredictor(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row per image: `depth` and `uncertainty` (.npy, float32, 0 near, 1 far) and `depth_png` (16 bits).
@@ -56,13 +56,13 @@ class DepthModel(PythonModel):
             raise ValueError(f"row {number} has image of type {type(image).__name__}. Give the bytes of an image file.")
         settings = {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
         settings |= {name: int(settings[name]) for name in WHOLE.values() if name in settings}
-        resolution = max(self.maker.model.default_size)
+        resolution = max(self.predictor.model.default_size)
         try:
             prepared = prepare_image(image, ImageRules(resolution=resolution, min_side=1, max_pixels=MAX_PIXELS))
         except ValueError as error:
             raise ValueError(f"row {number}: {error}. Give the bytes of a PNG, JPEG or WebP file.") from None
-        filled = fill_settings(self.maker.model, **settings)
-        (made,) = self.maker.make(prepared.pixels[None], [sample_id(image, "")], filled)
+        filled = fill_settings(self.predictor.model, **settings)
+        (made,) = self.predictor.predict(prepared.pixels[None], [sample_id(image, "")], filled)
         if made.depth is None or made.uncertainty is None:
             raise ValueError(f"row {number}: {made.error}. Take another solver or more steps.")
         return {

@@ -14,7 +14,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from d2f_core.flow.generate.sampler import ImageMaker, Request, encode_image, fill_request
+from d2f_core.flow.generate.sampler import ImageSampler, Request, encode_image, fill_request
 from d2f_core.model.artifact import load_model
 
 WHOLE = {"num_inference_steps": "steps", "height": "height", "width": "width", "seed": "seed"}
@@ -36,7 +36,7 @@ class ImageModel(PythonModel):
         config = context.model_config or {}
         device = config.get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
         model = load_model(context.artifacts["model"], base_uri=config.get("base_model") or None)
-        self.maker = ImageMaker(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.sampler = ImageSampler(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[bytes]:
         """PNG bytes of one image per prompt.
@@ -47,7 +47,7 @@ class ImageModel(PythonModel):
         del context
         each = model_input.explode("prompt")  # MLflow reads {"prompt": ["a", "b"]} as one row
         rows = [{**(params or {}), **_given(row)} for row in each.to_dict("records")]
-        made = self.maker.make([self._request(number, row) for number, row in enumerate(rows)])
+        made = self.sampler.sample([self._request(number, row) for number, row in enumerate(rows)])
         pictures = []
         for number, image in enumerate(made):
             if image.pixels is None:
@@ -61,7 +61,7 @@ class ImageModel(PythonModel):
             raise ValueError(f"row {number} has prompt={given.get('prompt')!r}. Give a text.")
         settings = {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
         settings |= {name: int(settings[name]) for name in WHOLE.values() if name in settings}
-        return fill_request(self.maker.model, prompt=given["prompt"], **settings)
+        return fill_request(self.sampler.model, prompt=given["prompt"], **settings)
 
 
 def _given(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from d2f_core import tracking
 from d2f_core.flow.generate.sampler import encode_image
-from d2f_core.flow.publish.model_card import Facts, model_card, model_tags, version_description
+from d2f_core.flow.publish.model_card import ModelCardData, model_card, model_tags, version_description
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
 from d2f_core.storage import exists, join, read_bytes
@@ -95,7 +95,7 @@ def register(config: RegisterConfig) -> ModelVersionInfo:
             "the training was logged to."
         )
     yaml, picture = tracking.run_file(handle, "config.yaml"), tracking.run_file(handle, "samples.png")
-    facts = Facts(
+    facts = ModelCardData(
         name=config.name,
         alias=config.alias,
         run=config.run,

@@ -17,7 +17,7 @@ TAGGED = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ModelCardData:
     """What is known of a model beside its `diff2flow.json`."""
 
     name: str
@@ -36,19 +36,19 @@ class Facts:
     """Whether samples.png lies beside the card."""
 
 
-def model_tags(description: Mapping[str, Any], facts: Facts) -> dict[str, str]:
+def model_tags(description: Mapping[str, Any], facts: ModelCardData) -> dict[str, str]:
     """What a browser of the registry filters by; few, for MLflow shows all in each row. The card has the rest."""
     tags = {name: value for name, value in _rows(description, facts).items() if name in TAGGED}
     return tags | {f"metric.{name}": f"{value:.6g}" for name, value in facts.metrics.items()}
 
 
-def model_card(description: Mapping[str, Any], facts: Facts) -> str:
+def model_card(description: Mapping[str, Any], facts: ModelCardData) -> str:
     """The whole card, README.md."""
     picture = "\n## Samples\n\n![samples of the training's last evaluation](samples.png)\n" if facts.has_samples else ""
     return _summary(description, facts) + picture + _schedule(description) + _config(facts)
 
 
-def version_description(description: Mapping[str, Any], facts: Facts) -> str:
+def version_description(description: Mapping[str, Any], facts: ModelCardData) -> str:
     """The card, within what MLflow keeps: what does not fit is said to be in the files."""
     text = _summary(description, facts)
     parts = {"the scheduler config (diff2flow.json)": _schedule(description), "config.yaml": _config(facts)}
@@ -62,7 +62,7 @@ def version_description(description: Mapping[str, Any], facts: Facts) -> str:
     return text[: MAX_DESCRIPTION_CHARS - len(pointer)] + pointer
 
 
-def _summary(description: Mapping[str, Any], facts: Facts) -> str:
+def _summary(description: Mapping[str, Any], facts: ModelCardData) -> str:
     uri = f"models:/{facts.name}@{facts.alias}"
     metrics = _table({name: f"{value:.6g}" for name, value in facts.metrics.items()})
     return (
@@ -76,7 +76,7 @@ def _summary(description: Mapping[str, Any], facts: Facts) -> str:
     )
 
 
-def _rows(description: Mapping[str, Any], facts: Facts) -> dict[str, str]:
+def _rows(description: Mapping[str, Any], facts: ModelCardData) -> dict[str, str]:
     """All that a version was made of, by name."""
     schedule, training = description["schedule"], description["training"]
     return {
@@ -117,5 +117,5 @@ def _schedule(description: Mapping[str, Any]) -> str:
     return f"\n## Scheduler config of the base\n\n```json\n{text}\n```\n"
 
 
-def _config(facts: Facts) -> str:
+def _config(facts: ModelCardData) -> str:
     return f"\n## Config of the training\n\n```yaml\n{facts.config_yaml}```\n" if facts.config_yaml else ""

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from d2f_core.flow.generate.sampler import ImageMaker, Made, Request, encode_image, fill_request
+from d2f_core.flow.generate.sampler import ImageSampler, Request, Sampled, encode_image, fill_request
 from d2f_core.flow.serve.config import ServeConfig
 from d2f_core.flow.serve.request import RequestError, parse_request
 from d2f_core.model.artifact import load_model
@@ -37,7 +37,7 @@ class BodyTooLargeError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class ImageResult:
     """A painter's answer: an image, or why there is none."""
 
     png: bytes = b""
@@ -67,7 +67,7 @@ def _listen_on_the_nodes_address_only() -> None:
     replica.add_port_to_grpc_server = add_port
 
 
-class Painter:
+class ImageReplica:
     """Holds the model; draws what came in meanwhile in one call."""
 
     def __init__(self, model_uri: str, model_hash: str, config: ServeConfig) -> None:
@@ -80,34 +80,34 @@ class Painter:
                 "runs. Put the model where every node reads the same files: s3:// or models:/."
             )
         self.config, self.model_uri = config, model_uri
-        self.maker = ImageMaker(model, device="cuda" if config.gpus_per_replica else "cpu")
+        self.sampler = ImageSampler(model, device="cuda" if config.gpus_per_replica else "cpu")
         self.images = self.batches = 0
         batching: Any = self._draw_together
         batching.set_max_batch_size(config.max_batch_size)
         batching.set_batch_wait_timeout_s(config.batch_wait_seconds)
 
-    async def draw(self, fields: dict[str, Any]) -> Drawn:
+    async def draw(self, fields: dict[str, Any]) -> ImageResult:
         """One image; waits for the batch that it becomes part of."""
         try:
-            request = fill_request(self.maker.model, **fields)
+            request = fill_request(self.sampler.model, **fields)
         except ValueError as error:
-            return Drawn(refused=str(error), settings={})
+            return ImageResult(refused=str(error), settings={})
         return await self._draw_together(request)
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0)
-    async def _draw_together(self, requests: list[Request]) -> list[Drawn]:
+    async def _draw_together(self, requests: list[Request]) -> list[ImageResult]:
         # In a thread, so that the next requests are taken in; one at a time, for a batch waits for the one before it.
         drawn = await asyncio.to_thread(self._draw, requests)
         self.images, self.batches = self.images + len(requests), self.batches + 1
         return drawn
 
-    def _draw(self, requests: list[Request]) -> list[Drawn]:
-        made = self.maker.make(requests, batch_size=self.config.max_batch_size)
+    def _draw(self, requests: list[Request]) -> list[ImageResult]:
+        made = self.sampler.sample(requests, batch_size=self.config.max_batch_size)
         return [_drawn(one, len(requests)) for one in made]
 
     async def describe(self) -> dict[str, Any]:
         """What answers, how it samples by default, and this replica's counts since it started."""
-        model = self.maker.model
+        model = self.sampler.model
         sampling = asdict(model.sampling)
         del sampling["resolution"]
         sampling["height"], sampling["width"] = model.default_size
@@ -120,14 +120,14 @@ class Painter:
         }
 
 
-def _drawn(made: Made, together: int) -> Drawn:
+def _drawn(made: Sampled, together: int) -> ImageResult:
     settings = {**asdict(made.request), "num_evaluations": made.num_evaluations}
     if made.pixels is None:
-        return Drawn(failed=made.error or "no image", settings=settings)
-    return Drawn(png=encode_image(made.pixels), settings=settings, batch_images=together)
+        return ImageResult(failed=made.error or "no image", settings=settings)
+    return ImageResult(png=encode_image(made.pixels), settings=settings, batch_images=together)
 
 
-class Door:
+class Ingress:
     """Asks for the token, checks what can be checked without the model, and hands the rest to the painters."""
 
     def __init__(self, painters: DeploymentHandle, token_digest: bytes, config: ServeConfig) -> None:
@@ -197,7 +197,7 @@ class Door:
         ]
         return JSONResponse({"images": images})
 
-    async def _draw(self, wanted: list[dict[str, Any]]) -> list[Drawn]:
+    async def _draw(self, wanted: list[dict[str, Any]]) -> list[ImageResult]:
         answers = [self.painters.draw.remote(fields) for fields in wanted]
         try:
             return list(await asyncio.gather(*answers))

@@ -22,9 +22,9 @@ import ray
 import ray.exceptions
 from ray import serve
 
-from d2f_core.content import cache_root
 from d2f_core.flow.generate.sampler import fill_request
 from d2f_core.flow.serve.config import ServeConfig, ServeError, is_loopback
+from d2f_core.hashing import cache_root
 from d2f_core.model.artifact import load_model
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
 
@@ -180,11 +180,11 @@ def _check_room(config: ServeConfig) -> None:
 
 
 def _application(job: ServeJob, token: Token) -> serve.Application:
-    from d2f_core.flow.serve.deployments import Door, Painter
+    from d2f_core.flow.serve.deployments import ImageReplica, Ingress
 
     config = job.config
     painters = serve.deployment(
-        Painter,
+        ImageReplica,
         num_replicas=config.replicas,
         # One batch is drawn while the next one gathers; all others wait where `max_queue` counts them.
         max_ongoing_requests=2 * config.max_batch_size,
@@ -193,7 +193,7 @@ def _application(job: ServeJob, token: Token) -> serve.Application:
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     )
     door = serve.deployment(
-        Door,
+        Ingress,
         max_ongoing_requests=DOOR_REQUESTS,
         max_queued_requests=DOOR_REQUESTS,
         graceful_shutdown_timeout_s=STOP_SECONDS,

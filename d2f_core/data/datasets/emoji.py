@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from PIL import Image
 
-from d2f_core.data.emoji_core import core_names, few_names, starter_names
+from d2f_core.data.datasets.emoji_names import core_names, few_names, starter_names
 from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
 

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from d2f_core.data.order import BucketSchedule, SampleOrder
+from d2f_core.data.sample_order import BucketSchedule, SampleOrder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from itertools import islice
 
 import pytest
 
-from d2f_core.data import ahead as module
-from d2f_core.data.ahead import Ahead
+from d2f_core.data import prefetch as module
+from d2f_core.data.prefetch import Prefetcher
 
 
 def threads() -> int:
@@ -32,7 +32,7 @@ def counted(taken: list[int], error: Exception | None = None) -> Iterator[int]:
 
 def test_items_come_in_their_order_and_are_taken_before_they_are_wanted():
     taken: list[int] = []
-    items = Ahead(counted(taken), 2)
+    items = Prefetcher(counted(taken), 2)
     wait_until(lambda: taken == [0, 1, 2])  # two wait, and one is in the thread's hand
     assert next(items) == 0
     wait_until(lambda: taken == [0, 1, 2, 3])
@@ -45,7 +45,7 @@ def test_items_come_in_their_order_and_are_taken_before_they_are_wanted():
 def test_an_error_comes_after_the_items_before_it():
     seen = []
     with pytest.raises(ValueError, match="after the sixth"):
-        for number in Ahead(counted([], ValueError("after the sixth")), 2):
+        for number in Prefetcher(counted([], ValueError("after the sixth")), 2):
             seen.append(number)
     assert seen == [0, 1, 2, 3, 4, 5]
 
@@ -54,7 +54,7 @@ def test_the_thread_ends_when_nobody_wants_more(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
     for wanted in (0, 1):
         taken: list[int] = []
-        items = Ahead(counted(taken), 1)
+        items = Prefetcher(counted(taken), 1)
         assert list(islice(items, wanted)) == [0][:wanted]
         del items
         wait_until(lambda: threads() == 0)

@@ -1,6 +1,6 @@
 """Memory that one worker of a training needs, by what DeepSpeed 0.19 keeps under our engine's settings.
 
-Each rule is checked against what engines allocate (tests/train/test_footprint.py). With P trained of T parameters, b
+Each rule is checked against what engines allocate (tests/train/test_memory.py). With P trained of T parameters, b
 bytes of precision and n workers:
 
 | bytes        | stage 0 | stages 1, 2             | stage 3                                                       |

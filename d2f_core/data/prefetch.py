@@ -18,7 +18,7 @@ class _End:
         self.error = error
 
 
-class Ahead(Iterator[T]):
+class Prefetcher(Iterator[T]):
     """The same items in the same order; a thread begins at once to take them, up to `depth` before they are wanted.
 
     An error of `items` comes where its item would have come. Closing this, or forgetting it, ends the thread.

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2f_core.model.ema import EmaConfig
 from d2f_core.model.footprint import PeakMemory, sizes
-from d2f_core.train import footprint, shares, zero
+from d2f_core.train import memory, partitions, zero
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.footprint import BYTES, memory_per_worker
-from d2f_core.train.state import Worker
+from d2f_core.train.ema import EmaConfig
+from d2f_core.train.memory import BYTES, memory_per_worker
+from d2f_core.train.worker_state import Worker
 from tests.train.processes import Workers
 
 WORKERS, TOGETHER = 2, 320_000
@@ -88,15 +88,15 @@ def measure(stage: int, precision: str, rank: int) -> dict[str, int]:
         worker.update_averages(1)
         with cast(Any, mock.patch.multiple)(dist, **EXCHANGES), PeakMemory() as saving:
             worker.share()
-        for name, memory in (("passing", passing), ("stepping", stepping), ("saving", saving)):
-            peaks[name] = memory.peak
+        for name, part in (("passing", passing), ("stepping", stepping), ("saving", saving)):
+            peaks[name] = part.peak
     state = allocated() - before
     worker.averages.clear()
     return {"state": state, **peaks}
 
 
 def measure_all(rank: int) -> dict[str, Any]:
-    shares.TOGETHER = TOGETHER
+    partitions.TOGETHER = TOGETHER
     measure(*ENGINES[0], rank)  # imports the rest of DeepSpeed
     gc.freeze()  # its objects would be looked through at each measurement
     return {f"{stage} {precision}": measure(stage, precision, rank) for stage, precision in ENGINES}
@@ -111,25 +111,25 @@ def measured(pair: Workers) -> dict[str, Any]:
 def test_an_engine_allocates_what_was_predicted(
     measured: dict[str, Any], stage: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(footprint, "TOGETHER", TOGETHER)
+    monkeypatch.setattr(memory, "TOGETHER", TOGETHER)
     found = measured[f"{stage} {precision}"]
     trained, frozen = (sizes(network(), trained=which) for which in (True, False))
-    memory = memory_per_worker(config(stage, precision), trained, frozen)
+    needed = memory_per_worker(config(stage, precision), trained, frozen)
     whole = BYTES[precision] * sum(trained + frozen)
     # Between two steps stage 3 holds shares alone, with the gradients' and the bucket, which other stages give up.
-    between = memory.state
+    between = needed.state
     if stage == 3:
-        between += memory.gradients + memory.bucket - whole
+        between += needed.gradients + needed.bucket - whole
     assert found["state"] == pytest.approx(between, rel=0.01, abs=20_000)
-    bucket = memory.bucket if stage in (1, 2) else 0
+    bucket = needed.bucket if stage in (1, 2) else 0
     slack = 400 * 400 * BYTES[precision]  # the layer at work, and activations
-    predicted = memory.gradients + memory.copies + (whole if stage == 3 else 0)
+    predicted = needed.gradients + needed.copies + (whole if stage == 3 else 0)
     assert 0.45 * predicted < found["passing"] - bucket <= predicted + slack
-    assert found["stepping"] <= memory.stepping + memory.gradients + slack
+    assert found["stepping"] <= needed.stepping + needed.gradients + slack
     if stage:
         # The averages are gathered to the host, which is where these engines' devices have their memory too.
         averages = 0 if stage < 3 and precision == "fp32" else 4 * sum(trained) // WORKERS
-        assert 0 <= memory.saving + averages - found["saving"] <= 4 * TOGETHER
+        assert 0 <= needed.saving + averages - found["saving"] <= 4 * TOGETHER
 
 
 def test_adapters_pay_for_their_own_state_only():
@@ -155,6 +155,6 @@ def test_offloading_moves_bytes_to_the_host():
 def test_the_peak_is_the_largest_of_passing_stepping_and_saving():
     alone = TrainConfig(zero_stage=2, precision="bf16", global_batch_size=64)
     saving = memory_per_worker(alone, [10**6] * 2000, [])
-    assert saving.peak == saving.state + saving.saving == 2 * 10**9 * (2 + 4 + 8 + 4 + 12) + 8 * footprint.TOGETHER
+    assert saving.peak == saving.state + saving.saving == 2 * 10**9 * (2 + 4 + 8 + 4 + 12) + 8 * memory.TOGETHER
     passing = memory_per_worker(alone, [10**6] * 2000, [], activations=60 * 10**9)
     assert passing.peak == passing.state + 10**9 + 60 * 10**9 + passing.gradients

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2f_core.model import ema
-from d2f_core.train import shares
+from d2f_core.train import ema, partitions
 from d2f_core.train.checkpoint import KINDS
 from d2f_core.train.config import TrainConfig
 
@@ -24,7 +23,7 @@ class Worker:
     rank: int
     num_workers: int
     averages: dict[str, Tensor] = field(default_factory=dict)
-    """EMA, fp32: of this worker's share of every parameter; where `shares.is_whole`, of the whole ones that it owns."""
+    """EMA, fp32: of this worker's share of every parameter; where `partitions.is_whole`, of whole ones that it owns."""
 
     def owns(self, index: int) -> bool:
         """Whether it is this worker that saves the parameter of that index."""
@@ -33,9 +32,9 @@ class Worker:
     def update_averages(self, step: int) -> None:
         """Average what this worker has at hand; no other worker is asked."""
         decay = self.config.ema.decay_at(step)
-        for index, (name, parameter) in enumerate(shares.trained_parameters(self.engine).items()):
-            if not shares.is_whole(self.engine, parameter):
-                weight = shares.held(self.engine, parameter)
+        for index, (name, parameter) in enumerate(partitions.trained_parameters(self.engine).items()):
+            if not partitions.is_whole(self.engine, parameter):
+                weight = partitions.held(self.engine, parameter)
             elif self.owns(index):
                 weight = parameter.detach()
             else:
@@ -47,13 +46,13 @@ class Worker:
 
     def restore_averages(self, averages: Iterable[tuple[str, Tensor]]) -> None:
         """Go on from whole averages, (parameter name, tensor); each worker keeps its part."""
-        parameters = shares.trained_parameters(self.engine)
+        parameters = partitions.trained_parameters(self.engine)
         indices = {name: index for index, name in enumerate(parameters)}
         for name, whole in averages:
             parameter = parameters[name]
-            if not shares.is_whole(self.engine, parameter):
-                device = shares.held(self.engine, parameter).device
-                self.averages[name] = shares.cut(self.engine, parameter, whole).to(device, copy=True)
+            if not partitions.is_whole(self.engine, parameter):
+                device = partitions.held(self.engine, parameter).device
+                self.averages[name] = partitions.cut(self.engine, parameter, whole).to(device, copy=True)
             elif self.owns(indices[name]):
                 self.averages[name] = whole.to(self.engine.device)
 
@@ -63,16 +62,16 @@ class Worker:
         Every worker must call it, and go through it to the end.
         """
         mine: set[str] = set()
-        parts: list[shares.Share] = []
-        for index, (name, parameter) in enumerate(shares.trained_parameters(self.engine).items()):
+        parts: list[partitions.Share] = []
+        for index, (name, parameter) in enumerate(partitions.trained_parameters(self.engine).items()):
             if self.owns(index):
                 mine.add(name)
             for kind in KINDS if self.averages else SAVED_ALWAYS:
                 if not self._is_whole(kind, parameter):
-                    parts.append(shares.Share(kind, name, parameter, self._held(kind, name, parameter)))
+                    parts.append(partitions.Share(kind, name, parameter, self._held(kind, name, parameter)))
                 elif name in mine:
                     yield kind, name, self._held(kind, name, parameter)
-        for kind, name, whole in shares.join(self.engine, parts):
+        for kind, name, whole in partitions.join(self.engine, parts):
             if name in mine:
                 # A view would keep all that came with it.
                 yield kind, name, whole.clone() if whole.untyped_storage().nbytes() > whole.nbytes else whole
@@ -80,19 +79,19 @@ class Worker:
 
     def _is_whole(self, kind: str, parameter: nn.Parameter) -> bool:
         """Whether the worker that saves it has all of it at hand."""
-        if kind in shares.MOMENTS:
-            return not self.engine.zero_optimization_stage() or not shares.moments_exist(self.engine)
-        return shares.is_whole(self.engine, parameter)
+        if kind in partitions.MOMENTS:
+            return not self.engine.zero_optimization_stage() or not partitions.moments_exist(self.engine)
+        return partitions.is_whole(self.engine, parameter)
 
     def _held(self, kind: str, name: str, parameter: nn.Parameter) -> Tensor:
         if kind == "ema":
             return self.averages[name]
         if kind == "weights":
-            whole = shares.is_whole(self.engine, parameter)
-            return parameter.detach() if whole else shares.held(self.engine, parameter)
-        if not shares.moments_exist(self.engine):  # no step was applied yet, which under fp16 may last some steps
-            return torch.zeros(shares.whole_shape(parameter), device=self.engine.device)
-        return shares.held(self.engine, parameter, kind)
+            whole = partitions.is_whole(self.engine, parameter)
+            return parameter.detach() if whole else partitions.held(self.engine, parameter)
+        if not partitions.moments_exist(self.engine):  # no step was applied yet, which under fp16 may last some steps
+            return torch.zeros(partitions.whole_shape(parameter), device=self.engine.device)
+        return partitions.held(self.engine, parameter, kind)
 
     def share(self) -> dict[str, dict[str, Tensor]]:
         """This worker's share of all that a checkpoint holds, by kind; every worker must call it."""

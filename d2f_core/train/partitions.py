@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2f_core.train.footprint import TOGETHER
+from d2f_core.train.memory import TOGETHER
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

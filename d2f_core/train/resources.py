@@ -10,16 +10,13 @@ import ray
 import ray._private.state
 from ray.autoscaler.sdk import request_resources
 
+from d2f_core.resources import InsufficientResourcesError
 from d2f_core.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 SAY_SECONDS = 60.0
 """Between two lines of the log while nodes are waited for."""
-
-
-class NotEnoughResourcesError(ValueError):
-    """The cluster cannot hold the training that was asked for."""
 
 
 def leaving_nodes() -> set[str]:
@@ -50,7 +47,7 @@ def fitting_workers(config: TrainConfig, *, again: bool) -> int:
         again: the cluster held the training before: room for the fewest is waited for `lost_node_wait_seconds`.
 
     Raises:
-        NotEnoughResourcesError: there is no room for the fewest; says what is missing.
+        InsufficientResourcesError: there is no room for the fewest; says what is missing.
     """
     began, said, asked = time.monotonic(), 0.0, False
     patience = max(config.node_wait_seconds, config.lost_node_wait_seconds if again else 0)
@@ -61,7 +58,7 @@ def fitting_workers(config: TrainConfig, *, again: bool) -> int:
             if fitting and (fitting[0] == config.num_workers or waited >= config.node_wait_seconds):
                 break
             if waited >= patience:
-                raise NotEnoughResourcesError(_what_is_missing(config, total))
+                raise InsufficientResourcesError(_what_is_missing(config, total))
             if not asked:
                 _ask_for(config)
                 asked = True

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d2f_core.data.depth_meshes import Mesh, make_object, make_quad, object_name, object_numbers
-from d2f_core.data.depth_textures import make_sky, make_texture
+from d2f_core.data.datasets.meshes import Mesh, make_object, make_quad, object_name, object_numbers
+from d2f_core.data.datasets.textures import make_sky, make_texture
 from d2f_core.randomness import keyed_generator
 
 NUM_TEXTURES = {"train": 500, "test": 100}

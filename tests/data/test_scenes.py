@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from d2f_core.data.depth_dataset import PROGRESS, MakeDepthConfig, make_depth_dataset, make_part, make_rows
+from d2f_core.data.datasets.depth_table import PROGRESS, MakeDepthConfig, make_depth_dataset, make_part, make_rows
+from d2f_core.data.datasets.meshes import Mesh, make_mesh, make_object, make_quad, object_numbers
+from d2f_core.data.datasets.scenes import NUM_TEXTURES, Body, Camera, Light, Scene, make_scene, render
+from d2f_core.data.datasets.textures import make_texture
 from d2f_core.data.depth_files import decode_depth
-from d2f_core.data.depth_meshes import Mesh, make_mesh, make_object, make_quad, object_numbers
-from d2f_core.data.depth_scenes import NUM_TEXTURES, Body, Camera, Light, Scene, make_scene, render
-from d2f_core.data.depth_textures import make_texture
 from d2f_core.data.manifest import ManifestError, manifest_exists, read_manifest
 from d2f_core.data.schema import sample_id
 from d2f_core.storage import join, list_names, read_bytes
@@ -99,7 +99,7 @@ def test_a_scene_depends_on_its_number_alone():
     config = MakeDepthConfig(output="nowhere", size=32)
     [alone], first = make_rows(config, 7), make_rows(config, 3)
     assert make_rows(config, 7) == [alone] != first
-    code = "from d2f_core.data.depth_scenes import *; print(render(make_scene(0, 'train', 7, 32), 32)[0].sum())"
+    code = "from d2f_core.data.datasets.scenes import *; print(render(make_scene(0, 'train', 7, 32), 32)[0].sum())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout.split()[-1]) == np.asarray(Image.open(io.BytesIO(alone["image"]))).sum()
     assert alone["sample_id"] == sample_id(alone["image"], "")
@@ -188,7 +188,7 @@ def test_a_mirrored_table_has_twice_the_rows(config):
 
 def test_a_job_that_was_killed_goes_on_to_the_same_bytes(config, tmp_path):
     longer = dataclasses.replace(config, num_scenes=100)
-    code = f"import ray; from d2f_core.data.depth_dataset import *\nray.init()\nmake_depth_dataset({longer!r})"
+    code = f"import ray; from d2f_core.data.datasets.depth_table import *\nray.init()\nmake_depth_dataset({longer!r})"
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen([sys.executable, "-c", code], stderr=log, stdout=log)
     deadline = time.monotonic() + 120

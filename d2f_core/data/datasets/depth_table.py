@@ -21,9 +21,9 @@ import pyarrow as pa
 import ray.data
 from PIL import Image
 
+from d2f_core.data.datasets.scenes import make_scene, render
 from d2f_core.data.depth import DEPTH_SCHEMA
 from d2f_core.data.depth_files import encode_depth
-from d2f_core.data.depth_scenes import make_scene, render
 from d2f_core.data.manifest import (
     Manifest,
     ManifestError,

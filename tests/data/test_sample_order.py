@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_core.data.order import BucketSchedule, SampleOrder
-from d2f_core.data.plan import Source, StreamPlan
+from d2f_core.data.sample_order import BucketSchedule, SampleOrder
+from d2f_core.data.stream_plan import Source, StreamPlan
 
 orders = st.builds(
     SampleOrder,

@@ -1,0 +1,1 @@
+"""Tables that this project makes by itself: captioned drawings, and rendered scenes with their depth."""
