@@ -37,9 +37,10 @@ from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.sources import ImageSource, plan_images
 from d2f_core.data.table_reader import RowReader
 from d2f_core.flow.encode.actor import to_input
-from d2f_core.flow.encode.check import claim_output
+from d2f_core.flow.encode.check import check_encode, claim_output
 from d2f_core.flow.encode.chunk_records import unfinished_shards
-from d2f_core.flow.encode.job import EncodeConfig, check_encode, encode_latents, finish_table, run_chunks
+from d2f_core.flow.encode.config import EncodeConfig
+from d2f_core.flow.encode.job import encode, finish_table, run_chunks
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import join
@@ -110,14 +111,14 @@ def run_encode_job(options: Options, images: str, output: str) -> tuple[float, f
         cpus_per_actor=options.cpus_per_actor,
     )
     begun = time.perf_counter()
-    job, source = check_encode(config)
-    claim_output(job)
+    job = check_encode(config)
+    claim_output(job.spec)
     arrivals = []
     records = []
-    for record in run_chunks(job, source, unfinished_shards(len(source.shards), ())):
+    for record in run_chunks(job, unfinished_shards(len(job.source.shards), ())):
         arrivals.append((time.perf_counter(), record.read))
         records.append(record)
-    finish_table(job, records)
+    finish_table(job.spec, records)
     half = len(arrivals) // 2
     rows = sum(read for _, read in arrivals[half + 1 :])
     return rows / (arrivals[-1][0] - arrivals[half][0]), arrivals[0][0] - begun, config
@@ -148,7 +149,7 @@ def check_same_work(config: EncodeConfig, means: np.ndarray) -> float:
     Raises:
         RuntimeError: they are not the same; the figures are void.
     """
-    manifest = encode_latents(config)
+    manifest = encode(check_encode(config))
     rows = RowReader(config.output, manifest, ["latent_mean"]).read(np.arange(manifest.num_rows))
     job = table_to_arrays(rows)["latent_mean"].astype("f4")
     means = means.astype("f4")

@@ -10,8 +10,9 @@ The same command again goes on where a killed job was, and does nothing once the
 import ray
 
 from d2f_core.data.sources.depth import DepthSource
+from d2f_core.flow.encode.check import check_encode_depth
 from d2f_core.flow.encode.config import EncodeDepthConfig
-from d2f_core.flow.encode.job import check_encode_depth, encode_depth
+from d2f_core.flow.encode.job import encode
 from pipelines.cli import run_job
 from pipelines.names import DEPTH_BASE
 from pipelines.recipes_stable_diffusion import ENCODE_DEPTH_STABLE_DIFFUSION
@@ -25,9 +26,9 @@ ENCODE_DEPTH = {
 
 
 def main(config: EncodeDepthConfig) -> None:
-    check_encode_depth(config)
+    job = check_encode_depth(config)
     ray.init(ignore_reinit_error=True)
-    encode_depth(config)
+    encode(job)
 
 
 if __name__ == "__main__":

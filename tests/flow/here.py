@@ -16,15 +16,14 @@ import torch
 from d2f_core.data.datasets import depth_table
 from d2f_core.data.datasets.depth_table import MakeDepthConfig
 from d2f_core.data.manifest import TableFile
-from d2f_core.data.sources import SourcePlan
 from d2f_core.flow.depth import job as depth_job
 from d2f_core.flow.depth.actor import DepthActor
 from d2f_core.flow.depth.actor import work_item as depth_item
 from d2f_core.flow.depth.job import DepthJob
 from d2f_core.flow.encode import job as encode
 from d2f_core.flow.encode.actor import ChunkEncoder
+from d2f_core.flow.encode.check import EncodeJob
 from d2f_core.flow.encode.chunks import prepare_shards, work_item, write_row
-from d2f_core.flow.encode.config import EncodeJob
 from d2f_core.flow.evaluate import extract_features, metrics, straightness
 from d2f_core.flow.evaluate.extract_features import FeatureExtractor, ScoreConfig
 from d2f_core.flow.generate import job as generate
@@ -48,17 +47,18 @@ def score_here(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any
         yield scorer({name: np.array([value]) for name, value in item.items()})
 
 
-def prepared_rows(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[pa.Table]:
+def prepared_rows(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Iterator[pa.Table]:
     """The chunks of unfinished shards as they come to an encoder, one after the other."""
     for number, done in todo.items():
-        yield from prepare_shards(pa.Table.from_pylist([work_item(number, source.shards[number], done)]), job=job)
+        items = pa.Table.from_pylist([work_item(number, job.source.shards[number], done)])
+        yield from prepare_shards(items, spec=job.spec)
 
 
-def encode_here(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+def encode_here(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
     """As `encode._rows`."""
-    encoder = ChunkEncoder(job)
-    for row in prepared_rows(job, source, todo):
-        yield from write_row(encoder(row), output=job.config.output).to_pylist()
+    encoder = ChunkEncoder(job.spec)
+    for row in prepared_rows(job, todo):
+        yield from write_row(encoder(row), output=job.spec.config.output).to_pylist()
 
 
 def predict_here(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:

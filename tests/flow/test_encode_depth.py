@@ -21,10 +21,11 @@ from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import check_schema, sample_id
 from d2f_core.data.sources.depth import DepthSource
 from d2f_core.flow.encode.actor import ChunkEncoder, to_input
-from d2f_core.flow.encode.check import claim_output
+from d2f_core.flow.encode.check import check_encode_depth, claim_output
 from d2f_core.flow.encode.chunk_records import read_records, unfinished_shards
 from d2f_core.flow.encode.chunks import write_row
-from d2f_core.flow.encode.job import EncodeDepthConfig, EncodeError, check_encode_depth, encode_depth, finish_table
+from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeError
+from d2f_core.flow.encode.job import encode, finish_table
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import join, read_bytes
@@ -118,16 +119,16 @@ def config(base, tmp_path) -> EncodeDepthConfig:
 
 def encode_here(config: EncodeDepthConfig, chunks: int | None = None) -> Manifest | None:
     """The stages of the job one after another in this process; a number of chunks stops it before its end."""
-    job, source = check_encode_depth(config)
-    claim_output(job)
-    encoder, written = ChunkEncoder(job), 0
-    todo = unfinished_shards(len(source.shards), read_records(config.output))
-    for row in prepared_rows(job, source, todo):
+    job = check_encode_depth(config)
+    claim_output(job.spec)
+    encoder, written = ChunkEncoder(job.spec), 0
+    todo = unfinished_shards(len(job.source.shards), read_records(config.output))
+    for row in prepared_rows(job, todo):
         if written == chunks:
             return None
         write_row(encoder(row), output=config.output)
         written += 1
-    return finish_table(job, read_records(config.output))
+    return finish_table(job.spec, read_records(config.output))
 
 
 def rows_of(uri: str) -> dict[str, np.ndarray]:
@@ -201,7 +202,7 @@ def test_another_way_of_reading_the_depth_is_another_job(config):
     encode_here(config, 1)
     source = dataclasses.replace(config.source, distances="radial")
     with pytest.raises(EncodeError, match=r"'distances': 'planar'.*'distances': 'radial'"):
-        encode_depth(dataclasses.replace(config, source=source))
+        encode(check_encode_depth(dataclasses.replace(config, source=source)))
 
 
 def test_latents_that_come_with_the_source_are_taken_as_they_are(config, tmp_path):
@@ -262,9 +263,9 @@ def test_rendered_scenes_become_latents_with_the_right_masks(stack: StackEnv):
         source=DepthSource(uri=scenes.output), base=EMOJI_SD, output=f"{prefix}/latents", rows_per_part=5
     )
     with here():
-        manifest = encode_depth(config)
+        manifest = encode(check_encode_depth(config))
     assert manifest.counts == {"read": 12, "written": 12, "quarantined": 0, "duplicates": 0}
-    assert encode_depth(config) == manifest
+    assert encode(check_encode_depth(config)) == manifest
     rows = rows_of(config.output)
     assert rows["latent_mean"].shape == rows["joined_mean"].shape == (12, 4, 16, 16)
     assert list(rows["source_uri"]) == [f"rendered:train/0/64/{number}" for number in range(12)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.schema import array_field
 from d2f_core.flow.encode.chunks import pack, unpack
-from d2f_core.flow.encode.config import EncodeJob
+from d2f_core.flow.encode.config import EncodeSpec
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.model.text_encoder import load_text_encoder
@@ -20,40 +20,40 @@ from d2f_core.model.text_encoder import load_text_encoder
 class ChunkEncoder:
     """Ray Data actor: pictures of a chunk -> its latent table. Loads the weights once."""
 
-    def __init__(self, job: EncodeJob) -> None:
-        torch.set_num_threads(job.config.cpus_per_actor)
-        self._job = job
-        self._device = "cuda" if job.config.gpus_per_actor else "cpu"
-        base = resolve_base(job.config.base)
+    def __init__(self, spec: EncodeSpec) -> None:
+        torch.set_num_threads(spec.config.cpus_per_actor)
+        self._spec = spec
+        self._device = "cuda" if spec.config.gpus_per_actor else "cpu"
+        base = resolve_base(spec.config.base)
         self._autoencoder = load_autoencoder(base, device=self._device)
-        states = job.fingerprint["text"] == "states"
+        states = spec.fingerprint["text"] == "states"
         self._text_encoder = load_text_encoder(base, device=self._device) if states else None
 
     def __call__(self, row: pa.Table) -> pa.Table:
         record, prepared = unpack(row)
-        if self._autoencoder.fingerprint != self._job.fingerprint["autoencoder"]:
-            problem = f"{self._job.config.base!r} is another model on some node. Give a URI that all nodes share."
+        if self._autoencoder.fingerprint != self._spec.fingerprint["autoencoder"]:
+            problem = f"{self._spec.config.base!r} is another model on some node. Give a URI that all nodes share."
             return pack(record, prepared, problem=problem)
         columns: dict[str, Any] = table_to_arrays(prepared)
-        schema = self._job.kind.schema(self._job.latent_shape)
+        schema = self._spec.kind.schema(self._spec.latent_shape)
         encoded = []
-        for picture in self._job.kind.pictures:
+        for picture in self._spec.kind.pictures:
             moments = self._encode(columns.pop(picture.name))
             for name, values in zip((picture.mean, picture.std), moments, strict=True):
                 if name is not None:
                     columns[name] = values
                     encoded.append(name)
         if self._text_encoder is not None:
-            columns["text_state"], shape = self._encode_text(list(columns["caption"]), self._job.config.batch_size)
+            columns["text_state"], shape = self._encode_text(list(columns["caption"]), self._spec.config.batch_size)
             schema = schema.append(array_field("text_state", "float16", shape))
         return pack(record, arrays_to_table(columns, schema), problem=_not_finite(columns, encoded))
 
     def _encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation of the scaled latents of a chunk's pictures, float16 [rows, C, h, w]."""
-        empty = np.empty((0, *self._job.latent_shape), np.float16)
+        empty = np.empty((0, *self._spec.latent_shape), np.float16)
         means, stds = [empty], [empty]
-        for start in range(0, len(pictures), self._job.config.batch_size):
-            batch = to_input(pictures[start : start + self._job.config.batch_size], self._device)
+        for start in range(0, len(pictures), self._spec.config.batch_size):
+            batch = to_input(pictures[start : start + self._spec.config.batch_size], self._device)
             mean, std = self._autoencoder.encode(batch)
             means.append(mean.half().cpu().numpy())
             stds.append(std.half().cpu().numpy())

@@ -5,7 +5,7 @@ from typing import Any
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.data.schema import latent_schema, sample_id
 from d2f_core.data.sources import Sample
-from d2f_core.flow.encode.config import EncodeJob, EncodeKind, Picture
+from d2f_core.flow.encode.config import EncodeKind, EncodeSpec, Picture
 
 
 def identify(sample: Sample) -> str:
@@ -28,9 +28,9 @@ def check_caption(caption: str | None) -> str:
     return caption.strip()
 
 
-def prepare(sample: Sample, job: EncodeJob) -> dict[str, Any]:
+def prepare(sample: Sample, spec: EncodeSpec) -> dict[str, Any]:
     assert sample.image is not None  # it was identified
-    image = prepare_image(sample.image, job.config.rules)
+    image = prepare_image(sample.image, spec.config.rules)
     return {
         "caption": check_caption(sample.caption),
         "width": image.width,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from d2f_core.flow.encode.config import (
     EncodeConfig,
     EncodeDepthConfig,
     EncodeError,
-    EncodeJob,
     EncodeKind,
     EncodeSettings,
+    EncodeSpec,
 )
 from d2f_core.flow.encode.with_depth import DEPTH, DEPTH_LATENTS
 from d2f_core.identity import differences, identity_values
@@ -26,7 +27,16 @@ from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.storage import check_reachable, join, list_names, read_bytes, write_bytes
 
 
-def check_encode(config: EncodeConfig) -> tuple[EncodeJob, SourcePlan]:
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """An encode job that was checked, and is ready to run."""
+
+    spec: EncodeSpec
+    source: SourcePlan
+    """The source, listed."""
+
+
+def check_encode(config: EncodeConfig) -> EncodeJob:
     """Check everything that can be checked before a cluster is used.
 
     Raises:
@@ -36,7 +46,7 @@ def check_encode(config: EncodeConfig) -> tuple[EncodeJob, SourcePlan]:
     return _check(config, CAPTIONED, config.source.uri, plan, text=config.text)
 
 
-def check_encode_depth(config: EncodeDepthConfig) -> tuple[EncodeJob, SourcePlan]:
+def check_encode_depth(config: EncodeDepthConfig) -> EncodeJob:
     """`check_encode` of images with depth."""
     plan = partial(plan_depth, config.source, rows_per_shard=config.rows_per_part)
     kind = DEPTH_LATENTS if config.source.latents else DEPTH
@@ -52,7 +62,7 @@ def _check(
     *,
     text: str = "online",
     inputs: Mapping[str, Any] | None = None,
-) -> tuple[EncodeJob, SourcePlan]:
+) -> EncodeJob:
     for name, value in (("source.uri", source), ("base", config.base), ("output", config.output)):
         if not value:
             raise EncodeError(f"{name} is empty. Give --{name} URI.")
@@ -74,8 +84,8 @@ def _check(
         "rows_per_part": config.rows_per_part,
         **(inputs or {}),
     }
-    job = EncodeJob(config=config, kind=kind, fingerprint=fingerprint, inputs=made_from, latent_shape=shape)
-    return job, planned
+    spec = EncodeSpec(config=config, kind=kind, fingerprint=fingerprint, inputs=made_from, latent_shape=shape)
+    return EncodeJob(spec=spec, source=planned)
 
 
 def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:
@@ -110,38 +120,39 @@ def _latent_shape(config: EncodeSettings, path: Path) -> tuple[int, int, int]:
     return vae["latent_channels"], config.resolution // unit, config.resolution // unit
 
 
-def claim_output(job: EncodeJob) -> None:
+def claim_output(spec: EncodeSpec) -> None:
     """Write what the job is at its output, or check that the job begun there is the same.
 
     Raises:
         EncodeError: another job began there, naming what differs; or something else lies there.
     """
-    place = join(job.config.output, PROGRESS, JOB_NAME)
-    if (names := list_names(job.config.output)) and PROGRESS not in names:
+    place = join(spec.config.output, PROGRESS, JOB_NAME)
+    if (names := list_names(spec.config.output)) and PROGRESS not in names:
         raise EncodeError(
-            f"{job.config.output!r} is not empty: it holds {', '.join(names[:5])}. Give another output, or remove them."
+            f"{spec.config.output!r} is not empty: it holds {', '.join(names[:5])}. Give another output, or remove "
+            "them."
         )
     try:
-        write_bytes(place, json.dumps(job.identity(), indent=1, sort_keys=True).encode(), exclusive=True)
+        write_bytes(place, json.dumps(spec.identity(), indent=1, sort_keys=True).encode(), exclusive=True)
     except FileExistsError:
-        _refuse_other(job, json.loads(read_bytes(place)), "is an unfinished table")
+        _refuse_other(spec, json.loads(read_bytes(place)), "is an unfinished table")
 
 
-def check_complete_table(job: EncodeJob, manifest: Manifest) -> None:
+def check_complete_table(spec: EncodeSpec, manifest: Manifest) -> None:
     """Raises EncodeError when the finished table at the output is not what the job would write."""
     if manifest.kind != "latents":
-        raise EncodeError(f"{job.config.output!r} holds a table of {manifest.kind}. Give another output.")
+        raise EncodeError(f"{spec.config.output!r} holds a table of {manifest.kind}. Give another output.")
     there = {**manifest.inputs, "fingerprint": manifest.fingerprint}
-    _refuse_other(job, there, "is a complete table")
+    _refuse_other(spec, there, "is a complete table")
 
 
-def _refuse_other(job: EncodeJob, there: dict[str, Any], what: str) -> None:
-    now = job.identity()
+def _refuse_other(spec: EncodeSpec, there: dict[str, Any], what: str) -> None:
+    now = spec.identity()
     now, there = ({**values, **values.get("fingerprint", {})} for values in (now, there))
     for name in ("fingerprint", "base", "base_hash"):  # of a complete table the last two are told as well
         now.pop(name, None)
         there.pop(name, None)
     if changed := differences(there, now):
         raise EncodeError(
-            f"{job.config.output!r} {what} of another job: {'; '.join(changed)}. Give another output, or remove it."
+            f"{spec.config.output!r} {what} of another job: {'; '.join(changed)}. Give another output, or remove it."
         )

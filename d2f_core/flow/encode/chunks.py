@@ -18,7 +18,7 @@ from d2f_core.data.quarantine import DUPLICATE, BadSample
 from d2f_core.data.schema import array_field, array_kind, is_array
 from d2f_core.data.sources import Sample, Shard
 from d2f_core.flow.encode.chunk_records import ChunkRecord, write_chunk
-from d2f_core.flow.encode.config import EncodeJob
+from d2f_core.flow.encode.config import EncodeSpec
 
 PACKED_SCHEMA = pa.schema([("record", pa.string()), ("table", pa.binary()), ("problem", pa.string())])
 """`problem` stops the job. It travels as data because Ray keeps of an exception only its traceback's text."""
@@ -41,19 +41,19 @@ def unpack(row: pa.Table) -> tuple[ChunkRecord, pa.Table]:
     return record, pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
 
 
-def prepared_schema(job: EncodeJob) -> pa.Schema:
+def prepared_schema(spec: EncodeSpec) -> pa.Schema:
     """Columns of a chunk on its way to an actor: what is known of the table, and the pictures."""
-    encoded = {name for picture in job.kind.pictures for name in (picture.mean, picture.std)}
-    fields = [column for column in job.kind.schema(job.latent_shape) if column.name not in encoded]
-    size = job.config.resolution
-    for picture in job.kind.pictures:
+    encoded = {name for picture in spec.kind.pictures for name in (picture.mean, picture.std)}
+    fields = [column for column in spec.kind.schema(spec.latent_shape) if column.name not in encoded]
+    size = spec.config.resolution
+    for picture in spec.kind.pictures:
         fields.append(
             array_field(picture.name, picture.dtype, (size, size, 3) if picture.dtype == "uint8" else (size, size))
         )
     return pa.schema(fields)
 
 
-def prepare_chunk(samples: Sequence[Sample], job: EncodeJob, **where: Any) -> tuple[ChunkRecord, pa.Table]:
+def prepare_chunk(samples: Sequence[Sample], spec: EncodeSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:
     """Sort out a chunk's samples; of equal ones the first that can be used counts."""
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
@@ -63,21 +63,21 @@ def prepare_chunk(samples: Sequence[Sample], job: EncodeJob, **where: Any) -> tu
         try:
             if sample.problem:
                 raise BadImageError(sample.problem)
-            name = job.kind.identify(sample)
+            name = spec.kind.identify(sample)
             if name in seen:
                 raise BadImageError(DUPLICATE)
-            good.append({"sample_id": name, "source_uri": sample.source_uri, **job.kind.prepare(sample, job)})
+            good.append({"sample_id": name, "source_uri": sample.source_uri, **spec.kind.prepare(sample, spec)})
             # Only now: an image whose first depth is broken may come again with a whole one.
             seen.add(name)
         except BadImageError as error:
             bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
     record = ChunkRecord(read=sum(sample.rows for sample in samples), bad=tuple(bad), **where)
-    return record, _table(good, job)
+    return record, _table(good, spec)
 
 
-def _table(good: Sequence[dict[str, Any]], job: EncodeJob) -> pa.Table:
-    columns: dict[str, Any] = {"bucket": [f"{job.config.resolution}x{job.config.resolution}"] * len(good)}
-    schema = prepared_schema(job)
+def _table(good: Sequence[dict[str, Any]], spec: EncodeSpec) -> pa.Table:
+    columns: dict[str, Any] = {"bucket": [f"{spec.config.resolution}x{spec.config.resolution}"] * len(good)}
+    schema = prepared_schema(spec)
     for column in schema:
         if column.name not in columns:
             values = [row[column.name] for row in good]
@@ -95,9 +95,9 @@ def work_item(number: int, shard: Shard, done: frozenset[int]) -> dict[str, Any]
     return {"shard": number, "work": pickle.dumps((shard, done))}
 
 
-def prepare_shards(rows: pa.Table, *, job: EncodeJob) -> Iterator[pa.Table]:
+def prepare_shards(rows: pa.Table, *, spec: EncodeSpec) -> Iterator[pa.Table]:
     """Read the shards of work items and yield their chunks, decoded."""
-    size = job.config.rows_per_part
+    size = spec.config.rows_per_part
     for item in rows.to_pylist():
         shard, done = pickle.loads(item["work"])  # made by the driver of this very job
         samples = shard.read()
@@ -105,7 +105,7 @@ def prepare_shards(rows: pa.Table, *, job: EncodeJob) -> Iterator[pa.Table]:
         while True:
             following = list(islice(samples, size))
             if number not in done:
-                yield pack(*prepare_chunk(chunk, job, shard=item["shard"], number=number, last=not following))
+                yield pack(*prepare_chunk(chunk, spec, shard=item["shard"], number=number, last=not following))
             if not following:
                 break
             number, chunk = number + 1, following

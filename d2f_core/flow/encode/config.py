@@ -116,7 +116,7 @@ class EncodeKind:
     pictures: tuple[Picture, ...]
     identify: Callable[[Any], str]
     """Sample -> sample id; raises BadImageError when it lacks a part."""
-    prepare: Callable[[Any, "EncodeJob"], dict[str, Any]]
+    prepare: Callable[[Any, "EncodeSpec"], dict[str, Any]]
     """Sample -> its pictures and the columns that are known before encoding, but for `sample_id`, `source_uri` and
     `bucket`; raises BadImageError when it cannot be used."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class EncodeKind:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeJob:
+class EncodeSpec:
     """Everything that decides the output's bytes."""
 
     config: EncodeSettings

@@ -19,7 +19,7 @@ from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, wri
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
 from d2f_core.data.sources import SourcePlan
 from d2f_core.flow.encode.actor import ChunkEncoder
-from d2f_core.flow.encode.check import check_complete_table, check_encode, check_encode_depth, claim_output
+from d2f_core.flow.encode.check import EncodeJob, check_complete_table, claim_output
 from d2f_core.flow.encode.chunk_records import (
     PROGRESS,
     ChunkRecord,
@@ -29,21 +29,9 @@ from d2f_core.flow.encode.chunk_records import (
     unfinished_shards,
 )
 from d2f_core.flow.encode.chunks import prepare_shards, work_item, write_row
-from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeJob
+from d2f_core.flow.encode.config import EncodeError, EncodeSpec
 from d2f_core.progress import Progress
 from d2f_core.storage import join, remove_tree
-
-__all__ = [
-    "EncodeConfig",
-    "EncodeDepthConfig",
-    "EncodeError",
-    "check_encode",
-    "check_encode_depth",
-    "encode_depth",
-    "encode_latents",
-    "finish_table",
-    "run_chunks",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -55,35 +43,27 @@ BLOCK_BYTES = 2**20
 """A chunk of this size or more goes on by itself instead of waiting for its shard's others."""
 
 
-def encode_latents(config: EncodeConfig) -> Manifest:
+def encode(job: EncodeJob) -> Manifest:
     """Write what is missing of the latent table; needs a running Ray. A finished table is left alone.
 
     Raises:
-        ValueError: see `check_encode`; also an output of another job, too small a cluster, or no usable image at all.
+        ValueError: an output of another job, too small a cluster, or no usable image at all.
     """
-    return _encode(*check_encode(config))
-
-
-def encode_depth(config: EncodeDepthConfig) -> Manifest:
-    """`encode_latents` of images with depth: writes the table of `depth_latent_schema`."""
-    return _encode(*check_encode_depth(config))
-
-
-def _encode(job: EncodeJob, source: SourcePlan) -> Manifest:
-    output = job.config.output
+    spec, source = job.spec, job.source
+    output = spec.config.output
     if manifest_exists(output):
         manifest = read_manifest(output)
-        check_complete_table(job, manifest)
+        check_complete_table(spec, manifest)
         remove_tree(join(output, PROGRESS))
         logger.info("%s: complete with %d rows, nothing to do", output, manifest.num_rows)
         return manifest
-    claim_output(job)
+    claim_output(spec)
     records = read_records(output)
     todo = unfinished_shards(len(source.shards), records)
     progress = _progress(source, records, todo)
-    most = inf if source.num_rows is None else job.config.max_quarantined_share * source.num_rows
+    most = inf if source.num_rows is None else spec.config.max_quarantined_share * source.num_rows
     unusable = sum(record.unusable for record in records)
-    with closing(run_chunks(job, source, todo)) as chunks:
+    with closing(run_chunks(job, todo)) as chunks:
         while unusable <= most and (record := next(chunks, None)):
             records.append(record)
             unusable += record.unusable
@@ -91,8 +71,8 @@ def _encode(job: EncodeJob, source: SourcePlan) -> Manifest:
     if unusable > most:  # whatever is still to come
         bad = ledger(output, records)
         write_quarantine(output, bad)
-        raise _too_many(job, bad, sum(record.read for record in records))
-    return finish_table(job, records)
+        raise _too_many(spec, bad, sum(record.read for record in records))
+    return finish_table(spec, records)
 
 
 def _progress(source: SourcePlan, records: Sequence[ChunkRecord], todo: Mapping[int, Any]) -> Progress:
@@ -102,21 +82,21 @@ def _progress(source: SourcePlan, records: Sequence[ChunkRecord], todo: Mapping[
     return Progress("encode_latents", source.num_rows, "images", done=sum(record.read for record in records))
 
 
-def run_chunks(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
+def run_chunks(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
     """Encode the unfinished shards; one record per chunk, as they are written.
 
     Raises:
         EncodeError: what a chunk could not be encoded for.
     """
-    for row in _rows(job, source, todo) if todo else ():
+    for row in _rows(job, todo) if todo else ():
         if row["problem"] is not None:
             raise EncodeError(row["problem"])
         yield ChunkRecord.from_json(row["record"])
 
 
-def _rows(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+def _rows(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
     """What `write_row` makes of each chunk, on the cluster."""
-    config = job.config
+    spec, config = job.spec, job.spec.config
     actors = min(config.num_actors, len(todo))
     await_resources(
         actors,
@@ -125,21 +105,21 @@ def _rows(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]
         least=actors,
         seconds=config.node_wait_seconds,
     )
-    items = [work_item(number, source.shards[number], done) for number, done in todo.items()]
+    items = [work_item(number, job.source.shards[number], done) for number, done in todo.items()]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.target_max_block_size = BLOCK_BYTES
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     dataset.context.print_on_execution_start = False
     rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     dataset = dataset.map_batches(
-        cast(Any, partial(prepare_shards, job=job)),
+        cast(Any, partial(prepare_shards, spec=spec)),
         compute=ray.data.TaskPoolStrategy(size=config.num_readers),
         num_cpus=PREPARE_CPUS,
         **rows,
     )
     dataset = dataset.map_batches(
         cast(Any, ChunkEncoder),
-        fn_constructor_args=(job,),
+        fn_constructor_args=(spec,),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,
@@ -154,13 +134,13 @@ def _rows(job: EncodeJob, source: SourcePlan, todo: Mapping[int, frozenset[int]]
     yield from dataset.iter_rows()
 
 
-def finish_table(job: EncodeJob, records: Sequence[ChunkRecord]) -> Manifest:
+def finish_table(spec: EncodeSpec, records: Sequence[ChunkRecord]) -> Manifest:
     """Drop samples that came twice, write the ledger, and declare the table complete.
 
     Raises:
         EncodeError: no sample can be used, or more than may be cannot.
     """
-    output = job.config.output
+    output = spec.config.output
     records = drop_duplicates(output, records)
     files = tuple(record.file for record in records if record.file is not None)
     bad = ledger(output, records)
@@ -176,12 +156,12 @@ def finish_table(job: EncodeJob, records: Sequence[ChunkRecord]) -> Manifest:
     reasons = _counted(bad)
     if not counts["written"]:
         raise EncodeError(
-            f"None of the {counts['read']} samples in {job.inputs['source']!r} can be used ({reasons or 'empty'}). "
+            f"None of the {counts['read']} samples in {spec.inputs['source']!r} can be used ({reasons or 'empty'}). "
             f"The reasons are in {join(output, QUARANTINE_NAME)!r}."
         )
-    if unusable > job.config.max_quarantined_share * counts["read"]:
-        raise _too_many(job, bad, counts["read"])
-    manifest = Manifest(kind="latents", files=files, fingerprint=job.fingerprint, inputs=job.inputs, counts=counts)
+    if unusable > spec.config.max_quarantined_share * counts["read"]:
+        raise _too_many(spec, bad, counts["read"])
+    manifest = Manifest(kind="latents", files=files, fingerprint=spec.fingerprint, inputs=spec.inputs, counts=counts)
     write_manifest(output, manifest)
     remove_tree(join(output, PROGRESS))
     logger.info(
@@ -195,14 +175,14 @@ def _counted(bad: Sequence[BadSample]) -> str:
     return ", ".join(f"{count} {code}" for code, count in reason_counts(bad).items())
 
 
-def _too_many(job: EncodeJob, bad: Sequence[BadSample], read: int) -> EncodeError:
+def _too_many(spec: EncodeSpec, bad: Sequence[BadSample], read: int) -> EncodeError:
     """More of the samples that were read are unusable than may be."""
     lost = [sample for sample in bad if sample.code != DUPLICATE]
     shown = "; ".join(f"{sample.source_uri}: {sample.reason}" for sample in lost[:3])
     count = sum(sample.rows for sample in lost)
     return EncodeError(
-        f"{count} of the {read} samples read from {job.inputs['source']!r} cannot be used ({_counted(lost)}), "
-        f"more than max_quarantined_share={job.config.max_quarantined_share:g} allows. The first: "
-        f"{shown}. All are in {join(job.config.output, QUARANTINE_NAME)!r}. Check the source; or raise the limit, and "
+        f"{count} of the {read} samples read from {spec.inputs['source']!r} cannot be used ({_counted(lost)}), "
+        f"more than max_quarantined_share={spec.config.max_quarantined_share:g} allows. The first: "
+        f"{shown}. All are in {join(spec.config.output, QUARANTINE_NAME)!r}. Check the source; or raise the limit, and "
         "the same command goes on from here."
     )

@@ -19,7 +19,7 @@ from d2f_core.data.image_headers import read_declared
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.depth import DepthSample, DepthSource, read_depth, read_valid
-from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeJob, EncodeKind, Picture
+from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeKind, EncodeSpec, Picture
 
 
 def identify(sample: DepthSample) -> str:
@@ -29,15 +29,15 @@ def identify(sample: DepthSample) -> str:
     return sample_id(sample.image, "")
 
 
-def prepare(sample: DepthSample, job: EncodeJob) -> dict[str, Any]:
+def prepare(sample: DepthSample, spec: EncodeSpec) -> dict[str, Any]:
     """Image and depth, cut and resized alike, the depth in its affine-invariant form, and the latents that count."""
     assert sample.image is not None  # it was identified
-    size = job.config.resolution
-    image = prepare_image(sample.image, job.config.rules)
+    size = spec.config.resolution
+    image = prepare_image(sample.image, spec.config.rules)
     declared = read_declared(sample.image)
     if declared is not None and declared.orientation != 1:
         raise BadImageError("orientation: the image is turned by its metadata, its depth is not")
-    depth = read_depth(sample, _source(job), job.config.max_pixels)
+    depth = read_depth(sample, _source(spec), spec.config.max_pixels)
     if depth is None:
         raise BadDepthError("no_depth: none found")
     if depth.shape != (image.height, image.width):
@@ -52,7 +52,7 @@ def prepare(sample: DepthSample, job: EncodeJob) -> dict[str, Any]:
         "crop": image.crop,
         "pixels": image.pixels,
         "depth_picture": picture,
-        "mask": latent_mask(valid, job.latent_shape[1:]),
+        "mask": latent_mask(valid, spec.latent_shape[1:]),
     }
 
 
@@ -62,12 +62,12 @@ def identify_latents(sample: DepthSample) -> str:
     return sample_id(sample.latent + sample.depth_latent, "")
 
 
-def prepare_latents(sample: DepthSample, job: EncodeJob) -> dict[str, Any]:
+def prepare_latents(sample: DepthSample, spec: EncodeSpec) -> dict[str, Any]:
     """Latents as they come, with the mask of the depth, or of the sample, if there is one."""
     assert sample.latent is not None and sample.depth_latent is not None  # it was identified
-    size = job.config.resolution
-    joined, latent = (_read_latent(data, job.latent_shape) for data in (sample.latent, sample.depth_latent))
-    counts = read_valid(sample, _source(job), job.config.max_pixels)
+    size = spec.config.resolution
+    joined, latent = (_read_latent(data, spec.latent_shape) for data in (sample.latent, sample.depth_latent))
+    counts = read_valid(sample, _source(spec), spec.config.max_pixels)
     valid = np.ones((size, size), bool)
     if counts is not None:
         height, width = counts.shape
@@ -85,12 +85,12 @@ def prepare_latents(sample: DepthSample, job: EncodeJob) -> dict[str, Any]:
         "latent_mean": latent,
         "latent_std": np.zeros_like(latent),
         "joined_mean": joined,
-        "mask": latent_mask(valid, job.latent_shape[1:]),
+        "mask": latent_mask(valid, spec.latent_shape[1:]),
     }
 
 
-def _source(job: EncodeJob) -> DepthSource:
-    return cast(EncodeDepthConfig, job.config).source
+def _source(spec: EncodeSpec) -> DepthSource:
+    return cast(EncodeDepthConfig, spec.config).source
 
 
 def _read_latent(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
