@@ -1,0 +1,80 @@
+"""What MLflow's own tools run to open a registered depth model: `mlflow.pyfunc.load_model("models:/depth@champion")`.
+
+Registering copies this file beside the model's files, and MLflow runs the copy, in an environment that has this project
+installed. Bytes of image files in, maps as bytes of .npy and 16-bit PNG files out; settings may stand in columns, one
+value per image, or be given as `params`, which hold for all images. Import this module only to serve a model.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+from d2f_core.data.images import ImageRules, prepare_image
+from d2f_core.data.schema import sample_id
+from d2f_core.inference.depth_ensemble import depth_npy, depth_png
+from d2f_core.inference.depth_maker import DepthMaker, fill_settings
+from d2f_core.model.artifact import load_model
+
+WHOLE = {"num_inference_steps": "steps", "seed": "seed", "ensemble": "ensemble"}
+SETTINGS = {**WHOLE, "solver": "solver", "shift": "shift"}
+"""Name that MLflow's users know -> name here."""
+MAX_PIXELS = 50_000_000
+
+
+class DepthModel(PythonModel):
+    """A trained model that sees how far everything is, up to scale and shift."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the model; `base_model` and `device` of the model config say where its base is and where it computes."""
+        config = context.model_config or {}
+        device = config.get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
+        model = load_model(context.artifacts["model"], base_uri=config.get("base_model") or None)
+        self.maker = DepthMaker(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """One row per image: `depth` and `uncertainty` (.npy, float32, 0 near, 1 far) and `depth_png` (16 bits).
+
+        Every image is cropped to its centre square and resized to what the model was made for.
+
+        Raises:
+            ValueError: bytes that are no image, a setting that makes no sense, or a map that came out not finite.
+        """
+        del context
+        each = model_input.explode("image")  # MLflow reads {"image": [a, b]} as one row
+        rows = [{**(params or {}), **_given(row)} for row in each.to_dict("records")]
+        return pd.DataFrame([self._row(number, row) for number, row in enumerate(rows)])
+
+    def _row(self, number: int, row: Mapping[str, Any]) -> dict[str, bytes]:
+        given = _given(row)  # MLflow fills in None for params that are left out
+        image = given.get("image")
+        if not isinstance(image, bytes):
+            raise ValueError(f"row {number} has image of type {type(image).__name__}. Give the bytes of an image file.")
+        settings = {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
+        settings |= {name: int(settings[name]) for name in WHOLE.values() if name in settings}
+        resolution = max(self.maker.model.default_size)
+        try:
+            prepared = prepare_image(image, ImageRules(resolution=resolution, min_side=1, max_pixels=MAX_PIXELS))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}. Give the bytes of a PNG, JPEG or WebP file.") from None
+        filled = fill_settings(self.maker.model, **settings)
+        (made,) = self.maker.make(prepared.pixels[None], [sample_id(image, "")], filled)
+        if made.depth is None or made.uncertainty is None:
+            raise ValueError(f"row {number}: {made.error}. Take another solver or more steps.")
+        return {
+            "depth": depth_npy(made.depth),
+            "depth_png": depth_png(made.depth),
+            "uncertainty": depth_npy(made.uncertainty),
+        }
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is missing, which pandas has as None or NaN."""
+    return {name: value for name, value in row.items() if not pd.isna(value)}
+
+
+set_model(DepthModel())
