@@ -69,8 +69,7 @@ def test_a_generation_is_complete_for_the_same_command_and_another_is_refused(th
 def test_a_run_is_known_by_its_config_and_its_checkpoint_becomes_a_model(there: None, stack: object) -> None:
     del stack
     config = stored_config(FinetuneConfig, "finetune")
-    base, manifests = finetune.check(config)
-    (found,) = checkpoint.candidates(config.output, finetune.identity_of(config, base, manifests))
+    (found,) = checkpoint.candidates(config.output, finetune.check(config).identity)
     for kind in checkpoint.KINDS:  # each tensor's hash is compared
         assert checkpoint.read_tensors(found, kind).keys() == found.manifest.tensors[kind].keys()
     exported = export_checkpoint(CheckpointExportConfig(run=config.output, step=2, output=f"{HOME}/exported"))

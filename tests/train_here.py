@@ -24,7 +24,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import EvaluationJob, evaluate
 from d2f_core.train.steps import train_steps
 from d2f_core.train.task import BuildTask
-from pipelines import finetune, train_autoencoder
+from pipelines import training
 
 
 class PlainEngine:
@@ -97,8 +97,7 @@ def trained_here() -> Iterator[None]:
     """Trainings run in this process."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (finetune, train_autoencoder):
-            patch.setattr(module, "run_training", run_training)
+        patch.setattr(training, "run_training", run_training)
         try:
             yield
         finally:

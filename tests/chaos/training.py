@@ -28,7 +28,8 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.ema import EmaConfig
 from d2f_core.train.steps import consumed_digest
 from pipelines.configs import FinetuneConfig
-from pipelines.finetune import COLUMNS, main
+from pipelines.finetune import main
+from pipelines.finetune_task import COLUMNS
 from tests.latent_tables import write_latents
 
 ROWS, STEPS, SAVES = 96, 40, 5

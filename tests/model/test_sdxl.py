@@ -29,7 +29,8 @@ from d2f_core.model.text_to_image import ModelConfig, PreviewConfig, TextToImage
 from d2f_core.randomness import keyed_normal
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig
-from pipelines.finetune import COLUMNS, build_task, check
+from pipelines.finetune import check
+from pipelines.finetune_task import COLUMNS, build_task
 from tests.model.tiny_sdxl import write_tiny_sdxl
 
 PROMPTS = ["a cat", "dog"]

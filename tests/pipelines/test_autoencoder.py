@@ -15,7 +15,7 @@ from d2f_core.train.checkpoint import list_checkpoints
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.retention import Retention
-from pipelines import train_autoencoder
+from pipelines import autoencoder_task, train_autoencoder
 from pipelines.configs import TrainAutoencoderConfig
 from tests.image_tables import write_images
 from tests.slow import slow
@@ -42,20 +42,20 @@ def check_deviation(config: TrainAutoencoderConfig, result: str) -> None:
     network: Any = AutoencoderKL.from_pretrained(local_copy(result))
     table = RowReader(config.images, read_manifest(config.images), ("image",)).read(np.arange(16))
     with torch.no_grad():
-        means = network.encode(torch.from_numpy(train_autoencoder.pictures(table)[:, 0])).latent_dist.mean
+        means = network.encode(torch.from_numpy(autoencoder_task.pictures(table)[:, 0])).latent_dist.mean
     assert float(means.std()) * network.config.scaling_factor == pytest.approx(1, abs=0.01)
 
 
 def test_a_new_autoencoder_gives_latents_of_unit_deviation(base: str, tmp_path: Path):
     """Of a checkpoint as its training would leave it."""
     config = configured(base, str(tmp_path))
-    module = train_autoencoder.build_task(config, "cpu").module
+    module = autoencoder_task.build_task(config, "cpu").module
     weights = {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
-    _, identity = train_autoencoder.check(config)
+    identity = train_autoencoder.check(config).identity
     writer = CheckpointWriter(config.output, "a", 0, 1, Retention())
     writer.save(1, samples=4, identity=identity, tensors={"weights": weights, "ema": weights}, state={})
     writer.wait()
-    check_deviation(config, train_autoencoder.export(config, list_checkpoints(config.output)[-1]))
+    check_deviation(config, autoencoder_task.export(config, list_checkpoints(config.output)[-1]))
 
 
 @slow("25 s: the decoder of a base is trained in test_depth_workflow.py, and the export stays")

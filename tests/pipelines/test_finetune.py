@@ -21,7 +21,8 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.ema import EmaConfig
 from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
 from pipelines.configs import FinetuneConfig
-from pipelines.finetune import FinetuneResult, check, main, make_plan
+from pipelines.finetune import check, main
+from pipelines.training import TrainingResult
 from tests.latent_tables import write_latents
 from tests.slow import slow
 
@@ -55,7 +56,7 @@ def changed(config: FinetuneConfig, output: str, **train) -> FinetuneConfig:
 
 
 @pytest.fixture(scope="module")
-def unbroken(config) -> FinetuneResult:
+def unbroken(config) -> TrainingResult:
     return main(config)
 
 
@@ -82,7 +83,7 @@ def test_the_run_is_in_mlflow_with_losses_before_and_after(config, unbroken):
 
 
 def test_steps_took_turns_between_two_image_sizes(config):
-    plan = make_plan(config, *check(config))
+    plan = check(config).plan
     sizes = [{plan.micro_batch(step * 4 + part, 0, 1).source for part in range(4)} for step in range(plan.num_steps)]
     assert {0} in sizes and {1} in sizes and {0, 1} not in sizes
 

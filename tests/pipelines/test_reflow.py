@@ -31,7 +31,7 @@ from d2f_core.model.text_to_image import ModelConfig, TextToImage, build_network
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import get_alias, resolve_model
 from d2f_core.train.config import TrainConfig
-from pipelines import finetune
+from pipelines import finetune, finetune_task
 from pipelines.configs import FinetuneConfig
 from pipelines.reflow import Teacher, check, drawing_of, main
 from pipelines.workflow_config import ReflowConfig
@@ -110,7 +110,9 @@ def test_pairs_hold_the_noise_that_each_latent_came_from(config: ReflowConfig, v
     uri = f"{HOME}/workflow/round-1/pairs/latents"
     manifest = read_manifest(uri)
     assert manifest.kind == "latents" and manifest.num_rows == 12
-    arrays = table_to_arrays(RowReader(uri, manifest, (*finetune.COLUMNS, "noise", "sample_id")).read(np.arange(12)))
+    arrays = table_to_arrays(
+        RowReader(uri, manifest, (*finetune_task.COLUMNS, "noise", "sample_id")).read(np.arange(12))
+    )
     model = load_model(config.teacher)
     request = fill_request(
         model,
@@ -220,6 +222,6 @@ def test_a_further_round_starts_from_the_version(config: ReflowConfig, version: 
 def test_pairs_of_another_base_are_refused(config: ReflowConfig, version: dict[str, str]) -> None:
     uri = f"{HOME}/workflow/round-1/pairs/latents"
     training = dataclasses.replace(config.finetune, latents=uri, output=f"{HOME}/other")
-    base, manifests = finetune.check(training)
+    job = finetune.check(training)
     with pytest.raises(SchemaError, match="pairs were made by a model on the base"):
-        finetune.make_plan(training, dataclasses.replace(base, content_hash="other"), manifests)
+        finetune_task.make_plan(training, dataclasses.replace(job.base, content_hash="other"), job.manifests)

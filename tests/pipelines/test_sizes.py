@@ -12,8 +12,9 @@ from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.latent_task import ModelConfig, PreviewConfig
 from d2f_core.model.lora import LoraConfig
 from d2f_core.model.text_to_image import TextToImage
+from pipelines.checkpoint_export import trained_resolution
 from pipelines.configs import FinetuneConfig
-from pipelines.finetune import preview_of, trained_resolution
+from pipelines.finetune_task import preview_of
 from pipelines.workflow_recipes import WORKFLOW
 from tests.flow.tiny_base import write_tiny_base
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from d2f_core.data.datasets.emoji import MakeDatasetConfig
 from d2f_core.data.manifest import read_manifest
-from d2f_core.flow.encode.job import EncodeConfig
+from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.generate.job import read_generations
 from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.publish.job import RegisterConfig

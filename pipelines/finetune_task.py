@@ -1,0 +1,79 @@
+"""The task of a finetuning: what each worker trains, and what is measured on the held-out rows."""
+
+import dataclasses
+import functools
+
+import torch
+
+from d2f_core.data.latents import noise_columns, table_to_arrays
+from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.schema import SchemaError
+from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.data.table_reader import RowReader
+from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.model.image_to_depth import ImageToDepth
+from d2f_core.model.latent_task import LatentTask, ModelConfig, PreviewConfig, image_grid
+from d2f_core.model.text_to_image import TextToImage
+from d2f_core.tracking import resolve_model
+from d2f_core.train.task import Evaluation, Task
+from pipelines.checkpoint_export import trained_resolution
+from pipelines.configs import FinetuneConfig
+
+COLUMNS = TextToImage.columns
+TASKS: dict[str, type[LatentTask]] = {"text_to_image": TextToImage, "image_to_depth": ImageToDepth}
+
+
+def build_task(config: FinetuneConfig, device: str) -> Task:
+    """What a worker trains; called once on each."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    base, model = resolve_base(config.model.base), on_this_node(config.model)
+    task = TASKS[model.task](base, model, seed=config.train.seed, dtype=dtype, device=device)
+    return Task(
+        module=task.module,
+        to_batch=lambda table: task.to_batch(table_to_arrays(table)),
+        loss_fn=task.loss,
+        evaluate=functools.partial(evaluate, config, task),
+        make_grid=functools.partial(image_grid, columns=config.preview.columns),
+    )
+
+
+def on_this_node(model: ModelConfig) -> ModelConfig:
+    """With a directory in place of a models:/ URI."""
+    return dataclasses.replace(model, start=resolve_model(model.start))
+
+
+def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
+    """The validation loss of the held-out rows, and the preview's images."""
+    manifests = [read_manifest(uri) for uri in config.tables]
+    plan = make_plan(config, task.base, manifests)
+    total, count, shown = 0.0, 0, None
+    for source, manifest in zip(plan.sources, manifests, strict=True):
+        if len(held := source.order.holdout()):
+            arrays = {**table_to_arrays(RowReader(source.uri, manifest, plan.columns).read(held)), "row": held}
+            part, size = task.validation_loss(task.module, arrays)
+            total, count, shown = total + part, count + size, shown or arrays
+    return Evaluation(
+        metrics={"validation_flow_loss": total / count} if count else {},
+        images=task.look(task.module, preview_of(config, task.base, manifests[0]), shown),
+    )
+
+
+def preview_of(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> PreviewConfig:
+    edge = config.preview.resolution or trained_resolution(config, base, manifest)
+    return dataclasses.replace(config.preview, resolution=edge)
+
+
+def make_plan(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest]) -> StreamPlan:
+    """Which rows and columns are read when."""
+    columns = TASKS[config.model.task].columns
+    return config.plan(manifests, columns + noise_columns(manifests, base.content_hash))
+
+
+def check_task(manifest: Manifest, task: str) -> None:
+    """Refuse latents that were made for another task. Raises SchemaError."""
+    made_for = manifest.fingerprint.get("task", "text_to_image")
+    if made_for != task:
+        raise SchemaError(
+            f"The latents were made for task={made_for!r}, the model is to learn task={task!r}. Give --model.task "
+            f"{made_for}, or the latents of {task}."
+        )

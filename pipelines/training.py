@@ -1,0 +1,80 @@
+"""What all trainings share: a job that was checked is trained to its last step, and its result is written."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from d2f_core import storage
+from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.tracking import RunHandle, start_run
+from d2f_core.train.checkpoint import Checkpoint
+from d2f_core.train.launch import run_training
+from d2f_core.train.task import BuildTask
+from pipelines.cli import to_yaml
+from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """A training that was checked, and is ready to start."""
+
+    config: FinetuneConfig | TrainAutoencoderConfig
+    build_task: BuildTask
+    plan: StreamPlan
+    """Which rows are trained on when."""
+    identity: str
+    """Hash of what must stay the same for a checkpoint to belong to this run."""
+
+    @property
+    def tags(self) -> Mapping[str, str] | None:
+        """Of the MLflow run; None: there is no run."""
+        return None
+
+    def export(self, last: Checkpoint) -> str:
+        """Write the result of the last checkpoint; returns its directory."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    run: RunHandle | None
+    step: int
+    """Optimizer steps done."""
+    checkpoint: str
+    model: str
+    """Directory of the result."""
+
+
+def train(job: TrainingJob) -> TrainingResult:
+    """Train to the last step, from the newest whole checkpoint if there is one, and export.
+
+    Raises:
+        see `run_training`.
+    """
+    import ray  # a dry run needs none
+
+    ray.init(ignore_reinit_error=True)
+    config, text = job.config, to_yaml(job.config)
+    storage.write_bytes(storage.join(config.output, "config.yaml"), text.encode())
+    run = None
+    if job.tags is not None:
+        params = dataclasses.asdict(config)
+        about = {"name": config.name, "config_yaml": text, "params": params, "tags": dict(job.tags)}
+        run = start_run(experiment=config.experiment, run_key=config.output, **about)
+        logger.info("MLflow run: %s", run.url)
+    last = run_training(
+        config=config.train,
+        build_task=job.build_task,
+        plan=job.plan,
+        output=config.output,
+        identity=job.identity,
+        tracker=run,
+    )
+    made = job.export(last)
+    if run:
+        run.finish()
+    logger.info("wrote %s", made)
+    return TrainingResult(run=run, step=last.manifest.step, checkpoint=last.uri, model=made)
