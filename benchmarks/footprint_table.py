@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from d2f_core.train.estimate import EstimateConfig, estimate
+from d2f_core.flow.estimate import EstimateConfig, estimate
 from pipelines.recipes_stable_diffusion import ESTIMATE
 
 ROWS = (

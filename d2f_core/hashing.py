@@ -18,7 +18,7 @@ def cache_root() -> Path:
 
 @contextlib.contextmanager
 def one_at_a_time(target: Path) -> Iterator[None]:
-    """Whoever makes `target` waits for a process of this machine that is making it; look whether it is there inside."""
+    """File lock: one process per machine creates `target`; check inside the block whether it is there by now."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{target}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process

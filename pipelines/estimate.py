@@ -7,7 +7,7 @@ r"""Memory per GPU, hours and storage of a finetuning, before anything is starte
 The recipes are those of `pipelines.finetune`, and take the same flags for `model` and `train`.
 """
 
-from d2f_core.train.estimate import EstimateConfig, estimate, report
+from d2f_core.flow.estimate import EstimateConfig, estimate, report
 from pipelines.cli import run_job
 
 

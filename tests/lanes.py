@@ -1,8 +1,8 @@
 """python -m tests.lanes [--coverage]: everything that `make test` runs, in the order in which a failure is most useful.
 
 1. tests of pure functions and files, beside lint, types and import contracts: what fails here is seen at once
-2. all others in three processes side by side, for much of a test is one process starting after another; the third,
-   which waits for nothing, gives way to the others; kills come last
+2. all others in three processes side by side, for much of a test is one process starting after another; kills come
+   last
 
 Prints the time of each part, and at the end a line with the number of tests, the minutes, and the five longest.
 With --coverage it counts branches of d2f_core too, in all processes, and prints the table of files.
@@ -56,7 +56,7 @@ def parts(results: Path, runner: Sequence[str]) -> list[Part]:
         Part("pure functions, lint and types", [tests("--rung=quick"), ["make", "--no-print-directory", "lint"]]),
         Part(
             "processes, servers and kills",
-            [tests("--rung=servers", *others), tests("--rung=servers", *BESIDE), ["nice", *tests("--rung=process")]],
+            [tests("--rung=servers", *others), tests("--rung=servers", *BESIDE), tests("--rung=process")],
         ),
     ]
 

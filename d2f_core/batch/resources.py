@@ -17,8 +17,8 @@ def await_resources(
 ) -> None:
     """Wait until the cluster holds `least` of the actors, and say so when it does not hold all.
 
-    A cluster without room is given `seconds` for it, and an autoscaler is asked for all of them; from then on what Ray
-    Data starts asks for itself.
+    The autoscaler is asked once for all of them and given up to `seconds`; later, Ray Data's pending actors request the
+    rest.
 
     Args:
         each: what an actor takes, by Ray's names, e.g. `{"CPU": 1, "GPU": 0}`.

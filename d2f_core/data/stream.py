@@ -41,7 +41,7 @@ MICRO_BATCHES_AHEAD = 2
 BUSY_STEP = 0.01
 """Seconds: an executor's step that took less, and moved no block, had nothing to do."""
 SHORTEST_REST, LONGEST_REST = 0.0005, 0.03
-"""Seconds: the first of several such steps rests for the one, each further one twice as long, up to the other."""
+"""Idle back-off in seconds: starts at SHORTEST_REST and doubles up to LONGEST_REST."""
 
 
 @dataclass(frozen=True)

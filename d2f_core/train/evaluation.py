@@ -14,12 +14,12 @@ from PIL.Image import Image
 from ray.exceptions import RayError, RayTaskError
 
 from d2f_core import storage
-from d2f_core.model.artifact import load_weights
 from d2f_core.tracking import RunHandle
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import checkpoint, retention
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.task import BuildTask
+from d2f_core.train.weights import load_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def evaluate(job: EvaluationJob) -> dict[str, float]:
         return {}
     if job.uri:
         found = checkpoint.read_checkpoint(job.uri)
-        load_weights(task.module, checkpoint.read_tensors(found, "ema" if job.averaged else "weights"))
+        load_parameters(task.module, found, "ema" if job.averaged else "weights")
     task.module.eval()
     with torch.no_grad():
         result = task.evaluate()
@@ -135,7 +135,7 @@ class Evaluations:
         """What the first will return."""
 
     def start(self, job: EvaluationJob) -> None:
-        """Begin when those before are done, unless it is among them."""
+        """Queue the job; a step that is already queued is ignored."""
         if any(job.step == other.step for other in self._jobs):
             return
         if job.uri:

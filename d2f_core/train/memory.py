@@ -21,7 +21,7 @@ from d2f_core.train.config import TrainConfig
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Per element, by precision."""
 MOST_IN_BUCKET = 500_000_000
-"""Elements of the gradient bucket at most: DeepSpeed's default. Fewer are trained: that many."""
+"""Upper bound of the gradient bucket's elements (DeepSpeed's default); a smaller model uses its own parameter count."""
 GATHERED = 550_000_000
 """Elements that stage 3 holds gathered at most: a weight stays from its forward to its backward pass when fewer than
 1e9 elements are used between (so the last 5e8 of the network do), and 5e7 are fetched ahead."""

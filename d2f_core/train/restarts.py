@@ -19,9 +19,9 @@ from d2f_core.train.zero import NonFiniteGradientError
 FINAL = (NonFiniteLossError, NonFiniteGradientError, CollapseError, QuarantineLimitError, MissingCompilerError)
 """A restart would end in the same error. So would it with our own errors of bad input, which are ValueErrors."""
 MENDED = (TrackingError, UnfinishedSaveError, UnreachableStorageError)
-"""Those of our own that a restart may mend: a server was away, or another worker died."""
+"""Our own errors that a restart may mend: a server was away, or another worker died."""
 REPEATED = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
-"""What wrong code or a wrong setting raises: once it may be chance, the same text twice in a row is not."""
+"""Errors that suggest a bug or a wrong setting: retried once; the same message again ends the run."""
 
 
 def causes(error: BaseException) -> list[BaseException]:
@@ -85,10 +85,10 @@ class Restarts:
         return ""
 
     def _is_excused(self, error: BaseException, pulse: Any) -> bool:
-        """Whether the attempt ended for the sake of a node that was announced to go.
+        """Whether the failure is excused: the attempt ended because a node was announced to go.
 
-        Ray tells when it ended the attempt for a node's sake. Mostly it reports a dead worker or a broken connection
-        instead: then any node decides that the workers saw announced, or that is leaving now.
+        Ray says so when it ended the attempt itself. Mostly it reports a dead worker or a broken connection instead;
+        the failure is then excused if any node was announced as leaving, during the attempt or now.
         """
         nodes = leaving_nodes() | set(ask(pulse.leaving, default=[]))
         if isinstance(error, ray.train.PreemptionError):

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2f_core.model.artifact_files import ArtifactError
 from d2f_core.train import checkpoint, partitions, zero
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError
 from d2f_core.train.evaluation import EvaluationJob, evaluation_due
 from d2f_core.train.task import Task
+from d2f_core.train.weights import load_parameters
 from d2f_core.train.worker_job import WorkerJob
 from d2f_core.train.worker_state import Worker
 
@@ -33,14 +33,14 @@ def choose(output: str, identity: str, module: nn.Module, device: str) -> Checkp
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole; or they belong to another run.
-        ArtifactError: the module has other parameters than the run had.
+        ParameterMismatchError: the module has other parameters than the run had.
     """
     candidates = checkpoint.candidates(output, identity)
     for candidate in candidates:
         damage = ""
         try:
             _verify_share(candidate)
-            _load_weights(module, candidate)
+            load_parameters(module, candidate)
         except CheckpointError as error:
             damage = str(error)
         damage = _of_any_worker(damage, device)
@@ -64,22 +64,6 @@ def _verify_share(found: Checkpoint) -> None:
     for file in [file for file in found.manifest.files if file.kind != "weights"][rank::count]:
         for _ in checkpoint.iter_file(found, file):
             pass
-
-
-def _load_weights(module: nn.Module, found: Checkpoint) -> None:
-    """Put the weights into the module as they are read: after an error it holds some of them."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
-    saved = found.manifest.tensors.get("weights", {})
-    if odd := sorted(saved.keys() ^ trained.keys()):
-        raise ArtifactError(
-            f"{found.uri} and the network do not have the same parameters: {odd[:3]} and others, {len(odd)} in all. "
-            "Use the model config that they were trained with."
-        )
-    for name, tensor in checkpoint.iter_tensors(found, "weights"):
-        if tuple(tensor.shape) != shapes[name]:
-            raise ArtifactError(f"{found.uri}: {name!r} has shape {tuple(tensor.shape)}, not {shapes[name]}.")
-        trained[name].data.copy_(tensor)
 
 
 def _of_any_worker(damage: str, device: str) -> str:

@@ -46,7 +46,7 @@ class StepResult:
 def _exchange(finite: list[Tensor], rows: list[list[int]], step: int, said: int) -> int:
     """Stop every worker together, before the gradients of a broken batch are used; returns what all have said.
 
-    All that is read off the device in every step: weights that a NaN has reached cannot be saved any more.
+    The only device-to-host copy per step. It is needed because weights that a NaN has reached cannot be saved any more.
     """
     broken = torch.stack([(~fine).sum() for fine in finite]).sum()
     numbers = torch.stack([broken, torch.full_like(broken, said)])

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from d2f_core.model.artifact_files import ArtifactError
 from d2f_core.train import checkpoint, restore, zero
 from d2f_core.train.checkpoint import KINDS, CheckpointError, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
@@ -20,6 +19,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.ema import EmaConfig
 from d2f_core.train.retention import Retention
 from d2f_core.train.task import Task
+from d2f_core.train.weights import ParameterMismatchError
 from d2f_core.train.worker_state import Worker
 from tests.train.processes import Workers
 
@@ -188,5 +188,5 @@ def test_damage_after_the_choice_is_an_error_that_names_the_file(pair: Workers, 
 
 
 def test_a_network_with_other_parameters_is_refused(saved: Path):
-    with pytest.raises(ArtifactError, match=r"do not have the same parameters: \['6\.bias', '6\.weight'\]"):
+    with pytest.raises(ParameterMismatchError, match=r"do not have the same parameters: \['6\.bias', '6\.weight'\]"):
         restore.choose(str(saved), "run", nn.Sequential(*task().module, nn.Linear(1, 1)), "cpu")

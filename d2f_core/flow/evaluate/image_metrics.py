@@ -1,4 +1,5 @@
-"""From features to measured values: parts are read once, in a stream, and only what pairs of images need is kept."""
+"""From features to measured values, in one streaming pass: moments are accumulated, and only the rows that pairwise
+metrics sample stay in memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -56,7 +56,7 @@ class EstimateConfig:
     rows: int = 1_000_000
     """Of the latent table."""
     captions: int = 0
-    """Different ones among them; 0: each row has its own."""
+    """Number of distinct captions; 0: every row has its own."""
     pairs: bool = False
     """Whether rows also hold a noise, as those of reflow do."""
     gpu: str = "a100"
