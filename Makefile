@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install install-dev quickstart status down test test-quick test-slow coverage lint constraints
+.PHONY: help install install-dev quickstart status down test test-quick test-slow coverage lint docs constraints
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +24,7 @@ help:
 	@echo "make test-slow    long repetitions of what make test shows by a small case; before a release"
 	@echo "make coverage     the tests again, counting which branches they take, in all processes"
 	@echo "make lint         lint, types and import contracts alone"
+	@echo "make docs         docs/code.md, from the files' docstrings"
 	@echo "make install      only .venv, from lock.txt"
 
 # Compiles the packages' modules too, and does nothing when all is there.
@@ -61,6 +62,9 @@ test-slow: install-dev
 
 coverage: install-dev
 	@$(BIN)/python -m tests.lanes --coverage
+
+docs: install-dev
+	@$(BIN)/python -m infra.code_page
 
 # After a change of the dependencies: install them into .venv by hand, test, then run this. uv resolves for all platforms.
 constraints:

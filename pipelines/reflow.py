@@ -1,4 +1,4 @@
-"""Reflow, a workflow: `ray job submit --working-dir . -- python -m pipelines.workflow reflow`.
+"""Reflow, a workflow of rounds: `ray job submit --working-dir . -- python -m pipelines.workflow reflow`.
 
 In every round a model draws pairs of noise and latent, is trained to go from one to the other on a straight line, is
 registered, and is measured beside its teacher and the base; the next round begins with it. What is complete is skipped;

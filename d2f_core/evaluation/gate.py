@@ -12,7 +12,8 @@ from d2f_core.evaluation.bootstrap import percentile_interval
 from d2f_core.evaluation.estimates import Estimate, Metric
 
 Against = Literal["champion", "base"]
-NAMED = re.compile(r"(?P<metric>[a-z_]+)@(?P<evaluations>[1-9][0-9]*)")
+NAMED = re.compile(r"(?P<metric>[A-Za-z][\w.@-]*)@(?P<evaluations>[1-9][0-9]*)")
+"""The last @ parts them: a metric's own name may hold one, as pck@0.1 does."""
 FLOW_LOSS = "flow_loss"
 PER_MODEL = (FLOW_LOSS, "straightness")
 """Metrics with one value per model, whatever the number of evaluations: named without one, and kept under 0."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from d2f_core.evaluation.estimates import Estimate, Metric
-from d2f_core.evaluation.gate import GateConfig, GateError, Limit, check_gate, judge
+from d2f_core.evaluation.gate import GateConfig, GateError, Limit, check_gate, judge, parse_metric
 
 Values = dict[str, dict[int, float]]
 
@@ -116,6 +116,14 @@ def test_a_candidate_that_could_not_be_measured_does_not_pass() -> None:
     metrics = {"frechet": metric("frechet", {"champion": {4: 10}})}
     found = judge(GateConfig(), metrics, {"candidate", "champion"})
     assert not found.passed and "frechet@4 of the candidate is known (too few usable images)" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "evaluations"),
+    [("frechet@4", "frechet", 4), ("pck@0.1@1", "pck@0.1", 1), ("recall_k3@25", "recall_k3", 25)],
+)
+def test_a_metrics_name_may_hold_digits_dots_and_an_at(name: str, metric: str, evaluations: int) -> None:
+    assert parse_metric(name) == (metric, evaluations)
 
 
 @pytest.mark.parametrize(("loss", "passes"), [(0.75, True), (1.76, False)])
