@@ -27,7 +27,7 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 
-from d2f_core.flow.generate.job import read_generations
+from d2f_core.batch.output import read_index
 from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.generate.prompts import checked_rows, write_prompts
 from d2f_core.model.base import resolve_base
@@ -114,7 +114,7 @@ def environment(config: ThroughputConfig) -> dict[str, str]:
 
 
 def largest_difference(prompts: Path, output: str) -> int:
-    rows = read_generations(output).to_pylist()
+    rows = read_index(output).to_pylist()
     worst = 0
     for row in rows:
         ours = np.asarray(Image.open(io.BytesIO(read_bytes(row["image_uri"]))), dtype=int)

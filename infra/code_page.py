@@ -1,4 +1,4 @@
-"""python -m infra.code_page: write docs/code.md, a phrase for each file, from the first sentences of their docstrings."""
+"""python -m infra.code_page: write docs/code.md, a phrase for each file, from their docstrings' first sentences."""
 
 import ast
 import re

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from d2f_core.batch.output import OutputError, refuse_other
 from d2f_core.data.datasets.depth_table import MakeDepthConfig
 from d2f_core.data.datasets.emoji import MakeDatasetConfig
 from d2f_core.data.manifest import Manifest, TableFile
@@ -15,7 +16,7 @@ from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.generate.contact_sheet import ContactSheetConfig
-from d2f_core.flow.generate.plan import GenerateConfig, GenerateError, Plan, refuse_other
+from d2f_core.flow.generate.plan import GenerateConfig, Plan
 from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.identity import differences, identity_values, since, stage_key
 from pipelines.cli import from_yaml
@@ -101,5 +102,5 @@ def test_a_field_that_came_later_changes_nothing_where_it_says_what_held_before(
 def test_a_difference_is_named_whichever_side_knows_the_field() -> None:
     assert differences({"a": 1, "b": [1]}, {"a": 1, "b": [1]}) == []
     assert differences({"a": 1}, {"a": 2, "c": 3}) == ["a was 1, now 2", "c was None, now 3"]
-    with pytest.raises(GenerateError, match=r"another job \(padded was True, now None\)"):
-        refuse_other("s3://d2f/x", identity_values(Later(padded=False)), identity_values(Later()))
+    with pytest.raises(OutputError, match=r"another job \(padded was True, now None\)"):
+        refuse_other("s3://d2f/x", identity_values(Later()), identity_values(Later(padded=False)))

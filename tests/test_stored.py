@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from d2f_core import storage
+from d2f_core.batch.output import OutputError, read_index
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.encode.job import encode
-from d2f_core.flow.generate.job import check_generate, generate, read_generations
-from d2f_core.flow.generate.plan import GenerateConfig, GenerateError
+from d2f_core.flow.generate.job import check_generate, generate
+from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.train import checkpoint
 from pipelines import finetune
 from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
@@ -60,9 +61,9 @@ def test_a_latent_table_is_complete_for_the_same_command(there: None) -> None:
 def test_a_generation_is_complete_for_the_same_command_and_another_is_refused(there: None) -> None:
     config = stored_config(GenerateConfig, "generate")
     assert generate(check_generate(config)).counts == {"prompts": 3, "images": 6, "failed": 0}
-    with pytest.raises(GenerateError, match=r"another job \(seed was 0, now 1\)"):
+    with pytest.raises(OutputError, match=r"another job \(seed was 0, now 1\)"):
         generate(check_generate(dataclasses.replace(config, seed=1)))
-    rows = read_generations(config.output).to_pylist()
+    rows = read_index(config.output).to_pylist()
     assert [(row["sample_id"], row["steps"]) for row in rows[:4]] == [("id0", 1), ("id1", 1), ("id0", 2), ("id1", 2)]
 
 

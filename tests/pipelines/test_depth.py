@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from d2f_core.batch.output import OutputError, read_index
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.sources import ImageSource
@@ -25,8 +26,6 @@ from d2f_core.flow.depth.evaluation import (
 from d2f_core.flow.depth.job import check_predict_depth, predict_depth
 from d2f_core.flow.depth.plan import PredictDepthConfig
 from d2f_core.flow.depth.predictor import PredictDepthError
-from d2f_core.flow.generate.job import read_generations
-from d2f_core.flow.generate.plan import GenerateError
 from d2f_core.flow.publish.job import RegisterConfig, register
 from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
@@ -102,7 +101,7 @@ def test_the_trained_model_says_what_it_is_and_its_run_shows_held_out_rows(
 
 
 def test_every_image_and_step_has_its_files_or_a_reason(config: PredictDepthConfig, predicted: Manifest) -> None:
-    index = read_generations(config.output).to_pylist()
+    index = read_index(config.output).to_pylist()
     assert predicted.counts == {"images": IMAGES + 2, "maps": 2 * IMAGES, "failed": 4}
     reasons = {name_of(row): row["error"] for row in index if row["error"]}
     assert "undecodable" in reasons["none.png"] and "too_small: 20x8" in reasons["small.png"]
@@ -120,7 +119,7 @@ def test_every_image_and_step_has_its_files_or_a_reason(config: PredictDepthConf
         assert Image.open(io.BytesIO(read_bytes(row["preview_uri"]))).size == (32, 16)
         assert (row["width"], row["height"], row["crop"]) == (20, 16, [2, 0, 18, 16])
         assert (row["ensemble"], row["num_evaluations"], row["solver"]) == (2, row["steps"], "euler")
-    with pytest.raises(GenerateError, match=r"another job \(ensemble was 2, now 3\)"):
+    with pytest.raises(OutputError, match=r"another job \(ensemble was 2, now 3\)"):
         predict_depth(check_predict_depth(dataclasses.replace(config, ensemble=3)))
 
 
@@ -209,7 +208,7 @@ def test_mlflow_opens_a_registered_version_and_sees_the_depth_that_the_job_sees(
     opened = mlflow.pyfunc.load_model("models:/test-depth@candidate")
     asked = pd.DataFrame({"image": [picture(0), picture(1)], "num_inference_steps": [2, 1], "ensemble": [2, 2]})
     found = opened.predict(asked)
-    rows = {(name_of(row), row["steps"]): row for row in read_generations(config.output).to_pylist()}
+    rows = {(name_of(row), row["steps"]): row for row in read_index(config.output).to_pylist()}
     for number, steps in ((0, 2), (1, 1)):
         own = np.load(io.BytesIO(read_bytes(rows[f"{number}.png", steps]["depth_uri"])))
         np.testing.assert_allclose(np.load(io.BytesIO(found["depth"][number])), own, atol=1e-3)

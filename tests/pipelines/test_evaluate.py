@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from d2f_core.batch.output import read_index
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.evaluation.gate import GateConfig, Limit, Verdict
@@ -24,7 +25,7 @@ from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
 from d2f_core.flow.evaluate.extract_features import ScoreConfig
 from d2f_core.flow.evaluate.image_metrics import MeasureConfig
 from d2f_core.flow.evaluate.job import check_evaluate, evaluate
-from d2f_core.flow.generate.job import check_generate, generate, read_generations
+from d2f_core.flow.generate.job import check_generate, generate
 from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.model.artifact import SamplingDefaults, describe, save_artifact
 from d2f_core.model.base import resolve_base
@@ -257,7 +258,7 @@ def test_an_unregistered_model_is_compared_with_an_image_table_and_captions(
     assert scores["name"] == "clip_score_clip" and 0 <= scores["values"]["candidate"]["4"]["value"] <= 100
     assert found["metrics"]["frechet"]["floor"]["count"] == 15 and found["reference"]["count"] == 30
     assert [(model["solver"], model["straightness"]) for model in found["models"]] == [("midpoint", None)]
-    made = read_generations(join(alone.output, "generations/candidate")).to_pylist()
+    made = read_index(join(alone.output, "generations/candidate")).to_pylist()
     assert {(row["steps"], row["num_evaluations"]) for row in made} == {(1, 2), (2, 4)}
 
 

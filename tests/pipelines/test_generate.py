@@ -16,9 +16,10 @@ import mlflow
 import pytest
 from PIL import Image
 
+from d2f_core.batch.output import OutputError, read_index
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
-from d2f_core.flow.generate.job import check_generate, generate, read_generations
-from d2f_core.flow.generate.plan import GenerateConfig, GenerateError
+from d2f_core.flow.generate.job import check_generate, generate
+from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.storage import exists, join, list_names, read_bytes, write_bytes
 from d2f_core.tracking import find_run
 from tests.flow.here import here
@@ -57,11 +58,11 @@ def reference(config: GenerateConfig) -> Manifest:
 
 
 def hashes(uri: str) -> dict[tuple[str, int], str]:
-    return {(row["sample_id"], row["steps"]): row["image_sha256"] for row in read_generations(uri).to_pylist()}
+    return {(row["sample_id"], row["steps"]): row["image_sha256"] for row in read_index(uri).to_pylist()}
 
 
 def test_every_prompt_and_step_has_an_image_and_an_index_row(config: GenerateConfig, reference: Manifest) -> None:
-    rows = read_generations(config.output).to_pylist()
+    rows = read_index(config.output).to_pylist()
     assert [(row["sample_id"], row["steps"]) for row in rows[:8]] == [(f"id{n}", s) for s in (1, 2) for n in range(4)]
     assert len({(row["sample_id"], row["steps"]) for row in rows}) == len(rows) == reference.num_rows == 22
     assert reference.counts == {"prompts": 11, "images": 22, "failed": 0} and reference.kind == "generations"
@@ -91,7 +92,7 @@ def test_a_finished_job_does_nothing(
 
 
 def test_an_output_of_another_job_is_refused(config: GenerateConfig, reference: Manifest) -> None:
-    with pytest.raises(GenerateError, match=r"another job \(seed was 0, now 1; batch_size was 3, now 2\)"):
+    with pytest.raises(OutputError, match=r"another job \(seed was 0, now 1; batch_size was 3, now 2\)"):
         generate(check_generate(replace(config, seed=1, batch_size=2)))
 
 
@@ -152,7 +153,7 @@ def test_a_row_has_its_own_seed_and_negative_prompt(config: GenerateConfig, refe
         generate(check_generate(own))
     made, plain = hashes(own.output), hashes(config.output)
     assert [made[f"id{n}", 2] == plain[f"id{n}", 2] for n in range(3)] == [True, False, False]
-    assert [row["seed"] for row in read_generations(own.output).to_pylist()] == [0, 5, 0]
+    assert [row["seed"] for row in read_index(own.output).to_pylist()] == [0, 5, 0]
 
 
 def test_rows_have_steps_guidance_and_size_of_their_own(config: GenerateConfig, reference: Manifest) -> None:
@@ -165,7 +166,7 @@ def test_rows_have_steps_guidance_and_size_of_their_own(config: GenerateConfig, 
     with here():
         counts = generate(check_generate(own)).counts
     assert counts["images"] == 5, "two numbers of steps, but for the row with its own"
-    made = {(row["sample_id"], row["steps"]): row for row in read_generations(own.output).to_pylist()}
+    made = {(row["sample_id"], row["steps"]): row for row in read_index(own.output).to_pylist()}
     assert sorted(made) == [("id0", 1), ("id0", 2), ("id1", 3), ("id2", 1), ("id2", 2)]
     assert (made["id2", 1]["guidance"], made["id0", 1]["guidance"]) == (1.0, 3.0)
     sizes = {key: Image.open(io.BytesIO(read_bytes(row["image_uri"]))) for key, row in made.items()}
@@ -185,7 +186,7 @@ def test_an_image_that_is_not_finite_is_a_reason_not_a_picture(config: GenerateC
     broken = replace(config, guidance=1e38, output=f"{HOME}/broken", steps=(2,))
     with here():
         manifest = generate(check_generate(broken))
-    rows = read_generations(broken.output).to_pylist()
+    rows = read_index(broken.output).to_pylist()
     assert manifest.counts == {"prompts": 11, "images": 0, "failed": 11}
     assert all("not finite" in row["error"] and row["image_uri"] is None for row in rows)
     assert not exists(f"{broken.output}/images")

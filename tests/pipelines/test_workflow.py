@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from d2f_core.batch.output import read_index
 from d2f_core.data.datasets.emoji import MakeDatasetConfig
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.config import EncodeConfig
-from d2f_core.flow.generate.job import read_generations
 from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION, SamplingDefaults, load_model
@@ -108,7 +108,7 @@ def test_one_job_makes_everything_and_says_what(config: WorkflowConfig, first: d
 
 def test_base_and_flow_are_sampled_as_their_models_say(config: WorkflowConfig, first: dict[str, Any]) -> None:
     base, flow = (
-        read_generations(f"{config.output}/generations/{name}").to_pylist()
+        read_index(f"{config.output}/generations/{name}").to_pylist()
         for name in sorted(list_names(f"{config.output}/generations"))
     )
     assert {(row["solver"], row["guidance"]) for row in base} == {("ddim", 3.0)}
@@ -119,7 +119,7 @@ def test_base_and_flow_are_sampled_as_their_models_say(config: WorkflowConfig, f
 
 def test_both_draw_the_new_size_and_the_model_carries_it(config: WorkflowConfig, first: dict[str, Any]) -> None:
     for name in list_names(f"{config.output}/generations"):
-        for row in read_generations(f"{config.output}/generations/{name}").to_pylist():
+        for row in read_index(f"{config.output}/generations/{name}").to_pylist():
             assert Image.open(io.BytesIO(read_bytes(row["image_uri"]))).size == (EDGE, EDGE)
     description = json.loads(Path(resolve_model("models:/flow-unbroken/1"), DESCRIPTION).read_text())
     assert description["sampling"]["resolution"] == EDGE

@@ -18,6 +18,7 @@ import pyarrow as pa
 import yaml
 from PIL import Image
 
+from d2f_core.batch.output import read_index
 from d2f_core.data.depth import crop_and_resize
 from d2f_core.data.depth_files import decode_depth, decode_npy
 from d2f_core.data.images import to_rgb
@@ -27,7 +28,6 @@ from d2f_core.evaluation.estimates import Metric
 from d2f_core.flow.depth.errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, square
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
 from d2f_core.flow.depth.metrics import NoValidPixelsError
-from d2f_core.flow.generate.job import read_generations
 from d2f_core.storage import check_reachable, join, read_bytes, write_bytes
 from d2f_core.tracking import check_tracking, start_run
 
@@ -117,7 +117,7 @@ def check_evaluate_depth(config: EvaluateDepthConfig) -> EvaluateDepthJob:
         fingerprint = read_manifest(uri).fingerprint
         if fingerprint.get("task") != "image_to_depth":
             raise DepthEvaluationError(f"{uri!r} holds no depth maps. Give an output of pipelines.predict_depth.")
-        index = read_generations(uri)
+        index = read_index(uri)
         title = config.titles[number] if config.titles else index["model_uri"][0].as_py()
         if title in models:
             raise DepthEvaluationError(f"{uri!r} is a second output of {title!r}. Tell them apart: --titles A B.")

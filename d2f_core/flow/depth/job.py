@@ -13,26 +13,22 @@ SSSSSS is the shard of the source. A shard whose index part is there is done; al
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ray
-import ray.data
 import yaml
 
-from d2f_core.batch.resources import await_resources
+from d2f_core.batch.actor_pool import map_items
+from d2f_core.batch.output import KIND, claim, parts_there, refuse_other, table_file
 from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.sources import SourcePlan, plan_images
 from d2f_core.flow.depth.actor import DepthActor, work_item
 from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig, make_depth_plan
 from d2f_core.flow.depth.predictor import check_depth_model
-from d2f_core.flow.generate.job import KIND, describe_part, table_file
-from d2f_core.flow.generate.plan import INDEX, PLAN_NAME, part_name, refuse_other
 from d2f_core.model.artifact import load_model
 from d2f_core.progress import Progress
-from d2f_core.storage import check_reachable, join, list_names, read_bytes, write_bytes
+from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking, pin_model, resolve_model, start_run
 
 logger = logging.getLogger(__name__)
@@ -74,53 +70,27 @@ def predict_depth(job: DepthJob) -> Manifest:
         ValueError: the output belongs to another plan, or the cluster is too small.
     """
     config, plan = job.config, job.plan
-    _claim(config.output, plan)
+    claim(config.output, plan.identity())
     if manifest_exists(config.output):
         manifest = read_manifest(config.output)
-        refuse_other(config.output, plan.identity(), manifest.fingerprint)
+        refuse_other(config.output, manifest.fingerprint, plan.identity())
         logger.info("%s: all %d maps are there, nothing to do", config.output, manifest.num_rows)
         return manifest
-    there = set(list_names(join(config.output, INDEX)))
-    done = [number for number in range(plan.num_shards) if part_name(number).rsplit("/", 1)[-1] in there]
-    earlier = {number: describe_part(config.output, number) for number in done}
-    parts = {number: (part.index, part.failed) for number, part in earlier.items()}
-    progress = Progress("predict_depth", plan.num_shards, "parts", done=len(done))
+    there = parts_there(config.output, plan.num_shards)
+    parts = {number: (part.file, part.failed) for number, part in there.items()}
+    progress = Progress("predict_depth", plan.num_shards, "parts", done=len(there))
     for result in _run(job, [number for number in range(plan.num_shards) if number not in parts]):
-        parts[result["shard"]] = table_file(json.loads(result["part"])), result["failed"]
+        parts[result["shard"]] = table_file(result["part"]), result["failed"]
         progress.advance(1)
     return _finish(job, [parts[number] for number in range(plan.num_shards)])
 
 
-def _claim(output: str, plan: DepthPlan) -> None:
-    """Write the plan at the output, or check that the one which lies there is the same."""
-    try:
-        write_bytes(join(output, PLAN_NAME), json.dumps(plan.identity(), indent=1).encode(), exclusive=True)
-    except FileExistsError:
-        refuse_other(output, plan.identity(), json.loads(read_bytes(join(output, PLAN_NAME))))
-
-
 def _run(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
     """One result per shard, as they come."""
-    if not shards:
-        return
     config = job.config
-    actors = min(config.num_actors, len(shards))
-    await_resources(
-        actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds
-    )
     items = [work_item(number, job.source.shards[number]) for number in shards]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
-    dataset.context.enable_progress_bars = sys.stderr.isatty()
-    dataset.context.print_on_execution_start = False
-    dataset = dataset.map_batches(
-        DepthActor,
-        fn_constructor_args=(job.plan, config.output, config.cpus_per_actor),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=config.cpus_per_actor,
-        num_gpus=config.gpus_per_actor or None,
-    )
-    yield from dataset.iter_rows()
+    arguments = job.plan, config.output, config.cpus_per_actor
+    return map_items(items, DepthActor, arguments, config, node_wait_seconds=config.node_wait_seconds)
 
 
 def _finish(job: DepthJob, parts: list[tuple[TableFile, int]]) -> Manifest:

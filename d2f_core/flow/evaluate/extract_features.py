@@ -9,20 +9,18 @@ when its file exists, so a killed job goes on with the missing ones.
 
 import hashlib
 import io
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 import torch
 from PIL import Image
 
+from d2f_core.batch.actor_pool import map_items
 from d2f_core.data.images import to_rgb
 from d2f_core.data.manifest import (
     Manifest,
@@ -42,7 +40,6 @@ from d2f_core.storage import join, list_names, read_bytes
 
 KIND = "features"
 READ_THREADS = 8
-MAX_INPUT_BLOCKS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,18 +134,7 @@ def _part_name(part: int) -> str:
 
 
 def _run(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any]:
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
-    dataset.context.enable_progress_bars = sys.stderr.isatty()
-    dataset.context.print_on_execution_start = False
-    dataset = dataset.map_batches(
-        cast(Any, FeatureExtractor),
-        fn_constructor_args=(config,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(items))),
-        num_cpus=config.cpus_per_actor,
-        num_gpus=config.gpus_per_actor or None,
-    )
-    yield from dataset.iter_rows()
+    return map_items(items, FeatureExtractor, (config,), config, node_wait_seconds=None)
 
 
 class FeatureExtractor:

@@ -11,8 +11,8 @@ import jinja2
 import markupsafe
 from PIL import Image
 
+from d2f_core.batch.output import read_index
 from d2f_core.data.images import to_rgb
-from d2f_core.flow.generate.job import read_generations
 from d2f_core.storage import read_bytes
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -40,7 +40,7 @@ def shown_images(generations: Mapping[str, str], prompts: int) -> list[ShownProm
     Args:
         generations: outputs of generate by role, made from one prompt file.
     """
-    tables = {role: read_generations(uri).to_pylist() for role, uri in generations.items()}
+    tables = {role: read_index(uri).to_pylist() for role, uri in generations.items()}
     order = list(dict.fromkeys((row["sample_id"], row["prompt"]) for row in next(iter(tables.values()))))[:prompts]
     found: dict[str, dict[str, dict[int, str | None]]] = {role: {} for role in tables}
     for role, rows in tables.items():

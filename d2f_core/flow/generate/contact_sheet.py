@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
-from d2f_core.flow.generate.job import read_generations
+from d2f_core.batch.output import read_index
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import find_run
 
@@ -55,7 +55,7 @@ def make_contact_sheet(config: ContactSheetConfig) -> str:
     """
     if not config.generations or not config.output:
         raise ValueError("generations or output is empty. Give --generations URI URI and --output FILE.png.")
-    tables = [read_generations(uri) for uri in config.generations]
+    tables = [read_index(uri) for uri in config.generations]
     captions = {row["sample_id"]: row["prompt"] for row in tables[0].to_pylist()}
     shown = list(captions)[: config.max_rows]
     titles = config.titles or [f"{table['model_uri'][0]}, {table['solver'][0]}" for table in tables]

@@ -16,23 +16,17 @@ import contextlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
-import ray.data
 import yaml
 
-from d2f_core.batch.resources import await_resources
+from d2f_core.batch.actor_pool import map_items
+from d2f_core.batch.output import KIND, IndexPart, parts_there, refuse_other, table_file
 from d2f_core.data.manifest import (
     Manifest,
     TableFile,
-    describe_file,
     manifest_exists,
     read_manifest,
     write_manifest,
@@ -43,22 +37,18 @@ from d2f_core.flow.generate.plan import (
     GenerateConfig,
     GenerateError,
     Plan,
-    chunks_done,
     claim_output,
     make_plan,
-    part_name,
-    refuse_other,
 )
 from d2f_core.flow.generate.prompts import PromptFile, scan_prompts
 from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.progress import Progress
-from d2f_core.storage import check_reachable, join, read_bytes
+from d2f_core.storage import check_reachable, join
 from d2f_core.tracking import MetricLog, RunHandle, check_tracking, pin_model, resolve_model, start_run
 
 logger = logging.getLogger(__name__)
 
-KIND = "generations"
 READ_THREADS = 8
 MAX_INPUT_BLOCKS = 1000
 FLUSH_SECONDS = 60.0
@@ -134,13 +124,11 @@ class _Begun:
         claim_output(config.output, plan, job.prompts)
         self.manifest = read_manifest(config.output) if manifest_exists(config.output) else None
         if self.manifest:
-            refuse_other(config.output, plan.identity(), self.manifest.fingerprint)
+            refuse_other(config.output, self.manifest.fingerprint, plan.identity())
             logger.info("%s: all %d images are there, nothing to do", config.output, self.manifest.num_rows)
         else:
-            done = chunks_done(config.output, plan)
-            with ThreadPoolExecutor(READ_THREADS) as pool:
-                parts = pool.map(lambda chunk: describe_part(config.output, chunk), done)
-                self.parts = dict(zip(done, parts, strict=True))
+            there = parts_there(config.output, plan.num_chunks)
+            self.parts = {chunk: Part.from_index(part) for chunk, part in there.items()}
         self.failed = sum(part.failed for part in self.parts.values())
         images = sum(part.index.rows for part in self.parts.values())
         self.progress = Progress("generate", plan.num_images, "images", done=images)
@@ -174,12 +162,11 @@ class Part:
 
     @classmethod
     def from_result(cls, result: dict[str, Any]) -> "Part":
-        return cls(table_file(json.loads(result["part"])), table_file(json.loads(result["latents"])), result["failed"])
+        return cls(table_file(result["part"]), table_file(result["latents"]), result["failed"])
 
-
-def table_file(values: dict[str, Any] | None) -> Any:
-    """The TableFile that an actor sent as JSON; None for none."""
-    return values and TableFile.from_json(values)
+    @classmethod
+    def from_index(cls, part: IndexPart) -> "Part":
+        return cls(part.file, table_file(part.metadata.get(LATENTS_FILE, b"null").decode()), part.failed)
 
 
 class _Report:
@@ -224,33 +211,9 @@ class _Report:
 def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """One result per (job, chunk), as they come."""
     config = jobs[0].config
-    actors = min(config.num_actors, len(chunks))
-    await_resources(
-        actors, {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}, seconds=config.node_wait_seconds
-    )
     items = [{"job": job, "chunk": chunk} for job, chunk in chunks]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
-    dataset.context.enable_progress_bars = sys.stderr.isatty()
-    dataset.context.print_on_execution_start = False
-    dataset = dataset.map_batches(
-        JobsSampler,
-        fn_constructor_args=([(job.plan, job.config.output) for job in jobs], config.cpus_per_actor),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=config.cpus_per_actor,
-        num_gpus=config.gpus_per_actor or None,
-    )
-    yield from dataset.iter_rows()
-
-
-def describe_part(output: str, chunk: int) -> Part:
-    """What an earlier run wrote of a chunk."""
-    name = part_name(chunk)
-    data = read_bytes(join(output, name))
-    with pq.ParquetFile(pa.BufferReader(data)) as file:
-        failed = file.metadata.num_rows - file.read(["error"])["error"].null_count
-        latents = json.loads((file.schema_arrow.metadata or {}).get(LATENTS_FILE, b"null"))
-    return Part(describe_file(name, data), table_file(latents), failed)
+    arguments = [(job.plan, job.config.output) for job in jobs], config.cpus_per_actor
+    return map_items(items, JobsSampler, arguments, config, node_wait_seconds=config.node_wait_seconds)
 
 
 def _finish(job: GenerateJob, parts: list[Part]) -> Manifest:
@@ -275,14 +238,3 @@ def _finish(job: GenerateJob, parts: list[Part]) -> Manifest:
     write_manifest(config.output, manifest)
     logger.info("%s: %d images, %d failed", config.output, plan.num_images - failed, failed)
     return manifest
-
-
-def read_generations(uri: str) -> pa.Table:
-    """The index of a finished generation job, in prompt order within each chunk and number of steps."""
-    return _read_files(uri, list(read_manifest(uri).files))
-
-
-def _read_files(uri: str, files: list[TableFile]) -> pa.Table:
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        parts = pool.map(lambda file: pq.read_table(pa.BufferReader(read_bytes(join(uri, file.path)))), files)
-        return pa.concat_tables(parts)

@@ -4,26 +4,25 @@ Prompts are cut into chunks in file order, chunks into batches. A chunk is done 
 that was killed goes on with the missing chunks, and the size of the cluster changes nothing in any image.
 """
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from d2f_core.batch.output import claim
 from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.flow.generate.sampler import Request, fill_request
-from d2f_core.identity import differences, identity_values
+from d2f_core.identity import identity_values
 from d2f_core.model.artifact import TrainedModel
 from d2f_core.model.base import BaseModelError
-from d2f_core.storage import exists, join, list_names, read_bytes, upload_tree, write_bytes
+from d2f_core.storage import exists, join, upload_tree
 
 Emit = Literal["images", "latents", "pairs"]
 Format = Literal["png", "webp", "jpeg"]
 
-PLAN_NAME = "plan.json"
 PROMPTS_NAME = "prompts.parquet"
 """The checked prompts, one row group per chunk: what the actors read, however large the prompt file was."""
-INDEX, TIMING, LATENTS = "index", "timing", "latents"
+TIMING, LATENTS = "timing", "latents"
 
 
 class GenerateError(ValueError):
@@ -209,39 +208,14 @@ def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: TrainedMode
             raise PromptError(f"{prompts.uri!r} row {number}: {error}") from None
 
 
-def part_name(chunk: int, table: str = INDEX) -> str:
-    """Path of a chunk's part of a table, relative to the output."""
-    return f"{table}/part-{chunk:06d}.parquet"
-
-
-def chunks_done(output: str, plan: Plan) -> set[int]:
-    """The chunks whose index part exists."""
-    names = set(list_names(join(output, INDEX)))
-    return {chunk for chunk in range(plan.num_chunks) if part_name(chunk).rsplit("/", 1)[-1] in names}
-
-
 def claim_output(output: str, plan: Plan, prompts: PromptFile) -> None:
     """Write plan and prompts at the output, or check that the plan which lies there is the same.
 
     Raises:
-        GenerateError: the output holds images of another plan; names what differs.
+        OutputError: the output holds images of another plan; names what differs.
     """
-    place = join(output, PLAN_NAME)
-    try:
-        write_bytes(place, json.dumps(identity_values(plan), indent=1, sort_keys=True).encode(), exclusive=True)
-    except FileExistsError:
-        there = json.loads(read_bytes(place))
-        there.pop("model_uri", None)
-        refuse_other(output, plan.identity(), there)
+    claim(output, plan.identity(), model_uri=plan.model_uri)
     if not exists(join(output, PROMPTS_NAME)):
         with tempfile.TemporaryDirectory() as directory:
             copy_prompts(prompts, Path(directory, PROMPTS_NAME), plan.chunk_size)
             upload_tree(Path(directory), output)
-
-
-def refuse_other(output: str, wanted: dict[str, Any], there: dict[str, Any]) -> None:
-    """Raises GenerateError when what lies at the output differs from the wanted identity; names what differs."""
-    if different := differences(there, wanted):
-        raise GenerateError(
-            f"{output!r} holds images of another job ({'; '.join(different)}). Give another output, or remove that one."
-        )

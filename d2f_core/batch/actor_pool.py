@@ -1,0 +1,61 @@
+"""Items to a pool of actors on Ray Data, results as they come."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import ray
+import ray.data
+
+from d2f_core.batch.resources import await_resources
+
+MAX_INPUT_BLOCKS = 1000
+"""Blocks that the items are cut into: each costs Ray Data a little, and an actor takes one at a time."""
+
+
+class PoolSize(Protocol):
+    """The fields of a job's config that say how large its pool is."""
+
+    @property
+    def num_actors(self) -> int: ...
+    @property
+    def cpus_per_actor(self) -> int: ...
+    @property
+    def gpus_per_actor(self) -> float: ...
+
+
+def map_items(
+    items: Sequence[Mapping[str, Any]],
+    actor: type,
+    arguments: Sequence[Any],
+    pool: PoolSize,
+    *,
+    node_wait_seconds: float | None,
+) -> Iterator[dict[str, Any]]:
+    """One result per item, as they come; at most as many actors as items.
+
+    Args:
+        actor: called with a batch of one item, as arrays of length 1 by name; returns the result in the same form.
+        arguments: of its constructor.
+        node_wait_seconds: how long room for an actor is waited for; None: not at all, tasks wait in Ray's queue.
+
+    Raises:
+        InsufficientResourcesError: no actor has room.
+    """
+    if not items:
+        return
+    actors = min(pool.num_actors, len(items))
+    if node_wait_seconds is not None:
+        await_resources(actors, {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}, seconds=node_wait_seconds)
+    dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
+    dataset.context.enable_progress_bars = sys.stderr.isatty()
+    dataset.context.print_on_execution_start = False
+    dataset = dataset.map_batches(
+        cast(Any, actor),
+        fn_constructor_args=tuple(arguments),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=pool.cpus_per_actor,
+        num_gpus=pool.gpus_per_actor or None,
+    )
+    yield from dataset.iter_rows()

@@ -1,0 +1,102 @@
+"""The output of a batch job: claimed by one job, refused to others, and which parts of its index are there.
+
+OUTPUT/plan.json               what decides the results
+OUTPUT/index/part-*.parquet    one row per result, with an `error` where there is none
+OUTPUT/manifest.json           written last
+"""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2f_core.data.manifest import TableFile, describe_file, read_manifest
+from d2f_core.identity import differences
+from d2f_core.storage import join, list_names, read_bytes, write_bytes
+
+PLAN_NAME = "plan.json"
+INDEX = "index"
+KIND = "generations"
+"""Of the index, whatever is made."""
+READ_THREADS = 16
+
+
+class OutputError(ValueError):
+    """An output that holds something else than the job would write."""
+
+
+def claim(output: str, identity: Mapping[str, Any], **about: Any) -> None:
+    """Write the plan at the output, or check that the one which lies there is the same.
+
+    Args:
+        about: what the plan tells beside the identity.
+
+    Raises:
+        OutputError: the output belongs to another job; names what differs.
+    """
+    place = join(output, PLAN_NAME)
+    try:
+        text = json.dumps({**identity, **about}, indent=1, sort_keys=True)
+        write_bytes(place, text.encode(), exclusive=True)
+    except FileExistsError:
+        there = json.loads(read_bytes(place))
+        refuse_other(output, {name: value for name, value in there.items() if name not in about}, identity)
+
+
+def refuse_other(output: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises OutputError when the identity of what lies at the output is another; names what differs."""
+    if different := differences(there, now):
+        raise OutputError(
+            f"{output!r} holds the results of another job ({'; '.join(different)}). Give another output, or remove "
+            "that one."
+        )
+
+
+def part_name(number: int, table: str = INDEX) -> str:
+    """Path of a part of a table, relative to the output."""
+    return f"{table}/part-{number:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """What an earlier run wrote of one unit of work."""
+
+    file: TableFile
+    failed: int
+    """Rows with an error."""
+    metadata: Mapping[bytes, bytes]
+    """Of the file's schema."""
+
+
+def parts_there(output: str, count: int) -> dict[int, IndexPart]:
+    """The parts of the index that are written, by number below `count`."""
+    names = set(list_names(join(output, INDEX)))
+    there = [number for number in range(count) if part_name(number).rsplit("/", 1)[-1] in names]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return dict(zip(there, pool.map(lambda number: _describe(output, number), there), strict=True))
+
+
+def _describe(output: str, number: int) -> IndexPart:
+    name = part_name(number)
+    data = read_bytes(join(output, name))
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        failed = file.metadata.num_rows - file.read(["error"])["error"].null_count
+        return IndexPart(describe_file(name, data), failed, file.schema_arrow.metadata or {})
+
+
+def table_file(text: str) -> Any:
+    """The TableFile that an actor sent as JSON; None for none."""
+    values = json.loads(text)
+    return values and TableFile.from_json(values)
+
+
+def read_index(output: str) -> pa.Table:
+    """The whole index of a finished job, in the order of its parts."""
+    files = read_manifest(output).files
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        parts = pool.map(lambda file: pq.read_table(pa.BufferReader(read_bytes(join(output, file.path)))), files)
+        return pa.concat_tables(parts)
