@@ -97,10 +97,11 @@ def check_tracking() -> str:
             reason = type(error).__name__
             raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} does not answer ({reason}). {fix}") from None
     outcome: list[BaseException | None] = []
+    client = client_for(uri)  # importing MLflow takes seconds of a busy processor, which are no silence of the server's
 
     def probe() -> None:
         try:
-            client_for(uri).search_experiments(max_results=1)
+            client.search_experiments(max_results=1)
             outcome.append(None)
         except Exception as error:
             outcome.append(error)

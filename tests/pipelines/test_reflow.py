@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from d2f_core.batch.output import OutputError
 from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.schema import SchemaError
@@ -20,7 +21,7 @@ from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.extract_features import ScoreConfig
 from d2f_core.flow.evaluate.image_metrics import MeasureConfig
 from d2f_core.flow.generate.job import check_generate
-from d2f_core.flow.generate.plan import GenerateConfig, GenerateError
+from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.generate.sampler import ImageSampler, fill_request
 from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.model.artifact import SamplingDefaults, load_model
@@ -183,7 +184,7 @@ def test_two_rounds_one_after_the_other_on_the_cluster(config: ReflowConfig) -> 
 def test_other_pairs_at_the_same_output_are_refused_and_nothing_is_lost(
     config: ReflowConfig, versions: list[dict[str, str]]
 ) -> None:
-    with pytest.raises(GenerateError, match=r"another job .*num_prompts was 12, now 13"):
+    with pytest.raises(OutputError, match=r"another job .*num_prompts was 12, now 13"):
         main(dataclasses.replace(config, num_pairs=13))
     assert main(config) == versions
 
