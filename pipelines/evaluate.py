@@ -13,15 +13,14 @@ from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.job import check_evaluate, evaluate
 from pipelines.cli import run_job
 from pipelines.make_dataset import MAKE_DATASET
-from pipelines.names import EMOJI_SD, EVALUATIONS, FLOW_MODEL, QUICKSTART
-from pipelines.workflow_config import captions_uri
+from pipelines.names import CAPTIONS, EMOJI_SD, EVALUATIONS, FLOW_MODEL, QUICKSTART
 
 EVALUATE = {
     # What `make quickstart` made: every caption of its drawings, and the drawings to compare with.
     "quickstart": EvaluateConfig(
         candidate=f"models:/{FLOW_MODEL}@candidate",
         base=EMOJI_SD,
-        prompts=captions_uri(QUICKSTART),
+        prompts=f"{QUICKSTART}/{CAPTIONS}",
         reference=MAKE_DATASET["openmoji-few"].output,
         output="s3://d2f/evaluations/quickstart",
         evaluations=EVALUATIONS,

@@ -45,8 +45,9 @@ def check(config: FinetuneConfig) -> FinetuneJob:
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
     base, manifests = resolve_base(config.model.base), [read_manifest(uri) for uri in config.tables]
+    autoencoder = autoencoder_fingerprint(base)
     for manifest in manifests:
-        check_fingerprint(manifest, autoencoder_fingerprint(base))
+        check_fingerprint(manifest, autoencoder)
         check_task(manifest, config.model.task)
     plan = make_plan(config, base, manifests)
     check_tracking()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingJob:
+class TrainingJob(ABC):
     """A training that was checked, and is ready to start."""
 
     config: FinetuneConfig | TrainAutoencoderConfig
@@ -33,9 +34,9 @@ class TrainingJob:
         """Of the MLflow run; None: there is no run."""
         return None
 
+    @abstractmethod
     def export(self, last: Checkpoint) -> str:
         """Write the result of the last checkpoint; returns its directory."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

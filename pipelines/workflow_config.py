@@ -13,6 +13,7 @@ from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.publish.job import RegisterConfig
 from d2f_core.storage import join
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
+from pipelines.names import CAPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class WorkflowConfig:
     @property
     def captions_uri(self) -> str:
         """Every caption of the dataset as a prompt, for `pipelines.evaluate`."""
-        return captions_uri(self.output)
+        return join(self.output, CAPTIONS)
 
     def wired_encode(self) -> EncodeConfig:
         source = replace(self.encode.source, uri=self.dataset.output)
@@ -150,11 +151,6 @@ class ReflowConfig:
                 raise ValueError(f"{name} is empty. Give --{name} URI.")
         if self.num_pairs < 1 or self.rounds < 1:
             raise ValueError(f"num_pairs={self.num_pairs} and rounds={self.rounds} must be at least 1.")
-
-
-def captions_uri(output: str) -> str:
-    """Where a workflow that writes to `output` puts every caption of its dataset."""
-    return join(output, "captions.jsonl")
 
 
 def require_same(name: str, value: str, other: str, expected: str) -> None:

@@ -33,8 +33,6 @@ from d2f_core.tracking import check_tracking, pin_model, resolve_model, start_ru
 
 logger = logging.getLogger(__name__)
 
-MAX_INPUT_BLOCKS = 1000
-
 
 @dataclass(frozen=True, kw_only=True)
 class DepthJob:

@@ -49,8 +49,6 @@ from d2f_core.tracking import MetricLog, RunHandle, check_tracking, pin_model, r
 
 logger = logging.getLogger(__name__)
 
-READ_THREADS = 8
-MAX_INPUT_BLOCKS = 1000
 FLUSH_SECONDS = 60.0
 
 
