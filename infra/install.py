@@ -101,14 +101,8 @@ def install(pip: Pip, lock: str, *, with_torch: bool = True) -> None:
         pip.install_locked(first)
     parts = parts_of([entry for name, entry in entries.items() if name != BUILT], MOST_AT_ONCE)
     work: list[Callable[[], None]] = [functools.partial(pip.install_locked, part) for part in parts]
-
-    def torch_and_what_is_built() -> None:
-        pip.install("--constraint", "constraints.txt", "torch")
-        pip.install_locked([entries[BUILT]])  # its build imports torch, which must be whole by then
-        pip.install("--no-deps", "--no-build-isolation", "--editable", ".")
-
     if with_torch:
-        work.insert(0, torch_and_what_is_built)
+        work.insert(0, functools.partial(pip.install, "--constraint", "constraints.txt", "torch"))
     with ThreadPoolExecutor(MOST_AT_ONCE + 1) as pool:
         futures = [pool.submit(one) for one in work]
         try:
@@ -119,6 +113,10 @@ def install(pip: Pip, lock: str, *, with_torch: bool = True) -> None:
                 future.cancel()
             pip.stop()
             raise
+    if with_torch:
+        # Its build imports torch, and that imports numpy: with one of them half written it crashes.
+        pip.install_locked([entries[BUILT]])
+        pip.install("--no-deps", "--no-build-isolation", "--editable", ".")
 
 
 def wanted(kinds: Sequence[str]) -> str:
