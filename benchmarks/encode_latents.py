@@ -29,6 +29,8 @@ import ray
 import torch
 import tyro
 
+from d2f_core.batch.chunk_records import unfinished_shards
+from d2f_core.batch.table_job import claim_output, finish_table, make_table, run_chunks
 from d2f_core.data.datasets.emoji import MakeDatasetConfig, make_dataset
 from d2f_core.data.images import prepare_image
 from d2f_core.data.latents import table_to_arrays
@@ -37,10 +39,8 @@ from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.sources import ImageSource, plan_images
 from d2f_core.data.table_reader import RowReader
 from d2f_core.flow.encode.actor import to_input
-from d2f_core.flow.encode.check import check_encode, claim_output
-from d2f_core.flow.encode.chunk_records import unfinished_shards
+from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig
-from d2f_core.flow.encode.job import encode, finish_table, run_chunks
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import join
@@ -149,7 +149,7 @@ def check_same_work(config: EncodeConfig, means: np.ndarray) -> float:
     Raises:
         RuntimeError: they are not the same; the figures are void.
     """
-    manifest = encode(check_encode(config))
+    manifest = make_table(check_encode(config))
     rows = RowReader(config.output, manifest, ["latent_mean"]).read(np.arange(manifest.num_rows))
     job = table_to_arrays(rows)["latent_mean"].astype("f4")
     means = means.astype("f4")

@@ -9,10 +9,10 @@ The same command again goes on where a killed job was, and does nothing once the
 
 import ray
 
+from d2f_core.batch.table_job import make_table
 from d2f_core.data.sources.depth import DepthSource
 from d2f_core.flow.encode.check import check_encode_depth
 from d2f_core.flow.encode.config import EncodeDepthConfig
-from d2f_core.flow.encode.job import encode
 from pipelines.cli import run_job
 from pipelines.names import DEPTH_BASE
 from pipelines.recipes_stable_diffusion import ENCODE_DEPTH_STABLE_DIFFUSION
@@ -28,7 +28,7 @@ ENCODE_DEPTH = {
 def main(config: EncodeDepthConfig) -> None:
     job = check_encode_depth(config)
     ray.init(ignore_reinit_error=True)
-    encode(job)
+    make_table(job)
 
 
 if __name__ == "__main__":

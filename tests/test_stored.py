@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from d2f_core import storage
 from d2f_core.batch.output import OutputError, read_index
+from d2f_core.batch.table_job import make_table
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig
-from d2f_core.flow.encode.job import encode
 from d2f_core.flow.generate.job import check_generate, generate
 from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.train import checkpoint
@@ -53,7 +53,7 @@ def stored_config(kind: type, name: str):
 
 def test_a_latent_table_is_complete_for_the_same_command(there: None) -> None:
     config = stored_config(EncodeConfig, "encode")
-    manifest = encode(check_encode(config))
+    manifest = make_table(check_encode(config))
     assert manifest.digest == (STORED / "latents.digest").read_text().strip()
     assert read_manifest(config.output).digest == manifest.digest and manifest.num_rows == 14
 

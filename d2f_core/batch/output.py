@@ -14,7 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2f_core.data.manifest import TableFile, describe_file, read_manifest
+from d2f_core.data.manifest import (
+    Manifest,
+    TableFile,
+    describe_file,
+    manifest_exists,
+    read_manifest,
+    write_manifest,
+)
 from d2f_core.identity import differences
 from d2f_core.storage import join, list_names, read_bytes, write_bytes
 
@@ -63,7 +70,7 @@ def part_name(number: int, table: str = INDEX) -> str:
 
 @dataclass(frozen=True)
 class IndexPart:
-    """What an earlier run wrote of one unit of work."""
+    """What one unit of work left on storage."""
 
     file: TableFile
     failed: int
@@ -71,21 +78,75 @@ class IndexPart:
     metadata: Mapping[bytes, bytes]
     """Of the file's schema."""
 
+    @classmethod
+    def read(cls, output: str, number: int) -> "IndexPart":
+        """What an earlier run wrote."""
+        name = part_name(number)
+        data = read_bytes(join(output, name))
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            failed = file.metadata.num_rows - file.read(["error"])["error"].null_count
+            return cls(describe_file(name, data), failed, file.schema_arrow.metadata or {})
 
-def parts_there(output: str, count: int) -> dict[int, IndexPart]:
-    """The parts of the index that are written, by number below `count`."""
+
+class IndexedOutput:
+    """The output of a job whose units of work, numbered from 0, leave one part of the index each."""
+
+    def __init__(self, uri: str, identity: Mapping[str, Any], num_parts: int, **about: Any) -> None:
+        """Claim the output, and look which parts are there.
+
+        Args:
+            identity: what decides the results.
+            about: what the plan tells beside it.
+
+        Raises:
+            OutputError: the output belongs to another job; names what differs.
+        """
+        claim(uri, identity, **about)
+        self.uri, self.num_parts = uri, num_parts
+        self.manifest: Manifest | None = read_manifest(uri) if manifest_exists(uri) else None
+        """Of a finished output."""
+        self.parts: dict[int, IndexPart] = {}
+        self.rows = 0
+        """Of the parts that are there."""
+        self.failed = 0
+        """Rows with an error, of the parts that are there."""
+        self._identity = dict(identity)
+        if self.manifest:
+            refuse_other(uri, self.manifest.fingerprint, identity)
+        else:
+            for number, part in _parts_there(uri, num_parts).items():
+                self.add(number, part)
+
+    def add(self, number: int, part: IndexPart) -> None:
+        """Count a unit of work as done."""
+        self.parts[number] = part
+        self.rows += part.file.rows
+        self.failed += part.failed
+
+    @property
+    def missing(self) -> list[int]:
+        """Units of work that are not done."""
+        return [] if self.manifest else [number for number in range(self.num_parts) if number not in self.parts]
+
+    def in_order(self) -> list[IndexPart]:
+        """All parts; KeyError when one is missing."""
+        return [self.parts[number] for number in range(self.num_parts)]
+
+    def finish(self, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> Manifest:
+        """Declare the output complete."""
+        files = tuple(part.file for part in self.in_order())
+        self.manifest = Manifest(
+            kind=KIND, files=files, fingerprint=self._identity, inputs=dict(inputs), counts=dict(counts)
+        )
+        write_manifest(self.uri, self.manifest)
+        return self.manifest
+
+
+def _parts_there(output: str, count: int) -> dict[int, IndexPart]:
     names = set(list_names(join(output, INDEX)))
     there = [number for number in range(count) if part_name(number).rsplit("/", 1)[-1] in names]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return dict(zip(there, pool.map(lambda number: _describe(output, number), there), strict=True))
-
-
-def _describe(output: str, number: int) -> IndexPart:
-    name = part_name(number)
-    data = read_bytes(join(output, name))
-    with pq.ParquetFile(pa.BufferReader(data)) as file:
-        failed = file.metadata.num_rows - file.read(["error"])["error"].null_count
-        return IndexPart(describe_file(name, data), failed, file.schema_arrow.metadata or {})
+        return dict(zip(there, pool.map(lambda number: IndexPart.read(output, number), there), strict=True))
 
 
 def table_file(text: str) -> Any:

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from d2f_core.data.errors import BadSampleError
+
 MAX_IMAGE_BYTES = 100 * 2**20
 """Largest image file that is read."""
 MAX_PARTS = 100_000
@@ -30,7 +32,7 @@ XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 ORIENTATION_TAG, SHORT, LONG = 0x0112, 3, 4
 
 
-class BadImageError(ValueError):
+class BadImageError(BadSampleError):
     """An image that is left out; the message is a code and a detail, the ledger's reason."""
 
 

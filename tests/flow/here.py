@@ -13,6 +13,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from d2f_core.batch import table_job
+from d2f_core.batch.chunks import prepare_shards, work_item, write_row
 from d2f_core.data.datasets import depth_table
 from d2f_core.data.datasets.depth_table import MakeDepthConfig
 from d2f_core.data.manifest import TableFile
@@ -20,10 +22,7 @@ from d2f_core.flow.depth import job as depth_job
 from d2f_core.flow.depth.actor import DepthActor
 from d2f_core.flow.depth.actor import work_item as depth_item
 from d2f_core.flow.depth.job import DepthJob
-from d2f_core.flow.encode import job as encode
-from d2f_core.flow.encode.actor import ChunkEncoder
-from d2f_core.flow.encode.check import EncodeJob
-from d2f_core.flow.encode.chunks import prepare_shards, work_item, write_row
+from d2f_core.flow.encode.actor import LatentEncoder
 from d2f_core.flow.evaluate import extract_features, metrics, straightness
 from d2f_core.flow.evaluate.extract_features import FeatureExtractor, ScoreConfig
 from d2f_core.flow.generate import job as generate
@@ -47,16 +46,16 @@ def score_here(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any
         yield scorer({name: np.array([value]) for name, value in item.items()})
 
 
-def prepared_rows(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Iterator[pa.Table]:
+def prepared_rows(job: table_job.TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[pa.Table]:
     """The chunks of unfinished shards as they come to an encoder, one after the other."""
     for number, done in todo.items():
         items = pa.Table.from_pylist([work_item(number, job.source.shards[number], done)])
         yield from prepare_shards(items, spec=job.spec)
 
 
-def encode_here(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
-    """As `encode._rows`."""
-    encoder = ChunkEncoder(job.spec)
+def encode_here(job: table_job.TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+    """As `table_job._rows`."""
+    encoder = LatentEncoder(job.spec)
     for row in prepared_rows(job, todo):
         yield from write_row(encoder(row), output=job.spec.config.output).to_pylist()
 
@@ -108,7 +107,7 @@ def here() -> Iterator[None]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(depth_table, "_make_parts", make_here)
-        patch.setattr(encode, "_rows", encode_here)
+        patch.setattr(table_job, "_rows", encode_here)
         patch.setattr(generate, "_run", draw_here)
         patch.setattr(extract_features, "_run", score_here)
         patch.setattr(depth_job, "_run", predict_here)

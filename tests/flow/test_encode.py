@@ -16,18 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from d2f_core.batch.chunk_records import PROGRESS, drop_duplicates, read_records, unfinished_shards
+from d2f_core.batch.chunks import write_row
+from d2f_core.batch.output import OutputError
+from d2f_core.batch.table_job import claim_output, finish_table, make_table
+from d2f_core.batch.table_spec import TableJobError
 from d2f_core.data.images import prepare_image
 from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import SchemaError, check_schema, latent_schema, sample_id
 from d2f_core.data.sources import ImageSource
-from d2f_core.flow.encode.actor import ChunkEncoder, to_input
-from d2f_core.flow.encode.check import check_encode, claim_output
-from d2f_core.flow.encode.chunk_records import PROGRESS, drop_duplicates, read_records, unfinished_shards
-from d2f_core.flow.encode.chunks import write_row
+from d2f_core.flow.encode.actor import LatentEncoder, to_input
+from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig, EncodeError
-from d2f_core.flow.encode.job import encode, finish_table
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.resources import InsufficientResourcesError
@@ -69,7 +71,7 @@ def encode_some(config: EncodeConfig, chunks: int | None = None) -> None:
     """The stages of the job one after another in this process, up to a number of chunks."""
     job = check_encode(config)
     claim_output(job.spec)
-    encoder, written = ChunkEncoder(job.spec), 0
+    encoder, written = LatentEncoder(job.spec), 0
     todo = unfinished_shards(len(job.source.shards), read_records(config.output))
     for row in prepared_rows(job, todo):
         if written == chunks:
@@ -150,22 +152,22 @@ def test_too_many_unusable_samples_stop_the_job_and_a_higher_limit_lets_it_go_on
         r"The first: .*100\.png: undecodable: .*101\.png: too_small: .* "
         r"All are in '.*quarantine\.parquet'\. Check the source; or raise the limit"
     )
-    with pytest.raises(EncodeError, match=message):
+    with pytest.raises(TableJobError, match=message):
         encode_here(config)
     assert not manifest_exists(config.output) and len(in_ledger(config)) == 5
     parts = {path: path.stat().st_mtime_ns for path in Path(config.output).glob("part-*")}
-    with pytest.raises(EncodeError, match="4 of the 19 samples"):
-        encode(check_encode(config))
+    with pytest.raises(TableJobError, match="4 of the 19 samples"):
+        make_table(check_encode(config))
     raised = dataclasses.replace(config, max_quarantined_share=4 / 19)
-    assert encode(check_encode(raised)).counts["written"] == 14, "nothing is left to encode, so no cluster is asked for"
+    assert make_table(check_encode(raised)).counts["written"] == 14, "nothing is left to do, so no cluster is asked for"
     assert {path: path.stat().st_mtime_ns for path in Path(config.output).glob("part-*")} == parts
 
 
 def test_a_job_stops_as_soon_as_what_it_read_is_too_much_of_the_whole(config):
     write_folder(config.source.uri, [("000-a.png", b"no image", "a"), ("000-b.png", b"no image", "b")])
     encode_some(config, chunks=1)
-    with pytest.raises(EncodeError, match=r"2 of the 4 samples read .*\(2 undecodable\)"):
-        encode(check_encode(config))
+    with pytest.raises(TableJobError, match=r"2 of the 4 samples read .*\(2 undecodable\)"):
+        make_table(check_encode(config))
     assert in_ledger(config).keys() == {"000-a.png", "000-b.png"}
     assert len(read_records(config.output)) == 1, "no further chunk was encoded"
 
@@ -284,8 +286,8 @@ def test_another_job_at_the_same_output_is_refused_with_the_reason(finished, con
     (encode_here if finished else encode_some)(config)
 
     def refuse(message: str, **changes) -> None:
-        with pytest.raises(EncodeError, match=message):
-            encode(check_encode(dataclasses.replace(config, **changes)))
+        with pytest.raises(OutputError, match=message):
+            make_table(check_encode(dataclasses.replace(config, **changes)))
 
     refuse("resolution was 16, now 8", resolution=8)
     refuse("autoencoder was [0-9a-f]{64}, now [0-9a-f]{64}", base=other_base)
@@ -298,7 +300,7 @@ def test_a_finished_table_is_left_alone_whatever_the_batch_or_the_cluster(config
     manifest = encode_here(config)
     before = {path: path.stat().st_mtime_ns for path in Path(config.output).iterdir()}
     caplog.set_level("INFO")
-    assert encode(check_encode(dataclasses.replace(config, batch_size=1, num_actors=50))) == manifest
+    assert make_table(check_encode(dataclasses.replace(config, batch_size=1, num_actors=50))) == manifest
     assert {path: path.stat().st_mtime_ns for path in Path(config.output).iterdir()} == before
     assert "complete with 13 rows, nothing to do" in caplog.text
 
@@ -311,19 +313,19 @@ def test_only_the_encoders_of_the_base_model_count(config, tmp_path):
         {name: value + 1 for name, value in weights.items()}, same_vae / "unet/diffusion_pytorch_model.safetensors"
     )
     assert resolve_base(str(same_vae)).content_hash != resolve_base(config.base).content_hash
-    assert encode(check_encode(dataclasses.replace(config, base=str(same_vae)))).num_rows == 13
+    assert make_table(check_encode(dataclasses.replace(config, base=str(same_vae)))).num_rows == 13
 
 
 def test_an_output_that_holds_something_else_is_refused(config):
     write_folder(config.output, pictures(1))
-    with pytest.raises(EncodeError, match=r"is not empty: it holds 000\.png, 000\.txt"):
-        encode(check_encode(config))
+    with pytest.raises(OutputError, match=r"is not empty: it holds 000\.png, 000\.txt"):
+        make_table(check_encode(config))
 
 
 def test_when_no_image_can_be_used_the_reasons_are_counted(config, tmp_path):
     source = ImageSource(uri=write_folder(str(tmp_path / "bad"), [("1.png", b"x", "a"), ("2.gif", b"GIF8", "b")]))
     config = dataclasses.replace(config, source=source)
-    with pytest.raises(EncodeError, match=r"None of the 2 samples .*\(1 undecodable, 1 format\)"):
+    with pytest.raises(TableJobError, match=r"None of the 2 samples .*\(1 undecodable, 1 format\)"):
         encode_here(config)
     assert len(read_quarantine(config.output)) == 2 and not manifest_exists(config.output)
 
@@ -384,7 +386,7 @@ def on_s3(stack: StackEnv, config) -> EncodeConfig:
 
 
 def test_the_cluster_changes_no_byte(on_s3):
-    two_actors = encode(check_encode(on_s3))
+    two_actors = make_table(check_encode(on_s3))
     alone = elsewhere(on_s3)
     assert encode_here(alone).digest == two_actors.digest
     assert two_actors.counts == {"read": 66, "written": 61, "quarantined": 5, "duplicates": 1}
@@ -396,9 +398,9 @@ def test_a_job_killed_in_the_middle_goes_on_to_the_same_bytes(on_s3, tmp_path):
     script = (
         "import ray; from d2f_core.data.sources import ImageSource\n"
         "from d2f_core.flow.encode.check import check_encode\n"
-        "from d2f_core.flow.encode.config import EncodeConfig; from d2f_core.flow.encode.job import encode\n"
+        "from d2f_core.flow.encode.config import EncodeConfig; from d2f_core.batch.table_job import make_table\n"
         "ray.init()\n"
-        f"encode(check_encode({on_s3!r}))"
+        f"make_table(check_encode({on_s3!r}))"
     )
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen([sys.executable, "-c", script], stderr=log, stdout=log)
@@ -408,7 +410,7 @@ def test_a_job_killed_in_the_middle_goes_on_to_the_same_bytes(on_s3, tmp_path):
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert done and not manifest_exists(on_s3.output), (tmp_path / "log").read_text()[-2000:]
-    resumed = encode(check_encode(on_s3))
+    resumed = make_table(check_encode(on_s3))
     assert encode_here(elsewhere(on_s3)).digest == resumed.digest
 
 
@@ -418,19 +420,19 @@ def test_a_damaged_autoencoder_stops_the_job_and_names_samples(on_s3, tmp_path):
     weights["quant_conv.bias"] += float("nan")
     save_file(weights, damaged / "vae/diffusion_pytorch_model.safetensors")
     message = r"latents are not finite in half precision, of the samples [0-9a-f]{32}"
-    with here(), pytest.raises(EncodeError, match=message):
-        encode(check_encode(dataclasses.replace(on_s3, base=str(damaged))))
+    with here(), pytest.raises(TableJobError, match=message):
+        make_table(check_encode(dataclasses.replace(on_s3, base=str(damaged))))
     assert not manifest_exists(on_s3.output)
 
 
 def test_a_job_that_stopped_at_the_limit_goes_on_to_the_same_bytes(on_s3):
     message = r"of the \d+ samples read .* more than max_quarantined_share=0 allows"
-    with here(), pytest.raises(EncodeError, match=message):
-        encode(check_encode(dataclasses.replace(on_s3, max_quarantined_share=0.0)))
+    with here(), pytest.raises(TableJobError, match=message):
+        make_table(check_encode(dataclasses.replace(on_s3, max_quarantined_share=0.0)))
     assert not manifest_exists(on_s3.output) and read_quarantine(on_s3.output)
     alone = elsewhere(on_s3)
     with here():
-        assert encode(check_encode(on_s3)).digest == encode_here(alone).digest
+        assert make_table(check_encode(on_s3)).digest == encode_here(alone).digest
     assert read_bytes(join(on_s3.output, "quarantine.parquet")) == read_bytes(join(alone.output, "quarantine.parquet"))
 
 
@@ -438,4 +440,4 @@ def test_more_actors_than_the_cluster_has_is_said_at_once(on_s3):
     with pytest.raises(
         InsufficientResourcesError, match=r"\d+ actors and their readers need .* CPU, and the cluster has"
     ):
-        encode(check_encode(dataclasses.replace(on_s3, cpus_per_actor=500, node_wait_seconds=0)))
+        make_table(check_encode(dataclasses.replace(on_s3, cpus_per_actor=500, node_wait_seconds=0)))

@@ -11,6 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from d2f_core.batch.chunk_records import read_records, unfinished_shards
+from d2f_core.batch.chunks import write_row
+from d2f_core.batch.output import OutputError
+from d2f_core.batch.table_job import claim_output, finish_table, make_table
+from d2f_core.batch.table_spec import TableJobError
 from d2f_core.data.datasets.depth_table import MakeDepthConfig, make_depth_dataset, make_rows
 from d2f_core.data.depth import crop_and_resize, depth_latent_schema, normalise_depth
 from d2f_core.data.depth_files import decode_depth
@@ -20,12 +25,9 @@ from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import check_schema, sample_id
 from d2f_core.data.sources.depth import DepthSource
-from d2f_core.flow.encode.actor import ChunkEncoder, to_input
-from d2f_core.flow.encode.check import check_encode_depth, claim_output
-from d2f_core.flow.encode.chunk_records import read_records, unfinished_shards
-from d2f_core.flow.encode.chunks import write_row
+from d2f_core.flow.encode.actor import LatentEncoder, to_input
+from d2f_core.flow.encode.check import check_encode_depth
 from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeError
-from d2f_core.flow.encode.job import encode, finish_table
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import join, read_bytes
@@ -121,7 +123,7 @@ def encode_here(config: EncodeDepthConfig, chunks: int | None = None) -> Manifes
     """The stages of the job one after another in this process; a number of chunks stops it before its end."""
     job = check_encode_depth(config)
     claim_output(job.spec)
-    encoder, written = ChunkEncoder(job.spec), 0
+    encoder, written = LatentEncoder(job.spec), 0
     todo = unfinished_shards(len(job.source.shards), read_records(config.output))
     for row in prepared_rows(job, todo):
         if written == chunks:
@@ -158,7 +160,7 @@ def test_an_image_whose_first_depth_is_broken_is_not_lost_when_it_comes_again(co
 
 
 def test_too_many_unusable_pairs_stop_the_job(config):
-    with pytest.raises(EncodeError, match=r"9 of the 17 samples .* more than max_quarantined_share=0\.5 allows"):
+    with pytest.raises(TableJobError, match=r"9 of the 17 samples .* more than max_quarantined_share=0\.5 allows"):
         encode_here(dataclasses.replace(config, max_quarantined_share=0.5))
     assert not manifest_exists(config.output) and len(read_quarantine(config.output)) == 10
 
@@ -201,8 +203,8 @@ def test_a_job_resumed_after_any_chunk_ends_with_the_same_bytes(chunks, config):
 def test_another_way_of_reading_the_depth_is_another_job(config):
     encode_here(config, 1)
     source = dataclasses.replace(config.source, distances="radial")
-    with pytest.raises(EncodeError, match=r"'distances': 'planar'.*'distances': 'radial'"):
-        encode(check_encode_depth(dataclasses.replace(config, source=source)))
+    with pytest.raises(OutputError, match=r"'distances': 'planar'.*'distances': 'radial'"):
+        make_table(check_encode_depth(dataclasses.replace(config, source=source)))
 
 
 def test_latents_that_come_with_the_source_are_taken_as_they_are(config, tmp_path):
@@ -263,9 +265,9 @@ def test_rendered_scenes_become_latents_with_the_right_masks(stack: StackEnv):
         source=DepthSource(uri=scenes.output), base=EMOJI_SD, output=f"{prefix}/latents", rows_per_part=5
     )
     with here():
-        manifest = encode(check_encode_depth(config))
+        manifest = make_table(check_encode_depth(config))
     assert manifest.counts == {"read": 12, "written": 12, "quarantined": 0, "duplicates": 0}
-    assert encode(check_encode_depth(config)) == manifest
+    assert make_table(check_encode_depth(config)) == manifest
     rows = rows_of(config.output)
     assert rows["latent_mean"].shape == rows["joined_mean"].shape == (12, 4, 16, 16)
     assert list(rows["source_uri"]) == [f"rendered:train/0/64/{number}" for number in range(12)]

@@ -10,18 +10,15 @@
 SSSSSS is the shard of the source. A shard whose index part is there is done; all others are made again.
 """
 
-import json
 import logging
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from d2f_core.batch.actor_pool import map_items
-from d2f_core.batch.output import KIND, claim, parts_there, refuse_other, table_file
-from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
+from d2f_core.batch.output import IndexedOutput, IndexPart, table_file
+from d2f_core.batch.run_log import RunLog
+from d2f_core.data.manifest import Manifest
 from d2f_core.data.sources import SourcePlan, plan_images
 from d2f_core.flow.depth.actor import DepthActor, work_item
 from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig, make_depth_plan
@@ -29,7 +26,7 @@ from d2f_core.flow.depth.predictor import check_depth_model
 from d2f_core.model.artifact import load_model
 from d2f_core.progress import Progress
 from d2f_core.storage import check_reachable
-from d2f_core.tracking import check_tracking, pin_model, resolve_model, start_run
+from d2f_core.tracking import check_tracking, pin_model, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +65,22 @@ def predict_depth(job: DepthJob) -> Manifest:
         ValueError: the output belongs to another plan, or the cluster is too small.
     """
     config, plan = job.config, job.plan
-    claim(config.output, plan.identity())
-    if manifest_exists(config.output):
-        manifest = read_manifest(config.output)
-        refuse_other(config.output, manifest.fingerprint, plan.identity())
-        logger.info("%s: all %d maps are there, nothing to do", config.output, manifest.num_rows)
-        return manifest
-    there = parts_there(config.output, plan.num_shards)
-    parts = {number: (part.file, part.failed) for number, part in there.items()}
-    progress = Progress("predict_depth", plan.num_shards, "parts", done=len(there))
-    for result in _run(job, [number for number in range(plan.num_shards) if number not in parts]):
-        parts[result["shard"]] = table_file(result["part"]), result["failed"]
-        progress.advance(1)
-    return _finish(job, [parts[number] for number in range(plan.num_shards)])
+    output = IndexedOutput(config.output, plan.identity(), plan.num_shards)
+    if output.manifest:
+        logger.info("%s: all %d maps are there, nothing to do", config.output, output.manifest.num_rows)
+        return output.manifest
+    progress = Progress("predict_depth", plan.num_shards, "parts", done=len(output.parts))
+    tags = {"d2f.model": plan.model_uri, "d2f.source": config.source.uri}
+    with RunLog(config.experiment, config.output, config, plan, tags) as log:
+        for result in _run(job, output.missing):
+            output.add(result["shard"], IndexPart(table_file(result["part"]), result["failed"], {}))
+            progress.advance(1)
+        maps, failed = output.rows - output.failed, output.failed
+        counts = {"images": output.rows // len(plan.steps), "maps": maps, "failed": failed}
+        manifest = output.finish({"source": config.source.uri, "model": plan.model_uri}, counts)
+        logger.info("%s: %d maps, %d failed", config.output, maps, failed)
+        log.log(0, {name: float(count) for name, count in counts.items()})
+    return manifest
 
 
 def _run(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
@@ -89,30 +89,3 @@ def _run(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
     items = [work_item(number, job.source.shards[number]) for number in shards]
     arguments = job.plan, config.output, config.cpus_per_actor
     return map_items(items, DepthActor, arguments, config, node_wait_seconds=config.node_wait_seconds)
-
-
-def _finish(job: DepthJob, parts: list[tuple[TableFile, int]]) -> Manifest:
-    config, plan = job.config, job.plan
-    rows, failed = sum(file.rows for file, _ in parts), sum(count for _, count in parts)
-    manifest = Manifest(
-        kind=KIND,
-        files=tuple(file for file, _ in parts),
-        fingerprint=plan.identity(),
-        inputs={"source": config.source.uri, "model": plan.model_uri},
-        counts={"images": rows // len(plan.steps), "maps": rows - failed, "failed": failed},
-    )
-    write_manifest(config.output, manifest)
-    logger.info("%s: %d maps, %d failed", config.output, rows - failed, failed)
-    if config.experiment and os.environ.get("MLFLOW_TRACKING_URI"):
-        run = start_run(
-            experiment=config.experiment,
-            run_key=config.output,
-            name=config.output.rstrip("/").rsplit("/", 1)[-1],
-            config_yaml=yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False),
-            params=asdict(plan),
-            tags={"d2f.model": plan.model_uri, "d2f.source": config.source.uri, "d2f.output": config.output},
-        )
-        run.log_metrics(0, {name: float(count) for name, count in manifest.counts.items()})
-        run.finish()
-        logger.info("MLflow run: %s", run.url)
-    return manifest

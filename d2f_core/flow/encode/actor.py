@@ -8,17 +8,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from d2f_core.batch.chunks import TableActor
+from d2f_core.batch.table_spec import TableJobError
 from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.schema import array_field
-from d2f_core.flow.encode.chunks import pack, unpack
-from d2f_core.flow.encode.config import EncodeSpec
+from d2f_core.flow.encode.spec import EncodeSpec
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.model.text_encoder import load_text_encoder
 
 
-class ChunkEncoder:
-    """Ray Data actor: pictures of a chunk -> its latent table. Loads the weights once."""
+class LatentEncoder(TableActor):
+    """Pictures of a chunk -> its latent table. Loads the weights once."""
 
     def __init__(self, spec: EncodeSpec) -> None:
         torch.set_num_threads(spec.config.cpus_per_actor)
@@ -29,11 +30,11 @@ class ChunkEncoder:
         states = spec.fingerprint["text"] == "states"
         self._text_encoder = load_text_encoder(base, device=self._device) if states else None
 
-    def __call__(self, row: pa.Table) -> pa.Table:
-        record, prepared = unpack(row)
+    def make(self, prepared: pa.Table) -> pa.Table:
         if self._autoencoder.fingerprint != self._spec.fingerprint["autoencoder"]:
-            problem = f"{self._spec.config.base!r} is another model on some node. Give a URI that all nodes share."
-            return pack(record, prepared, problem=problem)
+            raise TableJobError(
+                f"{self._spec.config.base!r} is another model on some node. Give a URI that all nodes share."
+            )
         columns: dict[str, Any] = table_to_arrays(prepared)
         schema = self._spec.kind.schema(self._spec.latent_shape)
         encoded = []
@@ -46,7 +47,8 @@ class ChunkEncoder:
         if self._text_encoder is not None:
             columns["text_state"], shape = self._encode_text(list(columns["caption"]), self._spec.config.batch_size)
             schema = schema.append(array_field("text_state", "float16", shape))
-        return pack(record, arrays_to_table(columns, schema), problem=_not_finite(columns, encoded))
+        _check_finite(columns, encoded)
+        return arrays_to_table(columns, schema)
 
     def _encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation of the scaled latents of a chunk's pictures, float16 [rows, C, h, w]."""
@@ -67,18 +69,17 @@ class ChunkEncoder:
         return states[: len(captions)], states.shape[1:]
 
 
-def _not_finite(columns: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """What stops the job: a latent among these columns that is not finite."""
+def _check_finite(columns: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises TableJobError when a latent among these columns is not finite."""
     wrong = np.zeros(len(columns["sample_id"]), bool)
     for name in names:
         wrong |= ~np.isfinite(columns[name]).all(axis=(1, 2, 3))
-    if not wrong.any():
-        return None
-    samples = ", ".join(columns["sample_id"][row] for row in np.flatnonzero(wrong)[:8])
-    return (
-        f"{wrong.sum()} latents are not finite in half precision, of the samples {samples}. The autoencoder's weights "
-        "or its scaling_factor are damaged; check the base model."
-    )
+    if wrong.any():
+        samples = ", ".join(columns["sample_id"][row] for row in np.flatnonzero(wrong)[:8])
+        raise TableJobError(
+            f"{wrong.sum()} latents are not finite in half precision, of the samples {samples}. The autoencoder's "
+            "weights or its scaling_factor are damaged; check the base model."
+        )
 
 
 def to_input(pictures: np.ndarray, device: str) -> Tensor:

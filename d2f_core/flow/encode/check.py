@@ -2,41 +2,25 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2f_core.data.manifest import Manifest
+from d2f_core.batch.table_job import TableJob
 from d2f_core.data.sources import SourcePlan, plan_images
 from d2f_core.data.sources.depth import plan_depth
+from d2f_core.flow.encode.actor import LatentEncoder
 from d2f_core.flow.encode.captioned import CAPTIONED
-from d2f_core.flow.encode.chunk_records import JOB_NAME, PROGRESS
-from d2f_core.flow.encode.config import (
-    EncodeConfig,
-    EncodeDepthConfig,
-    EncodeError,
-    EncodeKind,
-    EncodeSettings,
-    EncodeSpec,
-)
+from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeSettings
+from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec
 from d2f_core.flow.encode.with_depth import DEPTH, DEPTH_LATENTS
-from d2f_core.identity import differences, identity_values
+from d2f_core.identity import identity_values
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
-from d2f_core.storage import check_reachable, join, list_names, read_bytes, write_bytes
+from d2f_core.storage import check_reachable
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodeJob:
-    """An encode job that was checked, and is ready to run."""
-
-    spec: EncodeSpec
-    source: SourcePlan
-    """The source, listed."""
-
-
-def check_encode(config: EncodeConfig) -> EncodeJob:
+def check_encode(config: EncodeConfig) -> TableJob:
     """Check everything that can be checked before a cluster is used.
 
     Raises:
@@ -46,7 +30,7 @@ def check_encode(config: EncodeConfig) -> EncodeJob:
     return _check(config, CAPTIONED, config.source.uri, plan, text=config.text)
 
 
-def check_encode_depth(config: EncodeDepthConfig) -> EncodeJob:
+def check_encode_depth(config: EncodeDepthConfig) -> TableJob:
     """`check_encode` of images with depth."""
     plan = partial(plan_depth, config.source, rows_per_shard=config.rows_per_part)
     kind = DEPTH_LATENTS if config.source.latents else DEPTH
@@ -62,7 +46,7 @@ def _check(
     *,
     text: str = "online",
     inputs: Mapping[str, Any] | None = None,
-) -> EncodeJob:
+) -> TableJob:
     for name, value in (("source.uri", source), ("base", config.base), ("output", config.output)):
         if not value:
             raise EncodeError(f"{name} is empty. Give --{name} URI.")
@@ -85,7 +69,7 @@ def _check(
         **(inputs or {}),
     }
     spec = EncodeSpec(config=config, kind=kind, fingerprint=fingerprint, inputs=made_from, latent_shape=shape)
-    return EncodeJob(spec=spec, source=planned)
+    return TableJob(spec=spec, source=planned, actor=LatentEncoder)
 
 
 def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:
@@ -118,41 +102,3 @@ def _latent_shape(config: EncodeSettings, path: Path) -> tuple[int, int, int]:
             f"Nearest that fits: {nearest}."
         )
     return vae["latent_channels"], config.resolution // unit, config.resolution // unit
-
-
-def claim_output(spec: EncodeSpec) -> None:
-    """Write what the job is at its output, or check that the job begun there is the same.
-
-    Raises:
-        EncodeError: another job began there, naming what differs; or something else lies there.
-    """
-    place = join(spec.config.output, PROGRESS, JOB_NAME)
-    if (names := list_names(spec.config.output)) and PROGRESS not in names:
-        raise EncodeError(
-            f"{spec.config.output!r} is not empty: it holds {', '.join(names[:5])}. Give another output, or remove "
-            "them."
-        )
-    try:
-        write_bytes(place, json.dumps(spec.identity(), indent=1, sort_keys=True).encode(), exclusive=True)
-    except FileExistsError:
-        _refuse_other(spec, json.loads(read_bytes(place)), "is an unfinished table")
-
-
-def check_complete_table(spec: EncodeSpec, manifest: Manifest) -> None:
-    """Raises EncodeError when the finished table at the output is not what the job would write."""
-    if manifest.kind != "latents":
-        raise EncodeError(f"{spec.config.output!r} holds a table of {manifest.kind}. Give another output.")
-    there = {**manifest.inputs, "fingerprint": manifest.fingerprint}
-    _refuse_other(spec, there, "is a complete table")
-
-
-def _refuse_other(spec: EncodeSpec, there: dict[str, Any], what: str) -> None:
-    now = spec.identity()
-    now, there = ({**values, **values.get("fingerprint", {})} for values in (now, there))
-    for name in ("fingerprint", "base", "base_hash"):  # of a complete table the last two are told as well
-        now.pop(name, None)
-        there.pop(name, None)
-    if changed := differences(there, now):
-        raise EncodeError(
-            f"{spec.config.output!r} {what} of another job: {'; '.join(changed)}. Give another output, or remove it."
-        )

@@ -1,11 +1,7 @@
-"""What an encode job is. Light: the tasks that read and write import this, and neither torch nor a model."""
+"""What an encode job can be told. Light: the tasks that read and write import this, and neither torch nor a model."""
 
-import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
-
-import pyarrow as pa
+from typing import ClassVar, Literal
 
 from d2f_core.data.images import MAX_PIXELS_LIMIT, ImageRules
 from d2f_core.data.sources import ImageSource
@@ -90,56 +86,3 @@ class EncodeDepthConfig(EncodeSettings):
 
     source: DepthSource = field(default_factory=DepthSource)
     """Images with depth."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """What an actor encodes of each sample."""
-
-    name: str
-    """Column in which it comes: uint8 [height, width, 3], or float32 [height, width] in [-1, 1], which is encoded as
-    three equal channels."""
-    dtype: Literal["uint8", "float32"]
-    mean: str
-    """Column of the table for the scaled latent's mean."""
-    std: str | None
-    """Column for its deviation; None leaves it out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeKind:
-    """What differs between jobs: the kind of their samples. The functions are a module's own, found by name on every
-    node, and of modules as light as this one."""
-
-    schema: Callable[[tuple[int, int, int]], pa.Schema]
-    """Columns of the table, of the latents' shape."""
-    pictures: tuple[Picture, ...]
-    identify: Callable[[Any], str]
-    """Sample -> sample id; raises BadImageError when it lacks a part."""
-    prepare: Callable[[Any, "EncodeSpec"], dict[str, Any]]
-    """Sample -> its pictures and the columns that are known before encoding, but for `sample_id`, `source_uri` and
-    `bucket`; raises BadImageError when it cannot be used."""
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    """What it adds to the table's fingerprint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeSpec:
-    """Everything that decides the output's bytes."""
-
-    config: EncodeSettings
-    kind: EncodeKind
-    fingerprint: dict[str, Any]
-    """What a reader of the latents must match."""
-    inputs: dict[str, Any]
-    """What the latents are made from."""
-    latent_shape: tuple[int, int, int]
-    """Channels, height, width."""
-
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for two jobs to write the same table; batch size and cluster are free.
-
-        Of the base model only its encoders count, which are in the fingerprint.
-        """
-        inputs = {name: value for name, value in self.inputs.items() if name not in ("base", "base_hash")}
-        return json.loads(json.dumps({**inputs, "fingerprint": self.fingerprint}))

@@ -13,24 +13,15 @@ any model with latents of that shape.
 """
 
 import contextlib
-import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from d2f_core.batch.actor_pool import map_items
-from d2f_core.batch.output import KIND, IndexPart, parts_there, refuse_other, table_file
-from d2f_core.data.manifest import (
-    Manifest,
-    TableFile,
-    manifest_exists,
-    read_manifest,
-    write_manifest,
-)
+from d2f_core.batch.output import IndexedOutput, IndexPart, table_file
+from d2f_core.batch.run_log import RunLog
+from d2f_core.data.manifest import Manifest, write_manifest
 from d2f_core.flow.generate.actor import LATENTS_FILE, JobsSampler
 from d2f_core.flow.generate.plan import (
     LATENTS,
@@ -45,11 +36,9 @@ from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.progress import Progress
 from d2f_core.storage import check_reachable, join
-from d2f_core.tracking import MetricLog, RunHandle, check_tracking, pin_model, resolve_model, start_run
+from d2f_core.tracking import check_tracking, pin_model, resolve_model
 
 logger = logging.getLogger(__name__)
-
-FLUSH_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,107 +92,47 @@ def generate_all(jobs: Sequence[GenerateJob]) -> list[Manifest]:
         GenerateError: as `generate`.
     """
     begun = [_Begun(job) for job in jobs]
-    missing = [(number, chunk) for number, each in enumerate(begun) for chunk in each.missing()]
-    with contextlib.ExitStack() as reports:
+    missing = [(number, chunk) for number, each in enumerate(begun) for chunk in each.output.missing]
+    with contextlib.ExitStack() as logs:
         for each in begun:
-            if not each.manifest:
-                reports.enter_context(each.report)
+            if not each.output.manifest:
+                logs.enter_context(each.log)
         for result in _run(jobs, missing) if missing else ():
             begun[result["job"]].add(result)
-        return [each.manifest or each.finish() for each in begun]
+        return [each.finish() for each in begun]
 
 
 class _Begun:
-    """A job whose output is claimed, and which of its chunks are there."""
+    """A job whose output is claimed: what is there of it, and its run in MLflow."""
 
     def __init__(self, job: GenerateJob) -> None:
         config, plan = job.config, job.plan
-        self.job, self.parts = job, dict[int, Part]()
-        claim_output(config.output, plan, job.prompts)
-        self.manifest = read_manifest(config.output) if manifest_exists(config.output) else None
-        if self.manifest:
-            refuse_other(config.output, self.manifest.fingerprint, plan.identity())
-            logger.info("%s: all %d images are there, nothing to do", config.output, self.manifest.num_rows)
-        else:
-            there = parts_there(config.output, plan.num_chunks)
-            self.parts = {chunk: Part.from_index(part) for chunk, part in there.items()}
-        self.failed = sum(part.failed for part in self.parts.values())
-        images = sum(part.index.rows for part in self.parts.values())
-        self.progress = Progress("generate", plan.num_images, "images", done=images)
-        self.report = _Report(config, plan, self.progress)
-
-    def missing(self) -> list[int]:
-        if self.manifest:
-            return []
-        return [chunk for chunk in range(self.job.plan.num_chunks) if chunk not in self.parts]
+        self.job, self.output = job, claim_output(config.output, plan, job.prompts)
+        if self.output.manifest:
+            logger.info("%s: all %d images are there, nothing to do", config.output, self.output.manifest.num_rows)
+        self.progress = Progress("generate", plan.num_images, "images", done=self.output.rows)
+        tags = {
+            "d2f.model": plan.model_uri,
+            "d2f.model_sha256": plan.model_hash,
+            "d2f.prompts": config.prompts,
+            "d2f.prompts_digest": plan.prompts_digest,
+        }
+        self.log = RunLog(config.experiment, config.output, config, plan, tags)
 
     def add(self, result: dict[str, Any]) -> None:
-        part = Part.from_result(result)
-        self.parts[result["chunk"]] = part
-        self.progress.advance(part.index.rows)
-        self.failed += part.failed
-        self.report.advance(self.failed)
-        if len(self.parts) == self.job.plan.num_chunks:
-            self.manifest = self.finish()
+        metadata = {LATENTS_FILE: result["latents"].encode()}
+        part = IndexPart(table_file(result["part"]), result["failed"], metadata)
+        self.output.add(result["chunk"], part)
+        self.progress.advance(part.file.rows)
+        values = {
+            "images": self.progress.done, "images_per_second": self.progress.rate, "failed": self.output.failed
+        }  # fmt: skip
+        self.log.log(self.progress.done, values)
+        if len(self.output.parts) == self.output.num_parts:
+            self.finish()
 
     def finish(self) -> Manifest:
-        return _finish(self.job, [self.parts[chunk] for chunk in range(self.job.plan.num_chunks)])
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a chunk left on storage."""
-
-    index: TableFile
-    latents: TableFile | None
-    failed: int
-
-    @classmethod
-    def from_result(cls, result: dict[str, Any]) -> "Part":
-        return cls(table_file(result["part"]), table_file(result["latents"]), result["failed"])
-
-    @classmethod
-    def from_index(cls, part: IndexPart) -> "Part":
-        return cls(part.file, table_file(part.metadata.get(LATENTS_FILE, b"null").decode()), part.failed)
-
-
-class _Report:
-    """The job's own MLflow run, where there is a server: what it makes, from what, and how far it is."""
-
-    def __init__(self, config: GenerateConfig, plan: Plan, progress: Progress) -> None:
-        self._config, self._plan, self._progress = config, plan, progress
-        self._run: RunHandle | None = None
-        self._log: MetricLog | None = None
-
-    def __enter__(self) -> "_Report":
-        if self._config.experiment and os.environ.get("MLFLOW_TRACKING_URI"):
-            self._run = start_run(
-                experiment=self._config.experiment,
-                run_key=self._config.output,
-                name=self._config.output.rstrip("/").rsplit("/", 1)[-1],
-                config_yaml=yaml.safe_dump(json.loads(json.dumps(asdict(self._config))), sort_keys=False),
-                params=asdict(self._plan),
-                tags={
-                    "d2f.model": self._plan.model_uri,
-                    "d2f.model_sha256": self._plan.model_hash,
-                    "d2f.prompts": self._config.prompts,
-                    "d2f.prompts_digest": self._plan.prompts_digest,
-                    "d2f.output": self._config.output,
-                },
-            )
-            self._log = MetricLog(self._run)
-            logger.info("MLflow run: %s", self._run.url)
-        return self
-
-    def advance(self, failed: int) -> None:
-        if self._log:
-            done = {"images": self._progress.done, "images_per_second": self._progress.rate, "failed": failed}
-            self._log.log(self._progress.done, done)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._run and self._log:
-            self._log.close(FLUSH_SECONDS)
-            self._run.finish("FAILED" if kind else "FINISHED")
+        return self.output.manifest or _finish(self.job, self.output)
 
 
 def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -214,25 +143,20 @@ def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator
     return map_items(items, JobsSampler, arguments, config, node_wait_seconds=config.node_wait_seconds)
 
 
-def _finish(job: GenerateJob, parts: list[Part]) -> Manifest:
+def _finish(job: GenerateJob, output: IndexedOutput) -> Manifest:
     config, plan = job.config, job.plan
-    rows, failed = sum(part.index.rows for part in parts), sum(part.failed for part in parts)
-    if rows != plan.num_images:
+    if output.rows != plan.num_images:
         raise GenerateError(
-            f"{config.output!r} has {rows} index rows for {plan.num_images} images. Remove it and run again."
+            f"{config.output!r} has {output.rows} index rows for {plan.num_images} images. Remove it and run again."
         )
     inputs = {"prompts": config.prompts, "model": plan.model_uri}
     if plan.emit != "images":
-        files = tuple(part.latents for part in parts if part.latents)
-        latents = Manifest(kind="latents", files=files, fingerprint=job.latents, inputs=inputs)
-        write_manifest(join(config.output, LATENTS), latents)
-    manifest = Manifest(
-        kind=KIND,
-        files=tuple(part.index for part in parts),
-        fingerprint=plan.identity(),
-        inputs=inputs,
-        counts={"prompts": plan.num_prompts, "images": plan.num_images - failed, "failed": failed},
-    )
-    write_manifest(config.output, manifest)
+        latents = (table_file(part.metadata.get(LATENTS_FILE, b"null").decode()) for part in output.in_order())
+        files = tuple(file for file in latents if file)
+        table = Manifest(kind="latents", files=files, fingerprint=job.latents, inputs=inputs)
+        write_manifest(join(config.output, LATENTS), table)
+    failed = output.failed
+    counts = {"prompts": plan.num_prompts, "images": plan.num_images - failed, "failed": failed}
+    manifest = output.finish(inputs, counts)
     logger.info("%s: %d images, %d failed", config.output, plan.num_images - failed, failed)
     return manifest

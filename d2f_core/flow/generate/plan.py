@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from d2f_core.batch.output import claim
+from d2f_core.batch.output import IndexedOutput
 from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.flow.generate.sampler import Request, fill_request
 from d2f_core.identity import identity_values
@@ -208,14 +208,15 @@ def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: TrainedMode
             raise PromptError(f"{prompts.uri!r} row {number}: {error}") from None
 
 
-def claim_output(output: str, plan: Plan, prompts: PromptFile) -> None:
+def claim_output(output: str, plan: Plan, prompts: PromptFile) -> IndexedOutput:
     """Write plan and prompts at the output, or check that the plan which lies there is the same.
 
     Raises:
         OutputError: the output holds images of another plan; names what differs.
     """
-    claim(output, plan.identity(), model_uri=plan.model_uri)
+    claimed = IndexedOutput(output, plan.identity(), plan.num_chunks, model_uri=plan.model_uri)
     if not exists(join(output, PROMPTS_NAME)):
         with tempfile.TemporaryDirectory() as directory:
             copy_prompts(prompts, Path(directory, PROMPTS_NAME), plan.chunk_size)
             upload_tree(Path(directory), output)
+    return claimed

@@ -1,12 +1,14 @@
-"""Images in, a latent table out: Ray Data reads and decodes, an actor pool encodes, tasks write.
+"""Samples in, a table out: Ray Data's tasks read and prepare, a pool of actors makes the rows, tasks write.
 
 A killed job goes on where it was when the same command is given again, and ends with the same bytes.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any, cast
@@ -14,13 +16,8 @@ from typing import Any, cast
 import ray
 import ray.data
 
-from d2f_core.batch.resources import await_resources
-from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
-from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
-from d2f_core.data.sources import SourcePlan
-from d2f_core.flow.encode.actor import ChunkEncoder
-from d2f_core.flow.encode.check import EncodeJob, check_complete_table, claim_output
-from d2f_core.flow.encode.chunk_records import (
+from d2f_core.batch.chunk_records import (
+    JOB_NAME,
     PROGRESS,
     ChunkRecord,
     drop_duplicates,
@@ -28,26 +25,43 @@ from d2f_core.flow.encode.chunk_records import (
     read_records,
     unfinished_shards,
 )
-from d2f_core.flow.encode.chunks import prepare_shards, work_item, write_row
-from d2f_core.flow.encode.config import EncodeError, EncodeSpec
+from d2f_core.batch.chunks import TableActor, prepare_shards, work_item, write_row
+from d2f_core.batch.output import OutputError
+from d2f_core.batch.resources import await_resources
+from d2f_core.batch.table_spec import TableJobError, TableSpec
+from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
+from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
+from d2f_core.data.sources import SourcePlan
+from d2f_core.identity import differences
 from d2f_core.progress import Progress
-from d2f_core.storage import join, remove_tree
+from d2f_core.storage import join, list_names, read_bytes, remove_tree, write_bytes
 
 logger = logging.getLogger(__name__)
 
 # Fractions: reading waits for the network and writing is short. They differ from an actor's whole CPUs, which also
-# keeps Ray from fusing reading and encoding into one process, so that decoding can run beside a busy GPU.
+# keeps Ray from fusing reading and making into one process, so that decoding can run beside a busy GPU.
 PREPARE_CPUS, WRITE_CPUS = 0.5, 0.25
 MAX_INPUT_BLOCKS = 1000
 BLOCK_BYTES = 2**20
 """A chunk of this size or more goes on by itself instead of waiting for its shard's others."""
 
 
-def encode(job: EncodeJob) -> Manifest:
-    """Write what is missing of the latent table; needs a running Ray. A finished table is left alone.
+@dataclass(frozen=True, kw_only=True)
+class TableJob:
+    """A table job that was checked, and is ready to run."""
+
+    spec: TableSpec
+    source: SourcePlan
+    """The source, listed."""
+    actor: type[TableActor]
+    """Constructed with `spec`."""
+
+
+def make_table(job: TableJob) -> Manifest:
+    """Write what is missing of the table; needs a running Ray. A finished table is left alone.
 
     Raises:
-        ValueError: an output of another job, too small a cluster, or no usable image at all.
+        ValueError: an output of another job, too small a cluster, or no usable sample at all.
     """
     spec, source = job.spec, job.source
     output = spec.config.output
@@ -60,7 +74,7 @@ def encode(job: EncodeJob) -> Manifest:
     claim_output(spec)
     records = read_records(output)
     todo = unfinished_shards(len(source.shards), records)
-    progress = _progress(source, records, todo)
+    progress = _progress(job, records, todo)
     most = inf if source.num_rows is None else spec.config.max_quarantined_share * source.num_rows
     unusable = sum(record.unusable for record in records)
     with closing(run_chunks(job, todo)) as chunks:
@@ -75,26 +89,27 @@ def encode(job: EncodeJob) -> Manifest:
     return finish_table(spec, records)
 
 
-def _progress(source: SourcePlan, records: Sequence[ChunkRecord], todo: Mapping[int, Any]) -> Progress:
+def _progress(job: TableJob, records: Sequence[ChunkRecord], todo: Mapping[int, Any]) -> Progress:
+    spec, source = job.spec, job.source
     if source.num_rows is None:  # tars do not say how many samples they hold
         total = len(source.shards)
-        return Progress("encode_latents", total, "tars", done=total - len(todo))
-    return Progress("encode_latents", source.num_rows, "images", done=sum(record.read for record in records))
+        return Progress(spec.NAME, total, "tars", done=total - len(todo))
+    return Progress(spec.NAME, source.num_rows, spec.UNIT, done=sum(record.read for record in records))
 
 
-def run_chunks(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
-    """Encode the unfinished shards; one record per chunk, as they are written.
+def run_chunks(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
+    """Make the rows of the unfinished shards; one record per chunk, as they are written.
 
     Raises:
-        EncodeError: what a chunk could not be encoded for.
+        TableJobError: what a chunk could not be made for.
     """
     for row in _rows(job, todo) if todo else ():
         if row["problem"] is not None:
-            raise EncodeError(row["problem"])
+            raise TableJobError(row["problem"])
         yield ChunkRecord.from_json(row["record"])
 
 
-def _rows(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
     """What `write_row` makes of each chunk, on the cluster."""
     spec, config = job.spec, job.spec.config
     actors = min(config.num_actors, len(todo))
@@ -118,7 +133,7 @@ def _rows(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[s
         **rows,
     )
     dataset = dataset.map_batches(
-        cast(Any, ChunkEncoder),
+        cast(Any, job.actor),
         fn_constructor_args=(spec,),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=config.cpus_per_actor,
@@ -134,11 +149,50 @@ def _rows(job: EncodeJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[s
     yield from dataset.iter_rows()
 
 
-def finish_table(spec: EncodeSpec, records: Sequence[ChunkRecord]) -> Manifest:
+def claim_output(spec: TableSpec) -> None:
+    """Write what the job is at its output, or check that the job begun there is the same.
+
+    Raises:
+        OutputError: another job began there, naming what differs; or something else lies there.
+    """
+    place = join(spec.config.output, PROGRESS, JOB_NAME)
+    if (names := list_names(spec.config.output)) and PROGRESS not in names:
+        raise OutputError(
+            f"{spec.config.output!r} is not empty: it holds {', '.join(names[:5])}. Give another output, or remove "
+            "them."
+        )
+    try:
+        write_bytes(place, json.dumps(spec.identity(), indent=1, sort_keys=True).encode(), exclusive=True)
+    except FileExistsError:
+        _refuse_other(spec, json.loads(read_bytes(place)), "is an unfinished table")
+
+
+def check_complete_table(spec: TableSpec, manifest: Manifest) -> None:
+    """Raises OutputError when the finished table at the output is not what the job would write."""
+    if manifest.kind != spec.KIND:
+        raise OutputError(f"{spec.config.output!r} holds a table of {manifest.kind}. Give another output.")
+    there = {**manifest.inputs, "fingerprint": manifest.fingerprint}
+    _refuse_other(spec, there, "is a complete table")
+
+
+def _refuse_other(spec: TableSpec, there: Mapping[str, Any], what: str) -> None:
+    if changed := differences(_counted_values(spec, there), _counted_values(spec, spec.identity())):
+        raise OutputError(
+            f"{spec.config.output!r} {what} of another job: {'; '.join(changed)}. Give another output, or remove it."
+        )
+
+
+def _counted_values(spec: TableSpec, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs and fingerprint in one, without what is free."""
+    values = {**identity, **identity.get("fingerprint", {})}
+    return {name: value for name, value in values.items() if name != "fingerprint" and name not in spec.FREE}
+
+
+def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
     """Drop samples that came twice, write the ledger, and declare the table complete.
 
     Raises:
-        EncodeError: no sample can be used, or more than may be cannot.
+        TableJobError: no sample can be used, or more than may be cannot.
     """
     output = spec.config.output
     records = drop_duplicates(output, records)
@@ -155,18 +209,24 @@ def finish_table(spec: EncodeSpec, records: Sequence[ChunkRecord]) -> Manifest:
     }
     reasons = _counted(bad)
     if not counts["written"]:
-        raise EncodeError(
+        raise TableJobError(
             f"None of the {counts['read']} samples in {spec.inputs['source']!r} can be used ({reasons or 'empty'}). "
             f"The reasons are in {join(output, QUARANTINE_NAME)!r}."
         )
     if unusable > spec.config.max_quarantined_share * counts["read"]:
         raise _too_many(spec, bad, counts["read"])
-    manifest = Manifest(kind="latents", files=files, fingerprint=spec.fingerprint, inputs=spec.inputs, counts=counts)
+    manifest = Manifest(
+        kind=spec.KIND,
+        files=files,
+        fingerprint=dict(spec.fingerprint),
+        inputs=dict(spec.inputs),
+        counts=counts,
+    )
     write_manifest(output, manifest)
     remove_tree(join(output, PROGRESS))
     logger.info(
-        "%s: %d images read, %d written, %d quarantined%s",
-        output, counts["read"], counts["written"], counts["quarantined"], f" ({reasons})" if reasons else "",
+        "%s: %d %s read, %d written, %d quarantined%s",
+        output, counts["read"], spec.UNIT, counts["written"], counts["quarantined"], f" ({reasons})" if reasons else "",
     )  # fmt: skip
     return manifest
 
@@ -175,12 +235,12 @@ def _counted(bad: Sequence[BadSample]) -> str:
     return ", ".join(f"{count} {code}" for code, count in reason_counts(bad).items())
 
 
-def _too_many(spec: EncodeSpec, bad: Sequence[BadSample], read: int) -> EncodeError:
+def _too_many(spec: TableSpec, bad: Sequence[BadSample], read: int) -> TableJobError:
     """More of the samples that were read are unusable than may be."""
     lost = [sample for sample in bad if sample.code != DUPLICATE]
     shown = "; ".join(f"{sample.source_uri}: {sample.reason}" for sample in lost[:3])
     count = sum(sample.rows for sample in lost)
-    return EncodeError(
+    return TableJobError(
         f"{count} of the {read} samples read from {spec.inputs['source']!r} cannot be used ({_counted(lost)}), "
         f"more than max_quarantined_share={spec.config.max_quarantined_share:g} allows. The first: "
         f"{shown}. All are in {join(spec.config.output, QUARANTINE_NAME)!r}. Check the source; or raise the limit, and "

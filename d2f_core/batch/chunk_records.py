@@ -1,4 +1,4 @@
-"""What an unfinished encode job has done, kept beside its parts; and how the parts become a table.
+"""What an unfinished table job has done, kept beside its parts; and how the parts become a table.
 
     OUTPUT/part-SSSSSS-NNNNN.parquet          chunk N of shard S, written first, whole
     OUTPUT/_progress/SSSSSS-NNNNN.json        its record, written second: the chunk is done
@@ -84,7 +84,7 @@ def read_records(output: str) -> list[ChunkRecord]:
     sizes = _sizes(output)
     with ThreadPoolExecutor(READ_THREADS) as pool:
         texts = pool.map(lambda name: read_bytes(join(output, PROGRESS, name)), names)
-        # Records once counted duplicates without saying which: such a chunk is encoded again.
+        # Records once counted duplicates without saying which: such a chunk is made again.
         records = [ChunkRecord.from_json(text) for text in texts if b'"duplicates":' not in text]
     return [record for record in records if record.file is None or sizes.get(record.file.path) == record.file.size]
 
@@ -115,7 +115,7 @@ def drop_duplicates(output: str, records: Sequence[ChunkRecord]) -> list[ChunkRe
     """Keep each sample id once, in its first chunk, and rewrite the parts that lose rows.
 
     Safe to repeat: what is dropped is always kept by an earlier chunk, and a part whose rewriting was interrupted no
-    longer fits its record, so its chunk is encoded again.
+    longer fits its record, so its chunk is made again.
     """
     ordered = sorted(records, key=_in_order)
     ids = np.array([sample for record in ordered for sample in record.sample_ids], dtype="S32")

@@ -1,10 +1,11 @@
-"""The stages of an encode job around the actors: read and decode before, write after; one row per chunk.
+"""The stages of a table job around its actors: read and prepare before, write after; one row per chunk.
 
 A chunk travels whole, so that what is one forward pass and what is one file follow from the input alone, never from
 how Ray schedules or bundles. Nothing here imports torch: each of these tasks' processes would pay for it.
 """
 
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from d2f_core.data.images import BadImageError
+from d2f_core.batch.chunk_records import ChunkRecord, write_chunk
+from d2f_core.batch.table_spec import TableJobError, TableSpec
+from d2f_core.data.errors import BadSampleError
 from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.quarantine import DUPLICATE, BadSample
-from d2f_core.data.schema import array_field, array_kind, is_array
+from d2f_core.data.schema import array_kind, is_array
 from d2f_core.data.sources import Sample, Shard
-from d2f_core.flow.encode.chunk_records import ChunkRecord, write_chunk
-from d2f_core.flow.encode.config import EncodeSpec
 
 PACKED_SCHEMA = pa.schema([("record", pa.string()), ("table", pa.binary()), ("problem", pa.string())])
 """`problem` stops the job. It travels as data because Ray keeps of an exception only its traceback's text."""
@@ -41,19 +42,30 @@ def unpack(row: pa.Table) -> tuple[ChunkRecord, pa.Table]:
     return record, pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
 
 
-def prepared_schema(spec: EncodeSpec) -> pa.Schema:
-    """Columns of a chunk on its way to an actor: what is known of the table, and the pictures."""
-    encoded = {name for picture in spec.kind.pictures for name in (picture.mean, picture.std)}
-    fields = [column for column in spec.kind.schema(spec.latent_shape) if column.name not in encoded]
-    size = spec.config.resolution
-    for picture in spec.kind.pictures:
-        fields.append(
-            array_field(picture.name, picture.dtype, (size, size, 3) if picture.dtype == "uint8" else (size, size))
-        )
-    return pa.schema(fields)
+class TableActor(ABC):
+    """Ray Data actor of a table job: prepared rows of a chunk -> rows of the table."""
+
+    @abstractmethod
+    def __init__(self, spec: Any) -> None:
+        """Load what the rows are made with, once; `spec` is the job's own kind of TableSpec."""
+
+    @abstractmethod
+    def make(self, prepared: pa.Table) -> pa.Table:
+        """The finished rows, `sample_id` and `source_uri` among their columns, in the order of the prepared ones.
+
+        Raises:
+            TableJobError: what stops the job.
+        """
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        record, prepared = unpack(row)
+        try:
+            return pack(record, self.make(prepared))
+        except TableJobError as error:
+            return pack(record, prepared.slice(0, 0), problem=str(error))
 
 
-def prepare_chunk(samples: Sequence[Sample], spec: EncodeSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:
+def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:
     """Sort out a chunk's samples; of equal ones the first that can be used counts."""
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
@@ -62,26 +74,25 @@ def prepare_chunk(samples: Sequence[Sample], spec: EncodeSpec, **where: Any) -> 
         name = None
         try:
             if sample.problem:
-                raise BadImageError(sample.problem)
-            name = spec.kind.identify(sample)
+                raise BadSampleError(sample.problem)
+            name = spec.identify(sample)
             if name in seen:
-                raise BadImageError(DUPLICATE)
-            good.append({"sample_id": name, "source_uri": sample.source_uri, **spec.kind.prepare(sample, spec)})
+                raise BadSampleError(DUPLICATE)
+            good.append({"sample_id": name, "source_uri": sample.source_uri, **spec.prepare(sample)})
             # Only now: an image whose first depth is broken may come again with a whole one.
             seen.add(name)
-        except BadImageError as error:
+        except BadSampleError as error:
             bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
     record = ChunkRecord(read=sum(sample.rows for sample in samples), bad=tuple(bad), **where)
     return record, _table(good, spec)
 
 
-def _table(good: Sequence[dict[str, Any]], spec: EncodeSpec) -> pa.Table:
-    columns: dict[str, Any] = {"bucket": [f"{spec.config.resolution}x{spec.config.resolution}"] * len(good)}
-    schema = prepared_schema(spec)
+def _table(good: Sequence[dict[str, Any]], spec: TableSpec) -> pa.Table:
+    columns: dict[str, Any] = {}
+    schema = spec.prepared_schema()
     for column in schema:
-        if column.name not in columns:
-            values = [row[column.name] for row in good]
-            columns[column.name] = _stacked(values, column) if is_array(column) else values
+        values = [row[column.name] for row in good]
+        columns[column.name] = _stacked(values, column) if is_array(column) else values
     return arrays_to_table(columns, schema)
 
 
@@ -95,8 +106,8 @@ def work_item(number: int, shard: Shard, done: frozenset[int]) -> dict[str, Any]
     return {"shard": number, "work": pickle.dumps((shard, done))}
 
 
-def prepare_shards(rows: pa.Table, *, spec: EncodeSpec) -> Iterator[pa.Table]:
-    """Read the shards of work items and yield their chunks, decoded."""
+def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
+    """Read the shards of work items and yield their chunks, prepared."""
     size = spec.config.rows_per_part
     for item in rows.to_pylist():
         shard, done = pickle.loads(item["work"])  # made by the driver of this very job
@@ -112,7 +123,7 @@ def prepare_shards(rows: pa.Table, *, spec: EncodeSpec) -> Iterator[pa.Table]:
 
 
 def write_row(row: pa.Table, *, output: str) -> pa.Table:
-    """Write one encoded chunk; only its record goes on to the driver. A chunk with a problem is not written."""
+    """Write one finished chunk; only its record goes on to the driver. A chunk with a problem is not written."""
     record, table = unpack(row)
     problem = row["problem"][0].as_py()
     if problem is None:
