@@ -24,6 +24,7 @@ from d2f_core.model.description import write_description
 from d2f_core.model.lora import LoraConfig
 from d2f_core.tracking import (
     ModelVersionInfo,
+    NewVersion,
     RunHandle,
     TrackingError,
     get_alias,
@@ -170,7 +171,9 @@ def test_registering_again_changes_nothing(run: RunHandle, version: ModelVersion
 def tiny(handle: RunHandle, directory: Path, name: str, content: bytes) -> ModelVersionInfo:
     directory.mkdir()
     (directory / "a.safetensors").write_bytes(content)
-    return register_model(handle, model_dir=directory, name=name, tags={}, description="")
+    return register_model(
+        handle, NewVersion(model_dir=directory, name=name, model_type="diff2flow", tags={}, description="")
+    )
 
 
 def test_promotions_come_back_one_by_one(stack: StackEnv, tmp_path: Path) -> None:

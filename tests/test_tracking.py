@@ -18,6 +18,7 @@ from benchmarks.fault_proxy import FaultProxy
 from d2f_core.hashing import hash_directory
 from d2f_core.tracking import (
     MetricLog,
+    NewVersion,
     RunHandle,
     TrackingError,
     check_tracking,
@@ -87,11 +88,28 @@ def test_everything_logged_is_there(stack: StackEnv, tmp_path: Path) -> None:
 def test_registering_twice_gives_one_version(registered: tuple[RunHandle, str], tmp_path: Path) -> None:
     handle, name = registered
     first = register_model(
-        handle, model_dir=model_directory(tmp_path / "a", b"1"), name=name, tags=TAGS, description="# A model"
+        handle,
+        NewVersion(
+            model_dir=model_directory(tmp_path / "a", b"1"),
+            name=name,
+            model_type="diff2flow",
+            tags=TAGS,
+            description="# A model",
+        ),
     )
-    again = register_model(handle, model_dir=tmp_path / "a", name=name, tags=TAGS, description="# A model")
+    again = register_model(
+        handle,
+        NewVersion(model_dir=tmp_path / "a", name=name, model_type="diff2flow", tags=TAGS, description="# A model"),
+    )
     other = register_model(
-        handle, model_dir=model_directory(tmp_path / "b", b"2"), name=name, tags=TAGS, description="# Another"
+        handle,
+        NewVersion(
+            model_dir=model_directory(tmp_path / "b", b"2"),
+            name=name,
+            model_type="diff2flow",
+            tags=TAGS,
+            description="# Another",
+        ),
     )
     assert first == again and (first.version, other.version) == ("1", "2")
     client = client_for(handle.tracking_uri)
@@ -107,7 +125,9 @@ def test_a_registration_that_was_killed_is_continued(registered: tuple[RunHandle
     client = client_for(handle.tracking_uri)
     tags = {"d2f.content_hash": hash_directory(directory)}
     begun = client.create_logged_model(handle.experiment_id, name=name, source_run_id=handle.run_id, tags=tags)
-    info = register_model(handle, model_dir=directory, name=name, tags=TAGS, description="")
+    info = register_model(
+        handle, NewVersion(model_dir=directory, name=name, model_type="diff2flow", tags=TAGS, description="")
+    )
     assert client.get_model_version(name, info.version).source == f"models:/{begun.model_id}"
     assert len(list(client.search_model_versions(f"name = '{name}'"))) == 1
     assert (Path(resolve_model(info.uri, cache_dir=tmp_path)) / "unet/model.safetensors").read_bytes() == b"1"
@@ -117,7 +137,9 @@ def test_a_model_uri_gives_the_files_that_were_registered(registered: tuple[RunH
     handle, name = registered
     for number in (1, 2):
         directory = model_directory(tmp_path / str(number), bytes([number]))
-        register_model(handle, model_dir=directory, name=name, tags=TAGS, description="")
+        register_model(
+            handle, NewVersion(model_dir=directory, name=name, model_type="diff2flow", tags=TAGS, description="")
+        )
         if number == 1:
             pinned = pin_model(f"models:/{name}@candidate")
     assert pinned == f"models:/{name}/1" and pin_model(f"models:/{name}@candidate") == f"models:/{name}/2"

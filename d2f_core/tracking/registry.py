@@ -13,7 +13,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,113 +52,101 @@ class ModelVersionInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Upload:
-    """What one LoggedModel is made of."""
+class NewVersion:
+    """A model that is to become a version: its files, and what tells what it is."""
 
-    directory: Path
-    files: Mapping[str, bytes]
-    loader: Loader | None
+    model_dir: Path | str
+    """Local or s3://."""
     name: str
+    """Registered model."""
+    model_type: str
+    """Of MLflow's model list: the system that made it."""
     tags: Mapping[str, str]
-    step: int
-    metrics: Mapping[str, float]
+    """How to use the model (base URI and hash, prediction type, schedule, solver, steps, guidance)."""
+    description: str
+    """Markdown, shown on the version's page; at most 5,000 characters."""
+    loader: Loader | None = None
+    """How MLflow's own tools open it; None: they do not."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Further files beside the model's own, by plain names, such as README.md; not part of its content hash."""
+    step: int = 0
+    """Optimizer step of the weights."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the weights, for MLflow's model list."""
+
+    def __post_init__(self) -> None:
+        if len(self.description) > MAX_DESCRIPTION_CHARS:
+            raise TrackingError(
+                f"The description has {len(self.description)} characters; MLflow keeps {MAX_DESCRIPTION_CHARS}. "
+                "Shorten it."
+            )
+        for name in self.files:
+            if Path(name).name != name or Path(name).suffix in HASHED_SUFFIXES:
+                raise TrackingError(
+                    f"file {name!r} must be a plain name that ends in none of {', '.join(HASHED_SUFFIXES)}: these "
+                    "belong to the model's content hash. Put it into the model's directory."
+                )
 
 
-def register_model(
-    handle: RunHandle,
-    *,
-    model_dir: Path | str,
-    name: str,
-    tags: Mapping[str, str],
-    description: str,
-    alias: str = "candidate",
-    loader: Loader | None = None,
-    files: Mapping[str, bytes] | None = None,
-    step: int = 0,
-    metrics: Mapping[str, float] | None = None,
-) -> ModelVersionInfo:
-    """Upload a model directory (local or s3://), register it as a version of `name`, and point `alias` at it.
+def register_model(handle: RunHandle, new: NewVersion, *, alias: str = "candidate") -> ModelVersionInfo:
+    """Upload a model directory, register it as a version made by the run `handle`, and point `alias` at it.
 
     Repeating it with the same run and content uploads nothing and returns the same version; a call that was killed is
     continued. The alias is set last, so it never names a partial model.
 
-    Args:
-        tags: how to use the model (base URI and hash, prediction type, schedule, solver, steps, guidance).
-        description: Markdown, shown on the version's page; at most 5,000 characters.
-        loader: how MLflow's own tools open it; None: they do not.
-        files: further files beside the model's own, by plain names, such as README.md; not part of its content hash.
-        step: optimizer step of the weights.
-        metrics: of the weights, for MLflow's model list.
-
     Raises:
         TrackingError: no such directory, or MLflow cannot be reached or refuses something.
     """
-    files = dict(files or {})
-    _check(description, files)
     with tempfile.TemporaryDirectory() as scratch:
-        directory = _local(model_dir, Path(scratch, "model"))
+        directory = _local(new.model_dir, Path(scratch, "model"))
         if not directory.is_dir():
-            raise TrackingError(f"{str(model_dir)!r} is not a directory. Give the one that holds diff2flow.json.")
+            raise TrackingError(f"{str(new.model_dir)!r} is not a directory. Give that of an exported model.")
         content_hash = hash_directory(directory)
         client = client_for(handle.tracking_uri)
-        version = _find_version(client, handle, name, content_hash)
+        version = _find_version(client, handle, new.name, content_hash)
         if version is None:
-            all_tags = {**tags, HASH_TAG: content_hash}
-            what = _Upload(
-                directory=directory, files=files, loader=loader, name=name, tags=all_tags, step=step,
-                metrics=metrics or {},
-            )  # fmt: skip
-            model = _uploaded(client, handle, what)
-            _ensure_registered_model(client, name)
-            version = attempt(
-                "create the model version",
-                lambda: client.create_model_version(
-                    name,
-                    source=f"models:/{model.model_id}",
-                    run_id=handle.run_id,
-                    tags=all_tags,
-                    description=description,
-                    model_id=model.model_id,
-                ),
-            )
-    attempt(f"set alias {alias!r}", lambda: client.set_registered_model_alias(name, alias, version.version))
+            tags = {**new.tags, HASH_TAG: content_hash}
+            version = _create_version(client, handle, replace(new, model_dir=directory, tags=tags))
+    attempt(f"set alias {alias!r}", lambda: client.set_registered_model_alias(new.name, alias, version.version))
     info = version_info(handle.tracking_uri, version)
-    logger.info("registered %s@%s as version %s: %s", name, alias, info.version, info.url)
+    logger.info("registered %s@%s as version %s: %s", new.name, alias, info.version, info.url)
     return info
 
 
-def _check(description: str, files: Mapping[str, bytes]) -> None:
-    if len(description) > MAX_DESCRIPTION_CHARS:
-        raise TrackingError(
-            f"The description has {len(description)} characters; MLflow keeps {MAX_DESCRIPTION_CHARS}. Shorten it."
-        )
-    for name in files:
-        if Path(name).name != name or Path(name).suffix in HASHED_SUFFIXES:
-            raise TrackingError(
-                f"file {name!r} must be a plain name that ends in none of {', '.join(HASHED_SUFFIXES)}: these belong "
-                "to the model's content hash. Put it into the model's directory."
-            )
+def _create_version(client: "MlflowClient", handle: RunHandle, new: NewVersion) -> "ModelVersion":
+    model = _uploaded(client, handle, new)
+    _ensure_registered_model(client, new.name)
+    return attempt(
+        "create the model version",
+        lambda: client.create_model_version(
+            new.name,
+            source=f"models:/{model.model_id}",
+            run_id=handle.run_id,
+            tags=dict(new.tags),
+            description=new.description,
+            model_id=model.model_id,
+        ),
+    )
 
 
-def _uploaded(client: "MlflowClient", handle: RunHandle, what: _Upload) -> "LoggedModel":
-    """The run's LoggedModel with this content, complete."""
-    model = logged_model(client, handle, key=HASH_TAG, name=what.name, tags=what.tags, model_type="diff2flow")
+def _uploaded(client: "MlflowClient", handle: RunHandle, new: NewVersion) -> "LoggedModel":
+    """The run's LoggedModel with the content of the local directory `new.model_dir`, complete."""
+    model = logged_model(client, handle, key=HASH_TAG, name=new.name, tags=new.tags, model_type=new.model_type)
     if model.status == READY:
         return model
-    upload(client, model, what.directory, MODEL_PART)
+    directory = Path(new.model_dir)
+    upload(client, model, directory, MODEL_PART)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch, "mlflow")
-        if what.loader is not None:
-            size = sum(file.stat().st_size for file in what.directory.rglob("*") if file.is_file())
-            write_pyfunc(
-                target, what.loader, what.files, model_bytes=size, run_id=handle.run_id, model_id=model.model_id
-            )
+        if new.loader is not None:
+            size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+            write_pyfunc(target, new.loader, new.files, model_bytes=size, run_id=handle.run_id, model_id=model.model_id)
         else:
             (target / MODEL_PART).mkdir(parents=True)
-            for name, content in what.files.items():
+            for name, content in new.files.items():
                 (target / MODEL_PART / name).write_bytes(content)
         upload(client, model, target)
-    complete(client, handle, model, step=what.step, metrics=what.metrics)
+    complete(client, handle, model, step=new.step, metrics=new.metrics)
     return model
 
 

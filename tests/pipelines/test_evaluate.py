@@ -21,6 +21,7 @@ from d2f_core.batch.output import read_index
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.evaluation.gate import GateConfig, Limit, Verdict
+from d2f_core.evaluation.pins import PinError
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
 from d2f_core.flow.evaluate.extract_features import ScoreConfig
 from d2f_core.flow.evaluate.image_metrics import MeasureConfig
@@ -31,7 +32,7 @@ from d2f_core.model.artifact import SamplingDefaults, describe, save_artifact
 from d2f_core.model.base import resolve_base
 from d2f_core.model.denoiser import load_unet
 from d2f_core.storage import filesystem, join, list_names, read_bytes, write_bytes
-from d2f_core.tracking import find_run, get_alias, promote, register_model, start_run
+from d2f_core.tracking import NewVersion, find_run, get_alias, promote, register_model, start_run
 from pipelines.evaluate import main
 from tests.flow.here import here
 from tests.flow.tiny_vision import write_tiny_clip, write_tiny_vit
@@ -68,7 +69,9 @@ def register(model: Path, key: str) -> str:
     run = start_run(experiment=EXPERIMENT, run_key=key, name=key, config_yaml="", params={}, tags={})
     run.log_metrics(2, {"validation_flow_loss": 9.0})
     run.log_metrics(3, {"validation_flow_loss": 0.25})
-    return register_model(run, model_dir=model, name=NAME, tags={}, description="").version
+    return register_model(
+        run, NewVersion(model_dir=model, name=NAME, model_type="diff2flow", tags={}, description="")
+    ).version
 
 
 def write_prompt_file(name: str, seed: int) -> str:
@@ -198,7 +201,7 @@ def test_a_second_run_goes_on_and_changes_nothing(second: tuple[EvaluateConfig, 
     assert read_manifest(features).digest == digest
     assert again == verdict and get_alias(NAME, "champion") == version
     assert {**results(config), "created": ""} == {**before, "created": ""}
-    with pytest.raises(EvaluateError, match=f"evaluates the candidate 'models:/{NAME}/2', not 'models:/{NAME}/1'"):
+    with pytest.raises(PinError, match=f"evaluates the candidate 'models:/{NAME}/2', not 'models:/{NAME}/1'"):
         check_evaluate(dataclasses.replace(config, candidate=f"models:/{NAME}/1"))
 
 
@@ -218,7 +221,7 @@ def test_a_champion_that_moved_meanwhile_is_not_overwritten(
     write_bytes(join(config.output, "models.json"), json.dumps(
         {"candidate": f"models:/{NAME}/1", "champion": "", "base": ""}).encode())  # fmt: skip
     stale = dataclasses.replace(config, candidate=f"models:/{NAME}/1")
-    with here(), pytest.raises(EvaluateError, match=f"{NAME}@champion moved to version 2 while this evaluation ran"):
+    with here(), pytest.raises(PinError, match=f"{NAME}@champion moved to version 2 while this evaluation ran"):
         evaluate(check_evaluate(stale))
     assert get_alias(NAME, "champion") == "2"
 
@@ -268,7 +271,7 @@ def test_all_models_draw_images_of_the_size_that_the_candidate_was_made_for(
     wide = moved(base, tmp_path / "wide", seed=3, scale=0.0, resolution=24)
     chosen = {"candidate": str(wide), "champion": str(models["good"]), "base": base, "output": f"{HOME}/wide"}
     job = check_evaluate(dataclasses.replace(config, **chosen))
-    assert {each.role: each.job.plan.height for each in job.contenders} == dict.fromkeys(
+    assert {each.role: each.job.plan.height for each in job.compared} == dict.fromkeys(
         ("candidate", "champion", "base"), 24
     )
 

@@ -5,17 +5,14 @@ OUTPUT/depth.png             errors against network evaluations
 OUTPUT/depth_sheet.png       image, truth and predictions of the first images
 """
 
-import dataclasses
 import io
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from PIL import Image
 
 from d2f_core.batch.output import read_index
@@ -25,13 +22,12 @@ from d2f_core.data.images import to_rgb
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.table_reader import RowReader
 from d2f_core.evaluation.estimates import Metric
+from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.depth.errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, square
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
 from d2f_core.flow.depth.metrics import NoValidPixelsError
-from d2f_core.storage import check_reachable, join, read_bytes, write_bytes
-from d2f_core.tracking import check_tracking, start_run
-
-logger = logging.getLogger(__name__)
+from d2f_core.storage import check_reachable, read_bytes
+from d2f_core.tracking import check_tracking
 
 METRICS_NAME, FIGURE_NAME, SHEET_NAME = "depth_metrics.json", "depth.png", "depth_sheet.png"
 ROWS_AT_ONCE = 256
@@ -249,30 +245,12 @@ def _store(
         FIGURE_NAME: draw_errors(metrics, title),
         SHEET_NAME: draw_maps(shown, title),
     }
-    for name, data in files.items():
-        write_bytes(join(config.output, name), data)
-    if not config.experiment:
-        return
-    run = start_run(
-        experiment=config.experiment,
-        run_key=config.output,
+    write_files(config.output, files)
+    log_evaluation(
+        config,
         name=f"depth {' '.join(job.models)}",
-        config_yaml=yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False),
-        params=dataclasses.asdict(config),
         tags={"d2f.kind": "depth evaluation", "d2f.truth": config.truth},
+        metrics=metrics,
+        counts=sorted({predictor.evaluations for predictor in job.predictors} | {0}),
+        files=files,
     )
-    for count in sorted({predictor.evaluations for predictor in job.predictors} | {0}):
-        run.log_metrics(count, _at(metrics, count))
-    run.log_files(files)
-    run.finish()
-    logger.info("MLflow run: %s", run.url)
-
-
-def _at(metrics: Mapping[str, Metric], count: int) -> dict[str, float]:
-    """What the run gets at the step `count`; MLflow's names hold no other signs than these."""
-    return {
-        f"{''.join(sign if sign.isalnum() or sign in '-_. /' else '_' for sign in role)}/{name}": values[count].value
-        for name, metric in metrics.items()
-        for role, values in metric.values.items()
-        if count in values
-    }

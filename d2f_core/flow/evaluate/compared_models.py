@@ -1,24 +1,22 @@
-"""Which models an evaluation compares: found once, pinned to versions, and kept beside the output."""
+"""The models of an evaluation: how each is to draw, and what its training measured."""
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from d2f_core.data.manifest import Manifest
+from d2f_core.evaluation.pins import REGISTERED, Pins
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
 from d2f_core.flow.generate.job import GenerateJob, check_generate
 from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
 from d2f_core.model.sampling import DDIM, SCHEDULERS
-from d2f_core.storage import join, read_bytes, write_bytes
+from d2f_core.storage import join
 from d2f_core.tracking import (
     RunHandle,
     TrackingError,
-    get_alias,
     model_version,
-    pin_model,
     resolve_model,
     run_metrics,
     tracking_uri,
@@ -28,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATIONS_PER_STEP = {**dict.fromkeys(SCHEDULERS, 1), "euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 """Solvers with fixed steps: only these can be asked for a number of evaluations."""
-REGISTERED = "models:/"
-PINS_NAME = "models.json"
 VALIDATION_LOSS = "validation_flow_loss"
 
 
@@ -53,49 +49,19 @@ class ComparedModel:
         return evaluations // EVALUATIONS_PER_STEP[self.job.plan.solver]
 
 
-def registered_name(uri: str) -> str:
-    """NAME of `models:/NAME/VERSION` or `models:/NAME@ALIAS`; empty for any other URI."""
-    return uri.removeprefix(REGISTERED).split("@")[0].split("/")[0] if uri.startswith(REGISTERED) else ""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """An evaluation that was checked, and is ready to run."""
 
-
-def pin_models(config: EvaluateConfig) -> dict[str, str]:
-    """Pinned URIs by role, "" where there is none; of a resumed evaluation those that it began with.
-
-    Raises:
-        EvaluateError: the output evaluates another candidate or base.
-    """
-    pinned = {
-        "candidate": pin_model(config.candidate),
-        "champion": _champion(config),
-        "base": pin_model(config.base) if config.base else "",
-    }
-    try:
-        there = json.loads(read_bytes(join(config.output, PINS_NAME)))
-    except FileNotFoundError:
-        return pinned
-    for role in ("candidate", "base"):
-        if there[role] != pinned[role]:
-            raise EvaluateError(
-                f"{config.output!r} evaluates the {role} {there[role]!r}, not {pinned[role]!r}. Give another output."
-            )
-    # The champion may have moved since, to this very candidate even: what was begun against the old one stays so.
-    return there
-
-
-def keep_pins(config: EvaluateConfig, pins: Mapping[str, str]) -> None:
-    """Write the pinned URIs at the output; an earlier run's stay."""
-    try:
-        write_bytes(join(config.output, PINS_NAME), json.dumps(pins, indent=1).encode(), exclusive=True)
-    except FileExistsError:
-        return
-
-
-def _champion(config: EvaluateConfig) -> str:
-    if config.champion != "auto":
-        return pin_model(config.champion) if config.champion else ""
-    name = registered_name(config.candidate)
-    version = get_alias(name, config.champion_alias) if name else None
-    return f"{REGISTERED}{name}/{version}" if version is not None else ""
+    config: EvaluateConfig
+    pins: Pins
+    compared: tuple[ComparedModel, ...]
+    feature_name: str
+    """The feature network and its dimensions, as in metric names."""
+    dimensions: int
+    fingerprint: dict[str, Any]
+    """What must be equal for features to be comparable."""
+    reference: Manifest
 
 
 def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution: int | None) -> ComparedModel:

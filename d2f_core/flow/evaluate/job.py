@@ -9,37 +9,33 @@
 All of it is resumable: a second run goes on where a killed one was. The champion's alias moves last.
 """
 
-import dataclasses
 import datetime
 import json
 import logging
+from dataclasses import asdict, replace
 from typing import Any
-
-import yaml
 
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.evaluation.estimates import Estimate, Metric
 from d2f_core.evaluation.gate import FLOW_LOSS, Verdict, check_gate, judge
+from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_models, promote_candidate, registered_name
+from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.evaluate.compared_models import (
-    PINS_NAME,
-    REGISTERED,
     VALIDATION_LOSS,
     ComparedModel,
+    EvaluateJob,
     carried_sampling,
-    keep_pins,
     make_compared_model,
-    pin_models,
-    registered_name,
     validation_loss,
 )
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
 from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
-from d2f_core.flow.evaluate.metrics import EvaluateJob, measure_all, measured_names
+from d2f_core.flow.evaluate.metrics import measure_all, measured_names
 from d2f_core.flow.evaluate.report import render_report, shown_images
 from d2f_core.flow.evaluate.straightness import follow_all
 from d2f_core.flow.generate.job import generate_all
-from d2f_core.storage import check_reachable, join, write_bytes
-from d2f_core.tracking import check_tracking, get_alias, promote, start_run
+from d2f_core.storage import check_reachable
+from d2f_core.tracking import check_tracking
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +57,22 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     reference = read_reference(config)
     features = load_features(config.score.features, dimensions=config.score.dimensions)
     clip = CaptionScorer(config.score.clip).model.as_network().fingerprint if config.score.clip else ""
-    pins = pin_models(config)
-    wanted = {role: uri for role, uri in pins.items() if uri and not (role == "champion" and uri == pins["candidate"])}
+    pins = pin_models(
+        config.output,
+        candidate=config.candidate,
+        champion=config.champion,
+        champion_alias=config.champion_alias,
+        base=config.base,
+    )
+    wanted = {role: uri for role, uri in asdict(pins).items() if uri}
+    if pins.champion == pins.candidate:
+        del wanted["champion"]
     # Images of different sizes cannot be compared: all models draw what the candidate was made for.
-    edge = config.resolution or carried_sampling(pins["candidate"]).get("resolution")
+    edge = config.resolution or carried_sampling(pins.candidate).get("resolution")
     return EvaluateJob(
         config=config,
         pins=pins,
-        contenders=tuple(make_compared_model(config, role, uri, edge) for role, uri in wanted.items()),
+        compared=tuple(make_compared_model(config, role, uri, edge) for role, uri in wanted.items()),
         feature_name=features.name,
         dimensions=features.dimensions,
         fingerprint={"features": features.name, "network": features.network.fingerprint, "clip": clip},
@@ -98,20 +102,20 @@ def evaluate(job: EvaluateJob) -> Verdict:
         ValueError: an output of another evaluation, or a cluster or server that cannot be used.
     """
     config = job.config
-    keep_pins(config, job.pins)
-    for compared in job.contenders:
+    keep_pins(config.output, job.pins)
+    for compared in job.compared:
         logger.info("the %s is %s", compared.role, compared.uri)
-    generate_all([compared.job for compared in job.contenders])
+    generate_all([compared.job for compared in job.compared])
     metrics, distances = measure_all(job)
     paths = follow_all(job)
-    losses = {each.role: loss for each in job.contenders if (loss := validation_loss(each.uri)) is not None}
-    verdict = judge(config.gate, metrics | per_model(paths, losses), {compared.role for compared in job.contenders})
-    if job.pins["champion"] == job.pins["candidate"]:
-        verdict = dataclasses.replace(verdict, passed=False, reason="the candidate is the champion already")
+    losses = {each.role: loss for each in job.compared if (loss := validation_loss(each.uri)) is not None}
+    verdict = judge(config.gate, metrics | per_model(paths, losses), {compared.role for compared in job.compared})
+    if job.pins.champion == job.pins.candidate:
+        verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
     results = _results(job, metrics, distances, paths, losses, verdict)
     _store(job, results, metrics)
-    if verdict.passed and config.promote and registered_name(job.pins["candidate"]):
-        _promote(job)
+    if verdict.passed and config.promote and registered_name(job.pins.candidate):
+        promote_candidate(job.pins, champion=config.champion, champion_alias=config.champion_alias)
     logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
     return verdict
 
@@ -143,13 +147,13 @@ def _results(
 ) -> dict[str, Any]:
     """The contents of metrics.json."""
     config = job.config
-    name = registered_name(job.pins["candidate"])
+    name = registered_name(job.pins.candidate)
     promotes = verdict.passed and config.promote and bool(name)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "models": [_model(compared, paths, losses) for compared in job.contenders],
+        "models": [_model(compared, paths, losses) for compared in job.compared],
         "features": {**job.fingerprint, "uri": config.score.features},
-        "prompts": {"uri": config.prompts, "count": job.contenders[0].job.prompts.num_rows, "seed": config.seed},
+        "prompts": {"uri": config.prompts, "count": job.compared[0].job.prompts.num_rows, "seed": config.seed},
         "reference": {"uri": config.reference, "count": job.reference.num_rows},
         "evaluations": sorted(config.evaluations),
         "intervals": f"95 %, bootstrap over images, {config.measure.replicates} replicates",
@@ -161,8 +165,8 @@ def _results(
                 for role, values in distances.items()
             },
         },
-        "gate": {**dataclasses.asdict(config.gate), "verdict": verdict.to_json()},
-        "promotion": f"{job.pins['candidate']} becomes @{config.champion_alias}" if promotes else None,
+        "gate": {**asdict(config.gate), "verdict": verdict.to_json()},
+        "promotion": f"{job.pins.candidate} becomes @{config.champion_alias}" if promotes else None,
     }
 
 
@@ -184,53 +188,18 @@ def _model(compared: ComparedModel, paths: dict[str, Estimate], losses: dict[str
 def _store(job: EvaluateJob, results: dict[str, Any], metrics: dict[str, Metric]) -> None:
     """Write results and report to the output, and to an MLflow run of their own."""
     config = job.config
-    shown = shown_images({each.role: each.images for each in job.contenders}, config.shown_prompts)
+    shown = shown_images({each.role: each.images for each in job.compared}, config.shown_prompts)
     files = {
         METRICS_NAME: json.dumps(results, indent=1, allow_nan=False).encode(),
         REPORT_NAME: render_report(results, shown).encode(),
-        PINS_NAME: json.dumps(job.pins, indent=1).encode(),
     }
-    for name in (METRICS_NAME, REPORT_NAME):
-        write_bytes(join(config.output, name), files[name])
-    if not config.experiment:
-        return
-    run = start_run(
-        experiment=config.experiment,
-        run_key=config.output,
-        name=f"evaluate {job.pins['candidate'].removeprefix(REGISTERED)}",
-        config_yaml=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
-        params=dataclasses.asdict(config),
-        tags={"d2f.kind": "evaluation", **{f"d2f.{role}": uri for role, uri in job.pins.items() if uri}},
+    write_files(config.output, files)
+    log_evaluation(
+        config,
+        name=f"evaluate {job.pins.candidate.removeprefix(REGISTERED)}",
+        tags={"d2f.kind": "evaluation", **{f"d2f.{role}": uri for role, uri in asdict(job.pins).items() if uri}},
+        metrics=metrics,
+        counts=config.evaluations,
+        files={**files, PINS_NAME: job.pins.to_json()},
+        values={"gate_passed": float(results["gate"]["verdict"]["passed"])},
     )
-    for count in config.evaluations:
-        run.log_metrics(count, _at(metrics, count))
-    run.log_metrics(0, {"gate_passed": float(results["gate"]["verdict"]["passed"])})
-    run.log_files(files)
-    run.finish()
-    logger.info("MLflow run: %s", run.url)
-
-
-def _at(metrics: dict[str, Metric], count: int) -> dict[str, float]:
-    """What the run gets at the step `count`, so that its charts are against network evaluations."""
-    return {
-        f"{role}/{metric.name}": values[count].value
-        for metric in metrics.values()
-        for role, values in metric.values.items()
-        if count in values
-    }
-
-
-def _promote(job: EvaluateJob) -> None:
-    """Move the alias, unless it has moved since the evaluation began."""
-    candidate, alias = job.pins["candidate"], job.config.champion_alias
-    name, version = registered_name(candidate), candidate.rsplit("/", 1)[-1]
-    now = get_alias(name, alias)
-    if now == version:
-        return
-    if job.config.champion == "auto" and now != (job.pins["champion"].rsplit("/", 1)[-1] or None):
-        raise EvaluateError(
-            f"{name}@{alias} moved to version {now} while this evaluation ran against "
-            f"{job.pins['champion'] or 'none'}. Evaluate again at another output."
-        )
-    promote(name, version, alias)
-    logger.info("%s@%s is now version %s", name, alias, version)

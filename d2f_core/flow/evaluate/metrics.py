@@ -9,7 +9,7 @@ import ray
 
 from d2f_core.data.manifest import Manifest
 from d2f_core.evaluation.estimates import Estimate, Metric
-from d2f_core.flow.evaluate.compared_models import ComparedModel
+from d2f_core.flow.evaluate.compared_models import EvaluateJob
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.extract_features import extract_features, score_key
 from d2f_core.flow.evaluate.feature_table import gather_features
@@ -27,21 +27,6 @@ TITLES = {
 """By short name: what a report calls it, and whether more is better."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateJob:
-    """An evaluation that was checked, and is ready to run."""
-
-    config: EvaluateConfig
-    pins: dict[str, str]
-    contenders: tuple[ComparedModel, ...]
-    feature_name: str
-    """The feature network and its dimensions, as in metric names."""
-    dimensions: int
-    fingerprint: dict[str, Any]
-    """What must be equal for features to be comparable."""
-    reference: Manifest
-
-
 def measured_names(config: EvaluateConfig) -> set[str]:
     """Short names of the metrics that these settings measure."""
     return set(TITLES) - (set() if config.score.clip else {"clip_score"})
@@ -56,7 +41,7 @@ def measure_all(job: EvaluateJob) -> tuple[dict[str, Metric], dict[str, dict[int
     real_steps = max(job.reference.fingerprint["steps"]) if job.reference.kind == "generations" else 0
     real_set = real.gather(job, real_steps, REAL_DRAWS)
     made: dict[tuple[str, int], Any] = {}
-    for compared in job.contenders:
+    for compared in job.compared:
         for count in config.evaluations:
             made[compared.role, count] = tables[compared.role].gather(job, compared.steps(count), MADE_DRAWS)
     total = real.manifest.counts["set"]
@@ -108,7 +93,7 @@ class _FeatureTable:
 
 def _features(job: EvaluateJob) -> dict[str, _FeatureTable]:
     """The feature tables of the real images and of every role's."""
-    sources = {"reference": job.config.reference, **{each.role: each.images for each in job.contenders}}
+    sources = {"reference": job.config.reference, **{each.role: each.images for each in job.compared}}
     places = {
         name: join(job.config.output, "features", f"{name}-{score_key(source, job.fingerprint)}")
         for name, source in sources.items()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.estimates import Estimate
+from d2f_core.flow.evaluate.compared_models import EvaluateJob
 from d2f_core.flow.evaluate.image_metrics import MADE_DRAWS
-from d2f_core.flow.evaluate.metrics import EvaluateJob
 from d2f_core.flow.generate.plan import Plan
 from d2f_core.flow.generate.prompts import checked_rows
 from d2f_core.model.artifact import load_model
@@ -67,7 +67,7 @@ def follow_all(job: EvaluateJob) -> dict[str, Estimate]:
         return {}
     task = ray.remote(follow_paths).options(num_cpus=config.score.cpus_per_actor, num_gpus=config.score.gpus_per_actor)
     pending: list[ray.ObjectRef] = []
-    for each in job.contenders:
+    for each in job.compared:
         # Not all at once: each would be a process of its own, which loads all libraries and takes a GPU.
         if (done := len(pending) - config.score.num_actors + 1) > 0:
             ray.wait(pending, num_returns=done)
@@ -75,5 +75,5 @@ def follow_all(job: EvaluateJob) -> dict[str, Estimate]:
     draws = bootstrap_counts(len(rows), config.measure.replicates, MADE_DRAWS)
     return {
         compared.role: Estimate.of(float(values.mean()), draws @ values / len(values), len(values))
-        for compared, values in zip(job.contenders, ray.get(pending), strict=True)
+        for compared, values in zip(job.compared, ray.get(pending), strict=True)
     }

@@ -1,26 +1,22 @@
 """A finished training's model becomes a version in the registry, with what tells what it is; aliases move."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from d2f_core import tracking
 from d2f_core.flow.generate.sampler import encode_image
-from d2f_core.flow.publish.model_card import ModelCardData, model_card, model_tags, version_description
+from d2f_core.flow.publish.model_card import write_card
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
-from d2f_core.storage import exists, join, read_bytes
-from d2f_core.tracking import Loader, ModelVersionInfo, RunHandle, check_tracking, find_run, register_model
+from d2f_core.storage import exists, join
+from d2f_core.tracking import Loader, ModelVersionInfo, check_tracking
+from d2f_core.tracking.publish import publish
 
 MODEL = "model"
 """A training exports its model to `OUTPUT/model/`, the description last."""
-EVALUATION = "evaluation.json"
-"""A checkpoint's metrics, inside its directory."""
-DIGEST_TAG = "d2f.latents_digest"
+MODEL_TYPE = "diff2flow"
 REQUIREMENTS = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
 )  # fmt: skip
@@ -88,35 +84,16 @@ def register(config: RegisterConfig) -> ModelVersionInfo:
     check_tracking()
     directory = local_copy(exported_model(config))
     description = read_description(directory)
-    handle = find_run(experiment=config.experiment, run_key=config.run)
-    if handle is None:
-        raise RegisterError(
-            f"MLflow has no run of {config.run!r} in the experiment {config.experiment!r}. Give the experiment that "
-            "the training was logged to."
-        )
-    yaml, picture = tracking.run_file(handle, "config.yaml"), tracking.run_file(handle, "samples.png")
-    facts = ModelCardData(
-        name=config.name,
-        alias=config.alias,
+    return publish(
+        directory,
         run=config.run,
-        run_url=handle.url,
-        data_digest=tracking.run_tags(handle).get(DIGEST_TAG, ""),
-        metrics=checkpoint_metrics(handle, description["training"]),
-        config_yaml=(yaml or b"").decode(),
-        has_samples=picture is not None,
-    )
-    files = {"README.md": model_card(description, facts).encode(), "config.yaml": yaml, "samples.png": picture}
-    return register_model(
-        handle,
-        model_dir=directory,
+        experiment=config.experiment,
         name=config.name,
         alias=config.alias,
-        tags=model_tags(description, facts),
-        description=version_description(description, facts),
+        training=description["training"],
+        card=lambda record: write_card(description, record, f"models:/{config.name}@{config.alias}"),
         loader=loader_of(description["task"]),
-        files={name: content for name, content in files.items() if content},
-        step=int(description["training"].get("step", 0)),
-        metrics=facts.metrics,
+        model_type=MODEL_TYPE,
     )
 
 
@@ -160,22 +137,6 @@ def exported_model(config: RegisterConfig) -> str:
             "pipelines.finetune to its end first, or give --model URI."
         )
     return uri
-
-
-def checkpoint_metrics(handle: RunHandle, training: Mapping[str, Any]) -> dict[str, float]:
-    """The evaluation of the checkpoint that a model was made of; what the run logged at its step if there is none.
-
-    Raises:
-        RegisterError: the evaluation was damaged.
-    """
-    checkpoint = training.get("checkpoint")
-    place = join(checkpoint, EVALUATION) if checkpoint else ""
-    if not place or not exists(place):
-        return tracking.run_metrics(handle, int(training["step"])) if "step" in training else {}
-    try:
-        return {name: float(value) for name, value in json.loads(read_bytes(place))["metrics"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RegisterError(f"{place} is damaged ({error}). Delete it, and resume the training.") from None
 
 
 def move_alias(config: PromoteConfig) -> ModelVersionInfo:

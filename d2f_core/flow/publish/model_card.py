@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from d2f_core.tracking.publish import ModelCard, TrainingRecord
+
+DIGEST_TAG = "d2f.latents_digest"
+"""Of a training's run: digests of the manifests of its latent tables."""
 MAX_DESCRIPTION_CHARS = 5000
 """What MLflow keeps of a version's description."""
 POINTER_CHARS = 200
@@ -16,67 +19,62 @@ TAGGED = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelCardData:
-    """What is known of a model beside its `diff2flow.json`."""
+def write_card(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> ModelCard:
+    """The card of a model.
 
-    name: str
-    alias: str
-    run: str
-    """Output URI of the training."""
-    run_url: str
-    """The training's page in MLflow."""
-    data_digest: str
-    """Digests of the manifests of the latent tables."""
-    metrics: Mapping[str, float]
-    """Of the checkpoint."""
-    config_yaml: str
-    """The training's resolved config."""
-    has_samples: bool
-    """Whether samples.png lies beside the card."""
+    Args:
+        description: the model's `diff2flow.json`.
+        uri: where it is had: `models:/NAME@ALIAS`.
+    """
+    return ModelCard(
+        text=model_card(description, record, uri),
+        description=version_description(description, record, uri),
+        tags=model_tags(description, record),
+    )
 
 
-def model_tags(description: Mapping[str, Any], facts: ModelCardData) -> dict[str, str]:
+def model_tags(description: Mapping[str, Any], record: TrainingRecord) -> dict[str, str]:
     """What a browser of the registry filters by; few, for MLflow shows all in each row. The card has the rest."""
-    tags = {name: value for name, value in _rows(description, facts).items() if name in TAGGED}
-    return tags | {f"metric.{name}": f"{value:.6g}" for name, value in facts.metrics.items()}
+    tags = {name: value for name, value in _rows(description, record).items() if name in TAGGED}
+    return tags | {f"metric.{name}": f"{value:.6g}" for name, value in record.metrics.items()}
 
 
-def model_card(description: Mapping[str, Any], facts: ModelCardData) -> str:
+def model_card(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> str:
     """The whole card, README.md."""
-    picture = "\n## Samples\n\n![samples of the training's last evaluation](samples.png)\n" if facts.has_samples else ""
-    return _summary(description, facts) + picture + _schedule(description) + _config(facts)
+    picture = (
+        "\n## Samples\n\n![samples of the training's last evaluation](samples.png)\n" if record.has_samples else ""
+    )
+    return _summary(description, record, uri) + picture + _schedule(description) + _config(record)
 
 
-def version_description(description: Mapping[str, Any], facts: ModelCardData) -> str:
+def version_description(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> str:
     """The card, within what MLflow keeps: what does not fit is said to be in the files."""
-    text = _summary(description, facts)
-    parts = {"the scheduler config (diff2flow.json)": _schedule(description), "config.yaml": _config(facts)}
+    text = _summary(description, record, uri)
+    parts = {"the scheduler config (diff2flow.json)": _schedule(description), "config.yaml": _config(record)}
     left_out = []
     for name, part in parts.items():
         if len(text) + len(part) <= MAX_DESCRIPTION_CHARS - POINTER_CHARS:
             text += part
         else:
             left_out.append(name)
-    pointer = f"\nIn this version's files, artifacts/model/: {', '.join(left_out)}.\n" if left_out else ""
+    pointer = f"\nIn this version's files, artirecord/model/: {', '.join(left_out)}.\n" if left_out else ""
     return text[: MAX_DESCRIPTION_CHARS - len(pointer)] + pointer
 
 
-def _summary(description: Mapping[str, Any], facts: ModelCardData) -> str:
-    uri = f"models:/{facts.name}@{facts.alias}"
-    metrics = _table({name: f"{value:.6g}" for name, value in facts.metrics.items()})
+def _summary(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> str:
+    metrics = _table({name: f"{value:.6g}" for name, value in record.metrics.items()})
     return (
-        f"A {description['objective']} model on the base `{description['base']['uri']}`, trained at `{facts.run}` "
-        f"([run]({facts.run_url})). Time convention: {description['time_convention']}.\n\n"
+        f"A {description['objective']} model on the base `{description['base']['uri']}`, trained at `{record.run}` "
+        f"([run]({record.run_url})). Time convention: {description['time_convention']}.\n\n"
         f"## Use\n\n{_use(description['task'], uri)}"
         'It needs the base at the place named here, or `model_config={"base_model": DIRECTORY}`, and the package\n'
         "diff2flow-ray installed, which is not among its pip requirements.\n\n"
-        f"## What it is\n\n{_table(_rows(description, facts))}\n"
+        f"## What it is\n\n{_table(_rows(description, record))}\n"
         f"## Metrics of its checkpoint\n\n{metrics or 'None were logged at its step.'}\n"
     )
 
 
-def _rows(description: Mapping[str, Any], facts: ModelCardData) -> dict[str, str]:
+def _rows(description: Mapping[str, Any], record: TrainingRecord) -> dict[str, str]:
     """All that a version was made of, by name."""
     schedule, training = description["schedule"], description["training"]
     return {
@@ -87,8 +85,8 @@ def _rows(description: Mapping[str, Any], facts: ModelCardData) -> dict[str, str
         "schedule": f"{schedule.get('beta_schedule')} {schedule.get('beta_start')} to {schedule.get('beta_end')}",
         "schedule_sha256": description["schedule_sha256"],
         **{f"training.{name}": str(value) for name, value in training.items()},
-        "training.run": facts.run,
-        "data_digest": facts.data_digest,
+        "training.run": record.run,
+        "data_digest": record.tags.get(DIGEST_TAG, ""),
     }
 
 
@@ -117,5 +115,5 @@ def _schedule(description: Mapping[str, Any]) -> str:
     return f"\n## Scheduler config of the base\n\n```json\n{text}\n```\n"
 
 
-def _config(facts: ModelCardData) -> str:
-    return f"\n## Config of the training\n\n```yaml\n{facts.config_yaml}```\n" if facts.config_yaml else ""
+def _config(record: TrainingRecord) -> str:
+    return f"\n## Config of the training\n\n```yaml\n{record.config_yaml}```\n" if record.config_yaml else ""

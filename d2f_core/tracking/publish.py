@@ -1,0 +1,119 @@
+"""A finished training's model becomes a registered version: artifact, card and loader in, version and alias out.
+
+What the card says, how MLflow opens the model and what its type is called are the system's that trained it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2f_core.storage import exists, join, read_bytes
+from d2f_core.tracking.pyfunc_files import Loader
+from d2f_core.tracking.registry import ModelVersionInfo, NewVersion, register_model
+from d2f_core.tracking.run_records import run_file, run_metrics, run_tags
+from d2f_core.tracking.runs import RunHandle, find_run
+from d2f_core.tracking.server import TrackingError
+
+EVALUATION = "evaluation.json"
+"""A checkpoint's metrics, inside its directory."""
+CARD, CONFIG, SAMPLES = "README.md", "config.yaml", "samples.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What MLflow and the checkpoint tell of a training whose model is published."""
+
+    run: str
+    """Output URI of the training, which is the key of its run."""
+    run_url: str
+    """The run's page in MLflow."""
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """Of the checkpoint that the model was made of."""
+    config_yaml: str
+    """The training's resolved config; empty when it was not logged."""
+    has_samples: bool
+    """Whether its last evaluation left a picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What tells people and programs what a version is."""
+
+    text: str
+    """README.md among the version's files."""
+    description: str
+    """The version's page in MLflow: Markdown, at most 5,000 characters."""
+    tags: Mapping[str, str]
+
+
+def publish(
+    directory: Path,
+    *,
+    run: str,
+    experiment: str,
+    name: str,
+    alias: str,
+    training: Mapping[str, Any],
+    card: Callable[[TrainingRecord], ModelCard],
+    loader: Loader,
+    model_type: str,
+) -> ModelVersionInfo:
+    """Register a model directory as a version of `name`; repeated with the same content it changes nothing.
+
+    Args:
+        run: output URI of the training.
+        experiment: MLflow experiment of its run.
+        training: what the model says of it: `step`, and `checkpoint`, the URI of the one that it was made of.
+        model_type: the system's name in MLflow's model list.
+
+    Raises:
+        TrackingError: no run of that training, a damaged evaluation, or MLflow cannot be used.
+    """
+    handle = find_run(experiment=experiment, run_key=run)
+    if handle is None:
+        raise TrackingError(
+            f"MLflow has no run of {run!r} in the experiment {experiment!r}. Give the experiment that the training was "
+            "logged to."
+        )
+    config, samples = run_file(handle, CONFIG), run_file(handle, SAMPLES)
+    record = TrainingRecord(
+        run=run,
+        run_url=handle.url,
+        tags=run_tags(handle),
+        metrics=checkpoint_metrics(handle, training),
+        config_yaml=(config or b"").decode(),
+        has_samples=samples is not None,
+    )
+    made = card(record)
+    files = {CARD: made.text.encode(), CONFIG: config, SAMPLES: samples}
+    new = NewVersion(
+        model_dir=directory,
+        name=name,
+        model_type=model_type,
+        tags=made.tags,
+        description=made.description,
+        loader=loader,
+        files={file: content for file, content in files.items() if content},
+        step=int(training.get("step", 0)),
+        metrics=record.metrics,
+    )
+    return register_model(handle, new, alias=alias)
+
+
+def checkpoint_metrics(handle: RunHandle, training: Mapping[str, Any]) -> dict[str, float]:
+    """The evaluation of the checkpoint that a model was made of; what the run logged at its step if there is none.
+
+    Raises:
+        TrackingError: the evaluation was damaged.
+    """
+    checkpoint = training.get("checkpoint")
+    place = join(checkpoint, EVALUATION) if checkpoint else ""
+    if not place or not exists(place):
+        return run_metrics(handle, int(training["step"])) if "step" in training else {}
+    try:
+        return {name: float(value) for name, value in json.loads(read_bytes(place))["metrics"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrackingError(f"{place} is damaged ({error}). Delete it, and resume the training.") from None
