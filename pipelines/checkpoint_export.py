@@ -28,7 +28,7 @@ class CheckpointExportConfig:
     run: str = ""
     """Output of the finetuning: its config.yaml and its checkpoints lie there."""
     step: Which = "newest"
-    """Optimizer steps of the checkpoint; `best`: the lowest `train.keep_best_metric` of those that were evaluated."""
+    """Optimizer steps of the checkpoint; `best`: by `train.keep_best_metric` of those that were evaluated."""
     weights: Literal["", "ema", "trained"] = ""
     """The averages or the weights themselves; empty: the averages if the run keeps any, as at its end."""
     output: str = ""

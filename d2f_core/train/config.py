@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from d2f_core.identity import since
 from d2f_core.train.ema import EmaConfig
 from d2f_core.train.retention import Retention
 
@@ -113,7 +114,9 @@ class TrainConfig:
     keep_best: int = 0
     """Checkpoints that stay because their evaluation was the best, beside the newest."""
     keep_best_metric: str = "validation_flow_loss"
-    """What the best are chosen by; the lowest is the best."""
+    """What the best are chosen by: a metric that the task's evaluation writes."""
+    keep_best_lower_is_better: bool = since(True, before=True)
+    """Whether the lowest value of `keep_best_metric` is the best, as of a loss, or the highest, as of an accuracy."""
     keep_every: int = 0
     """Steps between checkpoints that stay for good. 0: none do."""
     evaluate_every: int = 500
@@ -201,6 +204,7 @@ class TrainConfig:
             keep_last=self.keep_checkpoints,
             keep_best=self.keep_best,
             metric=self.keep_best_metric,
+            lower_is_better=self.keep_best_lower_is_better,
             keep_every=self.keep_every,
         )
 

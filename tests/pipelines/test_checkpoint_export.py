@@ -204,6 +204,9 @@ def test_the_checkpoint_is_named_by_step_newest_or_best(run: FinetuneConfig, tmp
     for checkpoint, loss in zip(list_checkpoints(run.output), (0.3, 0.2, float("nan")), strict=True):
         write_evaluation(checkpoint.uri, {"validation_flow_loss": loss})
     assert exported_step(run, "best", tmp_path / "model") == 4
+    highest = dataclasses.replace(run, train=dataclasses.replace(run.train, keep_best_lower_is_better=False))
+    (Path(run.output) / "config.yaml").write_text(to_yaml(highest))
+    assert exported_step(highest, "best", tmp_path / "model") == 2
 
 
 def test_what_does_not_belong_together_is_refused(base: str, latents: str, run: FinetuneConfig, tmp_path: Path):

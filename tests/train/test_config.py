@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from d2f_core.identity import identity_values
 from d2f_core.train.config import TrainConfig, missing_compiler
 from d2f_core.train.ema import EmaConfig
 from pipelines.recipes import AUTOENCODER, FINETUNE
@@ -121,3 +122,10 @@ def test_a_missing_compiler_is_named_unless_the_optimizer_was_built_before(monke
     built.mkdir(parents=True)
     (built / "cpu_adam.so").touch()
     assert missing_compiler(config) is None
+
+
+def test_a_task_names_the_metric_that_keeps_checkpoints_and_its_direction():
+    config = TrainConfig(keep_best=1, keep_best_metric="pck@0.1", keep_best_lower_is_better=False)
+    assert (config.retention.metric, config.retention.lower_is_better) == ("pck@0.1", False)
+    assert TrainConfig().retention.lower_is_better
+    assert "keep_best_lower_is_better" not in identity_values(TrainConfig()), "finished stages stay finished"
