@@ -232,10 +232,26 @@ def remove_tree(uri: str) -> None:
     retried(f"delete {uri}", remove)
 
 
-def download_tree(uri: str, target: Path) -> Path:
-    """Copy everything under `uri` into the directory `target`; on an error nothing is left behind at `target`."""
+def list_tree(uri: str, chosen: Callable[[str], bool] | None = None) -> dict[str, dict[str, Any]]:
+    """What the storage tells of every file under `uri`, by path.
+
+    Args:
+        chosen: of a file's name relative to `uri`, whether it is wanted; None: all are.
+    """
     fs, path = filesystem(uri)
     found = retried(f"list {uri}", lambda: fs.find(path, detail=True))
+    relative = lambda file: file.removeprefix(path).lstrip("/")  # noqa: E731
+    return {file: info for file, info in found.items() if chosen is None or chosen(relative(file))}
+
+
+def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None = None) -> Path:
+    """Copy the files under `uri` into the directory `target`; on an error nothing is left behind at `target`.
+
+    Args:
+        chosen: as for `list_tree`.
+    """
+    fs, path = filesystem(uri)
+    found = list_tree(uri, chosen)
     if not found:
         raise StorageError(f"{uri!r} holds no files. Check the URI, or write it first.")
     with _whole(target, sum(int(info["size"]) for info in found.values())) as partial:

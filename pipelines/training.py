@@ -5,24 +5,47 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 from d2f_core import storage
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.tracking import RunHandle, start_run
 from d2f_core.train.checkpoint import Checkpoint
+from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import BuildTask
 from pipelines.cli import to_yaml
-from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 
 logger = logging.getLogger(__name__)
+
+
+class TrainingConfig(Protocol):
+    """The fields of a config that every training has; it is a dataclass."""
+
+    @property
+    def output(self) -> str:
+        """Where checkpoints and the resolved config go; the same output again resumes."""
+        ...
+
+    @property
+    def train(self) -> TrainConfig: ...
+
+    @property
+    def experiment(self) -> str:
+        """MLflow experiment."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """MLflow run name."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob(ABC):
     """A training that was checked, and is ready to start."""
 
-    config: FinetuneConfig | TrainAutoencoderConfig
+    config: TrainingConfig
     build_task: BuildTask
     plan: StreamPlan
     """Which rows are trained on when."""
@@ -62,7 +85,7 @@ def train(job: TrainingJob) -> TrainingResult:
     storage.write_bytes(storage.join(config.output, "config.yaml"), text.encode())
     run = None
     if job.tags is not None:
-        params = dataclasses.asdict(config)
+        params = dataclasses.asdict(cast(Any, config))
         about = {"name": config.name, "config_yaml": text, "params": params, "tags": dict(job.tags)}
         run = start_run(experiment=config.experiment, run_key=config.output, **about)
         logger.info("MLflow run: %s", run.url)

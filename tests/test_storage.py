@@ -57,6 +57,8 @@ def test_errors_and_cut_answers_change_nothing_but_the_time(
     storage.upload_tree(tmp_path / "tree", f"{root}/tree", last="a")
     storage.download_tree(f"{root}/tree", tmp_path / "copy")
     assert (tmp_path / "copy/a").read_bytes() == b"a" and (tmp_path / "copy/deep/b").read_bytes() == BIG
+    chosen = storage.download_tree(f"{root}/tree", tmp_path / "chosen", lambda name: name == "deep/b")
+    assert [file.name for file in chosen.rglob("*") if file.is_file()] == ["b"]
     storage.remove_tree(root)
     assert not storage.exists(f"{root}/objects/1") and not storage.exists(f"{root}/tree/a")
     assert proxy.counts["error"] >= 3 and proxy.counts["reset"] >= 3

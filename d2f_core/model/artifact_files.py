@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -59,19 +59,27 @@ AUTO_MAPPING = {"base_model_class": UNET_CLASS, "parent_library": "diffusers.mod
 """What PEFT writes of the UNets here; its AutoPeftModel would import the library."""
 
 
+Layout = Sequence[tuple[re.Pattern[str], Callable[[Path], object]]]
+"""Pattern of whole relative names -> check of such a file, which raises when it is not plain data; the first match
+decides."""
+
+
 class ArtifactError(ValueError):
     """A model directory that cannot be used, with the reason and the fix."""
 
 
-def check_files(directory: Path) -> None:
+def check_files(directory: Path, layout: Layout | None = None) -> None:
     """Refuse a directory that holds anything but the plain data of an artifact.
+
+    Args:
+        layout: which files pass, and what is looked at in each; None: those of a diffusion model.
 
     Raises:
         ArtifactError: one line with the file, the rule and the fix.
     """
-    names = sorted(_walk(directory))
-    for name in names:
-        check = next((check for pattern, check in LAYOUT if pattern.fullmatch(name)), None)
+    layout = LAYOUT if layout is None else layout
+    for name in sorted(_walk(directory)):
+        check = next((check for pattern, check in layout if pattern.fullmatch(name)), None)
         if check is None:
             reason = REASONS.get(PurePosixPath(name).suffix.lower(), "is no file of an artifact's layout. Delete it")
             raise ArtifactError(f"{_shown(directory)}: {name!r} {reason}.")
@@ -170,7 +178,7 @@ def _entries(content: Any) -> Iterator[tuple[str | None, Any, int]]:
             left += [(None, part, depth + 1) for part in value]
 
 
-def _config(file: Path) -> dict[str, Any]:
+def plain_json(file: Path) -> dict[str, Any]:
     """A config that names no code to import."""
     content = _parsed(_limited(file, MAX_CONFIG_BYTES).read_bytes())
     if file.name == "adapter_config.json":
@@ -196,18 +204,18 @@ def _check_adapter(config: Mapping[str, Any]) -> None:
 
 
 def _unet_config(file: Path) -> None:
-    if (name := _config(file).get("_class_name")) != UNET_CLASS:
+    if (name := plain_json(file).get("_class_name")) != UNET_CLASS:
         raise _Refusal(f"has _class_name={name!r}; only {UNET_CLASS} is loaded. Take the UNet's own config.")
 
 
 def _model_index(file: Path) -> None:
-    for name, entry in _config(file).items():
+    for name, entry in plain_json(file).items():
         if isinstance(entry, list) and (len(entry) != 2 or entry[0] not in MODEL_LIBRARIES):
             raise _Refusal(f"takes {name[:60]!r} from {str(entry)[:120]}; known are {MODEL_LIBRARIES[1:]}. Correct it.")
 
 
 def _index(file: Path) -> None:
-    shards = _config(file).get("weight_map")
+    shards = plain_json(file).get("weight_map")
     if not isinstance(shards, dict):
         raise _Refusal("has no weight_map. Take it from the original model.")
     for shard in set(map(str, shards.values())):
@@ -217,7 +225,7 @@ def _index(file: Path) -> None:
             )
 
 
-def _weights(file: Path) -> None:
+def plain_weights(file: Path) -> None:
     """A safetensors file whose header is short enough and accounts for every byte behind it."""
     size = file.stat().st_size
     with file.open("rb") as handle:
@@ -254,15 +262,15 @@ def _vocabulary(file: Path) -> None:
     _limited(file, MAX_VOCABULARY_BYTES)  # its keys may be any words: they name nothing that is imported
 
 
-def _text(file: Path, limit: int = MAX_CONFIG_BYTES) -> str:
+def plain_text(file: Path, limit: int = MAX_CONFIG_BYTES) -> str:
     try:
         return _limited(file, limit).read_bytes().decode()
     except UnicodeDecodeError:
         raise _Refusal("is not UTF-8 text. Delete it.") from None
 
 
-def _plain_yaml(file: Path) -> None:
-    events = yaml.parse(_text(file, MAX_YAML_BYTES), yaml.SafeLoader)
+def plain_yaml(file: Path) -> None:
+    events = yaml.parse(plain_text(file, MAX_YAML_BYTES), yaml.SafeLoader)
     try:
         tags = [tag for event in events if (tag := getattr(event, "tag", None))]
     except yaml.YAMLError as error:
@@ -271,7 +279,7 @@ def _plain_yaml(file: Path) -> None:
         raise _Refusal(f"has the tag {tags[0]!r}, by which YAML makes objects. Write plain values.")
 
 
-def _picture(file: Path) -> None:
+def plain_png(file: Path) -> None:
     with _limited(file, MAX_PICTURE_BYTES).open("rb") as handle:
         signature = handle.read(len(PNG_SIGNATURE))
     if signature != PNG_SIGNATURE:
@@ -280,20 +288,20 @@ def _picture(file: Path) -> None:
 
 BASE_PART = r"(unet|vae|text_encoder(_2)?|tokenizer(_2)?|scheduler|feature_extractor|image_encoder|safety_checker)"
 PARTS = re.compile(rf"adapter|{BASE_PART}")
-LAYOUT: tuple[tuple[re.Pattern[str], Callable[[Path], object]], ...] = tuple(
+LAYOUT: Layout = tuple(
     (re.compile(pattern), check)
     for pattern, check in (
-        (r"diff2flow\.json|adapter/adapter_config\.json", _config),
-        (r"adapter/adapter_model\.safetensors", _weights),
+        (r"diff2flow\.json|adapter/adapter_config\.json", plain_json),
+        (r"adapter/adapter_model\.safetensors", plain_weights),
         (r"unet/config\.json", _unet_config),
         (r"model_index\.json", _model_index),
         (rf"{BASE_PART}/[\w.-]+\.safetensors\.index\.json", _index),
-        (rf"{BASE_PART}/[\w.-]+\.safetensors", _weights),
+        (rf"{BASE_PART}/[\w.-]+\.safetensors", plain_weights),
         (r"tokenizer(_2)?/((vocab|tokenizer|added_tokens)\.json|[\w.-]+\.(txt|model))", _vocabulary),
-        (rf"{BASE_PART}/[\w-]+\.json", _config),
-        (r"(adapter/)?README\.md|LICENSE", _text),
-        (r"samples\.png", _picture),
-        (r"config\.yaml", _plain_yaml),
+        (rf"{BASE_PART}/[\w-]+\.json", plain_json),
+        (r"(adapter/)?README\.md|LICENSE", plain_text),
+        (r"samples\.png", plain_png),
+        (r"config\.yaml", plain_yaml),
     )
 )
-"""First match decides. The parts of a base are those of an exported diffusers directory, which is an artifact too."""
+"""The parts of a base are those of an exported diffusers directory, which is an artifact too."""

@@ -6,7 +6,7 @@ SDXL also has text_encoder_2/  tokenizer_2/
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,22 @@ def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
     return unet_config.get("addition_embed_type") == "text_time"
 
 
-def local_copy(uri: str, *, cache_dir: Path | None = None) -> Path:
-    """The directory behind `uri` on this disk; S3 prefixes are downloaded once per version of their objects."""
+def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str], bool] | None = None) -> Path:
+    """The directory behind `uri` on this disk; S3 prefixes are downloaded once per version of their objects.
+
+    Args:
+        chosen: of a file's name in the directory, whether it is copied from S3; None: all are.
+    """
     if uri.startswith("s3://"):
         storage.check_reachable(uri)
-        fs, path = storage.filesystem(uri)
-        found = storage.retried(f"list {uri}", lambda: fs.find(path, detail=True))
+        found = storage.list_tree(uri, chosen)
         listing = sorted((name, info.get("ETag"), info["size"]) for name, info in found.items())
         if not listing:
             raise BaseModelError(f"{uri!r} holds no files. Check the URI, or upload the model there first.")
         version = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
         target = (cache_dir or cache_root()) / "models" / version
         with one_at_a_time(target):
-            return target if target.is_dir() else storage.download_tree(uri, target)
+            return target if target.is_dir() else storage.download_tree(uri, target, chosen)
     local = Path(uri.removeprefix("file://")).expanduser()
     for place in (local, PROJECT_ROOT / local):
         if place.is_dir():

@@ -58,7 +58,7 @@ def publish(
     alias: str,
     training: Mapping[str, Any],
     card: Callable[[TrainingRecord], ModelCard],
-    loader: Loader,
+    loader: Loader | None,
     model_type: str,
 ) -> ModelVersionInfo:
     """Register a model directory as a version of `name`; repeated with the same content it changes nothing.
@@ -67,6 +67,7 @@ def publish(
         run: output URI of the training.
         experiment: MLflow experiment of its run.
         training: what the model says of it: `step`, and `checkpoint`, the URI of the one that it was made of.
+        loader: how MLflow's own tools open it; None: they do not.
         model_type: the system's name in MLflow's model list.
 
     Raises:

@@ -9,6 +9,7 @@ import threading
 import time
 
 SECONDS = 1.0
+saving = threading.Lock()
 
 
 def save_again_and_again() -> None:
@@ -16,10 +17,22 @@ def save_again_and_again() -> None:
 
     while True:
         time.sleep(SECONDS)
-        if counting := coverage.Coverage.current():
-            counting.save()
+        with saving:
+            if counting := coverage.Coverage.current():
+                counting.save()
+
+
+def begin() -> None:
+    threading.Thread(target=save_again_and_again, daemon=True).start()
+
+
+def begin_in_fork() -> None:
+    saving.release()
+    begin()
 
 
 # A process that a counted one has started, in an environment that can count.
 if "COVERAGE_PROCESS_CONFIG" in os.environ and importlib.util.find_spec("coverage"):
-    threading.Thread(target=save_again_and_again, daemon=True).start()
+    begin()
+    # A fork while the thread saves would leave coverage's own locks taken in the child for ever.
+    os.register_at_fork(before=saving.acquire, after_in_parent=saving.release, after_in_child=begin_in_fork)

@@ -14,6 +14,8 @@ CONTEXT.set_forkserver_preload(
 )
 LAST_SECONDS = 60
 """Processor time after which the kernel ends a case that would not end."""
+PATIENCE = 300
+"""Seconds for one that hangs without using any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +28,19 @@ class Cost:
 
 
 def measure(call: Callable[..., Any], *arguments: Any) -> Cost:
-    """What the call (of a function that can be imported) answers and costs. Raises EOFError when it was killed."""
+    """What the call (of a function that can be imported) answers and costs. Raises EOFError when it was killed, and
+    TimeoutError when it hung."""
     here, there = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_run, args=(there, call, arguments))
     process.start()
     there.close()
     try:
+        if not here.poll(PATIENCE):
+            raise TimeoutError(f"{call.__name__} neither answered nor ended within {PATIENCE} s.")
         return here.recv()
     finally:
+        process.join(LAST_SECONDS)
+        process.kill()  # or Python would wait for it at its own end
         process.join()
 
 

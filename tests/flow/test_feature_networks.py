@@ -17,6 +17,7 @@ from d2f_core.flow.evaluate.feature_networks import (
     Features,
     load_features,
 )
+from d2f_core.model.vision import VisionModelError
 from tests.flow.tiny_vision import write_tiny_clip, write_tiny_vit
 
 
@@ -92,18 +93,18 @@ def test_no_code_and_no_pickle_of_a_directory_runs(vit: Path, tmp_path: Path) ->
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
     (hostile / "config.json").write_text(json.dumps(config))
     (hostile / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(FeatureError, match="cannot be loaded as a vision model in safetensors"):
+    with pytest.raises(VisionModelError, match="cannot be loaded as a vision model in safetensors"):
         load_features(str(hostile))
     pickled = shutil.copytree(vit, tmp_path / "pickled")
     torch.save(ViTModel.from_pretrained(vit).state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    with pytest.raises(FeatureError, match="cannot be loaded as a vision model in safetensors"):
+    with pytest.raises(VisionModelError, match="cannot be loaded as a vision model in safetensors"):
         load_features(str(pickled))
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_no_feature_network_is_refused(vit: Path, tmp_path: Path) -> None:
-    with pytest.raises(FeatureError, match=r"has no config\.json"):
+    with pytest.raises(VisionModelError, match=r"has no config\.json"):
         load_features(str(tmp_path))
     with pytest.raises(FeatureError, match="is no model of images and text"):
         CaptionScorer(str(vit))

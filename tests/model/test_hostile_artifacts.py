@@ -6,6 +6,7 @@ anew after the damage. So what refuses a case is the rule that its row names.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError, load_model
-from d2f_core.model.artifact_files import MAX_CONFIG_BYTES, MAX_ENTRIES, check_files
+from d2f_core.model.artifact_files import MAX_CONFIG_BYTES, MAX_ENTRIES, check_files, plain_json
 from d2f_core.model.description import write_description
 from d2f_core.model.lora import LoraConfig
 from tests.flow.tiny_base import write_tiny_base
@@ -249,3 +250,14 @@ def test_the_same_artifacts_unharmed_are_loaded_with_everything_that_may_lie_bes
         check_files(artifact)
         assert load_model(str(artifact)).objective == "diff2flow"
     assert len(CASES) >= 60
+
+
+def test_a_system_can_name_its_own_layout(tmp_path: Path):
+    (tmp_path / "student.json").write_text('{"width": 4}')
+    with pytest.raises(ArtifactError, match=r"'student\.json' is no file of an artifact's layout"):
+        check_files(tmp_path)
+    layout = [(re.compile(r"student\.json"), plain_json)]
+    check_files(tmp_path, layout)
+    (tmp_path / "student.json").write_text('{"auto_map": {"AutoModel": "code.Model"}}')
+    with pytest.raises(ArtifactError, match="auto_map"):
+        check_files(tmp_path, layout)

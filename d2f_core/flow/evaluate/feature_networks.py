@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2f_core.hashing import file_sha256, hash_directory
-from d2f_core.model.base import local_copy
+from d2f_core.model.vision import VisionModel, projected
 
 EFFICIENTNET, INCEPTION = "efficientnet-lite0", "inception"
 EFFICIENTNET_SIZE = 96
@@ -85,14 +85,15 @@ def load_features(uri: str, *, dimensions: int = 64, device: str | torch.device 
     """The feature network of that name or at that URI.
 
     Raises:
-        FeatureError: a package or file is missing, or the directory holds no model that makes features.
+        FeatureError: a package is missing.
+        VisionModelError: the directory holds no vision model.
     """
     if uri == EFFICIENTNET:
         network = _efficientnet(device)
     elif uri == INCEPTION:
         network = _inception(device)
     else:
-        network = VisionModel(uri, device).as_network()
+        network = vision_network(VisionModel(uri, device))
     return Features(network, dimensions)
 
 
@@ -143,67 +144,12 @@ def _inception(device: str | torch.device) -> FeatureNetwork:
     )
 
 
-class VisionModel:
-    """A vision model in transformers' layout; one with a text tower (CLIP, SigLIP) also scores captions.
-
-    Images are prepared as the directory's preprocessor_config.json says, by Pillow on every machine: torchvision, where
-    it is installed, resizes a little differently.
-    """
-
-    def __init__(self, uri: str, device: str | torch.device = "cpu") -> None:
-        from transformers import AutoImageProcessor, AutoModel
-
-        self.uri, self.device, self.path = uri, device, local_copy(uri)
-        for needed in ("config.json", "preprocessor_config.json"):
-            if not (self.path / needed).is_file():
-                raise FeatureError(
-                    f"{uri!r} has no {needed}. Give '{EFFICIENTNET}', '{INCEPTION}', or a vision model's directory as "
-                    "transformers saves it, with its image processor."
-                )
-        try:
-            loaded: Any = AutoModel.from_pretrained(
-                self.path,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-            self._processor = AutoImageProcessor.from_pretrained(
-                self.path, backend="pil", trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise FeatureError(f"{uri!r} cannot be loaded as a vision model in safetensors: {reason}") from None
-        self._network, info = loaded
-        self._network.eval().requires_grad_(False).to(device)
-        self._pooled = self._check_weights(sorted(info["missing_keys"]))
-
-    def _check_weights(self, missing: Sequence[str]) -> bool:
-        """Whether the pooler's weights are there; without them transformers draws new ones, other ones every time."""
-        if any(not key.startswith("pooler.") for key in missing):
-            raise FeatureError(f"{self.uri!r} lacks weights: {', '.join(missing[:3])}. Save the model again.")
-        return not missing
-
-    @property
-    def reads_text(self) -> bool:
-        return hasattr(self._network, "get_text_features")
-
-    def images(self, images: np.ndarray) -> Tensor:
-        """Features [n, width] of uint8 images [n, h, w, 3]."""
-        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
-        if self.reads_text:
-            return _pooled(self._network.get_image_features(pixel_values=pixels))
-        out = self._network(pixel_values=pixels)
-        if self._pooled and getattr(out, "pooler_output", None) is not None:
-            return out.pooler_output.flatten(1)
-        return out.last_hidden_state[:, 0]  # the class token
-
-    def as_network(self) -> FeatureNetwork:
-        """Measures the width by looking at one grey image."""
-        with torch.inference_mode():
-            width = self.images(np.full((1, 64, 64, 3), 128, np.uint8)).shape[1]
-        name = re.sub(r"[^A-Za-z0-9.-]+", "-", self.uri.rstrip("/").rsplit("/", 1)[-1])
-        return FeatureNetwork(name=name, fingerprint=hash_directory(self.path), width=width, extract=self.images)
+def vision_network(model: VisionModel) -> FeatureNetwork:
+    """The pooled features of a vision model; their width is measured by looking at one grey image."""
+    with torch.inference_mode():
+        width = model.pooled(np.full((1, 64, 64, 3), 128, np.uint8)).shape[1]
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model.uri.rstrip("/").rsplit("/", 1)[-1])
+    return FeatureNetwork(name=name, fingerprint=hash_directory(model.path), width=width, extract=model.pooled)
 
 
 class CaptionScorer:
@@ -232,14 +178,9 @@ class CaptionScorer:
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """float64 [n], from 0 to 100."""
-        network: Any = self.model._network
+        network: Any = self.model.network
         limit = network.config.text_config.max_position_embeddings
         tokens = self._tokenizer(list(captions), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        texts = _pooled(network.get_text_features(**tokens.to(self.model.device)))
-        cosines = functional.cosine_similarity(self.model.images(images).double(), texts.double())
+        texts = projected(network.get_text_features(**tokens.to(self.model.device)))
+        cosines = functional.cosine_similarity(self.model.pooled(images).double(), texts.double())
         return (100 * cosines.clamp(min=0)).cpu().numpy()
-
-
-def _pooled(found: Any) -> Tensor:
-    """transformers 5 gives the whole output where earlier releases gave the projected features alone."""
-    return found if isinstance(found, Tensor) else found.pooler_output

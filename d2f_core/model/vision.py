@@ -1,0 +1,97 @@
+"""A vision model by directory: dense tokens and pooled features of images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_core.model.base import local_copy
+
+
+class VisionModelError(ValueError):
+    """A vision model that cannot be used, with the reason and the fix."""
+
+
+class VisionModel:
+    """A vision model in transformers' layout; one with a text tower (CLIP, SigLIP) also scores captions.
+
+    Images are prepared as the directory's preprocessor_config.json says, by Pillow on every machine: torchvision, where
+    it is installed, resizes a little differently.
+    """
+
+    def __init__(self, uri: str, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.uri, self.device, self.path = uri, device, local_copy(uri)
+        for needed in ("config.json", "preprocessor_config.json"):
+            if not (self.path / needed).is_file():
+                raise VisionModelError(
+                    f"{uri!r} has no {needed}. Give a vision model's directory as transformers saves it, with its "
+                    "image processor."
+                )
+        try:
+            loaded: Any = AutoModel.from_pretrained(
+                self.path,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            self._processor = AutoImageProcessor.from_pretrained(
+                self.path, backend="pil", trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise VisionModelError(f"{uri!r} cannot be loaded as a vision model in safetensors: {reason}") from None
+        self.network, info = loaded
+        self.network.eval().requires_grad_(False).to(device)
+        self._has_pooler = self._check_weights(sorted(info["missing_keys"]))
+
+    def _check_weights(self, missing: Sequence[str]) -> bool:
+        """Whether the pooler's weights are there; without them transformers draws new ones, other ones every time."""
+        if any(not key.startswith("pooler.") for key in missing):
+            raise VisionModelError(f"{self.uri!r} lacks weights: {', '.join(missing[:3])}. Save the model again.")
+        return not missing
+
+    @property
+    def reads_text(self) -> bool:
+        return hasattr(self.network, "get_text_features")
+
+    def pooled(self, images: np.ndarray) -> Tensor:
+        """Features [n, width] of uint8 images [n, h, w, 3]: the projected ones of a model of images and text, the
+        pooler's, or the class token."""
+        pixels = self._pixels(images)
+        if self.reads_text:
+            return projected(self.network.get_image_features(pixel_values=pixels))
+        out = self.network(pixel_values=pixels)
+        if self._has_pooler and getattr(out, "pooler_output", None) is not None:
+            return out.pooler_output.flatten(1)
+        return out.last_hidden_state[:, 0]  # the class token
+
+    def tokens(self, images: np.ndarray) -> Tensor:
+        """Dense features [n, height, width, channels] of uint8 images [n, h, w, 3]: the last layer's patch tokens, on
+        the grid of patches of the prepared images; class and register tokens are left out.
+
+        Raises:
+            VisionModelError: the network has no patches of one size, as a convolutional one.
+        """
+        config = getattr(self.network.config, "vision_config", self.network.config)
+        patch = getattr(config, "patch_size", None)
+        if not isinstance(patch, int):
+            raise VisionModelError(f"{self.uri!r} cuts images into no patches. Give a vision transformer.")
+        pixels = self._pixels(images)
+        tower = self.network.vision_model if self.reads_text else self.network
+        found = tower(pixel_values=pixels).last_hidden_state
+        rows, columns = (size // patch for size in pixels.shape[2:])
+        return found[:, found.shape[1] - rows * columns :].unflatten(1, (rows, columns))
+
+    def _pixels(self, images: np.ndarray) -> Tensor:
+        """As the directory's processor prepares them, [n, 3, height, width]."""
+        return self._processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+
+
+def projected(found: Any) -> Tensor:
+    """transformers 5 gives the whole output where earlier releases gave the projected features alone."""
+    return found if isinstance(found, Tensor) else found.pooler_output

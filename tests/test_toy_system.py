@@ -1,0 +1,50 @@
+"""A second system runs on the rails from its images to a registered version, and writes a hundred lines for it."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from d2f_core.batch.output import OutputError
+from d2f_core.batch.table_job import make_table
+from d2f_core.data.quarantine import read_quarantine
+from d2f_core.tracking import resolve_model
+from d2f_core.train.config import TrainConfig
+from pipelines.training import train
+from tests.data.pictures import pictures, write_folder
+from tests.toy_system import BrightnessConfig, ColourConfig, check_brightness, check_colours, register
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_whole_system_from_images_to_a_version(cluster: None, tmp_path: Path) -> None:
+    source = write_folder("s3://d2f/datasets/toy", [*pictures(20), ("broken.png", b"no image", "x")])
+    config = ColourConfig(source=source, output="s3://d2f/toy/colours")
+    table = make_table(check_colours(config))
+    assert table.counts == {"read": 21, "written": 20, "quarantined": 1, "duplicates": 0} and table.kind == "colours"
+    assert [bad.code for bad in read_quarantine(config.output)] == ["undecodable"]
+    assert make_table(check_colours(config)) == table, "nothing is left to do"
+    with pytest.raises(OutputError, match="rows_per_part was 4, now 5"):
+        make_table(check_colours(dataclasses.replace(config, rows_per_part=5)))
+
+    steps = TrainConfig(
+        num_steps=60, global_batch_size=8, micro_batch_size=8, learning_rate=0.05, lanes=1, checkpoint_every=60,
+        evaluate_every=60, keep_best=1, keep_best_metric="within@0.05", keep_best_lower_is_better=False,
+    )  # fmt: skip
+    training = BrightnessConfig(colours=config.output, output="s3://d2f/toy/brightness", train=steps)
+    result = train(check_brightness(training))
+    assert result.run is not None and result.step == 60
+    assert train(check_brightness(training)).checkpoint == result.checkpoint, "nothing is left to train"
+
+    version = register(training, result, tmp_path / "model")
+    assert version.tags["task"] == "brightness"
+    client = mlflow.MlflowClient()
+    registered = client.get_model_version(version.name, version.version)
+    assert client.get_logged_model(registered.model_id or "").model_type == "toy"
+    page = registered.description or ""
+    assert re.fullmatch(r"Brightness from a mean colour; \d+% of the held-out images within 0\.05\.", page)
+    assert [file.name for file in Path(resolve_model(version.uri, cache_dir=tmp_path)).iterdir()] == [
+        "README.md", "brightness.safetensors", "config.yaml",
+    ]  # fmt: skip
