@@ -54,7 +54,7 @@ def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
             total, count, shown = total + part, count + size, shown or arrays
     return Evaluation(
         metrics={"validation_flow_loss": total / count} if count else {},
-        images=task.look(task.module, preview_of(config, task.base, manifests[0]), shown),
+        images=task.preview_images(task.module, preview_of(config, task.base, manifests[0]), shown),
     )
 
 

@@ -25,7 +25,7 @@ class ImageToDepth(LatentTask):
 
     columns: ClassVar[tuple[str, ...]] = (*LatentTask.columns, "joined_mean", "mask")
 
-    def given(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
+    def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
         """Empty text, the image's latents [batch, C, h, w], and which depth latents count [batch, 1, h, w]."""
         mask = torch.from_numpy(np.asarray(arrays["mask"], dtype=np.float32)).to(self.device)
         return {**self._condition_of(arrays, len(captions)), "mask": mask}
@@ -34,7 +34,7 @@ class ImageToDepth(LatentTask):
         joined = torch.from_numpy(np.asarray(arrays["joined_mean"], dtype=np.float32)).to(self.device)
         return {**self.text_of_rows([""] * count, arrays), "joined_latents": joined}
 
-    def look(
+    def preview_images(
         self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None
     ) -> list[Image.Image]:
         """The preview of the first held-out rows."""

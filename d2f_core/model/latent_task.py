@@ -194,13 +194,13 @@ class LatentTask(abc.ABC):
         self._conditions: dict[str, dict[str, Tensor]] = {}
 
     @abc.abstractmethod
-    def given(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
+    def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
         """What the losses get beside data, noise and times: the condition of rows, by the denoiser's argument names,
         and `mask`, where not every pixel counts.
         """
 
     @abc.abstractmethod
-    def look(
+    def preview_images(
         self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None
     ) -> list[Image.Image]:
         """Pictures of what the model makes now; `held` are held-out rows of the first table, if there are any."""
@@ -246,7 +246,7 @@ class LatentTask(abc.ABC):
             "data": torch.from_numpy(data).to(self.device),
             "noise": self._noise(arrays, self.seed, keys, "noise"),
             "uniform": torch.from_numpy(keyed_uniform(self.seed, keys, "time")).to(self.device),
-            **self.given(arrays, captions),
+            **self.row_conditions(arrays, captions),
         }
 
     def _noise(self, arrays: Mapping[str, Any], seed: int, keys: Sequence[str], purpose: str) -> Tensor:
@@ -278,7 +278,7 @@ class LatentTask(abc.ABC):
         data = torch.from_numpy(np.asarray(arrays["latent_mean"], dtype=np.float32)).to(self.device)
         noise = self._noise(arrays, 0, sample_keys([0] * len(data), arrays["row"]), "validation")
         times = (torch.arange(VALIDATION_TIMES, device=self.device) + 0.5) / VALIDATION_TIMES
-        given = self.given(arrays, [str(caption) for caption in arrays["caption"]])
+        given = self.row_conditions(arrays, [str(caption) for caption in arrays["caption"]])
         losses = flow_validation_loss(self.model(network).velocity_field, data, noise, times, **given)
         return float(losses.sum()), losses.numel()
 

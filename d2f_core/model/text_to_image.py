@@ -26,11 +26,11 @@ __all__ = ["ENCODED_TOGETHER", "ModelConfig", "PreviewConfig", "TextToImage", "b
 class TextToImage(LatentTask):
     """Draws what a caption says."""
 
-    def given(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
+    def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
         """The captions' condition; every pixel counts."""
         return self.text_of_rows(captions, arrays)
 
-    def look(
+    def preview_images(
         self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None
     ) -> list[Image.Image]:
         """The preview of the config's prompts."""

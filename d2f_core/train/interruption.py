@@ -22,46 +22,53 @@ from d2f_core.train.heartbeat import Heartbeat, ask
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 """Between two looks for a notice. One is a round trip of all workers to an actor, some milliseconds; Ray itself learns
 of a notice every five seconds."""
 QUESTIONS = 10
 """Of the driver to the list of workers, some seconds apart, while it does not answer."""
-NOTHING, LOOK, STOP = 0, 1, 2
-"""What the first worker says to all with a step."""
+NOTHING, POLL, STOP = 0, 1, 2
+"""What the first worker tells all with a step: go on, look for notices of nodes that go, or save and stop."""
 EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Interruptions:
-    """One worker's side. The first worker decides at which step all look for a notice, or stop."""
+    """One worker's side. The first worker decides at which step all poll for a notice, or stop."""
 
     def __init__(self, heartbeat: Heartbeat, *, first: bool) -> None:
         self._heartbeat, self._first = heartbeat, first
-        self._looked, self._known = -math.inf, set[str]()
+        self._polled, self._known = -math.inf, set[str]()
         self.stopping = False
 
-    def say(self) -> int:
-        """What goes to all workers with the step under way; the others say nothing, so the sum is the first's word."""
+    def signal(self) -> int:
+        """This worker's number for the step under way.
+
+        All but the first worker give 0, so the sum over the workers, which each gets, is the first worker's signal.
+        """
         if not self._first:
             return NOTHING
         if self._heartbeat.stop_asked:
             return STOP
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if time.monotonic() - self._polled < POLL_SECONDS:
             return NOTHING
-        self._looked = time.monotonic()
-        return LOOK
+        self._polled = time.monotonic()
+        return POLL
 
-    def heed(self, heard: int, step: int) -> bool:
-        """Whether to save at this step, due or not; every worker must call it, and gets the same answer."""
-        if heard == STOP:
+    def agreed(self, signals: int, step: int) -> bool:
+        """Whether to save at this step, due or not.
+
+        Args:
+            signals: the sum of all workers' `signal`. Every worker must call it, and gets the same answer.
+        """
+        if signals == STOP:
             self.stopping = True
             if self._first:
                 logger.warning("step %d  the driver was told to end: saving, then stopping", step)
             return True
-        return heard == LOOK and self._noticed(step)
+        return signals == POLL and self._noticed(step)
 
     def _noticed(self, step: int) -> bool:
-        """Whether nodes of these workers were announced to go since the last look."""
+        """Whether nodes of these workers were announced to go since the last poll."""
         info = ray.train.get_preemption_info()
         new = set(info.preempted_node_to_ranks) - self._known if info else set()
         if not info or not new:

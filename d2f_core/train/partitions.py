@@ -23,13 +23,13 @@ from d2f_core.train.memory import TOGETHER
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Share(NamedTuple):
+class Partition(NamedTuple):
     """What a worker holds of one tensor."""
 
     kind: str
     name: str
     parameter: nn.Parameter
-    held: Tensor
+    local: Tensor
 
 
 def trained_parameters(engine: Any) -> dict[str, nn.Parameter]:
@@ -42,7 +42,7 @@ def is_whole(engine: Any, parameter: nn.Parameter) -> bool:
     return engine.zero_optimization_stage() < 3 and parameter.dtype == torch.float32
 
 
-def held(engine: Any, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+def local_partition(engine: Any, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
     """This worker's share of the fp32 weight, or of one of its moments: the very numbers that train.
 
     Flat above stage 0. No other worker is asked.
@@ -58,8 +58,8 @@ def held(engine: Any, parameter: nn.Parameter, moment: str | None = None) -> Ten
     return stretch.get_hp_fragment(moment).detach() if stretch else torch.empty(0)
 
 
-def cut(engine: Any, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """This worker's share of `whole`, a tensor of the parameter's shape, laid out like `held`."""
+def partition_of(engine: Any, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """This worker's share of `whole`, a tensor of the parameter's shape, laid out like `local_partition`."""
     stage = engine.zero_optimization_stage()
     if not stage:
         return whole
@@ -73,14 +73,14 @@ def cut(engine: Any, parameter: nn.Parameter, whole: Tensor) -> Tensor:
     return whole.flatten().narrow(0, stretch.lp_fragment_address.start, stretch.lp_fragment_address.numel)
 
 
-def join(engine: Any, parts: Iterable[Share]) -> Iterator[tuple[str, str, Tensor]]:
+def gather(engine: Any, parts: Iterable[Partition]) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, name, whole tensor) of each, of the parameter's shape, out of all workers' shares above stage 0.
 
     `TOGETHER` elements, or one larger tensor, are exchanged at a time: a collective takes longer to begin than to move
     a small tensor, and an adapter has thousands. A tensor may be a view of all that came with it. Every worker must
     call it, with the same parameters in the same order, and go through it to the end.
     """
-    group: list[Share] = []
+    group: list[Partition] = []
     size = 0
     for part in parts:
         count = whole_shape(part.parameter).numel()
@@ -93,22 +93,22 @@ def join(engine: Any, parts: Iterable[Share]) -> Iterator[tuple[str, str, Tensor
         yield from _exchange(engine, group)
 
 
-def _exchange(engine: Any, group: list[Share]) -> Iterator[tuple[str, str, Tensor]]:
+def _exchange(engine: Any, group: list[Partition]) -> Iterator[tuple[str, str, Tensor]]:
     """All of the group by one collective."""
     shapes = [whole_shape(part.parameter) for part in group]
     if engine.zero_optimization_stage() == 3:
-        mine = torch.cat([part.held.to(engine.device) for part in group])
+        mine = torch.cat([part.local.to(engine.device) for part in group])
         gathered = torch.empty(dist.get_world_size() * mine.numel(), device=engine.device)
         dist.all_gather_into_tensor(gathered, mine)
         del mine
-        columns = gathered.view(dist.get_world_size(), -1).split([part.held.numel() for part in group], dim=1)
+        columns = gathered.view(dist.get_world_size(), -1).split([part.local.numel() for part in group], dim=1)
         wholes = (each.flatten()[: shape.numel()] for each, shape in zip(columns, shapes, strict=True))
     else:
         # Added up as integers, because -0.0 + 0.0 is another zero: its hash would not be that of the checkpoint.
         counts = [shape.numel() for shape in shapes]
         bits = torch.zeros(sum(counts), dtype=torch.int32, device=engine.device)
         for part, whole in zip(group, bits.split(counts), strict=True):
-            cut(engine, part.parameter, whole).copy_(part.held.view(torch.int32))
+            partition_of(engine, part.parameter, whole).copy_(part.local.view(torch.int32))
         dist.all_reduce(bits)
         wholes = iter(bits.view(torch.float32).split(counts))
     for part, shape, whole in zip(group, shapes, wholes, strict=True):
@@ -122,7 +122,7 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 def write(engine: Any, parameter: nn.Parameter, whole: Tensor, moment: str | None = None) -> None:
     """Set the fp32 weight, or one of its moments, from the whole tensor; each worker keeps its share."""
-    held(engine, parameter, moment).copy_(cut(engine, parameter, whole))
+    local_partition(engine, parameter, moment).copy_(partition_of(engine, parameter, whole))
 
 
 def inner_optimizer(engine: Any) -> Any:

@@ -39,7 +39,7 @@ class StepResult:
     """Rows of this worker's share that did not count, with the reason."""
     consumed: int = 0
     """`consumed_digest` of this worker's share."""
-    heard: int = 0
+    signals: int = 0
     """Sum of what the workers said with this step; the same number on each."""
 
 
@@ -52,7 +52,7 @@ def _exchange(finite: list[Tensor], rows: list[list[int]], step: int, said: int)
     numbers = torch.stack([broken, torch.full_like(broken, said)])
     if dist.is_initialized():
         dist.all_reduce(numbers)
-    count, heard = numbers.tolist()
+    count, signals = numbers.tolist()
     if count:
         pairs = zip(rows, (fine.tolist() for fine in finite), strict=True)
         bad = [row for part, fine in pairs for row, good in zip(part, fine, strict=True) if not good]
@@ -61,7 +61,7 @@ def _exchange(finite: list[Tensor], rows: list[list[int]], step: int, said: int)
             f"{f' (table rows {bad} on this worker)' if bad else ' (rows are named by another worker)'}. "
             "Lower the learning rate, or look at these rows; the last checkpoint is good."
         )
-    return heard
+    return signals
 
 
 def consumed_digest(epochs: np.ndarray, rows: np.ndarray) -> int:
@@ -92,7 +92,7 @@ def train_steps(
     accumulation: int,
     first_step: int = 0,
     before_step: Callable[[int], None] | None = None,
-    say: Callable[[], int] | None = None,
+    signal: Callable[[], int] | None = None,
 ) -> Iterator[StepResult]:
     """Run optimizer steps, lazily; the caller decides when to log, save and stop.
 
@@ -102,7 +102,7 @@ def train_steps(
     Args:
         rows: one micro-batch each, `accumulation` of them per step.
         before_step: called with the step's number, counted from 0 (sets the learning rate).
-        say: called once a step; the sum of all workers' numbers is each one's `StepResult.heard`, at no further
+        signal: called once a step; the sum of all workers' numbers is each one's `StepResult.signals`, at no further
             exchange: so they agree on the step at which they do something out of turn.
 
     Raises:
@@ -110,7 +110,7 @@ def train_steps(
     """
     step, iterator = first_step, iter(rows)
     while True:
-        waited, mean, finite, numbers, unusable, consumed, heard = 0.0, torch.zeros(()), [], [], (), 0, 0
+        waited, mean, finite, numbers, unusable, consumed, signals = 0.0, torch.zeros(()), [], [], (), 0, 0
         for part in range(accumulation):
             began = time.perf_counter()
             table = next(iterator, None)
@@ -127,9 +127,9 @@ def train_steps(
             numbers.append(table.column(ROW).to_pylist())
             consumed += consumed_digest(table.column(EPOCH).to_numpy(), table.column(ROW).to_numpy())
             if part == accumulation - 1:
-                heard = _exchange(finite, numbers, step, say() if say else 0)
+                signals = _exchange(finite, numbers, step, signal() if signal else 0)
             engine.backward(losses.mean())
             engine.step()
             mean = mean.to(losses.device) + losses.detach().mean() / accumulation
         step += 1
-        yield StepResult(step=step, loss=mean, waited=waited, unusable=unusable, consumed=consumed, heard=heard)
+        yield StepResult(step=step, loss=mean, waited=waited, unusable=unusable, consumed=consumed, signals=signals)

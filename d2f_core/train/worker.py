@@ -71,10 +71,10 @@ class Training:
         last = step == config.num_steps
         if step % config.log_every == 0 or last:
             self.metrics(step)
-        out_of_turn = self.interruptions.heed(result.heard, step)
+        out_of_turn = self.interruptions.agreed(result.signals, step)
         if step % config.checkpoint_every == 0 or last or out_of_turn:
             self.save(step)
-        self.look()
+        self.poll_evaluations()
         self.heartbeat.doing("waiting for rows")
 
     def metrics(self, step: int) -> None:
@@ -118,7 +118,7 @@ class Training:
         if self.first:
             logger.info("step %d  checkpoint under way (%.1f s waited)", step, time.perf_counter() - began)
 
-    def look(self) -> None:
+    def poll_evaluations(self) -> None:
         """Start the evaluation of a checkpoint that is complete by now, and take in what is done.
 
         Raises:
@@ -218,7 +218,7 @@ def _run_steps(training: Training, task: Task, rows: Any, first_step: int) -> No
         accumulation=training.job.plan.per_step(worker.num_workers),
         first_step=first_step,
         before_step=lambda step: zero.set_learning_rate(worker.engine, config.learning_rate_at(step)),
-        say=training.interruptions.say,
+        signal=training.interruptions.signal,
     ):
         training.after(result)
         if training.interruptions.stopping:

@@ -34,7 +34,7 @@ class Worker:
         decay = self.config.ema.decay_at(step)
         for index, (name, parameter) in enumerate(partitions.trained_parameters(self.engine).items()):
             if not partitions.is_whole(self.engine, parameter):
-                weight = partitions.held(self.engine, parameter)
+                weight = partitions.local_partition(self.engine, parameter)
             elif self.owns(index):
                 weight = parameter.detach()
             else:
@@ -51,8 +51,8 @@ class Worker:
         for name, whole in averages:
             parameter = parameters[name]
             if not partitions.is_whole(self.engine, parameter):
-                device = partitions.held(self.engine, parameter).device
-                self.averages[name] = partitions.cut(self.engine, parameter, whole).to(device, copy=True)
+                device = partitions.local_partition(self.engine, parameter).device
+                self.averages[name] = partitions.partition_of(self.engine, parameter, whole).to(device, copy=True)
             elif self.owns(indices[name]):
                 self.averages[name] = whole.to(self.engine.device)
 
@@ -62,16 +62,16 @@ class Worker:
         Every worker must call it, and go through it to the end.
         """
         mine: set[str] = set()
-        parts: list[partitions.Share] = []
+        parts: list[partitions.Partition] = []
         for index, (name, parameter) in enumerate(partitions.trained_parameters(self.engine).items()):
             if self.owns(index):
                 mine.add(name)
             for kind in KINDS if self.averages else SAVED_ALWAYS:
                 if not self._is_whole(kind, parameter):
-                    parts.append(partitions.Share(kind, name, parameter, self._held(kind, name, parameter)))
+                    parts.append(partitions.Partition(kind, name, parameter, self._held(kind, name, parameter)))
                 elif name in mine:
                     yield kind, name, self._held(kind, name, parameter)
-        for kind, name, whole in partitions.join(self.engine, parts):
+        for kind, name, whole in partitions.gather(self.engine, parts):
             if name in mine:
                 # A view would keep all that came with it.
                 yield kind, name, whole.clone() if whole.untyped_storage().nbytes() > whole.nbytes else whole
@@ -88,10 +88,10 @@ class Worker:
             return self.averages[name]
         if kind == "weights":
             whole = partitions.is_whole(self.engine, parameter)
-            return parameter.detach() if whole else partitions.held(self.engine, parameter)
+            return parameter.detach() if whole else partitions.local_partition(self.engine, parameter)
         if not partitions.moments_exist(self.engine):  # no step was applied yet, which under fp16 may last some steps
             return torch.zeros(partitions.whole_shape(parameter), device=self.engine.device)
-        return partitions.held(self.engine, parameter, kind)
+        return partitions.local_partition(self.engine, parameter, kind)
 
     def share(self) -> dict[str, dict[str, Tensor]]:
         """This worker's share of all that a checkpoint holds, by kind; every worker must call it."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import ray.train
 
 from d2f_core.train import interruption
-from d2f_core.train.interruption import LOOK, NOTHING, STOP, Interruptions, describe, terminable, terminated
+from d2f_core.train.interruption import NOTHING, POLL, STOP, Interruptions, describe, terminable, terminated
 
 
 def preempted(*nodes: str) -> ray.train.PreemptionError:
@@ -19,12 +19,12 @@ def preempted(*nodes: str) -> ray.train.PreemptionError:
 def test_the_first_worker_says_when_to_look_and_when_to_stop(monkeypatch):
     heartbeat = SimpleNamespace(stop_asked=False)
     first, other = (Interruptions(heartbeat, first=one) for one in (True, False))  # type: ignore[arg-type]
-    assert [first.say(), first.say(), other.say()] == [LOOK, NOTHING, NOTHING]
-    monkeypatch.setattr(interruption, "LOOK_SECONDS", 0.0)
-    assert first.say() == LOOK
+    assert [first.signal(), first.signal(), other.signal()] == [POLL, NOTHING, NOTHING]
+    monkeypatch.setattr(interruption, "POLL_SECONDS", 0.0)
+    assert first.signal() == POLL
     heartbeat.stop_asked = True
-    assert [first.say(), other.say()] == [STOP, NOTHING]
-    assert first.heed(STOP, 7) and first.stopping and other.heed(STOP, 7) and other.stopping
+    assert [first.signal(), other.signal()] == [STOP, NOTHING]
+    assert first.agreed(STOP, 7) and first.stopping and other.agreed(STOP, 7) and other.stopping
 
 
 def test_a_notice_calls_for_one_checkpoint(monkeypatch):
@@ -36,8 +36,8 @@ def test_a_notice_calls_for_one_checkpoint(monkeypatch):
     ]
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notices.pop(0))
     worker = Interruptions(SimpleNamespace(), first=False)  # type: ignore[arg-type]
-    assert not worker.heed(NOTHING, 1) and len(notices) == 4, "it costs an exchange: only when the first worker says so"
-    assert [worker.heed(LOOK, step) for step in (2, 3, 4, 5)] == [False, True, False, True]
+    assert not worker.agreed(NOTHING, 1) and len(notices) == 4, "it costs an exchange: only when the first one says so"
+    assert [worker.agreed(POLL, step) for step in (2, 3, 4, 5)] == [False, True, False, True]
 
 
 def test_a_notice_names_nodes_workers_and_time():

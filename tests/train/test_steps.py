@@ -110,6 +110,6 @@ def test_the_digest_of_what_was_used_adds_up_in_any_order_and_tells_samples_apar
 def test_what_is_said_once_a_step_is_heard_with_that_step():
     said = iter([0, 2, 1])
     steps = train_steps(
-        PlainEngine(2), tables([1.0] * 24, 4), to_batch, loss_fn, accumulation=2, say=lambda: next(said)
+        PlainEngine(2), tables([1.0] * 24, 4), to_batch, loss_fn, accumulation=2, signal=lambda: next(said)
     )
-    assert [result.heard for result in steps] == [0, 2, 1]
+    assert [result.signals for result in steps] == [0, 2, 1]

@@ -177,8 +177,11 @@ def signs_of_zeros(rank: int) -> list[bool]:
         for parameter in parameters.values():
             partitions.write(engine, parameter, -torch.zeros(partitions.whole_shape(parameter)))
         if stage:
-            parts = [partitions.Share("weights", name, p, partitions.held(engine, p)) for name, p in parameters.items()]
-            found += [(read == 0).all() and read.signbit().all() for *_, read in partitions.join(engine, parts)]
+            parts = [
+                partitions.Partition("weights", name, p, partitions.local_partition(engine, p))
+                for name, p in parameters.items()
+            ]
+            found += [(read == 0).all() and read.signbit().all() for *_, read in partitions.gather(engine, parts)]
     return [bool(one) for one in found]
 
 
