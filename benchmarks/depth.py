@@ -26,7 +26,8 @@ from PIL import Image
 from benchmarks.plain_training import PlainTraining
 from d2f_core.data.depth import clean_depth
 from d2f_core.data.depth_files import decode_depth
-from d2f_core.data.images import ImageRules, prepare_image
+from d2f_core.data.image_rules import ImageRules
+from d2f_core.data.images import prepare_image
 from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.sample_order import SampleOrder

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from benchmarks.frechet import NAME, Features, distance
 from benchmarks.plain_training import PlainTraining
-from d2f_core.data.datasets.emoji import Fit, MakeDatasetConfig, Style, Subset, render_rows
+from d2f_core.data.datasets.config import Fit, MakeDatasetConfig, Style, Subset
+from d2f_core.data.datasets.emoji import render_rows
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import TrainedModel, load_model, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder

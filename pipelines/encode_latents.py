@@ -9,7 +9,7 @@ The same command again goes on where a killed job was, and does nothing once the
 
 import ray
 
-from d2f_core.data.sources import ImageSource
+from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.encode.job import encode

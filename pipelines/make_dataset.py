@@ -8,8 +8,9 @@ python -m pipelines.make_dataset depth-test
 
 import logging
 
-from d2f_core.data.datasets.depth_table import MakeDepthConfig, depth_inputs, make_depth_dataset
-from d2f_core.data.datasets.emoji import MakeDatasetConfig, make_dataset
+from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
+from d2f_core.data.datasets.depth_table import depth_inputs, make_depth_dataset
+from d2f_core.data.datasets.emoji import make_dataset
 from d2f_core.storage import check_reachable
 from pipelines.cli import run_job
 

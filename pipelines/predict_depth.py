@@ -9,7 +9,7 @@ The same command again goes on where a killed job was, and does nothing once all
 import ray
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.data.sources import ImageSource
+from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.depth.job import check_predict_depth, predict_depth
 from d2f_core.flow.depth.plan import PredictDepthConfig
 from pipelines.cli import run_job

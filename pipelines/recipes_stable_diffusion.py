@@ -11,8 +11,7 @@ Source: Schusterbauer et al., "Diff2Flow", CVPR 2025, arXiv:2506.02221.
 
 from typing import Any, Literal
 
-from d2f_core.data.sources import ImageSource
-from d2f_core.data.sources.depth import DepthSource
+from d2f_core.data.sources.config import DepthSource, ImageSource
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
 from d2f_core.flow.estimate import EstimateConfig
 from d2f_core.flow.generate.plan import GenerateConfig

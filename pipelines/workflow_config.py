@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from d2f_core.data.datasets.depth_table import MakeDepthConfig
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
 from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
 from d2f_core.flow.depth.plan import PredictDepthConfig
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig

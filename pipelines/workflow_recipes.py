@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
 from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.generate.contact_sheet import ContactSheetConfig

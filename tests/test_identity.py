@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from d2f_core.batch.output import OutputError, refuse_other
-from d2f_core.data.datasets.depth_table import MakeDepthConfig
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
 from d2f_core.data.manifest import Manifest, TableFile
 from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
 from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig

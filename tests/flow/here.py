@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from d2f_core.data.datasets import depth_table
-from d2f_core.data.datasets.depth_table import MakeDepthConfig
+from d2f_core.data.datasets.config import MakeDepthConfig
 from d2f_core.data.manifest import TableFile
 from d2f_core.flow.depth import job as depth_job
 from d2f_core.flow.depth.actor import DepthActor

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from d2f_core.data.datasets.depth_table import MakeDepthConfig, make_depth_dataset, make_rows
+from d2f_core.data.datasets.config import MakeDepthConfig
+from d2f_core.data.datasets.depth_table import make_depth_dataset, make_rows
 from d2f_core.data.depth import crop_and_resize, depth_latent_schema, normalise_depth
 from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.images import prepare_image
@@ -19,7 +20,7 @@ from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import check_schema, sample_id
-from d2f_core.data.sources.depth import DepthSource
+from d2f_core.data.sources.config import DepthSource
 from d2f_core.flow.encode.actor import ChunkEncoder, to_input
 from d2f_core.flow.encode.check import check_encode_depth, claim_output
 from d2f_core.flow.encode.chunk_records import read_records, unfinished_shards

@@ -1,6 +1,6 @@
 """The smallest whole depth workflow."""
 
-from d2f_core.data.datasets.depth_table import MakeDepthConfig
+from d2f_core.data.datasets.config import MakeDepthConfig
 from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
 from d2f_core.flow.depth.plan import PredictDepthConfig
 from d2f_core.flow.encode.config import EncodeDepthConfig

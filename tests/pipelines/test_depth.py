@@ -16,7 +16,7 @@ from PIL import Image
 from d2f_core.batch.output import OutputError, read_index
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError
-from d2f_core.data.sources import ImageSource
+from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.depth.evaluation import (
     DepthEvaluationError,
     EvaluateDepthConfig,

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from d2f_core.batch.output import read_index
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.generate.plan import GenerateConfig

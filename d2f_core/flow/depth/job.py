@@ -22,7 +22,8 @@ import yaml
 from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.output import KIND, claim, parts_there, refuse_other, table_file
 from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
-from d2f_core.data.sources import SourcePlan, plan_images
+from d2f_core.data.sources.images import plan_images
+from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.depth.actor import DepthActor, work_item
 from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig, make_depth_plan
 from d2f_core.flow.depth.predictor import check_depth_model

@@ -7,8 +7,9 @@ that was killed goes on with the missing ones, and the size of the cluster chang
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2f_core.data.images import MAX_PIXELS_LIMIT, ImageRules
-from d2f_core.data.sources import ImageSource, SourcePlan
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
+from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.depth.predictor import DepthSettings, PredictDepthError, fill_settings
 from d2f_core.identity import identity_values
 from d2f_core.model.artifact import TrainedModel

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.data.sources import SourcePlan, plan_images
 from d2f_core.data.sources.depth import plan_depth
+from d2f_core.data.sources.images import plan_images
+from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.encode.captioned import CAPTIONED
 from d2f_core.flow.encode.chunk_records import JOB_NAME, PROGRESS
 from d2f_core.flow.encode.config import (

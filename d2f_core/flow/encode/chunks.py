@@ -16,7 +16,7 @@ from d2f_core.data.images import BadImageError
 from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.quarantine import DUPLICATE, BadSample
 from d2f_core.data.schema import array_field, array_kind, is_array
-from d2f_core.data.sources import Sample, Shard
+from d2f_core.data.sources.sample import Sample, Shard
 from d2f_core.flow.encode.chunk_records import ChunkRecord, write_chunk
 from d2f_core.flow.encode.config import EncodeSpec
 

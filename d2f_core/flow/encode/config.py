@@ -7,9 +7,8 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from d2f_core.data.images import MAX_PIXELS_LIMIT, ImageRules
-from d2f_core.data.sources import ImageSource
-from d2f_core.data.sources.depth import DepthSource
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
+from d2f_core.data.sources.config import DepthSource, ImageSource
 
 MAX_CHUNK_BYTES = 512 * 2**20
 """Pixels of one chunk, which travel between tasks in one piece."""

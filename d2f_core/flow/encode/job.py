@@ -17,7 +17,7 @@ import ray.data
 from d2f_core.batch.resources import await_resources
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
-from d2f_core.data.sources import SourcePlan
+from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.encode.actor import ChunkEncoder
 from d2f_core.flow.encode.check import EncodeJob, check_complete_table, claim_output
 from d2f_core.flow.encode.chunk_records import (
