@@ -37,9 +37,9 @@ from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
 from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
+from d2f_core.model.config import ModelConfig
 from d2f_core.model.image_to_depth import ImageToDepth
-from d2f_core.model.latent_task import ModelConfig
-from d2f_core.objective.path import TimeSampling
+from d2f_core.objective.time_sampling import TimeSampling
 from d2f_core.train.config import TrainConfig
 from pipelines.names import DEPTH_BASE
 

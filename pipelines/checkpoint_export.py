@@ -13,7 +13,8 @@ from d2f_core.model.artifact import describe, upload_artifact
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.latent_task import empty_network, joined_channels
 from d2f_core.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, iter_tensors
-from d2f_core.train.selection import Which, select
+from d2f_core.train.config import Which
+from d2f_core.train.selection import select
 from pipelines.cli import from_yaml
 from pipelines.configs import FinetuneConfig
 

@@ -8,9 +8,7 @@ from d2f_core.data.manifest import Manifest
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.identity import identity_hash, identity_values
-from d2f_core.model.artifact import SamplingDefaults
-from d2f_core.model.autoencoder_training import AutoencoderLossConfig
-from d2f_core.model.latent_task import ModelConfig, PreviewConfig
+from d2f_core.model.config import AutoencoderLossConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.train.config import TrainConfig
 
 

@@ -27,8 +27,9 @@ from d2f_core.flow.evaluate.image_metrics import MeasureConfig
 from d2f_core.flow.evaluate.job import check_evaluate, evaluate
 from d2f_core.flow.generate.job import check_generate, generate
 from d2f_core.flow.generate.plan import GenerateConfig
-from d2f_core.model.artifact import SamplingDefaults, describe, save_artifact
+from d2f_core.model.artifact import describe, save_artifact
 from d2f_core.model.base import resolve_base
+from d2f_core.model.config import SamplingDefaults
 from d2f_core.model.denoiser import load_unet
 from d2f_core.storage import filesystem, join, list_names, read_bytes, write_bytes
 from d2f_core.tracking import find_run, get_alias, promote, register_model, start_run

@@ -24,11 +24,11 @@ from d2f_core.flow.generate.job import check_generate
 from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.generate.sampler import ImageSampler, fill_request
 from d2f_core.flow.publish.job import RegisterConfig
-from d2f_core.model.artifact import SamplingDefaults, load_model
+from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
-from d2f_core.model.lora import LoraConfig
-from d2f_core.model.text_to_image import ModelConfig, TextToImage, build_network
+from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
+from d2f_core.model.text_to_image import TextToImage, build_network
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import get_alias, resolve_model
 from d2f_core.train.config import TrainConfig
