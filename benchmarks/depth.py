@@ -32,7 +32,8 @@ from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.table_reader import RowReader
-from d2f_core.flow.depth.errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, square
+from d2f_core.flow.depth.config import FLOORS
+from d2f_core.flow.depth.errors import depth_errors, estimates, floor_maps, mean_depth, square
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
 from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 from d2f_core.model.autoencoder import autoencoder_fingerprint

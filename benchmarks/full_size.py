@@ -26,7 +26,7 @@ import torch
 import tyro
 from diffusers import DDIMScheduler
 
-from d2f_core.flow.estimate import DTYPES, build_on_meta
+from d2f_core.flow.estimate.job import DTYPES, build_on_meta
 from d2f_core.model import footprint
 from d2f_core.model.architectures import KNOWN
 from d2f_core.model.autoencoder import autoencoder_fingerprint

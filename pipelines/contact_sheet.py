@@ -4,7 +4,8 @@ r"""Draw generations of the same prompts side by side.
         --output s3://d2f/contact_sheet.png
 """
 
-from d2f_core.flow.generate.contact_sheet import ContactSheetConfig, make_contact_sheet
+from d2f_core.flow.generate.config import ContactSheetConfig
+from d2f_core.flow.generate.contact_sheet import make_contact_sheet
 from pipelines.cli import run_job
 
 CONTACT_SHEET = {

@@ -7,12 +7,8 @@ python -m pipelines.evaluate_depth depth --predictions s3://d2f/predictions/a s3
 import logging
 from typing import Any
 
-from d2f_core.flow.depth.evaluation import (
-    METRICS_NAME,
-    EvaluateDepthConfig,
-    check_evaluate_depth,
-    evaluate_depth,
-)
+from d2f_core.flow.depth.config import EvaluateDepthConfig
+from d2f_core.flow.depth.evaluation import METRICS_NAME, check_evaluate_depth, evaluate_depth
 from pipelines.cli import run_job
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import ray
 
 from d2f_core.data.manifest import Manifest
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import check_generate, generate_all
-from d2f_core.flow.generate.plan import GenerateConfig
 from pipelines.cli import run_job
 from pipelines.names import EMOJI_SD, FLOW_MODEL
 from pipelines.recipes_stable_diffusion import PAIRS_STABLE_DIFFUSION

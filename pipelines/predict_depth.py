@@ -10,8 +10,8 @@ import ray
 
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.sources.config import ImageSource
+from d2f_core.flow.depth.config import PredictDepthConfig
 from d2f_core.flow.depth.job import check_predict_depth, predict_depth
-from d2f_core.flow.depth.plan import PredictDepthConfig
 from pipelines.cli import run_job
 from pipelines.names import DEPTH_MODEL
 

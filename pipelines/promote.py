@@ -4,7 +4,8 @@ python -m pipelines.promote emoji-flow --version 3
 python -m pipelines.promote emoji-flow --rollback
 """
 
-from d2f_core.flow.publish.job import PromoteConfig, move_alias
+from d2f_core.flow.publish.config import PromoteConfig
+from d2f_core.flow.publish.job import move_alias
 from d2f_core.tracking import ModelVersionInfo
 from pipelines.cli import run_job
 

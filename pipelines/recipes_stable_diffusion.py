@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from d2f_core.data.sources.config import DepthSource, ImageSource
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
-from d2f_core.flow.estimate import EstimateConfig
-from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.estimate.config import EstimateConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.configs import FinetuneConfig

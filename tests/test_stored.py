@@ -22,8 +22,8 @@ from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.encode.job import encode
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import check_generate, generate
-from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.train import checkpoint
 from pipelines import finetune
 from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint

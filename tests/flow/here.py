@@ -25,7 +25,8 @@ from d2f_core.flow.encode.actor import ChunkEncoder
 from d2f_core.flow.encode.check import EncodeJob
 from d2f_core.flow.encode.chunks import prepare_shards, work_item, write_row
 from d2f_core.flow.evaluate import extract_features, metrics, straightness
-from d2f_core.flow.evaluate.extract_features import FeatureExtractor, ScoreConfig
+from d2f_core.flow.evaluate.config import ScoreConfig
+from d2f_core.flow.evaluate.extract_features import FeatureExtractor
 from d2f_core.flow.generate import job as generate
 from d2f_core.flow.generate.actor import JobsSampler
 from d2f_core.flow.generate.job import GenerateJob

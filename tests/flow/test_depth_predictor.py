@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from d2f_core.flow.depth.plan import PredictDepthConfig
-from d2f_core.flow.depth.predictor import DepthPredictor, PredictDepthError, fill_settings
+from d2f_core.flow.depth.config import PredictDepthConfig, PredictDepthError
+from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 from d2f_core.model.artifact import TrainedModel, load_model
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import ModelConfig, SamplingDefaults

@@ -1,10 +1,9 @@
 """The smallest whole depth workflow."""
 
 from d2f_core.data.datasets.config import MakeDepthConfig
-from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
-from d2f_core.flow.depth.plan import PredictDepthConfig
+from d2f_core.flow.depth.config import EvaluateDepthConfig, PredictDepthConfig
 from d2f_core.flow.encode.config import EncodeDepthConfig
-from d2f_core.flow.publish.job import RegisterConfig
+from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig

@@ -8,7 +8,8 @@ import torch
 
 from d2f_core import storage
 from d2f_core.data.schema import SchemaError
-from d2f_core.flow.publish.job import RegisterConfig, register
+from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.flow.publish.job import register
 from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base

@@ -16,14 +16,12 @@ from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.table_reader import RowReader
-from d2f_core.evaluation.gate import GateConfig
-from d2f_core.flow.evaluate.config import EvaluateConfig
-from d2f_core.flow.evaluate.extract_features import ScoreConfig
-from d2f_core.flow.evaluate.image_metrics import MeasureConfig
+from d2f_core.evaluation.config import GateConfig
+from d2f_core.flow.evaluate.config import EvaluateConfig, MeasureConfig, ScoreConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import check_generate
-from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.generate.sampler import ImageSampler, fill_request
-from d2f_core.flow.publish.job import RegisterConfig
+from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base

@@ -18,8 +18,8 @@ from d2f_core.batch.output import read_index
 from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.config import EncodeConfig
-from d2f_core.flow.generate.plan import GenerateConfig
-from d2f_core.flow.publish.job import RegisterConfig
+from d2f_core.flow.generate.config import GenerateConfig
+from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.model.artifact import DESCRIPTION, load_model
 from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
 from d2f_core.storage import exists, list_names, read_bytes

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
 from d2f_core.data.sources.config import DepthSource, ImageSource
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_CHUNK_BYTES = 512 * 2**20
 """Pixels of one chunk, which travel between tasks in one piece."""
@@ -110,7 +111,7 @@ class EncodeKind:
     """What differs between jobs: the kind of their samples. The functions are a module's own, found by name on every
     node, and of modules as light as this one."""
 
-    schema: Callable[[tuple[int, int, int]], pa.Schema]
+    schema: "Callable[[tuple[int, int, int]], pa.Schema]"
     """Columns of the table, of the latents' shape."""
     pictures: tuple[Picture, ...]
     identify: Callable[[Any], str]

@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.evaluation.config import FLOW_LOSS
 from d2f_core.evaluation.estimates import Estimate, Metric
-from d2f_core.evaluation.gate import FLOW_LOSS, Verdict, check_gate, judge
+from d2f_core.evaluation.gate import Verdict, check_gate, judge
 from d2f_core.flow.evaluate.compared_models import (
     PINS_NAME,
     REGISTERED,
