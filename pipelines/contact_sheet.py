@@ -5,7 +5,6 @@ r"""Draw generations of the same prompts side by side.
 """
 
 from d2f_core.flow.generate.config import ContactSheetConfig
-from d2f_core.flow.generate.contact_sheet import make_contact_sheet
 from pipelines.cli import run_job
 
 CONTACT_SHEET = {
@@ -16,6 +15,8 @@ CONTACT_SHEET = {
 
 
 def main(config: ContactSheetConfig) -> str:
+    from d2f_core.flow.generate.contact_sheet import make_contact_sheet
+
     return make_contact_sheet(config)
 
 

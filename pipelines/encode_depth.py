@@ -7,12 +7,8 @@ r"""Encode images with depth into a depth latent table.
 The same command again goes on where a killed job was, and does nothing once the table is complete.
 """
 
-import ray
-
 from d2f_core.data.sources.config import DepthSource
-from d2f_core.flow.encode.check import check_encode_depth
 from d2f_core.flow.encode.config import EncodeDepthConfig
-from d2f_core.flow.encode.job import encode
 from pipelines.cli import run_job
 from pipelines.names import DEPTH_BASE
 from pipelines.recipes_stable_diffusion import ENCODE_DEPTH_STABLE_DIFFUSION
@@ -25,11 +21,22 @@ ENCODE_DEPTH = {
 } | ENCODE_DEPTH_STABLE_DIFFUSION
 
 
+def check(config: EncodeDepthConfig) -> None:
+    from d2f_core.flow.encode.check import check_encode_depth
+
+    check_encode_depth(config)
+
+
 def main(config: EncodeDepthConfig) -> None:
+    import ray
+
+    from d2f_core.flow.encode.check import check_encode_depth
+    from d2f_core.flow.encode.job import encode
+
     job = check_encode_depth(config)
     ray.init(ignore_reinit_error=True)
     encode(job)
 
 
 if __name__ == "__main__":
-    run_job("encode_depth", ENCODE_DEPTH, main, check_encode_depth)
+    run_job("encode_depth", ENCODE_DEPTH, main, check)

@@ -7,12 +7,8 @@ r"""Encode captioned images into a latent table.
 The same command again goes on where a killed job was, and does nothing once the table is complete.
 """
 
-import ray
-
 from d2f_core.data.sources.config import ImageSource
-from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig
-from d2f_core.flow.encode.job import encode
 from pipelines.cli import run_job
 from pipelines.names import EMOJI_SD
 from pipelines.recipes_stable_diffusion import ENCODE_STABLE_DIFFUSION
@@ -25,11 +21,22 @@ ENCODE_LATENTS = {
 } | ENCODE_STABLE_DIFFUSION
 
 
+def check(config: EncodeConfig) -> None:
+    from d2f_core.flow.encode.check import check_encode
+
+    check_encode(config)
+
+
 def main(config: EncodeConfig) -> None:
+    import ray
+
+    from d2f_core.flow.encode.check import check_encode
+    from d2f_core.flow.encode.job import encode
+
     job = check_encode(config)
     ray.init(ignore_reinit_error=True)
     encode(job)
 
 
 if __name__ == "__main__":
-    run_job("encode_latents", ENCODE_LATENTS, main, check_encode)
+    run_job("encode_latents", ENCODE_LATENTS, main, check)

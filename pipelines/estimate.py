@@ -8,11 +8,12 @@ The recipes are those of `pipelines.finetune`, and take the same flags for `mode
 """
 
 from d2f_core.flow.estimate.config import EstimateConfig
-from d2f_core.flow.estimate.job import estimate, report
 from pipelines.cli import run_job
 
 
 def main(config: EstimateConfig) -> None:
+    from d2f_core.flow.estimate.job import estimate, report
+
     print(report(config, estimate(config)))
 
 

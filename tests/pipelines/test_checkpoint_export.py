@@ -27,10 +27,11 @@ from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import EmaConfig, Retention, TrainConfig
 from d2f_core.train.retention import write_evaluation
 from pipelines import checkpoint_export
-from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
+from pipelines.checkpoint_export import export_checkpoint
 from pipelines.cli import from_yaml, resolve, to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.export import RECIPES, check, main
+from pipelines.export_config import CheckpointExportConfig
 from tests.flow.tiny_base import write_tiny_base
 from tests.latent_tables import write_latents
 from tests.model.artifacts import STATES, TIMESTEP
@@ -253,7 +254,7 @@ def test_the_command_takes_flags_and_a_file(tmp_path: Path):
 
 IN_A_PROCESS = """
 import resource, sys
-from pipelines.checkpoint_export import CheckpointExportConfig
+from pipelines.export_config import CheckpointExportConfig
 from pipelines.export import main
 
 def export(run):

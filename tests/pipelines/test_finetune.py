@@ -18,8 +18,9 @@ from d2f_core.resources import InsufficientResourcesError
 from d2f_core.tracking import resolve_model
 from d2f_core.train import checkpoint
 from d2f_core.train.config import EmaConfig, TrainConfig
-from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
+from pipelines.checkpoint_export import export_checkpoint
 from pipelines.configs import FinetuneConfig
+from pipelines.export_config import CheckpointExportConfig
 from pipelines.finetune import check, main
 from pipelines.training import TrainingResult
 from tests.latent_tables import write_latents
