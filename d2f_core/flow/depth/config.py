@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT
 from d2f_core.data.sources.config import ImageSource
 
@@ -14,7 +15,9 @@ class PredictDepthError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictDepthConfig:
+class PredictDepthWork:
+    """Whose depth is predicted, how, and in which pieces."""
+
     source: ImageSource = field(default_factory=ImageSource)
     """Images; captions are not read. A depth table is one too."""
     model: str = ""
@@ -40,19 +43,15 @@ class PredictDepthConfig:
     """Images per forward pass."""
     rows_per_part: int = 64
     """Images per unit of work: what a killed actor loses at most. A tar is always one unit."""
-    num_actors: int = 2
-    cpus_per_actor: int = 1
-    """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
-    gpus_per_actor: float = 0
-    node_wait_seconds: int = 60
-    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictDepthConfig(AwaitedPoolConfig, PredictDepthWork):
     experiment: str = "diff2flow-depth"
     """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
 
     def __post_init__(self) -> None:
-        for name in ("ensemble", "batch_size", "rows_per_part", "num_actors", "cpus_per_actor"):
-            if getattr(self, name) < 1:
-                raise PredictDepthError(f"{name}={getattr(self, name)} must be at least 1.")
+        self.check_counts("ensemble", "batch_size", "rows_per_part", error=PredictDepthError)
         if len(set(self.steps)) != len(self.steps) or any(steps < 1 for steps in self.steps):
             raise PredictDepthError(f"steps={self.steps} must be different numbers of at least 1.")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.evaluation.config import GateConfig
 
 
@@ -10,8 +11,8 @@ class EvaluateError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """How images become features."""
+class ScoreWork:
+    """Which networks see the images."""
 
     features: str = "efficientnet-lite0"
     """efficientnet-lite0, inception, or the directory of a vision model (local or s3://)."""
@@ -22,14 +23,14 @@ class ScoreConfig:
     """Directory of a CLIP model that scores images against their prompts; empty: none."""
     batch_size: int = 32
     """Images per forward pass."""
-    num_actors: int = 2
-    cpus_per_actor: int = 1
-    gpus_per_actor: float = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(ActorPoolConfig, ScoreWork):
+    """How images become features."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_actors", "cpus_per_actor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"score: {name}={getattr(self, name)} must be at least 1.")
+        self.check_counts("batch_size", error=ValueError, where="score: ")
         if self.dimensions < 0:
             raise ValueError(f"score: dimensions={self.dimensions} must be at least 1, or 0 for all.")
 

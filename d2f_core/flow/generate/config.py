@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from d2f_core.batch.config import AwaitedPoolConfig
+
 Emit = Literal["images", "latents", "pairs"]
 Format = Literal["png", "webp", "jpeg"]
 
@@ -12,7 +14,9 @@ class GenerateError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateWork:
+    """What is drawn, and in which pieces."""
+
     prompts: str = ""
     """Prompt file: .parquet, .jsonl or .csv with a column `prompt`; s3:// or local. Its columns `seed`, `steps`,
     `guidance`, `height`, `width` and `negative_prompt` go before the settings here, row by row."""
@@ -42,19 +46,15 @@ class GenerateConfig:
     """Images per forward pass."""
     chunk_size: int = 64
     """Prompts per unit of work: what a killed actor loses at most."""
-    num_actors: int = 2
-    cpus_per_actor: int = 1
-    """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
-    gpus_per_actor: float = 0
-    node_wait_seconds: int = 60
-    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(AwaitedPoolConfig, GenerateWork):
     experiment: str = "diff2flow-generate"
     """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "chunk_size", "num_actors", "cpus_per_actor"):
-            if getattr(self, name) < 1:
-                raise GenerateError(f"{name}={getattr(self, name)} must be at least 1.")
+        self.check_counts("batch_size", "chunk_size", error=GenerateError)
         if len(set(self.steps)) != len(self.steps) or any(steps < 1 for steps in self.steps):
             raise GenerateError(f"steps={self.steps} must be different numbers of at least 1.")
         if not 1 <= self.quality <= 100:
