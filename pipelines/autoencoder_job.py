@@ -1,4 +1,4 @@
-"""An autoencoder's training that was checked."""
+"""An autoencoder's training that was checked, and how its last checkpoint becomes a result."""
 
 import functools
 from dataclasses import dataclass
