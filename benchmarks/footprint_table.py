@@ -10,7 +10,8 @@ from typing import Any
 
 import tyro
 
-from d2f_core.flow.estimate import EstimateConfig, estimate
+from d2f_core.flow.estimate.config import EstimateConfig
+from d2f_core.flow.estimate.job import estimate
 from pipelines.recipes_stable_diffusion import ESTIMATE
 
 ROWS = (

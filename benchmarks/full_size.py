@@ -26,14 +26,13 @@ import torch
 import tyro
 from diffusers import DDIMScheduler
 
-from d2f_core.flow.estimate import DTYPES, build_on_meta
+from d2f_core.flow.estimate.job import DTYPES, build_on_meta
 from d2f_core.model import footprint
 from d2f_core.model.architectures import KNOWN
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
-from d2f_core.model.latent_task import PreviewConfig
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.model.config import PreviewConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.memory import Memory, memory_per_worker
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.prompts import write_prompts
 from d2f_core.storage import list_names, read_bytes
 from infra.local.stack import Stack

@@ -28,7 +28,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 
 from d2f_core.batch.output import read_index
-from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.prompts import checked_rows, write_prompts
 from d2f_core.model.base import resolve_base
 from d2f_core.model.text_encoder import load_text_encoder

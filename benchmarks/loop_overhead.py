@@ -41,10 +41,10 @@ from d2f_core.data.manifest import read_manifest
 from d2f_core.data.stream import PlanReader, chunk_size
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
-from d2f_core.model.text_to_image import ModelConfig, TextToImage
+from d2f_core.model.config import ModelConfig
+from d2f_core.model.text_to_image import TextToImage
 from d2f_core.train import ema, zero
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.task import Task
 from infra.local.stack import Stack
 from pipelines.configs import FinetuneConfig

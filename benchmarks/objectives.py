@@ -29,15 +29,16 @@ from torch import Tensor, nn
 
 from benchmarks.frechet import NAME, Features, distance
 from benchmarks.plain_training import PlainTraining
-from d2f_core.data.datasets.emoji import Fit, MakeDatasetConfig, Style, Subset, render_rows
+from d2f_core.data.datasets.config import Fit, MakeDatasetConfig, Style, Subset
+from d2f_core.data.datasets.emoji import render_rows
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import TrainedModel, load_model, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
-from d2f_core.model.lora import LoraConfig
+from d2f_core.model.config import LoraConfig, ModelConfig
 from d2f_core.model.sampling import sample_latents
-from d2f_core.model.text_to_image import ModelConfig, TextToImage
-from d2f_core.objective.path import TimeSampling
+from d2f_core.model.text_to_image import TextToImage
+from d2f_core.objective.time_sampling import TimeSampling
 from d2f_core.randomness import keyed_normal
 from d2f_core.train.config import TrainConfig
 

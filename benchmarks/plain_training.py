@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.latent_task import LatentTask
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig, update
+from d2f_core.train.config import EmaConfig, TrainConfig
+from d2f_core.train.ema import update
 
 EMA = EmaConfig(decay=0.99)
 

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from benchmarks.objectives import BATCH, Config, images_as_data, task_for, training_of
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.data.sample_order import SampleOrder
 
 

@@ -1,7 +1,8 @@
 """Bytes at a URI: `s3://bucket/key` through s3fs and pyarrow, or a local path.
 
 S3 is configured by the environment names that its tools already use: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
-`AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`.
+`AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`. fsspec and pyarrow are imported by what uses them: a process that only names
+places (`--help`) needs neither.
 
 Every function that talks to S3 repeats what a bad network made fail, for `RETRY_SECONDS`, and says so in the log; then
 it raises StorageError. Wrong credentials, a missing bucket or a missing object are errors at once.
@@ -17,13 +18,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-
-import fsspec
-import fsspec.asyn
-import pyarrow.fs
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2f_core.retry import GaveUpError, is_network_trouble, keep_trying, one_line
+
+if TYPE_CHECKING:
+    import pyarrow.fs
 
 T = TypeVar("T")
 
@@ -63,6 +63,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
     if scheme not in ("s3", "file"):
         raise StorageError(f"{uri!r} has the scheme {scheme!r}. Use s3://bucket/key or a local path.")
     if scheme == "file":
+        import fsspec
+
         return fsspec.filesystem("file"), str(Path(uri.removeprefix("file://")).expanduser().absolute())
     return _s3(attempts=3), uri.removeprefix("s3://").rstrip("/")
 
@@ -90,6 +92,8 @@ def _own_session() -> Any:
 
 def _s3(*, attempts: int) -> Any:
     """s3fs, which makes a failing request up to `attempts` times, silently."""
+    import fsspec
+
     # Listings are never cached: another process (a worker, an earlier attempt) writes the same prefix.
     retries = {"total_max_attempts": attempts, "mode": "standard"}
     fs = fsspec.filesystem(
@@ -149,8 +153,10 @@ def _whole(target: Path, needed: int) -> Iterator[Path]:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
-def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """The pyarrow filesystem that serves `uri`, and the path inside it; wrap its reads in `retried`."""
+    import pyarrow.fs
+
     if is_s3(uri):
         return retried(f"find the region of {uri}", lambda: pyarrow.fs.FileSystem.from_uri(uri))
     return pyarrow.fs.LocalFileSystem(), filesystem(uri)[1]
@@ -311,6 +317,8 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
         return
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "AWS")
     bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+
+    import fsspec.asyn
 
     fs = fsspec.filesystem(
         "s3",

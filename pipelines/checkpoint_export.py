@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from d2f_core import storage
 from d2f_core.data.latents import noise_columns
@@ -13,32 +12,15 @@ from d2f_core.model.artifact import describe, upload_artifact
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.latent_task import empty_network, joined_channels
 from d2f_core.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, iter_tensors
-from d2f_core.train.selection import Which, select
+from d2f_core.train.selection import select
 from pipelines.cli import from_yaml
 from pipelines.configs import FinetuneConfig
+from pipelines.export_config import CheckpointExportConfig
 
 logger = logging.getLogger(__name__)
 
 KINDS = {"ema": "ema", "trained": "weights"}
 """What users call the weights -> what a checkpoint does."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointExportConfig:
-    run: str = ""
-    """Output of the finetuning: its config.yaml and its checkpoints lie there."""
-    step: Which = "newest"
-    """Optimizer steps of the checkpoint; `best`: by `train.keep_best_metric` of those that were evaluated."""
-    weights: Literal["", "ema", "trained"] = ""
-    """The averages or the weights themselves; empty: the averages if the run keeps any, as at its end."""
-    output: str = ""
-    """Directory of the model, s3:// or local; a model that lies there is replaced."""
-    base: str = ""
-    """Where the base lies here, when it moved; empty: where the run's config.yaml says."""
-
-    def __post_init__(self) -> None:
-        if self.step not in ("newest", "best") and int(self.step) < 0:
-            raise ValueError(f"step={self.step} must be at least 0, or 'newest' or 'best'.")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""The command line that all jobs share: a recipe name or `--config FILE`, flags for single fields, `--dry-run`."""
+"""The command line that all jobs share: a recipe name or `--config FILE`, flags for single fields, `--dry-run`.
+
+A job's own module imports configs alone at its top, so that `--help` and a misspelt flag are answered in a second. Its
+`main` and `check` import what they run: torch, Ray and the rest, which take several.
+"""
 
 import contextlib
 import dataclasses

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from d2f_core.data.manifest import Manifest
-from d2f_core.data.sample_order import SampleOrder
-from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.identity import identity_hash, identity_values
-from d2f_core.model.artifact import SamplingDefaults
-from d2f_core.model.autoencoder_training import AutoencoderLossConfig
-from d2f_core.model.latent_task import ModelConfig, PreviewConfig
+from d2f_core.model.config import AutoencoderLossConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from d2f_core.data.manifest import Manifest
+    from d2f_core.data.stream_plan import StreamPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +38,11 @@ class FinetuneConfig:
         """All tables to train on."""
         return self.latents, *self.more_latents
 
-    def plan(self, manifests: Sequence[Manifest], columns: tuple[str, ...]) -> StreamPlan:
+    def plan(self, manifests: "Sequence[Manifest]", columns: tuple[str, ...]) -> "StreamPlan":
         """Which rows are trained on when, and which are held out."""
         return _plan(self.tables, manifests, columns, self.holdout_rows, self.train)
 
-    def identity(self, base_hash: str, manifests: Sequence[Manifest]) -> str:
+    def identity(self, base_hash: str, manifests: "Sequence[Manifest]") -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
         model = {name: value for name, value in identity_values(self.model).items() if name != "base"}
         # Runs that are older than these fields keep their identity.
@@ -80,19 +79,26 @@ class TrainAutoencoderConfig:
                 "autoencoder, or the base model whose decoder is to be trained."
             )
 
-    def plan(self, manifest: Manifest, columns: tuple[str, ...]) -> StreamPlan:
+    def plan(self, manifest: "Manifest", columns: tuple[str, ...]) -> "StreamPlan":
         """Which rows are trained on when, and which are held out."""
         return _plan((self.images,), (manifest,), columns, self.holdout_rows, self.train)
 
-    def identity(self, begins_with: Mapping[str, Any], table: Manifest) -> str:
+    def identity(self, begins_with: Mapping[str, Any], table: "Manifest") -> str:
         """Hash of what must stay the same for a checkpoint to belong to this run."""
         fixed = {**begins_with, "loss": identity_values(self.loss), "images": table.digest}
         return _digest(fixed, self.train)
 
 
 def _plan(
-    uris: Sequence[str], manifests: Sequence[Manifest], columns: tuple[str, ...], holdout_rows: int, train: TrainConfig
-) -> StreamPlan:
+    uris: Sequence[str],
+    manifests: "Sequence[Manifest]",
+    columns: tuple[str, ...],
+    holdout_rows: int,
+    train: TrainConfig,
+) -> "StreamPlan":
+    from d2f_core.data.sample_order import SampleOrder
+    from d2f_core.data.stream_plan import Source, StreamPlan
+
     orders = (
         SampleOrder(
             num_rows=manifest.num_rows,

@@ -4,7 +4,7 @@ r"""Draw generations of the same prompts side by side.
         --output s3://d2f/contact_sheet.png
 """
 
-from d2f_core.flow.generate.contact_sheet import ContactSheetConfig, make_contact_sheet
+from d2f_core.flow.generate.config import ContactSheetConfig
 from pipelines.cli import run_job
 
 CONTACT_SHEET = {
@@ -15,6 +15,8 @@ CONTACT_SHEET = {
 
 
 def main(config: ContactSheetConfig) -> str:
+    from d2f_core.flow.generate.contact_sheet import make_contact_sheet
+
     return make_contact_sheet(config)
 
 

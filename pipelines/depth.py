@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import ray
 
-from d2f_core.data.sources import ImageSource
+from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.depth.evaluation import METRICS_NAME, SHEET_NAME
 from d2f_core.identity import stage_key
 from d2f_core.model.base import resolve_base

@@ -7,11 +7,7 @@ r"""Encode images with depth into a depth latent table.
 The same command again goes on where a killed job was, and does nothing once the table is complete.
 """
 
-import ray
-
-from d2f_core.batch.table_job import make_table
-from d2f_core.data.sources.depth import DepthSource
-from d2f_core.flow.encode.check import check_encode_depth
+from d2f_core.data.sources.config import DepthSource
 from d2f_core.flow.encode.config import EncodeDepthConfig
 from pipelines.cli import run_job
 from pipelines.names import DEPTH_BASE
@@ -25,11 +21,22 @@ ENCODE_DEPTH = {
 } | ENCODE_DEPTH_STABLE_DIFFUSION
 
 
+def check(config: EncodeDepthConfig) -> None:
+    from d2f_core.flow.encode.check import check_encode_depth
+
+    check_encode_depth(config)
+
+
 def main(config: EncodeDepthConfig) -> None:
+    import ray
+
+    from d2f_core.batch.table_job import make_table
+    from d2f_core.flow.encode.check import check_encode_depth
+
     job = check_encode_depth(config)
     ray.init(ignore_reinit_error=True)
     make_table(job)
 
 
 if __name__ == "__main__":
-    run_job("encode_depth", ENCODE_DEPTH, main, check_encode_depth)
+    run_job("encode_depth", ENCODE_DEPTH, main, check)

@@ -7,11 +7,7 @@ r"""Encode captioned images into a latent table.
 The same command again goes on where a killed job was, and does nothing once the table is complete.
 """
 
-import ray
-
-from d2f_core.batch.table_job import make_table
-from d2f_core.data.sources import ImageSource
-from d2f_core.flow.encode.check import check_encode
+from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.encode.config import EncodeConfig
 from pipelines.cli import run_job
 from pipelines.names import EMOJI_SD
@@ -25,11 +21,22 @@ ENCODE_LATENTS = {
 } | ENCODE_STABLE_DIFFUSION
 
 
+def check(config: EncodeConfig) -> None:
+    from d2f_core.flow.encode.check import check_encode
+
+    check_encode(config)
+
+
 def main(config: EncodeConfig) -> None:
+    import ray
+
+    from d2f_core.batch.table_job import make_table
+    from d2f_core.flow.encode.check import check_encode
+
     job = check_encode(config)
     ray.init(ignore_reinit_error=True)
     make_table(job)
 
 
 if __name__ == "__main__":
-    run_job("encode_latents", ENCODE_LATENTS, main, check_encode)
+    run_job("encode_latents", ENCODE_LATENTS, main, check)

@@ -7,11 +7,13 @@ r"""Memory per GPU, hours and storage of a finetuning, before anything is starte
 The recipes are those of `pipelines.finetune`, and take the same flags for `model` and `train`.
 """
 
-from d2f_core.flow.estimate import EstimateConfig, estimate, report
+from d2f_core.flow.estimate.config import EstimateConfig
 from pipelines.cli import run_job
 
 
 def main(config: EstimateConfig) -> None:
+    from d2f_core.flow.estimate.job import estimate, report
+
     print(report(config, estimate(config)))
 
 

@@ -6,14 +6,14 @@ r"""Measure a model beside champion and base, write a report, and promote it whe
 The same command again goes on where a killed job was.
 """
 
-import ray
+from typing import TYPE_CHECKING
 
-from d2f_core.evaluation.gate import Verdict
 from d2f_core.flow.evaluate.config import EvaluateConfig
-from d2f_core.flow.evaluate.job import check_evaluate, evaluate
 from pipelines.cli import run_job
-from pipelines.make_dataset import MAKE_DATASET
-from pipelines.names import CAPTIONS, EMOJI_SD, EVALUATIONS, FLOW_MODEL, QUICKSTART
+from pipelines.names import CAPTIONS, EMOJI_SD, EVALUATIONS, FLOW_MODEL, OPENMOJI_FEW, QUICKSTART
+
+if TYPE_CHECKING:
+    from d2f_core.evaluation.gate import Verdict
 
 EVALUATE = {
     # What `make quickstart` made: every caption of its drawings, and the drawings to compare with.
@@ -21,18 +21,28 @@ EVALUATE = {
         candidate=f"models:/{FLOW_MODEL}@candidate",
         base=EMOJI_SD,
         prompts=f"{QUICKSTART}/{CAPTIONS}",
-        reference=MAKE_DATASET["openmoji-few"].output,
+        reference=OPENMOJI_FEW,
         output="s3://d2f/evaluations/quickstart",
         evaluations=EVALUATIONS,
     )
 }
 
 
-def main(config: EvaluateConfig) -> Verdict:
+def check(config: EvaluateConfig) -> None:
+    from d2f_core.flow.evaluate.job import check_evaluate
+
+    check_evaluate(config)
+
+
+def main(config: EvaluateConfig) -> "Verdict":
+    import ray
+
+    from d2f_core.flow.evaluate.job import check_evaluate, evaluate
+
     job = check_evaluate(config)
     ray.init(ignore_reinit_error=True)
     return evaluate(job)
 
 
 if __name__ == "__main__":
-    run_job("evaluate", EVALUATE, main, check_evaluate)
+    run_job("evaluate", EVALUATE, main, check)

@@ -7,12 +7,7 @@ python -m pipelines.evaluate_depth depth --predictions s3://d2f/predictions/a s3
 import logging
 from typing import Any
 
-from d2f_core.flow.depth.evaluation import (
-    METRICS_NAME,
-    EvaluateDepthConfig,
-    check_evaluate_depth,
-    evaluate_depth,
-)
+from d2f_core.flow.depth.config import EvaluateDepthConfig
 from pipelines.cli import run_job
 
 logger = logging.getLogger(__name__)
@@ -27,7 +22,15 @@ EVALUATE_DEPTH = {
 }
 
 
+def check(config: EvaluateDepthConfig) -> None:
+    from d2f_core.flow.depth.evaluation import check_evaluate_depth
+
+    check_evaluate_depth(config)
+
+
 def main(config: EvaluateDepthConfig) -> dict[str, Any]:
+    from d2f_core.flow.depth.evaluation import METRICS_NAME, check_evaluate_depth, evaluate_depth
+
     results = evaluate_depth(check_evaluate_depth(config))
     for role, values in results["metrics"]["abs_rel"]["values"].items():
         logger.info("AbsRel, %s: %s", role, {count: round(one["value"], 4) for count, one in values.items()})
@@ -36,4 +39,4 @@ def main(config: EvaluateDepthConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job("evaluate_depth", EVALUATE_DEPTH, main, check_evaluate_depth)
+    run_job("evaluate_depth", EVALUATE_DEPTH, main, check)

@@ -6,32 +6,11 @@ python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 
 """
 
 import logging
-from dataclasses import dataclass
-from typing import Literal
 
-from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
-from d2f_core.storage import check_reachable
-from d2f_core.tracking import resolve_model
-from pipelines.checkpoint_export import CheckpointExportConfig, check_checkpoint, export_checkpoint
 from pipelines.cli import run_job
+from pipelines.export_config import CheckpointExportConfig, ExportConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    model: str = "models:/emoji-flow@candidate"
-    """models:/NAME@ALIAS, or the directory of a trained model (s3:// or local)."""
-    output: str = ""
-    """Directory to write, or for `single-file` the .safetensors file; s3:// or local."""
-    layout: Literal["diffusers", "peft", "single-file"] = "diffusers"
-    """`diffusers`: a whole pipeline. `peft`: the adapter. `single-file`: a LoRA as ComfyUI and sd-scripts read it."""
-    base: str = ""
-    """Where the base lies here, when it moved; empty: where the model says."""
-
-    def __post_init__(self) -> None:
-        if self.layout == "peft" and self.base:
-            raise ValueError(f"base={self.base!r} is not used by layout='peft', which copies the adapter. Remove it.")
 
 
 RECIPES = {
@@ -45,6 +24,8 @@ RECIPES = {
 def check(config: ExportConfig | CheckpointExportConfig) -> None:
     """Raises ValueError for what cannot work."""
     if isinstance(config, CheckpointExportConfig):
+        from pipelines.checkpoint_export import check_checkpoint
+
         check_checkpoint(config)
     else:
         _model_files(config)
@@ -52,6 +33,9 @@ def check(config: ExportConfig | CheckpointExportConfig) -> None:
 
 def _model_files(config: ExportConfig) -> str:
     """Where the model's files are."""
+    from d2f_core.storage import check_reachable
+    from d2f_core.tracking import resolve_model
+
     if not config.output:
         raise ValueError("output is empty. Give --output URI.")
     check_reachable(config.output, write=True)
@@ -60,8 +44,12 @@ def _model_files(config: ExportConfig) -> str:
 
 def main(config: ExportConfig | CheckpointExportConfig) -> None:
     if isinstance(config, CheckpointExportConfig):
+        from pipelines.checkpoint_export import export_checkpoint
+
         logger.info("wrote %s", export_checkpoint(config))
         return
+    from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
+
     model, base = _model_files(config), config.base or None
     if config.layout == "peft":
         logger.info("wrote %s", export_peft(model, config.output))

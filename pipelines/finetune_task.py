@@ -11,8 +11,9 @@ from d2f_core.data.schema import SchemaError
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.model.config import ModelConfig, PreviewConfig
 from d2f_core.model.image_to_depth import ImageToDepth
-from d2f_core.model.latent_task import LatentTask, ModelConfig, PreviewConfig, image_grid
+from d2f_core.model.latent_task import LatentTask, image_grid
 from d2f_core.model.text_to_image import TextToImage
 from d2f_core.tracking import resolve_model
 from d2f_core.train.task import Evaluation, Task

@@ -7,15 +7,15 @@ The same command again goes on where a killed job was, and does nothing once all
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import ray
-
-from d2f_core.data.manifest import Manifest
-from d2f_core.flow.generate.job import check_generate, generate_all
-from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from pipelines.cli import run_job
 from pipelines.names import EMOJI_SD, FLOW_MODEL
 from pipelines.recipes_stable_diffusion import PAIRS_STABLE_DIFFUSION
+
+if TYPE_CHECKING:
+    from d2f_core.data.manifest import Manifest
 
 GENERATE = {
     "flow": GenerateConfig(
@@ -25,16 +25,26 @@ GENERATE = {
 } | PAIRS_STABLE_DIFFUSION
 
 
-def main(config: GenerateConfig) -> Manifest:
+def check(config: GenerateConfig) -> None:
+    from d2f_core.flow.generate.job import check_generate
+
+    check_generate(config)
+
+
+def main(config: GenerateConfig) -> "Manifest":
     return run_all([config])[0]
 
 
-def run_all(configs: Sequence[GenerateConfig]) -> list[Manifest]:
+def run_all(configs: Sequence[GenerateConfig]) -> "list[Manifest]":
     """Several generations by one pool of actors, which load their libraries once for all."""
+    import ray
+
+    from d2f_core.flow.generate.job import check_generate, generate_all
+
     jobs = [check_generate(config) for config in configs]
     ray.init(ignore_reinit_error=True)
     return generate_all(jobs)
 
 
 if __name__ == "__main__":
-    run_job("generate", GENERATE, main, check_generate)
+    run_job("generate", GENERATE, main, check)

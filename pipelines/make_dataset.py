@@ -8,10 +8,9 @@ python -m pipelines.make_dataset depth-test
 
 import logging
 
-from d2f_core.data.datasets.depth_table import MakeDepthConfig, depth_inputs, make_depth_dataset
-from d2f_core.data.datasets.emoji import MakeDatasetConfig, make_dataset
-from d2f_core.storage import check_reachable
+from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
 from pipelines.cli import run_job
+from pipelines.names import OPENMOJI_FEW
 
 MAKE_DATASET = {
     "twemoji": MakeDatasetConfig(output="s3://d2f/datasets/twemoji", style="twemoji"),
@@ -19,9 +18,7 @@ MAKE_DATASET = {
     "openmoji-starter": MakeDatasetConfig(
         output="s3://d2f/datasets/openmoji-starter", style="openmoji", subset="starter", fit="drawing"
     ),
-    "openmoji-few": MakeDatasetConfig(
-        output="s3://d2f/datasets/openmoji-few", style="openmoji", subset="few", fit="drawing"
-    ),
+    "openmoji-few": MakeDatasetConfig(output=OPENMOJI_FEW, style="openmoji", subset="few", fit="drawing"),
     "both": MakeDatasetConfig(output="s3://d2f/datasets/emoji-both", style="both"),
     "depth": MakeDepthConfig(output="s3://d2f/datasets/depth", split="train", num_scenes=16_384, mirrored=True),
     "depth-test": MakeDepthConfig(output="s3://d2f/datasets/depth-test", split="test", num_scenes=400),
@@ -31,19 +28,27 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: MakeDatasetConfig | MakeDepthConfig) -> None:
+    from d2f_core.storage import check_reachable
+
     check_reachable(config.output, write=True)
     if isinstance(config, MakeDepthConfig):
+        from d2f_core.data.datasets.depth_table import depth_inputs
+
         depth_inputs(config)
 
 
 def main(config: MakeDatasetConfig | MakeDepthConfig) -> None:
     check(config)
     if isinstance(config, MakeDepthConfig):
-        import ray  # the emoji need no cluster
+        import ray
+
+        from d2f_core.data.datasets.depth_table import make_depth_dataset
 
         ray.init(ignore_reinit_error=True)
         manifest, written = make_depth_dataset(config)
     else:
+        from d2f_core.data.datasets.emoji import make_dataset
+
         manifest, written = make_dataset(config)
     logger.info("%s: %d images, %s", config.output, manifest.num_rows, "written" if written else "complete already")
 

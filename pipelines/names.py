@@ -11,8 +11,10 @@ DEPTH_BASE = f"{DEPTH_DECODER}/base"
 """emoji-sd with a decoder that knows rendered scenes; `train_autoencoder depth` makes it."""
 QUICKSTART = "s3://d2f/workflows/quickstart"
 """Where the quickstart writes."""
+OPENMOJI_FEW = "s3://d2f/datasets/openmoji-few"
+"""The drawings that it learns from; `make_dataset openmoji-few` makes them."""
 CAPTIONS = "captions.jsonl"
-"""There, and in the output of workflows like it: every caption of the dataset as a prompt."""
+"""In its output, and in that of workflows like it: every caption of the dataset as a prompt."""
 EVALUATIONS = (2, 4, 10, 25)
 """Network evaluations per image at which models are compared."""
 

@@ -6,14 +6,15 @@ r"""Predict the depth of images: 16-bit PNG, .npy and coloured previews, with an
 The same command again goes on where a killed job was, and does nothing once all maps are there.
 """
 
-import ray
+from typing import TYPE_CHECKING
 
-from d2f_core.data.manifest import Manifest
-from d2f_core.data.sources import ImageSource
-from d2f_core.flow.depth.job import check_predict_depth, predict_depth
-from d2f_core.flow.depth.plan import PredictDepthConfig
+from d2f_core.data.sources.config import ImageSource
+from d2f_core.flow.depth.config import PredictDepthConfig
 from pipelines.cli import run_job
 from pipelines.names import DEPTH_MODEL
+
+if TYPE_CHECKING:
+    from d2f_core.data.manifest import Manifest
 
 PREDICT_DEPTH = {
     "depth": PredictDepthConfig(
@@ -25,11 +26,21 @@ PREDICT_DEPTH = {
 }
 
 
-def main(config: PredictDepthConfig) -> Manifest:
+def check(config: PredictDepthConfig) -> None:
+    from d2f_core.flow.depth.job import check_predict_depth
+
+    check_predict_depth(config)
+
+
+def main(config: PredictDepthConfig) -> "Manifest":
+    import ray
+
+    from d2f_core.flow.depth.job import check_predict_depth, predict_depth
+
     job = check_predict_depth(config)
     ray.init(ignore_reinit_error=True)
     return predict_depth(job)
 
 
 if __name__ == "__main__":
-    run_job("predict_depth", PREDICT_DEPTH, main, check_predict_depth)
+    run_job("predict_depth", PREDICT_DEPTH, main, check)

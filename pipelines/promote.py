@@ -4,14 +4,20 @@ python -m pipelines.promote emoji-flow --version 3
 python -m pipelines.promote emoji-flow --rollback
 """
 
-from d2f_core.flow.publish.job import PromoteConfig, move_alias
-from d2f_core.tracking import ModelVersionInfo
+from typing import TYPE_CHECKING
+
+from d2f_core.flow.publish.config import PromoteConfig
 from pipelines.cli import run_job
+
+if TYPE_CHECKING:
+    from d2f_core.tracking import ModelVersionInfo
 
 RECIPES = {"emoji-flow": PromoteConfig(name="emoji-flow")}
 
 
-def main(config: PromoteConfig) -> ModelVersionInfo:
+def main(config: PromoteConfig) -> "ModelVersionInfo":
+    from d2f_core.flow.publish.job import move_alias
+
     return move_alias(config)
 
 

@@ -2,12 +2,9 @@
 
 from dataclasses import replace
 
-from d2f_core.model.artifact import SamplingDefaults
-from d2f_core.model.lora import LoraConfig
-from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
-from d2f_core.objective.path import TimeSampling
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
+from d2f_core.objective.time_sampling import TimeSampling
+from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.names import DEPTH_BASE, DEPTH_DECODER, EMOJI_SD, SHOWN_EMOJI
 from pipelines.recipes_stable_diffusion import FINETUNE_STABLE_DIFFUSION

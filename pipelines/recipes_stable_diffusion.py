@@ -11,16 +11,12 @@ Source: Schusterbauer et al., "Diff2Flow", CVPR 2025, arXiv:2506.02221.
 
 from typing import Any, Literal
 
-from d2f_core.data.sources import ImageSource
-from d2f_core.data.sources.depth import DepthSource
+from d2f_core.data.sources.config import DepthSource, ImageSource
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
-from d2f_core.flow.estimate import EstimateConfig
-from d2f_core.flow.generate.plan import GenerateConfig
-from d2f_core.model.artifact import SamplingDefaults
-from d2f_core.model.latent_task import ModelConfig, PreviewConfig
-from d2f_core.model.lora import LoraConfig
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.flow.estimate.config import EstimateConfig
+from d2f_core.flow.generate.config import GenerateConfig
+from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
+from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.configs import FinetuneConfig
 
 PLACE = "s3://BUCKET"

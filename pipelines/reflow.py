@@ -16,7 +16,7 @@ import ray
 
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.evaluate.job import read_reference
-from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.prompts import scan_prompts, table_captions
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import local_copy, resolve_base

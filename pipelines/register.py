@@ -1,14 +1,20 @@
 """Register a training's model in MLflow: `python -m pipelines.register emoji-flow --run s3://d2f/runs/emoji-lora`."""
 
-from d2f_core.flow.publish.job import RegisterConfig, register
-from d2f_core.tracking import ModelVersionInfo
+from typing import TYPE_CHECKING
+
+from d2f_core.flow.publish.config import RegisterConfig
 from pipelines.cli import run_job
 from pipelines.names import FLOW_MODEL
+
+if TYPE_CHECKING:
+    from d2f_core.tracking import ModelVersionInfo
 
 REGISTER = {"emoji-flow": RegisterConfig(run="s3://d2f/runs/emoji-lora", name=FLOW_MODEL)}
 
 
-def main(config: RegisterConfig) -> ModelVersionInfo:
+def main(config: RegisterConfig) -> "ModelVersionInfo":
+    from d2f_core.flow.publish.job import register
+
     return register(config)
 
 

@@ -9,16 +9,11 @@ import signal
 import sys
 import time
 
-import ray
-
 from d2f_core.flow.serve.config import ServeConfig, ServeError
-from d2f_core.flow.serve.service import check_serve, is_running, obtain_token, service
 from pipelines.cli import run_job
 
 WATCH_SECONDS = 5.0
 RECIPES = {"champion": ServeConfig()}
-
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -29,7 +24,17 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def check(config: ServeConfig) -> None:
+    from d2f_core.flow.serve.service import check_serve
+
+    check_serve(config)
+
+
 def main(config: ServeConfig) -> None:
+    import ray
+
+    from d2f_core.flow.serve.service import check_serve, is_running, obtain_token, service
+
     token = obtain_token(config)
     job = check_serve(config)
     ray.init(ignore_reinit_error=True)
@@ -48,4 +53,4 @@ def main(config: ServeConfig) -> None:
 if __name__ == "__main__":
     if not sys.argv[1:] or (sys.argv[1].startswith("-") and not any(a.startswith("--config") for a in sys.argv[1:])):
         sys.argv.insert(1, "champion")  # the one recipe need not be named
-    run_job("serve", RECIPES, main, check_serve)
+    run_job("serve", RECIPES, main, check)

@@ -5,39 +5,25 @@ At the end `OUTPUT/vae/` is a diffusers AutoencoderKL with its scaling factor, i
 with its decoder trained on, the encoder as it was.
 """
 
-import functools
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from d2f_core import storage
-from d2f_core.data.manifest import read_manifest
-from d2f_core.train.checkpoint import Checkpoint, candidates
-from pipelines.autoencoder_task import begins_with, build_task, columns, export
 from pipelines.cli import run_job
 from pipelines.configs import TrainAutoencoderConfig
-from pipelines.training import TrainingJob, train
+
+if TYPE_CHECKING:
+    from pipelines.autoencoder_job import AutoencoderJob
 
 
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderJob(TrainingJob):
-    config: TrainAutoencoderConfig
+def check(config: TrainAutoencoderConfig) -> "AutoencoderJob":
+    from pipelines.autoencoder_job import check_autoencoder
 
-    def export(self, last: Checkpoint) -> str:
-        return export(self.config, last)
-
-
-def check(config: TrainAutoencoderConfig) -> AutoencoderJob:
-    """Refuse what cannot work, before anything is started."""
-    storage.check_reachable(config.images)
-    storage.check_reachable(config.output, write=True)
-    manifest = read_manifest(config.images)
-    plan = config.plan(manifest, columns(manifest))
-    identity = config.identity(begins_with(config), manifest)
-    candidates(config.output, identity)  # refuses the output of another training
-    return AutoencoderJob(config=config, build_task=functools.partial(build_task, config), plan=plan, identity=identity)
+    return check_autoencoder(config)
 
 
 def main(config: TrainAutoencoderConfig) -> str:
     """Returns where the result is."""
+    from pipelines.training import train
+
     return train(check(config)).model
 
 

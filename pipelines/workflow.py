@@ -1,80 +1,45 @@
 """All stages in one Ray job: `ray job submit --working-dir . -- python -m pipelines.workflow quickstart`.
 
-make_dataset -> encode_latents -> finetune -> register -> generate -> contact_sheet; or `depth` and
-`reflow`, which pipelines/depth.py and pipelines/reflow.py describe. A stage whose output is complete for the same
-config and inputs is skipped; after a kill the same command goes on.
+make_dataset -> encode_latents -> finetune -> register -> generate -> contact_sheet, as pipelines/text_to_image.py
+describes; or `depth` and `reflow`: pipelines/depth.py and pipelines/reflow.py. A stage whose output is complete for the
+same config and inputs is skipped; after a kill the same command goes on.
 """
 
-import ray
-
-from d2f_core.flow.generate.prompts import table_captions, write_prompts
-from d2f_core.model.base import resolve_base
-from d2f_core.storage import check_reachable
-from d2f_core.tracking import check_tracking
-from pipelines import depth, encode_latents, make_dataset, reflow
 from pipelines.cli import run_job
 from pipelines.workflow_config import DepthConfig, ReflowConfig, WorkflowConfig
-from pipelines.workflow_stages import (
-    Workflow,
-    contact_sheet_stage,
-    finetune_stage,
-    generate_stage,
-    register_with,
-    write_summary,
-)
 
 Config = WorkflowConfig | ReflowConfig | DepthConfig
-
-TOLD = {
-    "make_dataset": "draw captioned pictures to learn from (quickstart: 2 to 5 s)",
-    "encode_latents": "encode them with the base model's autoencoder (8 to 25 s)",
-    "finetune": "train the base model as a flow model, on two workers (45 to 130 s)",
-    "register": "register it in MLflow, with how to sample it (1 to 4 s)",
-    "generate": "let the base and the flow model draw the same prompts (15 to 40 s)",
-    "contact_sheet": "put the pictures on one sheet (1 to 4 s)",
-}
-"""What whoever waits is told that a stage does, and how long it takes the quickstart on two cores."""
 
 
 def check(config: Config) -> None:
     """Refuse what cannot work before the first stage runs."""
     if isinstance(config, ReflowConfig):
+        from pipelines import reflow
+
         reflow.check(config)
-        return
-    if isinstance(config, DepthConfig):
+    elif isinstance(config, DepthConfig):
+        from pipelines import depth
+
         depth.check(config)
-        return
-    check_reachable(config.output, write=True)
-    check_tracking()
-    resolve_base(config.finetune.model.base)
+    else:
+        from pipelines import text_to_image
+
+        text_to_image.check(config)
 
 
 def main(config: Config) -> None:
     if isinstance(config, ReflowConfig):
+        from pipelines import reflow
+
         reflow.main(config)
-        return
-    if isinstance(config, DepthConfig):
+    elif isinstance(config, DepthConfig):
+        from pipelines import depth
+
         depth.main(config)
-        return
-    check(config)
-    ray.init(ignore_reinit_error=True)
-    flow = Workflow(config.output, told=TOLD)
-    base = resolve_base(config.finetune.model.base).content_hash
-    images = flow.table("make_dataset", "images", make_dataset.main, config.dataset)
-    latents = flow.table(
-        "encode_latents", "images", encode_latents.main, config.wired_encode(), images=images["digest"], base=base
-    )
-    model = finetune_stage(flow, config, latents=latents["digest"], base=base)
-    version = register_with(flow, "register", config.register, config.finetune, model)
-    write_prompts(config.prompts_uri, config.prompts)
-    write_prompts(config.captions_uri, table_captions(config.dataset.output))
-    models = {
-        "generate_base": (config.finetune.model.base, base),
-        "generate_flow": (version["uri"], version["digest"]),
-    }
-    made = generate_stage(flow, config, models)
-    sheet = contact_sheet_stage(flow, config, *made)
-    write_summary(flow, config.finetune, version, sheet["uri"])
+    else:
+        from pipelines import text_to_image
+
+        text_to_image.main(config)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass, field, replace
 
-from d2f_core.data.datasets.depth_table import MakeDepthConfig
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
-from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
-from d2f_core.flow.depth.plan import PredictDepthConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
+from d2f_core.flow.depth.config import EvaluateDepthConfig, PredictDepthConfig
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
 from d2f_core.flow.evaluate.config import EvaluateConfig
-from d2f_core.flow.generate.contact_sheet import ContactSheetConfig
-from d2f_core.flow.generate.plan import GenerateConfig
-from d2f_core.flow.publish.job import RegisterConfig
+from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
+from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.storage import join
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.names import CAPTIONS

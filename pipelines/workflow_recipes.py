@@ -2,15 +2,13 @@
 
 from dataclasses import replace
 
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
-from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig
+from d2f_core.flow.depth.config import EvaluateDepthConfig
 from d2f_core.flow.encode.config import EncodeConfig
-from d2f_core.flow.generate.contact_sheet import ContactSheetConfig
-from d2f_core.flow.generate.plan import GenerateConfig
-from d2f_core.flow.publish.job import RegisterConfig
-from d2f_core.model.artifact import SamplingDefaults
-from d2f_core.model.lora import LoraConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
+from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.model.config import LoraConfig, SamplingDefaults
+from d2f_core.train.config import EmaConfig
 from pipelines.encode_depth import ENCODE_DEPTH
 from pipelines.evaluate import EVALUATE
 from pipelines.make_dataset import MAKE_DATASET

@@ -8,8 +8,8 @@ from typing import Any
 from d2f_core.data.manifest import manifest_exists, read_manifest
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.job import REPORT_NAME
-from d2f_core.flow.generate.plan import GenerateConfig
-from d2f_core.flow.publish.job import RegisterConfig
+from d2f_core.flow.generate.config import GenerateConfig
+from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.hashing import hash_directory
 from d2f_core.identity import stage_key
 from d2f_core.model.artifact import DESCRIPTION

@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 
 from d2f_core.batch.output import OutputError, refuse_other
-from d2f_core.data.datasets.depth_table import MakeDepthConfig
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
 from d2f_core.data.manifest import Manifest, TableFile
-from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
-from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig
+from d2f_core.flow.depth.config import EvaluateDepthConfig, PredictDepthConfig
+from d2f_core.flow.depth.plan import DepthPlan
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
 from d2f_core.flow.evaluate.config import EvaluateConfig
-from d2f_core.flow.generate.contact_sheet import ContactSheetConfig
-from d2f_core.flow.generate.plan import GenerateConfig, Plan
-from d2f_core.flow.publish.job import RegisterConfig
+from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
+from d2f_core.flow.generate.plan import Plan
+from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.identity import differences, identity_values, since, stage_key
 from pipelines.cli import from_yaml
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig

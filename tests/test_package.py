@@ -3,6 +3,7 @@
 import graphlib
 import subprocess
 import sys
+from pathlib import Path
 
 import grimp
 import pytest
@@ -12,6 +13,24 @@ import pytest
 def test_garbage_is_looked_for_less_often_unless_the_program_chose_otherwise(before: int, after: int):
     code = f"import gc; gc.set_threshold({before}); import d2f_core; print(gc.get_threshold()[0])"
     assert int(subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60)) == after
+
+
+JOBS = sorted(file.stem for file in Path("pipelines").glob("*.py") if "__main__" in file.read_text())
+HELP = """
+import contextlib, io, runpy, sys
+for job in sys.argv[1:]:
+    sys.argv, told = [job, "--help"], io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(told):
+        runpy.run_module(f"pipelines.{job}", run_name="__main__")
+    heavy = {"torch", "ray", "diffusers", "transformers", "mlflow", "deepspeed", "numpy", "pyarrow", "fsspec"}
+    print(job, f"usage: python -m pipelines.{job}" in told.getvalue(), *heavy & sys.modules.keys())
+"""
+
+
+def test_every_job_tells_its_flags_without_the_libraries_that_it_runs_by():
+    """They take seconds to import; configs, which all that `--help` and a misspelt flag ask for, need none of them."""
+    told = subprocess.check_output([sys.executable, "-W", "ignore", "-c", HELP, *JOBS], text=True, timeout=60)
+    assert len(JOBS) > 10 and told.splitlines() == [f"{job} True" for job in JOBS]
 
 
 def test_no_module_needs_one_that_needs_it():

@@ -22,13 +22,14 @@ from d2f_core.batch.table_job import make_table
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import check_generate, generate
-from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.train import checkpoint
 from pipelines import finetune
-from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
+from pipelines.checkpoint_export import export_checkpoint
 from pipelines.cli import from_yaml
 from pipelines.configs import FinetuneConfig
+from pipelines.export_config import CheckpointExportConfig
 from tests.depth_tables import picture
 from tests.slow import slow
 

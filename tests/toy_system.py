@@ -18,14 +18,18 @@ from torch import nn
 
 from d2f_core import storage
 from d2f_core.batch.chunks import TableActor
+from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.batch.table_job import TableJob
 from d2f_core.batch.table_spec import TableSpec
-from d2f_core.data.images import ImageRules, prepare_image
+from d2f_core.data.image_rules import ImageRules
+from d2f_core.data.images import prepare_image
 from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field, sample_id
-from d2f_core.data.sources import ImageSource, Sample, plan_images
+from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.images import plan_images
+from d2f_core.data.sources.sample import Sample
 from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.identity import identity_hash
@@ -44,16 +48,12 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 # 1. A table job: what a sample is called, what the reading tasks make of it, what the actors make of that.
 @dataclass(frozen=True, kw_only=True)
-class ColourConfig:
+class ColourConfig(AwaitedPoolConfig):
     source: str
     output: str
     rows_per_part: int = 4
     max_quarantined_share: float = 0.5
     num_readers: int = 1
-    num_actors: int = 1
-    cpus_per_actor: int = 1
-    gpus_per_actor: float = 0
-    node_wait_seconds: int = 60
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,33 +2,23 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import ray
 import ray.data
 
+from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.batch.resources import await_resources
 
 MAX_INPUT_BLOCKS = 1000
 """Blocks that the items are cut into: each costs Ray Data a little, and an actor takes one at a time."""
 
 
-class PoolSize(Protocol):
-    """The fields of a job's config that say how large its pool is."""
-
-    @property
-    def num_actors(self) -> int: ...
-    @property
-    def cpus_per_actor(self) -> int: ...
-    @property
-    def gpus_per_actor(self) -> float: ...
-
-
 def map_items(
     items: Sequence[Mapping[str, Any]],
     actor: type,
     arguments: Sequence[Any],
-    pool: PoolSize,
+    pool: ActorPoolConfig,
     *,
     node_wait_seconds: float | None,
 ) -> Iterator[dict[str, Any]]:

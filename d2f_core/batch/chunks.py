@@ -19,7 +19,7 @@ from d2f_core.data.errors import BadSampleError
 from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.quarantine import DUPLICATE, BadSample
 from d2f_core.data.schema import array_kind, is_array
-from d2f_core.data.sources import Sample, Shard
+from d2f_core.data.sources.sample import Sample, Shard
 
 PACKED_SCHEMA = pa.schema([("record", pa.string()), ("table", pa.binary()), ("problem", pa.string())])
 """`problem` stops the job. It travels as data because Ray keeps of an exception only its traceback's text."""

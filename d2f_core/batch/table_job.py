@@ -31,7 +31,7 @@ from d2f_core.batch.resources import await_resources
 from d2f_core.batch.table_spec import TableJobError, TableSpec
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
-from d2f_core.data.sources import SourcePlan
+from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.identity import differences
 from d2f_core.progress import Progress
 from d2f_core.storage import join, list_names, read_bytes, remove_tree, write_bytes

@@ -9,15 +9,22 @@ from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
-from d2f_core.batch.actor_pool import PoolSize
-
 
 class TableJobError(ValueError):
     """A table job that cannot go on, with the reason and the fix."""
 
 
-class TableSettings(PoolSize, Protocol):
-    """The fields of a config that every table job has."""
+class TableSettings(Protocol):
+    """The fields of a config that every table job has; those of its pool come from `AwaitedPoolConfig`."""
+
+    @property
+    def num_actors(self) -> int: ...
+    @property
+    def cpus_per_actor(self) -> int: ...
+    @property
+    def gpus_per_actor(self) -> float: ...
+    @property
+    def node_wait_seconds(self) -> int: ...
 
     @property
     def output(self) -> str:
@@ -37,11 +44,6 @@ class TableSettings(PoolSize, Protocol):
     @property
     def num_readers(self) -> int:
         """Tasks that read and prepare at a time."""
-        ...
-
-    @property
-    def node_wait_seconds(self) -> int:
-        """How long a cluster without room is given to get it."""
         ...
 
 

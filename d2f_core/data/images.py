@@ -8,10 +8,9 @@ import numpy as np
 from PIL import Image
 
 from d2f_core.data.image_headers import MAX_IMAGE_BYTES, BadImageError, Declared, read_declared, too_large
+from d2f_core.data.image_rules import ImageRules
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS_LIMIT = 178_956_970
-"""Pillow refuses larger images by itself."""
 
 SIGNATURES = {
     b"GIF8": "GIF",
@@ -36,18 +35,6 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns an image of an EXIF orientation upright."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageRules:
-    """Which images are accepted, and what becomes of them."""
-
-    resolution: int
-    """Height and width in pixels of the result."""
-    min_side: int
-    """Smallest accepted short side in pixels."""
-    max_pixels: int
-    """Largest accepted width x height; checked before decoding, so that a decompression bomb never unfolds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,11 @@ from d2f_core.hashing import hash_directory
 from d2f_core.model.artifact_files import ArtifactError
 from d2f_core.model.artifact_writer import save_artifact, upload_artifact
 from d2f_core.model.base import BaseModel, BaseModelError, local_copy, resolve_base
+from d2f_core.model.config import SamplingDefaults, TaskName
 from d2f_core.model.denoiser import as_denoiser, extend_input_channels, load_unet, network_dtype
 from d2f_core.model.description import (
     DESCRIPTION,
     WEIGHTS,
-    SamplingDefaults,
-    TaskName,
     describe,
     read_description,
     read_sampling,
@@ -42,7 +41,6 @@ from d2f_core.retry import one_line
 __all__ = [
     "DESCRIPTION",
     "ArtifactError",
-    "SamplingDefaults",
     "TrainedModel",
     "describe",
     "load_model",

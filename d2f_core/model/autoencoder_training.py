@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,15 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from d2f_core.model.artifact import to_uint8
+from d2f_core.model.config import AutoencoderLossConfig
 from d2f_core.randomness import keyed_normal
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderLossConfig:
-    square_weight: float = 1.0
-    """Weight of the mean squared error beside the mean absolute error."""
-    kl_weight: float = 3e-4
-    """Weight of the mean KL divergence per latent entry; keeps latents smooth enough to be generated."""
 
 
 class TrainableAutoencoder(nn.Module):

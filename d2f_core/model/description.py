@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,39 +12,17 @@ import dacite
 from d2f_core.hashing import HASHED_SUFFIXES, file_sha256
 from d2f_core.model.artifact_files import ArtifactError, check_files
 from d2f_core.model.base import BaseModel
+from d2f_core.model.config import SamplingDefaults, TaskName
 from d2f_core.retry import one_line
 
 DESCRIPTION = "diff2flow.json"
 FORMAT_VERSION = 1
 WEIGHTS = {"full": "unet", "lora": "adapter"}
 """Method -> the directory of the trained weights."""
-TaskName = Literal["text_to_image", "image_to_depth"]
 MAX_JOINED_CHANNELS = 64
 OLDER = {"task": "text_to_image", "joined_channels": 0}
 """What a description means that was written before these fields were."""
 STRICT = dacite.Config(strict=True, cast=[float])
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingDefaults:
-    """How a model is to be sampled; it travels with the weights."""
-
-    solver: str = "euler"
-    """euler, midpoint, heun or rk4 in flow time; ddim for a diffusion model."""
-    steps: int = 10
-    """Steps from noise to data."""
-    guidance: float = 3.0
-    """Classifier-free guidance scale; 1 is none."""
-    shift: float = 1.0
-    """Above 1, steps are spent nearer to noise, as large images need; not used by ddim."""
-    resolution: int | None = None
-    """Height and width of its images in pixels; None: of those trained on, and of a base what its UNet was made for."""
-
-    def __post_init__(self) -> None:
-        if self.resolution is not None and self.resolution < 1:
-            raise ValueError(f"resolution={self.resolution} must be at least 1 pixel, or None for the base's own.")
-        if not (self.steps >= 1 and self.shift > 0 and math.isfinite(self.guidance * self.shift)):
-            raise ValueError(f"{self} needs steps of at least 1, a shift above 0 and finite numbers. Correct it.")
 
 
 @dataclass(frozen=True, kw_only=True)

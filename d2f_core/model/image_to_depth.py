@@ -15,7 +15,8 @@ from torch import Tensor
 
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
-from d2f_core.model.latent_task import LatentTask, PreviewConfig
+from d2f_core.model.config import PreviewConfig
+from d2f_core.model.latent_task import LatentTask
 from d2f_core.model.sampling import sample_latents
 from d2f_core.randomness import keyed_normal
 

@@ -5,8 +5,8 @@ Every random number of a sample is keyed by (seed, epoch, row): no worker, resta
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, cast
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -15,16 +15,16 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 
-from d2f_core.model.artifact import SamplingDefaults, TrainedModel, load_model, read_description
+from d2f_core.model.artifact import TrainedModel, load_model, read_description
 from d2f_core.model.base import BaseModel, local_copy
+from d2f_core.model.config import ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.model.denoiser import as_denoiser, empty_unet, extend_input_channels, load_unet
-from d2f_core.model.description import TaskName
 from d2f_core.model.image_sizes import SIZE_COLUMNS, sizes_of_rows
-from d2f_core.model.lora import LoraConfig, add_lora, check_adapter, set_adapter
+from d2f_core.model.lora import add_lora, check_adapter, set_adapter
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.loss import LOSSES, flow_validation_loss
-from d2f_core.objective.path import TimeSampling, resolution_shift
+from d2f_core.objective.path import resolution_shift
 from d2f_core.randomness import keyed_normal, keyed_uniform
 
 VALIDATION_TIMES = 10
@@ -35,86 +35,13 @@ CACHED_BYTES = 4 * 2**30
 """Of encoded captions, on the worker's device: 18 thousand captions of SD 1.5, 7 thousand of SDXL."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What is trained, from what, with which loss."""
-
-    base: str
-    """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
-    task: TaskName = "text_to_image"
-    """image_to_depth: the depth of an image, whose latents are joined to the noisy depth latents; no text."""
-    start: str = ""
-    """A model trained on this base by the same method, to go on from, as a further round of reflow does: its directory
-    or models:/NAME/VERSION. Empty: the base as it is."""
-    from_scratch: bool = False
-    """Keep the base's architecture, but start from new random weights."""
-    objective: Literal["diff2flow", "flow_matching", "diffusion"] = "diff2flow"
-    """The loss: through the alignment, naive flow matching, or the base's own."""
-    method: Literal["full", "lora"] = "lora"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Used when method is lora."""
-    caption_dropout: float = 0.1
-    """Share of samples trained with the empty caption, which guidance needs. SDXL's gives zeros."""
-    times: TimeSampling = field(default_factory=TimeSampling)
-    """Which flow times the flow losses see."""
-    shift_by_resolution: bool = False
-    """Also shift them by sqrt(pixels / pixels of the base's own size), size by size: larger images keep more signal at
-    equal flow time. Sampling has a shift of its own."""
-    min_snr_gamma: float = 0.0
-    """For the loss `diffusion`: levels with a higher signal-to-noise ratio count less; 5 is usual, 0 is off."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout={self.caption_dropout} must lie in [0, 1). Use 0.02 to 0.15.")
-        if self.from_scratch and self.method == "lora":
-            raise ValueError("from_scratch=True with method='lora' would adapt random weights. Use method='full'.")
-        if self.from_scratch and self.start:
-            raise ValueError(f"start={self.start!r} with from_scratch=True contradict each other. Give one of them.")
-        if self.objective == "diffusion" and (self.times != TimeSampling() or self.shift_by_resolution):
-            raise ValueError(
-                "times and shift_by_resolution belong to the flow losses; objective='diffusion' draws timesteps "
-                "evenly. Remove them."
-            )
-        if self.min_snr_gamma < 0 or (self.min_snr_gamma and self.objective != "diffusion"):
-            raise ValueError(
-                f"min_snr_gamma={self.min_snr_gamma} with objective={self.objective!r}: it must be 0, or above 0 with "
-                "objective='diffusion'."
-            )
-        if self.joins_latents and self.method == "lora" and (self.lora.preset or self.lora.targets) == "attention":
-            raise ValueError(
-                f"task={self.task!r} with a LoRA on attention alone: the first convolution, which must learn to read "
-                "the image's latents, is not trained. Use lora.preset 'small' or 'base', lora.targets 'all', or "
-                "method='full'."
-            )
-
-    @property
-    def joins_latents(self) -> bool:
-        """Whether the network reads the latents of an image beside the noisy ones."""
-        return self.task == "image_to_depth"
-
-    def loss(self, field_: VelocityField, batch: Mapping[str, Tensor], base_pixels: int) -> Tensor:
-        """Loss per sample [batch]; `base_pixels` are those of a latent of the base's own size."""
-        shift = resolution_shift(batch["data"][0, 0].numel(), base_pixels) if self.shift_by_resolution else 1.0
-        options: dict[str, Any] = {"times": replace(self.times, shift=shift * self.times.shift)}
-        if self.objective == "diffusion":
-            options = {"min_snr_gamma": self.min_snr_gamma}
-        return LOSSES[self.objective](field_, **batch, **options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
-    """Samples drawn during training, always from the same noise."""
-
-    prompts: tuple[str, ...] = ()
-    """Of text to image."""
-    rows: int = 8
-    """Of image to depth: held-out rows that are shown; 0: none."""
-    resolution: int | None = None
-    """Edge of the images in pixels, of text to image; None: that of the images trained on."""
-    steps: int = 10
-    guidance: float = 3.0
-    """Of text to image."""
-    columns: int = 8
+def training_loss(config: ModelConfig, field_: VelocityField, batch: Mapping[str, Tensor], base_pixels: int) -> Tensor:
+    """Loss per sample [batch]; `base_pixels` are those of a latent of the base's own size."""
+    shift = resolution_shift(batch["data"][0, 0].numel(), base_pixels) if config.shift_by_resolution else 1.0
+    options: dict[str, Any] = {"times": replace(config.times, shift=shift * config.times.shift)}
+    if config.objective == "diffusion":
+        options = {"min_snr_gamma": config.min_snr_gamma}
+    return LOSSES[config.objective](field_, **batch, **options)
 
 
 def joined_channels(base: BaseModel, config: ModelConfig) -> int:
@@ -259,7 +186,7 @@ class LatentTask(abc.ABC):
         """Loss per sample [batch]."""
         field_ = VelocityField(as_denoiser(network, self.dtype), self.base.schedule, self.base.prediction_type)
         _, height, width = self.base.latent_shape(*self.base.default_size)
-        return self.config.loss(field_, batch, height * width)
+        return training_loss(self.config, field_, batch, height * width)
 
     def model(self, network: Callable[..., Any]) -> TrainedModel:
         """What is being trained, ready to sample."""

@@ -23,9 +23,8 @@ Source: Schusterbauer et al., "Diff2Flow", CVPR 2025, arXiv:2506.02221.
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -35,6 +34,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import extend_input_channels
 
 ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
@@ -48,37 +48,12 @@ CONVOLUTIONS = r".*\.(conv1|conv2|conv_shortcut)|.*samplers\.0\.conv"
 PROJECTIONS = r".*\.proj_(in|out)"
 OUT_AND_FEED_FORWARD = r".*\.(to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 TRAINED_ENDS = ("conv_in", "conv_out")
-PRESETS = ("base", "small", "attention")
 PRESET_RANK = 64
 PEFT_PREFIX = "base_model.model."
 
 
 class AdapterError(ValueError):
     """An adapter that does not fit the network, with the keys and the fix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    rank: int = 16
-    """Inner width of each adapter."""
-    alpha: float | None = None
-    """Scale: the adapter adds `alpha / rank * B A`; default: the rank, so a scale of 1."""
-    targets: Literal["attention", "all"] = "all"
-    """`attention`: q, k, v and output projections. `all`: also convolutions and feed-forward layers."""
-    preset: Literal["", "base", "small", "attention"] = ""
-    """The paper's choice of layers and ranks, in place of `rank` and `targets`: on SD 2.1, `base` trains 207.5 M
-    parameters, `small` 64.7 M and `attention` (q, k, v) 10.1 M."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora rank={self.rank} must be at least 1. Use 4 to 128.")
-        if self.preset not in ("", *PRESETS):
-            raise ValueError(f"lora preset={self.preset!r} is not known. Use one of {', '.join(PRESETS)}, or ''.")
-        if self.preset and self.alpha is not None:
-            raise ValueError(
-                f"lora alpha={self.alpha} with preset={self.preset!r}: presets have a scale of 1. Leave alpha out, or "
-                "give rank, alpha and targets without a preset."
-            )
 
 
 def _preset_targets(unet: UNet2DConditionModel, preset: str) -> str:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from d2f_core.objective.alignment import NaiveVelocityField, VelocityField, predict
-from d2f_core.objective.path import TimeSampling, check_times, expand, interpolate
+from d2f_core.objective.path import check_times, draw_times, expand, interpolate
+from d2f_core.objective.time_sampling import TimeSampling
 
 Loss = Callable[..., Tensor]
 """(field, data, noise, uniform, mask=None, **options, **condition) -> float32 [batch]."""
-
 UNIFORM_TIMES = TimeSampling()
 
 
@@ -55,13 +55,13 @@ def diff2flow(
     times: TimeSampling = UNIFORM_TIMES,
     **condition: Any,
 ) -> Tensor:
-    """Flow matching through the alignment: the squared error of the velocity at flow times `times(uniform)`.
+    """Flow matching through the alignment: the squared error of the velocity at flow times drawn as `times` says.
 
     The state is mixed for the network at once, not by way of `x_t`: velocity and target are linear in (data, noise,
     prediction), so their difference takes as many operations as the diffusion loss.
     """
     _check(data, noise, uniform)
-    at = field.align(t := times(uniform).double())
+    at = field.align(t := draw_times(times, uniform).double())
     to_data, to_noise = at.scale * t, at.scale * (1 - t)
     x_dm = torch.addcmul(expand(to_noise, noise) * noise, expand(to_data, data), data)
     prediction = predict(field.denoiser, x_dm, at.timestep, **condition)
@@ -82,7 +82,7 @@ def flow_matching(
     """Naive flow matching, for comparison: the network is retrained to put out the velocity of `x_t` itself."""
     _check(data, noise, uniform)
     naive = NaiveVelocityField(field.denoiser, field.schedule)
-    t = times(uniform)
+    t = draw_times(times, uniform)
     return _mean_square(naive(interpolate(noise, data, t), t, **condition) - (data - noise), mask)
 
 

@@ -4,11 +4,11 @@ Flow time `t` runs from 0 (pure noise) to 1 (clean data). Which times a training
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from d2f_core.objective.time_sampling import TimeSampling
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -47,38 +47,11 @@ def resolution_shift(pixels: int, base_pixels: int) -> float:
     return math.sqrt(pixels / base_pixels)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TimeSampling:
-    """Which flow times a training sees: a map of uniform numbers, so that they stay a sample's own.
-
-    Source of `logit_normal` and `mode`: Esser et al., 2024, arXiv:2403.03206, section 3.1.
-    """
-
-    distribution: Literal["uniform", "logit_normal", "mode"] = "uniform"
-    """`logit_normal`: the middle of the path more often. `mode`: the middle more (`scale` > 0) or less often."""
-    mean: float = 0.0
-    """logit_normal: mean of logit(t); above 0 leans towards data."""
-    std: float = 1.0
-    """logit_normal: deviation of logit(t)."""
-    scale: float = 1.29
-    """mode: between -1 and 2 / (pi - 2) = 1.75."""
-    shift: float = 1.0
-    """Then moved towards noise; see `shift_times`. 1: not at all."""
-
-    def __post_init__(self) -> None:
-        if self.distribution not in ("uniform", "logit_normal", "mode"):
-            raise ValueError(f"time distribution {self.distribution!r} is not known: uniform, logit_normal or mode.")
-        if not (0 < self.std < math.inf and 0 < self.shift < math.inf and math.isfinite(self.mean)):
-            given = f"mean={self.mean}, std={self.std} and shift={self.shift} of the flow times"
-            raise ValueError(f"{given} must be finite, the last two above 0. Use 0, 1 and 1.")
-        if not -1 <= self.scale <= 2 / (math.pi - 2):
-            raise ValueError(f"mode scale={self.scale} must lie in [-1, 1.75]: beyond, times would run backward.")
-
-    def __call__(self, uniform: Tensor) -> Tensor:
-        """Flow times [batch] of numbers [batch] that are uniform in [0, 1): rising, by the inverse distribution."""
-        t = uniform
-        if self.distribution == "logit_normal":
-            t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(uniform))
-        elif self.distribution == "mode":
-            t = uniform - self.scale * (torch.sin(math.pi / 2 * uniform) ** 2 - uniform)
-        return t if self.shift == 1 else shift_times(t, self.shift)
+def draw_times(sampling: TimeSampling, uniform: Tensor) -> Tensor:
+    """Flow times [batch] of numbers [batch] that are uniform in [0, 1): rising, by the inverse distribution."""
+    t = uniform
+    if sampling.distribution == "logit_normal":
+        t = torch.sigmoid(sampling.mean + sampling.std * torch.special.ndtri(uniform))
+    elif sampling.distribution == "mode":
+        t = uniform - sampling.scale * (torch.sin(math.pi / 2 * uniform) ** 2 - uniform)
+    return t if sampling.shift == 1 else shift_times(t, sampling.shift)

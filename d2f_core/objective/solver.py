@@ -44,7 +44,6 @@ def rk4(field: Field, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
 
 STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({f.__name__: f for f in (euler, midpoint, heun, rk4)})
 """Solvers with fixed steps."""
-
 ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun", "dopri8")
 """Solvers of torchdiffeq that choose their steps. Its `fehlberg2` missed its tolerance by 200 on a smooth field."""
 SOLVERS = (*STEPS, *ADAPTIVE)

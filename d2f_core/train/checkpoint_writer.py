@@ -36,7 +36,8 @@ from d2f_core.train.checkpoint import (
     tensor_digest,
     unseal,
 )
-from d2f_core.train.retention import Retention, apply_retention
+from d2f_core.train.config import Retention
+from d2f_core.train.retention import apply_retention
 
 logger = logging.getLogger(__name__)
 

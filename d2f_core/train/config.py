@@ -1,17 +1,10 @@
-"""What a training needs besides its model, data and loss."""
+"""What a training needs besides its model, data and loss. Light: no torch."""
 
 import math
-import os
-import shutil
-import sys
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 from d2f_core.identity import since
-from d2f_core.train.ema import EmaConfig
-from d2f_core.train.retention import Retention
 
 AT_LEAST = {
     "num_steps": 1,
@@ -37,8 +30,52 @@ AT_LEAST = {
 }
 
 
-class MissingCompilerError(RuntimeError):
-    """An operator has to be compiled on this machine, and cannot be."""
+Which = int | Literal["newest", "best"]
+"""What users call a checkpoint of a run: its step, or one of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    decay: float = 0.999
+    """Weight of the past per step, in [0, 1); 0 keeps no average."""
+    start_step: int = 0
+    """Steps before which the average follows the weights exactly."""
+    power: float = 0.75
+    """Warm-up: the decay grows as `1 - (1 + steps) ** -power` up to `decay`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema decay={self.decay} must lie in [0, 1). Use 0.999, or 0 for none.")
+
+    def decay_at(self, step: int) -> float:
+        """The decay of the update after optimizer step `step` (counted from 1)."""
+        if step <= self.start_step:
+            return 0.0
+        return min(self.decay, 1 - (1 + step - self.start_step) ** -self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """A checkpoint stays when any of these rules keeps it."""
+
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_best: int = 0
+    """Best checkpoints by `metric` that stay; 0: none for that reason."""
+    metric: str = ""
+    """Name in `evaluation.json`."""
+    lower_is_better: bool = True
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for ever; 0: none for that reason."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last={self.keep_last} must be at least 1: a run resumes from the last one.")
+        for name in ("keep_best", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0. Use 0 to switch this rule off.")
+        if self.keep_best and not self.metric:
+            raise ValueError(f"keep_best={self.keep_best} needs a metric. Name one that the evaluation writes.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,38 +271,3 @@ class TrainConfig:
         done = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
         floor = self.final_learning_rate_factor
         return self.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
-
-
-def _find_tool(name: str) -> str | None:
-    """Where a program is, also beside the interpreter: there pip puts ninja, activated environment or not."""
-    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-
-
-def cpu_adam_is_built() -> bool:
-    """Whether the operator was installed with DeepSpeed, or compiled here before."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    spec = find_spec("deepspeed")
-    if spec and spec.origin and any(Path(spec.origin).parent.glob("ops/adam/cpu_adam_op*.so")):
-        return True
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return any(root.glob("**/cpu_adam/cpu_adam.so"))
-
-
-def missing_compiler(config: TrainConfig) -> str | None:
-    """What this machine lacks to run the config's optimizer, in one line with the fix; None when nothing is lacking.
-
-    Only `optimizer="cpu_adamw"` is compiled, once per machine and user (about 150 s, kept in TORCH_EXTENSIONS_DIR).
-    """
-    if config.optimizer != "cpu_adamw":
-        return None
-    compiler = os.environ.get("CXX", "c++")
-    lacking = [] if _find_tool("ninja") else ["ninja"]
-    if not cpu_adam_is_built() and not _find_tool(compiler):
-        lacking.append(compiler)
-    if not lacking:
-        return None
-    return (
-        f"optimizer='cpu_adamw' is compiled where it runs, and {' and '.join(lacking)} cannot be found there. "
-        "Install g++ and ninja on every worker's machine, or use optimizer='adamw' with offload='none'."
-    )

@@ -8,7 +8,7 @@ import ray.train
 from d2f_core.storage import UnreachableStorageError
 from d2f_core.tracking import TrackingError
 from d2f_core.train.checkpoint import UnfinishedSaveError
-from d2f_core.train.config import MissingCompilerError
+from d2f_core.train.compiler import MissingCompilerError
 from d2f_core.train.evaluation import CollapseError
 from d2f_core.train.heartbeat import ask
 from d2f_core.train.quarantine import QuarantineLimitError

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from d2f_core import storage
 from d2f_core.train.checkpoint import (
@@ -16,34 +15,11 @@ from d2f_core.train.checkpoint import (
     seal,
     unseal,
 )
+from d2f_core.train.config import Retention
 
 logger = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """A checkpoint stays when any of these rules keeps it."""
-
-    keep_last: int = 2
-    """Newest checkpoints that stay."""
-    keep_best: int = 0
-    """Best checkpoints by `metric` that stay; 0: none for that reason."""
-    metric: str = ""
-    """Name in `evaluation.json`."""
-    lower_is_better: bool = True
-    keep_every: int = 0
-    """Checkpoints at multiples of this many steps stay for ever; 0: none for that reason."""
-
-    def __post_init__(self) -> None:
-        if self.keep_last < 1:
-            raise ValueError(f"keep_last={self.keep_last} must be at least 1: a run resumes from the last one.")
-        for name in ("keep_best", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0. Use 0 to switch this rule off.")
-        if self.keep_best and not self.metric:
-            raise ValueError(f"keep_best={self.keep_best} needs a metric. Name one that the evaluation writes.")
 
 
 def write_evaluation(uri: str, metrics: Mapping[str, float]) -> None:

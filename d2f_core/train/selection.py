@@ -1,11 +1,8 @@
 """One checkpoint of a run, by what a user calls it: its step, the newest, or the best."""
 
-from typing import Literal
-
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints
-from d2f_core.train.retention import Retention, best_first, metric_of
-
-Which = int | Literal["newest", "best"]
+from d2f_core.train.config import Retention, Which
+from d2f_core.train.retention import best_first, metric_of
 
 
 def select(output: str, which: Which, retention: Retention) -> Checkpoint:

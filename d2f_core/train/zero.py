@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from d2f_core.train import partitions
-from d2f_core.train.config import MissingCompilerError, TrainConfig, missing_compiler
+from d2f_core.train.compiler import MissingCompilerError, missing_compiler
+from d2f_core.train.config import TrainConfig
 from d2f_core.train.memory import MOST_IN_BUCKET
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

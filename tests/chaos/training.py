@@ -21,11 +21,9 @@ from d2f_core.data.manifest import manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
-from d2f_core.model.lora import LoraConfig
-from d2f_core.model.text_to_image import ModelConfig
+from d2f_core.model.config import LoraConfig, ModelConfig
 from d2f_core.train import checkpoint
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.steps import consumed_digest
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import main

@@ -12,8 +12,10 @@ from PIL import Image
 
 from d2f_core.data.depth import BadDepthError, planar_depth
 from d2f_core.data.depth_files import encode_depth
-from d2f_core.data.sources import ImageSource, SourceError, plan_images, read_images
-from d2f_core.data.sources.depth import DepthSample, DepthSource, plan_depth, read_depth
+from d2f_core.data.sources.config import DepthSource, ImageSource
+from d2f_core.data.sources.depth import DepthSample, plan_depth, read_depth
+from d2f_core.data.sources.images import plan_images, read_images
+from d2f_core.data.sources.sample import SourceError
 from tests.data.pictures import file_bytes, pictures, pixels, tar_bytes, write_folder, write_parquet, write_tars
 from tests.data.test_depth import npy_bytes, png_bytes
 

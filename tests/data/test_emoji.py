@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from d2f_core.data.datasets.emoji import MakeDatasetConfig, drawings, make_dataset, render, subset_names
+from d2f_core.data.datasets.config import MakeDatasetConfig
+from d2f_core.data.datasets.emoji import drawings, make_dataset, render, subset_names
 from d2f_core.data.datasets.emoji_names import core_names, few_names, starter_names
 from d2f_core.data.manifest import ManifestError
 from d2f_core.data.schema import IMAGE_SCHEMA, check_schema, sample_id

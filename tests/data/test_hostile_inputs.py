@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from d2f_core.data.image_headers import BadImageError
-from d2f_core.data.images import ImageRules, prepare_image
-from d2f_core.data.sources import ImageSource, Sample, SourceError, plan_images
+from d2f_core.data.image_rules import ImageRules
+from d2f_core.data.images import prepare_image
+from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.images import plan_images
+from d2f_core.data.sources.sample import Sample, SourceError
 from tests.data import hostile_pictures, hostile_sources
 from tests.data.measured import Cost, measure
 from tests.data.pictures import file_bytes, pixels, write_folder

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2f_core.data.images import BadImageError, ImageRules, prepare_image
+from d2f_core.data.image_rules import ImageRules
+from d2f_core.data.images import BadImageError, prepare_image
 from tests.data.pictures import file_bytes, pixels
 
 RULES = ImageRules(resolution=16, min_side=8, max_pixels=10_000)

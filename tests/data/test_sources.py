@@ -8,9 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2f_core.data.datasets.emoji import MakeDatasetConfig, make_dataset
+from d2f_core.data.datasets.config import MakeDatasetConfig
+from d2f_core.data.datasets.emoji import make_dataset
 from d2f_core.data.schema import sample_id
-from d2f_core.data.sources import ImageSource, SourceError, plan_images
+from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.images import plan_images
+from d2f_core.data.sources.sample import SourceError
 from d2f_core.data.sources.tar import split_name
 from d2f_core.storage import join, write_bytes
 from tests.data.pictures import pictures, tar_bytes, write_folder, write_parquet, write_tars
@@ -205,7 +208,7 @@ def test_a_tar_without_samples_reads_as_empty(tmp_path):
 
 
 def test_read_images_is_the_same_multiset_as_a_ray_dataset(cluster, tmp_path):
-    from d2f_core.data.sources import read_images
+    from d2f_core.data.sources.images import read_images
 
     items = pictures(13)
     rows = read_images(ImageSource(uri=write_tars(str(tmp_path), items))).take_all()

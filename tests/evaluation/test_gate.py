@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from d2f_core.evaluation.config import GateConfig, GateError, Limit, parse_metric
 from d2f_core.evaluation.estimates import Estimate, Metric
-from d2f_core.evaluation.gate import GateConfig, GateError, Limit, check_gate, judge, parse_metric
+from d2f_core.evaluation.gate import check_gate, judge
 
 Values = dict[str, dict[int, float]]
 

@@ -16,7 +16,7 @@ import torch
 from d2f_core.batch import table_job
 from d2f_core.batch.chunks import prepare_shards, work_item, write_row
 from d2f_core.data.datasets import depth_table
-from d2f_core.data.datasets.depth_table import MakeDepthConfig
+from d2f_core.data.datasets.config import MakeDepthConfig
 from d2f_core.data.manifest import TableFile
 from d2f_core.flow.depth import job as depth_job
 from d2f_core.flow.depth.actor import DepthActor
@@ -24,7 +24,8 @@ from d2f_core.flow.depth.actor import work_item as depth_item
 from d2f_core.flow.depth.job import DepthJob
 from d2f_core.flow.encode.actor import LatentEncoder
 from d2f_core.flow.evaluate import extract_features, metrics, straightness
-from d2f_core.flow.evaluate.extract_features import FeatureExtractor, ScoreConfig
+from d2f_core.flow.evaluate.config import ScoreConfig
+from d2f_core.flow.evaluate.extract_features import FeatureExtractor
 from d2f_core.flow.generate import job as generate
 from d2f_core.flow.generate.actor import JobsSampler
 from d2f_core.flow.generate.job import GenerateJob

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from d2f_core.flow.depth.errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, resized, square
+from d2f_core.flow.depth.config import FLOORS
+from d2f_core.flow.depth.errors import depth_errors, estimates, floor_maps, mean_depth, resized, square
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
 from tests.depth_tables import true_depth
 

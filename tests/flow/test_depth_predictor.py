@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from d2f_core.flow.depth.plan import PredictDepthConfig
-from d2f_core.flow.depth.predictor import DepthPredictor, PredictDepthError, fill_settings
-from d2f_core.model.artifact import SamplingDefaults, TrainedModel, load_model
+from d2f_core.flow.depth.config import PredictDepthConfig, PredictDepthError
+from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
+from d2f_core.model.artifact import TrainedModel, load_model
 from d2f_core.model.base import resolve_base
-from d2f_core.model.latent_task import ModelConfig, build_network
+from d2f_core.model.config import ModelConfig, SamplingDefaults
+from d2f_core.model.latent_task import build_network
 from tests.flow.tiny_base import write_tiny_base
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)

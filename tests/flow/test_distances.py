@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from d2f_core.evaluation.bootstrap import bootstrap_counts, percentile_interval
+from d2f_core.flow.evaluate.config import MeasureConfig
 from d2f_core.flow.evaluate.distances import (
     FeatureMoments,
     KernelDistance,
@@ -18,7 +19,7 @@ from d2f_core.flow.evaluate.distances import (
     normalised_distances,
     precision_recall,
 )
-from d2f_core.flow.evaluate.image_metrics import FeaturePart, MeasureConfig, gather, measure, model_distance
+from d2f_core.flow.evaluate.image_metrics import FeaturePart, gather, measure, model_distance
 
 GENERATOR = np.random.default_rng(0)
 

@@ -26,7 +26,7 @@ from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import SchemaError, check_schema, latent_schema, sample_id
-from d2f_core.data.sources import ImageSource
+from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.encode.actor import LatentEncoder, to_input
 from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig, EncodeError
@@ -396,7 +396,7 @@ def test_the_cluster_changes_no_byte(on_s3):
 @slow("70 s: a job that ended after any of its chunks is resumed above, and one that stopped itself below")
 def test_a_job_killed_in_the_middle_goes_on_to_the_same_bytes(on_s3, tmp_path):
     script = (
-        "import ray; from d2f_core.data.sources import ImageSource\n"
+        "import ray; from d2f_core.data.sources.config import ImageSource\n"
         "from d2f_core.flow.encode.check import check_encode\n"
         "from d2f_core.flow.encode.config import EncodeConfig; from d2f_core.batch.table_job import make_table\n"
         "ray.init()\n"

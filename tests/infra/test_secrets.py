@@ -29,7 +29,7 @@ PLANTED = {
 }
 JOB = """
 import os, sys, ray
-from d2f_core.flow.generate.plan import GenerateConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import start_run
 from pipelines.cli import to_yaml

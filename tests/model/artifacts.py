@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from d2f_core.model.artifact import SamplingDefaults, describe, save_artifact
+from d2f_core.model.artifact import describe, save_artifact
 from d2f_core.model.base import resolve_base
+from d2f_core.model.config import LoraConfig, SamplingDefaults
 from d2f_core.model.denoiser import as_denoiser, load_unet
-from d2f_core.model.lora import LoraConfig, add_lora
+from d2f_core.model.lora import add_lora
 from tests.flow.tiny_base import MAX_LENGTH, TEXT_WIDTH
 
 GENERATOR = torch.Generator().manual_seed(0)

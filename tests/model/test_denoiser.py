@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import ConditionError, as_denoiser, extend_input_channels
-from d2f_core.model.lora import LoraConfig, add_lora
+from d2f_core.model.lora import add_lora
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.guidance import guided
 from d2f_core.objective.schedule import NoiseSchedule

@@ -7,8 +7,9 @@ from diffusers import UNet2DConditionModel
 from d2f_core.model import footprint
 from d2f_core.model.architectures import KNOWN, read_architecture
 from d2f_core.model.base import BaseModelError
+from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import extend_input_channels
-from d2f_core.model.lora import LoraConfig, add_lora
+from d2f_core.model.lora import add_lora
 from tests.model.architectures import FULL, tiny_unet
 from tests.model.tiny_sdxl import write_tiny_sdxl
 

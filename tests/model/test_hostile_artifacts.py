@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError, load_model
 from d2f_core.model.artifact_files import MAX_CONFIG_BYTES, MAX_ENTRIES, check_files, plain_json
+from d2f_core.model.config import LoraConfig
 from d2f_core.model.description import write_description
-from d2f_core.model.lora import LoraConfig
 from tests.flow.tiny_base import write_tiny_base
 from tests.model.artifacts import trained
 from tests.model.damage import (

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from d2f_core.model.artifact import ArtifactError, SamplingDefaults, describe, load_model, save_artifact
+from d2f_core.model.artifact import ArtifactError, describe, load_model, save_artifact
 from d2f_core.model.base import resolve_base
+from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.image_to_depth import ImageToDepth
-from d2f_core.model.latent_task import ModelConfig, PreviewConfig, build_network
-from d2f_core.model.lora import LoraConfig
+from d2f_core.model.latent_task import build_network
 from tests.flow.tiny_base import write_tiny_base
 
 ROWS, SHAPE = 6, (4, 8, 8)

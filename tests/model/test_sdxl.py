@@ -14,18 +14,19 @@ from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.schema import latent_schema
 from d2f_core.flow.generate.actor import ChunkSampler
-from d2f_core.flow.generate.plan import PROMPTS_NAME, GenerateConfig, make_plan
+from d2f_core.flow.generate.config import GenerateConfig
+from d2f_core.flow.generate.plan import PROMPTS_NAME, make_plan
 from d2f_core.flow.generate.prompts import checked_rows, copy_prompts, scan_prompts
-from d2f_core.model.artifact import SamplingDefaults, describe, load_model, save_artifact, to_uint8
+from d2f_core.model.artifact import describe, load_model, save_artifact, to_uint8
 from d2f_core.model.autoencoder import autoencoder_fingerprint, load_autoencoder
 from d2f_core.model.base import resolve_base
+from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.model.denoiser import ConditionError
 from d2f_core.model.export import export_diffusers
 from d2f_core.model.image_sizes import SIZE_COLUMNS, sizes_of_new_images, sizes_of_rows
-from d2f_core.model.lora import LoraConfig
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
-from d2f_core.model.text_to_image import ModelConfig, PreviewConfig, TextToImage
+from d2f_core.model.text_to_image import TextToImage
 from d2f_core.randomness import keyed_normal
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from d2f_core.model.artifact import load_model
 from d2f_core.model.base import resolve_base
+from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.export import export_single_file_lora
-from d2f_core.model.lora import LoraConfig
 from d2f_core.model.single_file_lora import (
     LayerChange,
     SingleFileLoraError,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from d2f_core.model.base import resolve_base
-from d2f_core.model.lora import LoraConfig
-from d2f_core.model.text_to_image import ENCODED_TOGETHER, ModelConfig, TextToImage
-from d2f_core.objective.path import TimeSampling
+from d2f_core.model.config import LoraConfig, ModelConfig
+from d2f_core.model.text_to_image import ENCODED_TOGETHER, TextToImage
+from d2f_core.objective.time_sampling import TimeSampling
 from tests.flow.tiny_base import write_tiny_base
 
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from d2f_core.objective.path import TimeSampling, check_times, shift_times
+from d2f_core.objective.path import check_times, draw_times, shift_times
+from d2f_core.objective.time_sampling import TimeSampling
 
 UNIFORM = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
 
@@ -21,21 +22,21 @@ UNIFORM = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     ],
 )
 def test_times_rise_from_0_to_1(sampling):
-    t = sampling(UNIFORM)
+    t = draw_times(sampling, UNIFORM)
     assert (t.diff() >= 0).all()
-    ends = sampling(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    ends = draw_times(sampling, torch.tensor([0.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64))
-    check_times(sampling(torch.tensor([0.0, 1 - 2**-24, 1.0])))
+    check_times(draw_times(sampling, torch.tensor([0.0, 1 - 2**-24, 1.0])))
 
 
 def test_logit_normal_has_the_logits_it_says():
-    logits = torch.logit(TimeSampling(distribution="logit_normal", mean=0.4, std=0.8)(UNIFORM))
+    logits = torch.logit(draw_times(TimeSampling(distribution="logit_normal", mean=0.4, std=0.8), UNIFORM))
     assert logits.mean() == pytest.approx(0.4, abs=1e-3) and logits.std() == pytest.approx(0.8, abs=1e-3)
 
 
 @pytest.mark.parametrize(("scale", "density"), [(1.29, 1 / (1 + 1.29 * (1 - math.pi / 2))), (-0.5, 0.78), (0.0, 1.0)])
 def test_mode_draws_the_middle_as_often_as_its_density_says(scale, density):
-    t = TimeSampling(distribution="mode", scale=scale)(UNIFORM)
+    t = draw_times(TimeSampling(distribution="mode", scale=scale), UNIFORM)
     share = ((t > 0.49) & (t < 0.51)).double().mean() / 0.02
     assert share == pytest.approx(density, rel=0.02)
 

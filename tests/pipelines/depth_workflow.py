@@ -1,13 +1,10 @@
 """The smallest whole depth workflow."""
 
-from d2f_core.data.datasets.depth_table import MakeDepthConfig
-from d2f_core.flow.depth.evaluation import EvaluateDepthConfig
-from d2f_core.flow.depth.plan import PredictDepthConfig
+from d2f_core.data.datasets.config import MakeDepthConfig
+from d2f_core.flow.depth.config import EvaluateDepthConfig, PredictDepthConfig
 from d2f_core.flow.encode.config import EncodeDepthConfig
-from d2f_core.flow.publish.job import RegisterConfig
-from d2f_core.model.artifact import SamplingDefaults
-from d2f_core.model.latent_task import ModelConfig, PreviewConfig
-from d2f_core.model.lora import LoraConfig
+from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.train.config import TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.workflow_config import DepthConfig

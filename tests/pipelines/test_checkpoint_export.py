@@ -19,19 +19,19 @@ from d2f_core.model import artifact_writer
 from d2f_core.model.artifact import ArtifactError, load_model, load_weights, read_description, save_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
+from d2f_core.model.config import LoraConfig, ModelConfig
 from d2f_core.model.denoiser import as_denoiser
-from d2f_core.model.latent_task import ModelConfig, build_network, empty_network
-from d2f_core.model.lora import LoraConfig
+from d2f_core.model.latent_task import build_network, empty_network
 from d2f_core.train.checkpoint import CheckpointError, list_checkpoints, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
-from d2f_core.train.retention import Retention, write_evaluation
+from d2f_core.train.config import EmaConfig, Retention, TrainConfig
+from d2f_core.train.retention import write_evaluation
 from pipelines import checkpoint_export
-from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
+from pipelines.checkpoint_export import export_checkpoint
 from pipelines.cli import from_yaml, resolve, to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.export import RECIPES, check, main
+from pipelines.export_config import CheckpointExportConfig
 from tests.flow.tiny_base import write_tiny_base
 from tests.latent_tables import write_latents
 from tests.model.artifacts import STATES, TIMESTEP
@@ -257,7 +257,7 @@ def test_the_command_takes_flags_and_a_file(tmp_path: Path):
 
 IN_A_PROCESS = """
 import resource, sys
-from pipelines.checkpoint_export import CheckpointExportConfig
+from pipelines.export_config import CheckpointExportConfig
 from pipelines.export import main
 
 def export(run):

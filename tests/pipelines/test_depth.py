@@ -16,17 +16,12 @@ from PIL import Image
 from d2f_core.batch.output import OutputError, read_index
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError
-from d2f_core.data.sources import ImageSource
-from d2f_core.flow.depth.evaluation import (
-    DepthEvaluationError,
-    EvaluateDepthConfig,
-    _predictors,
-    check_evaluate_depth,
-)
+from d2f_core.data.sources.config import ImageSource
+from d2f_core.flow.depth.config import DepthEvaluationError, EvaluateDepthConfig, PredictDepthConfig, PredictDepthError
+from d2f_core.flow.depth.evaluation import _predictors, check_evaluate_depth
 from d2f_core.flow.depth.job import check_predict_depth, predict_depth
-from d2f_core.flow.depth.plan import PredictDepthConfig
-from d2f_core.flow.depth.predictor import PredictDepthError
-from d2f_core.flow.publish.job import RegisterConfig, register
+from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.flow.publish.job import register
 from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base

@@ -20,16 +20,16 @@ from PIL import Image
 from d2f_core.batch.output import read_index
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
-from d2f_core.evaluation.gate import GateConfig, Limit, Verdict
+from d2f_core.evaluation.config import GateConfig, Limit
+from d2f_core.evaluation.gate import Verdict
 from d2f_core.evaluation.pins import PinError
-from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
-from d2f_core.flow.evaluate.extract_features import ScoreConfig
-from d2f_core.flow.evaluate.image_metrics import MeasureConfig
+from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.job import check_evaluate, evaluate
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import check_generate, generate
-from d2f_core.flow.generate.plan import GenerateConfig
-from d2f_core.model.artifact import SamplingDefaults, describe, save_artifact
+from d2f_core.model.artifact import describe, save_artifact
 from d2f_core.model.base import resolve_base
+from d2f_core.model.config import SamplingDefaults
 from d2f_core.model.denoiser import load_unet
 from d2f_core.storage import filesystem, join, list_names, read_bytes, write_bytes
 from d2f_core.tracking import NewVersion, find_run, get_alias, promote, register_model, start_run

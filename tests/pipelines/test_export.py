@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from d2f_core.model.artifact import load_model
-from d2f_core.model.lora import LoraConfig
+from d2f_core.model.config import LoraConfig
 from d2f_core.storage import exists, write_bytes
 from infra.local.stack import StackEnv
-from pipelines.export import RECIPES, ExportConfig, check, main
+from pipelines.export import RECIPES, check, main
+from pipelines.export_config import ExportConfig
 from tests.flow.tiny_base import write_tiny_base
 from tests.model.artifacts import output, trained
 

@@ -8,19 +8,19 @@ import torch
 
 from d2f_core import storage
 from d2f_core.data.schema import SchemaError
-from d2f_core.flow.publish.job import RegisterConfig, register
-from d2f_core.model.artifact import SamplingDefaults, load_model, read_description
+from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.flow.publish.job import register
+from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
-from d2f_core.model.lora import LoraConfig
-from d2f_core.model.text_to_image import ModelConfig, PreviewConfig
+from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.resources import InsufficientResourcesError
 from d2f_core.tracking import resolve_model
 from d2f_core.train import checkpoint
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
-from pipelines.checkpoint_export import CheckpointExportConfig, export_checkpoint
+from d2f_core.train.config import EmaConfig, TrainConfig
+from pipelines.checkpoint_export import export_checkpoint
 from pipelines.configs import FinetuneConfig
+from pipelines.export_config import CheckpointExportConfig
 from pipelines.finetune import check, main
 from pipelines.training import TrainingResult
 from tests.latent_tables import write_latents

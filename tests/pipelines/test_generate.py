@@ -18,8 +18,8 @@ from PIL import Image
 
 from d2f_core.batch.output import OutputError, read_index
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import check_generate, generate
-from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.storage import exists, join, list_names, read_bytes, write_bytes
 from d2f_core.tracking import find_run
 from tests.flow.here import here
@@ -123,7 +123,8 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_images(config: GenerateConf
     )
     killed = replace(whole, output=f"{HOME}/killed")
     code = (
-        "import sys, json; from d2f_core.flow.generate.plan import GenerateConfig; from pipelines.generate import main;"
+        "import sys, json; from pipelines.generate import main\n"
+        "from d2f_core.flow.generate.config import GenerateConfig\n"
         "c = json.loads(sys.argv[1]); c['steps'] = tuple(c['steps']); main(GenerateConfig(**c))"
     )
     arguments = [sys.executable, "-c", code, json.dumps(killed.__dict__)]

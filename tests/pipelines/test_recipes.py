@@ -13,6 +13,7 @@ import yaml
 
 from d2f_core.data.datasets.emoji import make_dataset
 from d2f_core.data.table_reader import RowReader
+from d2f_core.flow.estimate.job import estimate as estimated
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.train.checkpoint import KINDS
@@ -121,7 +122,7 @@ def test_an_estimate_counts_before_anything_exists(monkeypatch, capsys, tmp_path
     assert "bf16, 64 px, micro-batch 4, 4 workers" in printed and "| **2** |" in printed and "| fits |" in printed
     assert "| 0 | refused: precision='bf16' with zero_stage=0" in printed
     config, _ = resolve("estimate", ESTIMATE, flags)
-    found = estimate.estimate(config)
+    found = estimated(config)
     # Twice four channels of 8x8 in half precision, and the box of the crop.
     assert found.row_bytes == 400 + 2 * 4 * 8 * 8 * 2 + 4 * 4
     assert found.checkpoint_bytes == 16 * found.trained and found.memory[2].peak < 7e9  # type: ignore[union-attr]

@@ -16,19 +16,17 @@ from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.table_reader import RowReader
-from d2f_core.evaluation.gate import GateConfig
-from d2f_core.flow.evaluate.config import EvaluateConfig
-from d2f_core.flow.evaluate.extract_features import ScoreConfig
-from d2f_core.flow.evaluate.image_metrics import MeasureConfig
+from d2f_core.evaluation.config import GateConfig
+from d2f_core.flow.evaluate.config import EvaluateConfig, MeasureConfig, ScoreConfig
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import check_generate
-from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.flow.generate.sampler import ImageSampler, fill_request
-from d2f_core.flow.publish.job import RegisterConfig
-from d2f_core.model.artifact import SamplingDefaults, load_model
+from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
-from d2f_core.model.lora import LoraConfig
-from d2f_core.model.text_to_image import ModelConfig, TextToImage, build_network
+from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
+from d2f_core.model.text_to_image import TextToImage, build_network
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import get_alias, resolve_model
 from d2f_core.train.config import TrainConfig

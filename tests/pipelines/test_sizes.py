@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.base import BaseModel, resolve_base
-from d2f_core.model.latent_task import ModelConfig, PreviewConfig
-from d2f_core.model.lora import LoraConfig
+from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.model.text_to_image import TextToImage
 from pipelines.checkpoint_export import trained_resolution
 from pipelines.configs import FinetuneConfig

@@ -15,19 +15,17 @@ import pytest
 from PIL import Image
 
 from d2f_core.batch.output import read_index
-from d2f_core.data.datasets.emoji import MakeDatasetConfig
+from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.encode.config import EncodeConfig
-from d2f_core.flow.generate.plan import GenerateConfig
-from d2f_core.flow.publish.job import RegisterConfig
-from d2f_core.model.artifact import DESCRIPTION, SamplingDefaults, load_model
-from d2f_core.model.lora import LoraConfig
-from d2f_core.model.text_to_image import ModelConfig
+from d2f_core.flow.generate.config import GenerateConfig
+from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.model.artifact import DESCRIPTION, load_model
+from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
 from d2f_core.storage import exists, list_names, read_bytes
 from d2f_core.tracking import find_run, pin_model, resolve_model
 from d2f_core.tracking.server import client_for
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow import main

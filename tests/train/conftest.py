@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from d2f_core.train.config import TrainConfig, missing_compiler
+from d2f_core.train.compiler import missing_compiler
+from d2f_core.train.config import TrainConfig
 from tests.train.processes import Workers
 
 

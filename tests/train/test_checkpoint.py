@@ -22,7 +22,8 @@ from d2f_core.train.checkpoint import (
     tensor_digest,
 )
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.retention import Retention, apply_retention, read_evaluation, write_evaluation
+from d2f_core.train.config import Retention
+from d2f_core.train.retention import apply_retention, read_evaluation, write_evaluation
 
 KEEP_ALL = Retention(keep_last=10**6)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from d2f_core.identity import identity_values
-from d2f_core.train.config import TrainConfig, missing_compiler
-from d2f_core.train.ema import EmaConfig
+from d2f_core.train.compiler import missing_compiler
+from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.recipes import AUTOENCODER, FINETUNE
 
 

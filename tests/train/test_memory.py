@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from d2f_core.model.footprint import PeakMemory, sizes
 from d2f_core.train import memory, partitions, zero
-from d2f_core.train.config import TrainConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.memory import BYTES, memory_per_worker
 from d2f_core.train.worker_state import Worker
 from tests.train.processes import Workers

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2f_core.train import ema, partitions, zero
-from d2f_core.train.config import MissingCompilerError, TrainConfig
-from d2f_core.train.ema import EmaConfig
+from d2f_core.train.compiler import MissingCompilerError
+from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.worker_state import Worker
 from tests.slow import slow
 from tests.train.processes import Workers
@@ -212,7 +212,8 @@ def test_deepspeeds_own_group_waits_no_longer_than_asked(pair: Workers, tmp_path
 def test_activation_checkpointing_runs_the_blocks_of_a_unet_twice_also_inside_its_adapters(adapted: bool):
     from diffusers import UNet2DConditionModel
 
-    from d2f_core.model.lora import LoraConfig, add_lora
+    from d2f_core.model.config import LoraConfig
+    from d2f_core.model.lora import add_lora
 
     unet = UNet2DConditionModel(
         sample_size=4, in_channels=2, out_channels=2, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,

@@ -13,14 +13,15 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from dataclasses import asdict
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 from PIL import Image
 
+from d2f_core.data.datasets.config import MakeDepthConfig
 from d2f_core.data.datasets.scenes import make_scene, render
 from d2f_core.data.depth import DEPTH_SCHEMA
 from d2f_core.data.depth_files import encode_depth
@@ -44,41 +45,6 @@ PARTS_PER_PROCESS = 8
 """PyBullet keeps 3 MB of every scene's meshes for ever, whatever is removed or reset, so a process makes no more."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MakeDepthConfig:
-    """Rendered scenes with their depth as a table."""
-
-    output: str = "s3://d2f/datasets/depth"
-    """Where the table goes: s3://bucket/key or a local path."""
-    split: Literal["train", "test"] = "train"
-    """Whose objects and textures; the splits have none in common."""
-    num_scenes: int = 4096
-    size: int = 64
-    """Height and width of the pictures in pixels."""
-    seed: int = 0
-    mirrored: bool = False
-    """Write every scene a second time, left and right exchanged: twice the rows for one rendering.
-
-    Rows held out of a training on them then have their mirror images in it: judge on another split."""
-    rows_per_part: int = 64
-    """Scenes per output file: what a killed task loses at most."""
-    num_tasks: int = 2
-    """Scenes that are drawn at a time, by one logical CPU each."""
-
-    def __post_init__(self) -> None:
-        if not self.output:
-            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
-        if not 16 <= self.size <= 512:
-            raise ValueError(f"size={self.size} is not between 16 and 512 pixels. Choose the resolution to train at.")
-        for name in ("num_scenes", "rows_per_part", "num_tasks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-
-    @property
-    def num_parts(self) -> int:
-        return -(-self.num_scenes // self.rows_per_part)
 
 
 def depth_inputs(config: MakeDepthConfig) -> dict[str, Any]:

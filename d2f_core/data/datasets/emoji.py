@@ -9,20 +9,17 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from PIL import Image
 
+from d2f_core.data.datasets.config import Fit, MakeDatasetConfig, Style, Subset
 from d2f_core.data.datasets.emoji_names import core_names, few_names, starter_names
 from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
 
-Style = Literal["twemoji", "openmoji"]
-Fit = Literal["canvas", "drawing"]
-Subset = Literal["few", "starter", "core", "all"]
 Box = tuple[float, float, float, float]
 """Left, top, width and height in a drawing's own units."""
 
@@ -38,33 +35,6 @@ MEASURED_AT = 256
 """Pixels at which a drawing's extent is looked for."""
 INK = 8
 """Opacity, of 255, from which on a pixel belongs to the drawing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MakeDatasetConfig:
-    """The captioned emoji set as an image table."""
-
-    output: str = "s3://d2f/datasets/twemoji"
-    """Where the table goes: s3://bucket/key or a local path."""
-    style: Literal["twemoji", "openmoji", "both"] = "twemoji"
-    """Whose drawings."""
-    size: int = 64
-    """Height and width in pixels; each size is rendered from the vector drawing."""
-    fit: Fit = "canvas"
-    """`canvas`: with the margins that the artist left. `drawing`: what is drawn fills the picture."""
-    subset: Subset = "core"
-    """`core`: 297 pictures chosen for being drawable from their name. `starter`: 120 of these, for a finetuning that
-    takes minutes. `few`: 32 of those, for one that takes a minute. `all`: every emoji without skin tones."""
-
-    def __post_init__(self) -> None:
-        if not self.output:
-            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
-        if not 16 <= self.size <= 2048:
-            raise ValueError(f"size={self.size} is not between 16 and 2048 pixels. Choose the resolution to train at.")
-
-    @property
-    def styles(self) -> tuple[Style, ...]:
-        return ("twemoji", "openmoji") if self.style == "both" else (self.style,)
 
 
 def english_names() -> dict[str, str]:

@@ -16,7 +16,7 @@ its users leave out what is beyond 80 m (`max_depth=80`). Hypersim has metres to
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ import pyarrow as pa
 from d2f_core.data.depth import BadDepthError, planar_depth, size_text
 from d2f_core.data.depth_files import MAX_DEPTH_BYTES, decode_depth, decode_depth_png, decode_mask
 from d2f_core.data.image_headers import MAX_IMAGE_BYTES, PNG, too_large
+from d2f_core.data.sources.config import DepthSource
 from d2f_core.data.sources.listing import Sizes, SourcePlan, plan_source
 from d2f_core.data.sources.parquet_rows import DamagedFileError, RowRun, check_bytes_column, plan_rows
 from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, Sample, Shard, SourceError, SourceKind
@@ -38,33 +39,6 @@ MEMBERS = {
 }
 """Extensions of each part of a sample; of several the first counts."""
 TABLE_FIX = "Depth tables are written by `python -m pipelines.make_dataset depth`."
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthSource:
-    """Where images with depth are, and how to read them."""
-
-    uri: str = ""
-    """A depth table, a directory of tars, or one .tar: s3://bucket/key or a local path."""
-    kind: Literal["auto", "webdataset", "parquet"] = "auto"
-    """What lies there; `auto` looks, and refuses a mixture."""
-    metres_per_level: float = 0.01
-    """Of 16-bit PNG depth; 0.01 for centimetres."""
-    distances: Literal["planar", "radial"] = "planar"
-    """`planar`: along the optical axis. `radial`: to the camera's centre, to be converted."""
-    focal: float = 886.81 / 1024
-    """Focal length as a multiple of the image's width, for `radial`."""
-    max_depth: float | None = None
-    """Metres beyond which a depth does not count; None: all count."""
-    latents: bool = False
-    """Take the latents of a tar as they are instead of encoding image and depth. They must be the base model's, of the
-    resolution asked for, as no fingerprint is with them; then image and depth may be missing."""
-
-    def __post_init__(self) -> None:
-        for name in ("metres_per_level", "focal", "max_depth"):
-            value = getattr(self, name)
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise SourceError(f"{name}={value} must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,11 @@ from d2f_core.batch.output import part_name
 from d2f_core.data.images import BadImageError, PreparedImage, prepare_image
 from d2f_core.data.manifest import write_part
 from d2f_core.data.schema import sample_id
-from d2f_core.data.sources import Sample
+from d2f_core.data.sources.sample import Sample
+from d2f_core.flow.depth.config import PredictDepthError
 from d2f_core.flow.depth.ensemble import depth_npy, depth_png, preview_png
 from d2f_core.flow.depth.plan import DepthPlan
-from d2f_core.flow.depth.predictor import DepthMade, DepthPredictor, DepthSettings, PredictDepthError
+from d2f_core.flow.depth.predictor import DepthMade, DepthPredictor, DepthSettings
 from d2f_core.model.artifact import load_model
 from d2f_core.storage import join, write_bytes
 from d2f_core.tracking import resolve_model

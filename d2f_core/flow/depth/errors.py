@@ -12,6 +12,7 @@ from PIL import Image
 from d2f_core.data.depth import crop_and_resize
 from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.estimates import Estimate, Metric
+from d2f_core.flow.depth.config import FLOORS
 from d2f_core.flow.depth.metrics import DELTA_BASE, METRICS, align_scale_shift, depth_metrics
 
 Array = np.ndarray
@@ -23,7 +24,6 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "silog": "SILog", **{f"delta{power}": f"delta < {DELTA_BASE}^{power}" for power in (1, 2, 3)},
     }
 )  # fmt: skip
-FLOORS = ("constant", "vertical ramp", "mean depth")
 RESAMPLING_SEED = 3
 
 

@@ -23,7 +23,8 @@ from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.table_reader import RowReader
 from d2f_core.evaluation.estimates import Metric
 from d2f_core.evaluation.record import log_evaluation, write_files
-from d2f_core.flow.depth.errors import FLOORS, depth_errors, estimates, floor_maps, mean_depth, square
+from d2f_core.flow.depth.config import DepthEvaluationError, EvaluateDepthConfig
+from d2f_core.flow.depth.errors import depth_errors, estimates, floor_maps, mean_depth, square
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
 from d2f_core.flow.depth.metrics import NoValidPixelsError
 from d2f_core.storage import check_reachable, read_bytes
@@ -31,41 +32,6 @@ from d2f_core.tracking import check_tracking
 
 METRICS_NAME, FIGURE_NAME, SHEET_NAME = "depth_metrics.json", "depth.png", "depth_sheet.png"
 ROWS_AT_ONCE = 256
-
-
-class DepthEvaluationError(ValueError):
-    """A depth evaluation that cannot run as asked, with the reason and the fix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateDepthConfig:
-    predictions: tuple[str, ...] = ()
-    """Outputs of predict_depth for the images of `truth`."""
-    titles: tuple[str, ...] = ()
-    """One per output, for the figures; empty: their models."""
-    truth: str = ""
-    """Depth table to compare with."""
-    train: str = ""
-    """Depth table that the models were trained on, for the floor of its mean; empty: the mean of `truth`, which knows
-    more than a floor should."""
-    output: str = ""
-    """Where JSON and pictures go."""
-    replicates: int = 200
-    """Resampled sets per interval."""
-    shown: int = 6
-    """First images on the sheet."""
-    experiment: str = "diff2flow-evaluate"
-    """MLflow experiment; empty: no run."""
-
-    def __post_init__(self) -> None:
-        if self.titles and len(set(self.titles)) != len(self.predictions):
-            raise DepthEvaluationError(f"titles={self.titles} must be different, one for each of the predictions.")
-        if set(self.titles) & set(FLOORS):
-            raise DepthEvaluationError(f"titles={self.titles} must not be those of floors: {', '.join(FLOORS)}.")
-        if self.replicates < 20 or self.shown < 1:
-            raise DepthEvaluationError(
-                f"replicates={self.replicates} must be at least 20, and shown={self.shown} at least 1."
-            )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from d2f_core.evaluation.estimates import Metric
+from d2f_core.flow.depth.config import FLOORS
 from d2f_core.flow.depth.ensemble import coloured
-from d2f_core.flow.depth.errors import FLOORS, aligned
+from d2f_core.flow.depth.errors import aligned
 
 PLOTTED = ("abs_rel", "delta1", "rmse", "silog")
 COLOURS = ("#0b6e4f", "#3b5b92", "#b5651d", "#7b3f8c")

@@ -19,9 +19,11 @@ from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.output import IndexedOutput, IndexPart, table_file
 from d2f_core.batch.run_log import RunLog
 from d2f_core.data.manifest import Manifest
-from d2f_core.data.sources import SourcePlan, plan_images
+from d2f_core.data.sources.images import plan_images
+from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.depth.actor import DepthActor, work_item
-from d2f_core.flow.depth.plan import DepthPlan, PredictDepthConfig, make_depth_plan
+from d2f_core.flow.depth.config import PredictDepthConfig
+from d2f_core.flow.depth.plan import DepthPlan, make_depth_plan
 from d2f_core.flow.depth.predictor import check_depth_model
 from d2f_core.model.artifact import load_model
 from d2f_core.progress import Progress

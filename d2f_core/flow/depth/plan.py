@@ -4,72 +4,17 @@ The source is cut into shards (runs of files or rows, or one tar). A shard is do
 that was killed goes on with the missing ones, and the size of the cluster changes nothing in any map.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from d2f_core.data.images import MAX_PIXELS_LIMIT, ImageRules
-from d2f_core.data.sources import ImageSource, SourcePlan
-from d2f_core.flow.depth.predictor import DepthSettings, PredictDepthError, fill_settings
+from d2f_core.data.image_rules import ImageRules
+from d2f_core.data.sources.listing import SourcePlan
+from d2f_core.flow.depth.config import PredictDepthConfig, PredictDepthError
+from d2f_core.flow.depth.predictor import DepthSettings, fill_settings
 from d2f_core.identity import identity_values
 from d2f_core.model.artifact import TrainedModel
 from d2f_core.model.base import BaseModelError
 from d2f_core.objective.solver import ADAPTIVE
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictDepthConfig:
-    source: ImageSource = field(default_factory=ImageSource)
-    """Images; captions are not read. A depth table is one too."""
-    model: str = ""
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained depth model (s3:// or local)."""
-    output: str = ""
-    """Where depth/ and index/ are written, and manifest.json at the end."""
-    solver: str | None = None
-    """euler, heun, midpoint, rk4, dopri5, ... or ddim; None: what the model carries."""
-    steps: tuple[int, ...] = ()
-    """Every image is sampled once for each, from the same noises; empty: what the model carries."""
-    shift: float | None = None
-    """Above 1, steps are spent nearer to noise; None: what the model carries."""
-    ensemble: int = 4
-    """Maps per image, from seeds `seed`, `seed` + 1, ...; their median is the result, their spread the uncertainty."""
-    seed: int = 0
-    resolution: int | None = None
-    """Edge in pixels of the square that every image is cropped and resized to; None: what the model carries."""
-    min_side: int | None = None
-    """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
-    max_pixels: int = 50_000_000
-    """Largest accepted width x height of an image file."""
-    batch_size: int = 16
-    """Images per forward pass."""
-    rows_per_part: int = 64
-    """Images per unit of work: what a killed actor loses at most. A tar is always one unit."""
-    num_actors: int = 2
-    cpus_per_actor: int = 1
-    """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
-    gpus_per_actor: float = 0
-    node_wait_seconds: int = 60
-    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
-    experiment: str = "diff2flow-depth"
-    """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
-
-    def __post_init__(self) -> None:
-        for name in ("ensemble", "batch_size", "rows_per_part", "num_actors", "cpus_per_actor"):
-            if getattr(self, name) < 1:
-                raise PredictDepthError(f"{name}={getattr(self, name)} must be at least 1.")
-        if len(set(self.steps)) != len(self.steps) or any(steps < 1 for steps in self.steps):
-            raise PredictDepthError(f"steps={self.steps} must be different numbers of at least 1.")
-        if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
-            raise PredictDepthError(f"max_pixels={self.max_pixels} must be between 1 and {MAX_PIXELS_LIMIT}.")
-        if self.min_side is not None and self.min_side < 1:
-            raise PredictDepthError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
-
-    def check_complete(self) -> None:
-        """Raises PredictDepthError when a URI is missing, or the output lies inside the source."""
-        for name, value in (("source.uri", self.source.uri), ("model", self.model), ("output", self.output)):
-            if not value:
-                raise PredictDepthError(f"{name} is empty. Give --{name} URI.")
-        if f"{self.output.rstrip('/')}/".startswith(f"{self.source.uri.rstrip('/')}/"):
-            raise PredictDepthError(f"output={self.output!r} lies inside the source. Put it beside it.")
 
 
 @dataclass(frozen=True, kw_only=True)

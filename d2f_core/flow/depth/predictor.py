@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2f_core.flow.depth.config import PredictDepthError
 from d2f_core.flow.depth.ensemble import combine
 from d2f_core.model.artifact import TrainedModel
 from d2f_core.model.autoencoder import load_autoencoder
@@ -18,10 +19,6 @@ from d2f_core.model.sampling import SamplerChoice, sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.solver import NonFiniteStateError
 from d2f_core.randomness import keyed_normal
-
-
-class PredictDepthError(ValueError):
-    """Depth that cannot be predicted as asked, with the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)

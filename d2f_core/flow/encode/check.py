@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from d2f_core.batch.table_job import TableJob
-from d2f_core.data.sources import SourcePlan, plan_images
 from d2f_core.data.sources.depth import plan_depth
+from d2f_core.data.sources.images import plan_images
+from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.encode.actor import LatentEncoder
 from d2f_core.flow.encode.captioned import CAPTIONED
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeSettings

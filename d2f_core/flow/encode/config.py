@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from d2f_core.data.images import MAX_PIXELS_LIMIT, ImageRules
-from d2f_core.data.sources import ImageSource
-from d2f_core.data.sources.depth import DepthSource
+from d2f_core.batch.config import AwaitedPoolConfig
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
+from d2f_core.data.sources.config import DepthSource, ImageSource
 
 MAX_CHUNK_BYTES = 512 * 2**20
 """Pixels of one chunk, which travel between tasks in one piece."""
@@ -16,11 +16,8 @@ class EncodeError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSettings:
-    """What every encode job can be told; the job's own config adds its source."""
-
-    BYTES_PER_PIXEL: ClassVar[int] = 3
-    """Of one sample's pictures on their way to the actors."""
+class EncodeWork:
+    """By what images are encoded, which are accepted, and in which pieces."""
 
     base: str = ""
     """Base model whose autoencoder (and text encoder) is used: a directory, s3:// prefix or hub id."""
@@ -41,18 +38,20 @@ class EncodeSettings:
     """Images per forward pass of the autoencoder."""
     num_readers: int = 2
     """Tasks that read and decode at a time; raise it until the actors never wait."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings(AwaitedPoolConfig, EncodeWork):
+    """What every encode job can be told; the job's own config adds its source."""
+
+    BYTES_PER_PIXEL: ClassVar[int] = 3
+    """Of one sample's pictures on their way to the actors."""
+
     num_actors: int = 2
     """Processes that hold the autoencoder."""
-    cpus_per_actor: int = 1
-    """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
-    gpus_per_actor: float = 0
-    node_wait_seconds: int = 60
-    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "rows_per_part", "batch_size", "num_readers", "num_actors", "cpus_per_actor"):
-            if getattr(self, name) < 1:
-                raise EncodeError(f"{name}={getattr(self, name)} must be at least 1.")
+        self.check_counts("resolution", "rows_per_part", "batch_size", "num_readers", error=EncodeError)
         if self.min_side is not None and self.min_side < 1:
             raise EncodeError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:

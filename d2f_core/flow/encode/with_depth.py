@@ -18,7 +18,8 @@ from d2f_core.data.depth_files import decode_npy
 from d2f_core.data.image_headers import read_declared
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.data.schema import sample_id
-from d2f_core.data.sources.depth import DepthSample, DepthSource, read_depth, read_valid
+from d2f_core.data.sources.config import DepthSource
+from d2f_core.data.sources.depth import DepthSample, read_depth, read_valid
 from d2f_core.flow.encode.config import EncodeDepthConfig
 from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec, Picture
 

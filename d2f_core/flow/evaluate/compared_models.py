@@ -7,8 +7,8 @@ from typing import Any
 from d2f_core.data.manifest import Manifest
 from d2f_core.evaluation.pins import REGISTERED, Pins
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
+from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import GenerateJob, check_generate
-from d2f_core.flow.generate.plan import GenerateConfig
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
 from d2f_core.model.sampling import DDIM, SCHEDULERS

@@ -1,14 +1,58 @@
-"""What an evaluation compares, and how."""
+"""What an evaluation compares, and how. Light: neither torch nor numpy."""
 
 from dataclasses import dataclass, field
 
-from d2f_core.evaluation.gate import GateConfig
-from d2f_core.flow.evaluate.extract_features import ScoreConfig
-from d2f_core.flow.evaluate.image_metrics import MeasureConfig
+from d2f_core.batch.config import ActorPoolConfig
+from d2f_core.evaluation.config import GateConfig
 
 
 class EvaluateError(ValueError):
     """An evaluation that cannot run as asked, with the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreWork:
+    """Which networks see the images."""
+
+    features: str = "efficientnet-lite0"
+    """efficientnet-lite0, inception, or the directory of a vision model (local or s3://)."""
+    dimensions: int = 64
+    """Onto how many fixed random directions features are projected; 0: all of the network's. A covariance of fewer than
+    some 30 images per dimension is mostly noise."""
+    clip: str = ""
+    """Directory of a CLIP model that scores images against their prompts; empty: none."""
+    batch_size: int = 32
+    """Images per forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(ActorPoolConfig, ScoreWork):
+    """How images become features."""
+
+    def __post_init__(self) -> None:
+        self.check_counts("batch_size", error=ValueError, where="score: ")
+        if self.dimensions < 0:
+            raise ValueError(f"score: dimensions={self.dimensions} must be at least 1, or 0 for all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """How values and their intervals are computed."""
+
+    replicates: int = 200
+    """Resampled sets per interval."""
+    neighbours: int = 3
+    """k of precision and recall."""
+    pairwise_rows: int = 2000
+    """At most so many images on each side, chosen at random, where every pair is looked at: kernel distance, precision
+    and recall, and the distance between two models."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("replicates", 20), ("neighbours", 1), ("pairwise_rows", 4)):
+            if getattr(self, name) < least:
+                raise ValueError(f"measure: {name}={getattr(self, name)} must be at least {least}.")
+        if self.neighbours >= self.pairwise_rows:
+            raise ValueError(f"measure: neighbours={self.neighbours} must be below pairwise_rows={self.pairwise_rows}.")
 
 
 @dataclass(frozen=True, kw_only=True)

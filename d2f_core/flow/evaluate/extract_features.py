@@ -11,7 +11,6 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from d2f_core.data.manifest import (
     write_manifest,
     write_part,
 )
+from d2f_core.flow.evaluate.config import ScoreConfig
 from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
 from d2f_core.flow.evaluate.feature_table import feature_schema
 from d2f_core.identity import canonical_json
@@ -40,31 +40,6 @@ from d2f_core.storage import join, list_names, read_bytes
 
 KIND = "features"
 READ_THREADS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """How images become features."""
-
-    features: str = "efficientnet-lite0"
-    """efficientnet-lite0, inception, or the directory of a vision model (local or s3://)."""
-    dimensions: int = 64
-    """Onto how many fixed random directions features are projected; 0: all of the network's. A covariance of fewer than
-    some 30 images per dimension is mostly noise."""
-    clip: str = ""
-    """Directory of a CLIP model that scores images against their prompts; empty: none."""
-    batch_size: int = 32
-    """Images per forward pass."""
-    num_actors: int = 2
-    cpus_per_actor: int = 1
-    gpus_per_actor: float = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_actors", "cpus_per_actor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"score: {name}={getattr(self, name)} must be at least 1.")
-        if self.dimensions < 0:
-            raise ValueError(f"score: dimensions={self.dimensions} must be at least 1, or 0 for all.")
 
 
 def extract_features(

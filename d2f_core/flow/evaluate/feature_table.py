@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.flow.evaluate.image_metrics import FeaturePart, ImageSet, MeasureConfig, gather
+from d2f_core.flow.evaluate.config import MeasureConfig
+from d2f_core.flow.evaluate.image_metrics import FeaturePart, ImageSet, gather
 from d2f_core.storage import join, read_bytes
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.estimates import Estimate
+from d2f_core.flow.evaluate.config import MeasureConfig
 from d2f_core.flow.evaluate.distances import (
     FeatureMoments,
     KernelDistance,
@@ -19,26 +20,6 @@ from d2f_core.flow.evaluate.distances import (
 
 MADE_DRAWS, REAL_DRAWS = 1, 2
 """Seeds of the bootstrap: all models are resampled alike, real images apart from them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
-    """How values and their intervals are computed."""
-
-    replicates: int = 200
-    """Resampled sets per interval."""
-    neighbours: int = 3
-    """k of precision and recall."""
-    pairwise_rows: int = 2000
-    """At most so many images on each side, chosen at random, where every pair is looked at: kernel distance, precision
-    and recall, and the distance between two models."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("replicates", 20), ("neighbours", 1), ("pairwise_rows", 4)):
-            if getattr(self, name) < least:
-                raise ValueError(f"measure: {name}={getattr(self, name)} must be at least {least}.")
-        if self.neighbours >= self.pairwise_rows:
-            raise ValueError(f"measure: neighbours={self.neighbours} must be below pairwise_rows={self.pairwise_rows}.")
 
 
 class FeaturePart(NamedTuple):

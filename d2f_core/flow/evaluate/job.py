@@ -16,8 +16,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.evaluation.config import FLOW_LOSS
 from d2f_core.evaluation.estimates import Estimate, Metric
-from d2f_core.evaluation.gate import FLOW_LOSS, Verdict, check_gate, judge
+from d2f_core.evaluation.gate import Verdict, check_gate, judge
 from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_models, promote_candidate, registered_name
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.evaluate.compared_models import (

@@ -12,6 +12,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
 from d2f_core.batch.output import read_index
+from d2f_core.flow.generate.config import ContactSheetConfig
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import find_run
 
@@ -22,29 +23,6 @@ MARGIN = 28
 TITLE_SIZE, HEADER_SIZE, TEXT_SIZE, SMALL_SIZE = 32, 24, 22, 18
 LINE_GAP = 8
 INK, MUTED, PAPER, RULE = (25, 25, 25), (105, 105, 105), (255, 255, 255), (200, 200, 200)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContactSheetConfig:
-    generations: tuple[str, ...] = ()
-    """Outputs of generate, made from the same prompts; left to right."""
-    titles: tuple[str, ...] = ()
-    """One per generation; empty: model and solver."""
-    output: str = ""
-    """The PNG to write, s3:// or local."""
-    title: str = "Same prompts, same noises"
-    max_rows: int = 24
-    """Prompts shown, from the first one on."""
-    cell: int = 160
-    """Edge of one image on the sheet in pixels."""
-    run: str = ""
-    """Output URI of a training whose MLflow run also gets the picture; empty: none."""
-    experiment: str = "diff2flow"
-    """MLflow experiment of that run."""
-
-    def __post_init__(self) -> None:
-        if self.titles and self.generations and len(self.titles) != len(self.generations):
-            raise ValueError(f"{len(self.titles)} titles for {len(self.generations)} generations. Give one for each.")
 
 
 def make_contact_sheet(config: ContactSheetConfig) -> str:

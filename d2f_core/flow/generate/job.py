@@ -23,14 +23,8 @@ from d2f_core.batch.output import IndexedOutput, IndexPart, table_file
 from d2f_core.batch.run_log import RunLog
 from d2f_core.data.manifest import Manifest, write_manifest
 from d2f_core.flow.generate.actor import LATENTS_FILE, JobsSampler
-from d2f_core.flow.generate.plan import (
-    LATENTS,
-    GenerateConfig,
-    GenerateError,
-    Plan,
-    claim_output,
-    make_plan,
-)
+from d2f_core.flow.generate.config import GenerateConfig, GenerateError
+from d2f_core.flow.generate.plan import LATENTS, Plan, claim_output, make_plan
 from d2f_core.flow.generate.prompts import PromptFile, scan_prompts
 from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint

@@ -7,9 +7,10 @@ that was killed goes on with the missing chunks, and the size of the cluster cha
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from d2f_core.batch.output import IndexedOutput
+from d2f_core.flow.generate.config import Emit, Format, GenerateConfig, GenerateError
 from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.flow.generate.sampler import Request, fill_request
 from d2f_core.identity import identity_values
@@ -17,74 +18,9 @@ from d2f_core.model.artifact import TrainedModel
 from d2f_core.model.base import BaseModelError
 from d2f_core.storage import exists, join, upload_tree
 
-Emit = Literal["images", "latents", "pairs"]
-Format = Literal["png", "webp", "jpeg"]
-
 PROMPTS_NAME = "prompts.parquet"
 """The checked prompts, one row group per chunk: what the actors read, however large the prompt file was."""
 TIMING, LATENTS = "timing", "latents"
-
-
-class GenerateError(ValueError):
-    """A generation job that cannot run as asked, with the reason and the fix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    prompts: str = ""
-    """Prompt file: .parquet, .jsonl or .csv with a column `prompt`; s3:// or local. Its columns `seed`, `steps`,
-    `guidance`, `height`, `width` and `negative_prompt` go before the settings here, row by row."""
-    model: str = ""
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
-    output: str = ""
-    """Where images/ (or latents/), index/ and timing/ are written, and manifest.json at the end."""
-    emit: Emit = "images"
-    """latents: a latent table at OUTPUT/latents that a training reads; pairs: with the noise each latent came from."""
-    format: Format = "png"
-    """Of image files; webp and jpeg at `quality`."""
-    quality: int = 95
-    """Of lossy formats, 1 to 100."""
-    solver: str | None = None
-    """euler, heun, midpoint, rk4, dopri5, bosh3, adaptive_heun, dopri8 or ddim; None: what the model carries."""
-    steps: tuple[int, ...] = ()
-    """Every prompt is sampled once for each, from the same noise; empty: what the model carries."""
-    guidance: float | None = None
-    """Classifier-free guidance scale; None: what the model carries."""
-    shift: float | None = None
-    """Above 1, steps are spent nearer to noise; None: what the model carries."""
-    seed: int = 0
-    """Of rows without a seed of their own."""
-    resolution: int | None = None
-    """Edge of the images in pixels; None: what the UNet's config says."""
-    batch_size: int = 16
-    """Images per forward pass."""
-    chunk_size: int = 64
-    """Prompts per unit of work: what a killed actor loses at most."""
-    num_actors: int = 2
-    cpus_per_actor: int = 1
-    """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
-    gpus_per_actor: float = 0
-    node_wait_seconds: int = 60
-    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
-    experiment: str = "diff2flow-generate"
-    """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "chunk_size", "num_actors", "cpus_per_actor"):
-            if getattr(self, name) < 1:
-                raise GenerateError(f"{name}={getattr(self, name)} must be at least 1.")
-        if len(set(self.steps)) != len(self.steps) or any(steps < 1 for steps in self.steps):
-            raise GenerateError(f"steps={self.steps} must be different numbers of at least 1.")
-        if not 1 <= self.quality <= 100:
-            raise GenerateError(f"quality={self.quality} must be from 1 to 100.")
-        if self.emit != "images" and len(self.steps) > 1:
-            raise GenerateError(f"emit={self.emit!r} makes one latent per prompt. Give one number of steps.")
-
-    def check_complete(self) -> None:
-        """Raises GenerateError when a URI is missing."""
-        for name in ("prompts", "model", "output"):
-            if not getattr(self, name):
-                raise GenerateError(f"{name} is empty. Give --{name} URI.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,38 @@
+"""The pool of actors in a batch job's config. Light: no Ray."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorPoolConfig:
+    """How many actors do the work, and what each takes of the cluster.
+
+    A job's config names this first among its bases and the class of its work last: a dataclass begins with the fields
+    of its last base, so that the work comes before the pool in `--help` and YAML.
+    """
+
+    num_actors: int = 2
+    cpus_per_actor: int = 1
+    """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
+    gpus_per_actor: float = 0
+
+    def check_counts(self, *names: str, error: type[ValueError], where: str = "") -> None:
+        """Refuse fields below 1: `names`, and then those of the pool.
+
+        Args:
+            where: what the message begins with.
+
+        Raises:
+            ValueError: the `error` given.
+        """
+        for name in (*names, "num_actors", "cpus_per_actor"):
+            if getattr(self, name) < 1:
+                raise error(f"{where}{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwaitedPoolConfig(ActorPoolConfig):
+    """A pool whose cluster may have to grow first."""
+
+    node_wait_seconds: int = 60
+    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""

@@ -1,0 +1,70 @@
+"""Which data set is made, and how large."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Style = Literal["twemoji", "openmoji"]
+Fit = Literal["canvas", "drawing"]
+Subset = Literal["few", "starter", "core", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeDatasetConfig:
+    """The captioned emoji set as an image table."""
+
+    output: str = "s3://d2f/datasets/twemoji"
+    """Where the table goes: s3://bucket/key or a local path."""
+    style: Literal["twemoji", "openmoji", "both"] = "twemoji"
+    """Whose drawings."""
+    size: int = 64
+    """Height and width in pixels; each size is rendered from the vector drawing."""
+    fit: Fit = "canvas"
+    """`canvas`: with the margins that the artist left. `drawing`: what is drawn fills the picture."""
+    subset: Subset = "core"
+    """`core`: 297 pictures chosen for being drawable from their name. `starter`: 120 of these, for a finetuning that
+    takes minutes. `few`: 32 of those, for one that takes a minute. `all`: every emoji without skin tones."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
+        if not 16 <= self.size <= 2048:
+            raise ValueError(f"size={self.size} is not between 16 and 2048 pixels. Choose the resolution to train at.")
+
+    @property
+    def styles(self) -> tuple[Style, ...]:
+        return ("twemoji", "openmoji") if self.style == "both" else (self.style,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeDepthConfig:
+    """Rendered scenes with their depth as a table."""
+
+    output: str = "s3://d2f/datasets/depth"
+    """Where the table goes: s3://bucket/key or a local path."""
+    split: Literal["train", "test"] = "train"
+    """Whose objects and textures; the splits have none in common."""
+    num_scenes: int = 4096
+    size: int = 64
+    """Height and width of the pictures in pixels."""
+    seed: int = 0
+    mirrored: bool = False
+    """Write every scene a second time, left and right exchanged: twice the rows for one rendering.
+
+    Rows held out of a training on them then have their mirror images in it: judge on another split."""
+    rows_per_part: int = 64
+    """Scenes per output file: what a killed task loses at most."""
+    num_tasks: int = 2
+    """Scenes that are drawn at a time, by one logical CPU each."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
+        if not 16 <= self.size <= 512:
+            raise ValueError(f"size={self.size} is not between 16 and 512 pixels. Choose the resolution to train at.")
+        for name in ("num_scenes", "rows_per_part", "num_tasks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.num_scenes // self.rows_per_part)

@@ -1,0 +1,103 @@
+"""What depth is predicted of, and what it is compared with. Light: neither torch nor a model."""
+
+from dataclasses import dataclass, field
+
+from d2f_core.batch.config import AwaitedPoolConfig
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT
+from d2f_core.data.sources.config import ImageSource
+
+FLOORS = ("constant", "vertical ramp", "mean depth")
+"""What can be said of any image without looking at it; `errors.floor_maps` makes them."""
+
+
+class PredictDepthError(ValueError):
+    """Depth that cannot be predicted as asked, with the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictDepthWork:
+    """Whose depth is predicted, how, and in which pieces."""
+
+    source: ImageSource = field(default_factory=ImageSource)
+    """Images; captions are not read. A depth table is one too."""
+    model: str = ""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained depth model (s3:// or local)."""
+    output: str = ""
+    """Where depth/ and index/ are written, and manifest.json at the end."""
+    solver: str | None = None
+    """euler, heun, midpoint, rk4, dopri5, ... or ddim; None: what the model carries."""
+    steps: tuple[int, ...] = ()
+    """Every image is sampled once for each, from the same noises; empty: what the model carries."""
+    shift: float | None = None
+    """Above 1, steps are spent nearer to noise; None: what the model carries."""
+    ensemble: int = 4
+    """Maps per image, from seeds `seed`, `seed` + 1, ...; their median is the result, their spread the uncertainty."""
+    seed: int = 0
+    resolution: int | None = None
+    """Edge in pixels of the square that every image is cropped and resized to; None: what the model carries."""
+    min_side: int | None = None
+    """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
+    max_pixels: int = 50_000_000
+    """Largest accepted width x height of an image file."""
+    batch_size: int = 16
+    """Images per forward pass."""
+    rows_per_part: int = 64
+    """Images per unit of work: what a killed actor loses at most. A tar is always one unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictDepthConfig(AwaitedPoolConfig, PredictDepthWork):
+    experiment: str = "diff2flow-depth"
+    """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
+
+    def __post_init__(self) -> None:
+        self.check_counts("ensemble", "batch_size", "rows_per_part", error=PredictDepthError)
+        if len(set(self.steps)) != len(self.steps) or any(steps < 1 for steps in self.steps):
+            raise PredictDepthError(f"steps={self.steps} must be different numbers of at least 1.")
+        if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
+            raise PredictDepthError(f"max_pixels={self.max_pixels} must be between 1 and {MAX_PIXELS_LIMIT}.")
+        if self.min_side is not None and self.min_side < 1:
+            raise PredictDepthError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
+
+    def check_complete(self) -> None:
+        """Raises PredictDepthError when a URI is missing, or the output lies inside the source."""
+        for name, value in (("source.uri", self.source.uri), ("model", self.model), ("output", self.output)):
+            if not value:
+                raise PredictDepthError(f"{name} is empty. Give --{name} URI.")
+        if f"{self.output.rstrip('/')}/".startswith(f"{self.source.uri.rstrip('/')}/"):
+            raise PredictDepthError(f"output={self.output!r} lies inside the source. Put it beside it.")
+
+
+class DepthEvaluationError(ValueError):
+    """A depth evaluation that cannot run as asked, with the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateDepthConfig:
+    predictions: tuple[str, ...] = ()
+    """Outputs of predict_depth for the images of `truth`."""
+    titles: tuple[str, ...] = ()
+    """One per output, for the figures; empty: their models."""
+    truth: str = ""
+    """Depth table to compare with."""
+    train: str = ""
+    """Depth table that the models were trained on, for the floor of its mean; empty: the mean of `truth`, which knows
+    more than a floor should."""
+    output: str = ""
+    """Where JSON and pictures go."""
+    replicates: int = 200
+    """Resampled sets per interval."""
+    shown: int = 6
+    """First images on the sheet."""
+    experiment: str = "diff2flow-evaluate"
+    """MLflow experiment; empty: no run."""
+
+    def __post_init__(self) -> None:
+        if self.titles and len(set(self.titles)) != len(self.predictions):
+            raise DepthEvaluationError(f"titles={self.titles} must be different, one for each of the predictions.")
+        if set(self.titles) & set(FLOORS):
+            raise DepthEvaluationError(f"titles={self.titles} must not be those of floors: {', '.join(FLOORS)}.")
+        if self.replicates < 20 or self.shown < 1:
+            raise DepthEvaluationError(
+                f"replicates={self.replicates} must be at least 20, and shown={self.shown} at least 1."
+            )

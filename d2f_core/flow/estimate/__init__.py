@@ -1,0 +1,1 @@
+"""What a finetuning takes, reckoned before it is started."""

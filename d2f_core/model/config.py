@@ -1,0 +1,138 @@
+"""What is trained, from what, with which loss, and how it is sampled. Light: no torch."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from d2f_core.objective.time_sampling import TimeSampling
+
+TaskName = Literal["text_to_image", "image_to_depth"]
+PRESETS = ("base", "small", "attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int = 16
+    """Inner width of each adapter."""
+    alpha: float | None = None
+    """Scale: the adapter adds `alpha / rank * B A`; default: the rank, so a scale of 1."""
+    targets: Literal["attention", "all"] = "all"
+    """`attention`: q, k, v and output projections. `all`: also convolutions and feed-forward layers."""
+    preset: Literal["", "base", "small", "attention"] = ""
+    """The paper's choice of layers and ranks, in place of `rank` and `targets`: on SD 2.1, `base` trains 207.5 M
+    parameters, `small` 64.7 M and `attention` (q, k, v) 10.1 M."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora rank={self.rank} must be at least 1. Use 4 to 128.")
+        if self.preset not in ("", *PRESETS):
+            raise ValueError(f"lora preset={self.preset!r} is not known. Use one of {', '.join(PRESETS)}, or ''.")
+        if self.preset and self.alpha is not None:
+            raise ValueError(
+                f"lora alpha={self.alpha} with preset={self.preset!r}: presets have a scale of 1. Leave alpha out, or "
+                "give rank, alpha and targets without a preset."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained, from what, with which loss."""
+
+    base: str
+    """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
+    task: TaskName = "text_to_image"
+    """image_to_depth: the depth of an image, whose latents are joined to the noisy depth latents; no text."""
+    start: str = ""
+    """A model trained on this base by the same method, to go on from, as a further round of reflow does: its directory
+    or models:/NAME/VERSION. Empty: the base as it is."""
+    from_scratch: bool = False
+    """Keep the base's architecture, but start from new random weights."""
+    objective: Literal["diff2flow", "flow_matching", "diffusion"] = "diff2flow"
+    """The loss: through the alignment, naive flow matching, or the base's own."""
+    method: Literal["full", "lora"] = "lora"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Used when method is lora."""
+    caption_dropout: float = 0.1
+    """Share of samples trained with the empty caption, which guidance needs. SDXL's gives zeros."""
+    times: TimeSampling = field(default_factory=TimeSampling)
+    """Which flow times the flow losses see."""
+    shift_by_resolution: bool = False
+    """Also shift them by sqrt(pixels / pixels of the base's own size), size by size: larger images keep more signal at
+    equal flow time. Sampling has a shift of its own."""
+    min_snr_gamma: float = 0.0
+    """For the loss `diffusion`: levels with a higher signal-to-noise ratio count less; 5 is usual, 0 is off."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout} must lie in [0, 1). Use 0.02 to 0.15.")
+        if self.from_scratch and self.method == "lora":
+            raise ValueError("from_scratch=True with method='lora' would adapt random weights. Use method='full'.")
+        if self.from_scratch and self.start:
+            raise ValueError(f"start={self.start!r} with from_scratch=True contradict each other. Give one of them.")
+        if self.objective == "diffusion" and (self.times != TimeSampling() or self.shift_by_resolution):
+            raise ValueError(
+                "times and shift_by_resolution belong to the flow losses; objective='diffusion' draws timesteps "
+                "evenly. Remove them."
+            )
+        if self.min_snr_gamma < 0 or (self.min_snr_gamma and self.objective != "diffusion"):
+            raise ValueError(
+                f"min_snr_gamma={self.min_snr_gamma} with objective={self.objective!r}: it must be 0, or above 0 with "
+                "objective='diffusion'."
+            )
+        if self.joins_latents and self.method == "lora" and (self.lora.preset or self.lora.targets) == "attention":
+            raise ValueError(
+                f"task={self.task!r} with a LoRA on attention alone: the first convolution, which must learn to read "
+                "the image's latents, is not trained. Use lora.preset 'small' or 'base', lora.targets 'all', or "
+                "method='full'."
+            )
+
+    @property
+    def joins_latents(self) -> bool:
+        """Whether the network reads the latents of an image beside the noisy ones."""
+        return self.task == "image_to_depth"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderLossConfig:
+    square_weight: float = 1.0
+    """Weight of the mean squared error beside the mean absolute error."""
+    kl_weight: float = 3e-4
+    """Weight of the mean KL divergence per latent entry; keeps latents smooth enough to be generated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """How a model is to be sampled; it travels with the weights."""
+
+    solver: str = "euler"
+    """euler, midpoint, heun or rk4 in flow time; ddim for a diffusion model."""
+    steps: int = 10
+    """Steps from noise to data."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale; 1 is none."""
+    shift: float = 1.0
+    """Above 1, steps are spent nearer to noise, as large images need; not used by ddim."""
+    resolution: int | None = None
+    """Height and width of its images in pixels; None: of those trained on, and of a base what its UNet was made for."""
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"resolution={self.resolution} must be at least 1 pixel, or None for the base's own.")
+        if not (self.steps >= 1 and self.shift > 0 and math.isfinite(self.guidance * self.shift)):
+            raise ValueError(f"{self} needs steps of at least 1, a shift above 0 and finite numbers. Correct it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Samples drawn during training, always from the same noise."""
+
+    prompts: tuple[str, ...] = ()
+    """Of text to image."""
+    rows: int = 8
+    """Of image to depth: held-out rows that are shown; 0: none."""
+    resolution: int | None = None
+    """Edge of the images in pixels, of text to image; None: that of the images trained on."""
+    steps: int = 10
+    guidance: float = 3.0
+    """Of text to image."""
+    columns: int = 8

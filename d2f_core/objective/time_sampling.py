@@ -1,0 +1,30 @@
+"""Which flow times a training sees; light, for configs. Esser et al., 2024, arXiv:2403.03206, section 3.1."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSampling:
+    """A map of uniform numbers to flow times (`path.draw_times`), so that these stay a sample's own."""
+
+    distribution: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    """`logit_normal`: the middle of the path more often. `mode`: the middle more (`scale` > 0) or less often."""
+    mean: float = 0.0
+    """logit_normal: mean of logit(t); above 0 leans towards data."""
+    std: float = 1.0
+    """logit_normal: deviation of logit(t)."""
+    scale: float = 1.29
+    """mode: between -1 and 2 / (pi - 2) = 1.75."""
+    shift: float = 1.0
+    """Then moved towards noise; see `shift_times`. 1: not at all."""
+
+    def __post_init__(self) -> None:
+        if self.distribution not in ("uniform", "logit_normal", "mode"):
+            raise ValueError(f"time distribution {self.distribution!r} is not known: uniform, logit_normal or mode.")
+        if not (0 < self.std < math.inf and 0 < self.shift < math.inf and math.isfinite(self.mean)):
+            given = f"mean={self.mean}, std={self.std} and shift={self.shift} of the flow times"
+            raise ValueError(f"{given} must be finite, the last two above 0. Use 0, 1 and 1.")
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
+            raise ValueError(f"mode scale={self.scale} must lie in [-1, 1.75]: beyond, times would run backward.")

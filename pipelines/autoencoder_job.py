@@ -1,0 +1,30 @@
+"""An autoencoder's training that was checked, and how its last checkpoint becomes a result."""
+
+import functools
+from dataclasses import dataclass
+
+from d2f_core import storage
+from d2f_core.data.manifest import read_manifest
+from d2f_core.train.checkpoint import Checkpoint, candidates
+from pipelines.autoencoder_task import begins_with, build_task, columns, export
+from pipelines.configs import TrainAutoencoderConfig
+from pipelines.training import TrainingJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderJob(TrainingJob):
+    config: TrainAutoencoderConfig
+
+    def export(self, last: Checkpoint) -> str:
+        return export(self.config, last)
+
+
+def check_autoencoder(config: TrainAutoencoderConfig) -> AutoencoderJob:
+    """Refuse what cannot work, before anything is started."""
+    storage.check_reachable(config.images)
+    storage.check_reachable(config.output, write=True)
+    manifest = read_manifest(config.images)
+    plan = config.plan(manifest, columns(manifest))
+    identity = config.identity(begins_with(config), manifest)
+    candidates(config.output, identity)  # refuses the output of another training
+    return AutoencoderJob(config=config, build_task=functools.partial(build_task, config), plan=plan, identity=identity)
