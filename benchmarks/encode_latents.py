@@ -29,9 +29,9 @@ import ray
 import torch
 import tyro
 
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.datasets.emoji import MakeDatasetConfig, make_dataset
 from d2f_core.data.images import prepare_image
-from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.sources import ImageSource, plan_images

@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from d2f_core.data.latents import table_to_arrays
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.stream import PlanReader, chunk_size
 from d2f_core.model.autoencoder import autoencoder_fingerprint

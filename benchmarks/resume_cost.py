@@ -26,7 +26,7 @@ import pyarrow as pa
 import tyro
 
 from benchmarks.fault_proxy import FaultProxy
-from d2f_core.data.latents import arrays_to_table
+from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.manifest import (
     MANIFEST_NAME,
     Manifest,

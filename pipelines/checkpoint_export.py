@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from d2f_core import storage
-from d2f_core.data.latents import noise_columns
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.flow.latents import noise_columns
 from d2f_core.model.artifact import describe, upload_artifact
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.latent_task import empty_network, joined_channels

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
-from d2f_core.data.latents import array_bytes
+from d2f_core.data.arrays import array_bytes
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.prefetch import Prefetcher
 from d2f_core.data.schema import is_array

@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs
 
 from d2f_core import storage
-from d2f_core.data.latents import array_bytes
+from d2f_core.data.arrays import array_bytes
 from d2f_core.data.manifest import Manifest, TableFile
 from d2f_core.data.schema import array_kind, is_array
 

@@ -4,12 +4,10 @@ import dataclasses
 import hashlib
 import json
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2f_core.data.latents import arrays_to_table, check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import (
     Manifest,
     ManifestError,
@@ -21,31 +19,13 @@ from d2f_core.data.manifest import (
     write_part,
 )
 from d2f_core.data.quarantine import BadSample, read_quarantine, reason_counts, write_quarantine
-from d2f_core.data.schema import SchemaError, array_field, array_kind, check_schema, latent_schema, sample_id
 from d2f_core.identity import canonical_json
 from d2f_core.storage import join, write_bytes
-
-SHAPE = (4, 3, 2)
-
-
-def latent_table(rows: int, seed: int = 0) -> pa.Table:
-    draw = np.random.default_rng(seed)
-    columns = {
-        "sample_id": [f"{seed}-{row}" for row in range(rows)],
-        "caption": [f"caption {row}" for row in range(rows)],
-        "latent_mean": draw.standard_normal((rows, *SHAPE)),
-        "latent_std": draw.random((rows, *SHAPE)),
-        "bucket": ["6x4"] * rows,
-        "source_uri": [f"file{row}" for row in range(rows)],
-        "width": [7] * rows,
-        "height": [8] * rows,
-        "crop": np.arange(rows * 4).reshape(rows, 4),
-    }
-    return arrays_to_table(columns, latent_schema(SHAPE))
+from tests.data.rows import some_rows
 
 
 def written(uri: str, *rows: int) -> Manifest:
-    files = tuple(write_part(uri, f"part-{n}.parquet", latent_table(count, n)) for n, count in enumerate(rows))
+    files = tuple(write_part(uri, f"part-{n}.parquet", some_rows(count, n)) for n, count in enumerate(rows))
     return Manifest(kind="latents", files=files, fingerprint={"autoencoder": "aa"}, inputs={"source": "here"})
 
 
@@ -105,7 +85,7 @@ def test_parts_are_what_their_entry_says(tmp_path):
 
 
 def test_equal_rows_give_equal_bytes_however_they_are_chunked(tmp_path):
-    table = latent_table(100)
+    table = some_rows(100)
     pieces = pa.concat_tables([table.slice(0, 33), table.slice(33)])
     assert write_part(str(tmp_path), "a", table).sha256 == write_part(str(tmp_path), "b", pieces).sha256
 
@@ -143,68 +123,6 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ManifestError, match="do not add up to 4 rows"):
         read_manifest(str(tmp_path))
-
-
-def test_arrays_survive_a_table_in_shape_and_value(tmp_path):
-    table = latent_table(10)
-    file = write_part(str(tmp_path), "a.parquet", table)
-    read = pq.ParquetFile(tmp_path / file.path).read_row_group(0, columns=["caption", "latent_mean", "crop"])
-    arrays = table_to_arrays(read)
-    assert arrays["latent_mean"].shape == (10, *SHAPE) and arrays["latent_mean"].dtype == np.float16
-    np.testing.assert_array_equal(
-        arrays["latent_mean"], np.random.default_rng(0).standard_normal((10, *SHAPE)).astype("f2")
-    )
-    np.testing.assert_array_equal(arrays["crop"], np.arange(40).reshape(10, 4))
-    assert list(arrays["caption"][:2]) == ["caption 0", "caption 1"]
-
-
-@pytest.mark.parametrize("pieces", [[(3, 4)], [(0, 2), (7, 3)], [(9, 1), (0, 1), (0, 0)], []])
-def test_arrays_of_slices_and_chunks_are_the_rows_of_those_slices(pieces):
-    table = latent_table(10)
-    expected = table_to_arrays(table)["latent_std"]
-    taken = pa.concat_tables([table.slice(0, 0), *(table.slice(*piece) for piece in pieces)])
-    rows = [row for start, count in pieces for row in range(start, start + count)]
-    np.testing.assert_array_equal(table_to_arrays(taken, ["latent_std"])["latent_std"], expected[rows])
-
-
-def test_arrays_of_another_shape_are_refused():
-    columns = table_to_arrays(latent_table(2))
-    columns["latent_mean"] = columns["latent_mean"].transpose(0, 2, 1, 3)
-    with pytest.raises(SchemaError, match=r"'latent_mean' got arrays of shape \(3, 4, 2\); its rows are \(4, 3, 2\)"):
-        arrays_to_table(columns, latent_schema(SHAPE))
-
-
-def test_latents_of_another_autoencoder_are_refused(tmp_path):
-    manifest = written(str(tmp_path), 1)
-    check_fingerprint(manifest, "aa")
-    with pytest.raises(SchemaError, match=r"autoencoder aa, the base model has bb. Run encode_latents again"):
-        check_fingerprint(manifest, "bb")
-    with pytest.raises(SchemaError, match="holds images, not latents"):
-        check_fingerprint(dataclasses.replace(manifest, kind="images"), "aa")
-
-
-def test_a_schema_that_does_not_fit_names_the_column():
-    table, expected = latent_table(1), latent_schema(SHAPE)
-    check_schema(table.append_column("more", [[1]]).schema, expected, where="t")
-    with pytest.raises(SchemaError, match="t has no column 'caption'"):
-        check_schema(table.drop_columns("caption").schema, expected, where="t")
-    with pytest.raises(SchemaError, match=r"t: column 'latent_mean' is float16 \(4, 3, 2\), expected .* \(4, 2, 3\)"):
-        check_schema(table.schema, latent_schema((4, 2, 3)), where="t")
-    with pytest.raises(SchemaError, match="t: column 'latent_mean' is fixed_size_binary"):
-        check_schema(table.schema, latent_schema((4, 2, 2)), where="t")
-
-
-def test_a_shape_is_read_from_the_field_alone():
-    assert array_kind(array_field("x", "float16", (2, 3))) == ((2, 3), np.dtype("float16"))
-    with pytest.raises(SchemaError, match="without shape and dtype"):
-        array_kind(pa.field("x", pa.binary(12)))
-    with pytest.raises(SchemaError, match="holds 12 bytes a row"):
-        array_kind(array_field("x", "float16", (2, 3)).with_metadata({"shape": "2,4", "dtype": "float16"}))
-
-
-def test_a_sample_id_depends_on_image_and_caption():
-    assert sample_id(b"image", "caption") == hashlib.sha256(b"image\0caption").hexdigest()[:32]
-    assert len({sample_id(b"a", "b"), sample_id(b"a", "c"), sample_id(b"ab", "")}) == 3
 
 
 def test_the_ledger_keeps_every_reason(place):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2f_core import storage
-from d2f_core.data.latents import arrays_to_table, table_to_arrays
+from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, TableFile, read_manifest, write_manifest, write_part
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.images import prepare_image
-from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
-from d2f_core.data.schema import SchemaError, check_schema, latent_schema, sample_id
+from d2f_core.data.schema import SchemaError, check_schema, sample_id
 from d2f_core.data.sources import ImageSource
 from d2f_core.flow.encode.actor import ChunkEncoder, to_input
 from d2f_core.flow.encode.check import check_encode, claim_output
@@ -28,6 +28,7 @@ from d2f_core.flow.encode.chunk_records import PROGRESS, drop_duplicates, read_r
 from d2f_core.flow.encode.chunks import write_row
 from d2f_core.flow.encode.config import EncodeConfig, EncodeError
 from d2f_core.flow.encode.job import encode, finish_table
+from d2f_core.flow.latents import latent_schema
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.resources import InsufficientResourcesError

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.datasets.depth_table import MakeDepthConfig, make_depth_dataset, make_rows
-from d2f_core.data.depth import crop_and_resize, depth_latent_schema, normalise_depth
+from d2f_core.data.depth import crop_and_resize, normalise_depth
 from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.images import prepare_image
-from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import check_schema, sample_id
@@ -26,6 +26,7 @@ from d2f_core.flow.encode.chunk_records import read_records, unfinished_shards
 from d2f_core.flow.encode.chunks import write_row
 from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeError
 from d2f_core.flow.encode.job import encode, finish_table
+from d2f_core.flow.latents import check_fingerprint, depth_latent_schema
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import join, read_bytes

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from d2f_core.data.latents import arrays_to_table, table_to_arrays
+from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.schema import array_field
 from d2f_core.flow.encode.chunks import pack, unpack
 from d2f_core.flow.encode.config import EncodeSpec

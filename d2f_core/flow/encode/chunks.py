@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.images import BadImageError
-from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.quarantine import DUPLICATE, BadSample
 from d2f_core.data.schema import array_field, array_kind, is_array
 from d2f_core.data.sources import Sample, Shard

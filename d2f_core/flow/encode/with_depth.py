@@ -5,21 +5,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from d2f_core.data.depth import (
-    DEPTH_TASK,
-    BadDepthError,
-    crop_and_resize,
-    depth_latent_schema,
-    latent_mask,
-    normalise_depth,
-    size_text,
-)
+from d2f_core.data.depth import BadDepthError, crop_and_resize, latent_mask, normalise_depth, size_text
 from d2f_core.data.depth_files import decode_npy
 from d2f_core.data.image_headers import read_declared
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.depth import DepthSample, DepthSource, read_depth, read_valid
 from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeKind, EncodeSpec, Picture
+from d2f_core.flow.latents import DEPTH_TASK, depth_latent_schema
 
 
 def identify(sample: DepthSample) -> str:
