@@ -9,6 +9,7 @@ ones. A thousand million rows in 20,000 files are 4 MB of JSON, where one number
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -22,7 +23,9 @@ from d2f_core.identity import canonical_json
 from d2f_core.storage import exists, join, read_bytes, write_bytes
 
 MANIFEST_NAME = "manifest.json"
-KINDS = ("images", "depth", "latents", "generations", "features")
+KIND_RULE = "[a-z][a-z0-9_]*"
+ROW_GROUP_BYTES = 8 * 2**20
+"""What a row group of large rows holds at most, and a reader has to fetch at least."""
 
 
 class ManifestError(ValueError):
@@ -67,7 +70,7 @@ class Manifest:
     """A complete table."""
 
     kind: str
-    """`images`, `depth`, `latents`, `generations` or `features`."""
+    """What the rows are, in the words of the system that writes them: `images`, `latents`, `key_points`."""
     files: tuple[TableFile, ...]
     """In row order."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -79,8 +82,11 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ManifestError(f"kind={self.kind!r} is not a kind of table. Known: {', '.join(KINDS)}.")
+        if not isinstance(self.kind, str) or not re.fullmatch(KIND_RULE, self.kind):
+            raise ManifestError(
+                f"kind={self.kind!r} does not match {KIND_RULE}. Name the kind of table in lower-case letters, digits "
+                "and underscores, such as 'images' or 'key_points'."
+            )
         for file in self.files:
             if sum(rows * count for rows, count in file.row_groups) != file.rows:
                 raise ManifestError(
@@ -172,17 +178,34 @@ def _to_json(manifest: Manifest) -> str:
     return f'{{\n "files": [\n{files}\n ],' + json.dumps(rest, indent=1, sort_keys=True, ensure_ascii=False)[1:]
 
 
-def write_part(uri: str, name: str, table: pa.Table) -> TableFile:
+def rows_per_group(row_bytes: int) -> int:
+    """How many rows of `row_bytes` bytes a row group should hold: `write_part`'s `row_group_rows`.
+
+    `ROW_GROUP_ROWS` up to 128 KiB a row; of larger rows as many as fit into `ROW_GROUP_BYTES`, but at least one. A
+    reader fetches whole row groups, so 64 rows of 2 MB would cost it 128 MB where it wants a single one.
+    """
+    if row_bytes < 1:
+        raise ValueError(f"row_bytes={row_bytes} must be at least 1. Give the bytes of a row, over all columns.")
+    return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes))
+
+
+def write_part(uri: str, name: str, table: pa.Table, *, row_group_rows: int = ROW_GROUP_ROWS) -> TableFile:
     """Write one parquet file of a table, whole or not at all; equal rows give equal bytes.
 
-    Uncompressed, in row groups of `ROW_GROUP_ROWS`: latents and images do not shrink, and few rows are fetched cheaply.
+    Uncompressed, in small row groups: latents and images do not shrink, and few rows are fetched cheaply.
+
+    Args:
+        row_group_rows: rows per row group, the smallest piece that a reader can fetch; `rows_per_group` tells how many
+            suit rows of a size.
     """
+    if row_group_rows < 1:
+        raise ValueError(f"row_group_rows={row_group_rows} must be at least 1. Use rows_per_group(bytes of a row).")
     sink = pa.BufferOutputStream()
     # A checksum for each page lets a reader of a few row groups find damage without reading the whole file.
     pq.write_table(
         table,
         sink,
-        row_group_size=ROW_GROUP_ROWS,
+        row_group_size=row_group_rows,
         compression="none",
         use_dictionary=False,
         write_page_checksum=True,

@@ -19,7 +19,7 @@ the manifest, where 3 has runs of equal ones; the tables are the same."""
 READABLE_VERSIONS = (2, 3)
 
 ROW_GROUP_ROWS = 64
-"""Rows per parquet row group: the smallest piece that a reader can fetch."""
+"""Rows per parquet row group, the smallest piece that a reader can fetch, of a table whose rows are small."""
 
 SHAPE_KEY, DTYPE_KEY = b"shape", b"dtype"
 

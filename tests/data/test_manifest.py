@@ -14,6 +14,7 @@ from d2f_core.data.manifest import (
     ManifestNotFoundError,
     manifest_exists,
     read_manifest,
+    rows_per_group,
     run_lengths,
     write_manifest,
     write_part,
@@ -82,6 +83,46 @@ def test_parts_are_what_their_entry_says(tmp_path):
     assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256)
     assert run_lengths(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)) == file.row_groups
     assert metadata.row_group(0).column(0).compression == "UNCOMPRESSED"
+
+
+def test_a_system_names_its_own_kind_of_table(tmp_path):
+    manifest = dataclasses.replace(written(str(tmp_path), 3), kind="key_points2")
+    write_manifest(str(tmp_path), manifest)
+    assert read_manifest(str(tmp_path)) == manifest
+
+
+@pytest.mark.parametrize("kind", ["", "Images", "key points", "2d", "key-points", "images\n", "_x", None, 3])
+def test_a_malformed_kind_is_refused_with_the_rule(kind, tmp_path):
+    message = r"kind=.* does not match \[a-z\]\[a-z0-9_\]\*\. Name the kind of table in lower-case letters"
+    with pytest.raises(ManifestError, match=message):
+        Manifest(kind=kind, files=())
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 3, "kind": kind, "files": []}))
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(str(tmp_path))
+
+
+def test_row_groups_are_as_long_as_the_writer_says(tmp_path):
+    rows = some_rows(11)
+    file = write_part(str(tmp_path), "a", rows, row_group_rows=4)
+    assert file.row_groups == ((4, 2), (3, 1)) and pq.read_table(tmp_path / "a").equals(rows)
+    assert write_part(str(tmp_path), "b", rows) == dataclasses.replace(
+        write_part(str(tmp_path), "c", rows, row_group_rows=64), path="b"
+    )
+    with pytest.raises(ValueError, match="row_group_rows=0 must be at least 1"):
+        write_part(str(tmp_path), "d", rows, row_group_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "rows"),
+    [(1, 64), (66_000, 64), (2**17, 64), (2**17 + 1, 63), (10**6, 8), (2 * 10**6, 4), (2**23, 1), (10**9, 1)],
+)
+def test_a_row_group_of_large_rows_is_some_megabytes(row_bytes, rows):
+    assert rows_per_group(row_bytes) == rows
+
+
+def test_rows_without_bytes_have_no_row_groups():
+    with pytest.raises(ValueError, match=r"row_bytes=0 must be at least 1\. Give the bytes of a row"):
+        rows_per_group(0)
 
 
 def test_equal_rows_give_equal_bytes_however_they_are_chunked(tmp_path):
