@@ -99,6 +99,11 @@ class Manifest:
         return sum(file.rows for file in self.files)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row over all columns: the mean of the file with the largest rows; 0 of a table without rows."""
+        return max((-(-file.size // file.rows) for file in self.files if file.rows), default=0)
+
+    @property
     def digest(self) -> str:
         """Hash of the table's content: its files, its kind and its encoder, not how or when it was made."""
         text = hashlib.sha256(b'{"files":[')

@@ -7,6 +7,8 @@ import numpy as np
 
 from d2f_core.data.sample_order import BucketSchedule, SampleOrder
 
+BUFFER_BYTES = 2 * 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -39,6 +41,8 @@ class StreamPlan:
     num_steps: int
     """Optimizer steps of the whole training."""
     seed: int = 0
+    buffer_bytes: int = BUFFER_BYTES
+    """Memory of each worker's reader. It decides how much is read ahead, never which rows come when."""
 
     @cached_property
     def _schedule(self) -> BucketSchedule:

@@ -38,6 +38,14 @@ class RowRange:
     reasons: dict[int, str]
     """Row number -> why it cannot be used."""
 
+    def keeping(self, rows: np.ndarray) -> "RowRange":
+        """The same range with the content of these rows (int64, ascending) alone, copied; of others none is left."""
+        places = self.places[rows - self.first]
+        usable = places >= 0
+        kept = np.full_like(self.places, -1)
+        kept[rows[usable] - self.first] = np.arange(usable.sum())
+        return RowRange(self.first, self.table.take(pa.array(places[usable])), kept, self.reasons)
+
 
 @dataclass(frozen=True)
 class RowGroup:
@@ -62,6 +70,7 @@ class TableReader:
         self._columns = list(columns)
         self._filesystem, self._root = storage.arrow_filesystem(uri)
         self._files = manifest.files
+        self.row_bytes = manifest.row_bytes
         runs = [(number, *run) for number, file in enumerate(manifest.files) for run in file.row_groups]
         # Of each run: its file, and the rows of each of its groups.
         self._run_files, self._run_sizes, counts = np.array(runs, np.int64).reshape(-1, 3).T

@@ -10,9 +10,9 @@ import pytest
 from d2f_core import storage
 from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, TableFile, read_manifest, write_manifest, write_part
+from d2f_core.data.plan_reader import PlanReader
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field
-from d2f_core.data.stream import PlanReader
 from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.data.table_reader import DamagedDataError, RowReader, TableReader
 
