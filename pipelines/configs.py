@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.data.sample_order import SampleOrder
-from d2f_core.data.stream_plan import Source, StreamPlan
+from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.data.table_plan import OrderConfig, plan_tables
 from d2f_core.identity import identity_hash, identity_values
 from d2f_core.model.artifact import SamplingDefaults
 from d2f_core.model.autoencoder_training import AutoencoderLossConfig
@@ -93,27 +93,19 @@ class TrainAutoencoderConfig:
 def _plan(
     uris: Sequence[str], manifests: Sequence[Manifest], columns: tuple[str, ...], holdout_rows: int, train: TrainConfig
 ) -> StreamPlan:
-    orders = (
-        SampleOrder(
-            num_rows=manifest.num_rows,
-            holdout_rows=holdout_rows,
-            seed=train.seed,
-            batch=train.global_batch_size,
-            lanes=train.lanes,
-            window_rows=train.window_rows,
-        )
-        for manifest in manifests
-    )
-    return StreamPlan(
-        sources=tuple(Source(uri=uri, order=order) for uri, order in zip(uris, orders, strict=True)),
-        columns=columns,
+    order = _order(train)
+    return plan_tables(uris, manifests, columns, order, holdout_rows=holdout_rows, num_steps=train.num_steps)
+
+
+def _order(train: TrainConfig) -> OrderConfig:
+    return OrderConfig(
+        seed=train.seed,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        num_steps=train.num_steps,
-        seed=train.seed,
+        lanes=train.lanes,
+        window_rows=train.window_rows,
     )
 
 
 def _digest(fixed: Mapping[str, Any], train: TrainConfig) -> str:
-    batch = {name: getattr(train, name) for name in ("seed", "global_batch_size", "lanes", "window_rows")}
-    return identity_hash({**fixed, **batch})
+    return identity_hash({**fixed, **_order(train).identity()})

@@ -13,14 +13,18 @@ Windows fit while (lanes of this worker) x window_rows x (bytes of a row) is les
 leads back to them is a smaller `window_rows`, or a larger buffer; the first decides the order too.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 
 from d2f_core.data.stream_plan import MicroBatch, StreamPlan
-from d2f_core.data.table_reader import RowGroup, TableReader
+from d2f_core.data.table_reader import TableReader
+
+Label = TypeVar("Label", bound=Hashable)
 
 ROWS_PER_CHUNK = 1024
 """At most, however small the rows are."""
@@ -36,7 +40,7 @@ READ_AHEAD_CHUNKS = 4
 class Piece:
     """Consecutive rows of one of the plan's tables that are fetched together."""
 
-    source: int
+    table: int
     first: int
     end: int
     """First and one past the last row."""
@@ -56,10 +60,10 @@ Needs = list[tuple[Piece, np.ndarray]]
 class Run:
     """Consecutive micro-batches of one table, as one sequence of rows."""
 
-    source: int
+    table: int
     epochs: np.ndarray
     rows: np.ndarray
-    """Int64 [rows] each."""
+    """Int64 [rows] each; rows of the table."""
     needs: Needs
 
 
@@ -126,43 +130,53 @@ class ChunkPlanner:
         first = self._first + number * self._per_chunk
         numbers = range(first, min(first + self._per_chunk, self._end))
         micro_batches = [self._plan.micro_batch(one, self._rank, self._num_workers) for one in numbers]
-        by_source = [(source, list(ones)) for source, ones in groupby(micro_batches, key=lambda one: one.source)]
-        whole = Chunk([self._run(source, ones, self._windows) for source, ones in by_source])
+        tables = groupby(micro_batches, key=lambda one: self._plan.table_of[one.source])
+        by_table = [(table, list(ones)) for table, ones in tables]
+        whole = Chunk([self._run(table, ones, self._windows) for table, ones in by_table])
         if sum(piece.size for piece in set(whole.pieces)) <= self._room:
             return whole
-        return Chunk([self._run(source, ones, self._row_groups) for source, ones in by_source])
+        return Chunk([self._run(table, ones, self._row_groups) for table, ones in by_table])
 
-    def _run(self, source: int, micro_batches: list[MicroBatch], find: Callable[[int, np.ndarray], Needs]) -> Run:
+    def _run(self, table: int, micro_batches: list[MicroBatch], find: Callable[[list[MicroBatch]], Needs]) -> Run:
         epochs, rows = (np.concatenate([getattr(one, name) for one in micro_batches]) for name in ("epochs", "rows"))
-        return Run(source, epochs, rows, find(source, rows))
+        return Run(table, epochs, rows, find(micro_batches))
 
-    def _windows(self, source: int, rows: np.ndarray) -> Needs:
-        order, reader = self._plan.sources[source].order, self._readers[source]
+    def _windows(self, micro_batches: list[MicroBatch]) -> Needs:
+        """The windows that hold their rows."""
+        labels = [
+            (one.source, window)
+            for one in micro_batches
+            for window in self._plan.sources[one.source].window_of(one.rows).tolist()
+        ]
         needs = []
-        for window, places in _places_by_label(order.window_of(rows)):
-            first, end = order.window_bounds(window)
-            low, high = _groups_around(reader, first, end)
-            size = (high.end - low.first) * reader.row_bytes
-            needs.append((Piece(source, first, end, size=size, in_flight=size), places))
+        for (source, window), places in _places_by_label(labels):
+            table, (first, end) = self._plan.table_of[source], self._plan.sources[source].window_bounds(window)
+            size = _rows_around(self._readers[table], first, end) * self._readers[table].row_bytes
+            needs.append((Piece(table, first, end, size=size, in_flight=size), places))
         return needs
 
-    def _row_groups(self, source: int, rows: np.ndarray) -> Needs:
-        reader, needs = self._readers[source], []
-        for number, places in _places_by_label(reader.groups_of(rows)):
+    def _row_groups(self, micro_batches: list[MicroBatch]) -> Needs:
+        """The row groups that hold their rows, and these rows of them."""
+        table, needs = self._plan.table_of[micro_batches[0].source], []
+        rows, reader = np.concatenate([one.rows for one in micro_batches]), self._readers[table]
+        for number, places in _places_by_label(reader.groups_of(rows).tolist()):
             (group,) = reader.row_groups(number, number)
             kept = tuple(sorted(set(rows[places].tolist())))
-            size, fetched = (rows * reader.row_bytes for rows in (len(kept), group.end - group.first))
-            needs.append((Piece(source, group.first, group.end, kept, size, 2 * fetched), places))
+            size, fetched = (count * reader.row_bytes for count in (len(kept), group.end - group.first))
+            needs.append((Piece(table, group.first, group.end, kept, size, 2 * fetched), places))
         return needs
 
 
-def _places_by_label(labels: np.ndarray) -> Iterable[tuple[int, np.ndarray]]:
+def _places_by_label(labels: Iterable[Label]) -> list[tuple[Label, np.ndarray]]:
     """Each label, in the order of first use, and where it stands."""
-    return [(label, np.flatnonzero(labels == label)) for label in dict.fromkeys(labels.tolist())]
+    places = defaultdict[Label, list[int]](list)
+    for place, label in enumerate(labels):
+        places[label].append(place)
+    return [(label, np.array(found)) for label, found in places.items()]
 
 
-def _groups_around(reader: TableReader, first: int, end: int) -> tuple[RowGroup, RowGroup]:
-    """The first and the last row group of some rows: all of them stay in memory, for a slice of them holds them all."""
+def _rows_around(reader: TableReader, first: int, end: int) -> int:
+    """Rows of the row groups in which some rows lie: all of them stay in memory, for a slice of them holds them all."""
     numbers = reader.groups_of(np.array([first, end - 1])).tolist()
     (low,), (high,) = (reader.row_groups(number, number) for number in numbers)
-    return low, high
+    return high.end - low.first

@@ -40,6 +40,10 @@ Runs = tuple[tuple[int, int], ...]
 """Row groups of a file, in order, as runs of equal ones: (rows of each, how many)."""
 
 
+Buckets = tuple[tuple[str, int], ...]
+"""The buckets of a table, in row order: (value, rows of it). The rows of a bucket are consecutive."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableFile:
     """One parquet file of a table."""
@@ -65,6 +69,31 @@ def run_lengths(row_groups: Iterable[int]) -> Runs:
     return tuple((rows, sum(1 for _ in equal)) for rows, equal in groupby(row_groups))
 
 
+def bucket_runs(values: Iterable[str]) -> Buckets:
+    """The buckets of rows whose bucket column has these values, in row order.
+
+    Raises:
+        ManifestError: rows of one value are not consecutive.
+    """
+    runs = tuple((value, sum(1 for _ in equal)) for value, equal in groupby(values))
+    _check_buckets(runs)
+    return runs
+
+
+def _check_buckets(buckets: Buckets) -> None:
+    """Raise ManifestError unless each value is a text and has one run of at least one row."""
+    seen = set[str]()
+    for value, rows in buckets:
+        if not isinstance(value, str) or not isinstance(rows, int) or rows < 1:
+            raise ManifestError(f"buckets: ({value!r}, {rows!r}) must be a text and a number of rows from 1 on.")
+        if value in seen:
+            raise ManifestError(
+                f"buckets: the rows of {value!r} lie apart. Rows of one bucket must be consecutive: sort the rows by "
+                "their bucket before they are written."
+            )
+        seen.add(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A complete table."""
@@ -79,6 +108,9 @@ class Manifest:
     """What the table was made from: source, configuration, versions."""
     counts: dict[str, int] = field(default_factory=dict)
     """Samples by fate; for a job over a source: read = written + quarantined. `duplicates` are quarantined ones."""
+    buckets: Buckets = ()
+    """Runs of rows of which a micro-batch may be made (see `table_plan`); most tables have none. They decide the order
+    of a training, so they are part of the digest; a manifest without any is written as if there were no such field."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -93,6 +125,13 @@ class Manifest:
                     f"{file.path}: its row groups (rows, count) {str(file.row_groups)[:200]} do not add up to "
                     f"{file.rows} rows. Write the table again."
                 )
+        _check_buckets(self.buckets)
+        bucketed = sum(rows for _, rows in self.buckets)
+        if self.buckets and bucketed != self.num_rows:
+            raise ManifestError(
+                f"buckets: {len(self.buckets)} buckets have {bucketed} rows, the files have {self.num_rows}. Every row "
+                "belongs to one bucket: give them all, in row order."
+            )
 
     @property
     def num_rows(self) -> int:
@@ -105,11 +144,12 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Hash of the table's content: its files, its kind and its encoder, not how or when it was made."""
+        """Hash of the table's content: its files, kind, encoder and buckets, not how or when it was made."""
         text = hashlib.sha256(b'{"files":[')
         for number, file in enumerate(self.files):
             text.update(b"," * bool(number) + _listing_all_groups(file))
-        text.update(b"]," + canonical_json({"fingerprint": self.fingerprint, "kind": self.kind})[1:])
+        rest = {"fingerprint": self.fingerprint, "kind": self.kind}
+        text.update(b"]," + canonical_json(rest | ({"buckets": self.buckets} if self.buckets else {}))[1:])
         return text.hexdigest()
 
 
@@ -153,7 +193,8 @@ def read_manifest(uri: str) -> Manifest:
         )
     try:
         files = tuple(map(TableFile.from_json, content.pop("files")))
-        return Manifest(**{**content, "files": files, "schema_version": SCHEMA_VERSION})
+        buckets = tuple(map(tuple, content.pop("buckets", ())))
+        return Manifest(**{**content, "files": files, "buckets": buckets, "schema_version": SCHEMA_VERSION})
     except ManifestError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -176,11 +217,18 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
 
 
 def _to_json(manifest: Manifest) -> str:
-    """One line per file."""
-    files = ",\n".join(json.dumps(asdict(file), sort_keys=True, ensure_ascii=False) for file in manifest.files)
-    rest = asdict(replace(manifest, files=()))
-    del rest["files"]
-    return f'{{\n "files": [\n{files}\n ],' + json.dumps(rest, indent=1, sort_keys=True, ensure_ascii=False)[1:]
+    """One line per file, and per bucket."""
+    lists: dict[str, list[Any]] = {"files": [asdict(file) for file in manifest.files]}
+    if manifest.buckets:
+        lists["buckets"] = list(manifest.buckets)
+    rest = asdict(replace(manifest, files=(), buckets=()))
+    del rest["files"], rest["buckets"]
+    text = "".join(f'\n "{name}": [\n{_lines(items)}\n ],' for name, items in lists.items())
+    return "{" + text + json.dumps(rest, indent=1, sort_keys=True, ensure_ascii=False)[1:]
+
+
+def _lines(items: list[Any]) -> str:
+    return ",\n".join(json.dumps(item, sort_keys=True, ensure_ascii=False) for item in items)
 
 
 def rows_per_group(row_bytes: int) -> int:

@@ -48,7 +48,8 @@ class PlanReader:
 
     def __init__(self, plan: StreamPlan, rank: int, num_workers: int, first_step: int) -> None:
         self._plan = plan
-        self._readers = [TableReader(s.uri, read_manifest(s.uri), plan.columns) for s in plan.sources]
+        self._readers = [TableReader(uri, read_manifest(uri), plan.columns) for uri in plan.tables]
+        self._first_rows = dict(zip(plan.table_of, plan.first_rows, strict=True))
         self._planner = ChunkPlanner(plan, rank, num_workers, first_step, self._readers)
         self._pool = ThreadPoolExecutor(READING_THREADS)
         self._in_flight = ByteLimit(self._planner.fetch_bytes)
@@ -72,7 +73,7 @@ class PlanReader:
 
     def _fetch(self, piece: Piece) -> RowRange:
         with self._in_flight.taking(piece.in_flight):
-            found = self._readers[piece.source].read(piece.first, piece.end)
+            found = self._readers[piece.table].read(piece.first, piece.end)
             return found if piece.kept is None else found.keeping(np.array(piece.kept))
 
     def _assemble(self, run: Run) -> pa.Table:
@@ -86,19 +87,19 @@ class PlanReader:
             reasons |= {row: found.reasons[row] for row in rows[chosen[~usable]].tolist()}
         unusable = np.array([row in reasons for row in rows.tolist()])
         if unusable.all():
-            parts.append((self._any_row(run.source, reasons), np.array([0]), np.array([0])))
+            parts.append((self._any_row(run.table, reasons), np.array([0]), np.array([0])))
         if unusable.any():  # filled with the content of any other row
             table, places, _ = next(part for part in parts if len(part[1]))
             parts.append((table, places[:1].repeat(unusable.sum()), np.flatnonzero(unusable)))
         table = self._gatherer.gather(parts, len(rows))
         table = table.append_column(EPOCH, pa.array(run.epochs))
-        table = table.append_column(ROW, pa.array(rows + self._plan.first_rows[run.source]))
+        table = table.append_column(ROW, pa.array(rows + self._first_rows[run.table]))
         return table.append_column(REASON, pa.array([reasons.get(row) for row in rows.tolist()], pa.string()))
 
-    def _any_row(self, source: int, reasons: dict[int, str]) -> pa.Table:
+    def _any_row(self, table: int, reasons: dict[int, str]) -> pa.Table:
         """A row that can be used, where none of a chunk can."""
         for piece, fetched in self._pieces.items():
-            if piece.source == source and (good := fetched.result().places >= 0).any():
+            if piece.table == table and (good := fetched.result().places >= 0).any():
                 found = fetched.result()
                 return found.table.slice(int(found.places[good][0]), 1)
         raise DamagedDataError(f"None of the rows {sorted(reasons)[:5]}... can be used: {next(iter(reasons.values()))}")
@@ -106,5 +107,4 @@ class PlanReader:
 
 def chunk_size(plan: StreamPlan) -> int:
     """Micro-batches that are put together at once, by the sizes of rows in the tables' manifests."""
-    uris = {source.uri for source in plan.sources}
-    return micro_batches_per_chunk(plan, max(read_manifest(uri).row_bytes for uri in uris))
+    return micro_batches_per_chunk(plan, max(read_manifest(uri).row_bytes for uri in set(plan.tables)))

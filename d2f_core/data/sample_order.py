@@ -35,12 +35,11 @@ def _windows(count: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
 
 @lru_cache(maxsize=2)
 def _cycle(batches: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bucket of each step of a cycle, and how many steps of the cycle took from that bucket before."""
+    """The bucket of each batch of a cycle, and how many batches of the cycle came from that bucket before."""
     labels = np.repeat(np.arange(len(batches), dtype=np.int32), batches)
     buckets = labels[keyed_generator(seed, cycle, "buckets").permutation(len(labels))]
     before = np.empty(len(buckets), np.int64)
-    for bucket, count in enumerate(batches):
-        before[buckets == bucket] = np.arange(count)
+    before[np.argsort(buckets, kind="stable")] = np.concatenate([np.arange(count) for count in batches])
     return buckets, before
 
 
@@ -152,21 +151,21 @@ class SampleOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSchedule:
-    """Which bucket each optimizer step takes its whole batch from; each bucket has a `SampleOrder` of its own.
+    """Which bucket each batch is taken from, as a whole; each bucket has a `SampleOrder` of its own.
 
-    Over a cycle of as many steps as all buckets have batches (a last partial one counts), the steps of the buckets are
-    shuffled; then the next cycle begins. Within a bucket batches run on across its epoch edges.
+    Over a cycle of as many batches as all buckets have per epoch (a last partial one counts), the batches of the
+    buckets are shuffled; then the next cycle begins. Within a bucket batches run on across its epoch edges.
     """
 
     batches: tuple[int, ...]
     """Batches per epoch of each bucket."""
     seed: int = 0
 
-    def at(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and how many steps took from that bucket before."""
+    def at(self, batch: int) -> tuple[int, int]:
+        """The bucket of a batch, and how many batches came from that bucket before."""
         if len(self.batches) == 1:
-            return 0, step
-        cycle, place = divmod(step, sum(self.batches))
+            return 0, batch
+        cycle, place = divmod(batch, sum(self.batches))
         buckets, before = _cycle(self.batches, self.seed, cycle)
         bucket = int(buckets[place])
         return bucket, cycle * self.batches[bucket] + int(before[place])

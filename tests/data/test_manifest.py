@@ -12,6 +12,8 @@ from d2f_core.data.manifest import (
     Manifest,
     ManifestError,
     ManifestNotFoundError,
+    TableFile,
+    bucket_runs,
     manifest_exists,
     read_manifest,
     rows_per_group,
@@ -49,6 +51,19 @@ def test_what_is_written_is_read(place):
     assert manifest.files[0].row_groups == ((64, 2), (2, 1))
 
 
+def test_a_manifest_is_written_as_by_every_release(tmp_path):
+    """Byte by byte: what 67c14c5 wrote, by its hash."""
+    files = tuple(
+        TableFile(path=path, rows=66, size=3, sha256="x", row_groups=((64, 1), (2, 1))) for path in ("a", "é")
+    )
+    fields = {"fingerprint": {"a": "é"}, "inputs": {"z": [1, {"b": 2}]}, "counts": {"read": 1}}
+    manifest = Manifest(kind="latents", files=files, **fields)
+    write_manifest(str(tmp_path), manifest)
+    text = (tmp_path / "manifest.json").read_bytes()
+    assert hashlib.sha256(text).hexdigest()[:16] == "4cd0179d20819e90"
+    assert manifest.digest[:16] == "cc614eff48a69fc4"
+
+
 def test_a_manifest_has_a_line_per_file_however_many_row_groups_there_are(tmp_path):
     write_manifest(str(tmp_path), written(str(tmp_path), 1000, 130))
     lines = [line for line in (tmp_path / "manifest.json").read_text().splitlines() if "part-" in line]
@@ -83,6 +98,43 @@ def test_parts_are_what_their_entry_says(tmp_path):
     assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256)
     assert run_lengths(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)) == file.row_groups
     assert metadata.row_group(0).column(0).compression == "UNCOMPRESSED"
+
+
+def test_buckets_are_written_where_there_are_any_and_decide_the_digest(tmp_path):
+    plain = written(str(tmp_path / "a"), 5, 4)
+    write_manifest(str(tmp_path / "a"), plain)
+    assert "buckets" not in json.loads((tmp_path / "a/manifest.json").read_text())
+    runs = bucket_runs(["cat"] * 3 + ["dog"] * 5 + ["é"])
+    bucketed = dataclasses.replace(plain, buckets=runs)
+    write_manifest(str(tmp_path / "b"), bucketed)
+    assert read_manifest(str(tmp_path / "b")) == bucketed and runs == (("cat", 3), ("dog", 5), ("é", 1))
+    others = [dataclasses.replace(plain, buckets=(("cat", 4), ("dog", 4), ("é", 1))), bucketed, plain]
+    assert len({manifest.digest for manifest in others}) == 3
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        ([["cat", 3], ["dog", 1]], "2 buckets have 4 rows, the files have 5. Every row belongs to one bucket"),
+        ([["cat", 2], ["dog", 1], ["cat", 2]], "rows of 'cat' lie apart.*must be consecutive: sort the rows"),
+        ([["cat", 5], ["dog", 0]], r"\('dog', 0\) must be a text and a number of rows from 1 on"),
+        ([[3, 5]], r"\(3, 5\) must be a text"),
+        ([["cat", "5"]], r"\('cat', '5'\) must be a text and a number"),
+        ([["cat"]], "is not a table's manifest"),
+        (7, "is not a table's manifest"),
+    ],
+)
+def test_buckets_that_do_not_fit_the_rows_are_refused(buckets, message, tmp_path):
+    write_manifest(str(tmp_path), written(str(tmp_path), 5))
+    content = json.loads((tmp_path / "manifest.json").read_text()) | {"buckets": buckets}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(str(tmp_path))
+
+
+def test_rows_of_one_bucket_that_lie_apart_are_refused_before_they_are_written():
+    with pytest.raises(ManifestError, match="rows of 'a' lie apart"):
+        bucket_runs(["a", "b", "a"])
 
 
 def test_a_system_names_its_own_kind_of_table(tmp_path):
