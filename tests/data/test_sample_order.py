@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_core.data.sample_order import BucketSchedule, SampleOrder
+from d2f_core.data.sample_order import BucketSchedule, SampleOrder, _permutation, _windows
 from d2f_core.data.stream_plan import Source, StreamPlan
 
 orders = st.builds(
@@ -71,6 +71,16 @@ def test_the_order_is_that_of_every_release(fields, expected):
     order = SampleOrder(**fields)
     drawn = [*order.at(np.arange(3 * order.num_samples + 5)), order.holdout()]
     assert hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in drawn)).hexdigest()[:16] == expected
+
+
+def test_the_worked_examples_are_true():
+    order = SampleOrder(num_rows=9, batch=4, lanes=2, window_rows=2)
+    assert order._in_lanes(np.arange(9)).tolist() == [0, 1, 5, 6, 2, 3, 7, 4, 8]
+    seed = next(seed for seed in range(100) if _windows(3, seed, 0)[0].tolist() == [1, 2, 0])
+    order = SampleOrder(num_rows=7, window_rows=3, seed=seed)
+    samples = order._shuffled(0, np.arange(7)).tolist()
+    assert [sorted(samples[:3]), samples[3], sorted(samples[4:])] == [[3, 4, 5], 6, [0, 1, 2]]
+    assert samples[5] == _permutation(3, seed, 0 * 3 + 0, "order")[1]
 
 
 def test_buckets_and_micro_batches_are_those_of_every_release():
