@@ -1,5 +1,6 @@
 """The rows of a plan, in its order: fetched ahead of time within the plan's buffer, and put together by chunks."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,8 @@ from d2f_core.data.table_reader import DamagedDataError, RowRange, TableReader
 
 EPOCH, ROW, REASON = "epoch", "row", "reason"
 READING_THREADS = 8
+FILES_TRIED = 100
+"""Files in which a usable row is looked for before a table is given up."""
 
 
 class ByteLimit:
@@ -97,11 +100,13 @@ class PlanReader:
         return table.append_column(REASON, pa.array([reasons.get(row) for row in rows.tolist()], pa.string()))
 
     def _any_row(self, table: int, reasons: dict[int, str]) -> pa.Table:
-        """A row that can be used, where none of a chunk can."""
-        for piece, fetched in self._pieces.items():
-            if piece.table == table and (good := fetched.result().places >= 0).any():
-                found = fetched.result()
-                return found.table.slice(int(found.places[good][0]), 1)
+        """A row that can be used, where none of a run can: one that is at hand, or else of the first whole file."""
+        at_hand = (fetched.result() for piece, fetched in self._pieces.items() if piece.table == table)
+        reader = self._readers[table]
+        elsewhere = (reader.read(row, row + 1) for row in reader.first_rows_of_files()[:FILES_TRIED])
+        for found in itertools.chain(at_hand, elsewhere):
+            if len(good := found.places[found.places >= 0]):
+                return found.table.slice(int(good[0]), 1)
         raise DamagedDataError(f"None of the rows {sorted(reasons)[:5]}... can be used: {next(iter(reasons.values()))}")
 
 

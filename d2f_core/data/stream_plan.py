@@ -71,6 +71,8 @@ class StreamPlan:
     """Memory of each worker's reader. It decides how much is read ahead, never which rows come when."""
 
     def __post_init__(self) -> None:
+        if self.buffer_bytes < 1:
+            raise ValueError(f"buffer_bytes={self.buffer_bytes} must be at least 1. Use {BUFFER_BYTES}, 2 GiB.")
         end = 0
         for before, source in zip((None, *self.sources), self.sources, strict=False):
             if source.first_row and (before is None or before.uri != source.uri or source.first_row != end):

@@ -110,6 +110,11 @@ class TableReader:
                 _raise_unless_damage(error)
         raise DamagedDataError(f"No file of {self._root} can be read. Write the table again.")
 
+    def first_rows_of_files(self) -> list[int]:
+        """The first row of each file that has any."""
+        starts = np.cumsum([0, *(file.rows for file in self._files)])
+        return [int(start) for start, file in zip(starts, self._files, strict=False) if file.rows]
+
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
         """The row group, int64, counted over the whole table, that holds each row."""
         runs = np.searchsorted(self._run_rows, rows, side="right") - 1

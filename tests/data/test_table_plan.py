@@ -138,6 +138,8 @@ def test_sources_that_are_no_partition_of_their_tables_are_refused():
         parts = (Source(uri="/a", order=order), Source(uri=uri, order=order, first_row=first_row))
         with pytest.raises(ValueError, match=rf"source of '{uri}' from row {first_row} on does not follow"):
             StreamPlan(sources=parts, **fields)
+    with pytest.raises(ValueError, match=r"buffer_bytes=0 must be at least 1\. Use 2147483648, 2 GiB"):
+        StreamPlan(sources=(Source(uri="/a", order=order),), buffer_bytes=0, **fields)
     with pytest.raises(ValueError, match="batch=2 of an order is not micro_batch_size=1"):
         StreamPlan(sources=(Source(uri="/a", order=order),), one_source_per="micro_batch",
                    **fields | {"micro_batch_size": 1})  # fmt: skip
