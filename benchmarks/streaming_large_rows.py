@@ -7,8 +7,9 @@ and reads it once through Ray Data, shuffled over `--lanes` windows of `--window
 which fit into the reader's buffer, and then 8 of 512, which do not, so that row groups are read again. The consumer
 takes its first micro-batch, waits until everything that may wait for it does, and takes the rest as fast as it comes.
 
-Looked at from outside, five times a second: the private memory (USS) of the actor that reads, beside the plan's
-`buffer_bytes`; and the pages of Ray's object store, beside `READY_BYTES`. An actor without any rows takes some 300 MiB.
+Looked at from outside, five times a second: the anonymous memory (what is in no file) of the actor that reads, beside
+the plan's `buffer_bytes`; and the pages of Ray's object store, beside `READY_BYTES`. Before it reads, an actor has some
+200 MiB of modules; `reader before` is the first that was seen of it.
 """
 
 import json
@@ -97,11 +98,25 @@ def read_table(uri: str, batch: int, micro_batch: int, lanes: int, window_rows: 
     }
 
 
+def anonymous_memory(pid: int) -> int:
+    """Bytes; pages of the object store, which a process has mapped that writes or reads there, are not among them."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def object_store(raylet: int) -> int:
+    """Bytes of the object store that were ever used: it is a file in memory that the raylet has open."""
+    files = (link for link in Path(f"/proc/{raylet}/fd").iterdir() if "plasma" in os.readlink(link))
+    found = {(stat.st_dev, stat.st_ino): 512 * stat.st_blocks for stat in map(os.stat, files)}
+    return sum(found.values())
+
+
 class Watch:
     """Peaks, in bytes, of what Ray's processes below `raylet` take, until it is stopped."""
 
     def __init__(self, raylet: int) -> None:
-        self.reader, self.store, self._raylet, self._stop = 0, 0, raylet, threading.Event()
+        self.reader, self.before, self.store = 0, 0, 0
+        self._raylet, self._stop = raylet, threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> "Watch":
@@ -114,11 +129,12 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
-            self.store = max(self.store, psutil.Process(self._raylet).memory_info().shared)
+            self.store = max(self.store, object_store(self._raylet))
             for process in family(self._raylet):
-                with suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+                with suppress(psutil.NoSuchProcess, FileNotFoundError):  # it has ended since it was listed
                     if "PlanReader" in " ".join(process.cmdline()):
-                        self.reader = max(self.reader, process.memory_full_info().uss)
+                        found = anonymous_memory(process.pid)
+                        self.reader, self.before = max(self.reader, found), self.before or found
 
 
 def measure(options: Options, directory: str, uri: str, window_rows: int) -> dict[str, Any]:
@@ -129,7 +145,8 @@ def measure(options: Options, directory: str, uri: str, window_rows: int) -> dic
         with Watch(pids[0]) as watch:
             result = run(argv, os.environ["AWS_ENDPOINT_URL"], options.run_seconds)
     limits = {"buffer_bytes": BUFFER_BYTES, "ready_bytes": READY_BYTES}
-    return {"window_rows": window_rows, **result, "reader_peak": watch.reader, "store_peak": watch.store, **limits}
+    peaks = {"reader_peak": watch.reader, "reader_before": watch.before, "store_peak": watch.store}
+    return {"window_rows": window_rows, **result, **peaks, **limits}
 
 
 def main(options: Options) -> None:
@@ -139,14 +156,14 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as directory:
         with running(directory):
             write_table(uri, options.rows)
-        print("| window_rows | reader MiB | its buffer | object store MiB | its limit | rows/s | complete |")
-        print("|---|---|---|---|---|---|---|")
+        print("| window_rows | reader MiB | reader before | its buffer | store MiB | its limit | rows/s | complete |")
+        print("|---|---|---|---|---|---|---|---|")
         for window_rows in options.window_rows:
             one = measure(options, directory, uri, window_rows)
             runs.append(one)
             options.results.write_text(json.dumps(report, indent=1, default=str) + "\n")
-            sizes = (one[name] / 2**20 for name in ("reader_peak", "buffer_bytes", "store_peak", "ready_bytes"))
-            text = " | ".join(f"{size:.0f}" for size in sizes)
+            names = ("reader_peak", "reader_before", "buffer_bytes", "store_peak", "ready_bytes")
+            text = " | ".join(f"{one[name] / 2**20:.0f}" for name in names)
             print(f"| {window_rows} | {text} | {one['rate']:.0f} | {one['complete']} |", flush=True)
 
 

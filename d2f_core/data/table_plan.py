@@ -12,6 +12,10 @@ be, and each micro-batch comes from one of those:
                     ones by less than a micro-batch a cycle; and a bucket with fewer rows than a micro-batch holds some
                     of them twice in one.
     held out        `holdout_rows` rows of each bucket, spread evenly over it.
+
+The buckets of consecutive micro-batches lie all over the table, so a row group is rarely wanted twice within a short
+time, and up to as many times the bytes are read as it has rows (see `chunks`). Write such a table with few rows to a
+row group, down to one where rows are megabytes.
 """
 
 from collections.abc import Iterator, Sequence
