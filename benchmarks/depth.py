@@ -24,11 +24,11 @@ import tyro
 from PIL import Image
 
 from benchmarks.plain_training import PlainTraining
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.depth import clean_depth
 from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.image_rules import ImageRules
 from d2f_core.data.images import prepare_image
-from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.table_reader import RowReader
@@ -36,6 +36,7 @@ from d2f_core.flow.depth.config import FLOORS
 from d2f_core.flow.depth.errors import depth_errors, estimates, floor_maps, mean_depth, square
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
 from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
+from d2f_core.flow.latents import check_fingerprint
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import ModelConfig

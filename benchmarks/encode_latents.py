@@ -31,10 +31,10 @@ import tyro
 
 from d2f_core.batch.chunk_records import unfinished_shards
 from d2f_core.batch.table_job import claim_output, finish_table, make_table, run_chunks
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.data.datasets.emoji import make_dataset
 from d2f_core.data.images import prepare_image
-from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.sources.config import ImageSource

@@ -36,9 +36,9 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from d2f_core.data.latents import table_to_arrays
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import read_manifest
-from d2f_core.data.stream import PlanReader, chunk_size
+from d2f_core.data.plan_reader import PlanReader, chunk_size
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import ModelConfig

@@ -26,7 +26,7 @@ import pyarrow as pa
 import tyro
 
 from benchmarks.fault_proxy import FaultProxy
-from d2f_core.data.latents import arrays_to_table
+from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -36,9 +36,9 @@ from d2f_core.data.manifest import (
     write_manifest,
     write_part,
 )
+from d2f_core.data.plan_reader import PlanReader
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import ROW_GROUP_ROWS, array_field
-from d2f_core.data.stream import PlanReader
 from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.data.table_reader import TableReader
 from d2f_core.storage import join, read_bytes

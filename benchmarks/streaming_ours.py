@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import streaming_peers as peers
 from benchmarks.streaming_peers import BATCH
-from d2f_core.data.latents import arrays_to_table, table_to_arrays
+from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field

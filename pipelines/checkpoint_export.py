@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d2f_core import storage
-from d2f_core.data.latents import noise_columns
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.flow.latents import noise_columns
 from d2f_core.model.artifact import describe, upload_artifact
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.latent_task import empty_network, joined_channels

@@ -11,6 +11,7 @@ from d2f_core.train.config import TrainConfig
 if TYPE_CHECKING:
     from d2f_core.data.manifest import Manifest
     from d2f_core.data.stream_plan import StreamPlan
+    from d2f_core.data.table_plan import OrderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,30 +97,23 @@ def _plan(
     holdout_rows: int,
     train: TrainConfig,
 ) -> "StreamPlan":
-    from d2f_core.data.sample_order import SampleOrder
-    from d2f_core.data.stream_plan import Source, StreamPlan
+    from d2f_core.data.table_plan import plan_tables
 
-    orders = (
-        SampleOrder(
-            num_rows=manifest.num_rows,
-            holdout_rows=holdout_rows,
-            seed=train.seed,
-            batch=train.global_batch_size,
-            lanes=train.lanes,
-            window_rows=train.window_rows,
-        )
-        for manifest in manifests
-    )
-    return StreamPlan(
-        sources=tuple(Source(uri=uri, order=order) for uri, order in zip(uris, orders, strict=True)),
-        columns=columns,
+    order = _order(train)
+    return plan_tables(uris, manifests, columns, order, holdout_rows=holdout_rows, num_steps=train.num_steps)
+
+
+def _order(train: TrainConfig) -> "OrderConfig":
+    from d2f_core.data.table_plan import OrderConfig
+
+    return OrderConfig(
+        seed=train.seed,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        num_steps=train.num_steps,
-        seed=train.seed,
+        lanes=train.lanes,
+        window_rows=train.window_rows,
     )
 
 
 def _digest(fixed: Mapping[str, Any], train: TrainConfig) -> str:
-    batch = {name: getattr(train, name) for name in ("seed", "global_batch_size", "lanes", "window_rows")}
-    return identity_hash({**fixed, **batch})
+    return identity_hash({**fixed, **_order(train).identity()})

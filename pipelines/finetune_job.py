@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from d2f_core import storage
-from d2f_core.data.latents import check_fingerprint
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.flow.latents import check_fingerprint
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.tracking import check_tracking, pin_model

@@ -5,11 +5,12 @@ import functools
 
 import torch
 
-from d2f_core.data.latents import noise_columns, table_to_arrays
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
+from d2f_core.flow.latents import noise_columns
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.config import ModelConfig, PreviewConfig
 from d2f_core.model.image_to_depth import ImageToDepth

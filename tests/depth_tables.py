@@ -5,11 +5,12 @@ import io
 import numpy as np
 from PIL import Image
 
-from d2f_core.data.depth import DEPTH_SCHEMA, DEPTH_TASK, depth_latent_schema
+from d2f_core.data.arrays import arrays_to_table
+from d2f_core.data.depth import DEPTH_SCHEMA
 from d2f_core.data.depth_files import encode_depth
-from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.schema import sample_id
+from d2f_core.flow.latents import DEPTH_TASK, depth_latent_schema
 
 
 def picture(seed: int, height: int = 16, width: int = 20) -> bytes:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from d2f_core.data.latents import arrays_to_table
+from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
-from d2f_core.data.schema import latent_schema
+from d2f_core.flow.latents import latent_schema
 
 
 def write_latents(

@@ -21,9 +21,9 @@ from d2f_core.batch.chunks import TableActor
 from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.batch.table_job import TableJob
 from d2f_core.batch.table_spec import TableSpec
+from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.image_rules import ImageRules
 from d2f_core.data.images import prepare_image
-from d2f_core.data.latents import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field, sample_id

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from d2f_core.data.manifest import read_manifest
-from d2f_core.data.stream import EPOCH, ROW
+from d2f_core.data.plan_reader import EPOCH, ROW
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.tracking import RunHandle

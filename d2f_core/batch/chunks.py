@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from d2f_core.batch.chunk_records import ChunkRecord, write_chunk
 from d2f_core.batch.table_spec import TableJobError, TableSpec
+from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.errors import BadSampleError
-from d2f_core.data.latents import arrays_to_table
 from d2f_core.data.quarantine import DUPLICATE, BadSample
 from d2f_core.data.schema import array_kind, is_array
 from d2f_core.data.sources.sample import Sample, Shard

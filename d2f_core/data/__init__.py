@@ -1,1 +1,1 @@
-"""Captioned images and latents on object storage: their schemas, manifests, readers and order."""
+"""Tables on object storage, whatever is in them: their schemas, manifests, readers and order."""

@@ -1,4 +1,4 @@
-"""Depth maps as samples: the columns of their tables, what is learnt of them, and which latents of them count.
+"""Depth maps as samples: the columns of their tables, what is learnt of them, and below which latents they are whole.
 
 A depth map is float32 [height, width]: metres along the optical axis, NaN where there is none. A network learns its
 affine-invariant form, in which neither unit nor offset is left, as three equal channels through an image autoencoder.
@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from d2f_core.data.image_headers import BadImageError
-from d2f_core.data.schema import array_field, latent_schema
 
 DEPTH_SCHEMA = pa.schema(
     [
@@ -28,26 +27,9 @@ DEPTH_SCHEMA = pa.schema(
 in words what is seen. `sample_id` is that of the image alone (`schema.sample_id(image, "")`), so that what was
 predicted from an image finds its depth."""
 
-DEPTH_TASK = "image_to_depth"
-"""What the fingerprint of a depth latent table says under `task`."""
-
 
 class BadDepthError(BadImageError):
     """A pair that is left out because of its depth; the message is a code and a detail, the ledger's reason."""
-
-
-def depth_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:
-    """Columns of a depth latent table: `latent_schema` of the depth pictures, with an empty caption, and two more.
-
-    `joined_mean` is the (scaled) mean of the image's latent; `mask` is 1 where every pixel below a latent has a depth.
-
-    Args:
-        latent_shape: channels, height, width.
-    """
-    _, height, width = latent_shape
-    schema = latent_schema(latent_shape)
-    schema = schema.append(array_field("joined_mean", "float16", latent_shape))
-    return schema.append(array_field("mask", "uint8", (1, height, width)))
 
 
 def clean_depth(depth: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> square RGB pixels, or the reason why not."""
+"""Bytes of an image file -> square RGB pixels, or the reason why not; and where its points come to lie."""
 
 import io
 import re
@@ -37,6 +37,10 @@ UPRIGHT = {
 """What turns an image of an EXIF orientation upright."""
 
 
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreparedImage:
     pixels: np.ndarray
@@ -44,12 +48,34 @@ class PreparedImage:
     width: int
     """Of the original in pixels, upright."""
     height: int
-    crop: tuple[int, int, int, int]
-    """Left, top, right, bottom of the part of the original that was kept."""
+    crop: Box
+    """The part of the original that was kept."""
+    box: Box
+    """Where that part lies in `pixels`; what is outside is black."""
+
+    def to_pixels(self, points: np.ndarray) -> np.ndarray:
+        """Where points of the original lie in `pixels`; outside of `box` when they were cut off.
+
+        Args:
+            points: float [..., 2], x and y in pixels of the upright original from its upper left corner: the centre of
+                the first pixel is (0.5, 0.5).
+        """
+        return _moved(points, self.crop, self.box)
+
+    def to_original(self, points: np.ndarray) -> np.ndarray:
+        """The reverse of `to_pixels`."""
+        return _moved(points, self.box, self.crop)
+
+
+def _moved(points: np.ndarray, source: Box, target: Box) -> np.ndarray:
+    """Points [..., 2] of one box -> the same places of another, float64."""
+    (left, top, right, bottom), (to_left, to_top, to_right, to_bottom) = source, target
+    scale = np.array([(to_right - to_left) / (right - left), (to_bottom - to_top) / (bottom - top)])
+    return (np.asarray(points, np.float64) - (left, top)) * scale + (to_left, to_top)
 
 
 def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
-    """Decode, turn upright, cut the centre square, resize; transparency becomes white.
+    """Decode, turn upright, make a square of it as the rules say, resize; transparency becomes white.
 
     Raises:
         BadImageError: with the reason.
@@ -67,16 +93,34 @@ def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on broken data; each means the same here
         raise BadImageError(f"undecodable: {_without_addresses(error)}") from error
+    return (_cropped if rules.fit == "crop" else _padded)(image, rules.resolution)
+
+
+def _cropped(image: Image.Image, size: int) -> PreparedImage:
+    """The centre square."""
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     crop = (left, top, left + side, top + side)
-    target = (rules.resolution, rules.resolution)
-    if (side, side) != target:
-        image = image.resize(target, Image.Resampling.LANCZOS, box=crop)
-    elif (width, height) != target:
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=crop)
+    elif (width, height) != (size, size):
         image = image.crop(crop)
-    return PreparedImage(pixels=np.asarray(image), width=width, height=height, crop=crop)
+    return PreparedImage(pixels=np.asarray(image), width=width, height=height, crop=crop, box=(0, 0, size, size))
+
+
+def _padded(image: Image.Image, size: int) -> PreparedImage:
+    """All of it in the middle, the longer side as long as the square's."""
+    width, height = image.size
+    longer = max(width, height)
+    inner_width, inner_height = (max(1, round(side * size / longer)) for side in (width, height))
+    left, top = (size - inner_width) // 2, (size - inner_height) // 2
+    if (inner_width, inner_height) != (width, height):
+        image = image.resize((inner_width, inner_height), Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (size, size))
+    square.paste(image, (left, top))
+    box = (left, top, left + inner_width, top + inner_height)
+    return PreparedImage(pixels=np.asarray(square), width=width, height=height, crop=(0, 0, width, height), box=box)
 
 
 def _check_declared(data: bytes, rules: ImageRules) -> Declared:

@@ -9,6 +9,7 @@ ones. A thousand million rows in 20,000 files are 4 MB of JSON, where one number
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -22,7 +23,9 @@ from d2f_core.identity import canonical_json
 from d2f_core.storage import exists, join, read_bytes, write_bytes
 
 MANIFEST_NAME = "manifest.json"
-KINDS = ("images", "depth", "latents", "generations", "features")
+KIND_RULE = "[a-z][a-z0-9_]*"
+ROW_GROUP_BYTES = 8 * 2**20
+"""What a row group of large rows holds at most, and a reader has to fetch at least."""
 
 
 class ManifestError(ValueError):
@@ -35,6 +38,10 @@ class ManifestNotFoundError(ManifestError):
 
 Runs = tuple[tuple[int, int], ...]
 """Row groups of a file, in order, as runs of equal ones: (rows of each, how many)."""
+
+
+Buckets = tuple[tuple[str, int], ...]
+"""The buckets of a table, in row order: (value, rows of it). The rows of a bucket are consecutive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +69,37 @@ def run_lengths(row_groups: Iterable[int]) -> Runs:
     return tuple((rows, sum(1 for _ in equal)) for rows, equal in groupby(row_groups))
 
 
+def bucket_runs(values: Iterable[str]) -> Buckets:
+    """The buckets of rows whose bucket column has these values, in row order.
+
+    Raises:
+        ManifestError: rows of one value are not consecutive.
+    """
+    runs = tuple((value, sum(1 for _ in equal)) for value, equal in groupby(values))
+    _check_buckets(runs)
+    return runs
+
+
+def _check_buckets(buckets: Buckets) -> None:
+    """Raise ManifestError unless each value is a text and has one run of at least one row."""
+    seen = set[str]()
+    for value, rows in buckets:
+        if not isinstance(value, str) or not isinstance(rows, int) or rows < 1:
+            raise ManifestError(f"buckets: ({value!r}, {rows!r}) must be a text and a number of rows from 1 on.")
+        if value in seen:
+            raise ManifestError(
+                f"buckets: the rows of {value!r} lie apart. Rows of one bucket must be consecutive: sort the rows by "
+                "their bucket before they are written."
+            )
+        seen.add(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A complete table."""
 
     kind: str
-    """`images`, `depth`, `latents`, `generations` or `features`."""
+    """What the rows are, in the words of the system that writes them: `images`, `latents`, `key_points`."""
     files: tuple[TableFile, ...]
     """In row order."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -76,29 +108,48 @@ class Manifest:
     """What the table was made from: source, configuration, versions."""
     counts: dict[str, int] = field(default_factory=dict)
     """Samples by fate; for a job over a source: read = written + quarantined. `duplicates` are quarantined ones."""
+    buckets: Buckets = ()
+    """Runs of rows of which a micro-batch may be made (see `table_plan`); most tables have none. They decide the order
+    of a training, so they are part of the digest; a manifest without any is written as if there were no such field."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ManifestError(f"kind={self.kind!r} is not a kind of table. Known: {', '.join(KINDS)}.")
+        if not isinstance(self.kind, str) or not re.fullmatch(KIND_RULE, self.kind):
+            raise ManifestError(
+                f"kind={self.kind!r} does not match {KIND_RULE}. Name the kind of table in lower-case letters, digits "
+                "and underscores, such as 'images' or 'key_points'."
+            )
         for file in self.files:
             if sum(rows * count for rows, count in file.row_groups) != file.rows:
                 raise ManifestError(
                     f"{file.path}: its row groups (rows, count) {str(file.row_groups)[:200]} do not add up to "
                     f"{file.rows} rows. Write the table again."
                 )
+        _check_buckets(self.buckets)
+        bucketed = sum(rows for _, rows in self.buckets)
+        if self.buckets and bucketed != self.num_rows:
+            raise ManifestError(
+                f"buckets: {len(self.buckets)} buckets have {bucketed} rows, the files have {self.num_rows}. Every row "
+                "belongs to one bucket: give them all, in row order."
+            )
 
     @property
     def num_rows(self) -> int:
         return sum(file.rows for file in self.files)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row over all columns: the mean of the file with the largest rows; 0 of a table without rows."""
+        return max((-(-file.size // file.rows) for file in self.files if file.rows), default=0)
+
+    @property
     def digest(self) -> str:
-        """Hash of the table's content: its files, its kind and its encoder, not how or when it was made."""
+        """Hash of the table's content: its files, kind, encoder and buckets, not how or when it was made."""
         text = hashlib.sha256(b'{"files":[')
         for number, file in enumerate(self.files):
             text.update(b"," * bool(number) + _listing_all_groups(file))
-        text.update(b"]," + canonical_json({"fingerprint": self.fingerprint, "kind": self.kind})[1:])
+        rest = {"fingerprint": self.fingerprint, "kind": self.kind}
+        text.update(b"]," + canonical_json(rest | ({"buckets": self.buckets} if self.buckets else {}))[1:])
         return text.hexdigest()
 
 
@@ -142,7 +193,8 @@ def read_manifest(uri: str) -> Manifest:
         )
     try:
         files = tuple(map(TableFile.from_json, content.pop("files")))
-        return Manifest(**{**content, "files": files, "schema_version": SCHEMA_VERSION})
+        buckets = tuple(map(tuple, content.pop("buckets", ())))
+        return Manifest(**{**content, "files": files, "buckets": buckets, "schema_version": SCHEMA_VERSION})
     except ManifestError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -165,24 +217,48 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
 
 
 def _to_json(manifest: Manifest) -> str:
-    """One line per file."""
-    files = ",\n".join(json.dumps(asdict(file), sort_keys=True, ensure_ascii=False) for file in manifest.files)
-    rest = asdict(replace(manifest, files=()))
-    del rest["files"]
-    return f'{{\n "files": [\n{files}\n ],' + json.dumps(rest, indent=1, sort_keys=True, ensure_ascii=False)[1:]
+    """One line per file, and per bucket."""
+    lists: dict[str, list[Any]] = {"files": [asdict(file) for file in manifest.files]}
+    if manifest.buckets:
+        lists["buckets"] = list(manifest.buckets)
+    rest = asdict(replace(manifest, files=(), buckets=()))
+    del rest["files"], rest["buckets"]
+    text = "".join(f'\n "{name}": [\n{_lines(items)}\n ],' for name, items in lists.items())
+    return "{" + text + json.dumps(rest, indent=1, sort_keys=True, ensure_ascii=False)[1:]
 
 
-def write_part(uri: str, name: str, table: pa.Table) -> TableFile:
+def _lines(items: list[Any]) -> str:
+    return ",\n".join(json.dumps(item, sort_keys=True, ensure_ascii=False) for item in items)
+
+
+def rows_per_group(row_bytes: int) -> int:
+    """How many rows of `row_bytes` bytes a row group should hold: `write_part`'s `row_group_rows`.
+
+    `ROW_GROUP_ROWS` up to 128 KiB a row; of larger rows as many as fit into `ROW_GROUP_BYTES`, but at least one. A
+    reader fetches whole row groups, so 64 rows of 2 MB would cost it 128 MB where it wants a single one.
+    """
+    if row_bytes < 1:
+        raise ValueError(f"row_bytes={row_bytes} must be at least 1. Give the bytes of a row, over all columns.")
+    return max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes))
+
+
+def write_part(uri: str, name: str, table: pa.Table, *, row_group_rows: int = ROW_GROUP_ROWS) -> TableFile:
     """Write one parquet file of a table, whole or not at all; equal rows give equal bytes.
 
-    Uncompressed, in row groups of `ROW_GROUP_ROWS`: latents and images do not shrink, and few rows are fetched cheaply.
+    Uncompressed, in small row groups: latents and images do not shrink, and few rows are fetched cheaply.
+
+    Args:
+        row_group_rows: rows per row group, the smallest piece that a reader can fetch; `rows_per_group` tells how many
+            suit rows of a size.
     """
+    if row_group_rows < 1:
+        raise ValueError(f"row_group_rows={row_group_rows} must be at least 1. Use rows_per_group(bytes of a row).")
     sink = pa.BufferOutputStream()
     # A checksum for each page lets a reader of a few row groups find damage without reading the whole file.
     pq.write_table(
         table,
         sink,
-        row_group_size=ROW_GROUP_ROWS,
+        row_group_size=row_group_rows,
         compression="none",
         use_dictionary=False,
         write_page_checksum=True,

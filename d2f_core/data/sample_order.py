@@ -35,13 +35,16 @@ def _windows(count: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
 
 @lru_cache(maxsize=2)
 def _cycle(batches: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bucket of each step of a cycle, and how many steps of the cycle took from that bucket before."""
+    """The bucket of each batch of a cycle, and how many batches of the cycle came from that bucket before."""
     labels = np.repeat(np.arange(len(batches), dtype=np.int32), batches)
     buckets = labels[keyed_generator(seed, cycle, "buckets").permutation(len(labels))]
     before = np.empty(len(buckets), np.int64)
-    for bucket, count in enumerate(batches):
-        before[buckets == bucket] = np.arange(count)
+    before[np.argsort(buckets, kind="stable")] = np.concatenate([np.arange(count) for count in batches])
     return buckets, before
+
+
+def _ceil_divide(values: np.ndarray, by: int) -> np.ndarray:
+    return -(-values // by)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,35 +107,49 @@ class SampleOrder:
         return first, last + 1
 
     def _in_lanes(self, offsets: np.ndarray) -> np.ndarray:
-        """Place in an epoch -> place in its sequence of shuffled windows."""
-        lanes, rounds = min(self.lanes, self.batch, self.num_windows), self.num_samples // self.batch
-        if lanes == 1 or not rounds:
+        """Place in an epoch -> place in its sequence of shuffled windows.
+
+        Each lane is a stretch of that sequence, and has slots of its own in every batch, side by side. Batch after
+        batch it fills them with its next places. What is left of the epoch after the last full batch follows in order.
+
+        Example: 9 samples, batches of 4, 2 lanes, windows of 2. There are 2 full batches. Slots 0 and 1 of a batch are
+        lane 0's, which is places 0 to 3; slots 2 and 3 are lane 1's, places 4 to 7, and it starts one place (half a
+        window) into them, going round. So the epoch takes the places 0 1 5 6, then 2 3 7 4, then 8.
+        """
+        lanes, full_batches = min(self.lanes, self.batch, self.num_windows), self.num_samples // self.batch
+        if lanes == 1 or not full_batches:
             return offsets
-        turn, slot = np.divmod(offsets, self.batch)
+        batch_number, slot = np.divmod(offsets, self.batch)
         lane = slot * lanes // self.batch
-        start, end = -(-lane * self.batch // lanes), -(-(lane + 1) * self.batch // lanes)
-        length = rounds * (end - start)
+        first_slot = _ceil_divide(lane * self.batch, lanes)
+        slots = _ceil_divide((lane + 1) * self.batch, lanes) - first_slot
+        lane_start, lane_length = full_batches * first_slot, full_batches * slots
         # Each lane starts at another place within its first window, or all would need their next window at once.
-        inside = (turn * (end - start) + slot - start + lane * self.window_rows // lanes) % length
-        # What is left of the epoch after the last full batch follows in order.
-        return np.where(offsets < rounds * self.batch, rounds * start + inside, offsets)
+        head_start = lane * self.window_rows // lanes
+        inside = (batch_number * slots + slot - first_slot + head_start) % lane_length
+        return np.where(offsets < full_batches * self.batch, lane_start + inside, offsets)
 
     def _shuffled(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Place in an epoch's sequence of shuffled windows -> training sample number."""
-        size, count = self.window_rows, self.num_windows
-        short = self.num_samples - (count - 1) * size
-        windows, last = _windows(count, self.seed, epoch)
-        # The table's last window is the short one; all places behind it move up.
-        behind = places >= last * size + short
-        number, inside = np.divmod(np.where(behind, places + size - short, places), size)
-        window = windows[number]
-        dense = np.empty_like(places)
-        for one in np.unique(window):
-            chosen = window == one
-            rows = short if one == count - 1 else size
-            order = _permutation(rows, self.seed, epoch * count + int(one), "order")
-            dense[chosen] = one * size + order[inside[chosen]]
-        return dense
+        """Place in an epoch's sequence of shuffled windows -> training sample number.
+
+        Example: 7 samples, windows of 3. Window 0 holds samples 0 to 2, window 1 samples 3 to 5, and window 2, the
+        table's last, only sample 6: it is 2 rows short. If the windows come in the order 1, 2, 0, place 5 lies behind
+        the short one; were that whole, it would be place 5 + 2 = 7: number 7 // 3 = 2 in the order, window 0, and
+        7 % 3 = 1 in it, which is the second of window 0's samples as they are shuffled among themselves.
+        """
+        rows_of_last = self.num_samples - (self.num_windows - 1) * self.window_rows
+        windows, turn_of_last = _windows(self.num_windows, self.seed, epoch)
+        is_behind_last = places >= turn_of_last * self.window_rows + rows_of_last
+        as_if_whole = np.where(is_behind_last, places + self.window_rows - rows_of_last, places)
+        turn, inside = np.divmod(as_if_whole, self.window_rows)
+        window_at = windows[turn]
+        samples = np.empty_like(places)
+        for window in np.unique(window_at).tolist():
+            chosen = window_at == window
+            rows = rows_of_last if window == self.num_windows - 1 else self.window_rows
+            order = _permutation(rows, self.seed, epoch * self.num_windows + window, "order")
+            samples[chosen] = window * self.window_rows + order[inside[chosen]]
+        return samples
 
     def _row(self, dense: np.ndarray) -> np.ndarray:
         """Training sample number -> row number: skip the held-out row at the head of each stride."""
@@ -152,21 +169,21 @@ class SampleOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSchedule:
-    """Which bucket each optimizer step takes its whole batch from; each bucket has a `SampleOrder` of its own.
+    """Which bucket each batch is taken from, as a whole; each bucket has a `SampleOrder` of its own.
 
-    Over a cycle of as many steps as all buckets have batches (a last partial one counts), the steps of the buckets are
-    shuffled; then the next cycle begins. Within a bucket batches run on across its epoch edges.
+    Over a cycle of as many batches as all buckets have per epoch (a last partial one counts), the batches of the
+    buckets are shuffled; then the next cycle begins. Within a bucket batches run on across its epoch edges.
     """
 
     batches: tuple[int, ...]
     """Batches per epoch of each bucket."""
     seed: int = 0
 
-    def at(self, step: int) -> tuple[int, int]:
-        """The bucket of a step, and how many steps took from that bucket before."""
+    def at(self, batch: int) -> tuple[int, int]:
+        """The bucket of a batch, and how many batches came from that bucket before."""
         if len(self.batches) == 1:
-            return 0, step
-        cycle, place = divmod(step, sum(self.batches))
+            return 0, batch
+        cycle, place = divmod(batch, sum(self.batches))
         buckets, before = _cycle(self.batches, self.seed, cycle)
         bucket = int(buckets[place])
         return bucket, cycle * self.batches[bucket] + int(before[place])

@@ -19,7 +19,7 @@ the manifest, where 3 has runs of equal ones; the tables are the same."""
 READABLE_VERSIONS = (2, 3)
 
 ROW_GROUP_ROWS = 64
-"""Rows per parquet row group: the smallest piece that a reader can fetch."""
+"""Rows per parquet row group, the smallest piece that a reader can fetch, of a table whose rows are small."""
 
 SHAPE_KEY, DTYPE_KEY = b"shape", b"dtype"
 
@@ -74,32 +74,6 @@ def array_kind(field: pa.Field) -> tuple[tuple[int, ...], np.dtype]:
             f"Column {field.name!r} says {dtype} of shape {shape} but holds {field.type.byte_width} bytes a row."
         )
     return shape, dtype
-
-
-def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | None = None) -> pa.Schema:
-    """Columns of a latent table.
-
-    Args:
-        latent_shape: channels, height, width of the (scaled) moments.
-        text_shape: tokens and width of stored text states; None when captions are encoded during training.
-    """
-    text = pa.string()
-    fields = [
-        pa.field("sample_id", text, nullable=False),
-        pa.field("caption", text, nullable=False),
-        array_field("latent_mean", "float16", latent_shape),
-        array_field("latent_std", "float16", latent_shape),
-        # Height x width in pixels of the image that was encoded: samples of one bucket can share a batch.
-        pa.field("bucket", text, nullable=False),
-        pa.field("source_uri", text, nullable=False),
-        # Size of the original image, and the box (left, top, right, bottom) of it that was kept, in its pixels.
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        array_field("crop", "int32", (4,)),
-    ]
-    if text_shape is not None:
-        fields.append(array_field("text_state", "float16", text_shape))
-    return pa.schema(fields)
 
 
 def check_schema(actual: pa.Schema, expected: pa.Schema, *, where: str) -> None:

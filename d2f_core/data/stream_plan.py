@@ -1,19 +1,44 @@
-"""Which rows each worker of a training sees, micro-batch by micro-batch: arithmetic only."""
+"""Which rows each worker of a training sees, micro-batch by micro-batch: arithmetic only.
+
+The rows of a training come from sources: tables, or parts of tables. Either each global batch holds rows of one source,
+or each micro-batch does. Micro-batch g of the whole training stands at place g mod n of step g // n, where n is the
+number of micro-batches in a global batch; each worker takes a contiguous share of a step's. So the micro-batches of a
+step, and what is in each, are the same on any number of workers.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 from d2f_core.data.sample_order import BucketSchedule, SampleOrder
 
+BUFFER_BYTES = 2 * 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One table to train on. The tables of a training are its buckets: a batch holds rows of one of them."""
+    """Consecutive rows of a table that share batches: a bucket. Often all of the table's."""
 
     uri: str
     order: SampleOrder
+    """Of these rows, counted from the first of them."""
+    first_row: int = 0
+    """Where in the table they begin."""
+
+    def holdout(self) -> np.ndarray:
+        """Int64 rows of the table that training never sees."""
+        return self.order.holdout() + self.first_row
+
+    def window_of(self, rows: np.ndarray) -> np.ndarray:
+        """The window, int64, that each training row of the table belongs to."""
+        return self.order.window_of(rows - self.first_row)
+
+    def window_bounds(self, window: int) -> tuple[int, int]:
+        """First and one past the last row of a window, in the table; held-out rows may lie between."""
+        first, end = self.order.window_bounds(window)
+        return self.first_row + first, self.first_row + end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +46,11 @@ class MicroBatch:
     """What one worker uses in one forward pass."""
 
     source: int
-    """Which of the plan's tables."""
+    """Which of the plan's sources."""
     epochs: np.ndarray
-    """Int64 [samples]: how often the table was used up before."""
+    """Int64 [samples]: how often the source was used up before."""
     rows: np.ndarray
-    """Int64 [samples]: rows of that table."""
+    """Int64 [samples]: rows of the source's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +58,70 @@ class StreamPlan:
     """The data of a whole training."""
 
     sources: tuple[Source, ...]
+    """The sources of one table stand together, in row order, and cover it."""
     columns: tuple[str, ...]
     global_batch_size: int
     micro_batch_size: int
     num_steps: int
     """Optimizer steps of the whole training."""
     seed: int = 0
+    one_source_per: Literal["global_batch", "micro_batch"] = "global_batch"
+    """What holds rows of one source only; the `batch` of the sources' orders is the size of that."""
+    buffer_bytes: int = BUFFER_BYTES
+    """Memory of each worker's reader. It decides how much is read ahead, never which rows come when."""
+
+    def __post_init__(self) -> None:
+        if self.buffer_bytes < 1:
+            raise ValueError(f"buffer_bytes={self.buffer_bytes} must be at least 1. Use {BUFFER_BYTES}, 2 GiB.")
+        end = 0
+        for before, source in zip((None, *self.sources), self.sources, strict=False):
+            if source.first_row and (before is None or before.uri != source.uri or source.first_row != end):
+                raise ValueError(
+                    f"The source of {source.uri!r} from row {source.first_row} on does not follow on another of this "
+                    "table. List all sources of a table, one after another, in row order."
+                )
+            end = source.first_row + source.order.num_rows
+        if self.one_source_per == "micro_batch":
+            self._check_micro_batches()
+
+    def _check_micro_batches(self) -> None:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size="
+                f"{self.micro_batch_size}. Choose one that is."
+            )
+        for source in self.sources:
+            if source.order.batch != self.micro_batch_size:
+                raise ValueError(
+                    f"batch={source.order.batch} of an order is not micro_batch_size={self.micro_batch_size}, and each "
+                    "micro-batch is to hold rows of one source. Give the order that batch."
+                )
+
+    @property
+    def _batch_size(self) -> int:
+        """Rows that one source gives at once."""
+        return self.global_batch_size if self.one_source_per == "global_batch" else self.micro_batch_size
 
     @cached_property
     def _schedule(self) -> BucketSchedule:
-        batches = (-(-source.order.num_samples // self.global_batch_size) for source in self.sources)
+        batches = (-(-source.order.num_samples // self._batch_size) for source in self.sources)
         return BucketSchedule(batches=tuple(batches), seed=self.seed)
 
     @cached_property
+    def tables(self) -> tuple[str, ...]:
+        """URIs of the tables, each once for every time that its rows are listed."""
+        return tuple(source.uri for source in self.sources if not source.first_row)
+
+    @cached_property
+    def table_of(self) -> tuple[int, ...]:
+        """The number in `tables` of each source's table: a source from row 0 on begins the next."""
+        return tuple((np.cumsum([not source.first_row for source in self.sources]) - 1).tolist())
+
+    @cached_property
     def first_rows(self) -> tuple[int, ...]:
-        """What to add to a row number of each table, so that numbers are unique over all of them."""
-        return tuple(np.cumsum([0, *(source.order.num_rows for source in self.sources[:-1])]).tolist())
+        """Of each source what to add to a row number of its table, so that numbers are unique over all tables."""
+        before = np.cumsum([0, *(source.order.num_rows for source in self.sources[:-1])])
+        return tuple((before - [source.first_row for source in self.sources]).tolist())
 
     @property
     def num_samples(self) -> int:
@@ -60,13 +133,15 @@ class StreamPlan:
         return self.global_batch_size // num_workers // self.micro_batch_size
 
     def positions(self, step: int, part: int, rank: int, num_workers: int) -> tuple[int, np.ndarray]:
-        """The table, and int64 positions in its order, of one worker's micro-batch `part` of a step.
+        """The source, and int64 positions in its order, of one worker's micro-batch `part` of a step.
 
         A step's global batch is cut into one contiguous share per worker, each share into micro-batches.
         """
+        offset = rank * (self.global_batch_size // num_workers) + part * self.micro_batch_size
+        if self.one_source_per == "micro_batch":
+            step, offset = (step * self.global_batch_size + offset) // self.micro_batch_size, 0
         source, nth = self._schedule.at(step)
-        share = self.global_batch_size // num_workers
-        start = nth * self.global_batch_size + rank * share + part * self.micro_batch_size
+        start = nth * self._batch_size + offset
         return source, np.arange(start, start + self.micro_batch_size, dtype=np.int64)
 
     def micro_batch(self, number: int, rank: int, num_workers: int) -> MicroBatch:
@@ -74,4 +149,4 @@ class StreamPlan:
         step, part = divmod(number, self.per_step(num_workers))
         source, positions = self.positions(step, part, rank, num_workers)
         epochs, rows = self.sources[source].order.at(positions)
-        return MicroBatch(source=source, epochs=epochs, rows=rows)
+        return MicroBatch(source=source, epochs=epochs, rows=rows + self.sources[source].first_row)

@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs
 
 from d2f_core import storage
-from d2f_core.data.latents import array_bytes
+from d2f_core.data.arrays import array_bytes
 from d2f_core.data.manifest import Manifest, TableFile
 from d2f_core.data.schema import array_kind, is_array
 
@@ -38,6 +38,14 @@ class RowRange:
     reasons: dict[int, str]
     """Row number -> why it cannot be used."""
 
+    def keeping(self, rows: np.ndarray) -> "RowRange":
+        """The same range with the content of these rows (int64, ascending) alone, copied; of others none is left."""
+        places = self.places[rows - self.first]
+        usable = places >= 0
+        kept = np.full_like(self.places, -1)
+        kept[rows[usable] - self.first] = np.arange(usable.sum())
+        return RowRange(self.first, self.table.take(pa.array(places[usable])), kept, self.reasons)
+
 
 @dataclass(frozen=True)
 class RowGroup:
@@ -62,6 +70,7 @@ class TableReader:
         self._columns = list(columns)
         self._filesystem, self._root = storage.arrow_filesystem(uri)
         self._files = manifest.files
+        self.row_bytes = manifest.row_bytes
         runs = [(number, *run) for number, file in enumerate(manifest.files) for run in file.row_groups]
         # Of each run: its file, and the rows of each of its groups.
         self._run_files, self._run_sizes, counts = np.array(runs, np.int64).reshape(-1, 3).T
@@ -100,6 +109,11 @@ class TableReader:
             except (pa.ArrowException, OSError) as error:
                 _raise_unless_damage(error)
         raise DamagedDataError(f"No file of {self._root} can be read. Write the table again.")
+
+    def first_rows_of_files(self) -> list[int]:
+        """The first row of each file that has any."""
+        starts = np.cumsum([0, *(file.rows for file in self._files)])
+        return [int(start) for start, file in zip(starts, self._files, strict=False) if file.rows]
 
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
         """The row group, int64, counted over the whole table, that holds each row."""

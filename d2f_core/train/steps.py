@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2f_core.data.stream import EPOCH, REASON, ROW
+from d2f_core.data.plan_reader import EPOCH, REASON, ROW
 from d2f_core.train.task import Batch
 
 

@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2f_core.data.depth import (
-    BadDepthError,
-    clean_depth,
-    crop_and_resize,
-    depth_latent_schema,
-    latent_mask,
-    normalise_depth,
-    planar_depth,
-)
+from d2f_core.data.depth import BadDepthError, clean_depth, crop_and_resize, latent_mask, normalise_depth, planar_depth
 from d2f_core.data.depth_files import decode_depth, decode_depth_png, decode_mask, encode_depth
-from d2f_core.data.schema import check_schema, latent_schema
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -180,12 +171,6 @@ def test_resizing_keeps_depths_apart_and_cuts_as_told():
     np.testing.assert_array_equal(half, depth[1::2, 3:8:2])
     np.testing.assert_array_equal(crop_and_resize(depth, (2, 0, 8, 6), 6), depth[:, 2:8])
     assert set(crop_and_resize(depth, (2, 0, 8, 6), 17).ravel()) <= set(depth.ravel())
-
-
-def test_a_depth_latent_table_is_a_latent_table_with_two_more_columns():
-    schema = depth_latent_schema((4, 8, 8))
-    check_schema(schema, latent_schema((4, 8, 8)), where="table")
-    assert set(schema.names) - set(latent_schema((4, 8, 8)).names) == {"joined_mean", "mask"}
 
 
 def test_cleaning_makes_no_noise():

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2f_core.data.manifest import Manifest, TableFile, read_manifest, run_lengths, write_manifest, write_part
+from d2f_core.data.plan_reader import PlanReader
 from d2f_core.data.sample_order import SampleOrder
-from d2f_core.data.stream import PlanReader
 from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.data.table_reader import RowGroup, TableReader
 

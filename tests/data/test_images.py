@@ -1,5 +1,7 @@
 """Pictures: what is accepted becomes upright square RGB; what is not has a reason."""
 
+import dataclasses
+import hashlib
 import io
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from d2f_core.data.image_rules import ImageRules
 from d2f_core.data.images import BadImageError, prepare_image
+from d2f_core.identity import identity_values
 from tests.data.pictures import file_bytes, pixels
 
 RULES = ImageRules(resolution=16, min_side=8, max_pixels=10_000)
@@ -38,6 +41,67 @@ def test_pixels_of_the_right_size_are_untouched(shape):
     image = prepare_image(file_bytes(original), RULES)
     left, top, right, bottom = image.crop
     np.testing.assert_array_equal(image.pixels, original[top:bottom, left:right])
+
+
+PADDED = dataclasses.replace(RULES, fit="pad")
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(height=st.integers(8, 60), width=st.integers(8, 60), fit=st.sampled_from(["crop", "pad"]))
+def test_a_point_comes_back_from_where_it_went(height, width, fit):
+    image = prepare_image(file_bytes(pixels(0, height, width)), dataclasses.replace(RULES, fit=fit))
+    points = np.array([[[0, 0], [width, height], [width / 3, height / 7], [0.5, height - 0.5]]])
+    np.testing.assert_allclose(image.to_original(image.to_pixels(points)), points, atol=1e-9)
+    left, top, right, bottom = image.crop
+    corners = image.to_pixels(np.array([[left, top], [right, bottom]]))
+    np.testing.assert_allclose(corners.ravel(), image.box, atol=1e-9)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(height=st.integers(8, 60), width=st.integers(8, 60))
+def test_a_padded_image_is_whole_and_in_the_middle_between_black_bars(height, width):
+    image = prepare_image(file_bytes(np.full((height, width, 3), 255, np.uint8)), PADDED)
+    left, top, right, bottom = image.box
+    assert image.crop == (0, 0, width, height) and (image.width, image.height) == (width, height)
+    assert max(right - left, bottom - top) == 16
+    assert abs(left - (16 - right)) <= 1 and abs(top - (16 - bottom)) <= 1
+    assert abs((right - left) / (bottom - top) - width / height) <= width / height * 0.5 / min(
+        right - left, bottom - top
+    )
+    inside = np.zeros((16, 16), bool)
+    inside[top:bottom, left:right] = True
+    assert (image.pixels[inside] == 255).all() and (image.pixels[~inside] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 9), (8, 16)])
+def test_pixels_of_a_padded_image_of_the_right_size_are_untouched(shape):
+    original = pixels(1, *shape)
+    image = prepare_image(file_bytes(original), PADDED)
+    left, top, right, bottom = image.box
+    np.testing.assert_array_equal(image.pixels[top:bottom, left:right], original)
+
+
+@pytest.mark.parametrize(("fit", "shape"), [("crop", (120, 160)), ("pad", (120, 160)), ("pad", (200, 90))])
+def test_a_mark_in_the_picture_is_found_where_its_point_is_said_to_be(fit, shape):
+    original, (x, y) = np.zeros((*shape, 3), np.uint8), (61, 44)
+    original[y - 8 : y + 8, x - 8 : x + 8] = 255
+    image = prepare_image(file_bytes(original), ImageRules(resolution=64, min_side=8, max_pixels=10**6, fit=fit))
+    weights = image.pixels[..., 0] / image.pixels[..., 0].sum()
+    rows, columns = np.mgrid[:64, :64] + 0.5
+    found = (weights * columns).sum(), (weights * rows).sum()
+    np.testing.assert_allclose(found, image.to_pixels(np.array([x, y])), atol=0.1)
+
+
+def test_the_rules_of_old_are_known_by_what_they_were_and_make_the_same_pixels():
+    rules = {"resolution": 16, "min_side": 8, "max_pixels": 10_000}
+    assert identity_values(RULES) == rules and identity_values(PADDED) == rules | {"fit": "pad"}
+    hashes = [
+        hashlib.sha256(prepare_image(file_bytes(pixels(2, *shape)), RULES).pixels.tobytes()).hexdigest()[:16]
+        for shape in ((40, 23), (16, 30), (9, 12))
+    ]
+    assert hashes == ["e71067f07668d2aa", "8367ea5b8df04804", "4122e1c036c6f74c"]
+    with pytest.raises(ValueError, match=r"fit='stretch' is not a way to make a square\. Use 'crop' or 'pad'"):
+        ImageRules(**rules, fit="stretch")
 
 
 def test_transparency_becomes_white():

@@ -4,48 +4,31 @@ import dataclasses
 import hashlib
 import json
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2f_core.data.latents import arrays_to_table, check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import (
     Manifest,
     ManifestError,
     ManifestNotFoundError,
+    TableFile,
+    bucket_runs,
     manifest_exists,
     read_manifest,
+    rows_per_group,
     run_lengths,
     write_manifest,
     write_part,
 )
 from d2f_core.data.quarantine import BadSample, read_quarantine, reason_counts, write_quarantine
-from d2f_core.data.schema import SchemaError, array_field, array_kind, check_schema, latent_schema, sample_id
 from d2f_core.identity import canonical_json
 from d2f_core.storage import join, write_bytes
-
-SHAPE = (4, 3, 2)
-
-
-def latent_table(rows: int, seed: int = 0) -> pa.Table:
-    draw = np.random.default_rng(seed)
-    columns = {
-        "sample_id": [f"{seed}-{row}" for row in range(rows)],
-        "caption": [f"caption {row}" for row in range(rows)],
-        "latent_mean": draw.standard_normal((rows, *SHAPE)),
-        "latent_std": draw.random((rows, *SHAPE)),
-        "bucket": ["6x4"] * rows,
-        "source_uri": [f"file{row}" for row in range(rows)],
-        "width": [7] * rows,
-        "height": [8] * rows,
-        "crop": np.arange(rows * 4).reshape(rows, 4),
-    }
-    return arrays_to_table(columns, latent_schema(SHAPE))
+from tests.data.rows import some_rows
 
 
 def written(uri: str, *rows: int) -> Manifest:
-    files = tuple(write_part(uri, f"part-{n}.parquet", latent_table(count, n)) for n, count in enumerate(rows))
+    files = tuple(write_part(uri, f"part-{n}.parquet", some_rows(count, n)) for n, count in enumerate(rows))
     return Manifest(kind="latents", files=files, fingerprint={"autoencoder": "aa"}, inputs={"source": "here"})
 
 
@@ -66,6 +49,19 @@ def test_what_is_written_is_read(place):
     write_manifest(place, manifest)
     assert read_manifest(place) == manifest and manifest.num_rows == 135
     assert manifest.files[0].row_groups == ((64, 2), (2, 1))
+
+
+def test_a_manifest_is_written_as_by_every_release(tmp_path):
+    """Byte by byte: what 67c14c5 wrote, by its hash."""
+    files = tuple(
+        TableFile(path=path, rows=66, size=3, sha256="x", row_groups=((64, 1), (2, 1))) for path in ("a", "é")
+    )
+    fields = {"fingerprint": {"a": "é"}, "inputs": {"z": [1, {"b": 2}]}, "counts": {"read": 1}}
+    manifest = Manifest(kind="latents", files=files, **fields)
+    write_manifest(str(tmp_path), manifest)
+    text = (tmp_path / "manifest.json").read_bytes()
+    assert hashlib.sha256(text).hexdigest()[:16] == "4cd0179d20819e90"
+    assert manifest.digest[:16] == "cc614eff48a69fc4"
 
 
 def test_a_manifest_has_a_line_per_file_however_many_row_groups_there_are(tmp_path):
@@ -104,8 +100,85 @@ def test_parts_are_what_their_entry_says(tmp_path):
     assert metadata.row_group(0).column(0).compression == "UNCOMPRESSED"
 
 
+def test_buckets_are_written_where_there_are_any_and_decide_the_digest(tmp_path):
+    plain = written(str(tmp_path / "a"), 5, 4)
+    write_manifest(str(tmp_path / "a"), plain)
+    assert "buckets" not in json.loads((tmp_path / "a/manifest.json").read_text())
+    runs = bucket_runs(["cat"] * 3 + ["dog"] * 5 + ["é"])
+    bucketed = dataclasses.replace(plain, buckets=runs)
+    write_manifest(str(tmp_path / "b"), bucketed)
+    assert read_manifest(str(tmp_path / "b")) == bucketed and runs == (("cat", 3), ("dog", 5), ("é", 1))
+    others = [dataclasses.replace(plain, buckets=(("cat", 4), ("dog", 4), ("é", 1))), bucketed, plain]
+    assert len({manifest.digest for manifest in others}) == 3
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        ([["cat", 3], ["dog", 1]], "2 buckets have 4 rows, the files have 5. Every row belongs to one bucket"),
+        ([["cat", 2], ["dog", 1], ["cat", 2]], "rows of 'cat' lie apart.*must be consecutive: sort the rows"),
+        ([["cat", 5], ["dog", 0]], r"\('dog', 0\) must be a text and a number of rows from 1 on"),
+        ([[3, 5]], r"\(3, 5\) must be a text"),
+        ([["cat", "5"]], r"\('cat', '5'\) must be a text and a number"),
+        ([["cat"]], "is not a table's manifest"),
+        (7, "is not a table's manifest"),
+    ],
+)
+def test_buckets_that_do_not_fit_the_rows_are_refused(buckets, message, tmp_path):
+    write_manifest(str(tmp_path), written(str(tmp_path), 5))
+    content = json.loads((tmp_path / "manifest.json").read_text()) | {"buckets": buckets}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(str(tmp_path))
+
+
+def test_rows_of_one_bucket_that_lie_apart_are_refused_before_they_are_written():
+    with pytest.raises(ManifestError, match="rows of 'a' lie apart"):
+        bucket_runs(["a", "b", "a"])
+
+
+def test_a_system_names_its_own_kind_of_table(tmp_path):
+    manifest = dataclasses.replace(written(str(tmp_path), 3), kind="key_points2")
+    write_manifest(str(tmp_path), manifest)
+    assert read_manifest(str(tmp_path)) == manifest
+
+
+@pytest.mark.parametrize("kind", ["", "Images", "key points", "2d", "key-points", "images\n", "_x", None, 3])
+def test_a_malformed_kind_is_refused_with_the_rule(kind, tmp_path):
+    message = r"kind=.* does not match \[a-z\]\[a-z0-9_\]\*\. Name the kind of table in lower-case letters"
+    with pytest.raises(ManifestError, match=message):
+        Manifest(kind=kind, files=())
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 3, "kind": kind, "files": []}))
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(str(tmp_path))
+
+
+def test_row_groups_are_as_long_as_the_writer_says(tmp_path):
+    rows = some_rows(11)
+    file = write_part(str(tmp_path), "a", rows, row_group_rows=4)
+    assert file.row_groups == ((4, 2), (3, 1)) and pq.read_table(tmp_path / "a").equals(rows)
+    assert write_part(str(tmp_path), "b", rows) == dataclasses.replace(
+        write_part(str(tmp_path), "c", rows, row_group_rows=64), path="b"
+    )
+    with pytest.raises(ValueError, match="row_group_rows=0 must be at least 1"):
+        write_part(str(tmp_path), "d", rows, row_group_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "rows"),
+    [(1, 64), (66_000, 64), (2**17, 64), (2**17 + 1, 63), (10**6, 8), (2 * 10**6, 4), (2**23, 1), (10**9, 1)],
+)
+def test_a_row_group_of_large_rows_is_some_megabytes(row_bytes, rows):
+    assert rows_per_group(row_bytes) == rows
+
+
+def test_rows_without_bytes_have_no_row_groups():
+    with pytest.raises(ValueError, match=r"row_bytes=0 must be at least 1\. Give the bytes of a row"):
+        rows_per_group(0)
+
+
 def test_equal_rows_give_equal_bytes_however_they_are_chunked(tmp_path):
-    table = latent_table(100)
+    table = some_rows(100)
     pieces = pa.concat_tables([table.slice(0, 33), table.slice(33)])
     assert write_part(str(tmp_path), "a", table).sha256 == write_part(str(tmp_path), "b", pieces).sha256
 
@@ -143,68 +216,6 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ManifestError, match="do not add up to 4 rows"):
         read_manifest(str(tmp_path))
-
-
-def test_arrays_survive_a_table_in_shape_and_value(tmp_path):
-    table = latent_table(10)
-    file = write_part(str(tmp_path), "a.parquet", table)
-    read = pq.ParquetFile(tmp_path / file.path).read_row_group(0, columns=["caption", "latent_mean", "crop"])
-    arrays = table_to_arrays(read)
-    assert arrays["latent_mean"].shape == (10, *SHAPE) and arrays["latent_mean"].dtype == np.float16
-    np.testing.assert_array_equal(
-        arrays["latent_mean"], np.random.default_rng(0).standard_normal((10, *SHAPE)).astype("f2")
-    )
-    np.testing.assert_array_equal(arrays["crop"], np.arange(40).reshape(10, 4))
-    assert list(arrays["caption"][:2]) == ["caption 0", "caption 1"]
-
-
-@pytest.mark.parametrize("pieces", [[(3, 4)], [(0, 2), (7, 3)], [(9, 1), (0, 1), (0, 0)], []])
-def test_arrays_of_slices_and_chunks_are_the_rows_of_those_slices(pieces):
-    table = latent_table(10)
-    expected = table_to_arrays(table)["latent_std"]
-    taken = pa.concat_tables([table.slice(0, 0), *(table.slice(*piece) for piece in pieces)])
-    rows = [row for start, count in pieces for row in range(start, start + count)]
-    np.testing.assert_array_equal(table_to_arrays(taken, ["latent_std"])["latent_std"], expected[rows])
-
-
-def test_arrays_of_another_shape_are_refused():
-    columns = table_to_arrays(latent_table(2))
-    columns["latent_mean"] = columns["latent_mean"].transpose(0, 2, 1, 3)
-    with pytest.raises(SchemaError, match=r"'latent_mean' got arrays of shape \(3, 4, 2\); its rows are \(4, 3, 2\)"):
-        arrays_to_table(columns, latent_schema(SHAPE))
-
-
-def test_latents_of_another_autoencoder_are_refused(tmp_path):
-    manifest = written(str(tmp_path), 1)
-    check_fingerprint(manifest, "aa")
-    with pytest.raises(SchemaError, match=r"autoencoder aa, the base model has bb. Run encode_latents again"):
-        check_fingerprint(manifest, "bb")
-    with pytest.raises(SchemaError, match="holds images, not latents"):
-        check_fingerprint(dataclasses.replace(manifest, kind="images"), "aa")
-
-
-def test_a_schema_that_does_not_fit_names_the_column():
-    table, expected = latent_table(1), latent_schema(SHAPE)
-    check_schema(table.append_column("more", [[1]]).schema, expected, where="t")
-    with pytest.raises(SchemaError, match="t has no column 'caption'"):
-        check_schema(table.drop_columns("caption").schema, expected, where="t")
-    with pytest.raises(SchemaError, match=r"t: column 'latent_mean' is float16 \(4, 3, 2\), expected .* \(4, 2, 3\)"):
-        check_schema(table.schema, latent_schema((4, 2, 3)), where="t")
-    with pytest.raises(SchemaError, match="t: column 'latent_mean' is fixed_size_binary"):
-        check_schema(table.schema, latent_schema((4, 2, 2)), where="t")
-
-
-def test_a_shape_is_read_from_the_field_alone():
-    assert array_kind(array_field("x", "float16", (2, 3))) == ((2, 3), np.dtype("float16"))
-    with pytest.raises(SchemaError, match="without shape and dtype"):
-        array_kind(pa.field("x", pa.binary(12)))
-    with pytest.raises(SchemaError, match="holds 12 bytes a row"):
-        array_kind(array_field("x", "float16", (2, 3)).with_metadata({"shape": "2,4", "dtype": "float16"}))
-
-
-def test_a_sample_id_depends_on_image_and_caption():
-    assert sample_id(b"image", "caption") == hashlib.sha256(b"image\0caption").hexdigest()[:32]
-    assert len({sample_id(b"a", "b"), sample_id(b"a", "c"), sample_id(b"ab", "")}) == 3
 
 
 def test_the_ledger_keeps_every_reason(place):

@@ -1,5 +1,6 @@
 """The order of samples: exactly once per epoch, whatever the workers and wherever a run resumes."""
 
+import hashlib
 import time
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_core.data.sample_order import BucketSchedule, SampleOrder
+from d2f_core.data.sample_order import BucketSchedule, SampleOrder, _permutation, _windows
 from d2f_core.data.stream_plan import Source, StreamPlan
 
 orders = st.builds(
@@ -46,6 +47,58 @@ def test_a_row_lies_within_its_window(order):
     for row, window in zip(rows.tolist(), order.window_of(rows).tolist(), strict=True):
         first, end = order.window_bounds(window)
         assert first <= row < end
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_rows": 1}, "13f62754e75da16d"),
+        ({"num_rows": 7, "batch": 3}, "401e21cb0977a508"),
+        ({"num_rows": 1000, "seed": 3, "batch": 64}, "09ec4cbe109397bd"),
+        ({"num_rows": 1000, "seed": 3, "batch": 64, "window_rows": 50}, "ffa365be163b6924"),
+        (
+            {"num_rows": 1003, "holdout_rows": 31, "seed": 1, "batch": 48, "lanes": 5, "window_rows": 33},
+            "44889f232c82e1d9",
+        ),
+        ({"num_rows": 5000, "holdout_rows": 32, "seed": 2, "batch": 64}, "a5eb74f3bffeba5d"),
+        ({"num_rows": 4096, "holdout_rows": 3000, "batch": 12, "lanes": 7, "window_rows": 10}, "ab38410073c7f83a"),
+        ({"num_rows": 600, "holdout_rows": 599, "batch": 4}, "ae690b3b20761881"),
+        ({"num_rows": 32768, "seed": 9, "batch": 96, "lanes": 64, "window_rows": 100}, "436083c1b62ab8a9"),
+    ],
+)
+def test_the_order_is_that_of_every_release(fields, expected):
+    """A training goes on with it: what 67c14c5 drew over three epochs, by its hash."""
+    order = SampleOrder(**fields)
+    drawn = [*order.at(np.arange(3 * order.num_samples + 5)), order.holdout()]
+    assert hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in drawn)).hexdigest()[:16] == expected
+
+
+def test_the_worked_examples_are_true():
+    order = SampleOrder(num_rows=9, batch=4, lanes=2, window_rows=2)
+    assert order._in_lanes(np.arange(9)).tolist() == [0, 1, 5, 6, 2, 3, 7, 4, 8]
+    seed = next(seed for seed in range(100) if _windows(3, seed, 0)[0].tolist() == [1, 2, 0])
+    order = SampleOrder(num_rows=7, window_rows=3, seed=seed)
+    samples = order._shuffled(0, np.arange(7)).tolist()
+    assert [sorted(samples[:3]), samples[3], sorted(samples[4:])] == [[3, 4, 5], 6, [0, 1, 2]]
+    assert samples[5] == _permutation(3, seed, 0 * 3 + 0, "order")[1]
+
+
+def test_buckets_and_micro_batches_are_those_of_every_release():
+    schedule = BucketSchedule(batches=(3, 11, 1, 7), seed=5)
+    steps = [schedule.at(step) for step in range(100)]
+    sources = tuple(
+        Source(
+            uri=str(rows), order=SampleOrder(num_rows=rows, holdout_rows=5, seed=4, batch=32, window_rows=40, lanes=3)
+        )
+        for rows in (200, 77, 500)
+    )
+    plan = StreamPlan(
+        sources=sources, columns=(), global_batch_size=32, micro_batch_size=4, num_steps=100, seed=4
+    )  # fmt: skip
+    drawn = [plan.micro_batch(number, 1, 2) for number in range(400)]
+    told = [(one.source, one.epochs.tolist(), (one.rows + plan.first_rows[one.source]).tolist()) for one in drawn]
+    hashes = [hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in (steps, told)]
+    assert hashes == ["95cb35e08d918e87", "302fd3dae2256eaf"]
 
 
 def test_epochs_and_seeds_differ():

@@ -8,8 +8,9 @@ import pytest
 import ray
 
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
+from d2f_core.data.plan_reader import chunk_size
 from d2f_core.data.sample_order import SampleOrder
-from d2f_core.data.stream import chunk_size, micro_batches, worker_shard
+from d2f_core.data.stream import micro_batches, worker_shard
 from d2f_core.data.stream_plan import Source, StreamPlan
 
 pytestmark = pytest.mark.timeout(240)

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2f_core import storage
-from d2f_core.data.latents import arrays_to_table, table_to_arrays
+from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, TableFile, read_manifest, write_manifest, write_part
+from d2f_core.data.plan_reader import PlanReader, chunk_size
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field
-from d2f_core.data.stream import PlanReader
-from d2f_core.data.stream_plan import Source, StreamPlan
+from d2f_core.data.stream_plan import BUFFER_BYTES, Source, StreamPlan
 from d2f_core.data.table_reader import DamagedDataError, RowReader, TableReader
 
 FILES, ROWS, GROUP = 4, 256, 64
@@ -154,20 +154,24 @@ def test_any_rows_in_any_order(table):
         reader.read(np.array([300, 63]))
 
 
-def micro_batches_of(table: Path, steps: int = 16) -> list[pa.Table]:
-    order = SampleOrder(num_rows=FILES * ROWS, batch=64, window_rows=128, lanes=4)
+BUFFERS = {"whole windows": BUFFER_BYTES, "row groups": 2**14}
+
+
+def micro_batches_of(table: Path, steps: int = 16, *, batch: int = 64, buffer: int = BUFFER_BYTES) -> list[pa.Table]:
+    order = SampleOrder(num_rows=FILES * ROWS, batch=batch, window_rows=128, lanes=4)
     plan = StreamPlan(
-        sources=(Source(uri=str(table), order=order),), columns=COLUMNS, global_batch_size=64, micro_batch_size=64,
-        num_steps=steps,
+        sources=(Source(uri=str(table), order=order),), columns=COLUMNS, global_batch_size=batch,
+        micro_batch_size=batch, num_steps=steps, buffer_bytes=buffer,
     )  # fmt: skip
     reader = PlanReader(plan, rank=0, num_workers=1, first_step=0)
-    chunks = reader({"chunk": np.arange(-(-steps // 8))})
+    chunks = reader({"chunk": np.arange(-(-steps // chunk_size(plan)))})
     return [pa.ipc.open_stream(part.as_buffer()).read_all() for chunk in chunks for part in chunk.column("micro_batch")]
 
 
-def test_an_epoch_is_the_used_rows_plus_the_quarantined_ones(table):
+@pytest.mark.parametrize("buffer", BUFFERS.values(), ids=BUFFERS)
+def test_an_epoch_is_the_used_rows_plus_the_quarantined_ones(table, buffer):
     overwrite(table / "part-3.parquet", lambda data: data[: len(data) // 2])
-    batches = pa.concat_tables(micro_batches_of(table))
+    batches = pa.concat_tables(micro_batches_of(table, buffer=buffer))
     assert sorted(batches.column("row").to_pylist()) == list(range(FILES * ROWS))
     used, lost = 0, []
     for row, caption, reason in zip(
@@ -180,6 +184,16 @@ def test_an_epoch_is_the_used_rows_plus_the_quarantined_ones(table):
             assert "part-3.parquet" in reason
             lost.append(row)
     assert used + len(lost) == FILES * ROWS and sorted(lost) == list(range(3 * ROWS, 4 * ROWS))
+
+
+def test_a_micro_batch_without_one_usable_row_is_filled_from_elsewhere(table):
+    """Fetched by row groups, a row at a time, nothing else is at hand."""
+    overwrite(table / "part-0.parquet", lambda data: data[:200])
+    batches = micro_batches_of(table, FILES * ROWS, batch=1, buffer=1)
+    lost = [batch.column("row")[0].as_py() for batch in batches if batch.column("reason").null_count == 0]
+    assert sorted(lost) == list(range(ROWS))
+    fillers = {batch.column("caption")[0].as_py() for batch in batches if batch.column("row")[0].as_py() in lost}
+    assert fillers == {f"row {ROWS}"}
 
 
 def test_a_table_without_one_usable_row_is_refused(table):

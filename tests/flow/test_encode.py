@@ -21,15 +21,16 @@ from d2f_core.batch.chunks import write_row
 from d2f_core.batch.output import OutputError
 from d2f_core.batch.table_job import claim_output, finish_table, make_table
 from d2f_core.batch.table_spec import TableJobError
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.images import prepare_image
-from d2f_core.data.latents import table_to_arrays
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
-from d2f_core.data.schema import SchemaError, check_schema, latent_schema, sample_id
+from d2f_core.data.schema import SchemaError, check_schema, sample_id
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.encode.actor import LatentEncoder, to_input
 from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig, EncodeError
+from d2f_core.flow.latents import latent_schema
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.resources import InsufficientResourcesError

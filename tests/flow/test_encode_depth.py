@@ -16,12 +16,12 @@ from d2f_core.batch.chunks import write_row
 from d2f_core.batch.output import OutputError
 from d2f_core.batch.table_job import claim_output, finish_table, make_table
 from d2f_core.batch.table_spec import TableJobError
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.datasets.config import MakeDepthConfig
 from d2f_core.data.datasets.depth_table import make_depth_dataset, make_rows
-from d2f_core.data.depth import crop_and_resize, depth_latent_schema, normalise_depth
+from d2f_core.data.depth import crop_and_resize, normalise_depth
 from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.images import prepare_image
-from d2f_core.data.latents import check_fingerprint, table_to_arrays
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import check_schema, sample_id
@@ -29,6 +29,7 @@ from d2f_core.data.sources.config import DepthSource
 from d2f_core.flow.encode.actor import LatentEncoder, to_input
 from d2f_core.flow.encode.check import check_encode_depth
 from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeError
+from d2f_core.flow.latents import check_fingerprint, depth_latent_schema
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import join, read_bytes

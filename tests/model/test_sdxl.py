@@ -10,13 +10,13 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from d2f_core.data.latents import arrays_to_table
+from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
-from d2f_core.data.schema import latent_schema
 from d2f_core.flow.generate.actor import ChunkSampler
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.plan import PROMPTS_NAME, make_plan
 from d2f_core.flow.generate.prompts import checked_rows, copy_prompts, scan_prompts
+from d2f_core.flow.latents import latent_schema
 from d2f_core.model.artifact import describe, load_model, save_artifact, to_uint8
 from d2f_core.model.autoencoder import autoencoder_fingerprint, load_autoencoder
 from d2f_core.model.base import resolve_base

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2f_core.batch.output import OutputError
-from d2f_core.data.latents import table_to_arrays
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.table_reader import RowReader

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2f_core.batch.chunks import TableActor
 from d2f_core.batch.table_spec import TableJobError
-from d2f_core.data.latents import arrays_to_table, table_to_arrays
+from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.schema import array_field
 from d2f_core.flow.encode.spec import EncodeSpec
 from d2f_core.model.autoencoder import load_autoencoder

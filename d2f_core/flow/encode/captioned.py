@@ -3,9 +3,10 @@
 from typing import Any
 
 from d2f_core.data.images import BadImageError, prepare_image
-from d2f_core.data.schema import latent_schema, sample_id
+from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.sample import Sample
 from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec, Picture
+from d2f_core.flow.latents import latent_schema
 
 
 def identify(sample: Sample) -> str:

@@ -5,15 +5,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from d2f_core.data.depth import (
-    DEPTH_TASK,
-    BadDepthError,
-    crop_and_resize,
-    depth_latent_schema,
-    latent_mask,
-    normalise_depth,
-    size_text,
-)
+from d2f_core.data.depth import BadDepthError, crop_and_resize, latent_mask, normalise_depth, size_text
 from d2f_core.data.depth_files import decode_npy
 from d2f_core.data.image_headers import read_declared
 from d2f_core.data.images import BadImageError, prepare_image
@@ -22,6 +14,7 @@ from d2f_core.data.sources.config import DepthSource
 from d2f_core.data.sources.depth import DepthSample, read_depth, read_valid
 from d2f_core.flow.encode.config import EncodeDepthConfig
 from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec, Picture
+from d2f_core.flow.latents import DEPTH_TASK, depth_latent_schema
 
 
 def identify(sample: DepthSample) -> str:

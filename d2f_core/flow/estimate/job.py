@@ -11,9 +11,9 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from d2f_core.data.depth import depth_latent_schema
-from d2f_core.data.schema import array_field, is_array, latent_schema
+from d2f_core.data.schema import array_field, is_array
 from d2f_core.flow.estimate.config import GPUS, EstimateConfig
+from d2f_core.flow.latents import depth_latent_schema, latent_schema
 from d2f_core.model import footprint
 from d2f_core.model.architectures import Architecture, read_architecture
 from d2f_core.model.config import ModelConfig

@@ -15,11 +15,12 @@ import torch
 from ray.util import metrics
 
 from d2f_core.batch.output import part_name
-from d2f_core.data.latents import arrays_to_table
+from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.manifest import TableFile, write_part
-from d2f_core.data.schema import array_field, latent_schema
+from d2f_core.data.schema import array_field
 from d2f_core.flow.generate.plan import LATENTS, PROMPTS_NAME, TIMING, Plan
 from d2f_core.flow.generate.sampler import ImageSampler, Request, Sampled, batches, encode_image
+from d2f_core.flow.latents import latent_schema
 from d2f_core.model.artifact import load_model
 from d2f_core.storage import arrow_filesystem, join, retried, write_bytes
 from d2f_core.tracking import resolve_model

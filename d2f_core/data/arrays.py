@@ -1,4 +1,4 @@
-"""Latent tables: numpy arrays <-> rows, and whether a table fits an autoencoder."""
+"""Numpy arrays <-> rows of a table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError, array_kind, is_array
 
 
@@ -53,41 +52,3 @@ def array_bytes(chunk: pa.FixedSizeBinaryArray) -> np.ndarray:
     width = chunk.type.byte_width
     data = np.frombuffer(chunk.buffers()[1] or b"", np.uint8)
     return data[chunk.offset * width : (chunk.offset + len(chunk)) * width].reshape(len(chunk), width)
-
-
-def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
-    """Refuse latents that another autoencoder made.
-
-    Raises:
-        SchemaError: the table holds no latents, or those of another autoencoder.
-    """
-    if manifest.kind != "latents":
-        raise SchemaError(f"The table holds {manifest.kind}, not latents. Run encode_latents on it first.")
-    made_with = manifest.fingerprint.get("autoencoder")
-    if made_with != autoencoder_fingerprint:
-        raise SchemaError(
-            f"The latents were made with the autoencoder {made_with}, the base model has {autoencoder_fingerprint}. "
-            "Run encode_latents again with this base model, or finetune the base model they were made with."
-        )
-
-
-def noise_columns(manifests: Sequence[Manifest], base_hash: str) -> tuple[str, ...]:
-    """`("noise",)` when the tables are pairs: each latent with the noise that a model made it from.
-
-    Args:
-        base_hash: of the base model that is to be trained.
-
-    Raises:
-        SchemaError: pairs of another base model, or some tables with noise and some without.
-    """
-    makers = [manifest.fingerprint.get("made_by") or {} for manifest in manifests]
-    pairs = [maker for maker in makers if maker.get("pairs")]
-    for maker in pairs:
-        if maker["base"] != base_hash:
-            raise SchemaError(
-                f"The pairs were made by a model on the base {maker['base']}, the base to train is {base_hash}. "
-                "Generate pairs with the model that is to be straightened."
-            )
-    if pairs and len(pairs) < len(manifests):
-        raise SchemaError("Some latent tables hold pairs and some do not. Train on tables of one kind.")
-    return ("noise",) if pairs else ()

@@ -1,0 +1,182 @@
+"""Which micro-batches are put together at once, and what has to be fetched for them: by bytes, arithmetic only.
+
+A chunk is a worker's next micro-batches, read and put together at once. The rows that it needs lie in the windows of
+the order, a few rows in each of them. There are two ways to get them:
+
+    whole windows   Each is fetched once and stays until no chunk ahead needs it.
+    row groups      Where the windows of a chunk do not fit into the plan's buffer: of each row group with wanted rows
+                    these rows stay and the others are dropped. The next chunk that wants other rows of it fetches it
+                    again, so up to ROWS OF A ROW GROUP times as much is read as is used: 4 times with rows of 2 MB that
+                    were written with `manifest.rows_per_group`, 64 times, at worst, with such rows in groups of 64.
+
+Windows fit while (lanes of this worker) x window_rows x (bytes of a row) is less than about half of the buffer. What
+leads back to them is a smaller `window_rows`, or a larger buffer; the first decides the order too.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+
+from d2f_core.data.stream_plan import MicroBatch, StreamPlan
+from d2f_core.data.table_reader import TableReader
+
+Label = TypeVar("Label", bound=Hashable)
+
+ROWS_PER_CHUNK = 1024
+"""At most, however small the rows are."""
+CHUNK_SHARE, FETCH_SHARE = 16, 4
+"""What part of the buffer a chunk may take, and what is being fetched: a 16th, a quarter. With the default of 2 GiB
+chunks of 1024 rows are whole up to 128 KiB a row."""
+CHUNK_COPIES = 3
+"""Of a chunk that is put together: gathered, serialised, and once more of columns that are no arrays."""
+READ_AHEAD_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of one of the plan's tables that are fetched together."""
+
+    table: int
+    first: int
+    end: int
+    """First and one past the last row."""
+    kept: tuple[int, ...] | None = None
+    """The rows that stay in memory; None: all."""
+    size: int = field(default=0, compare=False)
+    """Bytes that it takes while it is kept."""
+    in_flight: int = field(default=0, compare=False)
+    """Bytes that it takes besides while it is fetched: as it lies in the file, and what of it is dropped."""
+
+
+Needs = list[tuple[Piece, np.ndarray]]
+"""What has to be fetched, in the order of first use, and for which places in a sequence of rows."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive micro-batches of one table, as one sequence of rows."""
+
+    table: int
+    epochs: np.ndarray
+    rows: np.ndarray
+    """Int64 [rows] each; rows of the table."""
+    needs: Needs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Micro-batches that are put together at once."""
+
+    runs: list[Run]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [piece for run in self.runs for piece, _ in run.needs]
+
+
+def micro_batches_per_chunk(plan: StreamPlan, row_bytes: int) -> int:
+    """As many as fit into a chunk, at least one.
+
+    Args:
+        row_bytes: of the plan's largest rows.
+    """
+    rows = min(ROWS_PER_CHUNK, plan.buffer_bytes // CHUNK_SHARE // max(1, row_bytes))
+    return max(1, rows // plan.micro_batch_size)
+
+
+class ChunkPlanner:
+    """The chunks of one worker, from a step on. What it says to keep and to fetch stays within the plan's buffer.
+
+    The one exception: a chunk is at least one micro-batch, however large that is.
+    """
+
+    def __init__(
+        self, plan: StreamPlan, rank: int, num_workers: int, first_step: int, readers: Sequence[TableReader]
+    ) -> None:
+        self._plan, self._rank, self._num_workers, self._readers = plan, rank, num_workers, readers
+        self._first = first_step * plan.per_step(num_workers)
+        self._end = plan.num_steps * plan.per_step(num_workers)
+        row_bytes = max(reader.row_bytes for reader in readers)
+        self._per_chunk = micro_batches_per_chunk(plan, row_bytes)
+        chunk = self._per_chunk * plan.micro_batch_size * row_bytes
+        self.fetch_bytes = plan.buffer_bytes // FETCH_SHARE
+        """Bytes for what is in flight."""
+        self._room = plan.buffer_bytes - self.fetch_bytes - CHUNK_COPIES * chunk
+        """Bytes for what is kept."""
+        self._chunks: dict[int, Chunk] = {}
+
+    def ahead(self, number: int) -> list[Chunk]:
+        """A chunk and those behind it that should be fetched by now: `READ_AHEAD_CHUNKS`, or as many as there is room.
+
+        A chunk that was among those of the chunk before is among these.
+        """
+        found, planned, kept, room = [], {}, set[Piece](), self._room
+        for later in range(number, number + 1 + READ_AHEAD_CHUNKS):
+            chunk = planned[later] = self._chunks.get(later) or self._chunk(later)
+            new = set(chunk.pieces) - kept
+            room -= sum(piece.size for piece in new)
+            if found and room < 0:
+                break
+            kept |= new
+            found.append(chunk)
+        self._chunks = planned
+        return found
+
+    def _chunk(self, number: int) -> Chunk:
+        first = self._first + number * self._per_chunk
+        numbers = range(first, min(first + self._per_chunk, self._end))
+        micro_batches = [self._plan.micro_batch(one, self._rank, self._num_workers) for one in numbers]
+        tables = groupby(micro_batches, key=lambda one: self._plan.table_of[one.source])
+        by_table = [(table, list(ones)) for table, ones in tables]
+        whole = Chunk([self._run(table, ones, self._windows) for table, ones in by_table])
+        if sum(piece.size for piece in set(whole.pieces)) <= self._room:
+            return whole
+        return Chunk([self._run(table, ones, self._row_groups) for table, ones in by_table])
+
+    def _run(self, table: int, micro_batches: list[MicroBatch], find: Callable[[list[MicroBatch]], Needs]) -> Run:
+        epochs, rows = (np.concatenate([getattr(one, name) for one in micro_batches]) for name in ("epochs", "rows"))
+        return Run(table, epochs, rows, find(micro_batches))
+
+    def _windows(self, micro_batches: list[MicroBatch]) -> Needs:
+        """The windows that hold their rows."""
+        labels = [
+            (one.source, window)
+            for one in micro_batches
+            for window in self._plan.sources[one.source].window_of(one.rows).tolist()
+        ]
+        needs = []
+        for (source, window), places in _places_by_label(labels):
+            table, (first, end) = self._plan.table_of[source], self._plan.sources[source].window_bounds(window)
+            size = _rows_around(self._readers[table], first, end) * self._readers[table].row_bytes
+            needs.append((Piece(table, first, end, size=size, in_flight=size), places))
+        return needs
+
+    def _row_groups(self, micro_batches: list[MicroBatch]) -> Needs:
+        """The row groups that hold their rows, and these rows of them."""
+        table, needs = self._plan.table_of[micro_batches[0].source], []
+        rows, reader = np.concatenate([one.rows for one in micro_batches]), self._readers[table]
+        for number, places in _places_by_label(reader.groups_of(rows).tolist()):
+            (group,) = reader.row_groups(number, number)
+            kept = tuple(sorted(set(rows[places].tolist())))
+            size, fetched = (count * reader.row_bytes for count in (len(kept), group.end - group.first))
+            needs.append((Piece(table, group.first, group.end, kept, size, 2 * fetched), places))
+        return needs
+
+
+def _places_by_label(labels: Iterable[Label]) -> list[tuple[Label, np.ndarray]]:
+    """Each label, in the order of first use, and where it stands."""
+    places = defaultdict[Label, list[int]](list)
+    for place, label in enumerate(labels):
+        places[label].append(place)
+    return [(label, np.array(found)) for label, found in places.items()]
+
+
+def _rows_around(reader: TableReader, first: int, end: int) -> int:
+    """Rows of the row groups in which some rows lie: all of them stay in memory, for a slice of them holds them all."""
+    numbers = reader.groups_of(np.array([first, end - 1])).tolist()
+    (low,), (high,) = (reader.row_groups(number, number) for number in numbers)
+    return high.end - low.first

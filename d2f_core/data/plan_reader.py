@@ -1,0 +1,115 @@
+"""The rows of a plan, in its order: fetched ahead of time within the plan's buffer, and put together by chunks."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pyarrow as pa
+
+from d2f_core.data.chunks import ChunkPlanner, Piece, Run, micro_batches_per_chunk
+from d2f_core.data.gather import Gatherer, serialised
+from d2f_core.data.manifest import read_manifest
+from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.data.table_reader import DamagedDataError, RowRange, TableReader
+
+EPOCH, ROW, REASON = "epoch", "row", "reason"
+READING_THREADS = 8
+FILES_TRIED = 100
+"""Files in which a usable row is looked for before a table is given up."""
+
+
+class ByteLimit:
+    """Lets as many threads go on at once as their bytes allow; one always, however many it takes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._taken, self._changed = limit, 0, threading.Condition()
+
+    @contextmanager
+    def taking(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + size <= self._limit)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= size
+                self._changed.notify_all()
+
+
+class PlanReader:
+    """Ray Data actor: numbers of chunks of micro-batches -> one serialised table per micro-batch.
+
+    A table has the plan's columns and: `epoch`; `row`, unique over all tables of the plan; `reason`, null for a row
+    that can be used. One that cannot keeps its place, filled with the content of another row, and must not count.
+
+    What it holds of the tables, is fetching, and puts together stays within the plan's `buffer_bytes`.
+    """
+
+    def __init__(self, plan: StreamPlan, rank: int, num_workers: int, first_step: int) -> None:
+        self._plan = plan
+        self._readers = [TableReader(uri, read_manifest(uri), plan.columns) for uri in plan.tables]
+        self._first_rows = dict(zip(plan.table_of, plan.first_rows, strict=True))
+        self._planner = ChunkPlanner(plan, rank, num_workers, first_step, self._readers)
+        self._pool = ThreadPoolExecutor(READING_THREADS)
+        self._in_flight = ByteLimit(self._planner.fetch_bytes)
+        self._pieces: dict[Piece, Future[RowRange]] = {}
+        self._gatherer = Gatherer()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        for chunk in batch["chunk"].tolist():
+            yield self._read(chunk)
+
+    def _read(self, number: int) -> pa.Table:
+        chunk, *later = self._planner.ahead(number)
+        wanted = dict.fromkeys(piece for one in (chunk, *later) for piece in one.pieces)
+        for piece in self._pieces.keys() - wanted.keys():
+            self._pieces.pop(piece).cancel()
+        for piece in wanted:  # in the order of their first use
+            if piece not in self._pieces:
+                self._pieces[piece] = self._pool.submit(self._fetch, piece)
+        parts = [serialised(self._assemble(run), self._plan.micro_batch_size) for run in chunk.runs]
+        return pa.table({"micro_batch": pa.chunked_array(parts, pa.large_binary())})
+
+    def _fetch(self, piece: Piece) -> RowRange:
+        with self._in_flight.taking(piece.in_flight):
+            found = self._readers[piece.table].read(piece.first, piece.end)
+            return found if piece.kept is None else found.keeping(np.array(piece.kept))
+
+    def _assemble(self, run: Run) -> pa.Table:
+        """The rows of a run, one micro-batch after another."""
+        rows, parts, reasons = run.rows, [], dict[int, str]()
+        for piece, chosen in run.needs:
+            found = self._pieces[piece].result()
+            places = found.places[rows[chosen] - found.first]
+            usable = places >= 0
+            parts.append((found.table, places[usable], chosen[usable]))
+            reasons |= {row: found.reasons[row] for row in rows[chosen[~usable]].tolist()}
+        unusable = np.array([row in reasons for row in rows.tolist()])
+        if unusable.all():
+            parts.append((self._any_row(run.table, reasons), np.array([0]), np.array([0])))
+        if unusable.any():  # filled with the content of any other row
+            table, places, _ = next(part for part in parts if len(part[1]))
+            parts.append((table, places[:1].repeat(unusable.sum()), np.flatnonzero(unusable)))
+        table = self._gatherer.gather(parts, len(rows))
+        table = table.append_column(EPOCH, pa.array(run.epochs))
+        table = table.append_column(ROW, pa.array(rows + self._first_rows[run.table]))
+        return table.append_column(REASON, pa.array([reasons.get(row) for row in rows.tolist()], pa.string()))
+
+    def _any_row(self, table: int, reasons: dict[int, str]) -> pa.Table:
+        """A row that can be used, where none of a run can: one that is at hand, or else of the first whole file."""
+        at_hand = (fetched.result() for piece, fetched in self._pieces.items() if piece.table == table)
+        reader = self._readers[table]
+        elsewhere = (reader.read(row, row + 1) for row in reader.first_rows_of_files()[:FILES_TRIED])
+        for found in itertools.chain(at_hand, elsewhere):
+            if len(good := found.places[found.places >= 0]):
+                return found.table.slice(int(good[0]), 1)
+        raise DamagedDataError(f"None of the rows {sorted(reasons)[:5]}... can be used: {next(iter(reasons.values()))}")
+
+
+def chunk_size(plan: StreamPlan) -> int:
+    """Micro-batches that are put together at once, by the sizes of rows in the tables' manifests."""
+    return micro_batches_per_chunk(plan, max(read_manifest(uri).row_bytes for uri in set(plan.tables)))

@@ -1,0 +1,135 @@
+"""The plan of a training over tables, and what of it stored work is known by.
+
+A bucket holds the rows that may share a batch. By default each table is one, and each global batch comes from one of
+them. With a bucket column the runs in the tables' manifests are the buckets (a category, a cluster), hundreds if need
+be, and each micro-batch comes from one of those:
+
+    which bucket    Over a cycle of as many micro-batches as all buckets have (ceil(rows / micro-batch) each), every
+                    bucket gives its own number, shuffled; so buckets come up in proportion to their rows.
+    which rows      The bucket's own order of samples, which runs on across its epochs: each row exactly once in every
+                    epoch of the bucket. Nothing is dropped and nothing left over: where a bucket's rows end within a
+                    micro-batch, its next epoch fills it up. So the epochs of small buckets run ahead of those of large
+                    ones by less than a micro-batch a cycle; and a bucket with fewer rows than a micro-batch holds some
+                    of them twice in one.
+    held out        `holdout_rows` rows of each bucket, spread evenly over it.
+
+The buckets of consecutive micro-batches lie all over the table, so a row group is rarely wanted twice within a short
+time, and up to as many times the bytes are read as it has rows (see `chunks`). Write such a table with few rows to a
+row group, down to one where rows are megabytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2f_core.data.manifest import Manifest
+from d2f_core.data.sample_order import SampleOrder
+from d2f_core.data.stream_plan import Source, StreamPlan
+from d2f_core.randomness import keyed_generator
+
+
+class BucketError(ValueError):
+    """A table whose buckets cannot be trained on as asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderConfig:
+    """What decides, beside the tables, which rows come when and together with which others."""
+
+    seed: int = 0
+    global_batch_size: int
+    """Samples per optimizer step, over all workers."""
+    micro_batch_size: int
+    """Samples per forward pass."""
+    lanes: int = 16
+    window_rows: int = 512
+    """See `SampleOrder`."""
+    bucket_column: str = ""
+    """Column whose values are the tables' buckets: each micro-batch holds rows of one. Empty: a table is a bucket."""
+    micro_batches_matter: bool = False
+    """Whether the loss depends on which samples share a micro-batch, as one does that contrasts them with each other.
+    With a bucket column it always counts as if it did."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same for a training to go on with the samples, and the losses, that it would have had.
+
+        The micro-batch size is part of it where it decides what is computed, and free to change where it does not.
+        """
+        names = ["seed", "global_batch_size", "lanes", "window_rows"]
+        names += ["bucket_column"] * bool(self.bucket_column)
+        names += ["micro_batch_size"] * bool(self.bucket_column or self.micro_batches_matter)
+        return {name: getattr(self, name) for name in names}
+
+
+def plan_tables(
+    uris: Sequence[str],
+    manifests: Sequence[Manifest],
+    columns: tuple[str, ...],
+    order: OrderConfig,
+    *,
+    holdout_rows: int,
+    num_steps: int,
+) -> StreamPlan:
+    """Which rows are trained on when, and which are held out.
+
+    Args:
+        holdout_rows: rows of each bucket that are only validated on.
+
+    Raises:
+        BucketError: a bucket column is given, and a table has no buckets, or one without rows to train on.
+    """
+    sources = [
+        source
+        for uri, manifest in zip(uris, manifests, strict=True)
+        for source in _sources(uri, manifest, order, holdout_rows)
+    ]
+    return StreamPlan(
+        sources=tuple(sources),
+        columns=columns,
+        global_batch_size=order.global_batch_size,
+        micro_batch_size=order.micro_batch_size,
+        num_steps=num_steps,
+        seed=order.seed,
+        one_source_per="micro_batch" if order.bucket_column else "global_batch",
+    )
+
+
+def _sources(uri: str, manifest: Manifest, order: OrderConfig, holdout_rows: int) -> Iterator[Source]:
+    """The whole table, or each of its buckets."""
+    if not order.bucket_column:
+        yield Source(uri=uri, order=_order(order, manifest.num_rows, holdout_rows, order.seed))
+        return
+    _check_buckets(uri, manifest, order, holdout_rows)
+    first = 0
+    for value, rows in manifest.buckets:
+        # A seed of its own, or buckets of one size would all be shuffled alike.
+        seed = int(keyed_generator(order.seed, value, "bucket").integers(2**62))
+        yield Source(uri=uri, order=_order(order, rows, holdout_rows, seed), first_row=first)
+        first += rows
+
+
+def _order(order: OrderConfig, rows: int, holdout_rows: int, seed: int) -> SampleOrder:
+    return SampleOrder(
+        num_rows=rows,
+        holdout_rows=holdout_rows,
+        seed=seed,
+        batch=order.micro_batch_size if order.bucket_column else order.global_batch_size,
+        lanes=order.lanes,
+        window_rows=order.window_rows,
+    )
+
+
+def _check_buckets(uri: str, manifest: Manifest, order: OrderConfig, holdout_rows: int) -> None:
+    if not manifest.buckets:
+        raise BucketError(
+            f"bucket_column={order.bucket_column!r}, and the manifest of {uri!r} has no buckets. Write the table with "
+            f"rows sorted by {order.bucket_column!r} and `buckets=bucket_runs(values)` in its manifest."
+        )
+    small = sorted((rows, value) for value, rows in manifest.buckets if rows <= holdout_rows)
+    if small:
+        rows, value = small[0]
+        raise BucketError(
+            f"holdout_rows={holdout_rows} of each bucket are held out, and {len(small)} of {len(manifest.buckets)} "
+            f"buckets of {uri!r} have no more rows than that: {value!r} has {rows}. Lower holdout_rows to {rows - 1}, "
+            "or write the table without these buckets."
+        )

@@ -1,0 +1,89 @@
+"""Latent tables: their columns, and whether the model that is to be trained can learn from them."""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from d2f_core.data.manifest import Manifest
+from d2f_core.data.schema import SchemaError, array_field
+
+DEPTH_TASK = "image_to_depth"
+"""What the fingerprint of a depth latent table says under `task`."""
+
+
+def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | None = None) -> pa.Schema:
+    """Columns of a latent table.
+
+    Args:
+        latent_shape: channels, height, width of the (scaled) moments.
+        text_shape: tokens and width of stored text states; None when captions are encoded during training.
+    """
+    text = pa.string()
+    fields = [
+        pa.field("sample_id", text, nullable=False),
+        pa.field("caption", text, nullable=False),
+        array_field("latent_mean", "float16", latent_shape),
+        array_field("latent_std", "float16", latent_shape),
+        # Height x width in pixels of the image that was encoded: samples of one bucket can share a batch.
+        pa.field("bucket", text, nullable=False),
+        pa.field("source_uri", text, nullable=False),
+        # Size of the original image, and the box (left, top, right, bottom) of it that was kept, in its pixels.
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        array_field("crop", "int32", (4,)),
+    ]
+    if text_shape is not None:
+        fields.append(array_field("text_state", "float16", text_shape))
+    return pa.schema(fields)
+
+
+def depth_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:
+    """Columns of a depth latent table: `latent_schema` of the depth pictures, with an empty caption, and two more.
+
+    `joined_mean` is the (scaled) mean of the image's latent; `mask` is 1 where every pixel below a latent has a depth.
+
+    Args:
+        latent_shape: channels, height, width.
+    """
+    _, height, width = latent_shape
+    schema = latent_schema(latent_shape)
+    schema = schema.append(array_field("joined_mean", "float16", latent_shape))
+    return schema.append(array_field("mask", "uint8", (1, height, width)))
+
+
+def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
+    """Refuse latents that another autoencoder made.
+
+    Raises:
+        SchemaError: the table holds no latents, or those of another autoencoder.
+    """
+    if manifest.kind != "latents":
+        raise SchemaError(f"The table holds {manifest.kind}, not latents. Run encode_latents on it first.")
+    made_with = manifest.fingerprint.get("autoencoder")
+    if made_with != autoencoder_fingerprint:
+        raise SchemaError(
+            f"The latents were made with the autoencoder {made_with}, the base model has {autoencoder_fingerprint}. "
+            "Run encode_latents again with this base model, or finetune the base model they were made with."
+        )
+
+
+def noise_columns(manifests: Sequence[Manifest], base_hash: str) -> tuple[str, ...]:
+    """`("noise",)` when the tables are pairs: each latent with the noise that a model made it from.
+
+    Args:
+        base_hash: of the base model that is to be trained.
+
+    Raises:
+        SchemaError: pairs of another base model, or some tables with noise and some without.
+    """
+    makers = [manifest.fingerprint.get("made_by") or {} for manifest in manifests]
+    pairs = [maker for maker in makers if maker.get("pairs")]
+    for maker in pairs:
+        if maker["base"] != base_hash:
+            raise SchemaError(
+                f"The pairs were made by a model on the base {maker['base']}, the base to train is {base_hash}. "
+                "Generate pairs with the model that is to be straightened."
+            )
+    if pairs and len(pairs) < len(manifests):
+        raise SchemaError("Some latent tables hold pairs and some do not. Train on tables of one kind.")
+    return ("noise",) if pairs else ()

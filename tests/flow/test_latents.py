@@ -1,0 +1,34 @@
+"""Latent tables: their columns, and which of them a model can learn from."""
+
+import dataclasses
+
+import pytest
+
+from d2f_core.data.manifest import Manifest
+from d2f_core.data.schema import SchemaError, check_schema
+from d2f_core.flow.latents import check_fingerprint, depth_latent_schema, latent_schema, noise_columns
+
+
+def test_latents_of_another_autoencoder_are_refused():
+    manifest = Manifest(kind="latents", files=(), fingerprint={"autoencoder": "aa"})
+    check_fingerprint(manifest, "aa")
+    with pytest.raises(SchemaError, match=r"autoencoder aa, the base model has bb. Run encode_latents again"):
+        check_fingerprint(manifest, "bb")
+    with pytest.raises(SchemaError, match="holds images, not latents"):
+        check_fingerprint(dataclasses.replace(manifest, kind="images"), "aa")
+
+
+def test_a_depth_latent_table_is_a_latent_table_with_two_more_columns():
+    schema = depth_latent_schema((4, 8, 8))
+    check_schema(schema, latent_schema((4, 8, 8)), where="table")
+    assert set(schema.names) - set(latent_schema((4, 8, 8)).names) == {"joined_mean", "mask"}
+
+
+def test_pairs_are_read_with_their_noise_and_not_beside_tables_without():
+    plain = Manifest(kind="latents", files=())
+    pairs = dataclasses.replace(plain, fingerprint={"made_by": {"pairs": True, "base": "b1"}})
+    assert noise_columns([plain, plain], "b1") == () and noise_columns([pairs], "b1") == ("noise",)
+    with pytest.raises(SchemaError, match="on the base b1, the base to train is b2"):
+        noise_columns([pairs], "b2")
+    with pytest.raises(SchemaError, match="Some latent tables hold pairs and some do not"):
+        noise_columns([pairs, plain], "b1")
