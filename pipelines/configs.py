@@ -99,11 +99,12 @@ def _plan(
 ) -> "StreamPlan":
     from d2f_core.data.table_plan import plan_tables
 
-    order = _order(train)
+    order = order_of(train)
     return plan_tables(uris, manifests, columns, order, holdout_rows=holdout_rows, num_steps=train.num_steps)
 
 
-def _order(train: TrainConfig) -> "OrderConfig":
+def order_of(train: TrainConfig) -> "OrderConfig":
+    """What a training's settings say of the order of its samples."""
     from d2f_core.data.table_plan import OrderConfig
 
     return OrderConfig(
@@ -116,4 +117,4 @@ def _order(train: TrainConfig) -> "OrderConfig":
 
 
 def _digest(fixed: Mapping[str, Any], train: TrainConfig) -> str:
-    return identity_hash({**fixed, **_order(train).identity()})
+    return identity_hash({**fixed, **order_of(train).identity()})

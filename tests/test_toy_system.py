@@ -42,9 +42,16 @@ def test_the_whole_system_from_images_to_a_version(cluster: None, tmp_path: Path
     assert version.tags["task"] == "brightness"
     client = mlflow.MlflowClient()
     registered = client.get_model_version(version.name, version.version)
-    assert client.get_logged_model(registered.model_id or "").model_type == "toy"
+    assert client.get_logged_model((registered.source or "").removeprefix("models:/")).model_type == "toy"
     page = registered.description or ""
     assert re.fullmatch(r"Brightness from a mean colour; \d+% of the held-out images within 0\.05\.", page)
-    assert [file.name for file in Path(resolve_model(version.uri, cache_dir=tmp_path)).iterdir()] == [
-        "README.md", "brightness.safetensors", "config.yaml",
-    ]  # fmt: skip
+    files = Path(resolve_model(version.uri, cache_dir=tmp_path)).iterdir()
+    assert sorted(file.name for file in files) == ["README.md", "brightness.safetensors", "config.yaml"]
+
+
+def test_the_page_shows_the_system_that_runs() -> None:
+    page, code = (ROOT / "docs/adding_a_system.md").read_text(), (ROOT / "tests/toy_system.py").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        assert block in code, f"not in tests/toy_system.py:\n{block}"

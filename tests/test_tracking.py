@@ -26,6 +26,7 @@ from d2f_core.tracking import (
     pin_model,
     register_model,
     resolve_model,
+    run_metrics,
     server,
     start_run,
 )
@@ -296,3 +297,15 @@ def test_pictures_wait_and_the_oldest_give_way(proxy: FaultProxy, caplog: pytest
     names = [file.path for file in client.list_artifacts(real.run_id, "images") if file.path.endswith(".webp")]
     assert sorted(int(name.split("+")[2]) for name in names) == list(range(2, 18))
     assert "samples.png" in [file.path for file in client.list_artifacts(real.run_id)]
+
+
+def test_a_metric_with_a_threshold_in_its_name_is_kept_under_a_name_that_mlflow_takes(
+    registered: tuple[RunHandle, str],
+) -> None:
+    handle, _ = registered
+    handle.log_metrics(3, {"pck@0.1": 0.5})
+    log = MetricLog(handle)
+    log.log(4, {"pck@0.1": 0.75, "sonst (é)": 1.0})
+    log.close(30)
+    assert run_metrics(handle, 3) == {"pck_at_0.1": 0.5}
+    assert run_metrics(handle, 4) == {"pck_at_0.1": 0.75, "sonst _é_": 1.0}

@@ -25,12 +25,12 @@ from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.image_rules import ImageRules
 from d2f_core.data.images import prepare_image
 from d2f_core.data.manifest import read_manifest
-from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field, sample_id
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.sample import Sample
-from d2f_core.data.stream_plan import Source, StreamPlan
+from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.data.table_plan import plan_tables
 from d2f_core.data.table_reader import RowReader
 from d2f_core.identity import identity_hash
 from d2f_core.tracking import ModelVersionInfo
@@ -38,6 +38,7 @@ from d2f_core.tracking.publish import ModelCard, TrainingRecord, publish
 from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.task import Evaluation, Task
+from pipelines.configs import order_of
 from pipelines.training import TrainingJob, TrainingResult
 
 SIZE, HELD_OUT = 16, 4
@@ -120,16 +121,9 @@ def build_task(config: BrightnessConfig, device: str) -> Task:
 
 
 def plan(config: BrightnessConfig) -> StreamPlan:
-    train, rows = config.train, read_manifest(config.colours).num_rows
-    order = SampleOrder(num_rows=rows, holdout_rows=HELD_OUT, seed=train.seed, batch=train.global_batch_size)
-    return StreamPlan(
-        sources=(Source(uri=config.colours, order=order),),
-        columns=("colour",),
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        num_steps=train.num_steps,
-        seed=train.seed,
-    )
+    order, manifest = order_of(config.train), read_manifest(config.colours)
+    tables = {"uris": [config.colours], "manifests": [manifest], "columns": ("colour",)}
+    return plan_tables(**tables, order=order, holdout_rows=HELD_OUT, num_steps=config.train.num_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +141,7 @@ class BrightnessJob(TrainingJob):
 
 
 def check_brightness(config: BrightnessConfig) -> BrightnessJob:
-    fixed = {"colours": read_manifest(config.colours).digest, "seed": config.train.seed}
+    fixed = {"colours": read_manifest(config.colours).digest, **order_of(config.train).identity()}
     build = functools.partial(build_task, config)
     return BrightnessJob(config=config, build_task=build, plan=plan(config), identity=identity_hash(fixed))
 

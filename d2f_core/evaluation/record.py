@@ -59,14 +59,9 @@ def log_evaluation(
 
 
 def _at(metrics: Mapping[str, Metric], count: int) -> dict[str, float]:
-    """What the run gets at the step `count`; MLflow's names hold no other signs than these."""
-    plain = {
-        role: "".join(sign if sign.isalnum() or sign in "-_. /" else "_" for sign in role)
-        for metric in metrics.values()
-        for role in metric.values
-    }
+    """What the run gets at the step `count`."""
     return {
-        f"{plain[role]}/{metric.name}": values[count].value
+        f"{role}/{metric.name}": values[count].value
         for metric in metrics.values()
         for role, values in metric.values.items()
         if count in values

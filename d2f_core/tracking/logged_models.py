@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2f_core.tracking.runs import RunHandle
-from d2f_core.tracking.server import attempt, client_for, tag_equals
+from d2f_core.tracking.server import attempt, client_for, metric_name, tag_equals
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -111,7 +111,7 @@ def _log_metrics(
     from mlflow.entities import Metric
 
     entries = []
-    for name, value in metrics.items():
+    for name, value in ((metric_name(name), value) for name, value in metrics.items()):
         if math.isfinite(value):
             # MLflow writes a model's metric into the run as well, where it is a second point of that step unless it
             # has the first one's time.

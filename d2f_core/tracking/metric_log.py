@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2f_core.retry import delays, one_line
 from d2f_core.tracking.runs import RunHandle
-from d2f_core.tracking.server import TrackingError, client_for, is_away
+from d2f_core.tracking.server import TrackingError, client_for, is_away, metric_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -80,7 +80,7 @@ class MetricLog:
             TrackingError: MLflow refused earlier points for good, e.g. because the run was deleted.
         """
         now = int(time.time() * 1000)
-        self._put(Point(name, float(value), now, step) for name, value in metrics.items())
+        self._put(Point(metric_name(name), float(value), now, step) for name, value in metrics.items())
 
     def log_image(self, name: str, image: "Image.Image", step: int) -> None:
         """Queue a picture of the series `name`, as `RunHandle.log_image` writes it; never waits for the network."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_core.tracking.server import TrackingError, attempt, client_for, tag_equals, tracking_uri
+from d2f_core.tracking.server import TrackingError, attempt, client_for, metric_name, tag_equals, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,7 +43,7 @@ class RunHandle:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)  # taken once: a repeated request then overwrites instead of doubling the point
-        entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        entries = [Metric(metric_name(name), float(value), now, step) for name, value in metrics.items()]
         client = client_for(self.tracking_uri)
         attempt(f"log metrics of step {step}", lambda: client.log_batch(self.run_id, metrics=entries))
 

@@ -1,6 +1,7 @@
 """The MLflow server: where it is, whether it answers, and how long to insist."""
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -122,3 +123,9 @@ def tag_equals(tag: str, value: str) -> str:
     if "'" in value:
         raise TrackingError(f"{value!r} holds a single quote, which MLflow's search cannot express. Rename it.")
     return f"tags.`{tag}` = '{value}'"
+
+
+def metric_name(name: str) -> str:
+    """The name under which MLflow keeps a metric: `pck@0.1` becomes `pck_at_0.1`, for its names hold letters, digits,
+    spaces and `_-./` on every server."""
+    return re.sub(r"[^\w\-./ ]", "_", name.replace("@", "_at_"))
