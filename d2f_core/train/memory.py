@@ -81,43 +81,113 @@ def memory_per_worker(
         activations: bytes of the passes of one micro-batch.
         others: bytes of what else lies on the device.
     """
-    stage, each, number = config.zero_stage, BYTES[config.precision], config.num_workers
-    total, share = sum(trained), _share(trained, stage, number)
-    owned = max(sum(trained[rank::number]) for rank in range(number))
-    optimizer_offload, weight_offload = config.offload != "none", config.offload == "optimizer_and_weights"
-    kept = share if stage >= 2 else total
-    gradients = 0 if optimizer_offload and stage >= 2 else each * kept
-    partition = each * (share + _share(frozen, 3, number)) if stage == 3 else 0
-    master, moments = (0 if stage == 0 else 4 * share), 8 * share
-    offloaded = master + moments + (4 + each) * share if optimizer_offload else 0
-    whole = each == 4 and stage < 3  # every worker has the whole fp32 weights
-    averages = 4 * (owned if whole else share) if config.ema.decay else 0
-    averages_offload = optimizer_offload and not whole
-    # The fp32 copy is the gradient itself where that is in fp32 already; norms are taken in double precision.
-    step = max(each * share + (0 if each == 4 else 4 * share), 8 * max(trained, default=0)) if stage else 0
-    kinds = (2 if whole else 3) + (1 if config.ema.decay and not whole else 0)
-    exchanged = max(max(trained, default=0), min(kinds * total, TOGETHER))
-    weights = partition + _gathered(each, [*trained, *frozen]) if stage == 3 else each * (total + sum(frozen))
+    sizes = _Sizes(config, trained, frozen)
+    on_device = not sizes.optimizer_offload
     return Memory(
-        weights=weights - (partition if weight_offload else 0),
-        master=0 if optimizer_offload else master,
-        moments=0 if optimizer_offload else moments,
-        averages=0 if averages_offload else averages,
-        gradients=gradients,
-        bucket=each * min(total, MOST_IN_BUCKET) if stage else 0,
-        copies=each * min(total, MOST_IN_BUCKET),
-        stepping=0 if optimizer_offload else step,
-        # Both moments, and the weights that are not at hand, of this worker's parameters; what is being gathered, and
-        # what was before, which the exchange may still hold. Averages go to the host one by one. Stage 0 hands out its
-        # own tensors.
-        saving=0 if stage == 0 else (8 if whole else 12) * owned + 8 * exchanged,
+        weights=_weights(sizes) - (sizes.partition if sizes.weight_offload else 0),
+        master=sizes.master if on_device else 0,
+        moments=sizes.moments if on_device else 0,
+        averages=0 if sizes.averages_offload else sizes.averages,
+        gradients=_gradients(sizes),
+        bucket=_bucket(sizes) if sizes.stage else 0,
+        copies=_bucket(sizes),
+        stepping=_stepping(sizes) if on_device else 0,
+        saving=_saving(sizes),
         activations=activations,
         others=others,
-        # A kind at a time is put into one safetensors file beside the copy of all four.
-        host=max(4 * (total + sum(frozen)), (16 if config.ema.decay else 12) * owned + 4 * owned)
-        + offloaded
-        + (averages if averages_offload else 0)
-        + (partition if weight_offload else 0),
+        host=_host(sizes),
+    )
+
+
+class _Sizes:
+    """The numbers that the rules are written in."""
+
+    def __init__(self, config: TrainConfig, trained: Sequence[int], frozen: Sequence[int]) -> None:
+        self.trained, self.frozen = trained, frozen
+        self.stage, self.workers = config.zero_stage, config.num_workers
+        self.each = BYTES[config.precision]
+        """Bytes of an element in the passes."""
+        self.total, self.all = sum(trained), sum(trained) + sum(frozen)
+        """Elements that are trained, and of the whole network."""
+        self.largest = max(trained, default=0)
+        """Elements of the largest trained parameter."""
+        self.share = _share(trained, self.stage, self.workers)
+        """Elements that a worker holds of the fp32 weights and of each moment."""
+        self.owned = max(sum(trained[rank :: self.workers]) for rank in range(self.workers))
+        """Elements of the whole parameters that a worker averages and writes."""
+        self.averaging = bool(config.ema.decay)
+        self.optimizer_offload = config.offload != "none"
+        self.weight_offload = config.offload == "optimizer_and_weights"
+        self.whole = self.each == 4 and self.stage < 3
+        """Whether every worker has whole fp32 weights."""
+
+    @property
+    def partition(self) -> int:
+        """Bytes of the worker's part of the weights that the passes use, where they are cut."""
+        return self.each * (self.share + _share(self.frozen, 3, self.workers)) if self.stage == 3 else 0
+
+    @property
+    def master(self) -> int:
+        return 0 if self.stage == 0 else 4 * self.share
+
+    @property
+    def moments(self) -> int:
+        return 8 * self.share
+
+    @property
+    def averages(self) -> int:
+        return 4 * (self.owned if self.whole else self.share) if self.averaging else 0
+
+    @property
+    def averages_offload(self) -> bool:
+        return self.optimizer_offload and not self.whole
+
+
+def _weights(sizes: _Sizes) -> int:
+    if sizes.stage < 3:
+        return sizes.each * sizes.all
+    return sizes.partition + _gathered(sizes.each, [*sizes.trained, *sizes.frozen])
+
+
+def _gradients(sizes: _Sizes) -> int:
+    if sizes.stage < 2:
+        return sizes.each * sizes.total
+    return 0 if sizes.optimizer_offload else sizes.each * sizes.share
+
+
+def _bucket(sizes: _Sizes) -> int:
+    return sizes.each * min(sizes.total, MOST_IN_BUCKET)
+
+
+def _stepping(sizes: _Sizes) -> int:
+    """The fp32 copy is the gradient itself where that is in fp32 already; norms are taken in double precision."""
+    if sizes.stage == 0:
+        return 0
+    copy = 0 if sizes.each == 4 else 4 * sizes.share
+    return max(sizes.each * sizes.share + copy, 8 * sizes.largest)
+
+
+def _saving(sizes: _Sizes) -> int:
+    """Both moments, and the weights that are not at hand, of this worker's parameters; what is being gathered, and what
+    was before, which the exchange may still hold. Averages go to the host one by one. Stage 0 hands out its own.
+    """
+    if sizes.stage == 0:
+        return 0
+    kinds = (2 if sizes.whole else 3) + (1 if sizes.averaging and not sizes.whole else 0)
+    exchanged = max(sizes.largest, min(kinds * sizes.total, TOGETHER))
+    return (8 if sizes.whole else 12) * sizes.owned + 8 * exchanged
+
+
+def _host(sizes: _Sizes) -> int:
+    """The weights when they are read, or the copy of a checkpoint, of which a kind at a time is put into one file
+    beside the copy of all; and what is offloaded."""
+    copies = (16 if sizes.averaging else 12) * sizes.owned + 4 * sizes.owned
+    optimizer = sizes.master + sizes.moments + (4 + sizes.each) * sizes.share
+    return (
+        max(4 * sizes.all, copies)
+        + (optimizer if sizes.optimizer_offload else 0)
+        + (sizes.averages if sizes.averages_offload else 0)
+        + (sizes.partition if sizes.weight_offload else 0)
     )
 
 

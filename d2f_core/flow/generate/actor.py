@@ -106,6 +106,24 @@ class ChunkSampler:
     def __call__(self, chunk: int) -> dict[str, Any]:
         rows = retried(f"read {PROMPTS_NAME}", lambda: self.prompts.read_row_group(chunk)).to_pylist()
         requests = self.plan.requests(rows)
+        made, digests = self._sample(requests)
+        latents = self._write_latents(chunk, made) if self.plan.emit != "images" else None
+        self._write_timing(chunk, made)
+        # Last: an index part says that all images of its chunk are there.
+        part = self._write_index(chunk, made, digests, latents)
+        failed = sum(one.error is not None for one in made)
+        for counter, count in ((self._images, len(made) - failed), (self._failures, failed)):
+            if count:  # Ray refuses to add nothing
+                counter.inc(count)
+        return {
+            "chunk": [chunk],
+            "failed": [failed],
+            "part": [json.dumps(dataclasses.asdict(part))],
+            "latents": [json.dumps(latents and dataclasses.asdict(latents))],
+        }
+
+    def _sample(self, requests: list[Request]) -> tuple[list[Sampled], dict[int, str]]:
+        """What became of each request, without pixels, and the hashes of the image files, by position."""
         images = self.plan.emit == "images"
         kept: dict[int, Sampled] = {}
         files: dict[int, Future[str]] = {}
@@ -119,23 +137,7 @@ class ChunkSampler:
                     # The pixels are the pool's from here on; a chunk's worth of them may not fit in memory.
                     kept[position] = dataclasses.replace(one, pixels=None, latent=None if images else one.latent)
         digests = {position: file.result() for position, file in files.items()}
-        latents = None if images else self._write_latents(chunk, [kept[position] for position in range(len(requests))])
-        self._write_timing(chunk, requests, kept)
-        index = [self._index_row(kept[position], digests.get(position)) for position in range(len(requests))]
-        metadata = {} if latents is None else {LATENTS_FILE: json.dumps(dataclasses.asdict(latents))}
-        table = pa.Table.from_pylist(index, schema=INDEX_SCHEMA.with_metadata(metadata))
-        # Last: an index part says that all images of its chunk are there.
-        part = write_part(self.output, part_name(chunk), table)
-        failed = sum(one.error is not None for one in kept.values())
-        for counter, count in ((self._images, len(requests) - failed), (self._failures, failed)):
-            if count:  # Ray refuses to add nothing
-                counter.inc(count)
-        return {
-            "chunk": [chunk],
-            "failed": [failed],
-            "part": [json.dumps(dataclasses.asdict(part))],
-            "latents": [json.dumps(latents and dataclasses.asdict(latents))],
-        }
+        return [kept[position] for position in range(len(requests))], digests
 
     def _write_image(self, made: Sampled) -> str:
         assert made.pixels is not None
@@ -172,12 +174,21 @@ class ChunkSampler:
         part = write_part(self.output, name, arrays_to_table(columns, schema))
         return dataclasses.replace(part, path=name.removeprefix(f"{LATENTS}/"))
 
-    def _write_timing(self, chunk: int, requests: list[Request], made: dict[int, Sampled]) -> None:
+    def _write_timing(self, chunk: int, made: list[Sampled]) -> None:
+        host = socket.gethostname()
         rows = [
-            {"sample_id": r.sample_id, "steps": r.steps, "seconds": made[at].seconds, "host": socket.gethostname()}
-            for at, r in enumerate(requests)
+            {"sample_id": one.request.sample_id, "steps": one.request.steps, "seconds": one.seconds, "host": host}
+            for one in made
         ]
         write_part(self.output, part_name(chunk, TIMING), pa.Table.from_pylist(rows, schema=TIMING_SCHEMA))
+
+    def _write_index(
+        self, chunk: int, made: list[Sampled], digests: dict[int, str], latents: TableFile | None
+    ) -> TableFile:
+        rows = [self._index_row(one, digests.get(position)) for position, one in enumerate(made)]
+        metadata = {} if latents is None else {LATENTS_FILE: json.dumps(dataclasses.asdict(latents))}
+        table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA.with_metadata(metadata))
+        return write_part(self.output, part_name(chunk), table)
 
     def _index_row(self, made: Sampled, digest: str | None) -> dict[str, Any]:
         return dataclasses.asdict(made.request) | {

@@ -107,10 +107,7 @@ def fill_request(
             "or give a model of text to image."
         )
     carried = model.sampling
-    if height is None and width is None:
-        height, width = model.default_size
-    height, width = height or width or 0, width or height or 0
-    model.base.latent_shape(height, width)
+    height, width = _filled_size(model, height, width)
     choice = SamplerChoice(
         solver=solver or carried.solver,
         steps=carried.steps if steps is None else steps,
@@ -129,6 +126,14 @@ def fill_request(
         height=height,
         width=width,
     )
+
+
+def _filled_size(model: TrainedModel, height: int | None, width: int | None) -> tuple[int, int]:
+    if height is None and width is None:
+        height, width = model.default_size
+    height, width = height or width or 0, width or height or 0
+    model.base.latent_shape(height, width)  # refuses a size that the autoencoder cannot make
+    return height, width
 
 
 def batches(requests: Iterable[Request], size: int) -> list[list[int]]:
