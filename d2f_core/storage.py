@@ -11,7 +11,6 @@ it raises StorageError. Wrong credentials, a missing bucket or a missing object 
 import concurrent.futures
 import contextlib
 import errno
-import functools
 import os
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from d2f_core import s3
 from d2f_core.retry import GaveUpError, is_network_trouble, keep_trying, one_line
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ T = TypeVar("T")
 CHECK_SECONDS, PROBE_SECONDS = 9.0, 3.0
 RETRY_SECONDS = 180.0
 """How long a failing call to S3 is repeated."""
-READ_TIMEOUT, CONNECT_TIMEOUT = 30, 5
-"""Seconds of silence after which a server counts as stalled, and seconds to connect."""
 SEVERAL_PARTS = 100 * 2**20  # bytes from which s3fs uploads an object in parts
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
@@ -66,49 +64,12 @@ def filesystem(uri: str) -> tuple[Any, str]:
         import fsspec
 
         return fsspec.filesystem("file"), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    return _s3(attempts=3), uri.removeprefix("s3://").rstrip("/")
-
-
-@functools.cache
-def _session(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
-    """Makes clients of S3 that do not send `Expect: 100-continue`: aiohttp awaits its answer without a time limit."""
-    del process, environment  # a forked process makes its own; a session keeps the credentials that it found first
-    from aiobotocore.session import AioSession
-
-    session = AioSession()
-    session.register("before-call.s3", _without_expect, unique_id="d2f-without-expect")
-    return session
-
-
-def _without_expect(params: dict[str, Any], **_: Any) -> None:
-    params["headers"].pop("Expect", None)
-
-
-def _own_session() -> Any:
-    """This process's session, for the S3 that the environment names now."""
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    return _session(os.getpid(), environment)
-
-
-def _s3(*, attempts: int) -> Any:
-    """s3fs, which makes a failing request up to `attempts` times, silently."""
-    import fsspec
-
-    # Listings are never cached: another process (a worker, an earlier attempt) writes the same prefix.
-    retries = {"total_max_attempts": attempts, "mode": "standard"}
-    fs = fsspec.filesystem(
-        "s3",
-        use_listings_cache=False,
-        session=_own_session(),
-        config_kwargs={"connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT, "retries": retries},
-    )
-    fs.retries = attempts
-    return fs
+    return s3.open_s3(attempts=3), uri.removeprefix("s3://").rstrip("/")
 
 
 def _open(uri: str) -> tuple[Any, str]:
     """The filesystem for the functions below, whose repetitions are `retried`'s alone and so are seen in the log."""
-    return (_s3(attempts=1) if is_s3(uri) else filesystem(uri)[0]), filesystem(uri)[1]
+    return (s3.open_s3(attempts=1) if is_s3(uri) else filesystem(uri)[0]), filesystem(uri)[1]
 
 
 def retried(what: str, call: Callable[[], T]) -> T:
@@ -323,7 +284,7 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     fs = fsspec.filesystem(
         "s3",
         skip_instance_cache=True,
-        session=_own_session(),  # one of its own would read the description of S3's interface anew, 50 ms each time
+        session=s3.session(),  # one of its own would read the description of S3's interface anew, 50 ms each time
         config_kwargs={"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": 1}},
     )
 

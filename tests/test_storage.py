@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.fault_proxy import FaultProxy
+from d2f_core import s3 as s3_client
 from d2f_core import storage
 from d2f_core.model.base import local_copy
 from d2f_core.retry import is_network_trouble
@@ -95,7 +96,7 @@ def test_an_outage_without_end_is_one_line(proxy: FaultProxy, monkeypatch: pytes
 
 
 def test_a_stalled_server_is_noticed(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "READ_TIMEOUT", 1)
+    monkeypatch.setattr(s3_client, "READ_TIMEOUT", 1)
     proxy.stall_seconds = 600.0
     uri = "s3://d2f/test-storage/stall"
     for call in (lambda: storage.write_bytes(uri, BIG), lambda: storage.read_bytes(uri)):
@@ -179,6 +180,7 @@ def test_the_callers_errors_are_not_network_trouble(error: Exception) -> None:
 FULL_DISK = """
 import sys
 from pathlib import Path
+from d2f_core import s3 as s3_client
 from d2f_core import storage
 from d2f_core.model.base import local_copy
 
