@@ -45,7 +45,8 @@ class OrderConfig:
     window_rows: int = 512
     """See `SampleOrder`."""
     bucket_column: str = ""
-    """Column whose values are the tables' buckets: each micro-batch holds rows of one. Empty: a table is a bucket."""
+    """Column whose values are the tables' buckets: each micro-batch holds rows of one. Empty: a table is a bucket. The
+    runs in the manifests are taken for this column's; the name itself goes into the identity alone."""
     micro_batches_matter: bool = False
     """Whether the loss depends on which samples share a micro-batch, as one does that contrasts them with each other.
     With a bucket column it always counts as if it did."""
