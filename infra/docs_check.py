@@ -57,7 +57,8 @@ for name in python ray make; do
     eval "$name() { command python -m infra.docs_check --step \"\$0:\${BASH_LINENO[0]}\" $name \"\$@\"; }"
 done
 """
-STEP, LOG = "--step", "docs-check.log"
+STEP, LOG = "--step", "../docs-check.log"
+"""What all commands print lies beside the project: in it, a job that is submitted would take it along."""
 TAIL = 4000
 """Characters of a failed command's output that are shown."""
 

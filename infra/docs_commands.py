@@ -112,6 +112,8 @@ def _in_sentences(page: Path, prose: str) -> list[Block]:
     found = []
     for match in IN_A_SENTENCE.finditer(prose):
         text = re.sub(r"^(?=pipelines|benchmarks|infra)", "python -m ", " ".join(match[1].split()))
+        if ".NAME" in text:
+            continue
         if PLACEHOLDER.search(text):
             text = " ".join(text.split()[:3]) if text.startswith("python") else ""
         line = prose.count("\n", 0, match.start()) + 1

@@ -12,6 +12,7 @@ from infra.command_lines import problem
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+VARIABLE = re.compile(r"[\"']((?:D2F|MLFLOW|AWS|RAY)_[A-Z0-9_]+)[\"']")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -45,7 +46,7 @@ def test_every_file_says_what_it_is_for() -> None:
 
 def test_the_readme_is_short_enough_to_be_read() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 130 and sum(len(line.split()) for line in lines) <= 1200
+    assert len(lines) <= 110 and sum(len(line.split()) for line in lines) <= 1050
 
 
 def page_with(tmp_path: Path, text: str) -> Path:
@@ -70,6 +71,13 @@ def test_every_block_names_its_language_and_each_of_commands_has_a_mark(page: Pa
 def test_the_index_leads_to_every_page() -> None:
     shown = {*docs_commands.pages(), *docs_commands.WITHOUT_COMMANDS, ROOT / "THIRD_PARTY.md"}
     assert {*PAGES} <= shown
+
+
+def test_the_page_about_configuration_names_every_variable_of_the_code() -> None:
+    files = [file for room in ("d2f_core", "pipelines", "infra") for file in (ROOT / room).rglob("*.py")]
+    named = {name for file in files for name in VARIABLE.findall(file.read_text())}
+    page = (ROOT / "docs/configuration.md").read_text()
+    assert len(named) > 20 and not sorted(name for name in named if f"`{name}`" not in page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -203,6 +211,13 @@ def test_only_pages_with_something_to_run_can_be_asked_for() -> None:
     assert docs_check.chosen([str(ROOT / "docs/depth.md")]) == [first, ROOT / "docs/depth.md"]
     with pytest.raises(ValueError, match=r"security\.md has no block to run"):
         docs_check.chosen([str(ROOT / "docs/security.md")])
+
+
+def test_pages_are_run_in_a_copy_with_the_packages_of_this_checkout(tmp_path: Path) -> None:
+    docs_check.copy_project(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
+    assert (tmp_path / ".venv").resolve() == (ROOT / ".venv").resolve()
+    assert not (tmp_path / ".git").exists() and not list(tmp_path.rglob("__pycache__"))
 
 
 @pytest.mark.starts_processes
