@@ -3,13 +3,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install install-dev quickstart status down test test-quick test-slow coverage lint docs constraints
+.PHONY: help install install-dev quickstart status down test test-quick test-slow coverage lint docs docs-check constraints
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Name of the workflow recipe that `make quickstart` runs.
 RECIPE ?= quickstart
+# Pages whose commands `make docs-check` runs; empty: all.
+PAGES ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Containers often set it; each of a training's dozen processes would then compile this project's modules again.
@@ -25,6 +27,7 @@ help:
 	@echo "make coverage     the tests again, counting which branches they take, in all processes"
 	@echo "make lint         lint, types and import contracts alone"
 	@echo "make docs         docs/code.md, from the files' docstrings"
+	@echo "make docs-check   run the commands that the pages show, at toy size; PAGES=docs/depth.md: only that page's"
 	@echo "make install      only .venv, from lock.txt"
 
 # Compiles the packages' modules too, and does nothing when all is there.
@@ -65,6 +68,9 @@ coverage: install-dev
 
 docs: install-dev
 	@$(BIN)/python -m infra.code_page
+
+docs-check: install-dev
+	@$(BIN)/python -m infra.docs_check $(PAGES)
 
 # After a change of the dependencies: install them into .venv by hand, test, then run this. uv resolves for all platforms.
 constraints:

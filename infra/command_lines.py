@@ -1,0 +1,177 @@
+"""What is wrong with a command, said by its own command line, which is stopped before anything is done."""
+
+import argparse
+import ast
+import contextlib
+import functools
+import importlib.util
+import io
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = ("python", "python3", ".venv/bin/python")
+OTHERS = {"git", "aws", "pip", "curl", "cd", "source", ".", "cat", "ls", "mkdir"}
+"""Programs whose arguments are not ours to judge."""
+READS_ARGUMENTS = re.compile(r"\b(run_job|tyro\.cli|parse_args)\(")
+
+
+class _Read(BaseException):
+    """A command line was read, and is right. Not an Exception: nothing on the way out may take it for an error."""
+
+
+def problem(argv: Sequence[str]) -> str | None:
+    """Why the command cannot be started as it stands; None when it can, as far as that shows without starting it."""
+    program, *rest = argv
+    rules: Mapping[str, Callable[[Sequence[str]], str | None]] = {
+        "make": _make,
+        "ray": _ray,
+        "pytest": _pytest,
+        **dict.fromkeys(PYTHON, _python),
+        **dict.fromkeys(OTHERS, lambda _: None),
+    }
+    if program not in rules:
+        return f"{program!r} is not known here. Add it to OTHERS of infra/command_lines.py when it is no typing error."
+    return rules[program](rest)
+
+
+def _python(rest: Sequence[str]) -> str | None:
+    match rest:
+        case ["-m", "pytest", *others]:
+            return _pytest(others)
+        case ["-m", ("pip" | "venv"), *_] | ["-", *_]:
+            return None
+        case ["-m", module, *others]:
+            return _module(module, others)
+        case ["-c", text, *_]:
+            return _compiles(text)
+        case [file, *_] if (ROOT / file).is_file():
+            return None
+        case _:
+            return f"python {' '.join(rest)}: there is no such file or module."
+
+
+def _compiles(text: str) -> str | None:
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        return f"python does not understand it: {error}"
+    return None
+
+
+def _make(targets: Sequence[str]) -> str | None:
+    known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    unknown = [target for target in targets if "=" not in target and target not in known]
+    return f"make {unknown[0]}: there is no such target. Known: {', '.join(known)}." if unknown else None
+
+
+def _pytest(arguments: Sequence[str]) -> str | None:
+    missing = [word for word in arguments if word.startswith("tests") and not (ROOT / word.split("::")[0]).exists()]
+    return f"{missing[0]} does not exist." if missing else None
+
+
+def _ray(arguments: Sequence[str]) -> str | None:
+    """By Ray's own command line; what stands after `--` is a command too."""
+    import click
+    import ray.scripts.scripts
+
+    own, _, command = (list(part) for part in _partition(arguments, "--"))
+    complaint = problem(command) if command else None
+    if complaint:
+        return complaint
+    step: Any = ray.scripts.scripts.cli
+    try:
+        while isinstance(step, click.Group):
+            name = own.pop(0) if own else ""
+            if name not in step.commands:
+                return f"ray has no command {name!r}. Known: {', '.join(sorted(step.commands))}."
+            step = step.commands[name]
+        step.make_context(step.name, [*own, *(["--", *command] if command else [])])
+    except click.ClickException as error:
+        return error.format_message()
+    return None
+
+
+def _partition(words: Sequence[str], mark: str) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    at = list(words).index(mark) if mark in words else len(words)
+    return words[:at], words[at : at + 1], words[at + 1 :]
+
+
+def _module(module: str, arguments: Sequence[str]) -> str | None:
+    """By the module's own command line, and then by that of the command that it is handed."""
+    complaint = read_by_module(module, tuple(arguments))
+    _, _, command = _partition(arguments, "--")
+    return complaint or (problem(command) if command else None)
+
+
+@functools.cache
+def read_by_module(module: str, arguments: tuple[str, ...]) -> str | None:
+    """What `python -m MODULE ARGUMENTS` says against its arguments, in this process; None: nothing.
+
+    A module without a command line is not started; it only has to be there.
+    """
+    file = _file_of(module)
+    if file is None:
+        return f"python -m {module}: there is no such module."
+    if not arguments or not READS_ARGUMENTS.search(file.read_text()):
+        return None
+    said = io.StringIO()
+    try:
+        with _stopped_when_read(), mock.patch.object(sys, "argv", [str(file), *arguments]):
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                runpy.run_path(str(file), run_name="__main__")
+    except _Read:
+        return None
+    except SystemExit as end:
+        return " ".join(said.getvalue().split()) if end.code else None
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    return f"python -m {module} did not read its arguments."
+
+
+def _file_of(module: str) -> Path | None:
+    """The file that `python -m` would start; None when there is none, or it is not this project's."""
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ModuleNotFoundError:
+        return None
+    file = Path(spec.origin) if spec and spec.origin else None
+    return file if file and file.is_relative_to(ROOT) else None
+
+
+@contextlib.contextmanager
+def _stopped_when_read() -> Iterator[None]:
+    """While it lasts, whoever has read its arguments, as jobs, benchmarks and tools do it here, raises `_Read`."""
+    import tyro
+
+    from pipelines import cli
+
+    def stops(read: Callable[..., Any]) -> Callable[..., Any]:
+        def then_stop(*positional: Any, **named: Any) -> None:
+            read(*positional, **named)
+            raise _Read
+
+        return then_stop
+
+    def job(name: str, recipes: Mapping[str, Any], *_: Any) -> None:
+        cli.resolve(name, recipes, _without_file(sys.argv[1:], next(iter(recipes))))
+
+    with (
+        mock.patch.object(cli, "run_job", stops(job)),
+        mock.patch.object(tyro, "cli", stops(tyro.cli)),
+        mock.patch.object(argparse.ArgumentParser, "parse_args", stops(argparse.ArgumentParser.parse_args)),
+    ):
+        yield
+
+
+def _without_file(arguments: Sequence[str], recipe: str) -> list[str]:
+    """A recipe in place of `--config FILE`, which is not there to be read."""
+    kept, _, after = _partition(arguments, "--config")
+    return [recipe, *kept, *after[1:]] if after else list(kept)
