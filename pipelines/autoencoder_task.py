@@ -26,7 +26,7 @@ from d2f_core.model.autoencoder_training import (
     new_autoencoder,
 )
 from d2f_core.model.base import local_copy, resolve_base
-from d2f_core.model.text_to_image import image_grid
+from d2f_core.model.latent_task import image_grid
 from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.task import Evaluation, Task
 from pipelines.configs import TrainAutoencoderConfig

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from d2f_core.model.artifact import TrainedModel, load_model, read_description
 from d2f_core.model.base import BaseModel, local_copy
+from d2f_core.model.caption_cache import CaptionCache
 from d2f_core.model.config import ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.model.denoiser import as_denoiser, empty_unet, extend_input_channels, load_unet
 from d2f_core.model.image_sizes import SIZE_COLUMNS, sizes_of_rows
@@ -28,11 +29,6 @@ from d2f_core.objective.path import resolution_shift
 from d2f_core.randomness import keyed_normal, keyed_uniform
 
 VALIDATION_TIMES = 10
-ENCODED_TOGETHER = 16
-"""Captions are encoded in batches of just this size: another size may round otherwise, and which captions are new in a
-batch depends on where a run was resumed."""
-CACHED_BYTES = 4 * 2**30
-"""Of encoded captions, on the worker's device: 18 thousand captions of SD 1.5, 7 thousand of SDXL."""
 
 
 def training_loss(config: ModelConfig, field_: VelocityField, batch: Mapping[str, Tensor], base_pixels: int) -> Tensor:
@@ -117,8 +113,7 @@ class LatentTask(abc.ABC):
     def __init__(self, base: BaseModel, config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str) -> None:
         self.base, self.config, self.seed, self.dtype, self.device = base, config, seed, dtype, device
         self.module = build_network(base, config, seed)
-        self._text_encoder = load_text_encoder(base, device=device)
-        self._conditions: dict[str, dict[str, Tensor]] = {}
+        self._captions = CaptionCache(load_text_encoder(base, device=device))
 
     @abc.abstractmethod
     def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
@@ -138,21 +133,7 @@ class LatentTask(abc.ABC):
 
     def condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What captions give, [len(captions), ...] by the denoiser's argument names; each distinct one encoded once."""
-        new = sorted(set(captions) - self._conditions.keys())
-        known = next(iter(self._conditions.values()), {})
-        bytes_each = sum(value.nbytes for value in known.values())
-        if (len(self._conditions) + len(new)) * bytes_each > CACHED_BYTES:
-            self._conditions.clear()
-            new = sorted(set(captions))
-        for start in range(0, len(new), ENCODED_TOGETHER):
-            part = new[start : start + ENCODED_TOGETHER]
-            filled = part + [""] * (ENCODED_TOGETHER - len(part))
-            # Cloned: an inference tensor may not take part in autograd.
-            encoded = {name: value.clone() for name, value in self._text_encoder.condition(filled).items()}
-            for index, caption in enumerate(part):
-                self._conditions[caption] = {name: value[index] for name, value in encoded.items()}
-        conditions = [self._conditions[caption] for caption in captions]
-        return {name: torch.stack([each[name] for each in conditions]) for name in conditions[0]}
+        return self._captions(captions)
 
     def text_of_rows(self, captions: Sequence[str], arrays: Mapping[str, Any]) -> dict[str, Tensor]:
         """The condition of rows of a latent table, with the sizes of their images for a network that reads them."""

@@ -10,11 +10,9 @@ from torch import Tensor
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.config import PreviewConfig
-from d2f_core.model.latent_task import ENCODED_TOGETHER, LatentTask, build_network, image_grid
+from d2f_core.model.latent_task import LatentTask
 from d2f_core.model.sampling import sample_latents
 from d2f_core.randomness import keyed_normal
-
-__all__ = ["ENCODED_TOGETHER", "TextToImage", "build_network", "image_grid"]
 
 
 class TextToImage(LatentTask):

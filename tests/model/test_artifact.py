@@ -13,9 +13,9 @@ from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModelError, resolve_base
 from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
 from d2f_core.model.denoiser import load_unet
+from d2f_core.model.latent_task import build_network
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
-from d2f_core.model.text_to_image import build_network
 from d2f_core.objective.schedule import ScheduleError
 from d2f_core.objective.solver import NonFiniteStateError
 from tests.flow.tiny_base import write_tiny_base

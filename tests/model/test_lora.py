@@ -11,8 +11,8 @@ from d2f_core.model.artifact import describe, load_model, save_artifact
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
 from d2f_core.model.denoiser import as_denoiser, extend_input_channels, load_unet
+from d2f_core.model.latent_task import build_network
 from d2f_core.model.lora import AdapterError, add_lora, load_lora, load_lora_in_diffusers, preset_ranks
-from d2f_core.model.text_to_image import build_network
 from tests.flow.tiny_base import write_tiny_base
 from tests.model.architectures import NAMES, full_unet, tiny_condition, tiny_inputs, tiny_unet
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from d2f_core.model.base import resolve_base
+from d2f_core.model.caption_cache import ENCODED_TOGETHER, CaptionCache
 from d2f_core.model.config import LoraConfig, ModelConfig
-from d2f_core.model.text_to_image import ENCODED_TOGETHER, TextToImage
+from d2f_core.model.text_encoder import load_text_encoder
+from d2f_core.model.text_to_image import TextToImage
 from d2f_core.objective.time_sampling import TimeSampling
 from tests.flow.tiny_base import write_tiny_base
 
@@ -37,10 +39,10 @@ def test_captions_are_encoded_in_batches_of_one_size_whatever_is_known_already(b
     """Another size may round otherwise, and what is known depends on where a run was resumed."""
     captions = [f"{'a very long caption about ' * (i % 3)}thing {i}" for i in range(40)]
     task = make(base)
-    recording = Recording(task._text_encoder)
-    monkeypatch.setattr(task, "_text_encoder", recording)
+    recording = Recording(load_text_encoder(task.base))
+    monkeypatch.setattr(task, "_captions", CaptionCache(recording))
     together = task.condition(captions)["text_states"]
-    task._conditions.clear()
+    task._captions.clear()
     for index in (0, 1, 17, 39, 5):
         assert torch.equal(task.condition([captions[index]])["text_states"][0], together[index]), captions[index]
     assert set(recording.sizes) == {ENCODED_TOGETHER}

@@ -26,7 +26,8 @@ from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
-from d2f_core.model.text_to_image import TextToImage, build_network
+from d2f_core.model.latent_task import build_network
+from d2f_core.model.text_to_image import TextToImage
 from d2f_core.storage import read_bytes, write_bytes
 from d2f_core.tracking import get_alias, resolve_model
 from d2f_core.train.config import TrainConfig

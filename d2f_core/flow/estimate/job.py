@@ -16,9 +16,9 @@ from d2f_core.flow.estimate.config import GPUS, EstimateConfig
 from d2f_core.flow.latents import depth_latent_schema, latent_schema
 from d2f_core.model import footprint
 from d2f_core.model.architectures import Architecture, read_architecture
+from d2f_core.model.caption_cache import CACHED_BYTES
 from d2f_core.model.config import ModelConfig
 from d2f_core.model.denoiser import extend_input_channels
-from d2f_core.model.latent_task import CACHED_BYTES
 from d2f_core.model.lora import add_lora
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.memory import RUNTIME_BYTES, Memory, memory_per_worker
