@@ -20,6 +20,11 @@ from d2f_core import storage
 
 Config = TypeVar("Config")
 
+
+class UnfinishedError(RuntimeError):
+    """Work that is done but for a part, which the same command makes up."""
+
+
 LOG_FORMAT = "%(asctime)s %(message)s"
 
 
@@ -105,7 +110,8 @@ def run_job(
     main: Callable[[Config], object],
     check: Callable[[Config], object] | None = None,
 ) -> None:
-    """Entry point of `python -m pipelines.JOB`; exits 2 with one line for what the user can mend.
+    """Entry point of `python -m pipelines.JOB`; exits 2 with one line for what the user can mend, and 3 with one for
+    what the same command makes up.
 
     Args:
         check: looks at all inputs without doing anything, for `--dry-run`.
@@ -122,6 +128,9 @@ def run_job(
             check(config)
         print(to_yaml(config), end="")
         print(f"# dry run: {job} would start with this config; inputs were checked, nothing was done.")
+    except UnfinishedError as error:
+        print(f"unfinished: {error}", file=sys.stderr)
+        sys.exit(3)
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("D2F_TRACEBACK"):
             raise

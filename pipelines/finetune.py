@@ -23,7 +23,7 @@ def main(config: FinetuneConfig) -> "TrainingResult":
     """Train to the end and export the model."""
     from pipelines.training import train
 
-    return train(check(config))
+    return train(check(config)).complete()
 
 
 if __name__ == "__main__":

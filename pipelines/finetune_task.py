@@ -52,8 +52,11 @@ def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
     for source, manifest in zip(plan.sources, manifests, strict=True):
         if len(held := source.order.holdout()):
             arrays = {**table_to_arrays(RowReader(source.uri, manifest, plan.columns).read(held)), "row": held}
-            part, size = task.validation_loss(task.module, arrays)
-            total, count, shown = total + part, count + size, shown or arrays
+            shown = shown or arrays
+            for start in range(0, len(held), config.train.micro_batch_size):  # what training has room for
+                rows = {name: values[start : start + config.train.micro_batch_size] for name, values in arrays.items()}
+                part, size = task.validation_loss(task.module, rows)
+                total, count = total + part, count + size
     return Evaluation(
         metrics={"validation_flow_loss": total / count} if count else {},
         images=task.preview_images(task.module, preview_of(config, task.base, manifests[0]), shown),

@@ -24,7 +24,7 @@ def main(config: TrainAutoencoderConfig) -> str:
     """Returns where the result is."""
     from pipelines.training import train
 
-    return train(check(config)).model
+    return train(check(config)).complete().model
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from d2f_core.train.checkpoint import Checkpoint
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import BuildTask
-from pipelines.cli import to_yaml
+from pipelines.cli import UnfinishedError, to_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,22 @@ class TrainingResult:
     checkpoint: str
     model: str
     """Directory of the result."""
+    owed: tuple[int, ...] = ()
+    """Steps whose evaluation was due and is missing."""
+
+    def complete(self) -> "TrainingResult":
+        """Itself, when nothing is missing.
+
+        Raises:
+            UnfinishedError: evaluations are owed.
+        """
+        if self.owed:
+            steps = ", ".join(map(str, self.owed))
+            raise UnfinishedError(
+                f"trained to step {self.step} and wrote {self.model}, but the evaluation of step {steps} failed or did "
+                "not end in time: the log says why. The same command again makes it up."
+            )
+        return self
 
 
 def train(job: TrainingJob) -> TrainingResult:
@@ -89,7 +105,7 @@ def train(job: TrainingJob) -> TrainingResult:
         about = {"name": config.name, "config_yaml": text, "params": params, "tags": dict(job.tags)}
         run = start_run(experiment=config.experiment, run_key=config.output, **about)
         logger.info("MLflow run: %s", run.url)
-    last = run_training(
+    trained = run_training(
         config=config.train,
         build_task=job.build_task,
         plan=job.plan,
@@ -97,8 +113,11 @@ def train(job: TrainingJob) -> TrainingResult:
         identity=job.identity,
         tracker=run,
     )
+    last = trained.last
     made = job.export(last)
     if run:
         run.finish()
     logger.info("wrote %s", made)
-    return TrainingResult(run=run, step=last.manifest.step, checkpoint=last.uri, model=made)
+    if trained.owed:
+        logger.warning("the evaluation of step %s is missing", ", ".join(map(str, trained.owed)))
+    return TrainingResult(run=run, step=last.manifest.step, checkpoint=last.uri, model=made, owed=trained.owed)

@@ -22,6 +22,7 @@ from d2f_core.train import checkpoint, ema
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import EvaluationJob, evaluate
+from d2f_core.train.launch import Trained
 from d2f_core.train.steps import train_steps
 from d2f_core.train.task import BuildTask
 from pipelines import training
@@ -63,11 +64,11 @@ def run_training(
     output: str,
     identity: str,
     tracker: RunHandle | None = None,
-) -> checkpoint.Checkpoint:
+) -> Trained:
     """As `d2f_core.train.launch.run_training`, to the end at once."""
     there = checkpoint.candidates(output, identity)
     if there and there[0].manifest.step >= config.num_steps:
-        return there[0]
+        return Trained(last=there[0], owed=())
     task = build_task("cpu")
     engine = PlainEngine(task.module, config)
     averages = {name: parameter.detach().clone() for name, parameter in engine.trained.items()}
@@ -89,7 +90,7 @@ def run_training(
             averaged=bool(config.ema.decay), num_gpus=0, tracker=tracker,
         )  # fmt: skip
         evaluate(job)
-    return last
+    return Trained(last=last, owed=())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Items to a pool of actors on Ray Data, results as they come."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ import ray.data
 
 from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.batch.resources import await_resources
+from d2f_core.data.ray_data import configure
 
 MAX_INPUT_BLOCKS = 1000
 """Blocks that the items are cut into: each costs Ray Data a little, and an actor takes one at a time."""
@@ -38,8 +38,7 @@ def map_items(
     if node_wait_seconds is not None:
         await_resources(actors, {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}, seconds=node_wait_seconds)
     dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
-    dataset.context.enable_progress_bars = sys.stderr.isatty()
-    dataset.context.print_on_execution_start = False
+    configure(dataset)
     dataset = dataset.map_batches(
         cast(Any, actor),
         fn_constructor_args=tuple(arguments),

@@ -5,7 +5,6 @@ A killed job goes on where it was when the same command is given again, and ends
 
 import json
 import logging
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from d2f_core.batch.resources import await_resources
 from d2f_core.batch.table_spec import TableJobError, TableSpec
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
+from d2f_core.data.ray_data import configure
 from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.identity import differences
 from d2f_core.progress import Progress
@@ -123,8 +123,7 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
     items = [work_item(number, job.source.shards[number], done) for number, done in todo.items()]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.target_max_block_size = BLOCK_BYTES
-    dataset.context.enable_progress_bars = sys.stderr.isatty()
-    dataset.context.print_on_execution_start = False
+    configure(dataset)
     rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     dataset = dataset.map_batches(
         cast(Any, partial(prepare_shards, spec=spec)),

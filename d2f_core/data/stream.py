@@ -17,6 +17,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback  #
 
 from d2f_core.data.plan_reader import PlanReader, chunk_size
 from d2f_core.data.prefetch import Prefetcher
+from d2f_core.data.ray_data import configure
 from d2f_core.data.stream_plan import StreamPlan
 
 CHUNKS_PER_TASK = 4
@@ -64,6 +65,7 @@ def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: i
     tasks = min(-(-len(chunks) // CHUNKS_PER_TASK), MAX_TASKS)
     blocks = [pa.table({"chunk": part}) for part in np.array_split(chunks, tasks)]
     dataset = ray.data.from_arrow(blocks)
+    configure(dataset)
     context = dataset.context
     context.execution_options.preserve_order = True
     # By default a quarter of the node's memory is filled with rows that are not wanted yet.

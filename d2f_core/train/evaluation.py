@@ -14,6 +14,7 @@ from PIL.Image import Image
 from ray.exceptions import RayError, RayTaskError
 
 from d2f_core import storage
+from d2f_core.device import reserved_device
 from d2f_core.tracking import RunHandle
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import checkpoint, retention
@@ -84,14 +85,15 @@ def evaluate(job: EvaluationJob) -> dict[str, float]:
         CollapseError: all images are flat, or a metric is not finite.
     """
     torch.set_num_threads(1)
-    task = job.build_task("cuda" if job.num_gpus else "cpu")
+    device = reserved_device()
+    task = job.build_task(device)
     if task.evaluate is None:
         job.keep({})
         return {}
     if job.uri:
         found = checkpoint.read_checkpoint(job.uri)
         load_parameters(task.module, found, "ema" if job.averaged else "weights")
-    task.module.eval()
+    task.module.to(device).eval()  # an engine does it for a worker; here nobody else would
     with torch.no_grad():
         result = task.evaluate()
     metrics = dict(result.metrics)

@@ -7,7 +7,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -42,6 +42,15 @@ class TrainingStoppedError(ValueError):
     """A training that ended before its last step: why, and from where it goes on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A training that has made its last step."""
+
+    last: Checkpoint
+    owed: tuple[int, ...]
+    """Steps whose evaluation was due and is missing."""
+
+
 def run_training(
     *,
     config: TrainConfig,
@@ -50,14 +59,15 @@ def run_training(
     output: str,
     identity: str,
     tracker: RunHandle | None = None,
-) -> Checkpoint:
+) -> Trained:
     """Train to the last step, from the newest whole checkpoint under `output` if there is one.
 
     Args:
         identity: hash of what must stay the same for a checkpoint to belong to this run.
 
     Returns:
-        The last checkpoint.
+        The last checkpoint, and the steps whose evaluation was due and failed or did not end in time; the same call
+        again makes them up.
 
     Raises:
         InsufficientResourcesError: the cluster is too small.
@@ -86,8 +96,7 @@ def run_training(
                 ray.kill(pulse)
             if termination.asked:
                 raise terminated(output, identity)
-    _settle(job, last)
-    return last
+    return Trained(last=last, owed=_settle(job, last))
 
 
 def _after_failure(job: WorkerJob, error: BaseException, pulse: Any, restarts: Restarts) -> None:
@@ -165,8 +174,11 @@ def _dead_after(seconds: float) -> Iterator[None]:
             del os.environ[HEALTH_CHECK_TIMEOUT]
 
 
-def _settle(job: WorkerJob, last: Checkpoint) -> None:
+def _settle(job: WorkerJob, last: Checkpoint) -> tuple[int, ...]:
     """Make up for what a killed run left undone: metrics that MLflow did not confirm, evaluations, and the ledger.
+
+    Returns:
+        Steps whose evaluation is missing all the same.
 
     Raises:
         TrainingStoppedError: an evaluation finds that the model has collapsed.
@@ -186,6 +198,7 @@ def _settle(job: WorkerJob, last: Checkpoint) -> None:
         _list_checkpoints(job, job.tracker)
     _write_ledger(job, last)
     storage.remove_tree(_ray_directory(job.output))
+    return tuple(one.step for one in restore.not_evaluated(job)) if job.config.evaluate_every else ()
 
 
 def _list_checkpoints(job: WorkerJob, tracker: RunHandle) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from d2f_core.model.config import LoraConfig, ModelConfig
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.model.text_to_image import TextToImage
 from d2f_core.objective.time_sampling import TimeSampling
+from tests.devices import OnlyOn
 from tests.flow.tiny_base import write_tiny_base
 
 
@@ -70,3 +72,18 @@ def test_flow_times_are_shifted_by_the_size_of_the_images(base: Path):
 def test_a_shift_is_refused_where_no_flow_times_are_drawn(base: Path):
     with pytest.raises(ValueError, match=r"shift_by_resolution belong to the flow losses.*Remove them"):
         make(base, objective="diffusion", shift_by_resolution=True)
+
+
+def test_a_step_and_an_evaluation_stay_on_their_device(base: Path):
+    """Shown on a device without numbers, where a tensor that stayed behind is found on any machine."""
+    task = TextToImage(resolve_base(str(base)), ModelConfig(base=str(base)), seed=0, dtype=torch.float32, device="meta")
+    task.module.to("meta")
+    shape = task.base.latent_shape(*task.base.default_size)
+    columns = {
+        "latent_mean": np.ones((3, *shape), np.float16), "latent_std": np.ones((3, *shape), np.float16),
+        "caption": np.array(["a", "b", ""], object), "epoch": np.zeros(3, int), "row": np.arange(3),
+    }  # fmt: skip
+    with OnlyOn("meta") as seen:
+        assert task.loss(task.module, task.to_batch(columns)).device.type == "meta"
+        assert task.validation_loss(task.module, columns)[1] == 30
+    assert seen.operations > 100

@@ -19,7 +19,7 @@ from d2f_core.model.base import resolve_base
 from d2f_core.train.checkpoint import KINDS
 from infra.local.stack import StackEnv
 from pipelines import estimate, finetune
-from pipelines.cli import resolve, run_job
+from pipelines.cli import UnfinishedError, resolve, run_job
 from pipelines.encode_depth import ENCODE_DEPTH
 from pipelines.encode_latents import ENCODE_LATENTS
 from pipelines.generate import GENERATE
@@ -164,3 +164,14 @@ def test_a_recipe_runs_to_its_exported_model(name, tables, monkeypatch):
     model = load_model(result.model)
     assert model.sampling.steps == config.sampling.steps
     assert model.base.content_hash == resolve_base(config.model.base).content_hash
+
+
+def test_work_that_the_same_command_makes_up_ends_with_a_code_of_its_own(monkeypatch, capsys):
+    def main(config):
+        raise UnfinishedError("trained to step 8, but the evaluation of step 4 failed")
+
+    monkeypatch.setattr("sys.argv", ["finetune", next(iter(FINETUNE))])
+    with pytest.raises(SystemExit) as ended:
+        run_job("finetune", FINETUNE, main)
+    assert ended.value.code == 3
+    assert capsys.readouterr().err == "unfinished: trained to step 8, but the evaluation of step 4 failed\n"

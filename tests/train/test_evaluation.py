@@ -15,6 +15,7 @@ from d2f_core.train import evaluation
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError, EvaluationJob, Evaluations, evaluation_due
 from d2f_core.train.task import Evaluation, Task
+from tests.devices import OnlyOn
 
 LIVELY = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
 FLAT = Image.new("RGB", (8, 8), "gray")
@@ -83,3 +84,19 @@ def test_evaluations_are_due_before_at_every_nth_and_after_the_last_step():
     config = TrainConfig(num_steps=25, evaluate_every=10, checkpoint_every=5)
     assert [step for step in range(26) if evaluation_due(config, step)] == [0, 10, 20, 25]
     assert not evaluation_due(TrainConfig(num_steps=25, evaluate_every=0), 25)
+
+
+def test_the_model_is_where_the_evaluation_was_asked_to_compute(tmp_path, monkeypatch):
+    module, seen = nn.Linear(2, 1), OnlyOn("meta")
+
+    def build(device: str) -> Task:
+        def evaluate() -> Evaluation:
+            with seen:
+                module(torch.ones(3, 2, device=device))
+            return Evaluation(metrics={})
+
+        return Task(module=module, to_batch=lambda table: {}, loss_fn=lambda *_: torch.zeros(1), evaluate=evaluate)
+
+    monkeypatch.setattr(evaluation, "reserved_device", lambda: "meta")
+    evaluation.evaluate(replace(job(tmp_path), build_task=build))
+    assert seen.operations

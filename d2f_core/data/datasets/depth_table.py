@@ -11,7 +11,6 @@ import importlib.metadata
 import io
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, cast
@@ -35,6 +34,7 @@ from d2f_core.data.manifest import (
     write_manifest,
     write_part,
 )
+from d2f_core.data.ray_data import configure
 from d2f_core.data.schema import sample_id
 from d2f_core.progress import Progress
 from d2f_core.storage import join, list_names, read_bytes, remove_tree, write_bytes
@@ -114,8 +114,7 @@ def _make_parts(config: MakeDepthConfig) -> Iterator[tuple[int, TableFile]]:
     there = frozenset(list_names(config.output))
     items = [{"part": number} for number in range(config.num_parts)]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    dataset.context.enable_progress_bars = sys.stderr.isatty()
-    dataset.context.print_on_execution_start = False
+    configure(dataset)
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
         number = row["part"]

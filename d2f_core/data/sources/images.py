@@ -5,6 +5,7 @@ from typing import Any
 
 import ray.data
 
+from d2f_core.data.ray_data import configure
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.data.sources.folder import plan_folder
 from d2f_core.data.sources.listing import Sizes, SourcePlan, plan_source
@@ -45,6 +46,7 @@ def read_images(source: ImageSource, *, rows_per_shard: int = 256, captions: boo
     shards = plan_images(source, rows_per_shard=rows_per_shard, captions=captions).shards
     items = [{"shard": number} for number in range(len(shards))]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(shards), MAX_READ_BLOCKS))
+    configure(dataset)
 
     def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for sample in shards[row["shard"]].read():

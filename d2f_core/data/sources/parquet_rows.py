@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from d2f_core.data.sources.sample import SourceError
 from d2f_core.retry import is_network_trouble, one_line
-from d2f_core.storage import arrow_filesystem
+from d2f_core.storage import arrow_filesystem, retried
 
 READ_THREADS = 16
 READ_ROWS, READ_BYTES = 64, 32 * 2**20
@@ -106,7 +106,7 @@ def _is_damage(error: BaseException) -> bool:
 def _open(uri: str) -> pq.ParquetFile:
     filesystem, path = arrow_filesystem(uri)
     try:
-        return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
+        return retried(f"open {uri}", lambda: pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True))
     except Exception as error:
         if not _is_damage(error):
             raise

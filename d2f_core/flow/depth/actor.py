@@ -17,6 +17,7 @@ from d2f_core.data.images import BadImageError, PreparedImage, prepare_image
 from d2f_core.data.manifest import write_part
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.sample import Sample
+from d2f_core.device import reserved_device
 from d2f_core.flow.depth.config import PredictDepthError
 from d2f_core.flow.depth.ensemble import depth_npy, depth_png, preview_png
 from d2f_core.flow.depth.plan import DepthPlan
@@ -78,7 +79,7 @@ class DepthActor:
                 f"{plan.model_uri!r} has the hash {model.content_hash} on this node, and {plan.model_hash} where the "
                 "job started. Put the model where every node reads the same files: s3:// or models:/."
             )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = reserved_device()
         self.predictor = DepthPredictor(model, uri=plan.model_uri, device=device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

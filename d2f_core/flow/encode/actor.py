@@ -12,6 +12,7 @@ from d2f_core.batch.chunks import TableActor
 from d2f_core.batch.table_spec import TableJobError
 from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.schema import array_field
+from d2f_core.device import reserved_device
 from d2f_core.flow.encode.spec import EncodeSpec
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
@@ -24,7 +25,7 @@ class LatentEncoder(TableActor):
     def __init__(self, spec: EncodeSpec) -> None:
         torch.set_num_threads(spec.config.cpus_per_actor)
         self._spec = spec
-        self._device = "cuda" if spec.config.gpus_per_actor else "cpu"
+        self._device = reserved_device()
         base = resolve_base(spec.config.base)
         self._autoencoder = load_autoencoder(base, device=self._device)
         states = spec.fingerprint["text"] == "states"

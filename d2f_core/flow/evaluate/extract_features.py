@@ -31,6 +31,7 @@ from d2f_core.data.manifest import (
     write_manifest,
     write_part,
 )
+from d2f_core.device import reserved_device
 from d2f_core.flow.evaluate.config import ScoreConfig
 from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
 from d2f_core.flow.evaluate.feature_table import feature_schema
@@ -116,7 +117,7 @@ class FeatureExtractor:
     """Ray Data actor: one file of the source in, one part of features out."""
 
     def __init__(self, config: ScoreConfig) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = reserved_device()
         # Set even for a single actor: with another number of threads sums come out in another order.
         torch.set_num_threads(config.cpus_per_actor)
         self._batch = config.batch_size

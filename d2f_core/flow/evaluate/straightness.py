@@ -8,6 +8,7 @@ import ray
 import torch
 from torch import Tensor
 
+from d2f_core.device import reserved_device
 from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.estimates import Estimate
 from d2f_core.flow.evaluate.compared_models import EvaluateJob
@@ -43,7 +44,7 @@ def straightness(field: Field, noise: Tensor, times: Tensor) -> Tensor:
 
 def follow_paths(uri: str, plan: Plan, rows: list[dict[str, Any]], steps: int) -> np.ndarray:
     """Straightness of a model's guided paths from the noises of these prompts, float64 [prompts]."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = reserved_device()
     model = load_model(resolve_model(uri)).to(device)
     encoder = load_text_encoder(model.base, device=device)
     found = []

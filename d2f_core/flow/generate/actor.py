@@ -18,6 +18,7 @@ from d2f_core.batch.output import part_name
 from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.manifest import TableFile, write_part
 from d2f_core.data.schema import array_field
+from d2f_core.device import reserved_device
 from d2f_core.flow.generate.plan import LATENTS, PROMPTS_NAME, TIMING, Plan
 from d2f_core.flow.generate.sampler import ImageSampler, Request, Sampled, batches, encode_image
 from d2f_core.flow.latents import latent_schema
@@ -88,11 +89,11 @@ class ChunkSampler:
 
     def __init__(self, plan: Plan, output: str, threads: int) -> None:
         self.plan, self.output = plan, output
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = reserved_device()
         # Set even for a single actor: with another number of threads sums come out in another order.
         torch.set_num_threads(threads)
         filesystem, path = arrow_filesystem(join(output, PROMPTS_NAME))
-        self.prompts = pq.ParquetFile(filesystem.open_input_file(path))
+        self.prompts = retried(f"open {PROMPTS_NAME}", lambda: pq.ParquetFile(filesystem.open_input_file(path)))
         model = load_model(resolve_model(plan.model_uri))
         if model.content_hash != plan.model_hash:
             raise ValueError(

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from d2f_core.device import reserved_device
 from d2f_core.flow.generate.sampler import ImageSampler, Request, Sampled, encode_image, fill_request
 from d2f_core.flow.serve.config import ServeConfig
 from d2f_core.flow.serve.request import RequestError, parse_request
@@ -80,7 +81,7 @@ class ImageReplica:
                 "runs. Put the model where every node reads the same files: s3:// or models:/."
             )
         self.config, self.model_uri = config, model_uri
-        self.sampler = ImageSampler(model, device="cuda" if config.gpus_per_replica else "cpu")
+        self.sampler = ImageSampler(model, device=reserved_device())
         self.images = self.batches = 0
         batching: Any = self._draw_together
         batching.set_max_batch_size(config.max_batch_size)
