@@ -175,3 +175,24 @@ def _without_file(arguments: Sequence[str], recipe: str) -> list[str]:
     """A recipe in place of `--config FILE`, which is not there to be read."""
     kept, _, after = _partition(arguments, "--config")
     return [recipe, *kept, *after[1:]] if after else list(kept)
+
+
+@functools.cache
+def known_flags() -> frozenset[str]:
+    """Every flag of the jobs, benchmarks and tools, as their `--help` prints them, for all kinds of recipes."""
+    from pipelines import cli
+
+    said = io.StringIO()
+
+    def helps(name: str, recipes: Mapping[str, Any], *_: Any) -> None:
+        for recipe in {type(config): recipe for recipe, config in recipes.items()}.values():
+            with contextlib.suppress(SystemExit):
+                cli.resolve(name, recipes, [recipe, "--help"])
+
+    files = [file for room in ("pipelines", "benchmarks") for file in sorted((ROOT / room).glob("*.py"))]
+    tools = [ROOT / "infra/local/__main__.py", ROOT / "infra/install.py"]
+    with mock.patch.object(cli, "run_job", helps), contextlib.redirect_stdout(said):
+        for file in [*tools, *(file for file in files if READS_ARGUMENTS.search(file.read_text()))]:
+            with mock.patch.object(sys, "argv", [str(file), "--help"]), contextlib.suppress(SystemExit):
+                runpy.run_path(str(file), run_name="__main__")
+    return frozenset({*re.findall(r"--[a-z][\w.-]+", said.getvalue()), "--dry-run", "--config"})

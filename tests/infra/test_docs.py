@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from infra import code_page, docs_check, docs_commands
-from infra.command_lines import problem
+from infra.command_lines import known_flags, problem
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOOLS = ("ray ", "pip ", "aws ", "git ")
+RAYS_OWN = {"--address", "--runtime-env-json"}
+"""Flags of `ray job submit` that pages explain by themselves."""
 VARIABLE = re.compile(r"[\"']((?:D2F|MLFLOW|AWS|RAY)_[A-Z0-9_]+)[\"']")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -66,6 +69,15 @@ def test_every_block_names_its_language_and_each_of_commands_has_a_mark(page: Pa
     for block in docs_commands.blocks(page):
         assert block.language in (docs_commands.SHELL, docs_commands.INLINE, *docs_commands.OTHERS), block
         assert block.language in docs_commands.OTHERS or block.treatment in docs_commands.MARKS
+
+
+def test_every_flag_in_a_sentence_is_one_of_ours_or_of_a_tool_that_is_named() -> None:
+    for page in docs_commands.pages():
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for span in re.findall(r"`([^`]*--[^`]*)`", text):
+            if not span.startswith(TOOLS):
+                unknown = {*re.findall(r"(?<![\w-])--[a-z][\w.-]+", span)} - known_flags() - RAYS_OWN
+                assert not unknown, f"{page.name}: {span}"
 
 
 def test_the_index_leads_to_every_page() -> None:
