@@ -127,7 +127,8 @@ def run_job(
         if check:
             check(config)
         print(to_yaml(config), end="")
-        print(f"# dry run: {job} would start with this config; inputs were checked, nothing was done.")
+        looked = "inputs were checked" if check else "it has no inputs to check"
+        print(f"# dry run: {job} would start with this config; {looked}, nothing was done.")
     except UnfinishedError as error:
         print(f"unfinished: {error}", file=sys.stderr)
         sys.exit(3)

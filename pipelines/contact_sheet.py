@@ -14,11 +14,17 @@ CONTACT_SHEET = {
 }
 
 
-def main(config: ContactSheetConfig) -> str:
-    from d2f_core.flow.generate.contact_sheet import make_contact_sheet
+def check(config: ContactSheetConfig) -> None:
+    from d2f_core.flow.generate.contact_sheet import check_contact_sheet
 
-    return make_contact_sheet(config)
+    check_contact_sheet(config)
+
+
+def main(config: ContactSheetConfig) -> str:
+    from d2f_core.flow.generate.contact_sheet import check_contact_sheet, make_contact_sheet
+
+    return make_contact_sheet(check_contact_sheet(config))
 
 
 if __name__ == "__main__":
-    run_job("contact_sheet", CONTACT_SHEET, main)
+    run_job("contact_sheet", CONTACT_SHEET, main, check)

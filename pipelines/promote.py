@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 RECIPES = {"emoji-flow": PromoteConfig(name="emoji-flow")}
 
 
+def check(config: PromoteConfig) -> None:
+    from d2f_core.flow.publish.job import check_move_alias
+
+    check_move_alias(config)
+
+
 def main(config: PromoteConfig) -> "ModelVersionInfo":
     from d2f_core.flow.publish.job import move_alias
 
@@ -22,4 +28,4 @@ def main(config: PromoteConfig) -> "ModelVersionInfo":
 
 
 if __name__ == "__main__":
-    run_job("promote", RECIPES, main)
+    run_job("promote", RECIPES, main, check)

@@ -12,11 +12,17 @@ if TYPE_CHECKING:
 REGISTER = {"emoji-flow": RegisterConfig(run="s3://d2f/runs/emoji-lora", name=FLOW_MODEL)}
 
 
-def main(config: RegisterConfig) -> "ModelVersionInfo":
-    from d2f_core.flow.publish.job import register
+def check(config: RegisterConfig) -> None:
+    from d2f_core.flow.publish.job import check_register
 
-    return register(config)
+    check_register(config)
+
+
+def main(config: RegisterConfig) -> "ModelVersionInfo":
+    from d2f_core.flow.publish.job import check_register, register
+
+    return register(check_register(config))
 
 
 if __name__ == "__main__":
-    run_job("register", REGISTER, main)
+    run_job("register", REGISTER, main, check)

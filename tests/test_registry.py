@@ -18,7 +18,7 @@ from PIL import Image
 from d2f_core import storage
 from d2f_core.flow.generate.sampler import ImageSampler, fill_request
 from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig, RegisterError
-from d2f_core.flow.publish.job import move_alias, register
+from d2f_core.flow.publish.job import check_register, move_alias, register
 from d2f_core.hashing import hash_directory
 from d2f_core.model.artifact import load_model
 from d2f_core.model.config import LoraConfig
@@ -41,6 +41,10 @@ from d2f_core.tracking import (
 from d2f_core.tracking.model_files import download_model
 from d2f_core.tracking.server import client_for
 from infra.local.stack import StackEnv
+from pipelines import contact_sheet
+from pipelines import promote as promote_job
+from pipelines import register as register_job
+from pipelines.cli import run_job
 from pipelines.promote import RECIPES
 from tests.flow.tiny_base import write_tiny_base
 from tests.model.artifacts import trained
@@ -79,7 +83,7 @@ def run(stack: StackEnv, tmp_path_factory: pytest.TempPathFactory) -> RunHandle:
 @pytest.fixture(scope="module")
 def version(run: RunHandle) -> ModelVersionInfo:
     del run
-    return register(CONFIG)
+    return register(check_register(CONFIG))
 
 
 def listed(model_id: str, place: str = "") -> set[str]:
@@ -162,7 +166,7 @@ def test_a_version_carries_all_that_it_was_made_of(run: RunHandle, version: Mode
 
 
 def test_registering_again_changes_nothing(run: RunHandle, version: ModelVersionInfo) -> None:
-    assert register(CONFIG) == version
+    assert register(check_register(CONFIG)) == version
     client = client_for(run.tracking_uri)
     assert len(list(client.search_model_versions(f"name = '{CONFIG.name}'"))) == 1
     assert len(client.search_logged_models([run.experiment_id], "tags.`objective` = 'diff2flow'")) == 1
@@ -175,6 +179,30 @@ def tiny(handle: RunHandle, directory: Path, name: str, content: bytes) -> Model
     return register_model(
         handle, NewVersion(model_dir=directory, name=name, model_type="diff2flow", tags={}, description="")
     )
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        (promote_job, ("emoji-flow", "--name", "dry", "--version", "99"), "dry/99"),
+        (promote_job, ("emoji-flow", "--name", "dry", "--rollback"), "there is no earlier one"),
+        (register_job, ("emoji-flow", "--run", "s3://d2f/runs/never-run"), "MLflow has no run of"),
+        (contact_sheet, ("compare", "--generations", "s3://d2f/none"), "has no manifest.json"),
+    ],
+)
+def test_a_dry_run_looks_for_what_the_job_needs(
+    job, arguments, message, stack: StackEnv, tmp_path, monkeypatch, capsys
+):
+    handle = start("s3://d2f/runs/dry")
+    tiny(handle, tmp_path / "1", "dry", b"1")
+    promote("dry", "1")
+    monkeypatch.setattr("sys.argv", ["job", *arguments, "--dry-run"])
+    recipes = next(value for value in vars(job).values() if isinstance(value, dict) and arguments[0] in value)
+    with pytest.raises(SystemExit) as ended:
+        run_job("job", recipes, job.main, job.check)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and message in printed.err and "nothing was done" not in printed.out
+    assert get_alias("dry", "champion") == "1"
 
 
 def test_promotions_come_back_one_by_one(stack: StackEnv, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from d2f_core.data.table_plan import plan_tables
 from d2f_core.data.table_reader import RowReader
 from d2f_core.identity import identity_hash
 from d2f_core.tracking import ModelVersionInfo
-from d2f_core.tracking.publish import ModelCard, TrainingRecord, publish
+from d2f_core.tracking.publish import ModelCard, TrainingRecord, publish, training_run
 from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.task import Evaluation, Task
@@ -155,5 +155,6 @@ def card(record: TrainingRecord) -> ModelCard:
 def register(config: BrightnessConfig, result: TrainingResult, directory: Path) -> ModelVersionInfo:
     storage.download_tree(result.model, directory)
     training = {"step": result.step, "checkpoint": result.checkpoint}
-    names = {"run": config.output, "experiment": config.experiment, "name": "toy-brightness", "alias": "candidate"}
-    return publish(directory, **names, training=training, card=card, loader=None, model_type="toy")
+    run = training_run(config.output, config.experiment)
+    names = {"run": config.output, "name": "toy-brightness", "alias": "candidate"}
+    return publish(directory, run, **names, training=training, card=card, loader=None, model_type="toy")

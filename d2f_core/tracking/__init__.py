@@ -3,7 +3,7 @@
 The only package that imports mlflow, and only inside functions. The server is named by `MLFLOW_TRACKING_URI`.
 """
 
-from d2f_core.tracking.aliases import get_alias, promote, rollback, set_alias
+from d2f_core.tracking.aliases import complete_version, earlier_version, get_alias, promote, rollback, set_alias
 from d2f_core.tracking.logged_models import log_checkpoint_model
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.tracking.model_files import resolve_model
@@ -21,6 +21,8 @@ __all__ = [
     "RunHandle",
     "TrackingError",
     "check_tracking",
+    "complete_version",
+    "earlier_version",
     "find_run",
     "get_alias",
     "log_checkpoint_model",

@@ -34,10 +34,8 @@ def set_alias(name: str, alias: str, version: str) -> None:
     attempt(f"set {name}@{alias}", lambda: client.set_registered_model_alias(name, alias, version))
 
 
-def promote(name: str, version: str, alias: str = CHAMPION) -> ModelVersionInfo:
-    """Point `alias` at a complete version, and keep the one that it named for `rollback`.
-
-    Repeated, or continued after it was killed, it changes nothing more.
+def complete_version(name: str, version: str) -> ModelVersionInfo:
+    """The version, when all of its files are there.
 
     Raises:
         TrackingError: no such version, or one whose files are not all uploaded.
@@ -49,10 +47,21 @@ def promote(name: str, version: str, alias: str = CHAMPION) -> ModelVersionInfo:
             f"models:/{name}/{version} is {status}, but must be READY: its upload was not completed. Run "
             "pipelines.register again, then promote it."
         )
+    return version_info(client.tracking_uri, found)
+
+
+def promote(name: str, version: str, alias: str = CHAMPION) -> ModelVersionInfo:
+    """Point `alias` at a complete version, and keep the one that it named for `rollback`.
+
+    Repeated, or continued after it was killed, it changes nothing more.
+
+    Raises:
+        TrackingError: no such version, or one whose files are not all uploaded.
+    """
+    client, info = client_for(tracking_uri()), complete_version(name, version)
     model = _registered(client, name)
     assert model is not None, "it has a version"
     current, previous = _named(model, alias), _previous(model, alias)
-    info = version_info(client.tracking_uri, found)
     if current == info.version:
         return info
     if current is not None and previous[-1:] != [current]:  # equal: a promotion was killed before it set the alias
@@ -69,6 +78,20 @@ def rollback(name: str, alias: str = CHAMPION) -> ModelVersionInfo:
         TrackingError: no such alias, or no earlier version that is still there.
     """
     client = client_for(tracking_uri())
+    current, info, remaining = _before(client, name, alias)
+    set_alias(name, alias, info.version)
+    _remember(client, name, alias, remaining)
+    logger.info("%s@%s is version %s again (before: %s)", name, alias, info.version, current)
+    return info
+
+
+def earlier_version(name: str, alias: str = CHAMPION) -> ModelVersionInfo:
+    """The version that `rollback` would go back to. Raises TrackingError as it does."""
+    return _before(client_for(tracking_uri()), name, alias)[1]
+
+
+def _before(client: "MlflowClient", name: str, alias: str) -> tuple[str, ModelVersionInfo, list[str]]:
+    """The version that the alias names, the usable one that it named before, and those before that."""
     model = _registered(client, name)
     current = None if model is None else _named(model, alias)
     if model is None or current is None:
@@ -84,10 +107,7 @@ def rollback(name: str, alias: str = CHAMPION) -> ModelVersionInfo:
             usable = False
         previous = previous[:-1]
         if usable:
-            set_alias(name, alias, version)
-            _remember(client, name, alias, previous)
-            logger.info("%s@%s is version %s again (before: %s)", name, alias, version, current)
-            return version_info(client.tracking_uri, found)
+            return current, version_info(client.tracking_uri, found), previous
     raise TrackingError(f"{name}@{alias} is version {current}, and there is no earlier one to return to. Promote one.")
 
 

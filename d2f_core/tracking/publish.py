@@ -49,11 +49,30 @@ class ModelCard:
     tags: Mapping[str, str]
 
 
+def training_run(run: str, experiment: str) -> RunHandle:
+    """The MLflow run of a training.
+
+    Args:
+        run: output URI of the training.
+        experiment: MLflow experiment of its run.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    handle = find_run(experiment=experiment, run_key=run)
+    if handle is None:
+        raise TrackingError(
+            f"MLflow has no run of {run!r} in the experiment {experiment!r}. Give the experiment that the training was "
+            "logged to."
+        )
+    return handle
+
+
 def publish(
     directory: Path,
+    handle: RunHandle,
     *,
     run: str,
-    experiment: str,
     name: str,
     alias: str,
     training: Mapping[str, Any],
@@ -64,21 +83,15 @@ def publish(
     """Register a model directory as a version of `name`; repeated with the same content it changes nothing.
 
     Args:
+        handle: the training's run.
         run: output URI of the training.
-        experiment: MLflow experiment of its run.
         training: what the model says of it: `step`, and `checkpoint`, the URI of the one that it was made of.
         loader: how MLflow's own tools open it; None: they do not.
         model_type: the system's name in MLflow's model list.
 
     Raises:
-        TrackingError: no run of that training, a damaged evaluation, or MLflow cannot be used.
+        TrackingError: a damaged evaluation, or MLflow cannot be used.
     """
-    handle = find_run(experiment=experiment, run_key=run)
-    if handle is None:
-        raise TrackingError(
-            f"MLflow has no run of {run!r} in the experiment {experiment!r}. Give the experiment that the training was "
-            "logged to."
-        )
     config, samples = run_file(handle, CONFIG), run_file(handle, SAMPLES)
     record = TrainingRecord(
         run=run,

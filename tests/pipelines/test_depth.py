@@ -21,7 +21,7 @@ from d2f_core.flow.depth.config import DepthEvaluationError, EvaluateDepthConfig
 from d2f_core.flow.depth.evaluation import _predictors, check_evaluate_depth
 from d2f_core.flow.depth.job import check_predict_depth, predict_depth
 from d2f_core.flow.publish.config import RegisterConfig
-from d2f_core.flow.publish.job import register
+from d2f_core.flow.publish.job import check_register, register
 from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
@@ -195,7 +195,8 @@ def test_another_training_at_its_output_is_refused_before_anything_is_written(
 def test_mlflow_opens_a_registered_version_and_sees_the_depth_that_the_job_sees(
     training: FinetuneConfig, config: PredictDepthConfig, predicted: Manifest
 ) -> None:
-    version = register(RegisterConfig(run=training.output, name="test-depth", experiment=training.experiment))
+    wanted = RegisterConfig(run=training.output, name="test-depth", experiment=training.experiment)
+    version = register(check_register(wanted))
     assert version.tags["task"] == "image_to_depth"
     info = mlflow.models.get_model_info(version.uri)
     assert info.signature.inputs.required_input_names() == ["image"]

@@ -9,7 +9,7 @@ import torch
 from d2f_core import storage
 from d2f_core.data.schema import SchemaError
 from d2f_core.flow.publish.config import RegisterConfig
-from d2f_core.flow.publish.job import register
+from d2f_core.flow.publish.job import check_register, register
 from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import local_copy, resolve_base
@@ -98,9 +98,8 @@ def test_the_exported_model_loads_and_says_how_to_sample_it(config, unbroken):
 def test_an_earlier_checkpoint_becomes_a_registered_model(config, unbroken):
     target = "s3://d2f/test-finetune/model-of-step-3"
     export_checkpoint(CheckpointExportConfig(run=config.output, step=3, output=target))
-    registered = register(
-        RegisterConfig(run=config.output, model=target, name="test-step-3", experiment=config.experiment)
-    )
+    wanted = RegisterConfig(run=config.output, model=target, name="test-step-3", experiment=config.experiment)
+    registered = register(check_register(wanted))
     model = load_model(resolve_model(registered.uri))
     assert registered.tags["training.step"] == "3" and model.content_hash == load_model(target).content_hash
     assert model.content_hash != load_model(unbroken.model).content_hash

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from d2f_core.batch.output import read_index
 from d2f_core.flow.generate.config import ContactSheetConfig
-from d2f_core.storage import read_bytes, write_bytes
-from d2f_core.tracking import find_run
+from d2f_core.storage import check_reachable, read_bytes, write_bytes
+from d2f_core.tracking import RunHandle, find_run
 
 CAPTION_WIDTH = 260
 GAP = 8
@@ -25,15 +25,40 @@ LINE_GAP = 8
 INK, MUTED, PAPER, RULE = (25, 25, 25), (105, 105, 105), (255, 255, 255), (200, 200, 200)
 
 
-def make_contact_sheet(config: ContactSheetConfig) -> str:
-    """Draw, write and log the sheet; returns its URI.
+@dataclass(frozen=True, kw_only=True)
+class ContactSheetJob:
+    """A sheet whose parts were found, and are ready to be drawn."""
+
+    config: ContactSheetConfig
+    tables: Sequence[pa.Table]
+    """Index of each generation."""
+    run: RunHandle | None
+    """Run in MLflow that gets the sheet."""
+
+
+def check_contact_sheet(config: ContactSheetConfig) -> ContactSheetJob:
+    """Look for the generations, and for the run that gets the sheet.
 
     Raises:
-        ValueError: no or unfinished generations, or generations of different prompts.
+        ValueError: no or unfinished generations, an output that cannot be written, or no such run.
     """
     if not config.generations or not config.output:
         raise ValueError("generations or output is empty. Give --generations URI URI and --output FILE.png.")
+    check_reachable(config.output.rpartition("/")[0], write=True)
     tables = [read_index(uri) for uri in config.generations]
+    run = find_run(experiment=config.experiment, run_key=config.run) if config.run else None
+    if config.run and run is None:
+        raise ValueError(f"MLflow has no run of {config.run!r} in {config.experiment!r}. Correct one of them.")
+    return ContactSheetJob(config=config, tables=tables, run=run)
+
+
+def make_contact_sheet(job: ContactSheetJob) -> str:
+    """Draw, write and log the sheet; returns its URI.
+
+    Raises:
+        ValueError: generations of different prompts.
+    """
+    config, tables = job.config, job.tables
     captions = {row["sample_id"]: row["prompt"] for row in tables[0].to_pylist()}
     shown = list(captions)[: config.max_rows]
     titles = config.titles or [f"{table['model_uri'][0]}, {table['solver'][0]}" for table in tables]
@@ -42,11 +67,8 @@ def make_contact_sheet(config: ContactSheetConfig) -> str:
     sink = io.BytesIO()
     sheet.save(sink, format="PNG")
     write_bytes(config.output, sink.getvalue())
-    if config.run:
-        handle = find_run(experiment=config.experiment, run_key=config.run)
-        if handle is None:
-            raise ValueError(f"MLflow has no run of {config.run!r} in {config.experiment!r}. Correct one of them.")
-        handle.log_image("contact_sheet", sheet, 0)
+    if job.run:
+        job.run.log_image("contact_sheet", sheet, 0)
     return config.output
 
 

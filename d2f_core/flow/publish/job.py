@@ -1,6 +1,9 @@
 """A finished training's model becomes a version in the registry, with what tells what it is; aliases move."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +14,8 @@ from d2f_core.flow.publish.model_card import write_card
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import local_copy
 from d2f_core.storage import exists, join
-from d2f_core.tracking import Loader, ModelVersionInfo, check_tracking
-from d2f_core.tracking.publish import publish
+from d2f_core.tracking import Loader, ModelVersionInfo, RunHandle, check_tracking
+from d2f_core.tracking.publish import publish, training_run
 
 MODEL = "model"
 """A training exports its model to `OUTPUT/model/`, the description last."""
@@ -24,8 +27,21 @@ REQUIREMENTS = (
 SETTINGS = {"base_model": "", "device": ""}
 
 
-def register(config: RegisterConfig) -> ModelVersionInfo:
-    """Upload, register and alias the model; repeated with the same content it changes nothing.
+@dataclass(frozen=True, kw_only=True)
+class RegisterJob:
+    """A registration that was checked, and is ready to run."""
+
+    config: RegisterConfig
+    directory: Path
+    """Local copy of the model."""
+    description: Mapping[str, Any]
+    """The model's `diff2flow.json`."""
+    run: RunHandle
+    """Of the training."""
+
+
+def check_register(config: RegisterConfig) -> RegisterJob:
+    """Look for the model and its training's run.
 
     Raises:
         ValueError: no exported model, no MLflow run of that training, or MLflow cannot be used.
@@ -33,12 +49,18 @@ def register(config: RegisterConfig) -> ModelVersionInfo:
     if not config.run:
         raise RegisterError("run is empty. Give --run URI, the output of a training.")
     check_tracking()
+    run = training_run(config.run, config.experiment)
     directory = local_copy(exported_model(config))
-    description = read_description(directory)
+    return RegisterJob(config=config, directory=directory, description=read_description(directory), run=run)
+
+
+def register(job: RegisterJob) -> ModelVersionInfo:
+    """Upload, register and alias the model; repeated with the same content it changes nothing."""
+    config, description = job.config, job.description
     return publish(
-        directory,
+        job.directory,
+        job.run,
         run=config.run,
-        experiment=config.experiment,
         name=config.name,
         alias=config.alias,
         training=description["training"],
@@ -90,15 +112,28 @@ def exported_model(config: RegisterConfig) -> str:
     return uri
 
 
-def move_alias(config: PromoteConfig) -> ModelVersionInfo:
-    """Promote a version, or go back to the one before.
+def check_move_alias(config: PromoteConfig) -> None:
+    """Look for the version that the alias is to name.
 
     Raises:
         ValueError: neither a version nor rollback, no such version, an incomplete one, or none to go back to.
     """
     check_tracking()
     if config.rollback:
-        return tracking.rollback(config.name, config.alias)
-    if not config.version:
+        tracking.earlier_version(config.name, config.alias)
+    elif config.version:
+        tracking.complete_version(config.name, config.version)
+    else:
         raise RegisterError("version is empty. Give --version N, or --rollback.")
+
+
+def move_alias(config: PromoteConfig) -> ModelVersionInfo:
+    """Promote a version, or go back to the one before.
+
+    Raises:
+        ValueError: as `check_move_alias`.
+    """
+    check_move_alias(config)
+    if config.rollback:
+        return tracking.rollback(config.name, config.alias)
     return tracking.promote(config.name, config.version, config.alias)
