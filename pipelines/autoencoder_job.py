@@ -25,6 +25,8 @@ def check_autoencoder(config: TrainAutoencoderConfig) -> AutoencoderJob:
     storage.check_reachable(config.output, write=True)
     manifest = read_manifest(config.images)
     plan = config.plan(manifest, columns(manifest))
-    identity = config.identity(begins_with(config), manifest)
+    begun_with = begins_with(config)
+    identity = config.identity(begun_with, manifest)
     candidates(config.output, identity)  # refuses the output of another training
-    return AutoencoderJob(config=config, build_task=functools.partial(build_task, config), plan=plan, identity=identity)
+    build = functools.partial(build_task, config, begun_with)
+    return AutoencoderJob(config=config, build_task=build, plan=plan, identity=identity)

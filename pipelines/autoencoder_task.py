@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from d2f_core.model.autoencoder_training import (
     latent_scaling,
     new_autoencoder,
 )
-from d2f_core.model.base import local_copy, resolve_base
+from d2f_core.model.base import BaseModelError, local_copy, resolve_base
 from d2f_core.model.latent_task import image_grid
 from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.task import Evaluation, Task
@@ -75,8 +76,20 @@ def begins_with(config: TrainAutoencoderConfig) -> dict[str, Any]:
     return {"vae": vae_config(config)}
 
 
-def build_task(config: TrainAutoencoderConfig, device: str) -> Task:
-    """What a worker trains; called once on each."""
+def build_task(config: TrainAutoencoderConfig, begun_with: Mapping[str, Any], device: str) -> Task:
+    """What a worker trains; called once on each.
+
+    Args:
+        begun_with: `begins_with` where the training started.
+
+    Raises:
+        BaseModelError: this node has another base model, or another config of a new autoencoder.
+    """
+    if (here := begins_with(config)) != begun_with:
+        raise BaseModelError(
+            f"{config.base or config.vae_config!r} is {here} on this node, and {dict(begun_with)} where the training "
+            "started. Give a URI that all nodes share."
+        )
     task = AutoencoderTask(initial(config).to(device), config.loss, seed=config.train.seed, device=device)
     return Task(
         module=task.module,

@@ -52,7 +52,7 @@ def check_finetune(config: FinetuneConfig) -> FinetuneJob:
     candidates(config.output, identity)  # refuses the output of another training
     return FinetuneJob(
         config=config,
-        build_task=functools.partial(build_task, config),
+        build_task=functools.partial(build_task, config, base.content_hash),
         plan=plan,
         identity=identity,
         base=base,

@@ -11,7 +11,7 @@ from d2f_core.data.schema import SchemaError
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.flow.latents import noise_columns
-from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.model.base import BaseModel, BaseModelError, resolve_base
 from d2f_core.model.config import ModelConfig, PreviewConfig
 from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import LatentTask, image_grid
@@ -25,10 +25,22 @@ COLUMNS = TextToImage.columns
 TASKS: dict[str, type[LatentTask]] = {"text_to_image": TextToImage, "image_to_depth": ImageToDepth}
 
 
-def build_task(config: FinetuneConfig, device: str) -> Task:
-    """What a worker trains; called once on each."""
+def build_task(config: FinetuneConfig, base_hash: str, device: str) -> Task:
+    """What a worker trains; called once on each.
+
+    Args:
+        base_hash: content hash of the base model where the training started.
+
+    Raises:
+        BaseModelError: this node has another base model.
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     base, model = resolve_base(config.model.base), on_this_node(config.model)
+    if base.content_hash != base_hash:
+        raise BaseModelError(
+            f"{config.model.base!r} has the hash {base.content_hash} on this node, and {base_hash} where the training "
+            "started: it was replaced, or is another directory here. Give a URI that all nodes share."
+        )
     task = TASKS[model.task](base, model, seed=config.train.seed, dtype=dtype, device=device)
     return Task(
         module=task.module,

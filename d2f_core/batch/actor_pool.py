@@ -7,6 +7,7 @@ import ray
 import ray.data
 
 from d2f_core.batch.config import ActorPoolConfig
+from d2f_core.batch.refusals import checked, guarded
 from d2f_core.batch.resources import await_resources
 from d2f_core.data.ray_data import configure
 
@@ -31,6 +32,7 @@ def map_items(
 
     Raises:
         InsufficientResourcesError: no actor has room.
+        RefusedError: what an actor refused.
     """
     if not items:
         return
@@ -40,11 +42,11 @@ def map_items(
     dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     configure(dataset)
     dataset = dataset.map_batches(
-        cast(Any, actor),
+        cast(Any, guarded(actor)),
         fn_constructor_args=tuple(arguments),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
     )
-    yield from dataset.iter_rows()
+    yield from map(checked, dataset.iter_rows())

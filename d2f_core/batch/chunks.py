@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from d2f_core.batch.chunk_records import ChunkRecord, write_chunk
-from d2f_core.batch.table_spec import TableJobError, TableSpec
+from d2f_core.batch.refusals import refusal
+from d2f_core.batch.table_spec import TableSpec
 from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.errors import BadSampleError
 from d2f_core.data.quarantine import DUPLICATE, BadSample
@@ -61,8 +62,32 @@ class TableActor(ABC):
         record, prepared = unpack(row)
         try:
             return pack(record, self.make(prepared))
-        except TableJobError as error:
-            return pack(record, prepared.slice(0, 0), problem=str(error))
+        except ValueError as error:
+            if (problem := refusal(error)) is None:
+                raise
+            return refused(row, problem)
+
+
+def refused(row: pa.Table, problem: str) -> pa.Table:
+    """A chunk without rows, and why the job stops."""
+    record, prepared = unpack(row)
+    return pack(record, prepared.slice(0, 0), problem=problem)
+
+
+class LoadedActor:
+    """Ray Data's actor: the job's own, or what its constructor refused."""
+
+    def __init__(self, actor: type[TableActor], spec: TableSpec) -> None:
+        self._problem = None
+        try:
+            self._actor = actor(spec)
+        except ValueError as error:
+            if (problem := refusal(error)) is None:
+                raise
+            self._problem = problem
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        return self._actor(row) if self._problem is None else refused(row, self._problem)
 
 
 def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:

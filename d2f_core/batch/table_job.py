@@ -24,7 +24,7 @@ from d2f_core.batch.chunk_records import (
     read_records,
     unfinished_shards,
 )
-from d2f_core.batch.chunks import TableActor, prepare_shards, work_item, write_row
+from d2f_core.batch.chunks import LoadedActor, TableActor, prepare_shards, work_item, write_row
 from d2f_core.batch.output import OutputError
 from d2f_core.batch.resources import await_resources
 from d2f_core.batch.table_spec import TableJobError, TableSpec
@@ -132,8 +132,8 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
         **rows,
     )
     dataset = dataset.map_batches(
-        cast(Any, job.actor),
-        fn_constructor_args=(spec,),
+        cast(Any, LoadedActor),
+        fn_constructor_args=(job.actor, spec),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from d2f_core.data.chunks import ChunkPlanner, Piece, Run, micro_batches_per_chunk
 from d2f_core.data.gather import Gatherer, serialised
-from d2f_core.data.manifest import read_manifest
+from d2f_core.data.manifest import Manifest, ManifestError, read_manifest
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import DamagedDataError, RowRange, TableReader
 
@@ -51,7 +51,7 @@ class PlanReader:
 
     def __init__(self, plan: StreamPlan, rank: int, num_workers: int, first_step: int) -> None:
         self._plan = plan
-        self._readers = [TableReader(uri, read_manifest(uri), plan.columns) for uri in plan.tables]
+        self._readers = [TableReader(uri, planned_table(plan, uri), plan.columns) for uri in plan.tables]
         self._first_rows = dict(zip(plan.table_of, plan.first_rows, strict=True))
         self._planner = ChunkPlanner(plan, rank, num_workers, first_step, self._readers)
         self._pool = ThreadPoolExecutor(READING_THREADS)
@@ -108,6 +108,22 @@ class PlanReader:
             if len(good := found.places[found.places >= 0]):
                 return found.table.slice(int(good[0]), 1)
         raise DamagedDataError(f"None of the rows {sorted(reasons)[:5]}... can be used: {next(iter(reasons.values()))}")
+
+
+def planned_table(plan: StreamPlan, uri: str) -> Manifest:
+    """The manifest of one of the plan's tables.
+
+    Raises:
+        ManifestError: another table lies there than when the run was planned.
+    """
+    manifest = read_manifest(uri)
+    planned = {source.digest for source in plan.sources if source.uri == uri and source.digest}
+    if planned - {manifest.digest}:
+        raise ManifestError(
+            f"{uri!r} has the digest {manifest.digest} here, and {planned.pop()} where the training started: it was "
+            "replaced, or this node reads another place. Put the table back, or train on the new one in another output."
+        )
+    return manifest
 
 
 def chunk_size(plan: StreamPlan) -> int:

@@ -26,6 +26,8 @@ class Source:
     """Of these rows, counted from the first of them."""
     first_row: int = 0
     """Where in the table they begin."""
+    digest: str = ""
+    """Of the table, as it was when the run was planned; a reader refuses another one. Empty: any table will do."""
 
     def holdout(self) -> np.ndarray:
         """Int64 rows of the table that training never sees."""

@@ -98,14 +98,14 @@ def plan_tables(
 def _sources(uri: str, manifest: Manifest, order: OrderConfig, holdout_rows: int) -> Iterator[Source]:
     """The whole table, or each of its buckets."""
     if not order.bucket_column:
-        yield Source(uri=uri, order=_order(order, manifest.num_rows, holdout_rows, order.seed))
+        yield Source(uri=uri, order=_order(order, manifest.num_rows, holdout_rows, order.seed), digest=manifest.digest)
         return
     _check_buckets(uri, manifest, order, holdout_rows)
-    first = 0
+    first, digest = 0, manifest.digest
     for value, rows in manifest.buckets:
         # A seed of its own, or buckets of one size would all be shuffled alike.
         seed = int(keyed_generator(order.seed, value, "bucket").integers(2**62))
-        yield Source(uri=uri, order=_order(order, rows, holdout_rows, seed), first_row=first)
+        yield Source(uri=uri, order=_order(order, rows, holdout_rows, seed), first_row=first, digest=digest)
         first += rows
 
 

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 
 from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.config import ActorPoolConfig
+from d2f_core.batch.refusals import RefusedError
 from d2f_core.data.ray_data import INIT_DEATHS, configure
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -58,6 +59,36 @@ def test_actors_that_never_start_end_the_job(tmp_path: Path) -> None:
     with pytest.raises(RayError, match="out of memory"):
         list(map_items([{"item": 7}], Fragile, (str(tmp_path), "fails"), ONE, node_wait_seconds=None))
     assert len(list(tmp_path.iterdir())) == 4
+
+
+class Refusing:
+    def __init__(self, where: str) -> None:
+        self.where = where
+        if where == "start":
+            raise RefusedError("the model has another hash on this node. Give a URI that all nodes share.")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self.where == "bug":
+            raise ValueError("shapes do not match")
+        raise RefusedError("the image cannot be decoded. Make it again.")
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("start", "the model has another hash on this node. Give a URI that all nodes share."),
+        ("work", "the image cannot be decoded. Make it again."),
+    ],
+)
+def test_what_an_actor_refuses_is_one_line_for_whoever_started_the_job(where: str, line: str) -> None:
+    with pytest.raises(RefusedError) as refused:
+        list(map_items([{"item": 7}], Refusing, (where,), ONE, node_wait_seconds=None))
+    assert str(refused.value) == line
+
+
+def test_a_fault_keeps_its_traceback() -> None:
+    with pytest.raises(RayError, match="shapes do not match"):
+        list(map_items([{"item": 7}], Refusing, ("bug",), ONE, node_wait_seconds=None))
 
 
 def test_what_is_derived_from_a_dataset_is_told_the_same() -> None:

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_core.data.manifest import Manifest, TableFile, bucket_runs, read_manifest, write_manifest, write_part
+from d2f_core.data.manifest import (
+    Manifest,
+    ManifestError,
+    TableFile,
+    bucket_runs,
+    read_manifest,
+    write_manifest,
+    write_part,
+)
 from d2f_core.data.plan_reader import PlanReader, chunk_size
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.stream_plan import MicroBatch, Source, StreamPlan
@@ -218,3 +226,22 @@ def test_each_table_is_opened_once_however_many_buckets_it_has(table):
     plan = disk_plan(table)
     assert len(PlanReader(plan, 0, 1, 0)._readers) == 2
     assert all(before < after for before, after in pairwise(dict.fromkeys(plan.table_of)))
+
+
+def test_a_table_that_was_replaced_since_the_start_is_not_trained_on(tmp_path):
+    uri = str(tmp_path / "table")
+    schema = pa.schema([pa.field("caption", pa.string())])
+
+    def write(text: str) -> Manifest:
+        part = write_part(uri, "part-0.parquet", pa.table({"caption": [text] * 8}, schema))
+        manifest = Manifest(kind="texts", files=(part,))
+        (tmp_path / "table/manifest.json").unlink(missing_ok=True)
+        write_manifest(uri, manifest)
+        return manifest
+
+    order = OrderConfig(global_batch_size=4, micro_batch_size=4)
+    plan = plan_tables([uri], [write("first")], ("caption",), order, holdout_rows=0, num_steps=2)
+    PlanReader(plan, 0, 1, 0)
+    write("other")
+    with pytest.raises(ManifestError, match=r"has the digest [0-9a-f]{64} here, and [0-9a-f]{64} where the training"):
+        PlanReader(plan, 0, 1, 0)

@@ -19,7 +19,7 @@ from d2f_core.flow.generate.prompts import checked_rows, copy_prompts, scan_prom
 from d2f_core.flow.latents import latent_schema
 from d2f_core.model.artifact import describe, load_model, save_artifact, to_uint8
 from d2f_core.model.autoencoder import autoencoder_fingerprint, load_autoencoder
-from d2f_core.model.base import resolve_base
+from d2f_core.model.base import BaseModelError, resolve_base
 from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.model.denoiser import ConditionError
 from d2f_core.model.export import export_diffusers
@@ -228,7 +228,7 @@ def test_the_finetune_job_reads_what_sdxl_needs_from_the_table(base, stack, tmp_
         train=TrainConfig(num_steps=1, global_batch_size=2, micro_batch_size=2),
     )
     check(config)
-    job = build_task(config, "cpu")
+    job = build_task(config, resolve_base(config.model.base).content_hash, "cpu")
     read = pq.read_table(f"{latents}/part-0.parquet", columns=list(COLUMNS))
     numbers = pa.array(range(4), pa.int64())
     batch = job.to_batch(read.append_column("epoch", numbers).append_column("row", numbers))
@@ -237,6 +237,8 @@ def test_the_finetune_job_reads_what_sdxl_needs_from_the_table(base, stack, tmp_
     found = job.evaluate()
     assert np.isfinite(found.metrics["validation_flow_loss"])
     assert [image.size for image in found.images] == [(64, 64)] * 2
+    with pytest.raises(BaseModelError, match=r"has the hash [0-9a-f]{64} on this node, and other where the training"):
+        build_task(config, "other", "cpu")
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def check_deviation(config: TrainAutoencoderConfig, result: str) -> None:
 def test_a_new_autoencoder_gives_latents_of_unit_deviation(base: str, tmp_path: Path):
     """Of a checkpoint as its training would leave it."""
     config = configured(base, str(tmp_path))
-    module = autoencoder_task.build_task(config, "cpu").module
+    module = autoencoder_task.build_task(config, autoencoder_task.begins_with(config), "cpu").module
     weights = {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
     identity = train_autoencoder.check(config).identity
     writer = CheckpointWriter(config.output, "a", 0, 1, Retention())

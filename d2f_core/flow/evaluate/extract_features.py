@@ -33,7 +33,7 @@ from d2f_core.data.manifest import (
 )
 from d2f_core.device import reserved_device
 from d2f_core.flow.evaluate.config import ScoreConfig
-from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
+from d2f_core.flow.evaluate.feature_networks import CaptionScorer, FeatureError, load_features
 from d2f_core.flow.evaluate.feature_table import feature_schema
 from d2f_core.identity import canonical_json
 from d2f_core.progress import Progress
@@ -173,7 +173,7 @@ def _pixels(row: dict[str, Any]) -> np.ndarray:
     try:
         return np.asarray(to_rgb(Image.open(io.BytesIO(data))))
     except Exception as error:  # Pillow's decoders raise a dozen types on broken data; each means the same here
-        raise ValueError(
+        raise FeatureError(
             f"the image of sample {row['sample_id']!r} cannot be decoded ({error}). Make it again."
         ) from None
 

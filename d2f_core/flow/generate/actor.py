@@ -19,6 +19,7 @@ from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.manifest import TableFile, write_part
 from d2f_core.data.schema import array_field
 from d2f_core.device import reserved_device
+from d2f_core.flow.generate.config import GenerateError
 from d2f_core.flow.generate.plan import LATENTS, PROMPTS_NAME, TIMING, Plan
 from d2f_core.flow.generate.sampler import ImageSampler, Request, Sampled, batches, encode_image
 from d2f_core.flow.latents import latent_schema
@@ -96,7 +97,7 @@ class ChunkSampler:
         self.prompts = retried(f"open {PROMPTS_NAME}", lambda: pq.ParquetFile(filesystem.open_input_file(path)))
         model = load_model(resolve_model(plan.model_uri))
         if model.content_hash != plan.model_hash:
-            raise ValueError(
+            raise GenerateError(
                 f"{plan.model_uri!r} has the hash {model.content_hash} on this node, and {plan.model_hash} where "
                 "the job started. Put the model where every node reads the same files: s3:// or models:/."
             )

@@ -1,0 +1,62 @@
+"""A refusal inside an actor reaches the driver as the one line that it is.
+
+Ray keeps of an exception its traceback's text; so what this project refuses (a model with another hash on some node, a
+base that lacks a part) travels as data, and is raised again where the job was started.
+"""
+
+import logging
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+PROBLEM = "problem"
+
+
+class RefusedError(ValueError):
+    """What an actor refused, with the reason and the fix."""
+
+
+def refusal(error: Exception) -> str | None:
+    """The text of an error that is this project's own word to a user; None for any other, which is a fault."""
+    own = isinstance(error, ValueError) and type(error).__module__.partition(".")[0] == "d2f_core"
+    return str(error) if own else None
+
+
+def guarded(actor: type) -> type:
+    """An actor class of Ray Data's, under the same name, whose refusals are its result: `problem` in place of a row."""
+
+    class Guarded:
+        def __init__(self, *arguments: Any) -> None:
+            self._actor, self._problem = None, None
+            try:
+                self._actor = actor(*arguments)
+            except ValueError as error:
+                if (problem := refusal(error)) is None:
+                    raise
+                logger.exception("refused")
+                self._problem = problem
+
+        def __call__(self, batch: Any) -> dict[str, Any]:
+            if self._actor is None:
+                return {PROBLEM: [self._problem]}
+            try:
+                return self._actor(batch)
+            except ValueError as error:
+                if (problem := refusal(error)) is None:
+                    raise
+                logger.exception("refused")
+                return {PROBLEM: [problem]}
+
+    Guarded.__name__ = Guarded.__qualname__ = actor.__name__
+    return Guarded
+
+
+def checked(row: dict[str, Any]) -> dict[str, Any]:
+    """The result of a guarded actor.
+
+    Raises:
+        RefusedError: it refused.
+    """
+    if problem := row.get(PROBLEM):
+        raise RefusedError(problem)
+    return row
