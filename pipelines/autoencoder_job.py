@@ -1,4 +1,4 @@
-"""An autoencoder's training that was checked, and how its last checkpoint becomes a result."""
+"""A checked training of an autoencoder, and the export of its last checkpoint."""
 
 import functools
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class AutoencoderJob(TrainingJob):
 
 
 def check_autoencoder(config: TrainAutoencoderConfig) -> AutoencoderJob:
-    """Refuse what cannot work, before anything is started."""
+    """Check the config before anything is started; raises ValueError if the training cannot work."""
     storage.check_reachable(config.images)
     storage.check_reachable(config.output, write=True)
     manifest = read_manifest(config.images)
     plan = config.plan(manifest, columns(manifest))
     identity = config.identity(begins_with(config), manifest)
-    candidates(config.output, identity)  # refuses the output of another training
+    candidates(config.output, identity)  # raises if the output holds another training
     return AutoencoderJob(config=config, build_task=functools.partial(build_task, config), plan=plan, identity=identity)
