@@ -9,8 +9,8 @@ the sample order, a few rows in each window. There are two ways to get them:
                     again, so up to ROWS OF A ROW GROUP times as much is read as is used: 4 times with rows of 2 MB that
                     were written with `manifest.rows_per_group`, 64 times, at worst, with such rows in groups of 64.
 
-Windows fit while (lanes of this worker) x window_rows x (bytes of a row) is less than about half of the buffer. What
-leads back to them is a smaller `window_rows`, or a larger buffer; the first decides the order too.
+Windows fit while (lanes of this worker) x window_rows x (bytes of a row) is less than about half of the buffer. If they
+do not fit, use a smaller `window_rows`, which also changes the sample order, or a larger buffer.
 """
 
 from collections import defaultdict

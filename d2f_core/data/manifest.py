@@ -3,8 +3,9 @@
 A table is `URI/part-*.parquet` plus `URI/manifest.json`. The manifest is written last, and only once: without it the
 table does not exist, with it the table is complete and never changes.
 
-Its size, and the time to read it, go with the number of files: the row groups of a file are written as runs of equal
-ones. A thousand million rows in 20,000 files are 4 MB of JSON, where one number per row group would be 60 MB.
+The size of a manifest, and the time to read it, are proportional to the number of files, because a file's row groups
+are run-length encoded. A thousand million rows in 20,000 files are 4 MB of JSON, where one number per row group would
+be 60 MB.
 """
 
 import hashlib

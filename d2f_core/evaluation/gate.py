@@ -81,7 +81,7 @@ def judge(config: GateConfig, metrics: Mapping[str, Metric], roles: set[str]) ->
         # Share of the reference by which the candidate may be worse; below 0, it must be better.
         slack = 1 - 1 / config.max_ratio if better else config.max_ratio - 1
         rules.append(_compare(config, config.metric, slack, metrics, against))
-        # An untrained base has no held-out loss: this project did not train it.
+        # An unchanged base has no held-out loss, because this project did not train it.
         kept = [name for name in config.must_not_regress if against == "champion" or name != FLOW_LOSS]
         rules += [_compare(config, name, config.tolerance, metrics, against) for name in kept]
     rules += [_limit(limit, metrics) for limit in config.limits]

@@ -38,7 +38,7 @@ def trained_parameters(engine: Any) -> dict[str, nn.Parameter]:
 
 
 def is_whole(engine: Any, parameter: nn.Parameter) -> bool:
-    """Whether every worker holds and computes with the whole fp32 weight."""
+    """Whether every worker holds the whole fp32 weight and computes with it."""
     return engine.zero_optimization_stage() < 3 and parameter.dtype == torch.float32
 
 

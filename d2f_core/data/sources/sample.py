@@ -35,7 +35,7 @@ class Sample:
     image: bytes | None
     caption: str | None
     problem: str | None = None
-    """Why the source itself could not deliver it."""
+    """Why the source could not deliver the image; None if it did."""
     rows: int = 1
     """Number of samples that this one stands for: more than 1 where the rest of a parquet shard cannot be read."""
 

@@ -158,7 +158,7 @@ def _members(archive: tarfile.TarFile, file: _Rationed) -> Iterator[tarfile.TarI
 
 
 def _samples(file: _Rationed, most_bytes: Limit) -> Iterator[tuple[str, Members]]:
-    # Names that are not UTF-8 become text that tells them apart, and that a table can hold.
+    # Names that are not UTF-8 are escaped, so that they stay distinct and can be stored in a table.
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:", errors="backslashreplace") as archive:
         last, contents, damage = "", dict[str, bytes | str](), None
         named, number = _named(archive, file), 0

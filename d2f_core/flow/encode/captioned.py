@@ -30,7 +30,7 @@ def check_caption(caption: str | None) -> str:
 
 
 def prepare(sample: Sample, spec: EncodeSpec) -> dict[str, Any]:
-    assert sample.image is not None  # it was identified
+    assert sample.image is not None  # checked by `identify`
     image = prepare_image(sample.image, spec.config.rules)
     return {
         "caption": check_caption(sample.caption),

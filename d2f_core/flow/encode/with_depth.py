@@ -28,7 +28,7 @@ def prepare(sample: DepthSample, spec: EncodeSpec) -> dict[str, Any]:
     """Image and depth with the same crop and size, depth in its affine-invariant form, and the mask of valid
     latents.
     """
-    assert sample.image is not None  # it was identified
+    assert sample.image is not None  # checked by `identify`
     size = spec.config.resolution
     image = prepare_image(sample.image, spec.config.rules)
     declared = read_declared(sample.image)
@@ -61,7 +61,7 @@ def identify_latents(sample: DepthSample) -> str:
 
 def prepare_latents(sample: DepthSample, spec: EncodeSpec) -> dict[str, Any]:
     """Stored latents unchanged, with the mask from the sample's depth or mask file, if there is one."""
-    assert sample.latent is not None and sample.depth_latent is not None  # it was identified
+    assert sample.latent is not None and sample.depth_latent is not None  # checked by `identify`
     size = spec.config.resolution
     joined, latent = (_read_latent(data, spec.latent_shape) for data in (sample.latent, sample.depth_latent))
     counts = read_valid(sample, _source(spec), spec.config.max_pixels)
