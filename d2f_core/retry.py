@@ -37,7 +37,7 @@ TRANSIENT_CODES = {
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 }
-"""S3's transient error codes; in addition, every status 5xx except 501, and 408 and 429, are transient."""
+"""S3's transient error codes; the HTTP statuses 408, 429 and 5xx (except 501) are transient too."""
 REFUSALS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
 """Errors that are never retried; ValueError stands for this project's own errors, some of them raised after such a loop
 has given up."""

@@ -98,7 +98,7 @@ def check_tracking() -> str:
             reason = type(error).__name__
             raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} does not answer ({reason}). {fix}") from None
     outcome: list[BaseException | None] = []
-    client = client_for(uri)  # imports MLflow, which may take seconds: not counted as the server's
+    client = client_for(uri)  # here, as importing MLflow may take seconds that must not count
 
     def probe() -> None:
         try:
@@ -126,6 +126,6 @@ def tag_equals(tag: str, value: str) -> str:
 
 
 def metric_name(name: str) -> str:
-    """A metric's name in MLflow: `pck@0.1` becomes `pck_at_0.1`, because servers accept only letters, digits, spaces
-    and `_-./`."""
+    """A metric's name in MLflow: `pck@0.1` becomes `pck_at_0.1`, because only letters, digits, spaces and `_-./` are
+    accepted by every server."""
     return re.sub(r"[^\w\-./ ]", "_", name.replace("@", "_at_"))
