@@ -2,7 +2,7 @@
 
 import gc
 
-# Importing torch, transformers and diffusers makes a million objects that stay. Looking for garbage among them after
-# every 700 new ones (Python's default) takes a fifth of the 13 s of processor time that a worker needs to start.
+# Importing torch, transformers and diffusers creates a million permanent objects. Garbage collection after every 700
+# new ones (Python's default) takes a fifth of the 13 s of CPU time that a worker needs to start.
 if gc.get_threshold()[0]:
     gc.set_threshold(max(10_000, gc.get_threshold()[0]))

@@ -1,4 +1,4 @@
-"""What a directory holds, as one hash, and where downloads are kept."""
+"""Content hash of a directory, and the cache directory of downloads."""
 
 import contextlib
 import fcntl
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HASHED_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
-"""Configs, weights and vocabularies: what decides how a model computes. A model card may change."""
+"""Suffixes of configs, weights and vocabularies, which determine what a model computes; a model card may change."""
 
 
 def cache_root() -> Path:
-    """Where downloads are kept: `$D2F_CACHE`, or `~/.cache/diff2flow`."""
+    """Directory of downloads: `$D2F_CACHE`, or `~/.cache/diff2flow`."""
     return Path(os.environ.get("D2F_CACHE") or Path.home() / ".cache" / "diff2flow")
 
 
 @contextlib.contextmanager
 def one_at_a_time(target: Path) -> Iterator[None]:
-    """File lock: one process per machine creates `target`; check inside the block whether it is there by now."""
+    """File lock: one process per machine creates `target`; check again inside the block whether it exists."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{target}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends
         yield
 
 

@@ -1,7 +1,7 @@
-"""What stored work is known by: the fields that decide it as JSON values, and their hash.
+"""Identity of stored work: the fields that determine it as JSON values, and their hash.
 
-Checkpoints, tables, plans and stages carry such an identity, and work goes on only where it is the same. A field that
-a dataclass gets later is declared by `since`, so that what was stored before is neither refused nor made again.
+Checkpoints, tables, plans and stages store such an identity, and work is resumed only if it is equal. A field that is
+added to a dataclass later is declared with `since`, so that work stored before is neither refused nor repeated.
 """
 
 import dataclasses
@@ -16,17 +16,18 @@ BEFORE = "value before the field existed"
 
 
 def since(default: T, *, before: T) -> T:
-    """A field of a dataclass that stored work knows nothing of.
+    """Declare a dataclass field that was added after work had been stored without it.
 
     Args:
-        default: its value in a new config.
-        before: what it would have said before it existed. A dataclass that says so has the identity of one without it.
+        default: the field's value in a new config.
+        before: the value that describes the behaviour before the field existed. With it, the identity is that of a
+            config without the field.
     """
     return cast(T, dataclasses.field(default=default, metadata={BEFORE: before}))
 
 
 def identity_values(config: Any) -> dict[str, Any]:
-    """A dataclass's fields by name, nested ones too, without those that say what held before they existed."""
+    """A dataclass's fields by name, nested ones too, without those of `since` that have their `before` value."""
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -46,23 +47,23 @@ def _values(value: Any) -> Any:
 
 
 def canonical_json(value: object) -> bytes:
-    """The one JSON text of a value, for hashing and comparing."""
+    """Canonical JSON of a value, for hashing and comparing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def identity_hash(values: Mapping[str, Any]) -> str:
-    """SHA-256, hexadecimal, of the values' canonical JSON."""
+    """SHA-256 (hexadecimal) of the values' canonical JSON."""
     return hashlib.sha256(canonical_json(values)).hexdigest()
 
 
 def stage_key(config: Any, inputs: Mapping[str, str]) -> str:
-    """Hash of a stage's config (a dataclass) and of the digests of what it reads; equal keys mean equal work."""
+    """Hash of a stage's config (a dataclass) and the digests of its inputs; equal keys mean equal work."""
     value = {"config": _whole_numbers(identity_values(config)), "inputs": dict(inputs)}
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _whole_numbers(value: Any) -> Any:
-    """The value with whole floats as integers: a config read back from YAML says 1.0 where the code said 1."""
+    """The value with whole floats as integers: YAML may hold 1.0 where the code has 1."""
     if isinstance(value, dict):
         return {name: _whole_numbers(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -71,6 +72,6 @@ def _whole_numbers(value: Any) -> Any:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What to tell of two identities that are not the same: each field with its values; none when they are."""
+    """The differences between two identities for a message: each field with both values; empty if they are equal."""
     names = [*now, *(name for name in there if name not in now)]
     return [f"{name} was {there.get(name)}, now {now.get(name)}" for name in names if there.get(name) != now.get(name)]

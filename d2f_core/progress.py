@@ -1,4 +1,4 @@
-"""Progress of long work: plain log lines (done, rate, time to go), and those that whoever waits is shown."""
+"""Progress of long jobs: log lines (done, rate, remaining time), and lines for the user who waits for the job."""
 
 import logging
 import time
@@ -7,18 +7,18 @@ logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 5.0
 TOLD = ">>> "
-"""How a line begins that is meant for whoever waits for a job; a quiet `infra.local submit` shows no others."""
+"""Prefix of lines for the user who waits for a job; a quiet `infra.local submit` shows no other lines."""
 UNDER_WAY = " ..."
-"""How such a line ends whose other half comes when the work is done; that half begins with it."""
+"""End of a line that is completed when the work is done; the completing line begins with it."""
 
 
 def tell(line: str) -> None:
-    """Print a line for whoever waits for the job, on the process's standard output."""
+    """Print a line for the user who waits for the job, on standard output."""
     print(f"{TOLD}{line}", flush=True)
 
 
 class Progress:
-    """Counts units of work and logs a line every few seconds; the rate leaves out what was done before this run."""
+    """Counts units of work and logs a line every few seconds; units done before this run do not count in the rate."""
 
     def __init__(self, label: str, total: int, unit: str, *, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit

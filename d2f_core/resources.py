@@ -1,5 +1,5 @@
-"""What trainings and batch jobs say when a cluster is too small."""
+"""The error of trainings and batch jobs on a cluster that is too small."""
 
 
 class InsufficientResourcesError(ValueError):
-    """The cluster cannot hold what was asked for; says what is missing and what to lower."""
+    """The cluster has too few resources for the request; the message says what is missing and what to lower."""

@@ -1,6 +1,6 @@
-"""Calls made again while the network or a server is in trouble, and how such trouble looks.
+"""Retries of calls on transient errors of the network or a server, and which errors are transient.
 
-One loop for S3 and MLflow. What is an error of the caller (credentials, a missing object) is never repeated.
+S3 and MLflow share one loop. Errors of the caller (credentials, a missing object) are never retried.
 """
 
 import errno
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0
-"""Seconds before the second attempt, and at most between two."""
-# Not the global generator: its state belongs to whoever seeded it.
+"""Seconds before the second attempt, and the longest pause between attempts."""
+# Not the global generator, whose state belongs to the code that seeded it.
 JITTER = random.SystemRandom()
 
 TRANSIENT_CODES = {
@@ -27,7 +27,7 @@ TRANSIENT_CODES = {
     "ConditionalRequestConflict",
     "IncompleteBody",
     "InternalError",
-    "NoSuchUpload",  # a multipart upload that was completed before, and whose answer was lost
+    "NoSuchUpload",  # a multipart upload that was completed, but whose response was lost
     "OperationAborted",
     "RequestLimitExceeded",
     "RequestTimeout",
@@ -37,9 +37,10 @@ TRANSIENT_CODES = {
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 }
-"""S3's error codes that a repeated request may not meet again; beside them every status 5xx but 501, 408 and 429."""
+"""S3's transient error codes; the HTTP statuses 408, 429 and 5xx (except 501) are transient too."""
 REFUSALS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
-"""ValueError: this project's own errors, some of them raised after such a loop has given up."""
+"""Errors that are never retried; ValueError stands for this project's own errors, some of them raised after such a loop
+has given up."""
 NETWORK_ERRNOS = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EPIPE}
 # pyarrow raises OSError with the text of the AWS SDK. libcurl: 5, 6 name; 7 connect; 16, 92 HTTP/2; 18 partial;
 # 28 timeout; 35 TLS connect; 52 empty answer; 55, 56 send and receive.
@@ -51,7 +52,7 @@ ARROW_TRANSIENT = re.compile(
 
 
 class GaveUpError(Exception):
-    """A call that failed for all the time it had; the last error is its `__cause__`."""
+    """A call still failed when its time was up; the last error is `__cause__`."""
 
     def __init__(self, what: str, attempts: int, seconds: float, reason: str) -> None:
         super().__init__(f"could not {what} in {attempts} attempts over {seconds:.0f} s: {reason}")
@@ -59,27 +60,27 @@ class GaveUpError(Exception):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The error's text without line breaks; its type where it has none."""
+    """The error's text without line breaks, or its type if the text is empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def delays() -> Iterator[float]:
-    """Seconds before each further attempt: doubled every time, and drawn, so that workers do not come as one."""
+    """Seconds before each further attempt: exponential backoff with jitter, so that workers do not retry in step."""
     for number in itertools.count():
         longest = min(FIRST_DELAY * 2 ** min(number, 10), LONGEST_DELAY)
         yield JITTER.uniform(longest / 2, longest)
 
 
 def keep_trying(what: str, call: Callable[[], T], *, transient: Callable[[Exception], bool], seconds: float) -> T:
-    """Call, and call again while it fails with an error that is `transient`; each repetition is one warning in the log.
+    """Call `call`, and retry while it raises an error that is `transient`; each retry logs a warning.
 
     Args:
         what: completes "could not ...".
-        seconds: how long new attempts begin. A call that hangs is bounded by its own time limits, not by this.
+        seconds: time during which new attempts are started. A call that hangs is limited only by its own timeouts.
 
     Raises:
         GaveUpError: the last attempt failed as well.
-        Exception: whatever `call` raises and `transient` does not accept, at once.
+        Exception: any other error of `call`, at once.
     """
     began = time.monotonic()
     for attempt, delay in enumerate(delays(), start=1):
@@ -100,7 +101,7 @@ def keep_trying(what: str, call: Callable[[], T], *, transient: Callable[[Except
 
 
 def is_network_trouble(error: BaseException) -> bool:
-    """Whether an error of s3fs, boto3, pyarrow or a socket tells of a network or server that may recover."""
+    """Whether an error of s3fs, boto3, pyarrow or a socket is due to a network or server that may recover."""
     chain = list(_chain(error))
     for link in chain:
         if isinstance(answer := getattr(link, "response", None), dict):
@@ -109,7 +110,7 @@ def is_network_trouble(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that it was made from: s3fs translates botocore's, boto3 does so without naming the cause."""
+    """The error and its causes: s3fs translates botocore's errors, boto3 does so without setting a cause."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -117,7 +118,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_transient_answer(answer: dict) -> bool:
-    """An S3 error answer, as botocore parsed it. A HEAD has no body: its code is the status."""
+    """Whether an S3 error response, as parsed by botocore, is transient. A HEAD has no body, so its code is the
+    status.
+    """
     code = str(answer.get("Error", {}).get("Code", ""))
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or int(code if code.isdigit() else 0)
     return code in TRANSIENT_CODES or (status >= 500 and status != 501) or status in (408, 429)
@@ -128,7 +131,7 @@ def _is_trouble(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and (error.errno in NETWORK_ERRNOS or ARROW_TRANSIENT.search(str(error))):
         return True
-    # By name: whoever reads local files only has no need to import the clients of S3.
+    # By name, so that the clients of S3 need not be imported for local files.
     family = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     if "botocore.SSLError" in family and "certificate" in str(error).lower():
         return False

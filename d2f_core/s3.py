@@ -1,6 +1,6 @@
-"""This process's way to S3: one session, and s3fs with time limits.
+"""S3 access of this process: one session, and s3fs with timeouts.
 
-fsspec and botocore are imported when they are first used: a process that only names places needs neither.
+fsspec and botocore are imported on first use: a process that only handles URIs needs neither.
 """
 
 import functools
@@ -8,13 +8,15 @@ import os
 from typing import Any
 
 READ_TIMEOUT, CONNECT_TIMEOUT = 30, 5
-"""Seconds of silence after which a server counts as stalled, and seconds to connect."""
+"""Timeouts in seconds: without data from the server, and for connecting."""
 
 
 @functools.cache
 def _session(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
-    """Makes clients of S3 that do not send `Expect: 100-continue`: aiohttp awaits its answer without a time limit."""
-    del process, environment  # a forked process makes its own; a session keeps the credentials that it found first
+    """A session whose S3 clients do not send `Expect: 100-continue`, for whose response aiohttp waits without a
+    timeout.
+    """
+    del process, environment  # cache keys: a session is not fork-safe, and keeps its first credentials
     from aiobotocore.session import AioSession
 
     session = AioSession()
@@ -27,16 +29,16 @@ def _without_expect(params: dict[str, Any], **_: Any) -> None:
 
 
 def session() -> Any:
-    """This process's session, for the S3 that the environment names now."""
+    """This process's session for the S3 settings in the environment."""
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     return _session(os.getpid(), environment)
 
 
 def open_s3(*, attempts: int) -> Any:
-    """s3fs, which makes a failing request up to `attempts` times, silently."""
+    """An s3fs filesystem that silently makes up to `attempts` attempts per request."""
     import fsspec
 
-    # Listings are never cached: another process (a worker, an earlier attempt) writes the same prefix.
+    # Listings are not cached, because other processes (a worker, an earlier attempt) write to the same prefix.
     retries = {"total_max_attempts": attempts, "mode": "standard"}
     fs = fsspec.filesystem(
         "s3",

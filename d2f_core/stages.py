@@ -1,7 +1,7 @@
-"""Run a stage of a workflow once: what is complete for the same config and inputs is skipped, and says so.
+"""Run a stage of a workflow once: a stage that is complete for the same config and inputs is skipped, with a log line.
 
 A stage that completes leaves one small JSON record with its key, counts and outputs. The record is written last, so a
-killed stage has none and runs again; making that second run cheap (resume, no-op) is the stage's own business.
+killed stage has none and runs again; making that second run cheap (resume, no-op) is left to the stage.
 """
 
 import json
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutcome:
-    """What a stage's function returns: how much it made, and what the next stages need to know of it."""
+    """Return value of a stage's function: how much it made, and the outputs that later stages need."""
 
     count: int
-    """Rows or steps in the complete output, including what earlier attempts made."""
+    """Rows or steps in the complete output, including those of earlier attempts."""
     outputs: dict[str, Any] = field(default_factory=dict)
     """JSON values, e.g. URI, digest, model version."""
 
@@ -64,8 +64,9 @@ def run_stage(
     """Run the stage, or skip it when `record_uri` says that it completed with the same key.
 
     Args:
-        still_there: given the recorded outputs, whether they exist unchanged; a record without them is not trusted.
-        told: what whoever waits is told that it does; empty: its name.
+        still_there: predicate on the recorded outputs: whether they still exist unchanged; if not, the stage runs
+            again.
+        told: description of the stage in lines for the waiting user; empty: its name.
     """
     told = told or name
     record = _read_record(record_uri)

@@ -1,11 +1,11 @@
 """Bytes at a URI: `s3://bucket/key` through s3fs and pyarrow, or a local path.
 
 S3 is configured by the environment names that its tools already use: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
-`AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`. fsspec and pyarrow are imported by what uses them: a process that only names
-places (`--help`) needs neither.
+`AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`. fsspec and pyarrow are imported where they are used: a process that only
+handles URIs (`--help`) needs neither.
 
-Every function that talks to S3 repeats what a bad network made fail, for `RETRY_SECONDS`, and says so in the log; then
-it raises StorageError. Wrong credentials, a missing bucket or a missing object are errors at once.
+Every function that accesses S3 retries after network errors for `RETRY_SECONDS`, with log lines, and then raises
+StorageError. Wrong credentials, a missing bucket or a missing object are errors at once.
 """
 
 import concurrent.futures
@@ -29,17 +29,17 @@ T = TypeVar("T")
 
 CHECK_SECONDS, PROBE_SECONDS = 9.0, 3.0
 RETRY_SECONDS = 180.0
-"""How long a failing call to S3 is repeated."""
+"""Seconds for which a failing call to S3 is retried."""
 SEVERAL_PARTS = 100 * 2**20  # bytes from which s3fs uploads an object in parts
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 class StorageError(ValueError):
-    """A URI that cannot be used, with the reason and the fix in one line."""
+    """A URI cannot be used; the message gives the reason and the fix in one line."""
 
 
 class UnreachableStorageError(StorageError):
-    """S3 or the network to it was away for longer than repetitions bridge."""
+    """S3 or the network was unavailable for longer than retries last."""
 
 
 def is_s3(uri: str) -> bool:
@@ -68,18 +68,18 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def _open(uri: str) -> tuple[Any, str]:
-    """The filesystem for the functions below, whose repetitions are `retried`'s alone and so are seen in the log."""
+    """The filesystem for the functions below, without retries of its own: those of `retried` are logged."""
     return (s3.open_s3(attempts=1) if is_s3(uri) else filesystem(uri)[0]), filesystem(uri)[1]
 
 
 def retried(what: str, call: Callable[[], T]) -> T:
-    """Call, and call again while the network or S3 is in trouble, for `RETRY_SECONDS`; for s3fs and pyarrow alike.
+    """Call `call`, and retry for up to `RETRY_SECONDS` on transient errors of the network or S3, by s3fs or pyarrow.
 
     Args:
         what: completes "could not ...", e.g. "read s3://bucket/key".
 
     Raises:
-        UnreachableStorageError: it failed for all that time; one line.
+        UnreachableStorageError: all attempts failed; the message is one line.
         Exception: any other error of `call`, at once.
     """
     try:
@@ -93,7 +93,7 @@ def retried(what: str, call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _whole(target: Path, needed: int) -> Iterator[Path]:
-    """A place beside `target` to write a file or directory to; on any error nothing is left there.
+    """Temporary path beside `target` to write a file or directory to; on any error nothing is left there.
 
     Raises:
         StorageError: the disk is full.
@@ -124,20 +124,20 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
 
 
 def read_bytes(uri: str) -> bytes:
-    """The object's bytes. Raises FileNotFoundError when there is none."""
+    """The object's bytes. Raises FileNotFoundError when it does not exist."""
     fs, path = _open(uri)
     return retried(f"read {uri}", lambda: fs.cat_file(path))
 
 
 def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
-    """Write one object whole; readers see the old bytes or the new ones, never a part.
+    """Write one object atomically: readers see the old bytes or the new ones, never a part.
 
     Args:
-        exclusive: write only when nothing is there yet (a conditional PUT on S3).
+        exclusive: write only if the object does not exist (a conditional PUT on S3).
 
     Raises:
         FileExistsError: `exclusive` and the object exists.
-        StorageError: a full disk, or S3 that stays away.
+        StorageError: the disk is full, or S3 stays unavailable.
     """
     if is_s3(uri):
         return _put(uri, data, exclusive=exclusive)
@@ -145,7 +145,7 @@ def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
     with _whole(target, len(data)) as partial:
         partial.write_bytes(data)
         if exclusive:
-            os.link(partial, target)  # fails when the target exists, in one step
+            os.link(partial, target)  # fails atomically when the target exists
         else:
             partial.replace(target)
 
@@ -153,9 +153,9 @@ def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
 def _put(uri: str, data: bytes, *, exclusive: bool) -> None:
     fs, path = _open(uri)
     if not exclusive and len(data) >= SEVERAL_PARTS:
-        fs = filesystem(uri)[0]  # a part that fails is repeated alone
-    # Tells this write from another one of the same bytes: a request whose answer was lost is repeated, by aiohttp even
-    # in silence, and then meets the object that it has made itself.
+        fs = filesystem(uri)[0]  # only the parts that fail are retried
+    # Distinguishes this write from another one of the same bytes: a request whose response was lost is retried, by
+    # aiohttp even silently, and then finds the object that it has written itself.
     mark = secrets.token_hex(16)
 
     def put() -> None:
@@ -178,7 +178,7 @@ def exists(uri: str) -> bool:
 
 
 def list_names(uri: str) -> list[str]:
-    """Sorted last path parts of what lies directly under `uri`; empty when there is nothing."""
+    """Sorted names of the files and directories directly under `uri`; empty when there are none."""
     fs, path = _open(uri)
     try:
         entries = retried(f"list {uri}", lambda: fs.ls(path, detail=False))
@@ -189,7 +189,7 @@ def list_names(uri: str) -> list[str]:
 
 
 def remove_tree(uri: str) -> None:
-    """Delete everything under `uri`; nothing there is fine."""
+    """Delete everything under `uri`, if anything exists."""
     fs, path = _open(uri)
 
     def remove() -> None:
@@ -200,10 +200,10 @@ def remove_tree(uri: str) -> None:
 
 
 def list_tree(uri: str, chosen: Callable[[str], bool] | None = None) -> dict[str, dict[str, Any]]:
-    """What the storage tells of every file under `uri`, by path.
+    """The storage's properties of every file under `uri`, by path.
 
     Args:
-        chosen: of a file's name relative to `uri`, whether it is wanted; None: all are.
+        chosen: predicate on a file's name relative to `uri` that selects files; None: all files.
     """
     fs, path = filesystem(uri)
     found = retried(f"list {uri}", lambda: fs.find(path, detail=True))
@@ -238,10 +238,10 @@ def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None =
 
 @contextlib.contextmanager
 def local_file(uri: str) -> Iterator[Path]:
-    """The file as one on this disk: itself, or a copy of the object that goes when the context ends.
+    """A local path of the file: the file itself, or a copy of the object that is deleted when the context ends.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
     """
     fs, path = _open(uri)
     if not is_s3(uri):
@@ -254,7 +254,9 @@ def local_file(uri: str) -> Iterator[Path]:
 
 
 def upload_tree(source: Path, uri: str, *, last: str = "") -> None:
-    """Copy every file of the directory `source` to `uri`; the one named `last` tells readers that all are there."""
+    """Copy every file of the directory `source` to `uri`; the file named `last` is written last, and marks
+    completeness.
+    """
     fs, path = filesystem(uri)
     for file in sorted(source.rglob("*"), key=lambda file: (file == source / last, file)):
         if not file.is_file():
@@ -269,10 +271,10 @@ def upload_tree(source: Path, uri: str, *, last: str = "") -> None:
 
 
 def check_reachable(uri: str, *, write: bool = False) -> None:
-    """Refuse an unusable place before any work starts, within 10 seconds.
+    """Refuse an unusable URI before any work starts, within 10 seconds.
 
     Raises:
-        StorageError: no credentials, no such bucket, no permission, or no answer; one line.
+        StorageError: no credentials, no such bucket, no permission, or no answer; the message is one line.
     """
     if not is_s3(uri):
         return
@@ -284,21 +286,21 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     fs = fsspec.filesystem(
         "s3",
         skip_instance_cache=True,
-        session=s3.session(),  # one of its own would read the description of S3's interface anew, 50 ms each time
+        session=s3.session(),  # a new session would parse S3's API description again (50 ms)
         config_kwargs={"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": 1}},
     )
 
     def probe() -> None:
-        fs.ls(bucket, detail=False)  # a PUT alone may create the bucket, which is not what a misspelt URI asks for
+        fs.ls(bucket, detail=False)  # first, as a PUT may create the bucket of a misspelt URI
         if write:
             fs.pipe_file(f"{bucket}/{prefix}/.writable", b"")
             fs.rm_file(f"{bucket}/{prefix}/.writable")
 
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     try:
-        # Making the client takes seconds of a busy processor, which are no silence of the server's.
+        # Creating the client may take seconds on a busy CPU, which must not count as the server's silence.
         fsspec.asyn.sync(fs.loop, fs.set_session)
-        again = {"transient": is_network_trouble, "seconds": PROBE_SECONDS}  # one lost packet is no refusal
+        again = {"transient": is_network_trouble, "seconds": PROBE_SECONDS}  # tolerates a lost packet
         pool.submit(keep_trying, f"reach {uri}", probe, **again).result(timeout=CHECK_SECONDS)
     except concurrent.futures.TimeoutError:
         raise StorageError(

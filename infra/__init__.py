@@ -1,1 +1,1 @@
-"""Where the pipelines run: the embedded local stack, and what a cluster needs."""
+"""Infrastructure: the embedded local stack, installation, and the tools for lock files and docs."""

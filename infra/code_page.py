@@ -1,4 +1,4 @@
-"""python -m infra.code_page: write docs/code.md, a phrase for each file, from their docstrings' first sentences."""
+"""python -m infra.code_page: write docs/code.md, a phrase per file, from the first sentences of module docstrings."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""What is wrong with a command, said by its own command line, which is stopped before anything is done."""
+"""Checks a command's arguments with the program's own parser, which is stopped before the program does anything."""
 
 import argparse
 import ast
@@ -17,16 +17,18 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ("python", "python3", ".venv/bin/python")
 OTHERS = {"git", "aws", "pip", "curl", "cd", "source", ".", "cat", "ls", "mkdir"}
-"""Programs whose arguments are not ours to judge."""
+"""Programs whose arguments are not checked."""
 READS_ARGUMENTS = re.compile(r"\b(run_job|tyro\.cli|parse_args)\(")
 
 
 class _Read(BaseException):
-    """A command line was read, and is right. Not an Exception: nothing on the way out may take it for an error."""
+    """Signals that a command line was parsed without errors. A BaseException, so that no handler of errors catches
+    it.
+    """
 
 
 def problem(argv: Sequence[str]) -> str | None:
-    """Why the command cannot be started as it stands; None when it can, as far as that shows without starting it."""
+    """Why the command cannot be started as written; None if no error is found without starting it."""
     program, *rest = argv
     rules: Mapping[str, Callable[[Sequence[str]], str | None]] = {
         "make": _make,
@@ -76,7 +78,7 @@ def _pytest(arguments: Sequence[str]) -> str | None:
 
 
 def _ray(arguments: Sequence[str]) -> str | None:
-    """By Ray's own command line; what stands after `--` is a command too."""
+    """Check a `ray` command with Ray's own parser; the part after `--` is checked as a command too."""
     import click
     import ray.scripts.scripts
 
@@ -103,7 +105,7 @@ def _partition(words: Sequence[str], mark: str) -> tuple[Sequence[str], Sequence
 
 
 def _module(module: str, arguments: Sequence[str]) -> str | None:
-    """By the module's own command line, and then by that of the command that it is handed."""
+    """Check `python -m MODULE` with the module's own parser, and then a command among its arguments."""
     complaint = read_by_module(module, tuple(arguments))
     _, _, command = _partition(arguments, "--")
     return complaint or (problem(command) if command else None)
@@ -111,9 +113,9 @@ def _module(module: str, arguments: Sequence[str]) -> str | None:
 
 @functools.cache
 def read_by_module(module: str, arguments: tuple[str, ...]) -> str | None:
-    """What `python -m MODULE ARGUMENTS` says against its arguments, in this process; None: nothing.
+    """Parse the arguments of `python -m MODULE` in this process; returns its error message, or None.
 
-    A module without a command line is not started; it only has to be there.
+    A module without a command line is not started; only its existence is checked.
     """
     file = _file_of(module)
     if file is None:
@@ -135,7 +137,7 @@ def read_by_module(module: str, arguments: tuple[str, ...]) -> str | None:
 
 
 def _file_of(module: str) -> Path | None:
-    """The file that `python -m` would start; None when there is none, or it is not this project's."""
+    """The file that `python -m` would run; None if it does not exist or does not belong to this project."""
     try:
         spec = importlib.util.find_spec(module)
         if spec and spec.submodule_search_locations is not None:
@@ -148,7 +150,7 @@ def _file_of(module: str) -> Path | None:
 
 @contextlib.contextmanager
 def _stopped_when_read() -> Iterator[None]:
-    """While it lasts, whoever has read its arguments, as jobs, benchmarks and tools do it here, raises `_Read`."""
+    """Context in which the argument parsers of jobs, benchmarks and tools raise `_Read` after parsing."""
     import tyro
 
     from pipelines import cli
@@ -172,7 +174,7 @@ def _stopped_when_read() -> Iterator[None]:
 
 
 def _without_file(arguments: Sequence[str], recipe: str) -> list[str]:
-    """A recipe in place of `--config FILE`, which is not there to be read."""
+    """The arguments with `--config FILE` replaced by a recipe, because the file does not exist."""
     kept, _, after = _partition(arguments, "--config")
     return [recipe, *kept, *after[1:]] if after else list(kept)
 

@@ -1,8 +1,8 @@
-"""python -m infra.docs_check [PAGE ...]: run the commands that the pages show, in the pages' order, at toy size.
+"""python -m infra.docs_check [PAGE ...]: run the commands that the docs show, in the order of the pages, at toy size.
 
-In a copy of the project in a temporary directory, with local servers and a home directory of its own. A page is one
-shell session, as it is for whoever reads it, and begins with `source .local/env`. Of given pages, the first page that
-runs anything comes before: the others go on from what it made.
+Runs in a copy of the project in a temporary directory, with its own local servers and home directory. A page is one
+shell session, as for its reader, and begins with `source .local/env`. If pages are given, the first page with commands
+runs before them, because the others build on its results.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from infra.docs_commands import ROOT, SHELL, Block, blocks, pages, place, sessio
 FEW_STEPS = "num-steps 2, warmup-steps 0, checkpoint-every 2, evaluate-every 0"
 SCENES = "num-scenes 80"
 TOY = {
-    # The quickstart itself is small enough.
+    # The quickstart is small enough as it is.
     "pipelines.finetune": f"train: {FEW_STEPS}",
     "pipelines.train_autoencoder": f"train: {FEW_STEPS}",
     "pipelines.make_dataset depth": f": {SCENES}",
@@ -42,12 +42,12 @@ TOY = {
     ),
     "benchmarks.v_twin": ": steps 2",
 }
-"""What makes a command small, by its module and recipe, or by its module alone: flags, behind the part of the config
-that they belong to."""
+"""Flags that make a command small, by module and recipe, or only by module; each list of flags follows the part of the
+config that it belongs to."""
 PLACES = {"http://HEAD:8265": "$RAY_API_SERVER_ADDRESS", "/data/": "$HOME/"}
-"""What stands in a page for something of the reader's, and what is there instead."""
+"""Placeholders for the reader's own addresses and directories -> their values in this check."""
 FOREIGN = re.compile(r"(AWS|MLFLOW|RAY|D2F)_")
-"""Variables of whoever runs this, which a reader who begins does not have."""
+"""Environment variables that are removed, because a new reader does not have them."""
 BEFORE = r"""
 set -euo pipefail
 unset BASH_ENV
@@ -58,13 +58,13 @@ for name in python ray make; do
 done
 """
 STEP, LOG = "--step", "../docs-check.log"
-"""What all commands print lies beside the project: in it, a job that is submitted would take it along."""
+"""The log of all commands is outside the project, because it would be uploaded with every submitted job."""
 TAIL = 4000
-"""Characters of a failed command's output that are shown."""
+"""Number of last characters of a failed command's output that are shown."""
 
 
 def small(argv: Sequence[str], variables: Mapping[str, str]) -> list[str]:
-    """The command at toy size, with places that exist."""
+    """The command at toy size, with placeholders replaced."""
     words = [replaced(word, variables) for word in argv]
     modules = [at + 1 for at, word in enumerate(words[:-1]) if word == "-m"]
     if not modules:
@@ -89,7 +89,7 @@ def flags(entry: str) -> Iterator[str]:
 
 
 def step(where: str, argv: Sequence[str]) -> int:
-    """Run one command of a page, tell how long it took, and show the end of what it printed when it failed."""
+    """Run one command of a page, print its duration and, if it fails, the end of its output; returns its exit code."""
     command = small(argv, os.environ)
     print(f"{Path(where).name}: {shlex.join(command)[:200]}", end="", flush=True)
     began = time.monotonic()
@@ -107,7 +107,7 @@ def to_run(page: Path) -> list[Block]:
 
 
 def chosen(names: Sequence[str]) -> list[Path]:
-    """Raises ValueError for a page without commands to run."""
+    """The pages to run; raises ValueError for a page without commands."""
     running = [page for page in pages() if to_run(page)]
     asked = [Path(name).resolve() for name in names]
     unknown = [str(page) for page in asked if page not in running]
@@ -118,7 +118,7 @@ def chosen(names: Sequence[str]) -> list[Path]:
 
 
 def copy_project(target: Path) -> None:
-    """Files that git knows or would take up; the packages are those of this checkout."""
+    """Copy the files that git tracks or would add, and link this checkout's packages."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -130,7 +130,9 @@ def copy_project(target: Path) -> None:
 
 @contextlib.contextmanager
 def readers_machine() -> Iterator[tuple[Path, dict[str, str]]]:
-    """A copy of the project, and the environment of somebody who has just cloned it. Its servers end with it."""
+    """Context with a copy of the project and the environment of a user who has just cloned it; ends its servers at
+    exit.
+    """
     with tempfile.TemporaryDirectory(prefix="d2f-docs-", ignore_cleanup_errors=True) as directory:
         project, home = Path(directory, "project"), Path(directory, "home")
         home.mkdir()
@@ -143,7 +145,7 @@ def readers_machine() -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def run_page(page: Path, project: Path, environment: Mapping[str, str]) -> int:
-    """The exit code of a page's first command that failed, or 0."""
+    """Run a page; returns the exit code of its first command that fails, or 0."""
     script, before = project.parent / page.name, project.parent / "before.sh"
     script.write_text(session(to_run(page)))
     before.write_text(BEFORE)

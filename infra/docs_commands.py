@@ -1,7 +1,8 @@
-"""The commands that the pages show, as a shell reads them.
+"""The commands that the docs show, as a shell parses them.
 
-bash itself reads a page's blocks as one session, with every program replaced by one that notes its arguments: continued
-lines, `&&`, comments, variables and functions mean here what they mean to whoever copies the blocks one after another.
+bash runs a page's blocks as one session, with every program replaced by one that records its arguments. So line
+continuations, `&&`, comments, variables and functions mean the same as for a reader who copies the blocks one after
+another.
 """
 
 import re
@@ -14,10 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = ROOT / "docs/README.md"
 WITHOUT_COMMANDS = {INDEX, ROOT / "docs/code.md"}
-"""The index, which is no page of its own, and the page that is made of docstrings."""
+"""Pages that are not checked: the index, and the page that is generated from docstrings."""
 SHELL = "bash"
 OTHERS = ("python", "text", "json", "yaml")
-"""Languages of blocks without commands. Every block names its language, so that none is left out by chance."""
+"""Languages of blocks without commands. Every block must name its language, so that none is skipped by mistake."""
 INLINE = "inline"
 MARK = re.compile(r"<!-- (?P<name>\w+)(?: (?P<date>\d{4}-\d{2}-\d{2}))? -->")
 MARKS = {
@@ -27,7 +28,7 @@ MARKS = {
 }
 IN_A_SENTENCE = re.compile(r"(?<!`)`((?:python -m |pipelines\.|benchmarks\.|infra\.|make |pytest |ray )[^`]*)`(?!`)")
 PLACEHOLDER = re.compile(r" (\.\.\.|RECIPE|TARGET|--)( |$)")
-"""Stands for something in a sentence: of such a command only `python -m MODULE` can be read."""
+"""Placeholder in a command in a sentence; of such a command only `python -m MODULE` is checked."""
 NOTE_PROGRAMS = r"""
 command_not_found_handle() { printf '%s\0' "${BASH_LINENO[-2]}" "$#" "$@" >&3; }
 for name in cd source . .venv/bin/python; do
@@ -39,23 +40,23 @@ PATH=/nowhere
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A fenced block of a page, or a command in one of its sentences."""
+    """A fenced block of a page, or a command in a sentence."""
 
     page: Path
     line: int
-    """Of the text's first line, counted from 1."""
+    """Line number of the text's first line, counted from 1."""
     language: str
-    """As the page names it, or INLINE."""
+    """Language as named in the page, or INLINE."""
     text: str
     mark: str = ""
-    """The line before the block, when it is a comment."""
+    """The line before the block if it is an HTML comment."""
 
     @property
     def treatment(self) -> str:
-        """One of `MARKS`; a command in a sentence is parsed.
+        """How the block is checked: one of `MARKS`; a command in a sentence is parsed.
 
         Raises:
-            ValueError: no mark, an unknown one, or a record without its date.
+            ValueError: the mark is missing or unknown, or a record has no date.
         """
         if self.language == INLINE:
             return "parse"
@@ -77,12 +78,12 @@ class Command:
 
 
 def place(page: Path, line: int) -> str:
-    """`docs/page.md:12`, which editors and terminals open."""
+    """Location such as `docs/page.md:12`, which editors and terminals can open."""
     return f"{page.relative_to(ROOT) if page.is_relative_to(ROOT) else page}:{line}"
 
 
 def pages() -> list[Path]:
-    """Pages that show commands, in the order in which the index tells a person to read them."""
+    """Pages with commands, in the reading order of the index."""
     targets = re.findall(r"\]\(([\w./-]+\.md)[)#]", INDEX.read_text())
     found = dict.fromkeys((INDEX.parent / target).resolve() for target in targets)
     return [page for page in found if page not in WITHOUT_COMMANDS]
@@ -108,7 +109,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def _in_sentences(page: Path, prose: str) -> list[Block]:
-    """`pipelines.NAME` stands for `python -m pipelines.NAME`."""
+    """Commands in sentences; `pipelines.NAME` counts as `python -m pipelines.NAME`."""
     found = []
     for match in IN_A_SENTENCE.finditer(prose):
         text = re.sub(r"^(?=pipelines|benchmarks|infra)", "python -m ", " ".join(match[1].split()))
@@ -122,7 +123,7 @@ def _in_sentences(page: Path, prose: str) -> list[Block]:
 
 
 def session(chosen: Iterable[Block]) -> str:
-    """A shell script of blocks of one page, each at its line of the page."""
+    """A shell script of blocks of one page, each at its original line number."""
     lines: dict[int, str] = {}
     for block in chosen:
         for number, line in enumerate(block.text.splitlines(), start=block.line):
@@ -134,17 +135,17 @@ def commands(page: Path) -> list[Command]:
     """All commands of a page: those of its blocks, then those of its sentences.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: see `read`.
     """
     found = blocks(page)
     return [command for kind in (SHELL, INLINE) for command in read(page, [b for b in found if b.language == kind])]
 
 
 def read(page: Path, chosen: Sequence[Block]) -> list[Command]:
-    """What a shell would start in some blocks of a page.
+    """The commands that a shell would start in some blocks of a page.
 
     Raises:
-        ValueError: bash does not understand them; its words, which name the line.
+        ValueError: bash cannot parse the blocks; its message, which names the line.
     """
     with tempfile.TemporaryDirectory() as directory:
         for name, text in (("notes", ""), ("before", NOTE_PROGRAMS), (page.name, session(chosen))):

@@ -1,8 +1,8 @@
-"""python3 infra/install.py [--dev]: make .venv, with what the quickstart needs in it, and the checkers too.
+"""python3 infra/install.py [--dev]: create .venv with what the quickstart needs, with --dev also the checkers.
 
 torch is taken from wherever pip finds it for this machine (a CPU or a CUDA build), at the version of constraints.txt.
-All other packages are those of lock.txt (and lock-dev.txt): a file whose SHA-256 is not listed there is refused. pip
-reads the user's own configuration, so mirrors, certificates and constraints hold here too. Needs nothing but Python.
+All other packages come from lock.txt (and lock-dev.txt): a file whose SHA-256 is not listed there is refused. pip reads
+the user's own configuration, so mirrors, certificates and constraints apply here too. Needs only Python.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ OLDEST_PYTHON = (3, 11)
 LOCKS = {"demo": "lock.txt", "dev": "lock-dev.txt"}
 FIRST = ("setuptools", "wheel", "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy",
          "typing-extensions")  # fmt: skip
-"""What DeepSpeed and this project are built with, and what torch needs: beside torch's own pip they might be written
-twice at once."""
+"""Packages installed first: build requirements of DeepSpeed and this project, and torch's dependencies, which torch's
+own pip could otherwise write at the same time."""
 BUILT = "deepspeed"
-"""Comes as source."""
+"""Package that is built from source."""
 MOST_AT_ONCE = 4
-"""Calls of pip beside the one for torch. Each waits for the network as often as for a core."""
+"""Most parallel calls of pip besides the one for torch; each waits for the network about as long as for a core."""
 UNUSED = (
     r"/tests?/|/(pip|setuptools|sklearn|skops|networkx|fontTools|narwhals|pyasn1_modules)/"
     r"|/(pybullet\w*|sentence_transformers|torchmetrics|google/cloud)/|/ray/(rllib|llm|tune)/"
     r"|/transformers/(models|pipelines)/|/diffusers/(pipelines|modular_pipelines)/|/deepspeed/(inference|nvme)/"
     r"|/torch/(_inductor|_export|testing|utils/benchmark)/"
 )
-"""Not compiled ahead, for hardly any of it is imported here: nearly half of all modules."""
+"""Packages that are not compiled in advance, because hardly any of their modules, nearly half of all, are imported
+here."""
 
 
 class InstallError(RuntimeError):
-    """A step failed; the message is what it printed."""
+    """A step failed; the message is its output."""
 
 
 def read_lock(text: str) -> dict[str, str]:
-    """The entries of a lock file by name: each the requirement with its hashes, as pip reads it."""
+    """The entries of a lock file by package name: each the requirement with its hashes, in pip's format."""
     entries = re.findall(r"^[\w.-]+==(?:[^\n]*\\\n)*[^\n]*$", text, flags=re.MULTILINE)
     return {canonical(entry.partition("==")[0]): entry for entry in entries}
 
@@ -55,12 +56,12 @@ def canonical(name: str) -> str:
 
 
 def parts_of(entries: Sequence[str], count: int) -> list[Sequence[str]]:
-    """The entries dealt out to `count` calls of pip."""
+    """Distribute the entries over `count` calls of pip."""
     return [part for part in (entries[number::count] for number in range(count)) if part]
 
 
 class Pip:
-    """pip of the virtual environment; what it prints is shown when it fails."""
+    """Runs the virtual environment's pip; its output is shown only when it fails."""
 
     def __init__(self, python: Path) -> None:
         self.python = python
@@ -82,7 +83,7 @@ class Pip:
         self("install", "--quiet", "--no-compile", *arguments)
 
     def install_locked(self, entries: Sequence[str]) -> None:
-        """These, and nothing that they ask for: the lock holds that too."""
+        """Install these entries without their dependencies, which are in the lock themselves."""
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
             file.write("\n".join(entries) + "\n")
             file.flush()
@@ -94,7 +95,7 @@ class Pip:
 
 
 def install(pip: Pip, lock: str, *, with_torch: bool = True) -> None:
-    """Put the lock's packages in, several at a time; torch and this project when asked."""
+    """Install the lock's packages in parallel, and torch and this project if `with_torch` is set."""
     entries = read_lock(lock)
     first = [entries.pop(name) for name in FIRST if name in entries]
     if first:
@@ -114,13 +115,13 @@ def install(pip: Pip, lock: str, *, with_torch: bool = True) -> None:
             pip.stop()
             raise
     if with_torch:
-        # Its build imports torch, and that imports numpy: with one of them half written it crashes.
+        # DeepSpeed's build imports torch, which imports numpy: it would crash while one of them is partly written.
         pip.install_locked([entries[BUILT]])
         pip.install("--no-deps", "--no-build-isolation", "--editable", ".")
 
 
 def wanted(kinds: Sequence[str]) -> str:
-    """What the installed packages depend on, as a number."""
+    """Checksum of the files that determine the installed packages."""
     files = ["pyproject.toml", "constraints.txt", *(LOCKS[kind] for kind in kinds)]
     return str(zlib.crc32(b"\0".join((ROOT / name).read_bytes() for name in files)))
 
@@ -157,9 +158,9 @@ def main() -> int:
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
         for kind in missing:
             install(Pip(python), (ROOT / LOCKS[kind]).read_text(), with_torch=kind == "demo")
-        # Many processes import the same modules: compiled once, on all cores, instead of by each of them.
+        # Many processes import the same modules: they are compiled once, on all cores, instead of by each process.
         compiling = [str(python), "-m", "compileall", "-qq", "-j", "0", "-x", UNUSED, str(venv / "lib")]
-        subprocess.run(compiling, stdout=subprocess.DEVNULL, check=False)  # templates among modules do not compile
+        subprocess.run(compiling, stdout=subprocess.DEVNULL, check=False)  # templates among the modules fail to compile
         Pip(python)("check")
     except (InstallError, subprocess.CalledProcessError) as error:
         print(f"error: the installation failed.\n{error}", file=sys.stderr)

@@ -16,7 +16,7 @@ HEADS = {
     "lock-dev.txt": "# What lint, types and tests need beside lock.txt.",
 }
 TOOLS = {"pip", "setuptools", "wheel", "uv"}
-"""Not among the constraints: they install, and nothing imports them."""
+"""Packages that are left out of the constraints: they only install others, and nothing imports them."""
 
 
 def write(name: str, lines: list[str]) -> None:
@@ -24,7 +24,7 @@ def write(name: str, lines: list[str]) -> None:
 
 
 def installed() -> list[str]:
-    """`NAME==VERSION` of each package but the project; a build's label (`+cpu`) belongs to one machine."""
+    """`NAME==VERSION` of each package except the project, without the machine-specific build label (`+cpu`)."""
     command = [sys.executable, "-m", "pip", "list", "--format=freeze", "--exclude-editable"]
     lines = subprocess.check_output(command, text=True).split()
     return [re.sub(r"\+.*", "", line) for line in lines if line.partition("==")[0].lower() not in TOOLS]

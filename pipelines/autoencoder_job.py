@@ -1,4 +1,4 @@
-"""An autoencoder's training that was checked, and how its last checkpoint becomes a result."""
+"""A checked training of an autoencoder, and the export of its last checkpoint."""
 
 import functools
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class AutoencoderJob(TrainingJob):
 
 
 def check_autoencoder(config: TrainAutoencoderConfig) -> AutoencoderJob:
-    """Refuse what cannot work, before anything is started."""
+    """Check the config before anything is started; raises ValueError if the training cannot work."""
     storage.check_reachable(config.images)
     storage.check_reachable(config.output, write=True)
     manifest = read_manifest(config.images)

@@ -1,4 +1,4 @@
-"""The task of training an autoencoder on pictures, and what becomes of its weights."""
+"""The task of training an autoencoder on pictures, and the export of its weights."""
 
 import functools
 import json
@@ -49,17 +49,17 @@ def pictures(table: pa.Table) -> np.ndarray:
 
 
 def _depth_picture(data: bytes, image: np.ndarray) -> np.ndarray:
-    """What a depth model decodes: the normalised depth in three equal channels."""
+    """The picture that a depth model's decoder produces: normalised depth in three equal channels."""
     depth = decode_depth(data)
     try:
         normalised, _, _ = normalise_depth(depth, np.isfinite(depth))
-    except BadDepthError:  # no depth, or one depth everywhere: encoding quarantines the pair; here its image will do
+    except BadDepthError:  # no depth, or constant depth: use the image twice
         return image
     return np.broadcast_to(normalised, image.shape)
 
 
 def initial(config: TrainAutoencoderConfig) -> TrainableAutoencoder:
-    """What training begins with."""
+    """The network at the start of the training."""
     if config.base:
         network = load_autoencoder(resolve_base(config.base)).network.requires_grad_(True)
         return TrainableAutoencoder(network, decoder_only=True)
@@ -101,7 +101,9 @@ def build_task(config: TrainAutoencoderConfig, begun_with: Mapping[str, Any], de
 
 
 def evaluate(config: TrainAutoencoderConfig, task: AutoencoderTask) -> Evaluation:
-    """The error on the held-out rows' pictures, and some of them beside their reconstructions."""
+    """The reconstruction error on the held-out rows' pictures, and some of the pictures beside their
+    reconstructions.
+    """
     manifest = read_manifest(config.images)
     wanted = columns(manifest)
     held = config.plan(manifest, wanted).sources[0].order.holdout()
@@ -122,7 +124,7 @@ def export(config: TrainAutoencoderConfig, last: Checkpoint) -> str:
     with tempfile.TemporaryDirectory() as directory:
         place, name = Path(directory), "base" if config.base else "vae"
         if config.base:
-            # Not in half precision: the encoder must stay what it was, bit for bit.
+            # Not in half precision, because the encoder must stay the same bit for bit.
             shutil.copytree(resolve_base(config.base).path, place / name)
             shutil.rmtree(place / name / "vae")
             network.save_pretrained(place / name / "vae", safe_serialization=True)

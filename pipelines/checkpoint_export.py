@@ -1,4 +1,4 @@
-"""A model artifact from a checkpoint of a training, by files alone: no GPU, no engine, no Ray."""
+"""Exports a model artifact from a training's checkpoint; needs only files, no GPU, engine or Ray."""
 
 import dataclasses
 import logging
@@ -20,12 +20,12 @@ from pipelines.export_config import CheckpointExportConfig
 logger = logging.getLogger(__name__)
 
 KINDS = {"ema": "ema", "trained": "weights"}
-"""What users call the weights -> what a checkpoint does."""
+"""Name of the weights for users -> kind of the tensors in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """All that an export needs to know before a tensor is read."""
+    """Everything that an export needs before a tensor is read."""
 
     config: FinetuneConfig
     base: BaseModel
@@ -35,7 +35,9 @@ class _Found:
 
 
 def check_checkpoint(config: CheckpointExportConfig) -> _Found:
-    """Find run, base and checkpoint, and that they belong together. Raises ValueError for what cannot work."""
+    """Find run, base and checkpoint, and check that they belong together. Raises ValueError if the export cannot
+    work.
+    """
     for name in ("run", "output"):
         if not getattr(config, name):
             raise ValueError(f"{name} is empty. Give --{name} URI.")
@@ -60,10 +62,11 @@ def check_checkpoint(config: CheckpointExportConfig) -> _Found:
 
 
 def export_checkpoint(config: CheckpointExportConfig) -> str:
-    """Write the model of one checkpoint to `config.output`, which is returned; repeated, it writes the same bytes.
+    """Write the model of one checkpoint to `config.output`, which is returned; repeating it writes the same bytes.
 
     Raises:
-        ValueError: something is not there or damaged, does not belong together, or was deleted meanwhile.
+        ValueError: run, base or checkpoint is missing or damaged, they do not belong together, or one was deleted
+            during the export.
     """
     found = check_checkpoint(config)
     checkpoint, base = found.checkpoint, found.base
@@ -88,7 +91,7 @@ def write_model(
     *,
     weights: str,
 ) -> str:
-    """Write the artifact of a checkpoint's "ema" or "trained" weights to `target`, one tensor after the other."""
+    """Write the artifact of a checkpoint's "ema" or "trained" weights to `target`, one tensor at a time."""
     model, manifest = config.model, checkpoint.manifest
     training = {
         "latents": config.latents,
@@ -113,11 +116,11 @@ def write_model(
 
 
 def default_weights(config: FinetuneConfig) -> str:
-    """What is exported unless asked otherwise."""
+    """The weights that are exported by default."""
     return "ema" if config.train.ema.decay else "trained"
 
 
 def trained_resolution(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> int | None:
-    """Edge in pixels of the images that the model is to make: of those it was trained on; None: the base's own."""
+    """Height and width in pixels of the model's images, from those it was trained on; None: the base's own size."""
     edge = config.sampling.resolution or manifest.fingerprint.get("resolution")
     return None if edge is None or base.default_size == (edge, edge) else int(edge)

@@ -1,7 +1,7 @@
 """The command line that all jobs share: a recipe name or `--config FILE`, flags for single fields, `--dry-run`.
 
-A job's own module imports configs alone at its top, so that `--help` and a misspelt flag are answered in a second. Its
-`main` and `check` import what they run: torch, Ray and the rest, which take several.
+A job's module imports only configs at its top, so that `--help` and a misspelt flag are answered within a second. Its
+`main` and `check` import what they run (torch, Ray and so on), which takes several seconds.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ LOG_FORMAT = "%(asctime)s %(message)s"
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config; given back through `--config` it is the same run."""
+    """The resolved config as YAML; given through `--config`, it describes the same run."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
@@ -48,7 +48,9 @@ def from_yaml(kind: type[Config], text: str, *, source: str) -> Config:
 
 
 def _from_yaml_of(kinds: Sequence[type[Config]], text: str, *, source: str) -> Config:
-    """`from_yaml` of the first of several kinds of config that has all fields of the text, or else of the first."""
+    """Like `from_yaml`, for the first of several kinds of config that has all fields of the text, or else for the first
+    kind.
+    """
     for kind in kinds:
         fields = {field.name for field in dataclasses.fields(cast(Any, kind))}
         with contextlib.suppress(yaml.YAMLError, TypeError):
@@ -73,7 +75,7 @@ def _take(arguments: list[str], flag: str) -> str | None:
 
 
 def resolve(job: str, recipes: Mapping[str, Config], arguments: Sequence[str]) -> tuple[Config, bool]:
-    """The config that the arguments describe, and whether only to check it. Recipes may be of different types.
+    """The config that the arguments describe, and whether `--dry-run` was given. Recipes may have different types.
 
     Raises:
         ValueError: an unknown recipe, an unreadable file or a field's own rule.
@@ -99,7 +101,7 @@ def resolve(job: str, recipes: Mapping[str, Config], arguments: Sequence[str]) -
         default = next(iter(recipes.values()))
     else:
         raise ValueError(f"{job} needs a recipe ({', '.join(recipes)}) or --config FILE.yaml.")
-    # A part that may be missing is one or not by its recipe or file; flags change fields alone.
+    # Recipe or file determine whether an optional part exists; flags change only fields.
     flat = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(type(default), args=rest, default=default, prog=f"python -m pipelines.{job}", config=flat), dry_run
 
@@ -114,7 +116,7 @@ def run_job(
     what the same command makes up.
 
     Args:
-        check: looks at all inputs without doing anything, for `--dry-run`.
+        check: checks all inputs without side effects, for `--dry-run`.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "botocore", "aiobotocore", "alembic"):

@@ -1,4 +1,4 @@
-"""One frozen dataclass per training job; the other jobs' configs lie beside their owners."""
+"""One frozen dataclass per training job; the other jobs' configs are beside their owners."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ class FinetuneConfig:
     latents: str
     """Latent table to train on."""
     more_latents: tuple[str, ...] = ()
-    """Further tables, each of another image size: every batch comes from one of the tables."""
+    """Further tables, each with another image size; every batch comes from a single table."""
     output: str
-    """Where checkpoints and the resolved config go; the same output again resumes."""
+    """Where checkpoints and the resolved config are written; the same output resumes the training."""
     holdout_rows: int = 32
-    """Rows of each table that are only validated on."""
+    """Rows of each table that are kept for validation."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """How the trained model is to be sampled; carried by the model."""
+    """Default sampling settings of the trained model, stored with it."""
     train: TrainConfig = field(default_factory=TrainConfig)
     experiment: str = "diff2flow"
     """MLflow experiment."""
@@ -40,13 +40,13 @@ class FinetuneConfig:
         return self.latents, *self.more_latents
 
     def plan(self, manifests: "Sequence[Manifest]", columns: tuple[str, ...]) -> "StreamPlan":
-        """Which rows are trained on when, and which are held out."""
+        """Plan the order of the training rows and the held-out rows."""
         return _plan(self.tables, manifests, columns, self.holdout_rows, self.train)
 
     def identity(self, base_hash: str, manifests: "Sequence[Manifest]") -> str:
-        """Hash of what must stay the same for a checkpoint to belong to this run."""
+        """Hash of everything that a checkpoint and this run must have in common."""
         model = {name: value for name, value in identity_values(self.model).items() if name != "base"}
-        # Runs that are older than these fields keep their identity.
+        # Runs from before these fields existed keep their identity.
         if self.model.task == "text_to_image":
             del model["task"]
         if not self.model.shift_by_resolution:
@@ -59,14 +59,16 @@ class FinetuneConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainAutoencoderConfig:
     vae_config: str = ""
-    """Directory with the config.json of an AutoencoderKL; weights are drawn new, `OUTPUT/vae/` is made."""
+    """Directory with the config.json of an AutoencoderKL, to train from new random weights; the result is
+    `OUTPUT/vae/`."""
     base: str = ""
-    """Instead: a base model whose decoder learns the pictures of the table. Its encoder stays as it is, so its latents
-    and its UNet stay valid; `OUTPUT/base/` is the base model with that decoder."""
+    """Alternative to `vae_config`: a base model whose decoder is trained on the table's pictures. Its encoder is
+    frozen, so its latents and UNet stay valid; the result is `OUTPUT/base/`, the base model with the new decoder."""
     images: str
-    """Image table to train on, or depth table: its images, and its depth maps as pictures. All of one size."""
+    """Image table to train on, or depth table (its images, and its depth maps as pictures); all pictures have one
+    size."""
     output: str
-    """Where checkpoints, the resolved config and, at the end, the result go."""
+    """Where checkpoints, the resolved config and finally the result are written."""
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     holdout_rows: int = 32
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -81,11 +83,11 @@ class TrainAutoencoderConfig:
             )
 
     def plan(self, manifest: "Manifest", columns: tuple[str, ...]) -> "StreamPlan":
-        """Which rows are trained on when, and which are held out."""
+        """Plan the order of the training rows and the held-out rows."""
         return _plan((self.images,), (manifest,), columns, self.holdout_rows, self.train)
 
     def identity(self, begins_with: Mapping[str, Any], table: "Manifest") -> str:
-        """Hash of what must stay the same for a checkpoint to belong to this run."""
+        """Hash of everything that a checkpoint and this run must have in common."""
         fixed = {**begins_with, "loss": identity_values(self.loss), "images": table.digest}
         return _digest(fixed, self.train)
 
@@ -104,7 +106,7 @@ def _plan(
 
 
 def order_of(train: TrainConfig) -> "OrderConfig":
-    """What a training's settings say of the order of its samples."""
+    """The sample-order settings of a training."""
     from d2f_core.data.table_plan import OrderConfig
 
     return OrderConfig(

@@ -1,4 +1,4 @@
-r"""Draw generations of the same prompts side by side.
+r"""Show generations of the same prompts side by side in one picture.
 
     python -m pipelines.contact_sheet compare --generations s3://d2f/generations/base s3://d2f/generations/flow \
         --output s3://d2f/contact_sheet.png

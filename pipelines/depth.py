@@ -1,8 +1,8 @@
 """Image to depth, a workflow: `ray job submit --working-dir . -- python -m pipelines.workflow depth`.
 
-make_dataset (scenes to learn from, and scenes of other objects to be judged on) -> train_autoencoder (the base's
-decoder) -> encode_depth -> finetune -> register -> predict_depth -> evaluate_depth. What is complete is skipped; after
-a kill the same command goes on.
+make_dataset (training scenes, and test scenes of other objects) -> train_autoencoder (the base's decoder) ->
+encode_depth -> finetune -> register -> predict_depth -> evaluate_depth. Complete stages are skipped; after a kill, the
+same command resumes.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from pipelines.workflow_stages import Outputs, Workflow, finetune_with, register
 
 
 def check(config: DepthConfig) -> None:
-    """Refuse what cannot work before the first stage runs."""
+    """Check what can be checked before the first stage runs; raises ValueError for an unusable setting."""
     check_reachable(config.output, write=True)
     check_tracking()
     resolve_base(config.decoder.base if config.decoder else config.finetune.model.base)
@@ -32,7 +32,7 @@ def check(config: DepthConfig) -> None:
 
 
 def main(config: DepthConfig) -> Outputs:
-    """Returns the registered version."""
+    """Run the workflow; returns the registered version."""
     check(config)
     ray.init(ignore_reinit_error=True)
     flow = Workflow(config.output)
@@ -66,7 +66,7 @@ def decoder_stage(flow: Workflow, config: TrainAutoencoderConfig, scenes: Output
 
 def predict_stage(flow: Workflow, config: DepthConfig, version: Outputs, judged: Outputs) -> Outputs:
     inputs = {"model": version["digest"], "images": judged["digest"]}
-    # The key is part of the place: maps of another model or of other images never meet these.
+    # The key is part of the URI, so that maps of another model or of other images are kept apart.
     key = stage_key(config.predict, inputs)
     wired = replace(
         config.predict,

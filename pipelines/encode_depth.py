@@ -4,7 +4,7 @@ r"""Encode images with depth into a depth latent table.
     python -m pipelines.encode_depth sd21-depth --source.uri s3://data/hypersim --source.distances radial \
         --base s3://models/sd21 --output s3://d2f/latents/hypersim
 
-The same command again goes on where a killed job was, and does nothing once the table is complete.
+The same command resumes a killed job, and does nothing once the table is complete.
 """
 
 from d2f_core.data.sources.config import DepthSource

@@ -4,7 +4,7 @@ r"""Encode captioned images into a latent table.
     python -m pipelines.encode_latents twemoji --source.uri s3://photos/2019 --base /models/sd15 --resolution 512 \
         --output s3://d2f/latents/photos
 
-The same command again goes on where a killed job was, and does nothing once the table is complete.
+The same command resumes a killed job, and does nothing once the table is complete.
 """
 
 from d2f_core.data.sources.config import ImageSource

@@ -1,9 +1,9 @@
-r"""Measure a model beside champion and base, write a report, and promote it when it passes the gate.
+r"""Compare a model with champion and base, write a report, and promote the model when it passes the gate.
 
     python -m pipelines.evaluate quickstart --output s3://d2f/evaluations/flow-3
     python -m pipelines.evaluate quickstart --candidate /models/mine --champion "" --no-promote ...
 
-The same command again goes on where a killed job was.
+The same command resumes a killed job.
 """
 
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from d2f_core.evaluation.gate import Verdict
 
 EVALUATE = {
-    # What `make quickstart` made: every caption of its drawings, and the drawings to compare with.
+    # Outputs of `make quickstart`: every caption of its drawings as prompts, and the drawings as reference.
     "quickstart": EvaluateConfig(
         candidate=f"models:/{FLOW_MODEL}@candidate",
         base=EMOJI_SD,

@@ -1,4 +1,4 @@
-r"""Compare predicted depth with the truth: errors with intervals, beside floors, as JSON and pictures.
+r"""Compare predicted depth with the ground truth: errors with intervals, and baselines, as JSON and pictures.
 
 python -m pipelines.evaluate_depth depth
 python -m pipelines.evaluate_depth depth --predictions s3://d2f/predictions/a s3://d2f/predictions/b --titles a b

@@ -1,4 +1,4 @@
-r"""Write a trained model in another tool's layout, or make a model of a training's checkpoint.
+r"""Write a trained model in another tool's layout, or export a model from a training's checkpoint.
 
 python -m pipelines.export diffusers --model models:/emoji-flow@candidate --output /data/emoji-flow
 python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
@@ -22,7 +22,7 @@ RECIPES = {
 
 
 def check(config: ExportConfig | CheckpointExportConfig) -> None:
-    """Raises ValueError for what cannot work."""
+    """Check the config; raises ValueError if the export cannot work."""
     if isinstance(config, CheckpointExportConfig):
         from pipelines.checkpoint_export import check_checkpoint
 
@@ -32,7 +32,7 @@ def check(config: ExportConfig | CheckpointExportConfig) -> None:
 
 
 def _model_files(config: ExportConfig) -> str:
-    """Where the model's files are."""
+    """Location of the model's files."""
     from d2f_core.storage import check_reachable
     from d2f_core.tracking import resolve_model
 

@@ -1,4 +1,4 @@
-"""What is exported, and to which layout."""
+"""Configs of exporting a model or a checkpoint."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,9 +13,9 @@ class ExportConfig:
     output: str = ""
     """Directory to write, or for `single-file` the .safetensors file; s3:// or local."""
     layout: Literal["diffusers", "peft", "single-file"] = "diffusers"
-    """`diffusers`: a whole pipeline. `peft`: the adapter. `single-file`: a LoRA as ComfyUI and sd-scripts read it."""
+    """`diffusers`: a whole pipeline. `peft`: the adapter. `single-file`: a LoRA for ComfyUI and sd-scripts."""
     base: str = ""
-    """Where the base lies here, when it moved; empty: where the model says."""
+    """Present location of the base model, if it has moved; empty: as recorded in the model."""
 
     def __post_init__(self) -> None:
         if self.layout == "peft" and self.base:
@@ -25,15 +25,15 @@ class ExportConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointExportConfig:
     run: str = ""
-    """Output of the finetuning: its config.yaml and its checkpoints lie there."""
+    """Output URI of the finetuning, with its config.yaml and checkpoints."""
     step: Which = "newest"
-    """Optimizer steps of the checkpoint; `best`: by `train.keep_best_metric` of those that were evaluated."""
+    """Step of the checkpoint, `newest`, or `best`: the best evaluated one by `train.keep_best_metric`."""
     weights: Literal["", "ema", "trained"] = ""
-    """The averages or the weights themselves; empty: the averages if the run keeps any, as at its end."""
+    """`ema`: averaged weights. `trained`: the weights themselves. Empty: the averaged ones if the run keeps them."""
     output: str = ""
-    """Directory of the model, s3:// or local; a model that lies there is replaced."""
+    """Directory for the model, s3:// or local; an existing model there is replaced."""
     base: str = ""
-    """Where the base lies here, when it moved; empty: where the run's config.yaml says."""
+    """Present location of the base model, if it has moved; empty: as in the run's config.yaml."""
 
     def __post_init__(self) -> None:
         if self.step not in ("newest", "best") and int(self.step) < 0:

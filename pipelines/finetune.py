@@ -1,6 +1,6 @@
 """Train a latent model: `python -m pipelines.finetune emoji-lora --train.num-steps 200`.
 
-The same command again resumes.
+The same command resumes a stopped training.
 """
 
 from typing import TYPE_CHECKING

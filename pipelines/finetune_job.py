@@ -1,4 +1,4 @@
-"""A finetuning that was checked: its plan, its identity, and how its last checkpoint becomes a model."""
+"""A checked finetuning: its plan, its identity, and the export of its last checkpoint."""
 
 import functools
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from pipelines.training import TrainingJob
 @dataclass(frozen=True, kw_only=True)
 class FinetuneJob(TrainingJob):
     config: FinetuneConfig
-    """With a version in place of an alias: one that moves must not change a training that is resumed."""
+    """The config with aliases resolved to versions, so that a moving alias does not change a resumed training."""
     base: BaseModel
     manifests: list[Manifest]
-    """Of the tables to train on."""
+    """Manifests of the tables to train on."""
 
     @property
     def tags(self) -> Mapping[str, str]:
@@ -37,7 +37,7 @@ class FinetuneJob(TrainingJob):
 
 
 def check_finetune(config: FinetuneConfig) -> FinetuneJob:
-    """Refuse what cannot work, before anything is started."""
+    """Check the config before anything is started; raises ValueError if the training cannot work."""
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
     base, manifests = resolve_base(config.model.base), [read_manifest(uri) for uri in config.tables]
@@ -49,7 +49,7 @@ def check_finetune(config: FinetuneConfig) -> FinetuneJob:
     check_tracking()
     config = replace(config, model=replace(config.model, start=pin_model(config.model.start)))
     identity = config.identity(base.content_hash, manifests)
-    candidates(config.output, identity)  # refuses the output of another training
+    candidates(config.output, identity)  # raises if the output holds another training
     return FinetuneJob(
         config=config,
         build_task=functools.partial(build_task, config, base.content_hash),

@@ -1,4 +1,4 @@
-"""The task of a finetuning: what each worker trains, and what is measured on the held-out rows."""
+"""The task of a finetuning: what each worker trains, and the evaluation on the held-out rows."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def build_task(config: FinetuneConfig, base_hash: str, device: str) -> Task:
 
 
 def on_this_node(model: ModelConfig) -> ModelConfig:
-    """With a directory in place of a models:/ URI."""
+    """The model config with models:/ URIs replaced by local directories."""
     return dataclasses.replace(model, start=resolve_model(model.start))
 
 
@@ -81,13 +81,13 @@ def preview_of(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> P
 
 
 def make_plan(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest]) -> StreamPlan:
-    """Which rows and columns are read when."""
+    """Plan the rows and columns to read, and their order."""
     columns = TASKS[config.model.task].columns
     return config.plan(manifests, columns + noise_columns(manifests, base.content_hash))
 
 
 def check_task(manifest: Manifest, task: str) -> None:
-    """Refuse latents that were made for another task. Raises SchemaError."""
+    """Raise SchemaError for latents that were made for another task."""
     made_for = manifest.fingerprint.get("task", "text_to_image")
     if made_for != task:
         raise SchemaError(

@@ -3,7 +3,7 @@ r"""Turn a prompt file into images and an index table.
     python -m pipelines.generate flow --prompts s3://d2f/prompts.jsonl --output s3://d2f/generations/flow
     python -m pipelines.generate base --prompts prompts.csv --output /data/base --model /models/sd15 --steps 25 50
 
-The same command again goes on where a killed job was, and does nothing once all images are there.
+The same command resumes a killed job, and does nothing once all images exist.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def main(config: GenerateConfig) -> "Manifest":
 
 
 def run_all(configs: Sequence[GenerateConfig]) -> "list[Manifest]":
-    """Several generations by one pool of actors, which load their libraries once for all."""
+    """Run several generations with one pool of actors, so that libraries are loaded only once."""
     import ray
 
     from d2f_core.flow.generate.job import check_generate, generate_all

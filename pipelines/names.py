@@ -1,20 +1,20 @@
-"""Places and names that several jobs' recipes share."""
+"""URIs and names that several jobs' recipes share."""
 
 EMOJI_SD = "infra/models/emoji-sd"
 """The base model that comes with this project."""
 FLOW_MODEL = "emoji-flow"
-"""The registered model of the quickstart."""
+"""Name of the quickstart's registered model."""
 DEPTH_MODEL = "emoji-depth"
-"""The registered model of the depth workflow."""
+"""Name of the depth workflow's registered model."""
 DEPTH_DECODER = "s3://d2f/runs/depth-decoder"
 DEPTH_BASE = f"{DEPTH_DECODER}/base"
-"""emoji-sd with a decoder that knows rendered scenes; `train_autoencoder depth` makes it."""
+"""emoji-sd with a decoder trained on rendered scenes; made by `train_autoencoder depth`."""
 QUICKSTART = "s3://d2f/workflows/quickstart"
-"""Where the quickstart writes."""
+"""Output URI of the quickstart."""
 OPENMOJI_FEW = "s3://d2f/datasets/openmoji-few"
-"""The drawings that it learns from; `make_dataset openmoji-few` makes them."""
+"""Image table that the quickstart trains on; made by `make_dataset openmoji-few`."""
 CAPTIONS = "captions.jsonl"
-"""In its output, and in that of workflows like it: every caption of the dataset as a prompt."""
+"""Prompt file in the output of the quickstart and similar workflows: every caption of the dataset."""
 EVALUATIONS = (2, 4, 10, 25)
 """Network evaluations per image at which models are compared."""
 
@@ -24,4 +24,4 @@ SHOWN_EMOJI = (
     "cat face", "dog face", "panda", "frog", "fish", "octopus", "sunflower", "evergreen tree",
     "rocket", "rainbow", "snowman", "star",
 )  # fmt: skip
-"""Drawings that previews and contact sheets show."""
+"""Names of the drawings that previews and contact sheets show."""

@@ -3,7 +3,7 @@ r"""Predict the depth of images: 16-bit PNG, .npy and coloured previews, with an
     python -m pipelines.predict_depth depth --source.uri s3://photos --output s3://d2f/depth/photos
     python -m pipelines.predict_depth depth --model /models/mine --steps 1 2 4 10 --source.uri ... --output ...
 
-The same command again goes on where a killed job was, and does nothing once all maps are there.
+The same command resumes a killed job, and does nothing once all maps exist.
 """
 
 from typing import TYPE_CHECKING

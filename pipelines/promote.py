@@ -1,4 +1,4 @@
-"""Point an alias at a version, or back again.
+"""Point an alias at a version, or roll it back.
 
 python -m pipelines.promote emoji-flow --version 3
 python -m pipelines.promote emoji-flow --rollback

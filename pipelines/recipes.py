@@ -10,7 +10,7 @@ from pipelines.names import DEPTH_BASE, DEPTH_DECODER, EMOJI_SD, SHOWN_EMOJI
 from pipelines.recipes_stable_diffusion import FINETUNE_STABLE_DIFFUSION
 
 AUTOENCODER = {
-    # The autoencoder that emoji-sd ships with: both styles, so that either decodes well.
+    # The training of emoji-sd's autoencoder, on both styles, so that it decodes either well.
     "emoji": TrainAutoencoderConfig(
         vae_config=f"{EMOJI_SD}/vae",
         images="s3://d2f/datasets/emoji-both",
@@ -29,7 +29,7 @@ AUTOENCODER = {
             evaluate_every=500,
         ),
     ),
-    # emoji-sd's decoder has seen flat drawings only. Latents, and with them its UNet, stay as they are.
+    # emoji-sd's decoder was trained on flat drawings only. Only the decoder is trained, so latents and UNet stay valid.
     "depth": TrainAutoencoderConfig(
         base=EMOJI_SD,
         images="s3://d2f/datasets/depth",
@@ -78,7 +78,7 @@ _EMOJI_LORA = FinetuneConfig(
 )
 
 FINETUNE = {
-    # The base model that emoji-sd ships with: a small latent diffusion model from random weights.
+    # The training of emoji-sd's UNet: a small latent diffusion model from random weights.
     "emoji-sd": FinetuneConfig(
         model=ModelConfig(base=EMOJI_SD, from_scratch=True, objective="diffusion", method="full", caption_dropout=0.1),
         latents="s3://d2f/latents/twemoji",
@@ -100,8 +100,8 @@ FINETUNE = {
         ),
         name="emoji-sd",
     ),
-    # emoji-sd learns OpenMoji's hand as a flow model, on two workers; "emoji-few" is the quickstart's training: a
-    # quarter of the drawings, each seen as often, is learned by heart in a third of the time.
+    # emoji-sd is finetuned to OpenMoji's style as a flow model, on two workers. "emoji-few" is the quickstart's
+    # training: a quarter of the drawings, each seen as often, is memorised in a third of the time.
     "emoji-lora": _EMOJI_LORA,
     "emoji-few": replace(
         _EMOJI_LORA,
@@ -119,8 +119,8 @@ FINETUNE = {
         ),
         name="emoji-few",
     ),
-    # emoji-sd learns to see depth, from rendered scenes. A depth map is smooth, so most of it shows soon after pure
-    # noise: only flow times near noise teach what the image is for.
+    # emoji-sd learns to predict depth from rendered scenes. A depth map is smooth, so most of it is visible soon after
+    # pure noise: only at flow times near noise does the network have to use the image.
     "depth": FinetuneConfig(
         model=ModelConfig(
             base=DEPTH_BASE,

@@ -1,10 +1,10 @@
 """The paper's settings for SD 1.5, SD 2.1 and SDXL, on eight GPUs.
 
-BUCKET stands for a bucket of your own: `--model.base`, `--latents` and `--output` name where things lie. From the paper
-and its published configs are: base models, tasks, learning rates, no decay of either kind, the average (0.999 from step
-1,000, power 3/4), 128 samples a step, caption dropout 0.02, LoRA presets, 20,000 steps for the new resolution and the
-numbers of sampling steps. Ours are: precision, ZeRO stage, micro-batches (for GPUs of 24 GB where that is possible),
-guidance, and the number of steps of the other tasks.
+Replace BUCKET by your own bucket: `--model.base`, `--latents` and `--output` set the URIs. From the paper and its
+published configs are: base models, tasks, learning rates, no decay of either kind, the average (0.999 from step 1,000,
+power 3/4), 128 samples a step, caption dropout 0.02, LoRA presets, 20,000 steps for the new resolution and the numbers
+of sampling steps. Ours are: precision, ZeRO stage, micro-batches (for GPUs of 24 GB where that is possible), guidance,
+and the number of steps of the other tasks.
 
 Source: Schusterbauer et al., "Diff2Flow", CVPR 2025, arXiv:2506.02221.
 """
@@ -21,7 +21,7 @@ from pipelines.configs import FinetuneConfig
 
 PLACE = "s3://BUCKET"
 NODE_WAIT_SECONDS = 900
-"""GPU nodes that an autoscaler starts take some minutes to come."""
+"""Long, because an autoscaler needs some minutes to start GPU nodes."""
 PROMPTS = (
     "a photo of a cat on a wooden table", "a red bicycle in front of a brick wall", "a bowl of fruit, oil painting",
     "an astronaut riding a horse", "a lighthouse at sunset", "a plate of pasta, studio light",
@@ -40,7 +40,7 @@ def _train(learning_rate: float, micro_batch_size: int, **more: Any) -> TrainCon
         "beta2": 0.999,
         "ema": EmaConfig(decay=0.999, start_step=1000, power=0.75),
         "checkpoint_every": 500,
-        # A CPU would take hours for one look, and eight workers leave no GPU free of eight.
+        # No evaluation: a CPU would take hours, and eight workers leave none of eight GPUs free.
         "evaluate_every": 0,
         "node_wait_seconds": NODE_WAIT_SECONDS,
     }
@@ -74,10 +74,10 @@ FINETUNE_STABLE_DIFFUSION = {
         # New resolution: SD 2.1 was trained at 768 px.
         _finetune("sd21-512", _model("sd21"), "sd21-512", _train(1e-5, 4)),
         _finetune("sd21-512-lora", _model("sd21", "base"), "sd21-512", _train(1e-5, 4)),
-        # The same resolution, continued.
+        # Finetuning at the base's own resolution.
         _finetune("sd15", _model("sd15"), "sd15-512", _train(1e-5, 4)),
         _finetune("sd15-lora", _model("sd15", "small"), "sd15-512", _train(1e-5, 4)),
-        # Pairs of noise and image that SD 1.5 drew; guidance is in them, so no caption is dropped.
+        # Pairs of noise and image from SD 1.5 with guidance, so no caption is dropped.
         _finetune(
             "sd15-reflow", _model("sd15", "small", caption_dropout=0.0), "sd15-pairs/latents", _train(5e-5, 4),
             preview=PreviewConfig(prompts=PROMPTS, steps=4, guidance=1.0, columns=4), **SAMPLED_IN_TEN,
@@ -114,7 +114,7 @@ ENCODE_DEPTH_STABLE_DIFFUSION = {
 }  # fmt: skip
 
 PAIRS_STABLE_DIFFUSION = {
-    # Solver, steps and guidance are usual ones, and ours.
+    # Solver, steps and guidance are common choices of this project, not the paper's.
     "sd15-pairs": GenerateConfig(
         model=f"{PLACE}/models/sd15", prompts=f"{PLACE}/prompts.parquet", output=f"{PLACE}/latents/sd15-pairs",
         emit="pairs", solver="ddim", steps=(50,), guidance=7.5, num_actors=8, gpus_per_actor=1, chunk_size=256,
@@ -124,7 +124,7 @@ PAIRS_STABLE_DIFFUSION = {
 
 RESOLUTIONS = {"sdxl": 1024}
 ROWS = {"sd15-reflow": 1_644_334, "sd21-depth": 74_000}
-"""Rows of the paper's tables; a million where it names none."""
+"""Rows of the paper's tables; recipes that are not listed assume a million."""
 
 
 def _estimate(name: str, recipe: FinetuneConfig) -> EstimateConfig:

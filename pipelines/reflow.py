@@ -1,9 +1,8 @@
 """Reflow, a workflow of rounds: `ray job submit --working-dir . -- python -m pipelines.workflow reflow`.
 
-In every round a model draws pairs of noise and latent, is trained to go from one to the other on a straight line, is
-registered, and is measured beside its teacher and the base; the next round begins with it. What is complete is skipped;
-after a kill the same command goes on.
-Source: Liu et al., "Flow Straight and Fast", 2022, arXiv:2209.03003.
+In every round, a teacher generates pairs of noise and latent, a model is trained to map one to the other on a straight
+path, registered, and compared with its teacher and the base; the next round starts from this model. Complete stages are
+skipped; after a kill, the same command resumes. Source: Liu et al., "Flow Straight and Fast", 2022, arXiv:2209.03003.
 """
 
 import hashlib
@@ -32,18 +31,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """Who draws a round's pairs."""
+    """The model that generates a round's pairs."""
 
     uri: str
-    """Pinned: never an alias."""
+    """URI of the model, with aliases resolved to a version."""
     digest: str
-    """Of its files."""
+    """Content hash of the model's files."""
     start: str
-    """What the training begins with: the teacher, or nothing where it is the base itself."""
+    """Model that the training starts from: the teacher's URI, or "" if the teacher is the base itself."""
 
 
 def first_teacher(config: ReflowConfig) -> Teacher:
-    """Raises ValueError when the training cannot begin with what the teacher knows."""
+    """The teacher of the first round; raises ValueError when the training cannot start from it."""
     uri, model = pin_model(config.teacher), config.finetune.model
     place, base = resolve_model(uri), resolve_base(model.base)
     if (local_copy(place) / DESCRIPTION).exists():
@@ -59,19 +58,19 @@ def first_teacher(config: ReflowConfig) -> Teacher:
 
 
 def check(config: ReflowConfig) -> Teacher:
-    """Refuse what cannot work before the first stage runs; returns who draws the first pairs."""
+    """Check what can be checked before the first stage runs; returns the teacher of the first round."""
     check_reachable(config.output, write=True)
     check_tracking()
     read_manifest(config.captions)
     teacher = first_teacher(config)
-    if config.evaluate.prompts:  # what the last stage needs is missed before the first one has run for hours
+    if config.evaluate.prompts:  # checked now, not after hours of earlier stages
         scan_prompts(config.evaluate.prompts)
         read_reference(config.evaluate)
     return teacher
 
 
 def main(config: ReflowConfig) -> list[Outputs]:
-    """All rounds; returns each one's registered version."""
+    """Run all rounds; returns each round's registered version."""
     teacher = check(config)
     ray.init(ignore_reinit_error=True)
     flow, versions = Workflow(config.output), []
@@ -107,8 +106,8 @@ def run_round(flow: Workflow, config: ReflowConfig, number: int, teacher: Teache
 
 
 def drawing_of(config: ReflowConfig, number: int, teacher: Teacher) -> GenerateConfig:
-    """The pairs of a round, whose prompts are written. After the first the teacher samples as it carries it: guidance
-    is in the pairs that it was trained on."""
+    """Config for generating a round's pairs; writes their prompts. After the first round the teacher samples with its
+    own defaults, because the pairs that it was trained on already include guidance."""
     place = join(config.output, f"round-{number}")
     prompts = write_captions(config, place, seed=number)
     drawing = replace(config.generate, prompts=prompts, model=teacher.uri, output=join(place, "pairs"), emit="pairs")
@@ -116,7 +115,9 @@ def drawing_of(config: ReflowConfig, number: int, teacher: Teacher) -> GenerateC
 
 
 def write_captions(config: ReflowConfig, place: str, seed: int) -> str:
-    """A prompt file of `num_pairs` rows, named by its content; each round draws from noises of its own."""
+    """Write a prompt file of `num_pairs` rows, named by its content; returns its URI. Each round's seed gives its own
+    noise.
+    """
     captions = itertools.islice(itertools.cycle(table_captions(config.captions, config.num_pairs)), config.num_pairs)
     lines = [json.dumps({"prompt": caption, "seed": seed}) for caption in captions]
     data = ("\n".join(lines) + "\n").encode()

@@ -1,4 +1,4 @@
-r"""Serve images of one model over HTTP, on the cluster that runs, until Ctrl-C.
+r"""Serve images of one model over HTTP, on the running cluster, until Ctrl-C.
 
     python -m pipelines.serve --model models:/emoji-flow@champion
     curl -H "Authorization: Bearer $(cat ~/.cache/diff2flow/serve_token)" -H "Accept: image/png" \
@@ -18,7 +18,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def stop(*_: object) -> None:
-    """End the service and then the command; a second Ctrl-C, which would leave the service behind, does nothing."""
+    """Signal handler that ends the service, then the command; a second Ctrl-C is ignored, as it would leave the service
+    running.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -38,7 +40,7 @@ def main(config: ServeConfig) -> None:
     token = obtain_token(config)
     job = check_serve(config)
     ray.init(ignore_reinit_error=True)
-    for number in STOP_SIGNALS:  # after Ray has set its own
+    for number in STOP_SIGNALS:  # after Ray has set its own handlers
         signal.signal(number, stop)
     try:
         with service(job, token) as url:
@@ -52,5 +54,5 @@ def main(config: ServeConfig) -> None:
 
 if __name__ == "__main__":
     if not sys.argv[1:] or (sys.argv[1].startswith("-") and not any(a.startswith("--config") for a in sys.argv[1:])):
-        sys.argv.insert(1, "champion")  # the one recipe need not be named
+        sys.argv.insert(1, "champion")  # the name of the only recipe may be omitted
     run_job("serve", RECIPES, main, check)

@@ -1,7 +1,7 @@
 """Text to image, a workflow: `ray job submit --working-dir . -- python -m pipelines.workflow quickstart`.
 
-make_dataset -> encode_latents -> finetune -> register -> generate -> contact_sheet. What is complete is skipped; after
-a kill the same command goes on.
+make_dataset -> encode_latents -> finetune -> register -> generate -> contact_sheet. Complete stages are skipped; after
+a kill, the same command resumes.
 """
 
 import ray
@@ -29,11 +29,11 @@ TOLD = {
     "generate": "let the base and the flow model draw the same prompts (15 to 40 s)",
     "contact_sheet": "put the pictures on one sheet (1 to 4 s)",
 }
-"""What whoever waits is told that a stage does, and how long it takes the quickstart on two cores."""
+"""Description of each stage for the waiting user, with its time in the quickstart on two cores."""
 
 
 def check(config: WorkflowConfig) -> None:
-    """Refuse what cannot work before the first stage runs."""
+    """Check storage, MLflow and the base before the first stage runs; raises ValueError if one is unusable."""
     check_reachable(config.output, write=True)
     check_tracking()
     resolve_base(config.finetune.model.base)

@@ -1,8 +1,8 @@
 """Train an autoencoder, or a base model's decoder, on a table: `python -m pipelines.train_autoencoder emoji`. The same
-command again resumes.
+command resumes a stopped training.
 
-At the end `OUTPUT/vae/` is a diffusers AutoencoderKL with its scaling factor, in fp16; or `OUTPUT/base/` the base model
-with its decoder trained on, the encoder as it was.
+At the end `OUTPUT/vae/` is a diffusers AutoencoderKL with its scaling factor, in fp16; or `OUTPUT/base/` is the base
+model with its decoder trained further, and its encoder unchanged.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ def check(config: TrainAutoencoderConfig) -> "AutoencoderJob":
 
 
 def main(config: TrainAutoencoderConfig) -> str:
-    """Returns where the result is."""
+    """Train to the end and export; returns the directory of the result."""
     from pipelines.training import train
 
     return train(check(config)).complete().model

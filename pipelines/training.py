@@ -1,4 +1,4 @@
-"""What all trainings share: a job that was checked is trained to its last step, and its result is written."""
+"""Common part of all trainings: train a checked job to its last step, and export the result."""
 
 import dataclasses
 import logging
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingConfig(Protocol):
-    """The fields of a config that every training has; it is a dataclass."""
+    """Config fields common to all trainings; the config must be a dataclass."""
 
     @property
     def output(self) -> str:
-        """Where checkpoints and the resolved config go; the same output again resumes."""
+        """Where checkpoints and the resolved config are written; the same output resumes the training."""
         ...
 
     @property
@@ -43,23 +43,23 @@ class TrainingConfig(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob(ABC):
-    """A training that was checked, and is ready to start."""
+    """A checked training that is ready to start."""
 
     config: TrainingConfig
     build_task: BuildTask
     plan: StreamPlan
-    """Which rows are trained on when."""
+    """Plan of the training rows and their order."""
     identity: str
-    """Hash of what must stay the same for a checkpoint to belong to this run."""
+    """Hash of everything that a checkpoint and this run must have in common."""
 
     @property
     def tags(self) -> Mapping[str, str] | None:
-        """Of the MLflow run; None: there is no run."""
+        """Tags of the MLflow run; None: no run."""
         return None
 
     @abstractmethod
     def export(self, last: Checkpoint) -> str:
-        """Write the result of the last checkpoint; returns its directory."""
+        """Export the result from the last checkpoint; returns its directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,10 @@ class TrainingResult:
 
 
 def train(job: TrainingJob) -> TrainingResult:
-    """Train to the last step, from the newest whole checkpoint if there is one, and export.
+    """Train to the last step, from the newest undamaged checkpoint if there is one, and export the result.
 
     Raises:
-        see `run_training`.
+        the errors of `run_training`.
     """
     import ray  # a dry run needs none
 

@@ -2,7 +2,7 @@
 
 make_dataset -> encode_latents -> finetune -> register -> generate -> contact_sheet, as pipelines/text_to_image.py
 describes; or `depth` and `reflow`: pipelines/depth.py and pipelines/reflow.py. A stage whose output is complete for the
-same config and inputs is skipped; after a kill the same command goes on.
+same config and inputs is skipped; after a kill, the same command resumes.
 """
 
 from pipelines.cli import run_job
@@ -12,7 +12,7 @@ Config = WorkflowConfig | ReflowConfig | DepthConfig
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot work before the first stage runs."""
+    """Check what can be checked before the first stage runs; raises ValueError for an unusable setting."""
     if isinstance(config, ReflowConfig):
         from pipelines import reflow
 

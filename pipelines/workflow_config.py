@@ -1,4 +1,4 @@
-"""The workflows as one config each: the stages' own configs, wired together."""
+"""One config per workflow, made of its stages' configs."""
 
 from dataclasses import dataclass, field, replace
 
@@ -15,16 +15,16 @@ from pipelines.names import CAPTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class WorkflowConfig:
-    """From images to a compared model.
+    """From images to a trained model and its comparison with the base.
 
-    Stages read each other's outputs: leave a field that names one empty, or give it the same URI.
+    Stages read each other's outputs: leave a field that names such an output empty, or give it the same URI.
     """
 
     output: str
-    """Stage records, prompts, generations, contact sheet and summary.json go here."""
+    """Where stage records, prompts, generations, contact sheet and summary.json are written."""
     dataset: MakeDatasetConfig
     encode: EncodeConfig
-    """`source.uri` is the dataset's output, `base` the finetune's."""
+    """`source.uri` is the dataset's output, `base` that of `finetune`."""
     finetune: FinetuneConfig
     """`latents` is the encode's output."""
     register: RegisterConfig = field(default_factory=RegisterConfig)
@@ -34,7 +34,7 @@ class WorkflowConfig:
     sheet: ContactSheetConfig = field(default_factory=ContactSheetConfig)
     """`generations`, `output`, `run` and `experiment` are filled in."""
     prompts: tuple[str, ...] = ()
-    """What both models are asked to draw."""
+    """Prompts for both models."""
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -63,7 +63,7 @@ class WorkflowConfig:
         return replace(self.finetune, latents=self.encode.output)
 
     def wired_generate(self, model: str, output: str) -> GenerateConfig:
-        # The base would draw at its own size, the flow model at that of the images it was trained on.
+        # By default, the base would use its own size, the flow model the size of its training images.
         edge = self.generate.resolution or self.encode.resolution
         return replace(self.generate, prompts=self.prompts_uri, model=model, output=output, resolution=edge)
 
@@ -81,20 +81,20 @@ class WorkflowConfig:
 class DepthConfig:
     """From rendered scenes to a measured depth model.
 
-    Stages read each other's outputs: leave a field that names one empty, or give it the same URI.
+    Stages read each other's outputs: leave a field that names such an output empty, or give it the same URI.
     """
 
     output: str
-    """Stage records, predictions, the evaluation and summary.json go here."""
+    """Where stage records, predictions, the evaluation and summary.json are written."""
     dataset: MakeDepthConfig
-    """Scenes to learn from."""
+    """Scenes for training."""
     test: MakeDepthConfig
-    """Scenes to be judged on."""
+    """Scenes for the evaluation."""
     decoder: TrainAutoencoderConfig | None = None
-    """Before all else a base's decoder learns the dataset, and `finetune.model.base` is what comes out. None: that base
-    decodes depth well as it is."""
+    """First stage: trains a base's decoder on the dataset; `finetune.model.base` is its result. None: no such stage,
+    for a base that already decodes depth well."""
     encode: EncodeDepthConfig
-    """`source.uri` is the dataset's output, `base` the finetune's."""
+    """`source.uri` is the dataset's output, `base` that of `finetune`."""
     finetune: FinetuneConfig
     """`latents` is the encode's output."""
     register: RegisterConfig = field(default_factory=RegisterConfig)
@@ -120,27 +120,27 @@ class DepthConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReflowConfig:
-    """Rounds in which a model is trained on pairs that the one before it drew."""
+    """Rounds in which a model is trained on pairs that the previous model generated."""
 
     output: str
-    """Stage records, prompts, pairs and trainings go here."""
+    """Where stage records, prompts, pairs and trainings are written."""
     teacher: str
-    """Who draws the first pairs: a base model, or a trained one (directory or models:/NAME@ALIAS)."""
+    """Model that generates the first pairs: a base model, or a trained one (directory or models:/NAME@ALIAS)."""
     captions: str
-    """Latent table whose captions are drawn, one after another, again and again."""
+    """Latent table whose captions are the prompts, in order, repeated as often as needed."""
     num_pairs: int = 10_000
-    """Pairs of a round."""
+    """Number of pairs per round."""
     rounds: int = 1
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    """How pairs are drawn; `prompts`, `model`, `output` and `emit` are filled in. `guidance` and `solver` are the first
-    teacher's: a round's version carries its own, and has guidance in its pairs already."""
+    """How pairs are generated; `prompts`, `model`, `output` and `emit` are filled in. `guidance` and `solver` apply to
+    the first teacher only: later ones use their own defaults, as their pairs already include guidance."""
     finetune: FinetuneConfig
-    """Of each round; `latents`, `output` and `model.start` are filled in."""
+    """Training of each round; `latents`, `output` and `model.start` are filled in."""
     register: RegisterConfig = field(default_factory=RegisterConfig)
     """`run`, `model` and `experiment` are the finetune's."""
     evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(promote=False))
-    """Of each round's version; `candidate`, `champion` (the teacher, unless it is the base) and `output` are filled in.
-    Without prompts there is none."""
+    """Evaluation of each round's version; `candidate`, `champion` (the teacher, unless it is the base) and `output` are
+    filled in. Without `prompts` there is no evaluation."""
 
     def __post_init__(self) -> None:
         for name in ("output", "teacher", "captions"):
@@ -151,6 +151,6 @@ class ReflowConfig:
 
 
 def require_same(name: str, value: str, other: str, expected: str) -> None:
-    """Refuse a field that names another place than the stage before it writes to. Raises ValueError."""
+    """Raise ValueError if a field names another URI than the one that the earlier stage writes to."""
     if value not in ("", expected):
         raise ValueError(f"{name}={value!r} is not {other}={expected!r}, which the workflow makes. Give both the same.")

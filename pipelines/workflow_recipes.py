@@ -19,7 +19,7 @@ from pipelines.workflow_config import DepthConfig, ReflowConfig, WorkflowConfig
 
 
 def new_resolution(edge: int) -> WorkflowConfig:
-    """emoji-sd, made for 64 pixels, learns Twemoji's drawings as they are at another size."""
+    """emoji-sd, made for 64 pixels, is finetuned to Twemoji's drawings at another size."""
     name = f"emoji-{edge}"
     training = FINETUNE["emoji-lora"]
     return WorkflowConfig(
@@ -32,7 +32,7 @@ def new_resolution(edge: int) -> WorkflowConfig:
             latents="",
             output=f"s3://d2f/runs/{name}",
             preview=replace(training.preview, prompts=tuple(f"{shown}, twemoji style" for shown in SHOWN_EMOJI[::3])),
-            # Whole objects come after some 200 steps, their details later.
+            # Whole objects appear after about 200 steps, details later.
             train=replace(
                 training.train,
                 num_steps=720,
@@ -55,7 +55,7 @@ def new_resolution(edge: int) -> WorkflowConfig:
 
 
 WORKFLOW = {
-    # What `make quickstart` runs: emoji-sd learns OpenMoji's style as a flow model.
+    # The workflow of `make quickstart`: emoji-sd is finetuned to OpenMoji's style as a flow model.
     "quickstart": WorkflowConfig(
         output=QUICKSTART,
         dataset=MAKE_DATASET["openmoji-few"],
@@ -81,7 +81,7 @@ REFLOW = ReflowConfig(
     generate=GenerateConfig(steps=(25,), batch_size=32),
     finetune=replace(
         FINETUNE["emoji-lora"],
-        # Guidance is in the pairs: the model is sampled without, and no caption is dropped.
+        # The pairs include guidance: the model is sampled without it, and no caption is dropped.
         model=replace(FINETUNE["emoji-lora"].model, caption_dropout=0.0),
         sampling=SamplingDefaults(steps=2, guidance=1.0),
         latents="",
@@ -91,7 +91,7 @@ REFLOW = ReflowConfig(
     register=RegisterConfig(name="emoji-reflow"),
     evaluate=replace(EVALUATE["quickstart"], evaluations=(1, *EVALUATIONS), promote=False),
 )
-"""After the quickstart: its flow model is made straight, on 1,000 pairs of its own."""
+"""Reflow of the quickstart's flow model, on 1,000 of its own pairs."""
 
 DEPTH = DepthConfig(
     output="s3://d2f/workflows/depth",
@@ -104,4 +104,4 @@ DEPTH = DepthConfig(
     predict=replace(PREDICT_DEPTH["depth"], model="", output=""),
     evaluate=EvaluateDepthConfig(),
 )
-"""emoji-sd learns to see depth, from rendered scenes."""
+"""emoji-sd learns to predict depth from rendered scenes."""

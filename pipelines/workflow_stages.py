@@ -1,4 +1,4 @@
-"""The workflow's stages: what each needs, what it is called when nothing changed, and what it hands on."""
+"""The workflows' stages: the inputs of each, the key by which it is skipped, and its outputs."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ class Workflow:
 
     output: str
     told: Mapping[str, str] = field(default_factory=dict)
-    """Every stage in order, and what whoever waits is told that it does; empty: their names."""
+    """Description of every stage for the waiting user, in order of the stages; empty: stages are shown by name."""
     results: list[StageResult] = field(default_factory=list)
 
     def stage(
@@ -101,15 +101,15 @@ def evaluate_with(flow: Workflow, name: str, config: EvaluateConfig, model: Outp
 
 
 def generate_stage(flow: Workflow, config: WorkflowConfig, models: Mapping[str, tuple[str, str]]) -> list[Outputs]:
-    """The images of each model, drawn by one pool of actors.
+    """Generate each model's images with one pool of actors.
 
     Args:
-        models: URI and digest, by the name of its generation.
+        models: (URI, digest) of each model, by the name of its generation.
     """
     wired: dict[str, GenerateConfig] = {}
     keys, same_for_all = {}, config.wired_generate("", "")
     for name, (uri, digest) in models.items():
-        # The key is part of the place: images of another model or other prompts never meet these.
+        # The key is part of the URI, so that images of another model or of other prompts are kept apart.
         inputs = {"model": digest, "prompts": json.dumps(config.prompts)}
         keys[name] = stage_key(same_for_all, inputs)
         wired[name] = config.wired_generate(uri, join(config.output, "generations", f"{name}-{keys[name][:12]}"))
@@ -135,7 +135,7 @@ def contact_sheet_stage(flow: Workflow, config: WorkflowConfig, *made: Outputs) 
 
 
 def write_summary(flow: Workflow, training: FinetuneConfig, version: Outputs, sheet: str) -> None:
-    """Write summary.json: what every stage did, where run and model are in MLflow, and which picture to look at."""
+    """Write summary.json: the result of every stage, the MLflow ids of run and model version, and the picture's URI."""
     handle = find_run(experiment=training.experiment, run_key=training.output)
     summary = {
         "stages": [result.summary() for result in flow.results],

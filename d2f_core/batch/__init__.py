@@ -1,1 +1,1 @@
-"""Rails of Ray Data jobs, whatever they make."""
+"""Shared parts of batch jobs on Ray Data, independent of what the jobs make."""

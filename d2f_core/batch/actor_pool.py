@@ -1,4 +1,4 @@
-"""Items to a pool of actors on Ray Data, results as they come."""
+"""Maps items over a pool of Ray Data actors, and yields results as they arrive."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -12,7 +12,7 @@ from d2f_core.batch.resources import await_resources
 from d2f_core.data.ray_data import configure
 
 MAX_INPUT_BLOCKS = 1000
-"""Blocks that the items are cut into: each costs Ray Data a little, and an actor takes one at a time."""
+"""Most blocks that the items are split into: each has some overhead, and an actor takes one at a time."""
 
 
 def map_items(
@@ -23,12 +23,12 @@ def map_items(
     *,
     node_wait_seconds: float | None,
 ) -> Iterator[dict[str, Any]]:
-    """One result per item, as they come; at most as many actors as items.
+    """One result per item, in order of completion; uses at most as many actors as items.
 
     Args:
         actor: called with a batch of one item, as arrays of length 1 by name; returns the result in the same form.
-        arguments: of its constructor.
-        node_wait_seconds: how long room for an actor is waited for; None: not at all, tasks wait in Ray's queue.
+        arguments: arguments of the actor's constructor.
+        node_wait_seconds: seconds to wait for room for an actor; None: no check, so that the job waits in Ray's queue.
 
     Raises:
         InsufficientResourcesError: no actor has room.

@@ -1,11 +1,11 @@
-"""What an unfinished table job has done, kept beside its parts; and how the parts become a table.
+"""Records of the finished chunks of a table job, stored beside its parts, and the step from parts to a table.
 
     OUTPUT/part-SSSSSS-NNNNN.parquet          chunk N of shard S, written first, whole
     OUTPUT/_progress/SSSSSS-NNNNN.json        its record, written second: the chunk is done
     OUTPUT/_progress/job.json                 what the job is; another job is refused
     OUTPUT/quarantine.parquet, manifest.json  written at the end; then _progress is removed
 
-A record counts only while its part is there with the size that it says.
+A record counts only while its part exists with the size in the record.
 """
 
 import json
@@ -29,21 +29,21 @@ PLACE_COLUMNS = ("sample_id", "source_uri")
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRecord:
-    """One chunk: up to `rows_per_part` consecutive samples of one shard."""
+    """Record of one chunk: up to `rows_per_part` consecutive samples of one shard."""
 
     shard: int
     number: int
-    """Within the shard."""
+    """Number of the chunk within its shard."""
     last: bool
-    """Whether it ends its shard."""
+    """Whether the chunk is the last of its shard."""
     read: int
-    """Samples; also those that a line of the ledger stands for."""
+    """Number of samples read, including all those that one ledger entry stands for."""
     bad: tuple[BadSample, ...]
-    """Duplicates too, with that code alone; `ledger` adds what they are equal to."""
+    """Samples left out; duplicates have only their code as reason, to which `ledger` adds the sample that was kept."""
     sample_ids: tuple[str, ...] = ()
-    """Of the rows of its part."""
+    """Sample ids of the part's rows."""
     file: TableFile | None = None
-    """None when the chunk has no good sample."""
+    """The chunk's part; None if no sample is usable."""
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ class ChunkRecord:
 
     @property
     def unusable(self) -> int:
-        """Samples that are lost; a duplicate is not."""
+        """Number of samples that are lost; duplicates do not count."""
         return sum(bad.rows for bad in self.bad if bad.code != DUPLICATE)
 
     def to_json(self) -> str:
@@ -79,12 +79,12 @@ def write_chunk(output: str, record: ChunkRecord, table: pa.Table) -> ChunkRecor
 
 
 def read_records(output: str) -> list[ChunkRecord]:
-    """The chunks that are done: those with a record whose part is there in full."""
+    """Records of the finished chunks: those whose part exists in full size."""
     names = [name for name in list_names(join(output, PROGRESS)) if name.endswith(".json") and name != JOB_NAME]
     sizes = _sizes(output)
     with ThreadPoolExecutor(READ_THREADS) as pool:
         texts = pool.map(lambda name: read_bytes(join(output, PROGRESS, name)), names)
-        # Records once counted duplicates without saying which: such a chunk is made again.
+        # Older records count duplicates without naming them; such a chunk is made again.
         records = [ChunkRecord.from_json(text) for text in texts if b'"duplicates":' not in text]
     return [record for record in records if record.file is None or sizes.get(record.file.path) == record.file.size]
 
@@ -100,7 +100,7 @@ def _sizes(output: str) -> dict[str, int]:
 
 
 def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[int, frozenset[int]]:
-    """The shards with work left, and the numbers of their chunks that are done."""
+    """Unfinished shards by number, each with the numbers of its finished chunks."""
     numbers: dict[int, set[int]] = {}
     ends: dict[int, int] = {}
     for record in records:
@@ -112,10 +112,10 @@ def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[i
 
 
 def drop_duplicates(output: str, records: Sequence[ChunkRecord]) -> list[ChunkRecord]:
-    """Keep each sample id once, in its first chunk, and rewrite the parts that lose rows.
+    """Keep each sample id once, in the first chunk that has it, and rewrite the parts that lose rows.
 
-    Safe to repeat: what is dropped is always kept by an earlier chunk, and a part whose rewriting was interrupted no
-    longer fits its record, so its chunk is made again.
+    Safe to repeat: an earlier chunk always keeps the sample that is dropped, and a part whose rewriting was interrupted
+    no longer matches its record, so its chunk is made again.
     """
     ordered = sorted(records, key=_in_order)
     ids = np.array([sample for record in ordered for sample in record.sample_ids], dtype="S32")
@@ -140,9 +140,10 @@ def _keep_rows(output: str, record: ChunkRecord, kept: np.ndarray) -> ChunkRecor
 
 
 def ledger(output: str, records: Sequence[ChunkRecord]) -> list[BadSample]:
-    """All samples that were left out, in the order of the source; a duplicate with the place of the one kept.
+    """All samples that were left out, in the order of the source; duplicates name the location of the sample that was
+    kept.
 
-    In a job that was stopped midway the kept one's chunk may have to be done again; its place is then left out.
+    In a job that was stopped midway, the chunk of the kept sample may not be finished; its location is then omitted.
     """
     bad = [sample for record in sorted(records, key=_in_order) for sample in record.bad]
     wanted = {sample.sample_id for sample in bad if sample.code == DUPLICATE}

@@ -1,7 +1,7 @@
-"""The stages of a table job around its actors: read and prepare before, write after; one row per chunk.
+"""The stages of a table job around its actors: read and prepare before them, write after them; one row per chunk.
 
-A chunk travels whole, so that what is one forward pass and what is one file follow from the input alone, never from
-how Ray schedules or bundles. Nothing here imports torch: each of these tasks' processes would pay for it.
+A chunk is passed on as a whole, so that forward passes and files are determined by the input, never by how Ray
+schedules or bundles rows. Nothing here imports torch, which would slow the start of every task process.
 """
 
 import pickle
@@ -23,22 +23,22 @@ from d2f_core.data.schema import array_kind, is_array
 from d2f_core.data.sources.sample import Sample, Shard
 
 PACKED_SCHEMA = pa.schema([("record", pa.string()), ("table", pa.binary()), ("problem", pa.string())])
-"""`problem` stops the job. It travels as data because Ray keeps of an exception only its traceback's text."""
+"""`problem` stops the job. It is passed as data because Ray keeps only the traceback's text of an exception."""
 
 
 def pack(record: ChunkRecord, table: pa.Table, *, problem: str | None = None) -> pa.Table:
-    """A chunk as one row of bytes."""
+    """Serialise a chunk to a table of one row."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     content = sink.getvalue()
     ends = pa.py_buffer(np.array([0, content.size], np.int32))
-    packed = pa.Array.from_buffers(pa.binary(), 1, [None, ends, content])  # without a copy
+    packed = pa.Array.from_buffers(pa.binary(), 1, [None, ends, content])  # zero-copy
     return pa.table([[record.to_json()], packed, [problem]], schema=PACKED_SCHEMA)
 
 
 def unpack(row: pa.Table) -> tuple[ChunkRecord, pa.Table]:
-    """The chunk of a one-row table; its columns are not copied."""
+    """The chunk in a one-row table of `pack`; its columns are not copied."""
     record = ChunkRecord.from_json(row["record"][0].as_py())
     return record, pa.ipc.open_stream(row["table"][0].as_buffer()).read_all()
 
@@ -48,14 +48,14 @@ class TableActor(ABC):
 
     @abstractmethod
     def __init__(self, spec: Any) -> None:
-        """Load what the rows are made with, once; `spec` is the job's own kind of TableSpec."""
+        """Load the model once; `spec` is the job's own subclass of TableSpec."""
 
     @abstractmethod
     def make(self, prepared: pa.Table) -> pa.Table:
-        """The finished rows, `sample_id` and `source_uri` among their columns, in the order of the prepared ones.
+        """The finished rows, in the order of `prepared`; their columns include `sample_id` and `source_uri`.
 
         Raises:
-            TableJobError: what stops the job.
+            TableJobError: the job cannot continue.
         """
 
     def __call__(self, row: pa.Table) -> pa.Table:
@@ -91,7 +91,7 @@ class LoadedActor:
 
 
 def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:
-    """Sort out a chunk's samples; of equal ones the first that can be used counts."""
+    """Check and prepare a chunk's samples; of equal samples, the first usable one is kept."""
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
     seen: set[str] = set()
@@ -104,7 +104,7 @@ def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> t
             if name in seen:
                 raise BadSampleError(DUPLICATE)
             good.append({"sample_id": name, "source_uri": sample.source_uri, **spec.prepare(sample)})
-            # Only now: an image whose first depth is broken may come again with a whole one.
+            # Only after success: an image with broken depth may occur again with good depth.
             seen.add(name)
         except BadSampleError as error:
             bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
@@ -127,15 +127,15 @@ def _stacked(values: list[Any], column: pa.Field) -> np.ndarray:
 
 
 def work_item(number: int, shard: Shard, done: frozenset[int]) -> dict[str, Any]:
-    """The input row of one shard; `done` are its chunks to leave out."""
+    """The input row for one shard; chunks in `done` are skipped."""
     return {"shard": number, "work": pickle.dumps((shard, done))}
 
 
 def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
-    """Read the shards of work items and yield their chunks, prepared."""
+    """Read the shards of work items, and yield their prepared chunks."""
     size = spec.config.rows_per_part
     for item in rows.to_pylist():
-        shard, done = pickle.loads(item["work"])  # made by the driver of this very job
+        shard, done = pickle.loads(item["work"])  # pickled by this job's driver
         samples = shard.read()
         number, chunk = 0, list(islice(samples, size))
         while True:
@@ -148,7 +148,7 @@ def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
 
 
 def write_row(row: pa.Table, *, output: str) -> pa.Table:
-    """Write one finished chunk; only its record goes on to the driver. A chunk with a problem is not written."""
+    """Write one finished chunk; only its record is sent to the driver. A chunk with a problem is not written."""
     record, table = unpack(row)
     problem = row["problem"][0].as_py()
     if problem is None:

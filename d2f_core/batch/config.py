@@ -1,14 +1,14 @@
-"""The pool of actors in a batch job's config. Light: no Ray."""
+"""The pool of actors in a batch job's config. Imports no Ray."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActorPoolConfig:
-    """How many actors do the work, and what each takes of the cluster.
+    """Number of actors, and the resources that each reserves.
 
-    A job's config names this first among its bases and the class of its work last: a dataclass begins with the fields
-    of its last base, so that the work comes before the pool in `--help` and YAML.
+    A job's config lists this class first among its bases and the class of its work last: a dataclass begins with the
+    fields of its last base, so in `--help` and YAML the work comes before the pool.
     """
 
     num_actors: int = 2
@@ -17,13 +17,13 @@ class ActorPoolConfig:
     gpus_per_actor: float = 0
 
     def check_counts(self, *names: str, error: type[ValueError], where: str = "") -> None:
-        """Refuse fields below 1: `names`, and then those of the pool.
+        """Refuse values below 1 in the fields `names` and in those of the pool.
 
         Args:
-            where: what the message begins with.
+            where: prefix of the message.
 
         Raises:
-            ValueError: the `error` given.
+            ValueError: of the type `error`.
         """
         for name in (*names, "num_actors", "cpus_per_actor"):
             if getattr(self, name) < 1:
@@ -32,7 +32,7 @@ class ActorPoolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AwaitedPoolConfig(ActorPoolConfig):
-    """A pool whose cluster may have to grow first."""
+    """A pool on a cluster that may have to grow first."""
 
     node_wait_seconds: int = 60
-    """How long a cluster without room is given to get it; an autoscaler is asked for all actors at once."""
+    """Seconds to wait for a cluster without room to grow; an autoscaler is asked for all actors at once."""

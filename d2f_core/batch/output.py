@@ -1,4 +1,4 @@
-"""The output of a batch job: claimed by one job, refused to others, and which parts of its index are there.
+"""The output of a batch job: claimed by one job, refused to others, with the parts of its index that exist.
 
 OUTPUT/plan.json               what decides the results
 OUTPUT/index/part-*.parquet    one row per result, with an `error` where there is none
@@ -28,19 +28,19 @@ from d2f_core.storage import join, list_names, read_bytes, write_bytes
 PLAN_NAME = "plan.json"
 INDEX = "index"
 KIND = "generations"
-"""Of the index, whatever is made."""
+"""Kind of the index table in its manifest, whatever the job makes."""
 READ_THREADS = 16
 
 
 class OutputError(ValueError):
-    """An output that holds something else than the job would write."""
+    """The output holds something other than this job's results."""
 
 
 def claim(output: str, identity: Mapping[str, Any], **about: Any) -> None:
-    """Write the plan at the output, or check that the one which lies there is the same.
+    """Write the plan at the output, or check that the existing plan is the same.
 
     Args:
-        about: what the plan tells beside the identity.
+        about: further values in the plan that are not part of the identity.
 
     Raises:
         OutputError: the output belongs to another job; names what differs.
@@ -55,7 +55,7 @@ def claim(output: str, identity: Mapping[str, Any], **about: Any) -> None:
 
 
 def refuse_other(output: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises OutputError when the identity of what lies at the output is another; names what differs."""
+    """Raise OutputError, naming the differences, if the identity stored at the output (`there`) differs from `now`."""
     if different := differences(there, now):
         raise OutputError(
             f"{output!r} holds the results of another job ({'; '.join(different)}). Give another output, or remove "
@@ -70,17 +70,17 @@ def part_name(number: int, table: str = INDEX) -> str:
 
 @dataclass(frozen=True)
 class IndexPart:
-    """What one unit of work left on storage."""
+    """The stored part of the index from one unit of work."""
 
     file: TableFile
     failed: int
-    """Rows with an error."""
+    """Number of rows with an error."""
     metadata: Mapping[bytes, bytes]
-    """Of the file's schema."""
+    """Metadata of the file's schema."""
 
     @classmethod
     def read(cls, output: str, number: int) -> "IndexPart":
-        """What an earlier run wrote."""
+        """Read a part that an earlier run wrote."""
         name = part_name(number)
         data = read_bytes(join(output, name))
         with pq.ParquetFile(pa.BufferReader(data)) as file:
@@ -89,14 +89,14 @@ class IndexPart:
 
 
 class IndexedOutput:
-    """The output of a job whose units of work, numbered from 0, leave one part of the index each."""
+    """The output of a job whose units of work, numbered from 0, each write one part of the index."""
 
     def __init__(self, uri: str, identity: Mapping[str, Any], num_parts: int, **about: Any) -> None:
-        """Claim the output, and look which parts are there.
+        """Claim the output, and read the parts that exist.
 
         Args:
-            identity: what decides the results.
-            about: what the plan tells beside it.
+            identity: values that determine the results.
+            about: further values in the plan.
 
         Raises:
             OutputError: the output belongs to another job; names what differs.
@@ -104,12 +104,12 @@ class IndexedOutput:
         claim(uri, identity, **about)
         self.uri, self.num_parts = uri, num_parts
         self.manifest: Manifest | None = read_manifest(uri) if manifest_exists(uri) else None
-        """Of a finished output."""
+        """Manifest of a finished output; None before."""
         self.parts: dict[int, IndexPart] = {}
         self.rows = 0
-        """Of the parts that are there."""
+        """Rows in the existing parts."""
         self.failed = 0
-        """Rows with an error, of the parts that are there."""
+        """Rows with an error in the existing parts."""
         self._identity = dict(identity)
         if self.manifest:
             refuse_other(uri, self.manifest.fingerprint, identity)
@@ -125,15 +125,15 @@ class IndexedOutput:
 
     @property
     def missing(self) -> list[int]:
-        """Units of work that are not done."""
+        """Numbers of the unfinished units of work."""
         return [] if self.manifest else [number for number in range(self.num_parts) if number not in self.parts]
 
     def in_order(self) -> list[IndexPart]:
-        """All parts; KeyError when one is missing."""
+        """All parts by number; raises KeyError when one is missing."""
         return [self.parts[number] for number in range(self.num_parts)]
 
     def finish(self, inputs: Mapping[str, Any], counts: Mapping[str, int]) -> Manifest:
-        """Declare the output complete."""
+        """Write the manifest, which declares the output complete."""
         files = tuple(part.file for part in self.in_order())
         self.manifest = Manifest(
             kind=KIND, files=files, fingerprint=self._identity, inputs=dict(inputs), counts=dict(counts)
@@ -150,7 +150,7 @@ def _parts_there(output: str, count: int) -> dict[int, IndexPart]:
 
 
 def table_file(text: str) -> Any:
-    """The TableFile that an actor sent as JSON; None for none."""
+    """The TableFile that an actor sent as JSON; None if it sent none."""
     values = json.loads(text)
     return values and TableFile.from_json(values)
 

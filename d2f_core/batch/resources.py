@@ -1,4 +1,4 @@
-"""Room on the cluster for a batch job's actors, which an autoscaler is asked for."""
+"""Waits for room for a batch job's actors on the cluster, after asking an autoscaler for it."""
 
 import logging
 import time
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 def await_resources(
     actors: int, each: Mapping[str, float], *, others: Mapping[str, float] | None = None, least: int = 1, seconds: float
 ) -> None:
-    """Wait until the cluster holds `least` of the actors, and say so when it does not hold all.
+    """Wait until the cluster has room for `least` of the actors; logs it when there is no room for all.
 
     The autoscaler is asked once for all of them and given up to `seconds`; later, Ray Data's pending actors request the
     rest.
 
     Args:
-        each: what an actor takes, by Ray's names, e.g. `{"CPU": 1, "GPU": 0}`.
-        others: what the job's tasks take beside the actors.
+        each: resources of one actor by Ray's names, e.g. `{"CPU": 1, "GPU": 0}`.
+        others: resources of the job's tasks in addition to the actors.
 
     Raises:
         InsufficientResourcesError: there was no room in time; says what is missing.
@@ -43,7 +43,7 @@ def await_resources(
             time.sleep(1)
     finally:
         if asked:
-            request_resources(bundles=[])  # a request stays until the next one, and would hold the nodes for ever
+            request_resources(bundles=[])  # a request is valid until the next one, and would keep the nodes forever
     if fit < least:
         wanted = {name: least * amount + others.get(name, 0) for name, amount in each.items()}
         who = "An actor needs" if least == 1 and not others else f"{least} actors and their readers need"

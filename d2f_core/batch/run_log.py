@@ -1,4 +1,4 @@
-"""A batch job's own MLflow run, where there is a server: what it makes, from what, how far it is."""
+"""A batch job's own MLflow run, if a server is configured: its config, plan and progress."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ FLUSH_SECONDS = 60.0
 
 
 class RunLog:
-    """Context of a job's work: begins its run, or goes on with the one of an earlier try, and ends it.
+    """Context manager around a job's work: starts its run, or resumes the run of an earlier attempt, and ends it.
 
     Without MLFLOW_TRACKING_URI, or with an empty experiment, nothing is logged.
     """
@@ -49,7 +49,7 @@ class RunLog:
         return self
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics at a step, sent in the background."""
+        """Log metrics at a step; they are sent in the background."""
         if self._log:
             self._log.log(step, values)
 

@@ -1,6 +1,6 @@
-"""Samples in, a table out: Ray Data's tasks read and prepare, a pool of actors makes the rows, tasks write.
+"""From samples to a table: Ray Data tasks read and prepare, a pool of actors makes the rows, tasks write.
 
-A killed job goes on where it was when the same command is given again, and ends with the same bytes.
+Repeating the command resumes a killed job; the finished table is the same byte for byte.
 """
 
 import json
@@ -38,30 +38,30 @@ from d2f_core.storage import join, list_names, read_bytes, remove_tree, write_by
 
 logger = logging.getLogger(__name__)
 
-# Fractions: reading waits for the network and writing is short. They differ from an actor's whole CPUs, which also
-# keeps Ray from fusing reading and making into one process, so that decoding can run beside a busy GPU.
+# Fractions, as reading waits for the network and writing is short. As they differ from an actor's whole CPUs, Ray does
+# not fuse reading and making into one process, so that decoding can run while the GPU is busy.
 PREPARE_CPUS, WRITE_CPUS = 0.5, 0.25
 MAX_INPUT_BLOCKS = 1000
 BLOCK_BYTES = 2**20
-"""A chunk of this size or more goes on by itself instead of waiting for its shard's others."""
+"""A chunk of at least this many bytes is passed on at once instead of waiting for the shard's other chunks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableJob:
-    """A table job that was checked, and is ready to run."""
+    """A checked table job that is ready to run."""
 
     spec: TableSpec
     source: SourcePlan
-    """The source, listed."""
+    """The source, split into shards."""
     actor: type[TableActor]
-    """Constructed with `spec`."""
+    """Class of the actors, which are constructed with `spec`."""
 
 
 def make_table(job: TableJob) -> Manifest:
-    """Write what is missing of the table; needs a running Ray. A finished table is left alone.
+    """Write the missing parts of the table; needs a running Ray. A finished table is not changed.
 
     Raises:
-        ValueError: an output of another job, too small a cluster, or no usable sample at all.
+        ValueError: the output belongs to another job, the cluster is too small, or no sample is usable.
     """
     spec, source = job.spec, job.source
     output = spec.config.output
@@ -82,7 +82,7 @@ def make_table(job: TableJob) -> Manifest:
             records.append(record)
             unusable += record.unusable
             progress.advance(record.read if source.num_rows is not None else int(record.last))
-    if unusable > most:  # whatever is still to come
+    if unusable > most:  # even if all remaining samples are usable
         bad = ledger(output, records)
         write_quarantine(output, bad)
         raise _too_many(spec, bad, sum(record.read for record in records))
@@ -91,17 +91,17 @@ def make_table(job: TableJob) -> Manifest:
 
 def _progress(job: TableJob, records: Sequence[ChunkRecord], todo: Mapping[int, Any]) -> Progress:
     spec, source = job.spec, job.source
-    if source.num_rows is None:  # tars do not say how many samples they hold
+    if source.num_rows is None:  # the number of samples in a tar is not known in advance
         total = len(source.shards)
         return Progress(spec.NAME, total, "tars", done=total - len(todo))
     return Progress(spec.NAME, source.num_rows, spec.UNIT, done=sum(record.read for record in records))
 
 
 def run_chunks(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
-    """Make the rows of the unfinished shards; one record per chunk, as they are written.
+    """Make the rows of the unfinished shards; yields one record per chunk once it is written.
 
     Raises:
-        TableJobError: what a chunk could not be made for.
+        TableJobError: a chunk could not be made; says why.
     """
     for row in _rows(job, todo) if todo else ():
         if row["problem"] is not None:
@@ -110,7 +110,7 @@ def run_chunks(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Generator[C
 
 
 def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
-    """What `write_row` makes of each chunk, on the cluster."""
+    """Run the stages on the cluster; yields the row of `write_row` for each chunk."""
     spec, config = job.spec, job.spec.config
     actors = min(config.num_actors, len(todo))
     await_resources(
@@ -149,10 +149,10 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
 
 
 def claim_output(spec: TableSpec) -> None:
-    """Write what the job is at its output, or check that the job begun there is the same.
+    """Record the job at its output, or check that the job begun there is this one.
 
     Raises:
-        OutputError: another job began there, naming what differs; or something else lies there.
+        OutputError: another job began there (names the differences), or the output holds other files.
     """
     place = join(spec.config.output, PROGRESS, JOB_NAME)
     if (names := list_names(spec.config.output)) and PROGRESS not in names:
@@ -167,7 +167,7 @@ def claim_output(spec: TableSpec) -> None:
 
 
 def check_complete_table(spec: TableSpec, manifest: Manifest) -> None:
-    """Raises OutputError when the finished table at the output is not what the job would write."""
+    """Raise OutputError if the finished table at the output differs from what this job would write."""
     if manifest.kind != spec.KIND:
         raise OutputError(f"{spec.config.output!r} holds a table of {manifest.kind}. Give another output.")
     there = {**manifest.inputs, "fingerprint": manifest.fingerprint}
@@ -182,16 +182,16 @@ def _refuse_other(spec: TableSpec, there: Mapping[str, Any], what: str) -> None:
 
 
 def _counted_values(spec: TableSpec, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs and fingerprint in one, without what is free."""
+    """Inputs and fingerprint in one mapping, without the spec's `FREE` inputs."""
     values = {**identity, **identity.get("fingerprint", {})}
     return {name: value for name, value in values.items() if name != "fingerprint" and name not in spec.FREE}
 
 
 def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
-    """Drop samples that came twice, write the ledger, and declare the table complete.
+    """Drop duplicate samples, write the ledger, and write the manifest, which completes the table.
 
     Raises:
-        TableJobError: no sample can be used, or more than may be cannot.
+        TableJobError: no sample is usable, or more are unusable than allowed.
     """
     output = spec.config.output
     records = drop_duplicates(output, records)
@@ -235,7 +235,7 @@ def _counted(bad: Sequence[BadSample]) -> str:
 
 
 def _too_many(spec: TableSpec, bad: Sequence[BadSample], read: int) -> TableJobError:
-    """More of the samples that were read are unusable than may be."""
+    """The error for more unusable samples than allowed."""
     lost = [sample for sample in bad if sample.code != DUPLICATE]
     shown = "; ".join(f"{sample.source_uri}: {sample.reason}" for sample in lost[:3])
     count = sum(sample.rows for sample in lost)

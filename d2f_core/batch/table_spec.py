@@ -1,5 +1,5 @@
-"""What a table job is: samples of a source in, rows of a table out. Light: the tasks that read and write import this,
-and neither torch nor a model."""
+"""What a table job is: samples of a source in, rows of a table out. Imports neither torch nor a model, because the
+tasks that read and write import this module."""
 
 import json
 from abc import ABC, abstractmethod
@@ -11,11 +11,11 @@ import pyarrow as pa
 
 
 class TableJobError(ValueError):
-    """A table job that cannot go on, with the reason and the fix."""
+    """A table job cannot continue; the message gives the reason and the fix."""
 
 
 class TableSettings(Protocol):
-    """The fields of a config that every table job has; those of its pool come from `AwaitedPoolConfig`."""
+    """Config fields common to all table jobs; those of the pool come from `AwaitedPoolConfig`."""
 
     @property
     def num_actors(self) -> int: ...
@@ -28,65 +28,69 @@ class TableSettings(Protocol):
 
     @property
     def output(self) -> str:
-        """Where the table is written; the same job again resumes, and does nothing once it is complete."""
+        """Where the table is written; repeating the job resumes it, and does nothing once it is complete."""
         ...
 
     @property
     def rows_per_part(self) -> int:
-        """Samples per chunk, which is one output file: what a killed task loses at most."""
+        """Samples per chunk (one output file), the most that is lost when a task is killed."""
         ...
 
     @property
     def max_quarantined_share(self) -> float:
-        """Share of the samples that may be unusable before the job stops; duplicates do not count."""
+        """Largest share of unusable samples before the job stops; duplicates do not count."""
         ...
 
     @property
     def num_readers(self) -> int:
-        """Tasks that read and prepare at a time."""
+        """Number of parallel tasks that read and prepare samples."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec(ABC):
-    """Everything that decides the table's bytes. A kind of job is a subclass, found by name on every node."""
+    """Everything that determines the table's bytes. Each kind of job is a subclass, which every node can import by
+    name.
+    """
 
     NAME: ClassVar[str]
-    """Of the job, in its progress lines."""
+    """Name of the job in its progress lines."""
     KIND: ClassVar[str]
-    """Of the table that it writes."""
+    """Kind of the table that the job writes."""
     UNIT: ClassVar[str] = "rows"
-    """What a sample is, for people: `images`."""
+    """Unit of the samples in messages, such as `images`."""
     FREE: ClassVar[frozenset[str]] = frozenset()
-    """Inputs that the manifest tells and that change no byte."""
+    """Names of inputs that the manifest records but that do not affect the table's bytes."""
 
     config: TableSettings
     fingerprint: Mapping[str, Any]
-    """What a reader of the table must match."""
+    """Properties that a reader of the table must match."""
     inputs: Mapping[str, Any]
-    """What the table is made from, its `source` among them."""
+    """What the table is made from, including its `source`."""
 
     @abstractmethod
     def prepared_schema(self) -> pa.Schema:
-        """Columns of a chunk on its way from the reading task to an actor: `sample_id`, `source_uri` and more."""
+        """Schema of a prepared chunk, which reading tasks send to actors: `sample_id`, `source_uri` and more."""
 
     @abstractmethod
     def identify(self, sample: Any) -> str:
-        """The sample's id, by its content; of equal ones the first that can be used is kept.
+        """The sample's id, a hash of its content; of samples with equal ids, the first usable one is kept.
 
         Raises:
-            BadSampleError: it lacks a part.
+            BadSampleError: the sample lacks a part.
         """
 
     @abstractmethod
     def prepare(self, sample: Any) -> dict[str, Any]:
-        """The other columns of `prepared_schema`, decoded and cut to their shapes.
+        """The remaining columns of `prepared_schema`, decoded and in their final shapes.
 
         Raises:
             BadSampleError: the sample cannot be used.
         """
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two jobs to write the same table; the cluster's size and batches are free."""
+        """The values that must be equal for two jobs to write the same table; cluster and batch size are not among
+        them.
+        """
         inputs = {name: value for name, value in self.inputs.items() if name not in self.FREE}
         return json.loads(json.dumps({**inputs, "fingerprint": self.fingerprint}))

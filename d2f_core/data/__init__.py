@@ -1,1 +1,1 @@
-"""Tables on object storage, whatever is in them: their schemas, manifests, readers and order."""
+"""Tables on object storage, independent of what they hold: schemas, manifests, readers and sample order."""

@@ -10,10 +10,10 @@ from d2f_core.data.schema import SchemaError, array_kind, is_array
 
 
 def arrays_to_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """Rows from one array or list per column of the schema; arrays are [rows, *shape of the column].
+    """A table from one array or list per column of the schema; arrays are [rows, *shape of the column].
 
     Raises:
-        SchemaError: an array of another shape.
+        SchemaError: an array's shape differs from its column's.
     """
     return pa.table([_to_arrow(columns[field.name], field) for field in schema], schema=schema)
 

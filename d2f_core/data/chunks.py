@@ -1,7 +1,7 @@
-"""Which micro-batches are put together at once, and what has to be fetched for them: by bytes, arithmetic only.
+"""Which micro-batches are assembled together, and what must be fetched for them: arithmetic on byte sizes, no I/O.
 
-A chunk is a worker's next micro-batches, read and put together at once. The rows that it needs lie in the windows of
-the order, a few rows in each of them. There are two ways to get them:
+A chunk is a run of a worker's next micro-batches that are read and assembled together. Its rows lie in the windows of
+the sample order, a few rows in each window. There are two ways to get them:
 
     whole windows   Each is fetched once and stays until no chunk ahead needs it.
     row groups      Where the windows of a chunk do not fit into the plan's buffer: of each row group with wanted rows
@@ -9,8 +9,8 @@ the order, a few rows in each of them. There are two ways to get them:
                     again, so up to ROWS OF A ROW GROUP times as much is read as is used: 4 times with rows of 2 MB that
                     were written with `manifest.rows_per_group`, 64 times, at worst, with such rows in groups of 64.
 
-Windows fit while (lanes of this worker) x window_rows x (bytes of a row) is less than about half of the buffer. What
-leads back to them is a smaller `window_rows`, or a larger buffer; the first decides the order too.
+Windows fit while (lanes of this worker) x window_rows x (bytes of a row) is less than about half of the buffer. If they
+do not fit, use a smaller `window_rows`, which also changes the sample order, or a larger buffer.
 """
 
 from collections import defaultdict
@@ -27,12 +27,12 @@ from d2f_core.data.table_reader import TableReader
 Label = TypeVar("Label", bound=Hashable)
 
 ROWS_PER_CHUNK = 1024
-"""At most, however small the rows are."""
+"""Most rows in a chunk, however small the rows are."""
 CHUNK_SHARE, FETCH_SHARE = 16, 4
-"""What part of the buffer a chunk may take, and what is being fetched: a 16th, a quarter. With the default of 2 GiB
-chunks of 1024 rows are whole up to 128 KiB a row."""
+"""Divisors of the buffer: a chunk may take a 16th of it, fetches in progress a quarter. With the default of 2 GiB, a
+chunk holds its 1024 rows up to 128 KiB a row."""
 CHUNK_COPIES = 3
-"""Of a chunk that is put together: gathered, serialised, and once more of columns that are no arrays."""
+"""Copies of a chunk in memory while it is assembled: gathered, serialised, and one more of its non-array columns."""
 READ_AHEAD_CHUNKS = 4
 
 
@@ -43,17 +43,17 @@ class Piece:
     table: int
     first: int
     end: int
-    """First and one past the last row."""
+    """`first` is the first row, `end` one past the last."""
     kept: tuple[int, ...] | None = None
-    """The rows that stay in memory; None: all."""
+    """Row numbers that stay in memory; None: all rows."""
     size: int = field(default=0, compare=False)
-    """Bytes that it takes while it is kept."""
+    """Bytes in memory while the piece is kept."""
     in_flight: int = field(default=0, compare=False)
-    """Bytes that it takes besides while it is fetched: as it lies in the file, and what of it is dropped."""
+    """Additional bytes during the fetch: the piece's bytes in the file, and the rows that are dropped afterwards."""
 
 
 Needs = list[tuple[Piece, np.ndarray]]
-"""What has to be fetched, in the order of first use, and for which places in a sequence of rows."""
+"""Pieces to fetch, in order of first use, each with the places in the run's sequence of rows that it fills."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Run:
     table: int
     epochs: np.ndarray
     rows: np.ndarray
-    """Int64 [rows] each; rows of the table."""
+    """`epochs` and `rows` are int64 [rows]; `rows` are row numbers of the table."""
     needs: Needs
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Micro-batches that are put together at once."""
+    """Micro-batches that are assembled together."""
 
     runs: list[Run]
 
@@ -79,17 +79,17 @@ class Chunk:
 
 
 def micro_batches_per_chunk(plan: StreamPlan, row_bytes: int) -> int:
-    """As many as fit into a chunk, at least one.
+    """Number of micro-batches that fit into a chunk, at least one.
 
     Args:
-        row_bytes: of the plan's largest rows.
+        row_bytes: bytes of one row in the table with the largest rows.
     """
     rows = min(ROWS_PER_CHUNK, plan.buffer_bytes // CHUNK_SHARE // max(1, row_bytes))
     return max(1, rows // plan.micro_batch_size)
 
 
 class ChunkPlanner:
-    """The chunks of one worker, from a step on. What it says to keep and to fetch stays within the plan's buffer.
+    """The chunks of one worker from a given step on; what is kept and fetched for them stays within the plan's buffer.
 
     The one exception: a chunk is at least one micro-batch, however large that is.
     """
@@ -104,15 +104,16 @@ class ChunkPlanner:
         self._per_chunk = micro_batches_per_chunk(plan, row_bytes)
         chunk = self._per_chunk * plan.micro_batch_size * row_bytes
         self.fetch_bytes = plan.buffer_bytes // FETCH_SHARE
-        """Bytes for what is in flight."""
+        """Bytes available to fetches in progress."""
         self._room = plan.buffer_bytes - self.fetch_bytes - CHUNK_COPIES * chunk
-        """Bytes for what is kept."""
+        """Bytes available to pieces that are kept."""
         self._chunks: dict[int, Chunk] = {}
 
     def ahead(self, number: int) -> list[Chunk]:
-        """A chunk and those behind it that should be fetched by now: `READ_AHEAD_CHUNKS`, or as many as there is room.
+        """Chunk `number` and the chunks after it to fetch now: up to `READ_AHEAD_CHUNKS`, fewer if the buffer is full.
 
-        A chunk that was among those of the chunk before is among these.
+        The later chunks that were returned for `number - 1` are returned for `number` too, so no fetch is cancelled in
+        vain.
         """
         found, planned, kept, room = [], {}, set[Piece](), self._room
         for later in range(number, number + 1 + READ_AHEAD_CHUNKS):
@@ -142,7 +143,7 @@ class ChunkPlanner:
         return Run(table, epochs, rows, find(micro_batches))
 
     def _windows(self, micro_batches: list[MicroBatch]) -> Needs:
-        """The windows that hold their rows."""
+        """The windows that hold the micro-batches' rows."""
         labels = [
             (one.source, window)
             for one in micro_batches
@@ -156,7 +157,7 @@ class ChunkPlanner:
         return needs
 
     def _row_groups(self, micro_batches: list[MicroBatch]) -> Needs:
-        """The row groups that hold their rows, and these rows of them."""
+        """The row groups that hold the micro-batches' rows; of each group only these rows are kept."""
         table, needs = self._plan.table_of[micro_batches[0].source], []
         rows, reader = np.concatenate([one.rows for one in micro_batches]), self._readers[table]
         for number, places in _places_by_label(reader.groups_of(rows).tolist()):
@@ -168,7 +169,7 @@ class ChunkPlanner:
 
 
 def _places_by_label(labels: Iterable[Label]) -> list[tuple[Label, np.ndarray]]:
-    """Each label, in the order of first use, and where it stands."""
+    """Each distinct label, in order of first use, with its positions (int64) in `labels`."""
     places = defaultdict[Label, list[int]](list)
     for place, label in enumerate(labels):
         places[label].append(place)
@@ -176,7 +177,9 @@ def _places_by_label(labels: Iterable[Label]) -> list[tuple[Label, np.ndarray]]:
 
 
 def _rows_around(reader: TableReader, first: int, end: int) -> int:
-    """Rows of the row groups in which some rows lie: all of them stay in memory, for a slice of them holds them all."""
+    """Number of rows in the row groups that hold rows `first` to `end` - 1. All stay in memory: a slice references them
+    all.
+    """
     numbers = reader.groups_of(np.array([first, end - 1])).tolist()
     (low,), (high,) = (reader.row_groups(number, number) for number in numbers)
     return high.end - low.first

@@ -1,7 +1,7 @@
-"""Depth maps as samples: the columns of their tables, what is learnt of them, and below which latents they are whole.
+"""Depth maps as samples: their table's columns, the affine-invariant form that is learnt, and masks of valid latents.
 
-A depth map is float32 [height, width]: metres along the optical axis, NaN where there is none. A network learns its
-affine-invariant form, in which neither unit nor offset is left, as three equal channels through an image autoencoder.
+A depth map is float32 [height, width]: metres along the optical axis, NaN where depth is unknown. A network learns its
+affine-invariant form (scale and offset removed), encoded by an image autoencoder as three equal channels.
 
 Source: Ke et al., "Repurposing Diffusion-Based Image Generators for Monocular Depth Estimation" (Marigold), CVPR 2024,
 arXiv:2312.02145.
@@ -23,20 +23,20 @@ DEPTH_SCHEMA = pa.schema(
         pa.field("scene", pa.string(), nullable=False),
     ]
 )
-"""One row per pair: `image` is a PNG, JPEG or WebP file, `depth` a .npy file (`depth_files.encode_depth`), `scene` says
-in words what is seen. `sample_id` is that of the image alone (`schema.sample_id(image, "")`), so that what was
-predicted from an image finds its depth."""
+"""One row per pair: `image` is a PNG, JPEG or WebP file, `depth` a .npy file (`depth_files.encode_depth`), `scene`
+describes the scene in words. `sample_id` is that of the image alone (`schema.sample_id(image, "")`), so that
+predictions from an image can be matched with its depth."""
 
 
 class BadDepthError(BadImageError):
-    """A pair that is left out because of its depth; the message is a code and a detail, the ledger's reason."""
+    """A pair that is left out because of its depth; the message, `code: detail`, is the reason in the ledger."""
 
 
 def clean_depth(depth: np.ndarray) -> np.ndarray:
-    """Float32 depth with NaN for all that is no depth: infinite, zero and negative values.
+    """Float32 depth with NaN in place of infinite, zero and negative values.
 
-    Data sets write these where nothing was measured (sky, reflections, a sensor's holes), so the pixel is left out and
-    not the pair; a pair without any pixel left is refused by `normalise_depth`.
+    Data sets write such values where nothing was measured (sky, reflections, a sensor's holes), so the pixel is left
+    out, not the pair; `normalise_depth` refuses a pair without any valid pixel.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         depth = np.asarray(depth, np.float32)
@@ -44,7 +44,7 @@ def clean_depth(depth: np.ndarray) -> np.ndarray:
 
 
 def planar_depth(distance: np.ndarray, focal: float) -> np.ndarray:
-    """Depth along the optical axis of distances [height, width] to the camera's centre.
+    """Depth along the optical axis, from distances [height, width] to the camera's centre.
 
     Pixel centres lie at -(width - 1) / 2 ... (width - 1) / 2, the optical axis passes through the middle of the image:
     depth = distance * focal / |(x, y, focal)|.
@@ -61,12 +61,12 @@ def planar_depth(distance: np.ndarray, focal: float) -> np.ndarray:
 
 
 def crop_and_resize(values: np.ndarray, crop: Sequence[int], size: int) -> np.ndarray:
-    """The nearest value to each pixel's centre, [size, size], of a square part of values [height, width].
+    """Crop a square from values [height, width] and resize it to [size, size] by nearest neighbour.
 
-    Depth is never averaged: between a near and a far surface there is none.
+    Depth is never averaged: between a near and a far surface the mean is no depth of either.
 
     Args:
-        crop: left, top, right, bottom of the part.
+        crop: left, top, right, bottom of the square in pixels.
     """
     left, top, right, bottom = crop
     rows = top + ((np.arange(size) + 0.5) * (bottom - top) / size).astype(int)
@@ -77,13 +77,13 @@ def crop_and_resize(values: np.ndarray, crop: Sequence[int], size: int) -> np.nd
 def normalise_depth(
     depth: np.ndarray, valid: np.ndarray, low: float = 0.02, high: float = 0.98
 ) -> tuple[np.ndarray, float, float]:
-    """The affine-invariant form of a depth map, and the depths at its ends -1 and 1.
+    """The affine-invariant form of a depth map, and the depths that were mapped to -1 and 1.
 
-    The quantiles `low` and `high` of the valid pixels go to -1 and 1, what lies outside is clipped, and pixels without
-    depth become 1, the far end.
+    The quantiles `low` and `high` of the valid pixels are mapped to -1 and 1, values outside are clipped, and pixels
+    without depth become 1, the far end.
 
     Args:
-        depth: float [height, width]; only its valid pixels are looked at.
+        depth: float [height, width]; only its valid pixels are used.
         valid: bool [height, width].
 
     Returns:
@@ -106,14 +106,14 @@ def normalise_depth(
 
 
 def latent_mask(valid: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
-    """Uint8 [1, h, w]: 1 where every pixel below a latent is valid.
+    """Uint8 [1, h, w]: 1 where every pixel that a latent covers is valid.
 
     Args:
         valid: bool [height, width].
         latent_size: h, w; they divide height and width.
 
     Raises:
-        BadDepthError: `mask_size` when they do not; `no_valid_depth` when no latent is left.
+        BadDepthError: `mask_size` when they do not; `no_valid_depth` when no latent is valid.
     """
     (height, width), (h, w) = valid.shape, latent_size
     if height % h or width % w:

@@ -1,4 +1,4 @@
-"""Depth maps and masks as files: .npy and 16-bit PNG. What a file declares is checked before any array is made."""
+"""Depth maps and masks as files: .npy and 16-bit PNG. Declared sizes are checked before any array is allocated."""
 
 import io
 from typing import Any
@@ -10,12 +10,12 @@ from d2f_core.data.depth import BadDepthError, clean_depth
 from d2f_core.data.image_headers import PNG, BadImageError, read_declared, too_large
 
 MAX_DEPTH_BYTES = 256 * 2**20
-"""Largest depth or mask file that is read."""
+"""Largest depth or mask file that is read, in bytes."""
 MAX_DEPTH_PIXELS = 50_000_000
 MAX_NPY_HEADER = 1000
-"""Bytes; numpy writes 118 for a two-dimensional array."""
+"""Longest .npy header in bytes; numpy writes 118 for a two-dimensional array."""
 NO_DEPTH_LEVEL = 65535
-"""Of a 16-bit PNG: the far plane (VKITTI's sky). Zero says "no depth" too."""
+"""Level of a 16-bit PNG that means "no depth": the far plane (VKITTI's sky). Level 0 means it too."""
 
 NPY_HEADERS: dict[tuple[int, int], Any] = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -24,7 +24,7 @@ NPY_HEADERS: dict[tuple[int, int], Any] = {
 
 
 def encode_depth(depth: np.ndarray) -> bytes:
-    """A .npy file of float32 [height, width]; what is no depth becomes NaN."""
+    """A .npy file of float32 [height, width]; values that are no depth become NaN (`clean_depth`)."""
     if depth.ndim != 2:
         raise BadDepthError(f"bad_depth: an array of shape {depth.shape}, not [height, width]")
     sink = io.BytesIO()
@@ -55,7 +55,7 @@ def decode_npy(data: bytes, max_numbers: int) -> np.ndarray:
     try:
         read_header = NPY_HEADERS[np.lib.format.read_magic(file)]
         shape, fortran, dtype = read_header(file, max_header_size=MAX_NPY_HEADER)
-    except Exception as error:  # the header is Python text, which fails to parse in a dozen ways; each means the same
+    except Exception as error:  # the header is a Python literal: parsing it raises a dozen types
         raise BadDepthError(f"bad_depth: no .npy file ({type(error).__name__})") from None
     if dtype.kind != "f":
         raise BadDepthError(f"bad_depth: numbers of type {dtype}, not floating point")

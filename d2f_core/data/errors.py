@@ -2,4 +2,4 @@
 
 
 class BadSampleError(ValueError):
-    """A sample that cannot be used; the message is a code and a detail, the ledger's reason."""
+    """A sample that cannot be used; the message, `code: detail`, is the reason in the ledger."""

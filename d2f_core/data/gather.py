@@ -1,4 +1,4 @@
-"""Rows of several tables, put together in a given order and serialised by micro-batch."""
+"""Rows of several tables, assembled in a given order and serialised per micro-batch."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,22 +7,22 @@ from d2f_core.data.arrays import array_bytes
 from d2f_core.data.schema import is_array
 
 Part = tuple[pa.Table, np.ndarray, np.ndarray]
-"""A table, int64 numbers of rows of it, and int64 numbers of the rows that they become."""
+"""A table, int64 row numbers in it, and their int64 row numbers in the result."""
 
 
 class Gatherer:
-    """Keeps its memory from one call to the next: pages that are touched anew cost as much time as the copy itself."""
+    """Assembles rows in buffers that each call reuses: page faults of new memory would cost as much as the copy."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], np.ndarray] = {}
 
     def gather(self, parts: list[Part], rows: int) -> pa.Table:
-        """Rows of several tables of one schema together.
+        """One table with rows of several tables of one schema.
 
         Array columns are copied once, row by row, into memory that the next call overwrites.
 
         Args:
-            parts: together they give each of the `rows` rows of the result once.
+            parts: together they fill each of the result's `rows` rows exactly once.
         """
         schema, columns = parts[0][0].schema, []
         source, filled = np.empty(rows, np.int64), 0
@@ -49,7 +49,7 @@ class Gatherer:
 
 
 def _copy_rows(column: pa.ChunkedArray, places: np.ndarray, out: np.ndarray, target: np.ndarray) -> None:
-    """out[target] = column[places], all rows being bytes of one length."""
+    """out[target] = column[places] for a column of fixed-size bytes."""
     chunks = [array_bytes(chunk) for chunk in column.chunks]
     starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
     numbers = np.searchsorted(starts, places, side="right") - 1
@@ -59,7 +59,7 @@ def _copy_rows(column: pa.ChunkedArray, places: np.ndarray, out: np.ndarray, tar
 
 
 def serialised(table: pa.Table, size: int) -> pa.LargeBinaryArray:
-    """Each `size` rows of the table as an IPC stream of their own."""
+    """The table as Arrow IPC streams of `size` rows each."""
     count = -(-table.num_rows // size)
     data = pa.allocate_buffer(table.nbytes + count * (4096 + 1024 * table.num_columns))  # room for the headers
     sink, ends = pa.FixedSizeBufferWriter(data), [0]

@@ -1,4 +1,4 @@
-"""What an image file declares, read before a decoder sees it, and the file without what is no part of the picture.
+"""What an image file declares, read before any decoder runs, and the file with its metadata removed.
 
 Metadata is where small files grow: a text chunk of 300 KB holds 256 MB, and an EXIF block of 1 MB whose 40,000 entries
 all name the same half megabyte is 20 GB to a reader that copies each value. Decoders defend themselves in different
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from d2f_core.data.errors import BadSampleError
 
 MAX_IMAGE_BYTES = 100 * 2**20
-"""Largest image file that is read."""
+"""Largest image file that is read, in bytes."""
 MAX_PARTS = 100_000
-"""Chunks of a PNG or WebP, segments of a JPEG. A file of 100 MB in pieces of 8 KB, as libpng cuts them, has 13,000."""
+"""Most chunks of a PNG or WebP, or segments of a JPEG. A 100 MB file in libpng's 8 KB pieces has 13,000."""
 MAX_SCANS = 100
-"""Of a progressive JPEG; encoders write about 10. Each costs a pass over the whole picture, however few its bytes."""
+"""Most scans of a progressive JPEG; encoders write about 10. Each costs a pass over the picture, however few its
+bytes."""
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 PNG_PICTURE = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -33,27 +34,27 @@ ORIENTATION_TAG, SHORT, LONG = 0x0112, 3, 4
 
 
 class BadImageError(BadSampleError):
-    """An image that is left out; the message is a code and a detail, the ledger's reason."""
+    """An image that is left out; the message, `code: detail`, is the reason in the ledger."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What an image file says of itself; nothing of it was decoded."""
+    """What an image file's headers declare; no pixel was decoded."""
 
     format: str
     """PNG, JPEG or WEBP."""
     width: int
-    """Pixels, before turning upright."""
+    """`width` and `height` in pixels as stored, before the orientation is applied."""
     height: int
     frames: int
     orientation: int
-    """As EXIF counts: 1 is upright, 2 to 8 are turned or mirrored."""
+    """EXIF orientation: 1 is upright, 2 to 8 are rotated or mirrored."""
     picture: bytes
-    """The file, without what a decoder need not read."""
+    """The file's bytes without the parts that a decoder does not need."""
 
 
 def too_large(size: int, most: int) -> str:
-    """The ledger's reason for what is not read because of its size."""
+    """The ledger's reason for a file that is larger than the limit and therefore not read."""
     return f"too_large: {size:,} bytes, at most {most:,} are read"
 
 
@@ -76,7 +77,9 @@ def read_declared(data: bytes) -> Declared | None:
 
 
 def _chunks(data: bytes, start: int, header: str, overhead: int, even: int) -> Iterator[tuple[bytes, int, int, int]]:
-    """(kind, start, first byte of the contents, end) of each chunk of a PNG or WebP; a cut one ends with the file."""
+    """(kind, start, first byte of the contents, end) of each chunk of a PNG or WebP; a truncated chunk ends with the
+    file.
+    """
     at = start
     for _ in range(MAX_PARTS):
         if at >= len(data):
@@ -147,7 +150,7 @@ def _jpeg(data: bytes) -> Declared:
             taken = end
         at = end
     else:
-        at = len(data)  # no end mark: for the decoder to judge
+        at = len(data)  # no end marker: the decoder decides
     if size is None:
         raise BadImageError("undecodable: no frame header")
     kept.append(view[taken:at])
@@ -175,7 +178,7 @@ def _webp(data: bytes) -> Declared:
 
 
 def _webp_size(data: bytes, kind: bytes, at: int) -> tuple[int, int]:
-    """Width and height that the first chunk declares: of the canvas, or of the one picture."""
+    """Width and height declared by the first chunk: the canvas, or the only picture."""
     if kind == b"VP8X":
         low_w, high_w, low_h, high_h = struct.unpack_from("<HBHB", data, at + 4)
         return (high_w << 16 | low_w) + 1, (high_h << 16 | low_h) + 1
@@ -189,7 +192,7 @@ def _webp_size(data: bytes, kind: bytes, at: int) -> tuple[int, int]:
 
 
 def _exif_orientation(data: bytes, start: int, end: int) -> int | None:
-    """The orientation in the first directory of an EXIF block; None for nonsense, as for a block that has none."""
+    """The orientation in the first directory of an EXIF block; None when it is missing or invalid."""
     block = data[start:end]
     while block.startswith(b"Exif\0\0"):
         block = block[6:]

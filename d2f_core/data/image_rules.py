@@ -11,16 +11,16 @@ MAX_PIXELS_LIMIT = 178_956_970
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
-    """Which images are accepted, and what becomes of them."""
+    """Which images are accepted, and how they are resized."""
 
     resolution: int
-    """Height and width in pixels of the result."""
+    """Height and width of the result in pixels."""
     min_side: int
     """Smallest accepted short side in pixels."""
     max_pixels: int
-    """Largest accepted width x height; checked before decoding, so that a decompression bomb never unfolds."""
+    """Largest accepted width x height; checked before decoding, so that a decompression bomb is never unpacked."""
     fit: Literal["crop", "pad"] = since("crop", before="crop")
-    """How an image becomes a square: by its centre square, or whole, between black bars on two sides."""
+    """How an image becomes square. `crop`: its centre square. `pad`: the whole image, with black bars on two sides."""
 
     def __post_init__(self) -> None:
         if self.fit not in ("crop", "pad"):

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> square RGB pixels, or the reason why not; and where its points come to lie."""
+"""Bytes of an image file -> square RGB pixels, or the reason why not; and the mapping between their coordinates."""
 
 import io
 import re
@@ -34,7 +34,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image of an EXIF orientation upright."""
+"""Transformation that makes an image upright, by EXIF orientation."""
 
 
 Box = tuple[int, int, int, int]
@@ -46,7 +46,7 @@ class PreparedImage:
     pixels: np.ndarray
     """uint8 [height, width, 3]."""
     width: int
-    """Of the original in pixels, upright."""
+    """`width` and `height` of the upright original in pixels."""
     height: int
     crop: Box
     """The part of the original that was kept."""
@@ -54,7 +54,7 @@ class PreparedImage:
     """Where that part lies in `pixels`; what is outside is black."""
 
     def to_pixels(self, points: np.ndarray) -> np.ndarray:
-        """Where points of the original lie in `pixels`; outside of `box` when they were cut off.
+        """Points of the original as coordinates in `pixels`; a point outside `box` was cropped away.
 
         Args:
             points: float [..., 2], x and y in pixels of the upright original from its upper left corner: the centre of
@@ -68,14 +68,14 @@ class PreparedImage:
 
 
 def _moved(points: np.ndarray, source: Box, target: Box) -> np.ndarray:
-    """Points [..., 2] of one box -> the same places of another, float64."""
+    """Map points [..., 2] from one box to another; float64."""
     (left, top, right, bottom), (to_left, to_top, to_right, to_bottom) = source, target
     scale = np.array([(to_right - to_left) / (right - left), (to_bottom - to_top) / (bottom - top)])
     return (np.asarray(points, np.float64) - (left, top)) * scale + (to_left, to_top)
 
 
 def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
-    """Decode, turn upright, make a square of it as the rules say, resize; transparency becomes white.
+    """Decode, make upright, crop or pad to a square as the rules say, resize; transparency becomes white.
 
     Raises:
         BadImageError: with the reason.
@@ -110,7 +110,7 @@ def _cropped(image: Image.Image, size: int) -> PreparedImage:
 
 
 def _padded(image: Image.Image, size: int) -> PreparedImage:
-    """All of it in the middle, the longer side as long as the square's."""
+    """The whole image, centred; its longer side fills the square."""
     width, height = image.size
     longer = max(width, height)
     inner_width, inner_height = (max(1, round(side * size / longer)) for side in (width, height))
@@ -124,7 +124,7 @@ def _padded(image: Image.Image, size: int) -> PreparedImage:
 
 
 def _check_declared(data: bytes, rules: ImageRules) -> Declared:
-    """What the file declares, if that is acceptable; nothing is decoded yet."""
+    """What the file declares, checked against the rules without decoding."""
     if not data:
         raise BadImageError("undecodable: empty file")
     if len(data) > MAX_IMAGE_BYTES:
@@ -148,7 +148,7 @@ def _check_declared(data: bytes, rules: ImageRules) -> Declared:
 
 
 def _without_addresses(error: Exception) -> str:
-    """Type and text of Pillow's error; the object in it has another address every time, and a ledger is compared."""
+    """Type and text of Pillow's error without object addresses, which would make ledgers of equal runs differ."""
     return f"{type(error).__name__}: {re.sub(r'<[^>]* object at 0x[0-9a-f]+>', 'the file', str(error))}"
 
 
@@ -156,7 +156,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """RGB of any mode that has one meaning; transparency on white.
 
     Raises:
-        BadImageError: a mode that has not, such as floating point.
+        BadImageError: a mode without one meaning, such as floating point.
     """
     if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey, which Pillow's conversion would clip
         levels = np.asarray(image) >> 8

@@ -1,10 +1,11 @@
-"""What a table consists of: its files with their sizes and hashes, what made it, and from what.
+"""What a table consists of: its files with sizes and hashes, what it was made from, and how.
 
 A table is `URI/part-*.parquet` plus `URI/manifest.json`. The manifest is written last, and only once: without it the
 table does not exist, with it the table is complete and never changes.
 
-Its size, and the time to read it, go with the number of files: the row groups of a file are written as runs of equal
-ones. A thousand million rows in 20,000 files are 4 MB of JSON, where one number per row group would be 60 MB.
+The size of a manifest, and the time to read it, are proportional to the number of files, because a file's row groups
+are run-length encoded. A thousand million rows in 20,000 files are 4 MB of JSON, where one number per row group would
+be 60 MB.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from d2f_core.storage import exists, join, read_bytes, write_bytes
 MANIFEST_NAME = "manifest.json"
 KIND_RULE = "[a-z][a-z0-9_]*"
 ROW_GROUP_BYTES = 8 * 2**20
-"""What a row group of large rows holds at most, and a reader has to fetch at least."""
+"""Largest row group of large rows, in bytes: the least that a reader can fetch."""
 
 
 class ManifestError(ValueError):
@@ -33,15 +34,15 @@ class ManifestError(ValueError):
 
 
 class ManifestNotFoundError(ManifestError):
-    """There is no manifest: the table was never finished."""
+    """No manifest exists: the table was never finished."""
 
 
 Runs = tuple[tuple[int, int], ...]
-"""Row groups of a file, in order, as runs of equal ones: (rows of each, how many)."""
+"""Row groups of a file in order, run-length encoded: (rows per group, number of groups)."""
 
 
 Buckets = tuple[tuple[str, int], ...]
-"""The buckets of a table, in row order: (value, rows of it). The rows of a bucket are consecutive."""
+"""The buckets of a table in row order: (value, number of rows). The rows of a bucket are consecutive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,31 +50,31 @@ class TableFile:
     """One parquet file of a table."""
 
     path: str
-    """Relative to the table's URI."""
+    """Path relative to the table's URI."""
     rows: int
     size: int
-    """Bytes."""
+    """File size in bytes."""
     sha256: str
     row_groups: Runs
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "TableFile":
-        """The file that `asdict` gave, or schema version 2, which listed the rows of every row group."""
+        """Inverse of `dataclasses.asdict`; also reads schema version 2, which listed the rows of every row group."""
         groups = content["row_groups"]
         listed = groups and isinstance(groups[0], int)
         return cls(**{**content, "row_groups": run_lengths(groups) if listed else tuple(map(tuple, groups))})
 
 
 def run_lengths(row_groups: Iterable[int]) -> Runs:
-    """Runs of equal row groups, of the rows of each."""
+    """Run-length encode the rows of each row group."""
     return tuple((rows, sum(1 for _ in equal)) for rows, equal in groupby(row_groups))
 
 
 def bucket_runs(values: Iterable[str]) -> Buckets:
-    """The buckets of rows whose bucket column has these values, in row order.
+    """The buckets of a table whose bucket column holds these values, in row order.
 
     Raises:
-        ManifestError: rows of one value are not consecutive.
+        ManifestError: the rows with one value are not consecutive.
     """
     runs = tuple((value, sum(1 for _ in equal)) for value, equal in groupby(values))
     _check_buckets(runs)
@@ -81,7 +82,7 @@ def bucket_runs(values: Iterable[str]) -> Buckets:
 
 
 def _check_buckets(buckets: Buckets) -> None:
-    """Raise ManifestError unless each value is a text and has one run of at least one row."""
+    """Raise ManifestError unless each value is a string and has exactly one run of at least one row."""
     seen = set[str]()
     for value, rows in buckets:
         if not isinstance(value, str) or not isinstance(rows, int) or rows < 1:
@@ -99,18 +100,19 @@ class Manifest:
     """A complete table."""
 
     kind: str
-    """What the rows are, in the words of the system that writes them: `images`, `latents`, `key_points`."""
+    """Kind of the rows, named by the system that writes them: `images`, `latents`, `key_points`."""
     files: tuple[TableFile, ...]
-    """In row order."""
+    """The table's files, in row order."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
-    """What a reader must match, such as the autoencoder of a latent table."""
+    """Properties that a reader must match, such as the autoencoder of a latent table."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """What the table was made from: source, configuration, versions."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Samples by fate; for a job over a source: read = written + quarantined. `duplicates` are quarantined ones."""
+    """Sample counts; for a job over a source: read = written + quarantined. `duplicates` counts among the
+    quarantined."""
     buckets: Buckets = ()
-    """Runs of rows of which a micro-batch may be made (see `table_plan`); most tables have none. They decide the order
-    of a training, so they are part of the digest; a manifest without any is written as if there were no such field."""
+    """Runs of rows that may share a micro-batch (see `table_plan`); most tables have none. They determine the sample
+    order, so they are part of the digest; a manifest without buckets is written without the field."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class Manifest:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row over all columns: the mean of the file with the largest rows; 0 of a table without rows."""
+        """Bytes per row over all columns: the mean of the file with the largest rows; 0 for an empty table."""
         return max((-(-file.size // file.rows) for file in self.files if file.rows), default=0)
 
     @property
@@ -154,9 +156,9 @@ class Manifest:
 
 
 def _listing_all_groups(file: TableFile) -> bytes:
-    """Canonical JSON of a file as schema version 2 had it, so that a table's digest stays what jobs noted of it.
+    """A file's entry as canonical JSON of schema version 2, so that digests recorded by earlier jobs stay valid.
 
-    By hand: through `json`, a table of 1e9 rows would take seconds.
+    Formatted by hand: through `json`, a table of 1e9 rows would take seconds.
     """
     path, sha256 = (json.dumps(text, ensure_ascii=False) for text in (file.path, file.sha256))
     groups = "".join(f"{rows}," * count for rows, count in file.row_groups)[:-1]
@@ -173,8 +175,8 @@ def read_manifest(uri: str) -> Manifest:
     """The manifest of the table at `uri`.
 
     Raises:
-        ManifestNotFoundError: there is none.
-        ManifestError: it is no manifest, or one of another schema version.
+        ManifestNotFoundError: no manifest exists there.
+        ManifestError: the file is no manifest, or has another schema version.
     """
     place = join(uri, MANIFEST_NAME)
     try:
@@ -217,7 +219,7 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
 
 
 def _to_json(manifest: Manifest) -> str:
-    """One line per file, and per bucket."""
+    """The manifest as JSON with one line per file and per bucket."""
     lists: dict[str, list[Any]] = {"files": [asdict(file) for file in manifest.files]}
     if manifest.buckets:
         lists["buckets"] = list(manifest.buckets)
@@ -245,11 +247,11 @@ def rows_per_group(row_bytes: int) -> int:
 def write_part(uri: str, name: str, table: pa.Table, *, row_group_rows: int = ROW_GROUP_ROWS) -> TableFile:
     """Write one parquet file of a table, whole or not at all; equal rows give equal bytes.
 
-    Uncompressed, in small row groups: latents and images do not shrink, and few rows are fetched cheaply.
+    Uncompressed, in small row groups: latents and images do not compress, and a few rows can be fetched cheaply.
 
     Args:
-        row_group_rows: rows per row group, the smallest piece that a reader can fetch; `rows_per_group` tells how many
-            suit rows of a size.
+        row_group_rows: rows per row group, the smallest piece that a reader can fetch; `rows_per_group` suggests a
+            value for large rows.
     """
     if row_group_rows < 1:
         raise ValueError(f"row_group_rows={row_group_rows} must be at least 1. Use rows_per_group(bytes of a row).")

@@ -1,4 +1,4 @@
-"""The rows of a plan, in its order: fetched ahead of time within the plan's buffer, and put together by chunks."""
+"""The rows of a plan in its order: fetched ahead of time within the plan's buffer, and assembled chunk by chunk."""
 
 import itertools
 import threading
@@ -18,11 +18,11 @@ from d2f_core.data.table_reader import DamagedDataError, RowRange, TableReader
 EPOCH, ROW, REASON = "epoch", "row", "reason"
 READING_THREADS = 8
 FILES_TRIED = 100
-"""Files in which a usable row is looked for before a table is given up."""
+"""Number of files searched for a usable row before a table is given up."""
 
 
 class ByteLimit:
-    """Lets as many threads go on at once as their bytes allow; one always, however many it takes."""
+    """Semaphore counted in bytes: threads wait while the sum would pass the limit; one thread may always proceed."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._taken, self._changed = limit, 0, threading.Condition()
@@ -41,12 +41,12 @@ class ByteLimit:
 
 
 class PlanReader:
-    """Ray Data actor: numbers of chunks of micro-batches -> one serialised table per micro-batch.
+    """Ray Data actor: chunk numbers -> one serialised table per micro-batch.
 
-    A table has the plan's columns and: `epoch`; `row`, unique over all tables of the plan; `reason`, null for a row
-    that can be used. One that cannot keeps its place, filled with the content of another row, and must not count.
+    A table has the plan's columns and: `epoch`; `row`, unique over all tables of the plan; `reason`, null for a usable
+    row. An unusable row keeps its place, filled with the content of another row; the loss must leave it out.
 
-    What it holds of the tables, is fetching, and puts together stays within the plan's `buffer_bytes`.
+    Rows in memory, fetches in progress and assembled chunks together stay within the plan's `buffer_bytes`.
     """
 
     def __init__(self, plan: StreamPlan, rank: int, num_workers: int, first_step: int) -> None:
@@ -91,7 +91,7 @@ class PlanReader:
         unusable = np.array([row in reasons for row in rows.tolist()])
         if unusable.all():
             parts.append((self._any_row(run.table, reasons), np.array([0]), np.array([0])))
-        if unusable.any():  # filled with the content of any other row
+        if unusable.any():  # fill them with the content of any usable row
             table, places, _ = next(part for part in parts if len(part[1]))
             parts.append((table, places[:1].repeat(unusable.sum()), np.flatnonzero(unusable)))
         table = self._gatherer.gather(parts, len(rows))
@@ -100,7 +100,7 @@ class PlanReader:
         return table.append_column(REASON, pa.array([reasons.get(row) for row in rows.tolist()], pa.string()))
 
     def _any_row(self, table: int, reasons: dict[int, str]) -> pa.Table:
-        """A row that can be used, where none of a run can: one that is at hand, or else of the first whole file."""
+        """A usable row for a run that has none: one already in memory, or else one of the first readable file."""
         at_hand = (fetched.result() for piece, fetched in self._pieces.items() if piece.table == table)
         reader = self._readers[table]
         elsewhere = (reader.read(row, row + 1) for row in reader.first_rows_of_files()[:FILES_TRIED])
@@ -127,5 +127,5 @@ def planned_table(plan: StreamPlan, uri: str) -> Manifest:
 
 
 def chunk_size(plan: StreamPlan) -> int:
-    """Micro-batches that are put together at once, by the sizes of rows in the tables' manifests."""
+    """Micro-batches per chunk, from the row sizes in the tables' manifests."""
     return micro_batches_per_chunk(plan, max(read_manifest(uri).row_bytes for uri in set(plan.tables)))

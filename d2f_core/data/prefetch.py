@@ -1,4 +1,4 @@
-"""Items of an iterator, taken ahead of time by a thread."""
+"""Items of an iterator, fetched ahead of time by a thread."""
 
 import contextlib
 import queue
@@ -8,27 +8,28 @@ from typing import TypeVar
 
 T = TypeVar("T")
 LOOK_SECONDS = 1.0
-"""Between two looks of a thread that waits for room whether anybody still wants its items."""
+"""Interval at which a thread that waits for a free place checks whether its consumer still exists."""
 
 
 class _End:
-    """What follows the last item: nothing, or the error that ended the iterator."""
+    """End marker after the last item; carries the error that ended the iterator, if any."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
 
 
 class Prefetcher(Iterator[T]):
-    """The same items in the same order; a thread begins at once to take them, up to `depth` before they are wanted.
+    """The same items in the same order; a thread starts at once and fetches up to `depth` items ahead.
 
-    An error of `items` comes where its item would have come. Closing this, or forgetting it, ends the thread.
+    An error of `items` is raised in place of the failed item. Closing the prefetcher, or dropping the last reference to
+    it, ends the thread.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
         self._ready: queue.Queue[T | _End] = queue.Queue(depth)
         self._unwanted = threading.Event()
-        # Not a method of this: a thread that holds `self` would keep it from being forgotten. A daemon: what waits
-        # for something that never comes must not keep the process from ending.
+        # Not a method: a thread that holds `self` would keep the prefetcher alive. A daemon: a thread that waits for an
+        # item that never comes must not keep the process from ending.
         work = items, self._ready, self._unwanted
         threading.Thread(target=_take, args=work, name="ahead", daemon=True).start()
 
@@ -55,7 +56,7 @@ def _take(items: Iterable[T], ready: "queue.Queue[T | _End]", unwanted: threadin
             _put(item, ready, unwanted)
             if unwanted.is_set():
                 return
-    except BaseException as caught:  # whatever it is, the consumer must hear of it
+    except BaseException as caught:  # of any type: the consumer raises it
         error = caught
     _put(_End(error), ready, unwanted)
 

@@ -12,7 +12,7 @@ from d2f_core.storage import arrow_filesystem, join, write_bytes
 QUARANTINE_NAME = "quarantine.parquet"
 
 DUPLICATE = "duplicate"
-"""Code of the one reason that costs nothing: the same sample is in the table already."""
+"""Code of the reason that loses no data: the same sample is already in the table."""
 
 QUARANTINE_SCHEMA = pa.schema(
     [
@@ -30,11 +30,11 @@ class BadSample:
 
     source_uri: str
     sample_id: str | None
-    """None when it lacks the image or the caption that make up the id."""
+    """None when the image or the caption that determine the id is missing."""
     reason: str
     """A code and a detail: `too_small: 20x30 px, the short side must be at least 64`."""
     rows: int = 1
-    """Samples that it stands for: all that follow in a piece of a file that cannot be read any further."""
+    """Number of samples that the entry stands for: the rest of a shard when a file cannot be read any further."""
 
     @property
     def code(self) -> str:
@@ -42,7 +42,7 @@ class BadSample:
 
 
 def write_quarantine(uri: str, bad: Sequence[BadSample]) -> None:
-    """Write the ledger of the table at `uri`; an empty one too, so that a reader need not ask."""
+    """Write the ledger of the table at `uri`; also when it is empty, so that the file always exists."""
     table = pa.Table.from_pylist([asdict(sample) for sample in bad], QUARANTINE_SCHEMA)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
@@ -56,7 +56,7 @@ def read_quarantine(uri: str) -> list[BadSample]:
 
 
 def reason_counts(bad: Iterable[BadSample]) -> dict[str, int]:
-    """Samples by the code of their reason, most frequent first."""
+    """Number of samples per reason code, most frequent first."""
     counts = Counter[str]()
     for sample in bad:
         counts[sample.code] += sample.rows

@@ -28,7 +28,7 @@ def _permutation(count: int, seed: int, key: int, purpose: str) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _windows(count: int, seed: int, epoch: int) -> tuple[np.ndarray, int]:
-    """The windows of an epoch in their order, and where in it the table's last one is."""
+    """The windows of an epoch in shuffled order, and the position of the table's last window in that order."""
     windows = _permutation(count, seed, epoch, "windows")
     return windows, int(np.flatnonzero(windows == count - 1)[0])
 
@@ -59,7 +59,7 @@ class SampleOrder:
     lanes: int = 16
     """Sequences of windows that are read side by side."""
     window_rows: int = 512
-    """Rows that are read at once and shuffled together."""
+    """Consecutive rows that are read and shuffled together."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout_rows < self.num_rows:
@@ -88,7 +88,7 @@ class SampleOrder:
         return np.arange(self.holdout_rows, dtype=np.int64) * self._stride
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch and row number, int64 each, of int64 positions."""
+        """Epoch and row number (int64 each) of each position (int64)."""
         epochs, offsets = np.divmod(positions, self.num_samples)
         dense = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -169,7 +169,7 @@ class SampleOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSchedule:
-    """Which bucket each batch is taken from, as a whole; each bucket has a `SampleOrder` of its own.
+    """The bucket that each batch is taken from; each bucket has its own `SampleOrder`.
 
     Over a cycle of as many batches as all buckets have per epoch (a last partial one counts), the batches of the
     buckets are shuffled; then the next cycle begins. Within a bucket batches run on across its epoch edges.

@@ -1,4 +1,4 @@
-"""Columns, types and shapes of the tables, and the name of a sample.
+"""Columns, types and shapes of the tables, and the id of a sample.
 
 An array column (a latent, a text state) holds each row's numbers as bytes of one length, with shape and dtype in its
 field metadata, for example `{"shape": "4,16,16", "dtype": "float16"}`, so that a reader needs nothing but the file.
@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 3
-"""Raised with every change that an older reader would misread. Version 2 lists the rows of every row group of a file in
-the manifest, where 3 has runs of equal ones; the tables are the same."""
+"""Incremented with every change that an older reader would misread. Version 2 manifests list the rows of every row
+group, version 3 run-length encodes them; the tables are the same."""
 
 READABLE_VERSIONS = (2, 3)
 
 ROW_GROUP_ROWS = 64
-"""Rows per parquet row group, the smallest piece that a reader can fetch, of a table whose rows are small."""
+"""Rows per parquet row group (the smallest piece that a reader can fetch) in a table with small rows."""
 
 SHAPE_KEY, DTYPE_KEY = b"shape", b"dtype"
 
@@ -39,7 +39,7 @@ class SchemaError(ValueError):
 
 
 def sample_id(image: bytes, caption: str) -> str:
-    """Name of a sample by its content: 32 hex digits, the same wherever and however often it is stored."""
+    """Content hash of a sample, 32 hex digits: equal content has the same id in every table."""
     return hashlib.sha256(image + b"\0" + caption.encode()).hexdigest()[:32]
 
 
@@ -60,7 +60,7 @@ def array_kind(field: pa.Field) -> tuple[tuple[int, ...], np.dtype]:
     """The shape and dtype in an array column's metadata.
 
     Raises:
-        SchemaError: the column is no array column, or its metadata do not fit its length.
+        SchemaError: the column is no array column, or its metadata contradict its byte length.
     """
     metadata = field.metadata or {}
     if not {SHAPE_KEY, DTYPE_KEY} <= metadata.keys() or not pa.types.is_fixed_size_binary(field.type):
@@ -77,10 +77,10 @@ def array_kind(field: pa.Field) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def check_schema(actual: pa.Schema, expected: pa.Schema, *, where: str) -> None:
-    """Refuse a table that lacks an expected column or holds it in another type or shape; more columns are fine.
+    """Refuse a table that lacks an expected column or has it with another type or shape; additional columns are fine.
 
     Raises:
-        SchemaError: names the column, what it is, and what it should be.
+        SchemaError: names the column, its type, and the expected type.
     """
     for field in expected:
         if field.name not in actual.names:

@@ -1,8 +1,8 @@
-"""A planned order of rows, read by Ray Data.
+"""Reads the rows of a plan, in its order, with Ray Data.
 
-Each worker of a training has a dataset of its own, made from the plan: numbers of micro-batches go through an actor
-that knows which rows they are, reads the windows that hold them ahead of time, and puts them together. Ray Data brings
-the actor, its restarts, prefetching and back-pressure; the order is the plan's.
+Each worker of a training has a dataset of its own, made from the plan: micro-batch numbers go through an actor that
+looks up their rows, reads the windows that hold them ahead of time, and assembles them. Ray Data brings the actor, its
+restarts, prefetching and back-pressure; the order is the plan's.
 """
 
 import time
@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
+from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray has no public export
 
 from d2f_core.data.plan_reader import PlanReader, chunk_size
 from d2f_core.data.prefetch import Prefetcher
@@ -22,25 +22,25 @@ from d2f_core.data.stream_plan import StreamPlan
 
 CHUNKS_PER_TASK = 4
 MAX_TASKS = 2000
-"""Reading tasks of one worker; the chunks of a longer training share them."""
+"""Most read tasks per worker; in a longer training, each task reads more chunks."""
 BLOCK_BYTES = 32 * 2**20
-"""Size at which a reading task hands rows on, before it has read all of its own. A block takes some 70 ms through Ray
-Data whatever its size: with half of this, half as many rows arrive in a second."""
+"""Block size in bytes at which a read task yields rows, before it has read all of them. Ray Data spends about 70 ms per
+block whatever its size: half the block size halves the rows per second."""
 READY_BYTES = 2**30
-"""Micro-batches that may wait for one worker, in the object store."""
+"""Bytes of finished micro-batches that may wait in the object store for one worker."""
 MICRO_BATCHES_AHEAD = 2
-"""Taken out of their block before the training wants them."""
+"""Micro-batches taken out of their block ahead of the training."""
 BUSY_STEP = 0.01
-"""Seconds: an executor's step that took less, and moved no block, had nothing to do."""
+"""Seconds; a scheduling step of the executor that was shorter and moved no block counts as idle."""
 SHORTEST_REST, LONGEST_REST = 0.0005, 0.03
 """Idle back-off in seconds: starts at SHORTEST_REST and doubles up to LONGEST_REST."""
 
 
 class RestingExecutor(ExecutionCallback):
-    """Lets an executor of Ray Data rest when there is nothing to wait for.
+    """Callback that makes a Ray Data executor sleep while it is idle, instead of spinning.
 
-    Its loop waits for running tasks only. Once all rows are read, or as many as may be buffered, none runs, and it
-    would turn without a pause until the training has consumed them: two thirds of a core per worker.
+    The executor's loop waits only for running tasks. When all rows are read, or the buffer is full, no task runs, and
+    the loop would spin until the training has consumed rows: two thirds of a core per worker.
     """
 
     def __init__(self) -> None:
@@ -58,17 +58,17 @@ class RestingExecutor(ExecutionCallback):
 
 
 def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: int) -> ray.data.DataIterator:
-    """What `micro_batches` reads: the rows of one worker from `first_step` on, in plan order."""
+    """Dataset iterator for `micro_batches`: the rows of one worker from `first_step` on, in plan order."""
     micro = (plan.num_steps - first_step) * plan.per_step(num_workers)
     chunks = np.arange(-(-micro // chunk_size(plan)), dtype=np.int64)
-    # Made here, because each of `ray.data.range`'s reading tasks would start a process for a few numbers.
+    # Built in this process: each read task of `ray.data.range` would start a process for a few numbers.
     tasks = min(-(-len(chunks) // CHUNKS_PER_TASK), MAX_TASKS)
     blocks = [pa.table({"chunk": part}) for part in np.array_split(chunks, tasks)]
     dataset = ray.data.from_arrow(blocks)
     configure(dataset)
     context = dataset.context
     context.execution_options.preserve_order = True
-    # By default a quarter of the node's memory is filled with rows that are not wanted yet.
+    # By default, Ray Data would fill a quarter of the node's memory with rows read ahead.
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=READY_BYTES)
     context.enable_progress_bars = False  # the worker logs plain lines of its own
     context.target_max_block_size = BLOCK_BYTES
@@ -81,8 +81,8 @@ def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: i
         num_cpus=0.5,
         zero_copy_batch=True,
     )
-    # A split into one: its executor runs in an actor. Beside the training loop it would take the interpreter's lock
-    # every few milliseconds, which made steps three times as long on a small CPU model.
+    # A split into one, because its executor then runs in an actor. In the training process it would take the GIL every
+    # few milliseconds, which made steps three times as long on a small CPU model.
     return dataset.streaming_split(1)[0]
 
 
@@ -99,7 +99,7 @@ def _micro_batches(shard: Any) -> Iterator[pa.Table]:
 
 
 def _parts(chunk: pa.LargeBinaryArray) -> Iterator[pa.Buffer]:
-    """Its values where they lie: an element of an Arrow array is a copy, half a millisecond for each two megabytes."""
+    """The array's values without copying: indexing an Arrow array copies, which takes 0.5 ms per 2 MB."""
     _, ends, data = chunk.buffers()
     places = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
     for start, end in pairwise(places):

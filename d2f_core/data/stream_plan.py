@@ -19,18 +19,18 @@ BUFFER_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Consecutive rows of a table that share batches: a bucket. Often all of the table's."""
+    """A bucket: consecutive rows of a table, often all of them, that share batches."""
 
     uri: str
     order: SampleOrder
-    """Of these rows, counted from the first of them."""
+    """Sample order of the source's rows, numbered from its first row."""
     first_row: int = 0
     """Where in the table they begin."""
     digest: str = ""
     """Of the table, as it was when the run was planned; a reader refuses another one. Empty: any table will do."""
 
     def holdout(self) -> np.ndarray:
-        """Int64 rows of the table that training never sees."""
+        """Int64 row numbers of the table that training never sees."""
         return self.order.holdout() + self.first_row
 
     def window_of(self, rows: np.ndarray) -> np.ndarray:
@@ -45,14 +45,14 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one worker uses in one forward pass."""
+    """The rows that one worker uses in one forward pass."""
 
     source: int
-    """Which of the plan's sources."""
+    """Index of the source in the plan's `sources`."""
     epochs: np.ndarray
-    """Int64 [samples]: how often the source was used up before."""
+    """Int64 [samples]: each row's epoch: how often the source had been used up before."""
     rows: np.ndarray
-    """Int64 [samples]: rows of the source's table."""
+    """Int64 [samples]: row numbers in the source's table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class StreamPlan:
     """The data of a whole training."""
 
     sources: tuple[Source, ...]
-    """The sources of one table stand together, in row order, and cover it."""
+    """Sources of the same table are adjacent, in row order, and cover the table."""
     columns: tuple[str, ...]
     global_batch_size: int
     micro_batch_size: int
@@ -68,9 +68,9 @@ class StreamPlan:
     """Optimizer steps of the whole training."""
     seed: int = 0
     one_source_per: Literal["global_batch", "micro_batch"] = "global_batch"
-    """What holds rows of one source only; the `batch` of the sources' orders is the size of that."""
+    """Unit that holds rows of one source only; `batch` in the sources' orders is its size."""
     buffer_bytes: int = BUFFER_BYTES
-    """Memory of each worker's reader. It decides how much is read ahead, never which rows come when."""
+    """Memory of each worker's reader in bytes. It determines how much is read ahead, never the order of rows."""
 
     def __post_init__(self) -> None:
         if self.buffer_bytes < 1:
@@ -101,7 +101,7 @@ class StreamPlan:
 
     @property
     def _batch_size(self) -> int:
-        """Rows that one source gives at once."""
+        """Rows in the unit that holds one source only."""
         return self.global_batch_size if self.one_source_per == "global_batch" else self.micro_batch_size
 
     @cached_property
@@ -111,17 +111,17 @@ class StreamPlan:
 
     @cached_property
     def tables(self) -> tuple[str, ...]:
-        """URIs of the tables, each once for every time that its rows are listed."""
+        """URIs of the tables; a table that was given twice appears twice."""
         return tuple(source.uri for source in self.sources if not source.first_row)
 
     @cached_property
     def table_of(self) -> tuple[int, ...]:
-        """The number in `tables` of each source's table: a source from row 0 on begins the next."""
+        """Index in `tables` of each source's table: every source with `first_row` 0 starts a new table."""
         return tuple((np.cumsum([not source.first_row for source in self.sources]) - 1).tolist())
 
     @cached_property
     def first_rows(self) -> tuple[int, ...]:
-        """Of each source what to add to a row number of its table, so that numbers are unique over all tables."""
+        """Offset per source that makes its table's row numbers unique over all tables."""
         before = np.cumsum([0, *(source.order.num_rows for source in self.sources[:-1])])
         return tuple((before - [source.first_row for source in self.sources]).tolist())
 
@@ -131,13 +131,13 @@ class StreamPlan:
         return sum(source.order.num_samples for source in self.sources)
 
     def per_step(self, num_workers: int) -> int:
-        """Micro-batches of one worker in an optimizer step."""
+        """Micro-batches per worker and optimizer step."""
         return self.global_batch_size // num_workers // self.micro_batch_size
 
     def positions(self, step: int, part: int, rank: int, num_workers: int) -> tuple[int, np.ndarray]:
         """The source, and int64 positions in its order, of one worker's micro-batch `part` of a step.
 
-        A step's global batch is cut into one contiguous share per worker, each share into micro-batches.
+        A step's global batch is split into one contiguous share per worker, and each share into micro-batches.
         """
         offset = rank * (self.global_batch_size // num_workers) + part * self.micro_batch_size
         if self.one_source_per == "micro_batch":

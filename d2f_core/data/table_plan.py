@@ -1,4 +1,4 @@
-"""The plan of a training over tables, and what of it stored work is known by.
+"""The plan of a training over tables, and the part of it that identifies stored work.
 
 A bucket holds the rows that may share a batch. By default each table is one, and each global batch comes from one of
 them. With a bucket column the runs in the tables' manifests are the buckets (a category, a cluster), hundreds if need
@@ -8,9 +8,9 @@ be, and each micro-batch comes from one of those:
                     bucket gives its own number, shuffled; so buckets come up in proportion to their rows.
     which rows      The bucket's own order of samples, which runs on across its epochs: each row exactly once in every
                     epoch of the bucket. Nothing is dropped and nothing left over: where a bucket's rows end within a
-                    micro-batch, its next epoch fills it up. So the epochs of small buckets run ahead of those of large
-                    ones by less than a micro-batch a cycle; and a bucket with fewer rows than a micro-batch holds some
-                    of them twice in one.
+                    micro-batch, its next epoch fills it up. So small buckets run ahead of large ones by less than a
+                    micro-batch per cycle; and a bucket with fewer rows than a micro-batch holds some of them twice in
+                    one.
     held out        `holdout_rows` rows of each bucket, spread evenly over it.
 
 The buckets of consecutive micro-batches lie all over the table, so a row group is rarely wanted twice within a short
@@ -34,7 +34,7 @@ class BucketError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class OrderConfig:
-    """What decides, beside the tables, which rows come when and together with which others."""
+    """Settings that determine, together with the tables, the order of rows and which rows share a batch."""
 
     seed: int = 0
     global_batch_size: int
@@ -43,18 +43,18 @@ class OrderConfig:
     """Samples per forward pass."""
     lanes: int = 16
     window_rows: int = 512
-    """See `SampleOrder`."""
+    """Consecutive rows that are read and shuffled together; see `SampleOrder`."""
     bucket_column: str = ""
-    """Column whose values are the tables' buckets: each micro-batch holds rows of one. Empty: a table is a bucket. The
-    runs in the manifests are taken for this column's; the name itself goes into the identity alone."""
+    """Column whose values are the tables' buckets: each micro-batch holds rows of one. Empty: each table is one bucket.
+    The buckets themselves are read from the manifests; the name is used only in the identity."""
     micro_batches_matter: bool = False
-    """Whether the loss depends on which samples share a micro-batch, as one does that contrasts them with each other.
-    With a bucket column it always counts as if it did."""
+    """Whether the loss depends on which samples share a micro-batch, as a contrastive loss does. Always assumed with a
+    bucket column."""
 
     def identity(self) -> dict[str, Any]:
-        """What must stay the same for a training to go on with the samples, and the losses, that it would have had.
+        """The values that must stay the same for a resumed training to see the same samples and losses.
 
-        The micro-batch size is part of it where it decides what is computed, and free to change where it does not.
+        The micro-batch size is included only where it changes what is computed.
         """
         names = ["seed", "global_batch_size", "lanes", "window_rows"]
         names += ["bucket_column"] * bool(self.bucket_column)
@@ -71,13 +71,13 @@ def plan_tables(
     holdout_rows: int,
     num_steps: int,
 ) -> StreamPlan:
-    """Which rows are trained on when, and which are held out.
+    """Plan the order of the training rows and the held-out rows.
 
     Args:
-        holdout_rows: rows of each bucket that are only validated on.
+        holdout_rows: rows of each bucket that are kept for validation.
 
     Raises:
-        BucketError: a bucket column is given, and a table has no buckets, or one without rows to train on.
+        BucketError: a bucket column is given, but a table has no buckets, or a bucket has no rows to train on.
     """
     sources = [
         source
@@ -96,14 +96,14 @@ def plan_tables(
 
 
 def _sources(uri: str, manifest: Manifest, order: OrderConfig, holdout_rows: int) -> Iterator[Source]:
-    """The whole table, or each of its buckets."""
+    """One source for the whole table, or one per bucket."""
     if not order.bucket_column:
         yield Source(uri=uri, order=_order(order, manifest.num_rows, holdout_rows, order.seed), digest=manifest.digest)
         return
     _check_buckets(uri, manifest, order, holdout_rows)
     first, digest = 0, manifest.digest
     for value, rows in manifest.buckets:
-        # A seed of its own, or buckets of one size would all be shuffled alike.
+        # Each bucket has its own seed, or buckets of equal size would all be shuffled alike.
         seed = int(keyed_generator(order.seed, value, "bucket").integers(2**62))
         yield Source(uri=uri, order=_order(order, rows, holdout_rows, seed), first_row=first, digest=digest)
         first += rows

@@ -1,4 +1,4 @@
-"""Rows of a table by number, read by row group; rows that cannot be used come with the reason."""
+"""Rows of a table by number, read in row groups; unusable rows are reported with the reason."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ FORMAT = pads.ParquetFileFormat(
     default_fragment_scan_options=pads.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
 )
 OPEN_FILES = 256
-"""Files whose footers are kept."""
+"""Number of files whose parquet footers are cached."""
 
 
 class DamagedDataError(ValueError):
-    """Rows that were asked for cannot be read or hold numbers that are not finite."""
+    """Requested rows cannot be read, or hold numbers that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class RowRange:
     table: pa.Table
     """The rows that could be read."""
     places: np.ndarray
-    """Int64 [rows]: where in `table` each row of the range lies; -1 for one that could not be used."""
+    """Int64 [rows]: index in `table` of each row of the range; -1 for an unusable row."""
     reasons: dict[int, str]
-    """Row number -> why it cannot be used."""
+    """Row number -> why the row cannot be used."""
 
     def keeping(self, rows: np.ndarray) -> "RowRange":
-        """The same range with the content of these rows (int64, ascending) alone, copied; of others none is left."""
+        """The same range with only these rows (int64, ascending), copied, so that the memory of the others can be
+        freed.
+        """
         places = self.places[rows - self.first]
         usable = places >= 0
         kept = np.full_like(self.places, -1)
@@ -53,17 +55,17 @@ class RowGroup:
 
     file: int
     number: int
-    """Within its file."""
+    """Number of the row group within its file."""
     first: int
     end: int
-    """First and one past the last row."""
+    """`first` is the first row in the table, `end` one past the last."""
 
 
 class TableReader:
     """Reads consecutive rows; safe to use from several threads.
 
-    It holds a few numbers per run of equal row groups, of which a file of `write_part` has two at most: as many as
-    there are rows would take seconds and gigabytes in a table of 1e9.
+    It holds a few numbers per run of equal row groups, at most two runs for a file of `write_part`: an index with a
+    number per row would take seconds and gigabytes for a table of 1e9 rows.
     """
 
     def __init__(self, uri: str, manifest: Manifest, columns: Sequence[str]) -> None:
@@ -72,9 +74,9 @@ class TableReader:
         self._files = manifest.files
         self.row_bytes = manifest.row_bytes
         runs = [(number, *run) for number, file in enumerate(manifest.files) for run in file.row_groups]
-        # Of each run: its file, and the rows of each of its groups.
+        # For each run: its file, and the rows per row group.
         self._run_files, self._run_sizes, counts = np.array(runs, np.int64).reshape(-1, 3).T
-        # The first row and the first group of each run, and one past the last of all.
+        # First row and first row group of each run, plus one past the last.
         self._run_rows = np.concatenate([[0], np.cumsum(self._run_sizes * counts)])
         self._run_groups = np.concatenate([[0], np.cumsum(counts)])
         self._fragment = lru_cache(OPEN_FILES)(self._open)
@@ -87,10 +89,10 @@ class TableReader:
         return fragment
 
     def _check_size(self, file: TableFile) -> None:
-        """Raise ArrowInvalid or FileNotFoundError unless the file is as long as its manifest says.
+        """Raise ArrowInvalid or FileNotFoundError unless the file has the size that the manifest states.
 
-        Arrow must never be given a size that is too large: what S3 does not send of a range stays in its buffer as the
-        memory was, which may be the end of the file read before, checksums and all.
+        Arrow must never be given too large a size: bytes of a range that S3 does not send keep the buffer's old
+        content, which may be the end of a file read before, with valid checksums.
         """
         path = f"{self._root}/{file.path}"
         found = storage.retried(f"look for {file.path}", lambda: self._filesystem.get_file_info(path))
@@ -101,7 +103,7 @@ class TableReader:
 
     @cached_property
     def _schema(self) -> pa.Schema:
-        """What all rows must look like: the columns of the first file that can be opened."""
+        """Schema that every row must have: the columns of the first file that can be opened."""
         for number in range(len(self._files)):
             try:
                 schema = self._fragment(number).physical_schema
@@ -111,17 +113,17 @@ class TableReader:
         raise DamagedDataError(f"No file of {self._root} can be read. Write the table again.")
 
     def first_rows_of_files(self) -> list[int]:
-        """The first row of each file that has any."""
+        """First row of each file that is not empty."""
         starts = np.cumsum([0, *(file.rows for file in self._files)])
         return [int(start) for start, file in zip(starts, self._files, strict=False) if file.rows]
 
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
-        """The row group, int64, counted over the whole table, that holds each row."""
+        """For each row, the number (int64) of its row group, counted over the whole table."""
         runs = np.searchsorted(self._run_rows, rows, side="right") - 1
         return self._run_groups[runs] + (rows - self._run_rows[runs]) // self._run_sizes[runs]
 
     def row_groups(self, first: int, last: int) -> list[RowGroup]:
-        """The row groups with these numbers, counted over the whole table, and those between."""
+        """Row groups `first` to `last` inclusive, counted over the whole table."""
         groups = np.arange(first, last + 1)
         runs = np.searchsorted(self._run_groups, groups, side="right") - 1
         files, sizes = self._run_files[runs], self._run_sizes[runs]
@@ -140,7 +142,7 @@ class TableReader:
         for _, of_file in groupby(groups, key=lambda group: group.file):
             inside = list(of_file)
             whole = self._read_groups(inside)
-            if isinstance(whole, str) and len(inside) > 1:  # find out which of them
+            if isinstance(whole, str) and len(inside) > 1:  # find the damaged groups one by one
                 pieces += [([group], self._read_groups([group])) for group in inside]
             else:
                 pieces.append((inside, whole))
@@ -162,7 +164,7 @@ class TableReader:
         return RowRange(first, table, places, reasons)
 
     def _read_groups(self, groups: list[RowGroup]) -> pa.Table | str:
-        """Row groups of one file, one after another, or why they cannot be read."""
+        """The rows of row groups of one file, or the reason why they cannot be read."""
         path = self._files[groups[0].file].path
         try:
             fragment = self._fragment(groups[0].file).subset(row_group_ids=[group.number for group in groups])
@@ -184,7 +186,7 @@ class TableReader:
 
 
 def _raise_unless_damage(error: Exception) -> None:
-    """A refusal by the storage says nothing about the data."""
+    """Re-raise an error of the storage itself: it does not mean that the data are damaged."""
     if isinstance(error, PermissionError) or ("AWS Error" in str(error) and not isinstance(error, FileNotFoundError)):
         raise error
 
@@ -194,7 +196,7 @@ def _types(schema: pa.Schema) -> str:
 
 
 def _not_finite(table: pa.Table) -> np.ndarray:
-    """Numbers of the rows that hold an infinite number or NaN in an array column."""
+    """Row numbers with an infinity or a NaN in any array column."""
     bad = np.zeros(table.num_rows, bool)
     for name in table.column_names:
         if is_array(field := table.schema.field(name)) and array_kind(field)[1].kind == "f":
@@ -206,9 +208,9 @@ def _not_finite(table: pa.Table) -> np.ndarray:
 
 
 def _hold_no_number(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Whether each row of bytes holds an infinity or a NaN: all bits of some number's exponent are set.
+    """Whether each row holds an infinity or a NaN, that is, a number with all exponent bits set.
 
-    On the bits, a few rows at a time so that they stay in the cache: 13 times as fast as `np.isfinite` on float16.
+    Tests the bits, a few rows at a time so that they stay in the cache: 13 times as fast as `np.isfinite` on float16.
     """
     integer = np.dtype(f"u{dtype.itemsize}").type
     magnitude, least = integer(np.iinfo(integer).max >> 1), np.array(np.inf, dtype).view(integer)
@@ -221,7 +223,7 @@ def _hold_no_number(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 class RowReader:
-    """Any rows in any order."""
+    """Reads any rows of a table in any order."""
 
     def __init__(self, uri: str, manifest: Manifest, columns: Sequence[str]) -> None:
         self._reader = TableReader(uri, manifest, columns)
@@ -230,7 +232,7 @@ class RowReader:
         """The given rows, in the given order.
 
         Raises:
-            DamagedDataError: one of them cannot be used.
+            DamagedDataError: one of the rows cannot be used.
         """
         groups, ranges = self._reader.groups_of(rows), dict[int, RowRange]()
         for number in np.unique(groups).tolist():

@@ -1,1 +1,1 @@
-"""Judgement, whatever is judged: values with intervals, and the gate."""
+"""Judging models, independent of what they produce: values with confidence intervals, and the promotion gate."""

@@ -1,7 +1,7 @@
-"""Intervals by resampling: which images a resampled set holds, and the interval of what was computed on such sets.
+"""Bootstrap confidence intervals: the resampled sets of images, and the interval of a statistic on these sets.
 
-A bootstrap is a matrix of counts [replicates, n] (how often each image was drawn), so that sets that share their images
-can share their draws and be compared in pairs.
+A bootstrap is a matrix of counts [replicates, n] (how often each image was drawn), so that models evaluated on the same
+images can share the draws and be compared in pairs.
 """
 
 import numpy as np
@@ -10,16 +10,16 @@ Array = np.ndarray
 
 
 def bootstrap_counts(images: int, replicates: int, seed: int) -> Array:
-    """How often each image is drawn, int64 [replicates, images]; a function of the arguments alone."""
+    """How often each image is drawn, int64 [replicates, images]; depends only on the arguments."""
     generator = np.random.Generator(np.random.Philox(seed))
     return generator.multinomial(images, np.full(images, 1 / images), size=replicates)
 
 
 def percentile_interval(value: float, replicates: Array, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of a statistic, moved by the bootstrap's own bias.
+    """Percentile interval of a statistic, corrected for the bootstrap's bias.
 
-    A resampled set has fewer different images, which carries distances upward; without the move the interval of a small
-    distance would lie above the distance itself.
+    A resampled set has fewer distinct images, which raises distances; uncorrected, the interval of a small distance
+    would lie above the distance itself.
     """
     edge = (1 - level) / 2
     low, high = np.quantile(replicates, [edge, 1 - edge]) - (replicates.mean() - value)

@@ -1,26 +1,27 @@
-"""The rules of the promotion gate. Light: no numpy."""
+"""The rules of the promotion gate. Imports no numpy."""
 
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 NAMED = re.compile(r"(?P<metric>[A-Za-z][\w.@-]*)@(?P<evaluations>[1-9][0-9]*)")
-"""The last @ parts them: a metric's own name may hold one, as pck@0.1 does."""
+"""Metric and number of evaluations, split at the last @, because a metric's own name may contain one (pck@0.1)."""
 FLOW_LOSS = "flow_loss"
 PER_MODEL = (FLOW_LOSS, "straightness")
-"""Metrics with one value per model, whatever the number of evaluations: named without one, and kept under 0."""
+"""Metrics with one value per model, independent of the number of evaluations: named without a number, and stored under
+0."""
 
 
 class GateError(ValueError):
-    """A gate whose rules cannot be applied, with the reason and the fix."""
+    """The gate's rules cannot be applied; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """An absolute bound, whatever the champion does."""
+    """An absolute bound on a metric, independent of the champion's value."""
 
     metric: str
-    """NAME@EVALUATIONS, e.g. frechet@4."""
+    """Metric as NAME@EVALUATIONS, e.g. frechet@4."""
     at_most: float | None = None
     at_least: float | None = None
 
@@ -32,24 +33,24 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """When a candidate passes: it is better where it must be, and nowhere worse than tolerated."""
+    """When a candidate passes: it is better by the deciding metric, and no other is worse than tolerated."""
 
     metric: str = "frechet@4"
-    """NAME@EVALUATIONS that decides; names: frechet, kernel, precision, recall, clip_score, failed; and by itself
-    straightness, or flow_loss, the held-out loss that each model's training measured."""
+    """Deciding metric as NAME@EVALUATIONS, with the names frechet, kernel, precision, recall, clip_score and failed;
+    or, without a number, straightness or flow_loss, the held-out loss from each model's training."""
     max_ratio: float = 1.0
-    """Candidate over champion at most; where more is better, champion over candidate. 0.95 asks for 5 % better."""
+    """Largest ratio of candidate to champion (of champion to candidate if more is better); 0.95 requires 5 % better."""
     must_not_regress: tuple[str, ...] = ()
-    """Further ones that may not get worse by more than `tolerance`. flow_loss here refuses a model that only knows its
-    training images better; compare trainings that held out the same rows."""
+    """Further metrics that may not get worse by more than `tolerance`. flow_loss here refuses a model that only
+    memorised its training images; compare trainings with the same held-out rows."""
     tolerance: float = 0.05
-    """Share of the champion's value by which those may be worse."""
+    """Largest regression of `must_not_regress` metrics, as a share of the champion's value."""
     confident: bool = False
-    """The upper end of the paired difference's interval must keep the bound, not the measured value alone."""
+    """Require the upper end of the paired difference's confidence interval to keep the bound, not only the value."""
     limits: tuple[Limit, ...] = ()
-    """Absolute bounds."""
+    """Absolute bounds on metrics."""
     without_champion: Literal["beat_base", "limits"] = "beat_base"
-    """The first candidate: compared to the base model, or by `limits` alone."""
+    """How a candidate without a champion is judged: against the base model, or only by `limits`."""
 
     def __post_init__(self) -> None:
         for name in (self.metric, *self.must_not_regress):
@@ -61,12 +62,12 @@ class GateConfig:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Every metric that a rule reads."""
+        """All metrics that the rules read."""
         return (self.metric, *self.must_not_regress, *(limit.metric for limit in self.limits))
 
 
 def parse_metric(name: str) -> tuple[str, int]:
-    """`frechet@4` as its two parts, `flow_loss` with 0. Raises GateError for any other form."""
+    """Split `frechet@4` into name and number; the number of `flow_loss` is 0. Raises GateError for any other form."""
     if name in PER_MODEL:
         return name, 0
     found = NAMED.fullmatch(name)

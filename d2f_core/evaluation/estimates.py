@@ -1,4 +1,4 @@
-"""Measured values with their intervals, by model and number of network evaluations."""
+"""Measured values with confidence intervals, by model and number of network evaluations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from d2f_core.evaluation.bootstrap import percentile_interval
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Estimate:
-    """A value, the 95 % interval that a bootstrap over images gives it, and of how many images it is."""
+    """A value, its 95 % interval from a bootstrap over images, and the number of images."""
 
     value: float
     low: float
     high: float
     count: int
     replicates: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
-    """The value on every resampled set; sets of the same prompts were resampled alike."""
+    """The value on each resampled set; sets of the same prompts share their draws."""
 
     @classmethod
     def of(cls, value: float, replicates: np.ndarray, count: int) -> "Estimate":
@@ -31,17 +31,17 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One quantity, for every model at every number of evaluations."""
+    """One metric's values for every model and number of network evaluations."""
 
     name: str
-    """In full, with the feature network and its dimensions; the name in MLflow."""
+    """Full name, including the feature network and its dimensions; used in MLflow."""
     title: str
-    """What a report calls it."""
+    """Title in reports."""
     higher_is_better: bool
     values: Mapping[str, Mapping[int, Estimate]]
-    """By role (candidate, champion, base), then by number of network evaluations."""
+    """Values by role (candidate, champion, base), then by number of network evaluations."""
     floor: Estimate | None = None
-    """Between two halves of the real images: what sampling noise alone gives."""
+    """Value between two halves of the real images, which is due to sampling noise alone."""
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -16,27 +16,27 @@ Against = Literal["champion", "base"]
 
 @dataclass(frozen=True, kw_only=True)
 class RuleResult:
-    """One rule, and what it found."""
+    """One rule and its result."""
 
     rule: str
-    """In words."""
+    """The rule in words."""
     holds: bool
     metric: str
     candidate: float | None = None
     bound: float | None = None
     reference: float | None = None
-    """The champion's or base's value."""
+    """The value of the champion or base."""
     interval: tuple[float, float] | None = None
-    """Of the paired difference candidate - reference."""
+    """Confidence interval of the paired difference candidate - reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the gate says."""
+    """The gate's decision."""
 
     passed: bool
     reason: str
-    """One line."""
+    """The reason in one line."""
     against: Against | None
     rules: tuple[RuleResult, ...] = ()
 
@@ -45,7 +45,7 @@ class Verdict:
 
 
 def check_gate(config: GateConfig, measured: set[str], evaluations: tuple[int, ...]) -> None:
-    """Refuse rules about what will not be measured, before anything is generated.
+    """Refuse rules on metrics that will not be measured, before anything is generated.
 
     Args:
         measured: names of the metrics.
@@ -67,8 +67,8 @@ def judge(config: GateConfig, metrics: Mapping[str, Metric], roles: set[str]) ->
     """Apply every rule to the measured values.
 
     Args:
-        metrics: by short name (`frechet`), each with values by role and number of evaluations.
-        roles: which models were measured; `candidate` is one of them.
+        metrics: metrics by short name (`frechet`), each with values by role and number of evaluations.
+        roles: roles of the measured models, including `candidate`.
     """
     against: Against | None = "champion" if "champion" in roles else None
     if against is None and config.without_champion == "beat_base":
@@ -78,10 +78,10 @@ def judge(config: GateConfig, metrics: Mapping[str, Metric], roles: set[str]) ->
     rules = []
     if against is not None:
         better = metrics[parse_metric(config.metric)[0]].higher_is_better
-        # As a share of the reference by which the candidate may be worse: below 0, it must be better.
+        # Share of the reference by which the candidate may be worse; below 0, it must be better.
         slack = 1 - 1 / config.max_ratio if better else config.max_ratio - 1
         rules.append(_compare(config, config.metric, slack, metrics, against))
-        # A base as it is was trained by others: there is no held-out loss of it.
+        # An unchanged base has no held-out loss, because this project did not train it.
         kept = [name for name in config.must_not_regress if against == "champion" or name != FLOW_LOSS]
         rules += [_compare(config, name, config.tolerance, metrics, against) for name in kept]
     rules += [_limit(limit, metrics) for limit in config.limits]
@@ -96,8 +96,8 @@ def _compare(
 ) -> RuleResult:
     """Whether the candidate is worse than the reference by at most `slack` times the reference's size.
 
-    As a difference, because an unbiased kernel distance can be 0 or below, where a ratio says nothing. Above 0 the two
-    are the same.
+    Compared as a difference, because an unbiased kernel distance can be 0 or negative, where a ratio is meaningless.
+    For positive values both are equivalent.
     """
     metric, candidate, reference = _find(name, metrics, against)
     if candidate is None or reference is None:
@@ -120,7 +120,7 @@ def _compare(
 
 
 def _difference(candidate: Estimate, reference: Estimate) -> tuple[float, float]:
-    """Interval of candidate - reference, from replicates that drew the same prompts."""
+    """Confidence interval of candidate - reference, from replicates that drew the same prompts."""
     difference = candidate.value - reference.value
     if not len(candidate.replicates) or len(candidate.replicates) != len(reference.replicates):
         return difference, difference

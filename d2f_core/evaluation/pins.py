@@ -1,4 +1,6 @@
-"""What an evaluation compares: versions pinned once and kept beside the output; the champion's alias moves last."""
+"""The models that an evaluation compares: versions pinned once and stored at the output; the champion's alias moves
+last.
+"""
 
 import json
 import logging
@@ -12,16 +14,16 @@ logger = logging.getLogger(__name__)
 PINS_NAME = "models.json"
 REGISTERED = "models:/"
 AUTO = "auto"
-"""As a champion: whatever version the champion's alias names when the evaluation begins."""
+"""Champion setting for the version that the champion's alias names when the evaluation begins."""
 
 
 class PinError(ValueError):
-    """An output that evaluates other models, or an alias that moved meanwhile."""
+    """The output evaluates other models, or the alias moved during the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pins:
-    """URIs without aliases, by role; "" where there is none."""
+    """URIs without aliases by role; "" if there is no model in the role."""
 
     candidate: str
     champion: str
@@ -37,7 +39,7 @@ def registered_name(uri: str) -> str:
 
 
 def pin_models(output: str, *, candidate: str, champion: str, champion_alias: str, base: str) -> Pins:
-    """Pin the models of an evaluation; of one that is resumed, those that it began with.
+    """Pin the models of an evaluation; a resumed evaluation keeps the champion that it began with.
 
     Args:
         champion: a URI, "auto" for the version that `champion_alias` of the candidate's name names, or "" for none.
@@ -45,7 +47,7 @@ def pin_models(output: str, *, candidate: str, champion: str, champion_alias: st
 
     Raises:
         PinError: the output evaluates another candidate or base.
-        TrackingError: no such version.
+        TrackingError: a version does not exist.
     """
     pinned = Pins(
         candidate=pin_model(candidate),
@@ -59,7 +61,7 @@ def pin_models(output: str, *, candidate: str, champion: str, champion_alias: st
     for role in ("candidate", "base"):
         if (old := getattr(there, role)) != (new := getattr(pinned, role)):
             raise PinError(f"{output!r} evaluates the {role} {old!r}, not {new!r}. Give another output.")
-    # The champion may have moved since, to this very candidate even: what was begun against the old one stays so.
+    # The champion may have moved since, even to this candidate; the comparison keeps the champion it began with.
     return there
 
 
@@ -72,7 +74,7 @@ def _champion(candidate: str, champion: str, alias: str) -> str:
 
 
 def keep_pins(output: str, pins: Pins) -> None:
-    """Write the pinned URIs at the output; an earlier run's stay."""
+    """Write the pinned URIs at the output, unless an earlier run already did."""
     try:
         write_bytes(join(output, PINS_NAME), pins.to_json(), exclusive=True)
     except FileExistsError:
@@ -83,10 +85,10 @@ def promote_candidate(pins: Pins, *, champion: str, champion_alias: str) -> None
     """Move the alias to the candidate, a registered version, unless it has moved since the evaluation began.
 
     Args:
-        champion: as `pin_models` got it.
+        champion: as given to `pin_models`.
 
     Raises:
-        PinError: the alias names another version than the one that was compared.
+        PinError: the alias now names a version other than the one compared.
     """
     name, version = registered_name(pins.candidate), pins.candidate.rsplit("/", 1)[-1]
     now = get_alias(name, champion_alias)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: files at its output, and an MLflow run of its own with charts against evaluations."""
+"""Records an evaluation: files at its output, and an MLflow run with charts over the number of network evaluations."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_files(output: str, files: Mapping[str, bytes]) -> None:
-    """Write files at the output, by their names."""
+    """Write files, given by name, at the output."""
     for name, content in files.items():
         write_bytes(join(output, name), content)
 
@@ -31,7 +31,7 @@ def log_evaluation(
     files: Mapping[str, bytes],
     values: Mapping[str, float] | None = None,
 ) -> None:
-    """Log an evaluation as an MLflow run; nothing when `config.experiment` is empty.
+    """Log an evaluation as an MLflow run; does nothing when `config.experiment` is empty.
 
     Args:
         config: dataclass with `experiment` and `output`, which is the run's key.
@@ -59,7 +59,7 @@ def log_evaluation(
 
 
 def _at(metrics: Mapping[str, Metric], count: int) -> dict[str, float]:
-    """What the run gets at the step `count`."""
+    """The run's metrics at the step `count`."""
     return {
         f"{role}/{metric.name}": values[count].value
         for metric in metrics.values()

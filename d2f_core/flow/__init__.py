@@ -1,1 +1,1 @@
-"""Diff2Flow's jobs: encoding, sampling, depth, evaluation, serving and publishing."""
+"""Jobs around Diff2Flow models: encoding, sampling, depth, evaluation, serving and publishing."""

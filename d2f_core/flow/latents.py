@@ -1,4 +1,4 @@
-"""Latent tables: their columns, and whether the model that is to be trained can learn from them."""
+"""Latent tables: their columns, and whether they fit the model to be trained."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError, array_field
 
 DEPTH_TASK = "image_to_depth"
-"""What the fingerprint of a depth latent table says under `task`."""
+"""Value of `task` in the fingerprint of a depth latent table."""
 
 
 def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | None = None) -> pa.Schema:
@@ -24,10 +24,10 @@ def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | No
         pa.field("caption", text, nullable=False),
         array_field("latent_mean", "float16", latent_shape),
         array_field("latent_std", "float16", latent_shape),
-        # Height x width in pixels of the image that was encoded: samples of one bucket can share a batch.
+        # Height x width in pixels of the encoded image: samples of one bucket can share a batch.
         pa.field("bucket", text, nullable=False),
         pa.field("source_uri", text, nullable=False),
-        # Size of the original image, and the box (left, top, right, bottom) of it that was kept, in its pixels.
+        # Size of the original image, and the box (left, top, right, bottom) that was kept, in pixels of the original.
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         array_field("crop", "int32", (4,)),
@@ -38,9 +38,11 @@ def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | No
 
 
 def depth_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:
-    """Columns of a depth latent table: `latent_schema` of the depth pictures, with an empty caption, and two more.
+    """Columns of a depth latent table: those of `latent_schema` for the depth pictures, with empty captions, and two
+    more.
 
-    `joined_mean` is the (scaled) mean of the image's latent; `mask` is 1 where every pixel below a latent has a depth.
+    `joined_mean` is the (scaled) mean of the image's latent; `mask` is 1 where every pixel that a latent covers has a
+    depth.
 
     Args:
         latent_shape: channels, height, width.
@@ -52,7 +54,7 @@ def depth_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:
 
 
 def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
-    """Refuse latents that another autoencoder made.
+    """Refuse latents of another autoencoder.
 
     Raises:
         SchemaError: the table holds no latents, or those of another autoencoder.
@@ -68,13 +70,14 @@ def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
 
 
 def noise_columns(manifests: Sequence[Manifest], base_hash: str) -> tuple[str, ...]:
-    """`("noise",)` when the tables are pairs: each latent with the noise that a model made it from.
+    """`("noise",)` if the tables hold pairs, that is, each latent with the noise that a model generated it from; else
+    `()`.
 
     Args:
-        base_hash: of the base model that is to be trained.
+        base_hash: content hash of the base model to be trained.
 
     Raises:
-        SchemaError: pairs of another base model, or some tables with noise and some without.
+        SchemaError: the pairs belong to another base model, or only some of the tables have noise.
     """
     makers = [manifest.fingerprint.get("made_by") or {} for manifest in manifests]
     pairs = [maker for maker in makers if maker.get("pairs")]

@@ -1,4 +1,4 @@
-"""Names under which registered versions find this project: each holds a copy of the loader that it was registered with.
+"""Old import names for registered versions, each of which contains a copy of the loader that it was registered with.
 
-Not for new code: `flow/` is where these live. Names and call signatures stay.
+Not for new code, which imports from `flow/`. Names and call signatures must not change.
 """

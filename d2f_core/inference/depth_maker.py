@@ -1,4 +1,4 @@
-"""`d2f_core.flow.depth.predictor`, for versions that were registered before it had that name."""
+"""Old name of `d2f_core.flow.depth.predictor`, for versions that were registered under it."""
 
 from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 

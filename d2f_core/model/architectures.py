@@ -84,7 +84,7 @@ _VAE: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A base model's networks by their configs. Build them under `torch.device("meta")` and they take no memory."""
+    """The configs of a base model's networks. Networks built under `torch.device("meta")` take no memory."""
 
     unet: Config
     text_encoders: tuple[Config, ...]
@@ -97,7 +97,7 @@ class Architecture:
 
     @property
     def resolution(self) -> int:
-        """Height and width in pixels that the UNet was made for."""
+        """Height and width in pixels of the images that the UNet was trained on."""
         return int(self.unet["sample_size"]) * self.pixels_per_latent
 
     def build_unet(self) -> UNet2DConditionModel:
@@ -107,7 +107,7 @@ class Architecture:
         return cast(Any, AutoencoderKL).from_config(dict(self.vae))
 
     def build_text_encoders(self) -> list[nn.Module]:
-        """One of CLIP's, or SDXL's two, of which the second projects."""
+        """The CLIP text encoder; SDXL has two, the second with a projection."""
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
         kinds: tuple[Any, Any] = CLIPTextModel, CLIPTextModelWithProjection
@@ -125,10 +125,10 @@ KNOWN = {
 
 
 def read_architecture(name: str) -> Architecture:
-    """One of `KNOWN`, or that of a base model's directory (local or s3://), of which only the configs are read.
+    """An architecture by its name in `KNOWN`, or from the configs in a base model's directory (local or s3://).
 
     Raises:
-        BaseModelError: no such name, or a config is missing.
+        BaseModelError: the name is unknown, or a config is missing.
     """
     if name in KNOWN:
         return KNOWN[name]

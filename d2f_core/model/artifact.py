@@ -1,11 +1,11 @@
-"""A trained model as files: weights, where its base is, and how to sample it.
+"""A trained model as files: its weights, the base they belong to, and how to sample it.
 
     diff2flow.json            the description below
     unet/                     full finetuning: a diffusers UNet
     adapter/                  LoRA: PEFT's adapter_config.json and adapter_model.safetensors
 
 A model card (README.md), samples.png and the training's config.yaml may lie beside them. Safetensors and JSON only:
-nothing in it can run code, and `artifact_files.check_files` refuses a directory that holds anything else.
+nothing in an artifact can run code, and `artifact_files.check_files` refuses a directory with any other file.
 """
 
 import os
@@ -54,12 +54,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """A model that is ready to sample: a base as it is, or finetuned."""
+    """A model that is ready to sample: an unchanged base model, or a finetuned one."""
 
     base: BaseModel
     network: nn.Module
     objective: str
-    """diff2flow, flow_matching or diffusion: what the weights were last trained with."""
+    """diff2flow, flow_matching or diffusion: the loss that the weights were last trained with."""
     sampling: SamplingDefaults
     content_hash: str
     task: TaskName = "text_to_image"
@@ -78,14 +78,16 @@ class TrainedModel:
 
     @property
     def velocity_field(self) -> VelocityField | NaiveVelocityField:
-        """(x_t, t, **condition) -> velocity; the condition by the denoiser's argument names, `text_states` at least."""
+        """(x_t, t, **condition) -> velocity; the condition is given by the denoiser's argument names, at least
+        `text_states`.
+        """
         if self.objective == "flow_matching":
             return NaiveVelocityField(self.denoiser, self.schedule)
         return VelocityField(self.denoiser, self.schedule, self.prediction_type)
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of its images, where nothing else is asked for."""
+        """Height and width in pixels of the model's images when no size is given."""
         edge = self.sampling.resolution
         return (edge, edge) if edge else self.base.default_size
 
@@ -95,10 +97,10 @@ class TrainedModel:
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put trained weights, by parameter name, into a network made as for the training.
+    """Copy trained weights, by parameter name, into a network built as it was for the training.
 
     Raises:
-        ArtifactError: the network has no such parameter, or a trained one is missing.
+        ArtifactError: a weight has no parameter in the network, or a trained parameter has no weight.
     """
     unknown = network.load_state_dict(dict(weights), strict=False).unexpected_keys
     missing = [name for name, p in network.named_parameters() if p.requires_grad and name not in weights]
@@ -113,12 +115,12 @@ def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
     """Load a base model (sampled by DDIM) or a trained artifact, by local directory or s3:// prefix.
 
     Args:
-        base_uri: where the base lies here, when it moved; its hash must still be the one that was trained on.
+        base_uri: the base's present location, if it has moved; its hash must equal that of the base trained on.
 
     Raises:
-        ArtifactError: a file that no artifact has, a hash that is not as described (of the base, the schedule or the
-            weights), or an unknown format.
-        BaseModelError: neither an artifact nor a base model lies there.
+        ArtifactError: a file that does not belong in an artifact, an unknown format, or a hash (of the base, the
+            schedule or the weights) that differs from the description's.
+        BaseModelError: `uri` holds neither an artifact nor a base model.
     """
     directory = local_copy(uri)
     if not os.path.lexists(directory / DESCRIPTION):
@@ -175,7 +177,7 @@ def _check_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> No
 
 
 def _load_network(uri: str, directory: Path, base: BaseModel, description: Mapping[str, Any]) -> nn.Module:
-    """Raises ArtifactError when a library cannot make the described network of the checked files."""
+    """Build the described network from the checked files; raises ArtifactError when a library cannot."""
     method, extra = description["method"], description["joined_channels"]
     try:
         if method == "lora":
@@ -199,7 +201,7 @@ def _load_network(uri: str, directory: Path, base: BaseModel, description: Mappi
 
 
 def _load_whole_unet(directory: Path) -> nn.Module:
-    """A UNet all of whose weights are in its files: diffusers draws missing ones at random, with a warning."""
+    """Load a UNet and check that its files hold all weights: diffusers only warns, and draws missing ones at random."""
     unet, info = cast(Any, UNet2DConditionModel).from_pretrained(
         directory, use_safetensors=True, output_loading_info=True
     )

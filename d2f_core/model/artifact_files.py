@@ -1,8 +1,8 @@
-"""What an artifact's directory may hold, checked before anything in it is loaded, parsed by a library or hashed.
+"""Checks which files an artifact's directory holds, before any is loaded, parsed by a library or hashed.
 
 An artifact may come from anybody: a registry, a bucket, a download. So only files of the known layout pass: JSON that
 makes no library import code, safetensors whose header fits their bytes, a card, a picture and a plain YAML file. No
-pickle, archive, script, link or special file passes, whatever would or would not have read it.
+pickle, archive, script, link or special file passes, even if nothing would have read it.
 """
 
 import json
@@ -20,14 +20,15 @@ from d2f_core.retry import one_line
 
 MB = 2**20
 MAX_ENTRIES = 256
-"""Files and directories of one artifact."""
+"""Most files and directories in one artifact."""
 MAX_JSON_DEPTH = 32
 MAX_CONFIG_BYTES, MAX_VOCABULARY_BYTES, MAX_PICTURE_BYTES = 2 * MB, 64 * MB, 32 * MB
 MAX_YAML_BYTES = MB // 4
-"""Fewer, because YAML is parsed by Python."""
+"""Largest YAML file in bytes; smaller than for JSON, because YAML is parsed in Python."""
 MAX_DIMENSIONS = 8
 MAX_HEADER_BYTES = 8 * MB
-"""Of a safetensors file: 50,000 tensors; the library itself would parse more than ten times as much."""
+"""Largest header of a safetensors file in bytes, enough for 50,000 tensors; the library itself accepts more than ten
+times as much."""
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -51,17 +52,18 @@ CODE_KEYS = {
     "library": "diffusers", "library_name": "a hub", "__class__": "an unpickler", "__module__": "an unpickler",
     "__reduce__": "an unpickler",
 }  # fmt: skip
-"""Keys by which a config makes a library import or fetch code -> that library."""
+"""Config keys that make a library import or fetch code -> that library."""
 MODEL_LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion", "d2f_core.model.diffusers_scheduler")
-"""Where model_index.json may take classes from; `stable_diffusion` is diffusers' own package of that pipeline."""
+"""Libraries whose classes model_index.json may name; `stable_diffusion` is diffusers' own package of that pipeline."""
 UNET_CLASS = "UNet2DConditionModel"
 AUTO_MAPPING = {"base_model_class": UNET_CLASS, "parent_library": "diffusers.models.unets.unet_2d_condition"}
-"""What PEFT writes of the UNets here; its AutoPeftModel would import the library."""
+"""The only `auto_mapping` that passes, as PEFT writes it for these UNets: AutoPeftModel imports the library it
+names."""
 
 
 Layout = Sequence[tuple[re.Pattern[str], Callable[[Path], object]]]
-"""Pattern of whole relative names -> check of such a file, which raises when it is not plain data; the first match
-decides."""
+"""Pattern of whole relative file names -> function that checks such a file, and raises when it is not plain data; the
+first match decides."""
 
 
 class ArtifactError(ValueError):
@@ -72,7 +74,7 @@ def check_files(directory: Path, layout: Layout | None = None) -> None:
     """Refuse a directory that holds anything but the plain data of an artifact.
 
     Args:
-        layout: which files pass, and what is looked at in each; None: those of a diffusion model.
+        layout: which files pass, and the check of each; None: the layout of a diffusion model.
 
     Raises:
         ArtifactError: one line with the file, the rule and the fix.
@@ -90,7 +92,7 @@ def check_files(directory: Path, layout: Layout | None = None) -> None:
 
 
 class _Refusal(Exception):
-    """Rule and fix, as they stand behind a file's name."""
+    """Why a file is refused: the rule and the fix, which follow the file's name in the message."""
 
 
 def _shown(directory: Path) -> str:
@@ -98,7 +100,7 @@ def _shown(directory: Path) -> str:
 
 
 def _walk(directory: Path) -> Iterator[str]:
-    """Relative names of the regular files; no link is followed."""
+    """Relative names of the directory's regular files; links are not followed."""
     left, entries = [directory], 0
     while left:
         with os.scandir(left.pop()) as found:
@@ -117,7 +119,7 @@ def _walk(directory: Path) -> Iterator[str]:
 
 
 def _is_part(entry: os.DirEntry[str], name: str, directory: Path) -> bool:
-    """Whether a directory's entry is a known directory; False for a regular file."""
+    """Whether an entry is one of the layout's directories; False for a regular file."""
     status = entry.stat(follow_symlinks=False)
     rule = None
     if stat.S_ISDIR(status.st_mode):
@@ -154,7 +156,7 @@ def _not_a_number(text: str) -> Any:
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """A JSON object of limited depth, with each key once."""
+    """Parse a JSON object of limited depth without duplicate keys."""
     try:
         content = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_not_a_number)
     except (ValueError, RecursionError) as error:
@@ -179,7 +181,7 @@ def _entries(content: Any) -> Iterator[tuple[str | None, Any, int]]:
 
 
 def plain_json(file: Path) -> dict[str, Any]:
-    """A config that names no code to import."""
+    """Read a JSON config, and refuse one that makes a library import code."""
     content = _parsed(_limited(file, MAX_CONFIG_BYTES).read_bytes())
     if file.name == "adapter_config.json":
         _check_adapter(content)
@@ -226,7 +228,7 @@ def _index(file: Path) -> None:
 
 
 def plain_weights(file: Path) -> None:
-    """A safetensors file whose header is short enough and accounts for every byte behind it."""
+    """Check that a safetensors file's header is within the limit and accounts for every byte after it."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -246,7 +248,7 @@ def plain_weights(file: Path) -> None:
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
-    """Where a tensor lies, if its dtype, shape and place agree."""
+    """A tensor's byte range and name, if its dtype, shape and offsets agree."""
     try:
         (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         numbers = [begin, end, *shape]
@@ -254,12 +256,12 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
         if plain and end - begin == math.prod(shape) * DTYPE_BYTES[dtype]:
             return begin, end, name
     except (KeyError, TypeError, ValueError):
-        pass  # as unusable as a tensor whose numbers disagree
+        pass  # refused below, like a tensor whose numbers disagree
     raise _Refusal(f"describes the tensor {name[:60]!r} by {str(entry)[:120]}, which does not add up. Copy it again.")
 
 
 def _vocabulary(file: Path) -> None:
-    _limited(file, MAX_VOCABULARY_BYTES)  # its keys may be any words: they name nothing that is imported
+    _limited(file, MAX_VOCABULARY_BYTES)  # its keys are tokens, so they are not checked as config keys
 
 
 def plain_text(file: Path, limit: int = MAX_CONFIG_BYTES) -> str:
@@ -304,4 +306,5 @@ LAYOUT: Layout = tuple(
         (r"config\.yaml", plain_yaml),
     )
 )
-"""The parts of a base are those of an exported diffusers directory, which is an artifact too."""
+"""Files of a diffusion model's artifact; the base's parts occur in exported diffusers directories, which are artifacts
+too."""

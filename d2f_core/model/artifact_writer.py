@@ -1,8 +1,8 @@
-"""Write a trained model's files one tensor at a time: what is in memory does not grow with the model.
+"""Write a trained model's files one tensor at a time, so that memory does not grow with the model.
 
-Weights and configs are, byte for byte, what `save_pretrained` of diffusers (full) and of PEFT (LoRA) would write, but
-for two things that depend on the machine: `_name_or_path` in `unet/config.json`, which is where the base lay, and
-PEFT's README.md, an unfilled form with that path in it as a Python object.
+Weights and configs equal, byte for byte, those that `save_pretrained` of diffusers (full) and of PEFT (LoRA) would
+write. Two parts that depend on the machine are left out: `_name_or_path` in `unet/config.json`, the base's local path,
+and PEFT's README.md, an unfilled template that contains this path.
 """
 
 import contextlib
@@ -29,23 +29,23 @@ from d2f_core.model.description import DESCRIPTION, WEIGHTS, write_description
 FULL_NAMES = "diffusion_pytorch_model{suffix}.safetensors"
 LORA_NAME = "adapter_model.safetensors"
 MAX_FILE_BYTES = 10 * 10**9
-"""Of a UNet's weights in one file; diffusers' own default."""
+"""Most bytes of a UNet's weights in one file; diffusers' own default."""
 HEADER_UNIT = 8
-"""Bytes of which a safetensors header has a multiple."""
+"""Alignment of a safetensors header in bytes."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor belongs."""
+    """The file and key of a tensor."""
 
     file: str
     key: str
-    """Its name in the file."""
+    """The tensor's name in the file."""
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Bytes, in float32."""
+        """The tensor's bytes in float32."""
         return 4 * math.prod(self.shape)
 
 
@@ -58,11 +58,11 @@ def save_artifact(
     """Write a trained network (a UNet, or PEFT's wrapper around one) with its description.
 
     Args:
-        network: for its names, shapes and configs; with `weights` it may be on torch's meta device.
-        weights: (parameter name, float32 tensor) of all that the method trains, in any order; None: the network's own.
+        network: gives names, shapes and configs; may be on torch's meta device if `weights` are given.
+        weights: (parameter name, float32 tensor) of every trained parameter, in any order; None: the network's own.
 
     Raises:
-        ArtifactError: weights of another network, or no room on the disk.
+        ArtifactError: the weights belong to another network, or the disk is full.
     """
     part = directory / WEIGHTS[description["method"]]
     part.mkdir(parents=True, exist_ok=True)
@@ -81,17 +81,17 @@ def save_artifact(
 def upload_artifact(
     target: str, network: nn.Module, description: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]] | None = None
 ) -> None:
-    """`save_artifact` at a URI, in place of what may lie there; its description comes last."""
+    """Like `save_artifact`, to a URI; replaces an artifact there, and writes the description last."""
     with tempfile.TemporaryDirectory() as directory:
         save_artifact(Path(directory), network, description, weights)
         if storage.exists(storage.join(target, DESCRIPTION)):
-            for part in (DESCRIPTION, *WEIGHTS.values()):  # without a description a half-replaced model is none
+            for part in (DESCRIPTION, *WEIGHTS.values()):  # without it, a half-replaced model is not loaded
                 storage.remove_tree(storage.join(target, part))
         storage.upload_tree(Path(directory), target, last=DESCRIPTION)
 
 
 def _unet_places(state: Mapping[str, Tensor]) -> dict[str, _Place]:
-    """Parameter name -> place, as diffusers spreads a UNet over files."""
+    """Parameter name -> place, with a UNet split over files as diffusers does it."""
     empty = {name: tensor.to("meta") for name, tensor in state.items()}
     split = split_torch_state_dict_into_shards(empty, filename_pattern=FULL_NAMES, max_shard_size=MAX_FILE_BYTES)
     return {
@@ -102,7 +102,7 @@ def _unet_places(state: Mapping[str, Tensor]) -> dict[str, _Place]:
 
 
 def _adapter_places(network: nn.Module, state: dict[str, Tensor]) -> dict[str, _Place]:
-    """Parameter name -> place, as PEFT saves an adapter: it picks tensors, which tell their own names."""
+    """Parameter name -> place, as PEFT saves an adapter: it selects tensors, which are mapped back to their names."""
     names = {id(tensor): name for name, tensor in state.items()}
     saved = get_peft_model_state_dict(cast(Any, network), state_dict=state)
     return {names[id(tensor)]: _Place(LORA_NAME, key, tuple(tensor.shape)) for key, tensor in saved.items()}
@@ -123,7 +123,7 @@ def _write_adapter_config(part: Path, network: nn.Module) -> None:
 
 
 def _write_index(part: Path, places: Mapping[str, _Place]) -> None:
-    """Which file holds what, where there are several."""
+    """Write the index of tensors by file, if there are several files."""
     files = {name: place.file for name, place in places.items()}
     if len(set(files.values())) > 1:
         total = sum(place.size for place in places.values())
@@ -135,7 +135,7 @@ def _json(content: Mapping[str, Any]) -> str:
 
 
 def _write_weights(part: Path, places: Mapping[str, _Place], weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Make the files in full size, then put each tensor where it belongs as it comes."""
+    """Create the files in full size, then write each tensor to its place as it arrives."""
     needed, free = sum(place.size for place in places.values()), shutil.disk_usage(part).free
     if needed > free:
         raise ArtifactError(
@@ -166,7 +166,9 @@ def _misfit(what: str) -> ArtifactError:
 
 
 def _begin(handle: IO[bytes], places: Iterable[_Place]) -> dict[str, int]:
-    """Write the header of a safetensors file of float32 tensors, and give it its size; key -> where its bytes begin."""
+    """Write the header of a safetensors file of float32 tensors and extend the file to its size; returns key -> offset
+    of the tensor's first byte.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for place in sorted(places, key=lambda place: place.key):  # as the library orders them

@@ -1,4 +1,4 @@
-"""Pixels to latents and back, with the scaling that the diffusion network was trained with."""
+"""Pixels to latents and back, with the latent scaling that the diffusion network was trained with."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from d2f_core.model.base import BaseModel, BaseModelError
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """An AutoencoderKL in evaluation mode. Latents are scaled: about unit variance, as the UNet reads them."""
+    """An AutoencoderKL in evaluation mode. Latents are scaled to about unit variance, as the UNet expects them."""
 
     network: AutoencoderKL
     fingerprint: str
-    """sha256 of the weights, the config and the scaling: latents of another fingerprint do not fit."""
+    """sha256 of the weights, the config and the scaling; latents with another fingerprint are not compatible."""
 
     @property
     def scaling_factor(self) -> float:
@@ -36,7 +36,9 @@ class Autoencoder:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation [batch, C, H/f, W/f] of the scaled latents of pixels [batch, 3, H, W] in [-1, 1]."""
+        """Mean and standard deviation of the scaled latents, [batch, C, H/f, W/f], of pixels [batch, 3, H, W] in [-1,
+        1], where f is `downsampling`.
+        """
         posterior = cast(Any, self.network.encode(pixels.to(self.network.dtype))).latent_dist
         return posterior.mean.float() * self.scaling_factor, posterior.std.float() * self.scaling_factor
 
@@ -62,7 +64,7 @@ def load_autoencoder(
     """The base model's autoencoder, frozen.
 
     Raises:
-        BaseModelError: the base model has no vae with safetensors.
+        BaseModelError: the base model has no `vae` directory with safetensors.
     """
     fingerprint = autoencoder_fingerprint(base)
     if not any((base.path / "vae").glob("*.safetensors")):

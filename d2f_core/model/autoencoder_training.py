@@ -1,4 +1,4 @@
-"""Train an AutoencoderKL, whole or its decoder alone: pictures -> batch -> loss."""
+"""Train an AutoencoderKL, or only its decoder: pictures -> batch -> loss."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,10 @@ from d2f_core.randomness import keyed_normal
 
 
 class TrainableAutoencoder(nn.Module):
-    """An AutoencoderKL whose forward also gives what the KL term needs, and takes its noise from outside.
+    """An AutoencoderKL whose forward takes its noise as an argument, and also returns what the KL term needs.
 
     Args:
-        decoder_only: what turns pixels into latents stays as it is, and with it all latents and the networks that know
-            them.
+        decoder_only: freeze the encoder, so that existing latents, and networks trained on them, stay valid.
     """
 
     def __init__(self, autoencoder: AutoencoderKL, *, decoder_only: bool = False) -> None:
@@ -39,14 +38,14 @@ class TrainableAutoencoder(nn.Module):
 
 
 def new_autoencoder(config: Mapping[str, Any], seed: int) -> AutoencoderKL:
-    """An AutoencoderKL of that config with weights drawn from the seed."""
+    """An AutoencoderKL with the given config and weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cast(AutoencoderKL, AutoencoderKL.from_config(dict(config)))
 
 
 def decode_pixels(encoded: Sequence[bytes]) -> np.ndarray:
-    """Float32 [len(encoded), 3, H, W] in [-1, 1] of equally large images."""
+    """Float32 [len(encoded), 3, H, W] in [-1, 1] from encoded images of one size."""
     images = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) for data in encoded]
     return np.stack(images).transpose(0, 3, 1, 2) / 127.5 - 1
 
@@ -54,7 +53,7 @@ def decode_pixels(encoded: Sequence[bytes]) -> np.ndarray:
 class AutoencoderTask:
     """The task on one worker's device.
 
-    A row has one picture or several (an image, and its depth as a picture); its loss is their mean.
+    A row has one picture or several (an image, and its depth as a picture); its loss is the mean over them.
     """
 
     def __init__(self, module: TrainableAutoencoder, config: AutoencoderLossConfig, *, seed: int, device: str) -> None:
@@ -64,9 +63,11 @@ class AutoencoderTask:
         self._config, self._seed, self._device = config, seed, device
 
     def to_batch(self, pictures: np.ndarray, epochs: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor]:
-        """Pictures float32 [batch, pictures, 3, H, W] in [-1, 1] of those rows in those epochs -> tensors."""
+        """Tensors for `loss` from pictures, float32 [batch, pictures, 3, H, W] in [-1, 1], and each row's epoch and
+        number.
+        """
         batch, each, _, height, width = pictures.shape
-        keys = [  # a row's only picture keeps the noise that tables of images have always given it
+        keys = [  # a row's only picture has a key without an index, as in earlier runs
             f"{epoch}/{row}/{number}" if number else f"{epoch}/{row}"
             for epoch, row in zip(epochs, rows, strict=True)
             for number in range(each)

@@ -17,9 +17,9 @@ from d2f_core.objective.schedule import NoiseSchedule
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
-"""Apart, because no other family has or misses them."""
+"""Parts that a base model needs only if it is SDXL."""
 PROJECT_ROOT = Path(__file__).parents[2]
-"""Relative directories are also looked for beside the code: a Ray worker's own working directory is elsewhere."""
+"""Relative directories are also looked up here, because a Ray worker has another working directory."""
 
 
 class BaseModelError(ValueError):
@@ -31,11 +31,11 @@ class BaseModel:
     """A verified base model on this machine's disk."""
 
     uri: str
-    """Where it was asked for."""
+    """The URI as it was given."""
     path: Path
-    """Where it lies on this machine."""
+    """The model's directory on this machine."""
     content_hash: str
-    """sha256 over names and contents of its configs and safetensors."""
+    """sha256 over names and contents of the model's configs and safetensors."""
     prediction_type: str
     """epsilon, v_prediction or sample, as diffusers spells it."""
     scheduler_config: Mapping[str, Any]
@@ -54,7 +54,7 @@ class BaseModel:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the UNet was made for."""
+        """Height and width in pixels of the images that the UNet was trained on."""
         size = self._unet_config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.pixels_per_latent, width * self.pixels_per_latent
@@ -63,7 +63,7 @@ class BaseModel:
         """Channels, height and width of the latents of images of `height` x `width` pixels.
 
         Raises:
-            BaseModelError: a size that the autoencoder does not divide.
+            BaseModelError: the autoencoder's downsampling does not divide the size.
         """
         unit = self.pixels_per_latent
         for name, value in (("height", height), ("width", width)):
@@ -77,15 +77,15 @@ class BaseModel:
 
 
 def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
-    """Whether a UNet is of SDXL's kind: it reads pooled text and image sizes beside the text states."""
+    """Whether a UNet is SDXL's kind, which reads pooled text and image sizes in addition to the text states."""
     return unet_config.get("addition_embed_type") == "text_time"
 
 
 def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str], bool] | None = None) -> Path:
-    """The directory behind `uri` on this disk; S3 prefixes are downloaded once per version of their objects.
+    """A local directory with the contents of `uri`; S3 prefixes are downloaded once per version of their objects.
 
     Args:
-        chosen: of a file's name in the directory, whether it is copied from S3; None: all are.
+        chosen: predicate on a file's relative name that selects what is copied from S3; None: everything.
     """
     if uri.startswith("s3://"):
         storage.check_reachable(uri)
@@ -125,7 +125,7 @@ def resolve_base(uri: str, *, cache_dir: Path | None = None) -> BaseModel:
     """Fetch and check a base model.
 
     Raises:
-        BaseModelError: nothing there, or a needed part is missing.
+        BaseModelError: `uri` holds no base model, or a needed part is missing.
         ScheduleError: the scheduler config cannot be used.
     """
     path = local_copy(uri, cache_dir=cache_dir)

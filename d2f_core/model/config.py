@@ -1,4 +1,4 @@
-"""What is trained, from what, with which loss, and how it is sampled. Light: no torch."""
+"""What is trained, from what, with which loss, and how it is sampled. Imports no torch."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ PRESETS = ("base", "small", "attention")
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     rank: int = 16
-    """Inner width of each adapter."""
+    """Rank of each adapter."""
     alpha: float | None = None
-    """Scale: the adapter adds `alpha / rank * B A`; default: the rank, so a scale of 1."""
+    """Adapter scale: it adds `alpha / rank * B A` to the weights; default: the rank, so a factor of 1."""
     targets: Literal["attention", "all"] = "all"
-    """`attention`: q, k, v and output projections. `all`: also convolutions and feed-forward layers."""
+    """`attention`: q, k, v and output projections. `all`: convolutions and feed-forward layers too."""
     preset: Literal["", "base", "small", "attention"] = ""
-    """The paper's choice of layers and ranks, in place of `rank` and `targets`: on SD 2.1, `base` trains 207.5 M
-    parameters, `small` 64.7 M and `attention` (q, k, v) 10.1 M."""
+    """The paper's layers and ranks, in place of `rank` and `targets`: on SD 2.1, `base` trains 207.5 M parameters,
+    `small` 64.7 M and `attention` (q, k, v) 10.1 M."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -41,26 +41,29 @@ class ModelConfig:
     base: str
     """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
     task: TaskName = "text_to_image"
-    """image_to_depth: the depth of an image, whose latents are joined to the noisy depth latents; no text."""
+    """image_to_depth predicts depth from an image, whose latents are concatenated to the noisy depth latents; no
+    text."""
     start: str = ""
-    """A model trained on this base by the same method, to go on from, as a further round of reflow does: its directory
-    or models:/NAME/VERSION. Empty: the base as it is."""
+    """Trained model to start from, as further rounds of reflow do: its directory or models:/NAME/VERSION. It must be
+    trained on this base by the same method. Empty: start from the base."""
     from_scratch: bool = False
     """Keep the base's architecture, but start from new random weights."""
     objective: Literal["diff2flow", "flow_matching", "diffusion"] = "diff2flow"
-    """The loss: through the alignment, naive flow matching, or the base's own."""
+    """Loss: flow matching through the alignment, naive flow matching, or the base's diffusion loss."""
     method: Literal["full", "lora"] = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Used when method is lora."""
+    """LoRA settings; used when `method` is lora."""
     caption_dropout: float = 0.1
-    """Share of samples trained with the empty caption, which guidance needs. SDXL's gives zeros."""
+    """Share of samples trained with the empty caption, which classifier-free guidance needs. For SDXL the empty
+    caption's states are zeros."""
     times: TimeSampling = field(default_factory=TimeSampling)
-    """Which flow times the flow losses see."""
+    """Distribution of flow times in the flow losses."""
     shift_by_resolution: bool = False
-    """Also shift them by sqrt(pixels / pixels of the base's own size), size by size: larger images keep more signal at
-    equal flow time. Sampling has a shift of its own."""
+    """Also shift flow times by sqrt(pixels / pixels of the base's own size) for each image size: larger images keep
+    more signal at equal flow time. Sampling has its own shift."""
     min_snr_gamma: float = 0.0
-    """For the loss `diffusion`: levels with a higher signal-to-noise ratio count less; 5 is usual, 0 is off."""
+    """Min-SNR weighting of the loss `diffusion`: noise levels with a higher signal-to-noise ratio count less; 5 is
+    usual, 0 is off."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
@@ -88,21 +91,21 @@ class ModelConfig:
 
     @property
     def joins_latents(self) -> bool:
-        """Whether the network reads the latents of an image beside the noisy ones."""
+        """Whether the network reads an image's latents in addition to the noisy latents."""
         return self.task == "image_to_depth"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderLossConfig:
     square_weight: float = 1.0
-    """Weight of the mean squared error beside the mean absolute error."""
+    """Weight of the mean squared error relative to the mean absolute error."""
     kl_weight: float = 3e-4
     """Weight of the mean KL divergence per latent entry; keeps latents smooth enough to be generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """How a model is to be sampled; it travels with the weights."""
+    """Default sampling settings of a model, stored with its weights."""
 
     solver: str = "euler"
     """euler, midpoint, heun or rk4 in flow time; ddim for a diffusion model."""
@@ -111,9 +114,10 @@ class SamplingDefaults:
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 is none."""
     shift: float = 1.0
-    """Above 1, steps are spent nearer to noise, as large images need; not used by ddim."""
+    """Flow-time shift: above 1, more steps are near noise, as large images need; not used by ddim."""
     resolution: int | None = None
-    """Height and width of its images in pixels; None: of those trained on, and of a base what its UNet was made for."""
+    """Height and width of the images in pixels; None: the size of the training images, or for a base model the size its
+    UNet was trained on."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 1:
@@ -124,15 +128,15 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Samples drawn during training, always from the same noise."""
+    """Previews: samples drawn during training, always from the same noise."""
 
     prompts: tuple[str, ...] = ()
-    """Of text to image."""
+    """Prompts of a text-to-image preview."""
     rows: int = 8
-    """Of image to depth: held-out rows that are shown; 0: none."""
+    """Held-out rows shown in an image-to-depth preview; 0: none."""
     resolution: int | None = None
-    """Edge of the images in pixels, of text to image; None: that of the images trained on."""
+    """Height and width in pixels of a text-to-image preview; None: those of the training images."""
     steps: int = 10
     guidance: float = 3.0
-    """Of text to image."""
+    """Guidance scale of a text-to-image preview."""
     columns: int = 8

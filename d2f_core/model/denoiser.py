@@ -1,4 +1,4 @@
-"""A diffusers UNet as the one callable that the objective knows: `(x_dm, timestep, **condition) -> prediction`.
+"""A diffusers UNet as the callable that the objective expects: `(x_dm, timestep, **condition) -> prediction`.
 
 | base    | prediction_type | condition                                                                          |
 |---------|-----------------|------------------------------------------------------------------------------------|
@@ -6,8 +6,8 @@
 | SD 2.1  | v_prediction    | text_states [batch, 77, 1024]                                                      |
 | SDXL    | epsilon         | text_states [batch, 77, 2048], pooled_text [batch, 1280], time_ids [batch, 6]      |
 
-Each of them may also take `joined_latents` [batch, channels, h, w] (a picture to start from, say), once its first
-convolution has room for them: `extend_input_channels`.
+Each of them can also take `joined_latents` [batch, channels, h, w], such as the latents of an input image, after its
+first convolution was widened by `extend_input_channels`.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ POOLED_AND_TIME_IDS = "text_time"
 
 
 class ConditionError(ValueError):
-    """A condition that the network needs is missing, or one is given that it cannot take."""
+    """A condition that the network needs is missing, or was given one that it cannot take."""
 
 
 def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> UNet2DConditionModel:
@@ -44,7 +44,7 @@ def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> 
 
 
 def empty_unet(base: BaseModel) -> UNet2DConditionModel:
-    """The base model's UNet without numbers: names, shapes and config alone, on torch's meta device."""
+    """The base model's UNet on torch's meta device: names, shapes and config without weights."""
     with torch.device("meta"):
         return cast(Any, UNet2DConditionModel).from_config(UNet2DConditionModel.load_config(base.path / "unet"))
 
@@ -60,11 +60,11 @@ def as_denoiser(network: Callable[..., Any], dtype: torch.dtype = torch.float32)
         joined_latents: [batch, extra, h, w], joined to `x_dm` on the channel axis, for a network with C + extra inputs.
     It returns the prediction [batch, C, h, w].
 
-    Any other callable than one around a `UNet2DConditionModel` is passed what is given, unchecked.
+    A callable that does not wrap a `UNet2DConditionModel` receives the arguments unchecked.
 
     Raises:
-        ConditionError: by the result, when a condition is missing, not needed, or of the wrong shape; at once, when
-            the network needs a condition that is none of these.
+        ConditionError: raised by the result when a condition is missing, not needed, or of the wrong shape; raised at
+            once when the network needs a condition other than these.
     """
     config = _unet_config(network)
     if config and config["addition_embed_type"] not in (None, POOLED_AND_TIME_IDS):
@@ -95,7 +95,7 @@ def as_denoiser(network: Callable[..., Any], dtype: torch.dtype = torch.float32)
 
 
 def _unet_config(network: Callable[..., Any]) -> Any:
-    """The config of the UNet within, or None. An engine's own `config` is another thing, so it is never asked."""
+    """The config of the wrapped UNet, or None. Never an engine's own `config`, which has another meaning."""
     modules = network.modules() if isinstance(network, nn.Module) else ()
     return next((module.config for module in modules if isinstance(module, UNet2DConditionModel)), None)
 
@@ -152,14 +152,14 @@ def _check_channels(in_channels: int, x_dm: Tensor, joined_latents: Tensor | Non
 
 
 def extend_input_channels(unet: UNet2DConditionModel, extra: int) -> UNet2DConditionModel:
-    """Give the first convolution `extra` more input channels, in place; where they hold zeros, nothing changes.
+    """Give the first convolution `extra` more input channels, in place; zeros in them leave the output unchanged.
 
-    The new weights are copies of the old ones: the network reads the new channels as it reads its own input from the
-    first step on (Marigold, arXiv:2312.02145, halves both; then an empty picture would change the function). From
-    zeros a training takes several times as long to make use of them.
+    The new weights are copies of the old ones, so from the first step the network reads the new channels as it reads
+    its own input. (Marigold, arXiv:2312.02145, halves both; then zeros in the new channels would change the function.)
+    With weights that start at zero, a training takes several times as long to use the new channels.
 
-    Call it before adapters are added; only what trains `conv_in` (full finetuning, the LoRA presets `base` and `small`,
-    the LoRA targets `all`) can then learn to read the new channels. `unet.config.in_channels` follows.
+    Call it before adapters are added; only methods that train `conv_in` (full finetuning, the LoRA presets `base` and
+    `small`, the LoRA targets `all`) can learn to read the new channels. `unet.config.in_channels` follows.
 
     Raises:
         ValueError: `extra` is below 1, or the first convolution is already wrapped by an adapter.
@@ -172,7 +172,7 @@ def extend_input_channels(unet: UNet2DConditionModel, extra: int) -> UNet2DCondi
             f"conv_in is a {type(old).__name__}, and only a plain Conv2d can be extended. "
             "Call extend_input_channels before adding adapters."
         )
-    # skip_init draws no random numbers: the caller's stream of them goes on as if nothing had happened.
+    # skip_init draws no random numbers, so the caller's generator state is unchanged.
     wider: nn.Conv2d = cast(Any, nn.utils.skip_init)(
         nn.Conv2d,
         old.in_channels + extra,

@@ -1,4 +1,4 @@
-"""`diff2flow.json`: what a trained model is, how to sample it, and the hashes of all that it depends on."""
+"""`diff2flow.json`: what a trained model is, how to sample it, and the hashes of everything that it depends on."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from d2f_core.retry import one_line
 DESCRIPTION = "diff2flow.json"
 FORMAT_VERSION = 1
 WEIGHTS = {"full": "unet", "lora": "adapter"}
-"""Method -> the directory of the trained weights."""
+"""Training method -> directory of the trained weights."""
 MAX_JOINED_CHANNELS = 64
 OLDER = {"task": "text_to_image", "joined_channels": 0}
-"""What a description means that was written before these fields were."""
+"""Values of fields that are missing in older descriptions."""
 STRICT = dacite.Config(strict=True, cast=[float])
 
 
@@ -33,14 +33,14 @@ class _BaseReference:
 
 @dataclass(frozen=True, kw_only=True)
 class _Description:
-    """The fields of `diff2flow.json`, to check their types by."""
+    """Fields and types of `diff2flow.json`."""
 
     format_version: int
     objective: Literal["diff2flow", "flow_matching", "diffusion"]
     method: Literal["full", "lora"]
     task: TaskName
     joined_channels: int
-    """Input channels of the network for the latents of an image, beside the base's own."""
+    """Input channels for an image's latents, in addition to the base's own."""
     base: _BaseReference
     prediction_type: str
     schedule: dict[str, Any]
@@ -50,7 +50,7 @@ class _Description:
     training: dict[str, Any]
     weights_sha256: dict[str, str]
     diffusers: dict[str, Any] | None = None
-    """How an exported directory is loaded by diffusers."""
+    """How diffusers loads the directory, if it is an export."""
 
     def __post_init__(self) -> None:
         joins = self.task == "image_to_depth"
@@ -71,7 +71,7 @@ def describe(
     task: TaskName = "text_to_image",
     joined_channels: int = 0,
 ) -> dict[str, Any]:
-    """The contents of `diff2flow.json`, but for the weights' hashes."""
+    """The contents of `diff2flow.json`, without the weights' hashes."""
     return {
         "format_version": FORMAT_VERSION,
         "objective": objective,
@@ -89,12 +89,12 @@ def describe(
 
 
 def schedule_hash(scheduler_config: Mapping[str, Any]) -> str:
-    """sha256 of a scheduler config, whatever the order of its keys."""
+    """sha256 of a scheduler config, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(dict(scheduler_config), sort_keys=True).encode()).hexdigest()
 
 
 def weights_hashes(directory: Path, method: str) -> dict[str, str]:
-    """Relative name -> sha256 of the trained weights and of the configs that decide how they compute."""
+    """Relative name -> sha256 for the weight files and the configs that determine how they are used."""
     files = sorted((directory / WEIGHTS[method]).glob("*"))
     return {
         file.relative_to(directory).as_posix(): file_sha256(file)
@@ -104,7 +104,7 @@ def weights_hashes(directory: Path, method: str) -> dict[str, str]:
 
 
 def write_description(directory: Path, description: Mapping[str, Any]) -> None:
-    """Write `diff2flow.json` beside weights that are in place, with their hashes."""
+    """Write `diff2flow.json`, with the hashes of the weights, which must already be in the directory."""
     complete = {**description, "weights_sha256": weights_hashes(directory, description["method"])}
     (directory / DESCRIPTION).write_text(json.dumps(complete, indent=2, sort_keys=True) + "\n")
 
@@ -113,7 +113,8 @@ def read_description(directory: Path) -> dict[str, Any]:
     """Read and check `diff2flow.json`, after the directory's files were checked.
 
     Raises:
-        ArtifactError: a file that no artifact has, another format, or a field that is missing or of another kind.
+        ArtifactError: a file that does not belong in an artifact, an unknown format, or a field that is missing or has
+            the wrong type.
     """
     check_files(directory)
     description = json.loads((directory / DESCRIPTION).read_text())
@@ -133,5 +134,5 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def read_sampling(description: Mapping[str, Any]) -> SamplingDefaults:
-    """How a checked description says to sample."""
+    """The sampling settings in a checked description."""
     return dacite.from_dict(SamplingDefaults, description["sampling"], STRICT)

@@ -1,4 +1,4 @@
-"""The parts of a base model in diffusers' layout, copied for another pipeline directory, and which of them are missing.
+"""Copies the parts of a base model in diffusers' layout to another pipeline directory, and reports missing ones.
 
 model_index.json maps each part to [library, class], or to [null, null] where the directory has none.
 """
@@ -18,16 +18,16 @@ CLASS_FIELDS = (
     ("tokenizer_config.json", "tokenizer_class", "transformers"),
     ("preprocessor_config.json", "image_processor_type", "transformers"),
 )
-"""(file of a part, field that names its class, library of that class)"""
+"""(config file of a part, field that names its class, library of that class)"""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The file's contents; empty when there is none."""
+    """The JSON file's contents; empty when the file does not exist."""
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def copy_part(source: Path, target: Path) -> None:
-    """Copy configs, safetensors and vocabularies; what could run code when loaded (pickles, Python) stays behind."""
+    """Copy configs, safetensors and vocabularies, but no file that could run code when loaded (pickles, Python)."""
     for file in source.rglob("*"):
         if file.is_file() and file.suffix in HASHED_SUFFIXES:
             copied = target / file.relative_to(source)
@@ -43,7 +43,7 @@ def _loadable(part: Path) -> bool:
 
 
 def _class_of(part: Path) -> list[str] | None:
-    """[library, class] by the part's own config; None where it does not tell."""
+    """[library, class] from the part's own config; None if the config does not name them."""
     for file, field, library in CLASS_FIELDS:
         if value := read_json(part / file).get(field):
             return [library, value if isinstance(value, str) else value[0]]
@@ -58,14 +58,14 @@ def _why_missing(part: Path) -> str:
 
 
 def copy_base_parts(base: Path, target: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Copy all parts of a base but its UNet and scheduler.
+    """Copy all parts of a base except its UNet and scheduler.
 
     Returns:
-        The contents of model_index.json, with the base's pipeline class and without those two, and the missing parts
-        with the reason for each. What there is of a missing part is copied too.
+        The contents of model_index.json (with the base's pipeline class, without UNet and scheduler), and each missing
+        part with the reason. The existing files of an incomplete part are copied too.
     """
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", **read_json(base / MODEL_INDEX)}
-    index.pop("_name_or_path", None)  # a path of the machine that saved it
+    index.pop("_name_or_path", None)  # a local path of the machine that saved it
     named = [name for name, value in index.items() if isinstance(value, list)]
     missing = {}
     for name in dict.fromkeys([*named, *PARTS]):

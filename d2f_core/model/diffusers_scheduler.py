@@ -3,7 +3,7 @@
     import d2f_core.model.diffusers_scheduler  # diffusers looks the class up among imported modules
     pipeline = DiffusionPipeline.from_pretrained("an exported model")
 
-or, for a pipeline that is loaded already:
+or, for a pipeline that is already loaded:
 
     pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
 
@@ -37,26 +37,26 @@ SCHEDULE_FIELDS = (
     "rescale_betas_zero_snr",
     "prediction_type",
 )
-"""What decides which noise levels a network was trained on, as scheduler configs of diffusers name it."""
+"""Fields of a diffusers scheduler config that determine the noise levels a network was trained on."""
 
 TIMESTEP_TOLERANCE = 0.5
-"""How far a pipeline may round a timestep before it counts as another one."""
+"""Largest rounding of a timestep by a pipeline that still counts as the same timestep."""
 
 
 class SchedulerUseError(ValueError):
-    """A call out of order, or at a timestep that is not the run's next one."""
+    """A method was called out of order, or with a timestep that is not the run's next one."""
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The tensor in float32, or in its own type when that is wider."""
+    """The tensor in float32, or in its own dtype if that is wider."""
     return x if x.dtype.itemsize >= 4 else x.float()
 
 
 class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
     """Flow times from 0 to 1 in equal steps, moved towards noise by `shift`; one network evaluation per step.
 
-    All fields but `shift` are the base model's and mean what they mean in its own scheduler config. Weights that were
-    finetuned by the naive `flow_matching` loss put out velocities, not one of the three prediction types, and cannot be
+    All fields except `shift` are the base model's, with the same meaning as in its scheduler config. Weights that were
+    finetuned by the naive `flow_matching` loss output velocities, not one of the three prediction types, and cannot be
     sampled with this scheduler.
 
     Raises:
@@ -124,7 +124,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         """Start the run at a later step, as image-to-image pipelines do.
 
         Raises:
-            SchedulerUseError: the run has no such step.
+            SchedulerUseError: the run has fewer steps.
         """
         if self.num_inference_steps is not None and not 0 <= begin_index < self.num_inference_steps:
             raise SchedulerUseError(
@@ -137,7 +137,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         """The network's input `x_dm` [batch, *dims] of the flow state `sample` at the run's next timestep.
 
         Raises:
-            SchedulerUseError: there is no such next timestep.
+            SchedulerUseError: `timestep` is not the run's next one.
         """
         at, index = self._next(timestep)
         self._step_index = self._scaled_index = index
@@ -148,12 +148,12 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """One Euler step from the flow state `sample` [batch, *dims] with the network's `model_output`.
 
-        Computed in float32 or wider, given back in the type of `sample`.
+        Computed in float32 or wider, returned in the dtype of `sample`.
 
         Raises:
-            SchedulerUseError: not the run's next timestep, the network saw a state that `scale_model_input` has not
-                scaled, or the shapes differ.
-            NonFiniteStateError: the network failed.
+            SchedulerUseError: `timestep` is not the run's next one, the network's input was not scaled by
+                `scale_model_input`, or the shapes differ.
+            NonFiniteStateError: the network's output is not finite.
         """
         at, index = self._next(timestep)
         if self._scaled_index != index:
@@ -179,11 +179,10 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The flow state [batch, *dims] between `noise` and `original_samples` where a run starts or stands.
+        """The flow state [batch, *dims] between `noise` and `original_samples` at the run's present flow time.
 
-        In a run (after `set_begin_index` or a step) that is the run's own flow time, and `timesteps` [1] or [batch]
-        must be its next timestep. Otherwise it is the flow time of each trained noise level `timesteps` [batch],
-        0..T-1.
+        During a run (after `set_begin_index` or a step), `timesteps` [1] or [batch] must be its next timestep.
+        Otherwise the state is at the flow time of each trained noise level `timesteps` [batch], 0..T-1.
 
         Raises:
             SchedulerUseError: `timesteps` are neither.
@@ -193,7 +192,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         return state.to(original_samples.dtype)
 
     def _flow_times_at(self, timesteps: Tensor) -> Tensor:
-        """Float64 [len(timesteps)]: see `add_noise`."""
+        """Flow times, float64 [len(timesteps)], as `add_noise` describes."""
         if self._at is not None and (self._step_index is not None or self._begin_index is not None):
             for timestep in timesteps.tolist():
                 self._next(timestep)
@@ -211,10 +210,10 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         return (self._begin_index or 0) if self._step_index is None else self._step_index
 
     def _next(self, timestep: float | Tensor) -> tuple[Alignment, int]:
-        """The run's alignment and its next step.
+        """The run's alignment and the index of its next step.
 
-        Steps are counted: below and above the trained range several flow times share one timestep, so a timestep does
-        not tell where the run is. It only serves as a check, without making a GPU wait for its own queue.
+        The step is known by counting: below and above the trained range several flow times share one timestep. The
+        timestep is only checked, and after the first step not on a GPU, which would have to synchronise.
         """
         if self._at is None:
             raise SchedulerUseError("there are no flow times yet. Call set_timesteps(num_inference_steps) first.")

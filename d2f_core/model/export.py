@@ -39,33 +39,33 @@ from d2f_core.model.single_file_lora import (
 
 SCHEDULER_MODULE = Diff2FlowScheduler.__module__
 SD_VERSIONS = {768: ("sd_v1", "False"), 1024: ("sd_v2", "True")}
-"""Width of the text states -> what sd-scripts calls the base, and whether that is its `v2`."""
+"""Width of the text states -> sd-scripts' name of the base model, and its `v2` flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersExport:
-    """What was written, and what a user has to add."""
+    """The exported directory, and the parts that a user has to add."""
 
     target: str
     missing: Mapping[str, str]
-    """Part of the pipeline -> why it is not there. `from_pretrained` needs these by name, as objects or None."""
+    """Missing part of the pipeline -> reason. Pass these to `from_pretrained` by name, as objects or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFileExport:
-    """What was written, and what which reader leaves out."""
+    """The exported file, and the layers that some readers ignore."""
 
     target: str
     keys: int
     layers: int
     trained_biases: tuple[str, ...]
-    """Layers with a `diff_b`: diffusers refuses such a file, sd-scripts leaves the biases as they were."""
+    """Layers with a `diff_b`: diffusers refuses such a file, sd-scripts ignores the biases."""
     passed_over_by_kohya: tuple[str, ...]
-    """Layers that sd-scripts has no place for."""
+    """Layers that sd-scripts ignores."""
 
 
 def _artifact(model_uri: str) -> tuple[Path, dict[str, Any]]:
-    """The artifact's directory on this disk, and its description."""
+    """The artifact's local directory and its description."""
     directory = local_copy(model_uri)
     if not (directory / DESCRIPTION).is_file():
         raise ArtifactError(
@@ -85,7 +85,7 @@ def _adapter(model_uri: str, directory: Path, description: Mapping[str, Any]) ->
 
 
 def _load_for_others(model_uri: str, description: Mapping[str, Any], base_uri: str | None) -> TrainedModel:
-    """The model, merged, if other tools have a sampler for it."""
+    """The model with its adapter merged, checked to be one that other tools can sample."""
     if description["objective"] == "flow_matching":
         raise ArtifactError(
             f"{model_uri!r} was trained by the naive flow_matching loss: its network puts out velocities, which no "
@@ -106,8 +106,8 @@ def _write_unet(model: TrainedModel, target: Path) -> list[str]:
     """Write the merged UNet and return how model_index.json names it."""
     cast(Any, model.network).save_pretrained(target, safe_serialization=True)
     config = read_json(target / "config.json")
-    config.pop("_name_or_path", None)  # where the base lay on this machine
-    if edge := model.sampling.resolution:  # what diffusers' pipelines draw unless told otherwise
+    config.pop("_name_or_path", None)  # a local path of this machine
+    if edge := model.sampling.resolution:  # the default image size of diffusers' pipelines
         config["sample_size"] = edge // model.base.pixels_per_latent
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return ["diffusers", config["_class_name"]]
@@ -116,7 +116,7 @@ def _write_unet(model: TrainedModel, target: Path) -> list[str]:
 def _write_scheduler(model: TrainedModel, shift: float, target: Path) -> list[str]:
     """Write the scheduler config and return how model_index.json names it.
 
-    A model trained by the diffusion loss keeps its base's own scheduler.
+    A model trained with the diffusion loss keeps its base's scheduler.
     """
     if model.objective == "diffusion":
         copy_part(model.base.path / "scheduler", target)
@@ -155,17 +155,18 @@ def export_diffusers(model_uri: str, target: str, *, base_uri: str | None = None
 
     Args:
         model_uri: the artifact, a local directory or s3:// prefix.
-        target: a local directory or s3:// prefix; what lies there under the same names is replaced, and
-            model_index.json is written last.
-        base_uri: where the base lies here, when it moved.
+        target: a local directory or s3:// prefix; files of the same names are replaced, and model_index.json is written
+            last.
+        base_uri: the base's present location, if it has moved.
 
     Raises:
-        ArtifactError: a base model, a model of the naive `flow_matching` loss, another base, or extra input channels.
+        ArtifactError: the model is a base model, was trained with the naive `flow_matching` loss, belongs to another
+            base, or has extra input channels.
     """
     _, description = _artifact(model_uri)
     model = _load_for_others(model_uri, description, base_uri)
     shift = float(description["sampling"].get("shift", 1.0))
-    storage.remove_tree(storage.join(target, MODEL_INDEX))  # without it a half-replaced directory is none
+    storage.remove_tree(storage.join(target, MODEL_INDEX))  # without it, a half-replaced directory is not loaded
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         index, missing = copy_base_parts(model.base.path, directory)
@@ -182,12 +183,12 @@ def export_diffusers(model_uri: str, target: str, *, base_uri: str | None = None
 
 
 def export_peft(model_uri: str, target: str) -> str:
-    """Write the PEFT adapter as it is (adapter_config.json, adapter_model.safetensors), with diff2flow.json beside it.
+    """Write the PEFT adapter unchanged (adapter_config.json, adapter_model.safetensors), with diff2flow.json beside it.
 
     Load it with `PeftModel.from_pretrained(unet, target)` on the base's UNet; returns `target`.
 
     Raises:
-        ArtifactError: no trained artifact, or one without an adapter.
+        ArtifactError: the model is no trained artifact, or has no adapter.
     """
     directory, description = _artifact(model_uri)
     adapter = _adapter(model_uri, directory, description)
@@ -199,7 +200,7 @@ def export_peft(model_uri: str, target: str) -> str:
 
 
 def _lora_metadata(description: Mapping[str, Any], width: int | None) -> dict[str, str]:
-    """How the weights are to be sampled, as safetensors keeps it: strings by name."""
+    """The sampling settings as safetensors metadata, a mapping of strings."""
     sampling, schedule = description["sampling"], description["schedule"]
     metadata = {
         "d2f_format_version": str(description["format_version"]),
@@ -223,15 +224,16 @@ def export_single_file_lora(
 ) -> SingleFileExport:
     """Write a LoRA as one safetensors file for ComfyUI, sd-scripts and diffusers' `load_lora_weights`.
 
-    Layers that were trained whole (`modules_to_save`) become LoRAs of full rank, exactly; their biases have a key that
-    only ComfyUI reads. `d2f_core.model.single_file_lora` tells the layout and who reads what.
+    Fully trained layers (`modules_to_save`) become exact LoRAs of full rank; their biases have a key that only ComfyUI
+    reads. See `d2f_core.model.single_file_lora` for the layout and what each tool reads.
 
     Args:
         target: a local path or s3:// key that ends in .safetensors.
         dtype: float32 is exact; float16 halves the file.
 
     Raises:
-        ArtifactError: no LoRA artifact, a model of the naive `flow_matching` loss, or one that needs joined latents.
+        ArtifactError: the model is no LoRA artifact, was trained with the naive `flow_matching` loss, or needs joined
+            latents.
         SingleFileLoraError: the layout cannot hold the adapter, or `target` has another ending.
     """
     if not target.endswith(".safetensors"):

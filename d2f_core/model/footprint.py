@@ -1,8 +1,8 @@
-"""What one forward and backward pass takes, counted on tensors without contents: bytes and floating point operations.
+"""Memory and FLOPs of one forward and backward pass, counted on tensors without contents.
 
-The network runs under torch's FakeTensorMode: every operation says what it would allocate, and nothing is computed. So
-SDXL is counted in half a minute on a laptop. Attention is counted as a fused kernel (torch's scaled dot product, as on
-GPUs): its scores are never stored, and are computed a second time in the backward pass.
+The network runs under torch's FakeTensorMode, where operations report their allocations and compute nothing. SDXL is
+counted in half a minute on a laptop. Attention is counted as a fused kernel (torch's scaled dot product, as on GPUs):
+its scores are never stored, and are computed a second time in the backward pass.
 """
 
 import copy
@@ -25,16 +25,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from d2f_core.model.denoiser import POOLED_AND_TIME_IDS, as_denoiser
 
 TOKENS = 77
-"""Per caption, of all CLIP text encoders."""
+"""Tokens per caption of every CLIP text encoder."""
 TIME_IDS = 6
 UNCERTAIN = 1.01
-"""A peak may be too high by this factor."""
+"""The counted peak may be too high by up to this factor."""
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that are made within, for as long as they live: `with PeakMemory() as memory: ...`.
+    """Counts the bytes of tensors created inside a block while they are alive: `with PeakMemory() as memory: ...`.
 
-    What was there before does not count. Views share their tensor's bytes.
+    Tensors that existed before do not count. Views share their tensor's bytes.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class PeakMemory(TorchDispatchMode):
         self.live = 0
         """Bytes alive now."""
         self.peak = 0
-        """Most bytes alive at a time."""
+        """Most bytes alive at once."""
         self._seen = WeakIdKeyDictionary()
         self.collects = False
         """Whether garbage is collected before the peak rises by a hundredth: see `measure_pass`."""
@@ -78,31 +78,31 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class PassCount:
-    """One micro-batch through a network, forward and backward."""
+    """Cost of one micro-batch through a network, forward and backward."""
 
     held_bytes: int
-    """Kept by the forward pass for the backward pass."""
+    """Bytes of activations that the forward pass keeps for the backward pass."""
     peak_bytes: int
-    """Most at any moment of both, without the weights and without gradients that are complete."""
+    """Peak bytes during both passes, without the weights and without finished gradients."""
     forward_flops: int
     flops: int
-    """Forward and backward, with what is computed twice (attention; all blocks under activation checkpointing)."""
+    """FLOPs of both passes, recomputation included (attention; all blocks under activation checkpointing)."""
 
 
 def sizes(module: nn.Module, *, trained: bool) -> list[int]:
-    """Elements of each parameter that is (or is not) trained, in the module's order."""
+    """Number of elements of each trained (or each frozen) parameter, in the module's order."""
     return [parameter.numel() for parameter in module.parameters() if parameter.requires_grad is trained]
 
 
 def count_pass(
     network: nn.Module, *, batch: int, side: int, dtype: torch.dtype, checkpointing: bool = False
 ) -> PassCount:
-    """Count a training pass of a UNet, bare or with adapters, on any device (meta will do); it stays as it was.
+    """Count a training pass of a UNet, bare or with adapters, on any device, also meta; the UNet is not changed.
 
     Args:
         side: height and width of the latents.
         dtype: of weights and activations.
-        checkpointing: compute the blocks' activations again in the backward pass.
+        checkpointing: recompute the blocks' activations in the backward pass (activation checkpointing).
     """
     network = copy.deepcopy(network)
     unet = next(module for module in network.modules() if isinstance(module, UNet2DConditionModel))
@@ -121,7 +121,7 @@ def _materialize(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def unet_inputs(unet: UNet2DConditionModel, batch: int, side: int) -> dict[str, Tensor]:
-    """Zeros of the shapes that the denoiser around this UNet is called with, by its argument names."""
+    """Inputs of the denoiser around this UNet, as zeros of the right shapes by argument name."""
     config = cast(Any, unet.config)
     inputs = {
         "x_dm": torch.zeros(batch, config.out_channels, side, side),
@@ -137,7 +137,7 @@ def unet_inputs(unet: UNet2DConditionModel, batch: int, side: int) -> dict[str, 
 
 
 def measure_pass(network: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype) -> PassCount:
-    """Count one pass as it runs, on real tensors or on fake ones. Gradients are dropped once they are complete."""
+    """Count one pass while it runs, on real or fake tensors. Gradients are dropped when they are finished."""
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
         for parameter in network.parameters()
@@ -148,7 +148,7 @@ def measure_pass(network: nn.Module, inputs: dict[str, Tensor], dtype: torch.dty
     with _little_garbage(), PeakMemory() as memory, _flop_counter() as flops:
         prediction = denoiser(x_dm, timestep, **rest).float()
         held, forward = memory.live, flops.get_total_flops()
-        # Activation checkpointing leaves cycles behind; when Python collects them is chance, and must not count.
+        # Activation checkpointing leaves reference cycles; when Python collects them is random, and must not count.
         memory.collects = True
         prediction.square().mean().backward()
     for hook in hooks:
@@ -160,7 +160,7 @@ def measure_pass(network: nn.Module, inputs: dict[str, Tensor], dtype: torch.dty
 
 @contextmanager
 def _little_garbage() -> Iterator[None]:
-    """Let collections within look at little more than what is made within."""
+    """Freeze existing objects for the block, so that garbage collections in it only scan new objects."""
     gc.collect()
     gc.freeze()
     try:
@@ -170,12 +170,12 @@ def _little_garbage() -> Iterator[None]:
 
 
 def text_flops(encoders: Sequence[nn.Module]) -> int:
-    """Of one caption through all of them."""
+    """FLOPs of one caption through all text encoders."""
     return sum(_forward_flops(one, lambda net: net(torch.zeros(1, TOKENS, dtype=torch.long))) for one in encoders)
 
 
 def encode_flops(vae: AutoencoderKL, resolution: int) -> int:
-    """Of one image into latents."""
+    """FLOPs of encoding one image to latents."""
     return _forward_flops(vae, lambda net: net.encode(torch.zeros(1, 3, resolution, resolution)))
 
 
@@ -188,7 +188,7 @@ def _forward_flops(network: nn.Module, run: Callable[[Any], Any]) -> int:
 
 
 def _flop_counter() -> FlopCounterMode:
-    """torch's own, which knows the fused attention of GPUs but not the CPU's."""
+    """torch's FLOP counter, extended by the CPU's fused attention, which it does not know."""
     operations = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

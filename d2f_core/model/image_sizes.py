@@ -1,7 +1,7 @@
 """The six size numbers that SDXL reads: (height, width, crop top, crop left, target height, target width), in pixels.
 
-They say how large the original image was, where the part that is shown begins after the original was resized, and how
-large the shown image is. Source: Podell et al., "SDXL", 2023, arXiv:2307.01952, section 2.2.
+They give the size of the original image, the upper left corner of the crop after resizing, and the size of the image
+shown. Source: Podell et al., "SDXL", 2023, arXiv:2307.01952, section 2.2.
 """
 
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from torch import Tensor
 from d2f_core.model.denoiser import ConditionError
 
 SIZE_COLUMNS = ("bucket", "width", "height", "crop")
-"""Columns of a latent table that tell them."""
+"""Columns of a latent table from which the sizes are computed."""
 
 
 def sizes_of_rows(arrays: Mapping[str, Any]) -> Tensor:
-    """Float32 [rows, 6] of the rows of a latent table.
+    """The size numbers, float32 [rows, 6], of the rows of a latent table.
 
     The table's `crop` is a box (left, top, right, bottom) in pixels of the original, which was resized to `bucket`
     (height x width): the crop's corner is scaled alike.
 
     Raises:
-        ConditionError: a column is missing, a bucket is no size, or a crop is empty.
+        ConditionError: a column is missing, a `bucket` is not a valid size, or a crop is empty.
     """
     if missing := [name for name in SIZE_COLUMNS if name not in arrays]:
         raise ConditionError(
@@ -53,5 +53,5 @@ def _bucket_size(bucket: str) -> tuple[int, int]:
 
 
 def sizes_of_new_images(count: int, height: int, width: int) -> Tensor:
-    """Float32 [count, 6] of images that are made: originals of their own size (in pixels), not cropped."""
+    """The size numbers, float32 [count, 6], of generated images: originals of height x width pixels, not cropped."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(count, 1)

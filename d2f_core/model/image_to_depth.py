@@ -1,8 +1,7 @@
-"""Image to depth on latents: the network reads the image's latents beside the noisy depth latents, and no text.
+"""Image to depth on latents: the network reads the image's latents and the noisy depth latents, but no text.
 
-Depth is affine-invariant and lives in the autoencoder's latents as a picture of three equal channels.
-Source: Ke et al., "Repurposing Diffusion-Based Image Generators for Monocular Depth Estimation", CVPR 2024,
-arXiv:2312.02145.
+Depth is affine-invariant, and encoded by the autoencoder as a picture of three equal channels. Source: Ke et al.,
+"Repurposing Diffusion-Based Image Generators for Monocular Depth Estimation", CVPR 2024, arXiv:2312.02145.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +21,12 @@ from d2f_core.randomness import keyed_normal
 
 
 class ImageToDepth(LatentTask):
-    """Sees how far everything is, up to scale and shift."""
+    """The image-to-depth task: predicts depth up to scale and shift."""
 
     columns: ClassVar[tuple[str, ...]] = (*LatentTask.columns, "joined_mean", "mask")
 
     def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
-        """Empty text, the image's latents [batch, C, h, w], and which depth latents count [batch, 1, h, w]."""
+        """Empty text, the image's latents [batch, C, h, w], and the mask of valid depth latents [batch, 1, h, w]."""
         mask = torch.from_numpy(np.asarray(arrays["mask"], dtype=np.float32)).to(self.device)
         return {**self._condition_of(arrays, len(captions)), "mask": mask}
 
@@ -46,9 +45,10 @@ class ImageToDepth(LatentTask):
     def preview(
         self, network: Callable[..., Any], config: PreviewConfig, arrays: Mapping[str, Any]
     ) -> list[Image.Image]:
-        """Image, prediction and truth side by side, a picture per row of a latent table; the noise belongs to the row.
+        """Image, prediction and ground truth side by side, a picture per row of a latent table; noise is keyed by the
+        row.
 
-        White is far.
+        In depth pictures white is far.
         """
         autoencoder = load_autoencoder(self.base, device=self.device)
         truth = torch.from_numpy(np.asarray(arrays["latent_mean"], dtype=np.float32)).to(self.device)

@@ -1,4 +1,4 @@
-"""A task on latents: rows -> batch -> loss, and the validation loss. What a task gives its network is its own.
+"""A task on latents: rows -> batch -> loss, and the validation loss. Each task defines its network's conditions.
 
 Every random number of a sample is keyed by (seed, epoch, row): no worker, restart or batch size changes it.
 """
@@ -32,7 +32,7 @@ VALIDATION_TIMES = 10
 
 
 def training_loss(config: ModelConfig, field_: VelocityField, batch: Mapping[str, Tensor], base_pixels: int) -> Tensor:
-    """Loss per sample [batch]; `base_pixels` are those of a latent of the base's own size."""
+    """Loss per sample [batch]; `base_pixels` is the number of latent pixels at the base's own size."""
     shift = resolution_shift(batch["data"][0, 0].numel(), base_pixels) if config.shift_by_resolution else 1.0
     options: dict[str, Any] = {"times": replace(config.times, shift=shift * config.times.shift)}
     if config.objective == "diffusion":
@@ -41,12 +41,12 @@ def training_loss(config: ModelConfig, field_: VelocityField, batch: Mapping[str
 
 
 def joined_channels(base: BaseModel, config: ModelConfig) -> int:
-    """Input channels that the network gets beside the base's own: those of an image's latents, or none."""
+    """Number of input channels added to the base's own: the channels of an image's latents, or 0."""
     return base.latent_shape(*base.default_size)[0] if config.joins_latents else 0
 
 
 def build_network(base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
-    """The module to train: gradients are on for just what the method trains."""
+    """The module to train; only parameters that the method trains have `requires_grad`."""
     network = _made_trainable(load_unet(base, from_scratch=config.from_scratch, seed=seed), base, config, seed)
     if config.start:
         _start_from(network, base, config)
@@ -54,7 +54,7 @@ def build_network(base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
 
 
 def empty_network(base: BaseModel, config: ModelConfig) -> nn.Module:
-    """What `build_network` makes, without numbers: names, shapes and configs alone, on torch's meta device."""
+    """The network of `build_network` on torch's meta device: names, shapes and configs without weights."""
     with torch.device("meta"):
         return _made_trainable(empty_unet(base), base, config, seed=0)
 
@@ -66,7 +66,7 @@ def _made_trainable(unet: UNet2DConditionModel, base: BaseModel, config: ModelCo
 
 
 def check_start(base: BaseModel, config: ModelConfig) -> TrainedModel:
-    """The trained model that `config.start` (a directory) names, when a training as configured can begin with it.
+    """Load the trained model in the directory `config.start`, and check that the configured training can start from it.
 
     Raises:
         ValueError: it was trained on another base, for another task, by another method, or with other LoRA settings.
@@ -91,7 +91,7 @@ def check_start(base: BaseModel, config: ModelConfig) -> TrainedModel:
 
 
 def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
-    """Give what is to be trained the values of a trained model."""
+    """Set the trainable parameters to the values of the trained model in `config.start`."""
     trained = check_start(base, config)
     if config.method == "lora":
         set_adapter(cast(PeftModel, network), local_copy(config.start) / "adapter")
@@ -100,15 +100,15 @@ def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> Non
 
 
 def sample_keys(epochs: Sequence[int], rows: Sequence[int]) -> list[str]:
-    """The names under which samples draw their random numbers."""
+    """Keys that seed each sample's random numbers."""
     return [f"{epoch}/{row}" for epoch, row in zip(epochs, rows, strict=True)]
 
 
 class LatentTask(abc.ABC):
-    """A task on one worker's device. Its methods are what the training rails call."""
+    """A task on one worker's device. The training loop calls its methods."""
 
     columns: ClassVar[tuple[str, ...]] = ("caption", "latent_mean", "latent_std", *SIZE_COLUMNS)
-    """Of the latent table, that are read."""
+    """Columns of the latent table that are read."""
 
     def __init__(self, base: BaseModel, config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str) -> None:
         self.base, self.config, self.seed, self.dtype, self.device = base, config, seed, dtype, device
@@ -117,18 +117,18 @@ class LatentTask(abc.ABC):
 
     @abc.abstractmethod
     def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the losses get beside data, noise and times: the condition of rows, by the denoiser's argument names,
-        and `mask`, where not every pixel counts.
+        """Arguments of the losses besides data, noise and times: the rows' condition by the denoiser's argument names,
+        and `mask` if not every pixel counts.
         """
 
     @abc.abstractmethod
     def preview_images(
         self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None
     ) -> list[Image.Image]:
-        """Pictures of what the model makes now; `held` are held-out rows of the first table, if there are any."""
+        """Pictures sampled from the current weights; `held` has held-out rows of the first table, if there are any."""
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
-        """[len(captions), tokens, width]: of `condition` the part that every network reads."""
+        """The text states [len(captions), tokens, width], the part of `condition` that every network reads."""
         return self.condition(captions)["text_states"]
 
     def condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ class LatentTask(abc.ABC):
         return self._captions(captions)
 
     def text_of_rows(self, captions: Sequence[str], arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The condition of rows of a latent table, with the sizes of their images for a network that reads them."""
+        """The condition of rows of a latent table, with the image sizes if the network reads them (SDXL)."""
         condition = self.condition(captions)
         if "pooled_text" in condition:
             condition["time_ids"] = sizes_of_rows(arrays).to(self.device)
@@ -170,7 +170,7 @@ class LatentTask(abc.ABC):
         return training_loss(self.config, field_, batch, height * width)
 
     def model(self, network: Callable[..., Any]) -> TrainedModel:
-        """What is being trained, ready to sample."""
+        """The network being trained as a model that is ready to sample."""
         return TrainedModel(
             base=self.base,
             network=cast(nn.Module, network),
@@ -182,7 +182,9 @@ class LatentTask(abc.ABC):
 
     @torch.no_grad()
     def validation_loss(self, network: Callable[..., Any], arrays: Mapping[str, Any]) -> tuple[float, int]:
-        """Sum and count of the flow loss at fixed times with fixed noise: comparable between steps, losses and runs."""
+        """Sum and number of terms of the flow loss at fixed times with fixed noise, comparable between steps, losses
+        and runs.
+        """
         data = torch.from_numpy(np.asarray(arrays["latent_mean"], dtype=np.float32)).to(self.device)
         noise = self._noise(arrays, 0, sample_keys([0] * len(data), arrays["row"]), "validation")
         times = (torch.arange(VALIDATION_TIMES, device=self.device) + 0.5) / VALIDATION_TIMES

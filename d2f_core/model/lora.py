@@ -53,11 +53,11 @@ PEFT_PREFIX = "base_model.model."
 
 
 class AdapterError(ValueError):
-    """An adapter that does not fit the network, with the keys and the fix."""
+    """An adapter does not fit the network; the message gives the keys and the fix."""
 
 
 def _preset_targets(unet: UNet2DConditionModel, preset: str) -> str:
-    """The pattern of the layers that get an adapter."""
+    """Regular expression of the names of the layers that get an adapter."""
     parts = [QUERY_KEY_VALUE]
     if preset in ("base", "small"):
         parts.append(CONVOLUTIONS)
@@ -88,7 +88,7 @@ def _preset_config(unet: UNet2DConditionModel, preset: str) -> PeftLoraConfig:
         lora_alpha=usual,
         rank_pattern=dict(others),
         alpha_pattern=dict(others),
-        # A pattern, because PEFT writes a list of names in another order in each process.
+        # A pattern, because PEFT would write a list of names in an order that differs between processes.
         target_modules=_preset_targets(unet, preset),
         modules_to_save=None if preset == "attention" else list(TRAINED_ENDS),
     )
@@ -107,9 +107,9 @@ def _peft_config(unet: UNet2DConditionModel, config: LoraConfig) -> PeftLoraConf
 def add_lora(unet: UNet2DConditionModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:
     """Freeze the UNet and add adapters that change nothing yet (B starts at zero); A is drawn from `seed`.
 
-    Just what the config trains has `requires_grad`: the adapters, and the ends under the presets `base` and `small`.
-    The output equals the frozen UNet's to the last bit. Against a UNet whose weights want gradients it may differ by
-    rounding (6e-7): torch computes a linear layer on a transposed input by another route then.
+    Only the adapters, and the ends under the presets `base` and `small`, have `requires_grad`. The output equals the
+    frozen UNet's to the last bit. It may differ from a UNet with trainable weights by rounding (6e-7), for which torch
+    computes a linear layer on a transposed input in another way.
     """
     peft_config = _peft_config(unet, config)
     with torch.random.fork_rng(devices=[]):
@@ -118,7 +118,7 @@ def add_lora(unet: UNet2DConditionModel, config: LoraConfig, *, seed: int = 0) -
 
 
 def _read_adapter(unet: UNet2DConditionModel, adapter: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
-    """A saved adapter's config, and its tensors by the UNet's own names; the UNet is given as many input channels."""
+    """A saved adapter's config, and its tensors by the UNet's names; extends the UNet's input channels to match."""
     config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(adapter)))
     saved = load_file(adapter / "adapter_model.safetensors")
     weights = {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
@@ -135,7 +135,7 @@ def _read_adapter(unet: UNet2DConditionModel, adapter: Path) -> tuple[PeftLoraCo
 
 
 def _check_taken(network: nn.Module, weights: dict[str, Tensor], adapter: Path, adapter_name: str) -> None:
-    """PEFT and diffusers drop, at most with a warning, what they cannot place."""
+    """Raise AdapterError unless all tensors were loaded: PEFT and diffusers drop unknown ones, or only warn."""
     found = get_peft_model_state_dict(cast(Any, network), adapter_name=adapter_name)
     taken = {name.removeprefix(PEFT_PREFIX): value for name, value in found.items()}
     differing = [
@@ -151,7 +151,7 @@ def _check_taken(network: nn.Module, weights: dict[str, Tensor], adapter: Path, 
 
 
 def load_lora(unet: UNet2DConditionModel, adapter: Path) -> nn.Module:
-    """The UNet with a saved adapter merged into its weights, and with the ends that were trained beside it.
+    """The UNet with a saved adapter merged into its weights, including fully trained ends.
 
     Raises:
         AdapterError: the network has not taken over each tensor of the adapter, or needs more of them.
@@ -163,11 +163,11 @@ def load_lora(unet: UNet2DConditionModel, adapter: Path) -> nn.Module:
 
 
 def check_adapter(network: PeftModel, adapter: Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, which has the shape of the network's own (the network may be on torch's meta
-    device).
+    """The tensors of a saved adapter, after checking that it has the same layers and ranks as the network's own
+    adapter. The network may be on torch's meta device.
 
     Raises:
-        AdapterError: it has other ranks, or adapts other layers.
+        AdapterError: ranks or adapted layers differ.
     """
     saved = load_file(adapter / "adapter_model.safetensors")
     wanted = {(name, value.shape) for name, value in get_peft_model_state_dict(cast(Any, network)).items()}
@@ -180,10 +180,10 @@ def check_adapter(network: PeftModel, adapter: Path) -> dict[str, Tensor]:
 
 
 def set_adapter(network: PeftModel, adapter: Path) -> None:
-    """Give adapters that were added anew the values of a saved adapter of the same shape.
+    """Set newly added adapters to the values of a saved adapter with the same layers and ranks.
 
     Raises:
-        AdapterError: as `check_adapter`.
+        AdapterError: see `check_adapter`.
     """
     saved = check_adapter(network, adapter)
     set_peft_model_state_dict(cast(Any, network), saved)
@@ -194,18 +194,18 @@ def set_adapter(network: PeftModel, adapter: Path) -> None:
 def load_lora_in_diffusers(
     unet: UNet2DConditionModel, adapter: Path, *, adapter_name: str = "default"
 ) -> UNet2DConditionModel:
-    """The UNet with a saved adapter beside its weights, by diffusers' own `load_lora_adapter`, in place.
+    """The UNet with a saved adapter loaded in place, unmerged, by diffusers' `load_lora_adapter`.
 
-    On its own, diffusers knows neither PEFT's key prefix nor `adapter_config.json`, and takes ranks and scales from
-    the tensors. Here it gets both as metadata, `modules_to_save` included, so the trained ends are in use too.
-    diffusers knows no switch for these: after `disable_lora` they stay in use, until `enable_adapters(False)` is
-    called on `unet.conv_in` and `unet.conv_out`.
+    By default, diffusers knows neither PEFT's key prefix nor `adapter_config.json`, and takes ranks and scales from the
+    tensors. Here it gets prefix and config as metadata, `modules_to_save` included, so the trained ends are active too.
+    diffusers cannot switch the ends off: after `disable_lora` they stay active until `enable_adapters(False)` is called
+    on `unet.conv_in` and `unet.conv_out`.
 
     Raises:
         AdapterError: the network has not taken over each tensor of the adapter, or needs more of them.
     """
     config, weights = _read_adapter(unet, adapter)
-    # diffusers judges the format of all keys by the first one.
+    # diffusers infers the format of all keys from the first one.
     adapters_first = dict(sorted(weights.items(), key=lambda item: ".lora_" not in item[0]))
     cast(Any, unet).load_lora_adapter(adapters_first, prefix=None, adapter_name=adapter_name, metadata=config.to_dict())
     _check_taken(unet, weights, adapter, adapter_name)

@@ -1,4 +1,4 @@
-"""Latents from noise, by a flow solver or by diffusers' DDIM and DPM-Solver++ on the base's own schedule."""
+"""Latents from noise, by a flow solver or by diffusers' DDIM and DPM-Solver++ on the base's schedule."""
 
 import math
 from collections.abc import Mapping
@@ -19,12 +19,13 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     DDIM: (DDIMScheduler, {"clip_sample": False}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
 }
-"""Of diffusers, with settings beside the base's: one network evaluation a step each; `dpm++` is of second order."""
+"""diffusers' schedulers, with settings that are added to the base's: one network evaluation per step; `dpm++` is of
+second order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerChoice:
-    """How to sample: every field of it is written beside the images."""
+    """Sampling settings; all fields are recorded with the images."""
 
     solver: str
     steps: int
@@ -57,17 +58,17 @@ def sample_latents(
     """Latents from noise [batch, C, h, w].
 
     Args:
-        condition: what the captions give, [batch, ...] by the denoiser's argument names; a tensor alone is text states.
-            With `pooled_text` (SDXL) the sizes that are missing are those of the images to be made, not cropped.
+        condition: the captions' tensors [batch, ...] by the denoiser's argument names; a single tensor is the text
+            states. With `pooled_text` (SDXL), missing image sizes default to those of the images to be made, uncropped.
         null: the same for the empty captions; not used at guidance 1.
 
     Returns:
         Latents, and the number of network evaluations per image (a guided pair counts once).
 
     Raises:
-        ValueError: a choice that makes no sense.
+        ValueError: an unknown solver, or invalid steps, guidance or shift.
         ConditionError: the network needs a condition that is not given, or cannot take one that is.
-        NonFiniteStateError: the network failed on a sample, which is named.
+        NonFiniteStateError: the network's output for a sample is not finite; the message names the sample.
     """
     SamplerChoice(solver=solver, steps=steps, guidance=guidance, shift=shift)
     condition, null = _named(model, noise, condition), _named(model, noise, null)
@@ -86,10 +87,10 @@ def _named(model: TrainedModel, noise: Tensor, given: Mapping[str, Tensor] | Ten
 
 
 def refuse_non_finite(prediction: Tensor, where: str) -> None:
-    """Name the samples [batch, ...] that hold something that is no number.
+    """Refuse a prediction [batch, ...] with values that are not finite.
 
     Raises:
-        NonFiniteStateError: there are such.
+        NonFiniteStateError: names the samples.
     """
     finite = prediction.flatten(1).isfinite().all(1)
     if not bool(finite.all()):

@@ -13,10 +13,10 @@ and last convolution. Who reads what:
 - ComfyUI: everything.
 - diffusers (`load_lora_weights`): everything but `diff_b`; it refuses a file that has one. diffusers 0.42 applies an
   alpha that is not the file's most frequent one to convolutions, but not to attention projections. So all layers get
-  the same alpha here, and what a layer's own scale differs by is multiplied into its `lora_up`.
+  the same alpha here, and the ratio to a layer's own scale is multiplied into its `lora_up`.
 - sd-scripts, for SD 1.5 and SD 2.1: the layers inside transformer, resnet, down- and upsampling blocks. Others
-  (`conv_in`, `conv_out`, the time embedding) and `diff_b` it passes over. Its SDXL network has other names, so that
-  of a LoRA for SDXL it finds nothing.
+  (`conv_in`, `conv_out`, the time embedding) and `diff_b` it passes over. Its SDXL network has other layer names, so it
+  finds no layer of a LoRA for SDXL.
 
 Sources: kohya-ss/sd-scripts networks/lora.py; ComfyUI comfy/lora.py; diffusers loaders/lora_conversion_utils.py.
 """
@@ -39,16 +39,16 @@ from torch import Tensor, nn
 
 PREFIX = "lora_unet_"
 KOHYA_PARTS = ("down_blocks_", "mid_block_", "up_blocks_")
-"""Where sd-scripts looks for layers."""
+"""Prefixes of the blocks in which sd-scripts looks for layers."""
 
 
 class SingleFileLoraError(ValueError):
-    """An adapter that the layout cannot hold, or a file that is not in it or does not fit a network."""
+    """The layout cannot hold the adapter, or a file does not follow the layout or does not fit the network."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChange:
-    """What an adapter adds to one linear or convolutional layer."""
+    """The change that an adapter makes to one linear or convolutional layer."""
 
     down: Tensor
     """[rank, in] or [rank, in, kh, kw]."""
@@ -72,10 +72,10 @@ class LayerChange:
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFileLora:
-    """The contents of a file."""
+    """The contents of a single-file LoRA."""
 
     layers: Mapping[str, LayerChange]
-    """By the layer's name with underscores, without `lora_unet_`."""
+    """Changes by layer name, with underscores and without the prefix `lora_unet_`."""
     metadata: Mapping[str, str]
 
 
@@ -91,7 +91,7 @@ def _from_lora_layer(name: str, layer: PeftLoraLayer, adapter: str) -> LayerChan
 
 
 def _from_whole_layer(name: str, before: nn.Module, after: nn.Module) -> LayerChange:
-    """A layer that was trained whole as a LoRA of full rank, whose smaller side is the identity."""
+    """A fully trained layer as a LoRA of full rank, one factor of which is the identity."""
     if not isinstance(before, nn.Linear | nn.Conv2d):
         raise SingleFileLoraError(
             f"{name!r}, trained whole, is a {type(before).__name__}; the layout holds linear and convolutional layers. "
@@ -110,7 +110,7 @@ def _from_whole_layer(name: str, before: nn.Module, after: nn.Module) -> LayerCh
 
 
 def layer_changes(network: PeftModel) -> dict[str, LayerChange]:
-    """What a UNet's adapter (not merged) adds, by layer name with dots.
+    """The changes that a UNet's unmerged adapter makes, by layer name with dots.
 
     Raises:
         SingleFileLoraError: the adapter has parts that the layout cannot hold.
@@ -128,12 +128,12 @@ def layer_changes(network: PeftModel) -> dict[str, LayerChange]:
 
 
 def common_alpha(changes: Mapping[str, LayerChange]) -> float:
-    """The most frequent alpha, which `write_single_file_lora` gives to all layers."""
+    """The most frequent alpha, which `write_single_file_lora` uses for all layers."""
     return Counter(change.alpha for change in changes.values()).most_common(1)[0][0]
 
 
 def kohya_metadata(changes: Mapping[str, LayerChange]) -> dict[str, str]:
-    """What sd-scripts and the tools around it read about a LoRA network."""
+    """Metadata of a LoRA that sd-scripts and related tools read."""
     ranks = {change.rank for change in changes.values()}
     alpha = f"{common_alpha(changes):g}"
     kernels = {c.rank for c in changes.values() if c.down.ndim == 4 and math.prod(c.down.shape[2:]) > 1}
@@ -147,7 +147,7 @@ def kohya_metadata(changes: Mapping[str, LayerChange]) -> dict[str, str]:
 
 
 def passed_over_by_kohya(changes: Mapping[str, LayerChange], sdxl: bool) -> tuple[str, ...]:
-    """The layers that sd-scripts has no place for: it uses the file without them. Of SDXL that is all of them."""
+    """Names of the layers that sd-scripts ignores; for SDXL, all of them."""
     return tuple(name for name in changes if sdxl or not name.replace(".", "_").startswith(KOHYA_PARTS))
 
 
@@ -156,7 +156,7 @@ def write_single_file_lora(
 ) -> int:
     """Write `changes`, by layer name with dots or underscores, and return the number of keys.
 
-    `metadata` gets `d2f_keys`, that number, so that a reader can tell a file that lost some.
+    The number is also added to `metadata` as `d2f_keys`, so that a reader can detect missing keys.
     """
     alpha, tensors = common_alpha(changes), dict[str, Tensor]()
     for name, change in changes.items():
@@ -174,11 +174,11 @@ def write_single_file_lora(
 
 
 def read_single_file_lora(file: Path) -> SingleFileLora:
-    """Read a file back.
+    """Read a single-file LoRA.
 
     Raises:
-        SingleFileLoraError: a key that is not of the layout, a layer that lacks one of its parts, or fewer keys than
-            were written.
+        SingleFileLoraError: a key does not follow the layout, a layer is incomplete, or there are fewer keys than were
+            written.
     """
     found: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, framework="pt") as opened:

@@ -1,4 +1,4 @@
-"""Captions to what the UNet reads of them, by the base model's own text encoders.
+"""Captions to the UNet's text conditions, by the base model's own text encoders.
 
 | base           | condition by the denoiser's argument names                                                       |
 |----------------|--------------------------------------------------------------------------------------------------|
@@ -32,14 +32,14 @@ class TextEncoder:
     network: Any
     tokenizer: Any
     max_length: int
-    """Tokens per caption; longer captions are cut."""
+    """Tokens per caption; longer captions are truncated."""
     masked: bool
-    """Whether padding is hidden from the encoder and put out as zeros. CLIP was trained with it in sight."""
+    """Whether padding is masked in the encoder and zero in its output. CLIP was trained with unmasked padding."""
     fingerprint: str
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Float32 [len(captions), max_length, width]."""
+        """Text states, float32 [len(captions), max_length, width]."""
         tokens = _tokens(self.tokenizer, captions, self.max_length).to(self.network.device)
         if not self.masked:
             return self.network(tokens.input_ids).last_hidden_state.float()
@@ -58,18 +58,18 @@ class TextEncoderPair:
     networks: tuple[Any, Any]
     tokenizers: tuple[Any, Any]
     max_length: int
-    """Tokens per caption; longer captions are cut."""
+    """Tokens per caption; longer captions are truncated."""
     zeros_for_empty: bool
     """Whether the empty caption gives zeros: `force_zeros_for_empty_prompt` in model_index.json, true when not given.
 
-    It holds wherever a caption is empty: dropped captions in training, empty and negative prompts in sampling. So
-    guidance starts from what training has seen. (diffusers gives zeros when no negative prompt is given, and encodes
-    one that is given as the empty string.)
+    It holds wherever a caption is empty: dropped captions in training, empty and negative prompts in sampling. So the
+    unconditional half of guidance is the one that was trained. (diffusers uses zeros when no negative prompt is given,
+    but encodes an empty string that is given as one.)
     """
     fingerprint: str
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """The text states alone, float32 [len(captions), max_length, width of both]."""
+        """Only the text states, float32 [len(captions), max_length, sum of both widths]."""
         return self.condition(captions)["text_states"]
 
     @torch.inference_mode()
@@ -77,7 +77,7 @@ class TextEncoderPair:
         """`text_states` and `pooled_text`, float32 [len(captions), ...]."""
         states, pooled = [], None
         for network, tokenizer in zip(self.networks, self.tokenizers, strict=True):
-            # Padding stays in sight of both, as in their training; the second one pads with "!".
+            # Padding is not masked in either encoder, as in their training; the second one pads with "!".
             tokens = _tokens(tokenizer, captions, self.max_length).to(network.device)
             output = network(tokens.input_ids, output_hidden_states=True)
             states.append(output.hidden_states[-2].float())
@@ -97,7 +97,7 @@ def _tokens(tokenizer: Any, captions: Sequence[str], max_length: int) -> Any:
 
 def _referenced(base: BaseModel) -> tuple[Path, dict[str, Any]]:
     reference = json.loads((base.path / "text_encoder/reference.json").read_text())
-    if not str(reference["package"]).isidentifier():  # looking for a part of a package would import the package
+    if not str(reference["package"]).isidentifier():  # looking up a submodule would import its package
         raise BaseModelError(
             f"{base.uri!r} names the text encoder's package {reference['package']!r}. It must be the plain name of an "
             "installed package: correct text_encoder/reference.json."
@@ -112,10 +112,11 @@ def _referenced(base: BaseModel) -> tuple[Path, dict[str, Any]]:
 
 
 def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") -> TextEncoder | TextEncoderPair:
-    """The base model's text encoder, frozen, from disk alone; both of SDXL's.
+    """The base model's text encoder (for SDXL both), frozen, loaded from local files only.
 
     Raises:
-        BaseModelError: the base model has none, it does not fit the UNet, or the package that it names is missing.
+        BaseModelError: the base model has no text encoder, the encoder does not fit the UNet, or the package that the
+            base model names is not installed.
     """
     from transformers import AutoModel, AutoTokenizer, CLIPTextModel, CLIPTokenizer
 
@@ -167,7 +168,9 @@ def _load_pair(base: BaseModel, unet_config: dict[str, Any], device: str | torch
 
 
 def _check_fit(base: BaseModel, unet_config: dict[str, Any], encoders: tuple[Any, Any], lengths: list[int]) -> None:
-    """Raises BaseModelError when the encoders put out other widths than the UNet reads, or unequal token numbers."""
+    """Raise BaseModelError if the encoders' widths differ from those that the UNet reads, or their token numbers
+    differ.
+    """
     widths, pooled = [config.hidden_size for config in encoders], encoders[1].projection_dim
     wanted = unet_config["cross_attention_dim"]
     wanted_pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]

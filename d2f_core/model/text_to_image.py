@@ -1,4 +1,4 @@
-"""Text to image on latents: the network reads the caption, and a look is one picture per prompt."""
+"""Text to image on latents: the network reads the caption, and a preview is one picture per prompt."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from d2f_core.randomness import keyed_normal
 
 
 class TextToImage(LatentTask):
-    """Draws what a caption says."""
+    """The text-to-image task: generates images from captions."""
 
     def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
         """The captions' condition; every pixel counts."""
@@ -30,7 +30,7 @@ class TextToImage(LatentTask):
         return self.preview(network, config, config.prompts) if config.prompts else []
 
     def preview(self, network: Callable[..., Any], config: PreviewConfig, prompts: Sequence[str]) -> list[Image.Image]:
-        """One image per prompt; the noise belongs to the prompt."""
+        """One image per prompt; noise is keyed by the prompt."""
         autoencoder = load_autoencoder(self.base, device=self.device)
         height, width = (config.resolution, config.resolution) if config.resolution else self.base.default_size
         shape = self.base.latent_shape(height, width)

@@ -17,8 +17,8 @@ class VisionModelError(ValueError):
 class VisionModel:
     """A vision model in transformers' layout; one with a text tower (CLIP, SigLIP) also scores captions.
 
-    Images are prepared as the directory's preprocessor_config.json says, by Pillow on every machine: torchvision, where
-    it is installed, resizes a little differently.
+    Images are preprocessed as the directory's preprocessor_config.json says, always with Pillow, because torchvision
+    resizes slightly differently and is not installed everywhere.
     """
 
     def __init__(self, uri: str, device: str | torch.device = "cpu") -> None:
@@ -50,7 +50,7 @@ class VisionModel:
         self._has_pooler = self._check_weights(sorted(info["missing_keys"]))
 
     def _check_weights(self, missing: Sequence[str]) -> bool:
-        """Whether the pooler's weights are there; without them transformers draws new ones, other ones every time."""
+        """Whether the files hold the pooler's weights; if not, transformers draws random ones on every load."""
         if any(not key.startswith("pooler.") for key in missing):
             raise VisionModelError(f"{self.uri!r} lacks weights: {', '.join(missing[:3])}. Save the model again.")
         return not missing
@@ -60,8 +60,8 @@ class VisionModel:
         return hasattr(self.network, "get_text_features")
 
     def pooled(self, images: np.ndarray) -> Tensor:
-        """Features [n, width] of uint8 images [n, h, w, 3]: the projected ones of a model of images and text, the
-        pooler's, or the class token."""
+        """Features [n, width] of uint8 images [n, h, w, 3]: the projected ones of an image-text model, else the
+        pooler's, or else the class token."""
         pixels = self._pixels(images)
         if self.reads_text:
             return projected(self.network.get_image_features(pixel_values=pixels))
@@ -75,7 +75,7 @@ class VisionModel:
         the grid of patches of the prepared images; class and register tokens are left out.
 
         Raises:
-            VisionModelError: the network has no patches of one size, as a convolutional one.
+            VisionModelError: the network has no patch tokens, such as a convolutional one.
         """
         config = getattr(self.network.config, "vision_config", self.network.config)
         patch = getattr(config, "patch_size", None)
@@ -88,7 +88,7 @@ class VisionModel:
         return found[:, found.shape[1] - rows * columns :].unflatten(1, (rows, columns))
 
     def _pixels(self, images: np.ndarray) -> Tensor:
-        """As the directory's processor prepares them, [n, 3, height, width]."""
+        """Images as preprocessed by the directory's processor, [n, 3, height, width]."""
         return self._processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
 
 

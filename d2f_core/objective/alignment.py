@@ -24,10 +24,12 @@ Denoiser = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """At flow times [batch], all float64: what to ask the network, and how to read its answer."""
+    """How to query the network at given flow times, and how to read its output as a velocity; tensors are float64
+    [batch].
+    """
 
     timestep: Tensor
-    """The network's own time, fractional."""
+    """The network's own timestep, fractional."""
     scale: Tensor
     """`x_dm = scale * x_t`."""
     from_x: Tensor
@@ -86,14 +88,15 @@ def align(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment
 def align_as_published(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment:
     """The map of the paper's published code, for comparisons: `t` in [0, 1) [batch].
 
-    Timestep and scale come from a table with clean data added in front, the reading of the prediction from one without
-    it, at the same index: one level apart. Between levels, alpha and sigma are interpolated linearly. Below the trained
-    range the table is read past its end, so the timestep creeps on from T - 1 towards T.
+    Timestep and scale come from a table with the clean level prepended; the coefficients of the prediction come from
+    the table without it, at the same index, and so are off by one level. Between levels, alpha and sigma are
+    interpolated linearly. Below the trained range the table is extrapolated, so the timestep moves on from T - 1
+    towards T.
     """
     bars = schedule.alphas_cumprod.to(t.device)
     longer = torch.cat([bars.new_ones(1), bars])
     alpha, sigma = longer.sqrt(), (1 - longer).sqrt()
-    times = alpha / (alpha + sigma)  # falls from 1
+    times = alpha / (alpha + sigma)  # decreasing from 1
     t = t.double()
     # Below the trained range the published lookup wraps around to the clean end: it interpolates over all times.
     level = torch.searchsorted(-times, -t).clamp(max=len(times))
@@ -113,14 +116,14 @@ def align_as_published(schedule: NoiseSchedule, prediction_type: str, t: Tensor)
 
 
 def _between(table: Tensor, index: Tensor) -> Tensor:
-    """Values of a table at fractional indices, linear between neighbours; past its end the last one."""
+    """Values of a table at fractional indices, interpolated linearly; past the table's end, its last value."""
     index = index.clamp(0, len(table) - 1)
     low = index.floor().long().clamp(max=len(table) - 2)
     return table[low] + (table[low + 1] - table[low]) * (index - low)
 
 
 def predict(denoiser: Denoiser, x: Tensor, timestep: Tensor, **condition: Any) -> Tensor:
-    """The network's answer [batch, *dims] at a state [batch, *dims] and its own timesteps [batch]."""
+    """The network's prediction [batch, *dims] at a state [batch, *dims] and the network's own timesteps [batch]."""
     prediction = denoiser(x, timestep.float(), **condition)
     if prediction.shape != x.shape:
         shapes = f"the network maps {tuple(x.shape)} to {tuple(prediction.shape)}; shapes must be equal"
@@ -136,7 +139,7 @@ class VelocityField:
     schedule: NoiseSchedule
     prediction_type: str
     paper_compat: bool = False
-    """Use `align_as_published`, only to compare with what the paper's code gives."""
+    """Use `align_as_published`, only for comparison with the paper's code."""
 
     def __post_init__(self) -> None:
         check_prediction_type(self.prediction_type, self.schedule.trained_range[0])
@@ -148,7 +151,7 @@ class VelocityField:
         """Velocity [batch, *dims], float32 or wider, at the flow state `x_t` [batch, *dims] and times `t` [batch].
 
         Raises:
-            ValueError: times outside [0, 1] or not one per sample, or a network that changes the shape.
+            ValueError: times are outside [0, 1] or not one per sample, or the network changes the shape.
         """
         check_times(t, x_t)
         at = self.align(t)

@@ -1,9 +1,9 @@
 """Three training losses with one signature.
 
 Each takes the network as a `VelocityField`, the two ends of the path and one uniform number per sample, and returns one
-loss per sample. Which numbers are drawn is the caller's business: they belong to the sample, not to the process. The
-noise may be fresh, or the noise that the data was made from (reflow). All refuse (ValueError) noise of another shape
-than the data, and uniform numbers that are not one per sample or leave [0, 1].
+loss per sample. The caller draws the random numbers, keyed by sample rather than by process. The noise may be fresh, or
+the noise that the data was generated from (reflow). All refuse (ValueError) noise of another shape than the data, and
+uniform numbers that are not one per sample or leave [0, 1].
 """
 
 import math
@@ -24,16 +24,16 @@ UNIFORM_TIMES = TimeSampling()
 
 
 def _check(data: Tensor, noise: Tensor, uniform: Tensor) -> None:
-    """Refuse what broadcasting would hide, and numbers from which no time can be drawn."""
+    """Refuse shapes that broadcasting would accept in silence, and uniform numbers outside [0, 1]."""
     if data.shape != noise.shape:
         raise ValueError(f"data has shape {tuple(data.shape)}, noise {tuple(noise.shape)}. Give both ends alike.")
     check_times(uniform, data)
 
 
 def _mean_square(error: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean [batch] over all but the first dimension, weighted by `mask`, which broadcasts to `error`.
+    """Mean square [batch] of `error` over all but the first dimension, weighted by `mask`, which broadcasts to `error`.
 
-    A sample without any weight has the loss 0/0, not 0: a training that meets one stops and names it.
+    A sample without any weight has the loss 0/0 (NaN), not 0, so the training stops and names the sample.
     """
     square = error.float().square()
     if mask is None:
@@ -65,7 +65,7 @@ def diff2flow(
     to_data, to_noise = at.scale * t, at.scale * (1 - t)
     x_dm = torch.addcmul(expand(to_noise, noise) * noise, expand(to_data, data), data)
     prediction = predict(field.denoiser, x_dm, at.timestep, **condition)
-    # In place: the whole loss then takes the memory of the diffusion loss, and one latent more on the way back.
+    # In place: the loss then needs the memory of the diffusion loss, plus one latent in the backward pass.
     error = (expand(at.from_prediction, data) * prediction).addcmul_(expand(at.from_x * to_noise + 1, noise), noise)
     return _mean_square(error.addcmul_(expand(at.from_x * to_data - 1, data), data), mask)
 
@@ -79,7 +79,7 @@ def flow_matching(
     times: TimeSampling = UNIFORM_TIMES,
     **condition: Any,
 ) -> Tensor:
-    """Naive flow matching, for comparison: the network is retrained to put out the velocity of `x_t` itself."""
+    """Naive flow matching, for comparison: the network is retrained to output the velocity at `x_t` directly."""
     _check(data, noise, uniform)
     naive = NaiveVelocityField(field.denoiser, field.schedule)
     t = draw_times(times, uniform)
@@ -98,7 +98,7 @@ def diffusion(
     """The base model's own loss: integer timesteps `floor(T * uniform)`, error in the network's prediction type.
 
     Args:
-        min_snr_gamma: levels with a signal-to-noise ratio above it count less; 5 is usual, 0 weighs all alike.
+        min_snr_gamma: levels with a signal-to-noise ratio above this value count less; 5 is usual, 0 weights all alike.
             Source: Hang et al., 2023, arXiv:2303.09556.
     """
     _check(data, noise, uniform)
@@ -117,7 +117,9 @@ def diffusion(
 
 
 def _min_snr_weight(prediction_type: str, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """What makes the error in this prediction type weigh `min(snr, gamma)` as an error in the data estimate."""
+    """Weight [batch] that turns the squared error in this prediction type into `min(snr, gamma)` times the data
+    estimate's.
+    """
     snr = alpha_bar / (1 - alpha_bar)
     data_weight = snr.clamp(max=gamma)
     return data_weight / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]

@@ -1,6 +1,6 @@
 """The straight path of flow matching: `x_t = (1 - t) * noise + t * data`, so its velocity is `data - noise`.
 
-Flow time `t` runs from 0 (pure noise) to 1 (clean data). Which times a training sees is decided here too.
+Flow time `t` runs from 0 (pure noise) to 1 (clean data). The distribution of training times is defined here too.
 """
 
 import math
@@ -12,7 +12,7 @@ from d2f_core.objective.time_sampling import TimeSampling
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Per-sample numbers [batch] as float32 or wider [batch, 1, ...], ready to multiply `like`."""
+    """Reshape per-sample numbers [batch] to [batch, 1, ...], float32 or wider, so that they broadcast to `like`."""
     dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
     return coefficient.to(dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
@@ -24,7 +24,7 @@ def interpolate(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
 
 
 def check_times(t: Tensor, state: Tensor | None = None) -> None:
-    """Refuse flow times outside [0, 1], what is no number, and any but one time per sample of a `state`."""
+    """Refuse flow times outside [0, 1], NaN, and any number of times other than one per sample of `state`."""
     if state is not None and t.shape != state.shape[:1]:
         shapes = f"t has shape {tuple(t.shape)}, the state {tuple(state.shape)}"
         raise ValueError(f"{shapes}. Give one flow time per sample: t.expand(len(x_t)).")
@@ -36,19 +36,19 @@ def check_times(t: Tensor, state: Tensor | None = None) -> None:
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """Move flow times towards noise (`shift` > 1), as larger images need: they keep more signal at equal `t`.
 
-    Shifts multiply; inverse: `shift_times(t, 1 / shift)`. Source: Esser et al., 2024, arXiv:2403.03206, eq. 23, which
-    counts time from data to noise.
+    Successive shifts multiply; the inverse is `shift_times(t, 1 / shift)`. Source: Esser et al., 2024,
+    arXiv:2403.03206, eq. 23, which counts time from data to noise.
     """
     return t / (t + shift * (1 - t))
 
 
 def resolution_shift(pixels: int, base_pixels: int) -> float:
-    """The shift at which images of so many pixels are as noisy as the base's own at equal flow time (likewise)."""
+    """The shift at which images of `pixels` pixels are as noisy as the base's own at equal flow time (same source)."""
     return math.sqrt(pixels / base_pixels)
 
 
 def draw_times(sampling: TimeSampling, uniform: Tensor) -> Tensor:
-    """Flow times [batch] of numbers [batch] that are uniform in [0, 1): rising, by the inverse distribution."""
+    """Flow times [batch] from numbers [batch] uniform in [0, 1), by the increasing inverse distribution function."""
     t = uniform
     if sampling.distribution == "logit_normal":
         t = torch.sigmoid(sampling.mean + sampling.std * torch.special.ndtri(uniform))

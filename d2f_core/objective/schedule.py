@@ -1,4 +1,4 @@
-"""The noise levels a diffusion network was trained on, and which of them a flow time asks for.
+"""The noise levels that a diffusion network was trained on, and the level that corresponds to a flow time.
 
 A network trained at timestep k saw `alphas_cumprod[k]`, k = 0..T-1. Flow time holds the same data-to-noise ratio when
 `t == alpha / (alpha + sigma)`, which falls with k; `timestep_at` inverts exactly that table.
@@ -19,11 +19,11 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class ScheduleError(ValueError):
-    """A scheduler config that cannot be used as it is."""
+    """A scheduler config cannot be used as it is."""
 
 
 def check_prediction_type(kind: str, lowest_time: float = 1.0) -> None:
-    """Refuse what no network predicts, and epsilon where the noisiest level (at `lowest_time`) has no signal at all."""
+    """Refuse unknown prediction types, and epsilon if the noisiest level (at `lowest_time`) contains no signal."""
     if kind not in PREDICTION_TYPES:
         known = f"one of {', '.join(PREDICTION_TYPES)}, as the base model's scheduler config says"
         raise ScheduleError(f"prediction_type={kind!r} is not known. Use {known}; flow_prediction needs no alignment.")
@@ -35,7 +35,7 @@ def check_prediction_type(kind: str, lowest_time: float = 1.0) -> None:
 
 
 def _number(config: Mapping[str, Any], name: str, kind: type = float) -> Any:
-    """A field that is there and is a finite number above 0, whole if `kind` is int."""
+    """The value of a field; raises ScheduleError unless it is a finite number above 0, whole if `kind` is int."""
     value = config.get(name)
     if value is None or type(value) not in (int, kind) or not 0 < value < math.inf:
         kinds = "a whole number" if kind is int else "a number"
@@ -116,12 +116,14 @@ class NoiseSchedule:
 
     @cached_property
     def trained_range(self) -> tuple[float, float]:
-        """Lowest and highest flow time that the network has seen."""
+        """Lowest and highest flow time that the network was trained at."""
         return float(self.flow_times[-1]), float(self.flow_times[0])
 
     def timestep_at(self, t: Tensor) -> Tensor:
-        """Float64 [batch], fractional: linear in `t` between neighbours in the table; outside it the nearest one."""
-        if t.device not in self._on_device:  # copied once: a copy to a GPU in every step would stop its queue
+        """Float64 [batch], fractional: linear in `t` between neighbours in the table; outside the table the nearest
+        timestep.
+        """
+        if t.device not in self._on_device:  # cached: a copy to the GPU in every step would synchronise
             self._on_device[t.device] = self.flow_times.flip(0).to(t.device)
         rising = self._on_device[t.device]
         t = t.double().clamp(rising[0], rising[-1])

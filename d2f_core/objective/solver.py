@@ -19,7 +19,7 @@ Field = Callable[[Tensor, Tensor], Tensor]
 
 
 class NonFiniteStateError(FloatingPointError):
-    """The network put out something that is not a number; nothing is replaced by zero."""
+    """The network's output is not finite; it is never replaced by another value."""
 
 
 def euler(field: Field, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
@@ -45,19 +45,20 @@ def rk4(field: Field, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
 STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({f.__name__: f for f in (euler, midpoint, heun, rk4)})
 """Solvers with fixed steps."""
 ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun", "dopri8")
-"""Solvers of torchdiffeq that choose their steps. Its `fehlberg2` missed its tolerance by 200 on a smooth field."""
+"""Adaptive solvers of torchdiffeq. Its `fehlberg2` is left out: it missed its tolerance by a factor of 200 on a smooth
+field."""
 SOLVERS = (*STEPS, *ADAPTIVE)
 
 
 class _Counted:
-    """A field that counts its evaluations, and refuses answers that are not finite."""
+    """A field that counts its evaluations, and refuses outputs that are not finite."""
 
     def __init__(self, field: Field) -> None:
         self.field, self.calls = field, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
-        t = t.clamp(0, 1)  # rounding may carry the last stage past the end by one unit in the last place
+        t = t.clamp(0, 1)  # rounding may move the last stage past the end by one unit in the last place
         velocity = self.field(x, t)
         if not bool(velocity.isfinite().all()):
             bad = [i for i, sample in enumerate(velocity) if not bool(sample.isfinite().all())]
@@ -70,7 +71,7 @@ class _Counted:
 def integrate(
     field: Field, x: Tensor, times: Tensor, solver: str = "euler", *, rtol: float = 1e-4, atol: float = 1e-4
 ) -> tuple[Tensor, int]:
-    """Carry the state `x` [batch, *dims] along the flow times `times` [steps + 1], in either direction.
+    """Integrate the state `x` [batch, *dims] along the flow times `times` [steps + 1], in either direction.
 
     Args:
         rtol, atol: error tolerances of the adaptive solvers.
@@ -80,7 +81,7 @@ def integrate(
 
     Raises:
         ValueError: an unknown solver, or times outside [0, 1] or not in order.
-        NonFiniteStateError: the network failed; names the samples and the time.
+        NonFiniteStateError: the network's output is not finite; names the samples and the time.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is not known. Use one of {', '.join(SOLVERS)}.")
@@ -104,7 +105,7 @@ def _adaptive(field: Field, x: Tensor, times: Tensor, solver: str, rtol: float, 
         return field(state, t.expand(len(state)))
 
     times = times.to(x.dtype)
-    # A step must end at the last time: by default one may reach beyond it, where no network was trained.
+    # The last step must end at the last time: by default a step may reach beyond it, where no network was trained.
     states = odeint(derivative, x, times, rtol=rtol, atol=atol, method=solver, options={"step_t": times[1:]})
     return cast(Tensor, states)[-1]
 

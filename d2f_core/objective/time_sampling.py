@@ -1,4 +1,6 @@
-"""Which flow times a training sees; light, for configs. Esser et al., 2024, arXiv:2403.03206, section 3.1."""
+"""Distribution of training flow times; imports no torch, for configs. Esser et al., 2024, arXiv:2403.03206, section
+3.1.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,18 +9,19 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSampling:
-    """A map of uniform numbers to flow times (`path.draw_times`), so that these stay a sample's own."""
+    """Maps each sample's uniform number to its flow time (`path.draw_times`)."""
 
     distribution: Literal["uniform", "logit_normal", "mode"] = "uniform"
-    """`logit_normal`: the middle of the path more often. `mode`: the middle more (`scale` > 0) or less often."""
+    """`logit_normal`: times in the middle of the path are more frequent. `mode`: more frequent with `scale` > 0, less
+    with `scale` < 0."""
     mean: float = 0.0
     """logit_normal: mean of logit(t); above 0 leans towards data."""
     std: float = 1.0
-    """logit_normal: deviation of logit(t)."""
+    """logit_normal: standard deviation of logit(t)."""
     scale: float = 1.29
-    """mode: between -1 and 2 / (pi - 2) = 1.75."""
+    """mode: strength of the weighting, between -1 and 2 / (pi - 2) = 1.75."""
     shift: float = 1.0
-    """Then moved towards noise; see `shift_times`. 1: not at all."""
+    """Shift towards noise that is applied afterwards (`shift_times`); 1: none."""
 
     def __post_init__(self) -> None:
         if self.distribution not in ("uniform", "logit_normal", "mode"):

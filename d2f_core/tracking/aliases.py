@@ -1,4 +1,4 @@
-"""Aliases of registered versions, and the way back: which version an alias named before."""
+"""Aliases of registered versions, with the history that rollbacks need."""
 
 import logging
 import re
@@ -16,10 +16,11 @@ logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 PREVIOUS_TAG = "d2f.previous."
-"""Tag of the registered model, with the alias behind it: versions that the alias named before, oldest first."""
+"""Prefix of a registered model's tag, followed by the alias; the tag lists the alias's previous versions, oldest
+first."""
 KEPT = 100
 LOGGED_MODEL = re.compile(r"models:/(m-[^/@]+)")
-"""Where a version's files come from."""
+"""Source URI of a version whose files belong to a LoggedModel."""
 
 
 def get_alias(name: str, alias: str) -> str | None:
@@ -29,7 +30,9 @@ def get_alias(name: str, alias: str) -> str | None:
 
 
 def set_alias(name: str, alias: str, version: str) -> None:
-    """Point an alias at a version, and remember nothing. Raises TrackingError when there is no such version."""
+    """Point an alias at a version, without a record for `rollback`. Raises TrackingError when there is no such
+    version.
+    """
     client = client_for(tracking_uri())
     attempt(f"set {name}@{alias}", lambda: client.set_registered_model_alias(name, alias, version))
 
@@ -38,7 +41,7 @@ def complete_version(name: str, version: str) -> ModelVersionInfo:
     """The version, when all of its files are there.
 
     Raises:
-        TrackingError: no such version, or one whose files are not all uploaded.
+        TrackingError: the version does not exist, or its files are not all uploaded.
     """
     client = client_for(tracking_uri())
     found = find_version(client, f"models:/{name}/{version}")
@@ -72,10 +75,10 @@ def promote(name: str, version: str, alias: str = CHAMPION) -> ModelVersionInfo:
 
 
 def rollback(name: str, alias: str = CHAMPION) -> ModelVersionInfo:
-    """Point `alias` back at the version that it named before; each further call goes one promotion further back.
+    """Point `alias` back at its previous version; each further call goes back one more promotion.
 
     Raises:
-        TrackingError: no such alias, or no earlier version that is still there.
+        TrackingError: there is no such alias, or no earlier version still exists.
     """
     client = client_for(tracking_uri())
     current, info, remaining = _before(client, name, alias)
@@ -116,7 +119,7 @@ def _registered(client: "MlflowClient", name: str) -> "RegisteredModel | None":
     found = attempt(f"look up {name}", lambda: client.search_registered_models(query))
     if not found:
         return None
-    return attempt(f"read {name}", lambda: client.get_registered_model(name))  # a search may leave out the aliases
+    return attempt(f"read {name}", lambda: client.get_registered_model(name))  # a search may omit the aliases
 
 
 def _named(model: "RegisteredModel", alias: str) -> str | None:
@@ -134,7 +137,7 @@ def _remember(client: "MlflowClient", name: str, alias: str, previous: list[str]
 
 
 def _status(client: "MlflowClient", version: "ModelVersion") -> str:
-    """READY, or what is in the way: of the version, then of the LoggedModel that holds its files."""
+    """READY, or the status that prevents use: the version's, or that of the LoggedModel with its files."""
     source = LOGGED_MODEL.fullmatch(version.source or "")  # the server does not keep the version's `model_id`
     if version.status != READY:
         return str(version.status)

@@ -29,20 +29,20 @@ def log_checkpoint_model(
     metrics: Mapping[str, float],
     params: Mapping[str, Any],
 ) -> str:
-    """One row of MLflow's model list for a checkpoint, with its metrics; returns the model's id.
+    """Add a row for a checkpoint to MLflow's model list, with its metrics; returns the model's id.
 
-    It holds no weights, only where they are. Repeated for the same checkpoint it changes nothing; a call that was
-    killed is continued.
+    The row holds the checkpoint's URI, but no weights. A repeated call for the same checkpoint changes nothing; a call
+    that was killed is completed.
 
     Args:
-        name: how the list shows it; without any of / : . % " '.
+        name: name in the list; must not contain any of / : . % " '.
         uri: the checkpoint, which identifies the row.
 
     Raises:
         TrackingError: MLflow cannot be reached, or refuses the name.
     """
     client = client_for(handle.tracking_uri)
-    # The tag is MLflow's own for models whose weights lie elsewhere: its pages then offer no download of them.
+    # MLflow's own tag for models whose weights are stored elsewhere, for which its pages offer no download.
     tags = {CHECKPOINT_TAG: uri.rstrip("/"), "mlflow.model.isExternal": "true", "step": str(step)}
     values = {key: str(value) for key, value in params.items()}
     model = logged_model(
@@ -67,7 +67,7 @@ def logged_model(
     model_type: str,
     params: Mapping[str, str] | None = None,
 ) -> "LoggedModel":
-    """The run's LoggedModel whose tag `key` has the value in `tags`: found again, complete or not, or created."""
+    """The run's LoggedModel whose tag `key` has the value in `tags`: an existing one, complete or not, or a new one."""
     query = tag_equals(key, tags[key])
     found = attempt("look up the model", lambda: client.search_logged_models([handle.experiment_id], query))
     model = next((one for one in found if one.source_run_id == handle.run_id), None)
@@ -92,7 +92,7 @@ def upload(client: "MlflowClient", model: "LoggedModel", directory: Path, place:
 def complete(
     client: "MlflowClient", handle: RunHandle, model: "LoggedModel", *, step: int, metrics: Mapping[str, float]
 ) -> None:
-    """Give an uploaded model its metrics and its place in the run, then declare it READY."""
+    """Log an uploaded model's metrics and link it to the run's step, then declare it READY."""
     from mlflow.entities import LoggedModelOutput
 
     model_id = model.model_id
@@ -113,8 +113,8 @@ def _log_metrics(
     entries = []
     for name, value in ((metric_name(name), value) for name, value in metrics.items()):
         if math.isfinite(value):
-            # MLflow writes a model's metric into the run as well, where it is a second point of that step unless it
-            # has the first one's time.
+            # MLflow also writes a model's metric to the run, where it would be a second point at that step unless it
+            # has the first point's timestamp.
             history = attempt(f"read {name}", lambda name=name: client.get_metric_history(handle.run_id, name))
             times = [point.timestamp for point in history if point.step == step and point.value == value]
             time_ms = times[0] if times else int(time.time() * 1000)

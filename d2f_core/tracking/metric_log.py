@@ -1,7 +1,7 @@
-"""Metrics and pictures on their way to MLflow, so that a training neither waits for the server nor fails with it.
+"""Queue of metrics and pictures for MLflow, so that a training neither waits for the server nor fails with it.
 
-The run has each (metric, step) once and misses none, whatever dies: points wait in memory until the server confirms
-them, a checkpoint stores those that still wait, and what the server has already is not sent again.
+The run gets each (metric, step) exactly once, whichever process is killed: points wait in memory until the server
+confirms them, a checkpoint stores unconfirmed ones, and points that the server already has are not sent again.
 """
 
 import logging
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 BATCH_POINTS = 1000
 """MLflow's limit for one request."""
 MAX_PICTURES = 16
-"""Pictures that wait in memory; then the oldest is dropped."""
+"""Most pictures waiting in memory; when there are more, the oldest is dropped."""
 WARN_SECONDS = 30.0
-"""At least this long between two warnings."""
+"""Shortest time between two warnings."""
 CLOSING_DELAY = 1.0
-"""Longest pause between two attempts, in seconds, once the log is being closed."""
+"""Longest pause in seconds between attempts while the log is being closed."""
 REFUSED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"}
-"""Answers that no waiting changes. Others may pass: a token is renewed, a gateway finds its server again."""
+"""Error codes that are permanent. Others may be temporary: a token is renewed, a gateway finds its server again."""
 
 
 class Point(NamedTuple):
-    """One value of a metric; `timestamp` in ms is when it was logged, however late it is sent."""
+    """One value of a metric; `timestamp` (ms) is when it was logged, not when it is sent."""
 
     name: str
     value: float
@@ -50,7 +50,7 @@ class Picture(NamedTuple):
 
 
 class MetricLog:
-    """Metrics and pictures of one run, sent in order by a thread for as long as it takes.
+    """Metrics and pictures of one run, sent in order by a thread that retries until they arrive.
 
     Args:
         pending: what `pending()` returned before the run was resumed.
@@ -61,29 +61,29 @@ class MetricLog:
         self._points = deque(Point(str(name), float(value), int(at), int(step)) for name, value, at, step in pending)
         self._pictures: deque[Picture] = deque()
         self._written: dict[str, tuple[int, set[int]]] = {}
-        """Per metric: from which step on the server was asked, and which steps it has."""
+        """Per metric: the first step that the server was asked for, and the steps from there on that it has."""
         self._changed = threading.Condition()
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._refusal: TrackingError | None = None
         self._trouble = "no answer yet"
         self._in_time = time.monotonic()
-        """When something was sent last, or began to wait after nothing had."""
+        """Time of the last successful send, or when the oldest waiting item was queued."""
         self._warned = self._in_time - WARN_SECONDS
         self._thread = threading.Thread(target=self._run, name="metric-log", daemon=True)
         if self._points:
             self._put(())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queue the metrics of a step; never waits for the network.
+        """Queue the metrics of a step; never blocks on the network.
 
         Raises:
-            TrackingError: MLflow refused earlier points for good, e.g. because the run was deleted.
+            TrackingError: MLflow refused earlier points permanently, e.g. because the run was deleted.
         """
         now = int(time.time() * 1000)
         self._put(Point(metric_name(name), float(value), now, step) for name, value in metrics.items())
 
     def log_image(self, name: str, image: "Image.Image", step: int) -> None:
-        """Queue a picture of the series `name`, as `RunHandle.log_image` writes it; never waits for the network."""
+        """Queue a picture of the series `name`, as `RunHandle.log_image` writes it; never blocks on the network."""
         self._put((), Picture(name, image, step))
         with self._changed:
             while len(self._pictures) > MAX_PICTURES:
@@ -96,10 +96,10 @@ class MetricLog:
             return [list(point) for point in self._points]
 
     def close(self, timeout: float) -> None:
-        """Send what waits, for at most `timeout` seconds; then nothing is sent any more.
+        """Send what is queued, for at most `timeout` seconds; nothing is sent afterwards.
 
         Raises:
-            TrackingError: points remain, or MLflow refused some.
+            TrackingError: points remain unsent, or MLflow refused some.
         """
         with self._changed:
             self._closing.set()
@@ -180,7 +180,7 @@ class MetricLog:
             self._in_time = time.monotonic()
 
     def _outlasts(self, error: Exception, picture: Picture | None) -> bool:
-        """Whether to go on after an error; what was sent last may have arrived all the same."""
+        """Handle an error of a send, which may still have arrived; returns whether to continue."""
         self._written.clear()
         self._trouble = one_line(error)
         waits = is_away(error) or getattr(error, "error_code", None) not in (*REFUSED, None)
@@ -197,7 +197,7 @@ class MetricLog:
         return self._refusal is None
 
     def _send(self, client: "MlflowClient", batch: list[Point]) -> None:
-        """Write those of the points that the server does not have."""
+        """Send the points that the server does not have."""
         from mlflow.entities import Metric
 
         first: dict[str, int] = {}
@@ -212,7 +212,7 @@ class MetricLog:
             client.log_batch(self._handle.run_id, metrics=list(new.values()))
 
     def _steps(self, client: "MlflowClient", name: str, first: int) -> set[int]:
-        """The steps of a metric that the server has, from `first` on."""
+        """Steps from `first` on for which the server has the metric."""
         asked, steps = self._written.get(name, (None, set()))
         if asked is None or first < asked:
             history = client.get_metric_history(self._handle.run_id, name)

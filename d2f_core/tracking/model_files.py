@@ -1,4 +1,6 @@
-"""A registered version's own files, fetched by content hash; MLflow's files beside them are neither fetched nor run."""
+"""Downloads a registered version's own files by content hash; MLflow's files beside them are neither fetched nor
+run.
+"""
 
 import re
 import tempfile
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 SHA256 = re.compile("[0-9a-f]{64}")
 MAX_ENTRIES = 1000
-"""Files and directories that a version may list."""
+"""Most files and directories in a version."""
 MLFLOW_FILES = re.compile(
     r"MLmodel|conda\.yaml|python_env\.yaml|requirements\.txt|constraints\.txt|(serving_)?input_example\.json"
     r"|registered_model_meta|\w+\.py"
@@ -24,16 +26,17 @@ MLFLOW_FILES = re.compile(
 
 
 def resolve_model(uri: str, *, cache_dir: Path | None = None) -> str:
-    """Where the files of a model are: a local directory for `models:/...`; any other URI is returned as it is.
+    """The location of a model's files: a local directory for `models:/...`; any other URI is returned unchanged.
 
     Downloads once per content and node: the directory's name is the content hash, and a file lock makes a second
-    process wait for the first one's copy. Nothing of it is run, and nothing is written outside of that directory.
+    process wait for the first one's copy. No downloaded file is run, and nothing is written outside that directory.
 
     Args:
         cache_dir: default `$D2F_CACHE/models`, or `~/.cache/diff2flow/models`.
 
     Raises:
-        TrackingError: no such version, one that this project did not register, or files that are not as registered.
+        TrackingError: the version does not exist, was not registered by this project, or its files differ from those
+            registered.
     """
     if not uri.startswith("models:/"):
         return uri
@@ -58,7 +61,8 @@ def download_model(source: str, target: Path, expected: str) -> None:
     """Copy the model's own files under the artifact URI `source` to the new directory `target`.
 
     Raises:
-        TrackingError: a file that no registered model has, a name that climbs out, or another content than `expected`.
+        TrackingError: a file does not belong in a registered model, a name points outside the directory, or the content
+            hash is not `expected`.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -80,7 +84,7 @@ def download_model(source: str, target: Path, expected: str) -> None:
 
 
 def _listed(source: str, repository: "ArtifactRepository") -> list[str]:
-    """Sorted names of the model's own files, once every name was found harmless."""
+    """Sorted names of the model's own files, after every listed name was checked."""
     names: list[str] = []
     left, entries = [""], 0
     while left:
@@ -95,7 +99,7 @@ def _listed(source: str, repository: "ArtifactRepository") -> list[str]:
 
 
 def check_name(source: str, parent: str, name: str) -> None:
-    """Refuse a listed name that does not lie directly in the directory `parent`."""
+    """Refuse a listed name that is not directly inside the directory `parent`."""
     path = PurePosixPath(name)
     plain = name == path.as_posix() and path.name not in ("", "..") and "\\" not in name
     if not plain or path.parent != PurePosixPath(parent or "."):
@@ -103,7 +107,7 @@ def check_name(source: str, parent: str, name: str) -> None:
 
 
 def own_files(source: str, names: Sequence[str]) -> list[str]:
-    """Sorted names below MODEL_PART; everything else must be MLflow's."""
+    """Sorted names below MODEL_PART; all other files must be MLflow's."""
     prefix = f"{MODEL_PART}/"
     own = sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
     strange = sorted(name for name in names if not name.startswith(prefix) and not MLFLOW_FILES.fullmatch(name))

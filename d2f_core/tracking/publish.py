@@ -1,6 +1,6 @@
-"""A finished training's model becomes a registered version: artifact, card and loader in, version and alias out.
+"""Registers a finished training's model: takes artifact, card and loader, and creates a version with an alias.
 
-What the card says, how MLflow opens the model and what its type is called are the system's that trained it.
+The system that trained the model provides its card, its loader for MLflow, and the name of its type.
 """
 
 import json
@@ -23,7 +23,7 @@ CARD, CONFIG, SAMPLES = "README.md", "config.yaml", "samples.png"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What MLflow and the checkpoint tell of a training whose model is published."""
+    """Facts about the training of a published model, from MLflow and the checkpoint."""
 
     run: str
     """Output URI of the training, which is the key of its run."""
@@ -31,21 +31,21 @@ class TrainingRecord:
     """The run's page in MLflow."""
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
-    """Of the checkpoint that the model was made of."""
+    """Metrics of the checkpoint that the model was made from."""
     config_yaml: str
     """The training's resolved config; empty when it was not logged."""
     has_samples: bool
-    """Whether its last evaluation left a picture."""
+    """Whether the run has a picture of samples from its last evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What tells people and programs what a version is."""
+    """Description of a version, for people and programs."""
 
     text: str
-    """README.md among the version's files."""
+    """Text of README.md among the version's files."""
     description: str
-    """The version's page in MLflow: Markdown, at most 5,000 characters."""
+    """Description on the version's page in MLflow: Markdown, at most 5,000 characters."""
     tags: Mapping[str, str]
 
 
@@ -80,7 +80,7 @@ def publish(
     loader: Loader | None,
     model_type: str,
 ) -> ModelVersionInfo:
-    """Register a model directory as a version of `name`; repeated with the same content it changes nothing.
+    """Register a model directory as a version of `name`; repeating it with the same content changes nothing.
 
     Args:
         handle: the training's run.
@@ -118,7 +118,7 @@ def publish(
 
 
 def checkpoint_metrics(handle: RunHandle, training: Mapping[str, Any]) -> dict[str, float]:
-    """The evaluation of the checkpoint that a model was made of; what the run logged at its step if there is none.
+    """Metrics of the checkpoint that a model was made from: its evaluation, or else what the run logged at that step.
 
     Raises:
         TrackingError: the evaluation was damaged.

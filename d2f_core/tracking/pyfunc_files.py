@@ -1,4 +1,4 @@
-"""The files by which MLflow's own tools open a model: MLmodel, a script of this project, signature and example."""
+"""The files with which MLflow's own tools load a model: MLmodel, a script of this project, signature and example."""
 
 import importlib.metadata
 import tempfile
@@ -8,38 +8,38 @@ from pathlib import Path
 from typing import Any
 
 MODEL_PART = "artifacts/model"
-"""Where the model's own files lie inside its MLflow artifacts."""
+"""Path of the model's own files inside its MLflow artifacts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """How MLflow opens a model: models-from-code, so that nothing is pickled.
+    """How MLflow loads a model: by models-from-code, so that nothing is pickled.
 
     Types are MLflow's: string, long, double, binary.
     """
 
     script: Path
-    """Python file that calls `mlflow.models.set_model`; MLflow runs a copy of it. It finds the model's files as
+    """Python file that calls `mlflow.models.set_model`; MLflow runs a copy of it. It gets the model's files as
     `context.artifacts["model"]`."""
     inputs: Mapping[str, str]
     """Required column -> type."""
     optional: Mapping[str, str] = field(default_factory=dict)
-    """Column -> type of what may be left out; also taken as a parameter, which holds for all rows."""
+    """Optional column -> type; may also be given as a parameter, which applies to all rows."""
     outputs: Mapping[str, str]
     example: Mapping[str, Any]
     """One row of input."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What `mlflow.pyfunc.load_model(..., model_config=...)` may change, with the values otherwise."""
+    """Settings that `mlflow.pyfunc.load_model(..., model_config=...)` can change, with their defaults."""
     requirements: Sequence[str] = ()
-    """Packages, pinned to the releases that are installed here."""
+    """Required packages; they are pinned to the installed releases."""
 
 
 def write_pyfunc(
     target: Path, loader: Loader, files: Mapping[str, bytes], *, model_bytes: int, run_id: str, model_id: str
 ) -> None:
-    """Write MLflow's files to the new directory `target`, and `files` to where the model's own will lie.
+    """Write MLflow's files to the new directory `target`, and `files` to the place of the model's own files in it.
 
-    The model's own files are not copied here: they may be large, and go to their place directly.
+    The model's own files are not copied: they may be large, and are uploaded directly.
 
     Args:
         model_bytes: size of the model's own files, for MLflow's pages.
@@ -63,7 +63,7 @@ def write_pyfunc(
             model_config=dict(loader.settings),
             pip_requirements=[_pinned(name) for name in loader.requirements],
             mlflow_model=model,
-            uv_project_path=scratch,  # else a uv.lock of the current directory would become part of the model
+            uv_project_path=scratch,  # or a uv.lock in the current directory would become part of the model
         )
     saved = Model.load(str(target))
     saved.model_size_bytes = (saved.model_size_bytes or 0) + model_bytes
@@ -84,5 +84,5 @@ def _signature(loader: Loader) -> Any:
 
 
 def _pinned(package: str) -> str:
-    """A requirement that the package index can serve: without the local part of a version such as 2.13.0+cpu."""
+    """A requirement that a package index can serve, without the local part of a version such as 2.13.0+cpu."""
     return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"

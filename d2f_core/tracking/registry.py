@@ -1,4 +1,4 @@
-"""The model registry: a directory of weights becomes a version that has tags, a description, metrics and an alias.
+"""The model registry: registers a directory of weights as a version with tags, a description, metrics and an alias.
 
 The directory is uploaded once as an MLflow LoggedModel of the run that trained it, so that MLflow's model list, the
 run's page and the registered version all show the same thing:
@@ -6,7 +6,7 @@ run's page and the registered version all show the same thing:
     MLmodel, *.py, ...        MLflow's own files, by which `mlflow.pyfunc.load_model` opens it (`pyfunc_files`)
     artifacts/model/          the directory as it was, with the card beside it
 
-`model_files.resolve_model` gives the second part back, and runs nothing of the first.
+`model_files.resolve_model` downloads the second part, and runs nothing of the first.
 """
 
 import logging
@@ -45,34 +45,34 @@ class ModelVersionInfo:
     uri: str
     url: str
     content_hash: str
-    """Of the model's own files; "" when another program registered it."""
+    """Hash of the model's own files; "" when another program registered the version."""
     run_id: str
-    """The training's run."""
+    """Id of the training's run."""
     tags: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewVersion:
-    """A model that is to become a version: its files, and what tells what it is."""
+    """A model to register as a version: its files and metadata."""
 
     model_dir: Path | str
-    """Local or s3://."""
+    """Directory of the model's files, local or s3://."""
     name: str
-    """Registered model."""
+    """Name of the registered model."""
     model_type: str
-    """Of MLflow's model list: the system that made it."""
+    """Type in MLflow's model list: the system that trained the model."""
     tags: Mapping[str, str]
     """How to use the model (base URI and hash, prediction type, schedule, solver, steps, guidance)."""
     description: str
     """Markdown, shown on the version's page; at most 5,000 characters."""
     loader: Loader | None = None
-    """How MLflow's own tools open it; None: they do not."""
+    """How MLflow's own tools load the model; None: they cannot."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """Further files beside the model's own, by plain names, such as README.md; not part of its content hash."""
+    """Further files beside the model's own, by plain name, such as README.md; not part of the content hash."""
     step: int = 0
     """Optimizer step of the weights."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of the weights, for MLflow's model list."""
+    """Metrics of the weights, for MLflow's model list."""
 
     def __post_init__(self) -> None:
         if len(self.description) > MAX_DESCRIPTION_CHARS:
@@ -89,13 +89,13 @@ class NewVersion:
 
 
 def register_model(handle: RunHandle, new: NewVersion, *, alias: str = "candidate") -> ModelVersionInfo:
-    """Upload a model directory, register it as a version made by the run `handle`, and point `alias` at it.
+    """Upload a model directory, register it as a version of the run `handle`, and point `alias` at the version.
 
     Repeating it with the same run and content uploads nothing and returns the same version; a call that was killed is
-    continued. The alias is set last, so it never names a partial model.
+    completed. The alias is set last, so it never names a partial model.
 
     Raises:
-        TrackingError: no such directory, or MLflow cannot be reached or refuses something.
+        TrackingError: the directory does not exist, or MLflow cannot be reached or refuses a request.
     """
     with tempfile.TemporaryDirectory() as scratch:
         directory = _local(new.model_dir, Path(scratch, "model"))
@@ -130,7 +130,7 @@ def _create_version(client: "MlflowClient", handle: RunHandle, new: NewVersion) 
 
 
 def _uploaded(client: "MlflowClient", handle: RunHandle, new: NewVersion) -> "LoggedModel":
-    """The run's LoggedModel with the content of the local directory `new.model_dir`, complete."""
+    """The run's complete LoggedModel with the content of the local directory `new.model_dir`."""
     model = logged_model(client, handle, key=HASH_TAG, name=new.name, tags=new.tags, model_type=new.model_type)
     if model.status == READY:
         return model
@@ -151,12 +151,12 @@ def _uploaded(client: "MlflowClient", handle: RunHandle, new: NewVersion) -> "Lo
 
 
 def pin_model(uri: str) -> str:
-    """`models:/NAME@ALIAS` as `models:/NAME/VERSION`, so that an alias which moves cannot mix two models in one job.
+    """Resolve `models:/NAME@ALIAS` to `models:/NAME/VERSION`, so that a moving alias cannot mix two models in one job.
 
-    Any other URI is returned as it is.
+    Any other URI is returned unchanged.
 
     Raises:
-        TrackingError: no such model, alias or version, or a malformed models:/ URI.
+        TrackingError: the model, alias or version does not exist, or the models:/ URI is malformed.
     """
     return model_version(uri).uri if uri.startswith("models:/") else uri
 
@@ -165,7 +165,7 @@ def model_version(uri: str) -> ModelVersionInfo:
     """The version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
-        TrackingError: no such model, alias or version, or a malformed URI.
+        TrackingError: the model, alias or version does not exist, or the URI is malformed.
     """
     client = client_for(tracking_uri())
     return version_info(client.tracking_uri, find_version(client, uri))

@@ -1,4 +1,4 @@
-"""What a run holds, read back: tags, metrics at a step, files."""
+"""Reads from a run: tags, metrics at a step, files."""
 
 import tempfile
 from pathlib import Path

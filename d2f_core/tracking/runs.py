@@ -27,7 +27,7 @@ MAX_PARAMS_PER_CALL = 100
 
 @dataclass(frozen=True, kw_only=True)
 class RunHandle:
-    """An MLflow run by address: picklable, usable in any process that reaches the server."""
+    """Address of an MLflow run: picklable, and usable in any process that can reach the server."""
 
     tracking_uri: str
     experiment_id: str
@@ -35,14 +35,16 @@ class RunHandle:
 
     @property
     def url(self) -> str:
-        """The run's page."""
+        """URL of the run's page."""
         return f"{self.tracking_uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write all metrics of a step in one request, repeated while the server is away; in a loop, use `MetricLog`."""
+        """Send all metrics of a step in one request, retried while the server is not available; in a loop, use
+        `MetricLog`.
+        """
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)  # taken once: a repeated request then overwrites instead of doubling the point
+        now = int(time.time() * 1000)  # fixed, so that a retry does not add a second point
         entries = [Metric(metric_name(name), float(value), now, step) for name, value in metrics.items()]
         client = client_for(self.tracking_uri)
         attempt(f"log metrics of step {step}", lambda: client.log_batch(self.run_id, metrics=entries))
@@ -50,7 +52,7 @@ class RunHandle:
     def log_image(self, name: str, image: "Image.Image", step: int) -> None:
         """Add a picture to the series `name`; MLflow shows the series with a slider over `step`.
 
-        The newest one is also the artifact `NAME.png`, which its file browser shows at full size.
+        The newest picture is also the artifact `NAME.png`, which MLflow's file browser shows at full size.
         """
         client = client_for(self.tracking_uri)
         attempt(f"log image {name!r}", lambda: client.log_image(self.run_id, image, key=name, step=step))
@@ -66,7 +68,7 @@ class RunHandle:
         attempt(f"log {file.name!r}", lambda: client.log_artifact(self.run_id, str(file), directory or None))
 
     def log_files(self, files: Mapping[str, bytes]) -> None:
-        """Write artifacts by their names."""
+        """Write artifacts, given by name."""
         with tempfile.TemporaryDirectory() as directory:
             for name, data in files.items():
                 Path(directory, name).write_bytes(data)
@@ -85,13 +87,13 @@ def start_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str],
 ) -> RunHandle:
-    """The one run that belongs to `run_key`: a new one, or the same again when a training is resumed.
+    """Start the run of `run_key`, or return the existing one when a training is resumed.
 
     Args:
-        run_key: what identifies the training, e.g. its output URI.
-        config_yaml: the resolved config, kept as the artifact `config.yaml`.
-        params: flat or nested; nested names are joined by dots. A value that changed since the first start keeps its
-            first value in MLflow, which allows no change, and is reported in the log.
+        run_key: identifies the training, e.g. by its output URI.
+        config_yaml: the resolved config, stored as the artifact `config.yaml`.
+        params: flat or nested; nested names are joined by dots. MLflow allows no changes, so a value that changed since
+            the first start keeps its first value there, and is reported in the log.
     """
     uri = tracking_uri()
     client = client_for(uri)
@@ -124,7 +126,7 @@ def find_run(*, experiment: str, run_key: str) -> RunHandle | None:
 
 
 def _search(client: "MlflowClient", experiment_id: str, run_key: str) -> "list[Run]":
-    """Runs of a key; the oldest first, should two processes ever have started it at once."""
+    """Runs of a key, oldest first; there can be several if two processes started at the same time."""
     query, order = tag_equals(RUN_KEY_TAG, run_key.rstrip("/")), ["attributes.start_time ASC"]
     return list(attempt("look up the run", lambda: client.search_runs([experiment_id], query, order_by=order)))
 
@@ -138,7 +140,7 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
             return found.experiment_id
         try:
             return attempt("create the experiment", lambda: client.create_experiment(name))
-        except TrackingError as error:  # another process created it between the two calls
+        except TrackingError as error:  # another process created the experiment between the two calls
             logger.info("%s", error)
     raise TrackingError(f"MLflow neither finds nor creates the experiment {name!r}. Choose another name.")
 

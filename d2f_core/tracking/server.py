@@ -1,4 +1,4 @@
-"""The MLflow server: where it is, whether it answers, and how long to insist."""
+"""The MLflow server: its address, whether it answers, and how long requests are retried."""
 
 import os
 import re
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 
 CHECK_SECONDS = 9.0
 RETRY_SECONDS = 60.0
-"""How long a request that MLflow does not answer is repeated; then the error is raised."""
+"""Seconds for which a request that MLflow does not answer is retried before the error is raised."""
 TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 
 T = TypeVar("T")
 
 
 class TrackingError(ValueError):
-    """MLflow cannot be used, or refused a request; one line with the value, the rule and the fix."""
+    """MLflow cannot be used, or refused a request; the message is one line with the value, the rule and the fix."""
 
 
 def tracking_uri() -> str:
     """The server's address.
 
     Raises:
-        TrackingError: it is not set (MLflow would then write a database into the current directory), or it holds a
-            password.
+        TrackingError: MLFLOW_TRACKING_URI is not set (MLflow would then write a database to the current directory), or
+            contains a password.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
     if not uri:
         raise TrackingError(
             "MLFLOW_TRACKING_URI is not set. It must name an MLflow server, e.g. http://127.0.0.1:5000; set it."
         )
-    if urlsplit(uri).password is not None:  # the address stands in logs, run pages and summaries
+    if urlsplit(uri).password is not None:  # the address appears in logs, run pages and summaries
         raise TrackingError(
             "MLFLOW_TRACKING_URI holds a password, and the address is written into logs and runs. Take it out, and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
@@ -48,7 +48,7 @@ def tracking_uri() -> str:
 
 def client_for(uri: str) -> "MlflowClient":
     """A client of the server at `uri`, for tracking and registry alike."""
-    # MLflow's own retries are silent and last four minutes a call; the loop in `attempt` says what it waits for.
+    # MLflow's own retries are silent and last four minutes per call; the loop in `attempt` logs what it waits for.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
@@ -57,7 +57,7 @@ def client_for(uri: str) -> "MlflowClient":
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether the same request may succeed later: the server, or the storage of its artifacts, is in trouble."""
+    """Whether the same request may succeed later, because the server or its artifact storage is unavailable."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
@@ -66,10 +66,10 @@ def is_away(error: BaseException) -> bool:
 
 
 def attempt(what: str, call: Callable[[], T]) -> T:
-    """Call, and call again for `RETRY_SECONDS` while the server does not answer.
+    """Call `call`, and retry for up to `RETRY_SECONDS` while the server does not answer.
 
     Raises:
-        TrackingError: at once when the server refuses, and after that time when it cannot be reached.
+        TrackingError: at once if the server refuses the request, after `RETRY_SECONDS` if it cannot be reached.
     """
     from mlflow.exceptions import MlflowException
 
@@ -98,7 +98,7 @@ def check_tracking() -> str:
             reason = type(error).__name__
             raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} does not answer ({reason}). {fix}") from None
     outcome: list[BaseException | None] = []
-    client = client_for(uri)  # importing MLflow takes seconds of a busy processor, which are no silence of the server's
+    client = client_for(uri)  # here, as importing MLflow may take seconds that must not count
 
     def probe() -> None:
         try:
@@ -126,6 +126,6 @@ def tag_equals(tag: str, value: str) -> str:
 
 
 def metric_name(name: str) -> str:
-    """The name under which MLflow keeps a metric: `pck@0.1` becomes `pck_at_0.1`, for its names hold letters, digits,
-    spaces and `_-./` on every server."""
+    """A metric's name in MLflow: `pck@0.1` becomes `pck_at_0.1`, because only letters, digits, spaces and `_-./` are
+    accepted by every server."""
     return re.sub(r"[^\w\-./ ]", "_", name.replace("@", "_at_"))

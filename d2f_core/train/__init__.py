@@ -1,1 +1,1 @@
-"""Training: Ray Train workers, a DeepSpeed engine in each. Knows nothing about what is trained."""
+"""Training: Ray Train workers, a DeepSpeed engine in each. Independent of what is trained (see `task`)."""

@@ -1,4 +1,4 @@
-"""Checkpoints: one set of safetensors by parameter name, whatever the number of workers and the ZeRO stage.
+"""Checkpoints: one set of safetensors by parameter name, independent of the number of workers and the ZeRO stage.
 
     OUTPUT/checkpoints/step-00000500.ATTEMPT/weights-0.safetensors    fp32 weights, one file per worker's share
                                              exp_avg-0.safetensors    optimizer moments
@@ -44,11 +44,11 @@ class CheckpointError(ValueError):
 
 
 class UnfinishedSaveError(CheckpointError):
-    """A save that another worker's end, or the storage's absence, kept from being completed."""
+    """A save was not completed, because another worker ended or the storage was not reachable."""
 
 
 class OtherFormatError(CheckpointError):
-    """An undamaged checkpoint that another release wrote."""
+    """An undamaged checkpoint in the format of another release."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ class CheckpointFile:
 
     kind: str
     path: str
-    """Name inside the checkpoint's directory."""
+    """File name inside the checkpoint's directory."""
     size: int
-    """Bytes."""
+    """File size in bytes."""
     sha256: str
 
     def __post_init__(self) -> None:
@@ -77,11 +77,11 @@ class CheckpointManifest:
     samples: int
     """Position in the data order: samples consumed."""
     identity: str
-    """Hash of what must not change within a run: model, data, loss, seed, batch."""
+    """Hash of everything that must not change within a run: model, data, loss, seed, batch size."""
     num_workers: int
     files: tuple[CheckpointFile, ...]
     state: dict[str, Any]
-    """JSON that resuming needs besides tensors."""
+    """JSON values that resuming needs in addition to the tensors."""
     tensors: dict[str, dict[str, str]]
     """Kind -> parameter name -> `tensor_digest`."""
     format_version: int = FORMAT_VERSION
@@ -104,7 +104,7 @@ def directory_name(step: int, attempt: str) -> str:
 
 
 def directories(output: str) -> Iterator[tuple[int, str]]:
-    """(step, uri) of every checkpoint directory, complete or not, by step and then attempt; other names are ignored."""
+    """(step, uri) of every checkpoint directory, complete or not, by step and attempt; other names are ignored."""
     root = checkpoints_uri(output)
     matches = [match for name in storage.list_names(root) if (match := DIRECTORY.fullmatch(name))]
     for match in sorted(matches, key=lambda match: (int(match[1]), match[2])):
@@ -118,7 +118,7 @@ def damaged(place: str, reason: str) -> CheckpointError:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's dtype, shape and raw bytes, wherever it lies; equal only for equal bits."""
+    """sha256 of a tensor's dtype, shape and raw bytes on any device; equal only for equal bits."""
     header = canonical_json([str(tensor.dtype), list(tensor.shape)])
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(header)
@@ -127,7 +127,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def seal(fields: Mapping[str, Any]) -> bytes:
-    """The one JSON text of `fields`, with a `digest` of all of them."""
+    """Canonical JSON of `fields`, with their `digest`."""
     digest = hashlib.sha256(canonical_json(fields)).hexdigest()
     return json.dumps({**fields, "digest": digest}, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
@@ -144,7 +144,7 @@ def unseal(place: str, data: bytes) -> dict[str, Any]:
         if fields.get("format_version") == 1 and "digest" not in fields:
             raise _other_format(place, 1)
         digest = fields.pop("digest")
-        whole = seal(fields) == data  # also finds changes that mean nothing in JSON, such as a space at the end
+        whole = seal(fields) == data  # also detects changes without meaning in JSON, such as a trailing space
     except OtherFormatError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -169,9 +169,9 @@ def read_checkpoint(uri: str) -> Checkpoint:
     """The checkpoint in one directory.
 
     Raises:
-        FileNotFoundError: it has no manifest, so it does not exist.
+        FileNotFoundError: the directory has no manifest, so the checkpoint does not exist.
         OtherFormatError: another release wrote it.
-        CheckpointError: its manifest is damaged, or belongs to another step's directory.
+        CheckpointError: the manifest is damaged, or belongs to another step's directory.
     """
     place = storage.join(uri, MANIFEST)
     fields = unseal(place, storage.read_bytes(place))
@@ -188,12 +188,12 @@ def read_checkpoint(uri: str) -> Checkpoint:
 
 
 def list_checkpoints(output: str) -> list[Checkpoint]:
-    """Every complete checkpoint, oldest step first, within a step by attempt.
+    """Every complete checkpoint, sorted by step and attempt.
 
-    One with a damaged manifest is left out, with a warning that names it.
+    A checkpoint with a damaged manifest is left out, with a warning that names it.
 
     Raises:
-        OtherFormatError: another release wrote one of them; leaving it out would restart its run from nothing.
+        OtherFormatError: another release wrote one of them; if it were left out, its run would restart from scratch.
     """
     found = []
     for _, uri in directories(output):
@@ -209,7 +209,7 @@ def list_checkpoints(output: str) -> list[Checkpoint]:
 
 
 def candidates(output: str, identity: str) -> list[Checkpoint]:
-    """The complete checkpoints of this very run, newest first: resume from the first whose tensors can be read.
+    """The complete checkpoints of the run `identity`, newest first; resume from the first whose tensors can be read.
 
     Raises:
         CheckpointError: the output holds a run of another configuration.
@@ -224,13 +224,14 @@ def candidates(output: str, identity: str) -> list[Checkpoint]:
 
 
 def iter_tensors(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, tensor) of one kind, from one file after the other; nothing when none were saved.
+    """(parameter name, tensor) of one kind, file by file; empty if the kind was not saved.
 
-    One tensor is in memory at a time; a file on S3 lies on this disk while it is read. A file is checked before its
-    first tensor is handed on, and every tensor before it is. That none is missing is known at the end alone.
+    One tensor is in memory at a time; a file on S3 is downloaded to the local disk while it is read. Each file's hash
+    is checked before its first tensor is yielded, and each tensor's before the tensor is. Missing tensors are detected
+    only at the end.
 
     Raises:
-        CheckpointError: a file is missing, or something in it is not what was written.
+        CheckpointError: a file is missing, or its content differs from what was written.
     """
     left = dict(checkpoint.manifest.tensors.get(kind, {}))
     for file in (file for file in checkpoint.manifest.files if file.kind == kind):
@@ -254,7 +255,7 @@ def iter_file(checkpoint: Checkpoint, file: CheckpointFile) -> Iterator[tuple[st
 
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
-    """All parameters' tensors of one kind, checked as by `iter_tensors`; empty when none were saved."""
+    """All parameters' tensors of one kind, checked as by `iter_tensors`; empty if the kind was not saved."""
     return dict(iter_tensors(checkpoint, kind))
 
 
@@ -269,23 +270,23 @@ def _read_file(place: str, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]
             stated = f"{file.sha256[:12]} and {file.size}"
             raise damaged(place, f"has sha256 {digest[:12]} and {size} bytes, its manifest says {stated}")
         try:
-            # Read, not mapped: mapped pages count as this process's memory, and could change after they were checked.
+            # Read, not memory-mapped: mapped pages count as this process's memory, and could change after the check.
             tensors = stack.enter_context(safe_open(local, "pt", backend="pread"))
             for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
         except MemoryError:
             raise
-        except Exception as error:  # the parser, and torch behind it, raise many types for what is no safetensors
+        except Exception as error:  # the parser and torch raise many types for an invalid file
             raise damaged(place, f"is not safetensors ({type(error).__name__}: {error})") from None
 
 
 def check_loaded(checkpoint: Checkpoint, kind: str, named: Mapping[str, Tensor]) -> None:
-    """Compare what an engine holds after loading, parameter name -> tensor on any device, with the checkpoint.
+    """Compare tensors that were loaded into an engine, parameter name -> tensor on any device, with the checkpoint.
 
-    `named` may be one worker's share.
+    `named` may hold only one worker's share of the parameters.
 
     Raises:
-        CheckpointError: names the first parameter that differs or that the checkpoint does not have.
+        CheckpointError: names the first parameter that differs from the checkpoint or is missing in it.
     """
     expected = checkpoint.manifest.tensors.get(kind, {})
     for name, tensor in named.items():

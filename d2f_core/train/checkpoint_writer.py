@@ -1,9 +1,9 @@
-"""Writing checkpoints while the training goes on: a copy in memory, then a thread that uploads it.
+"""Asynchronous checkpoints: a copy in CPU memory, which a thread uploads while the training continues.
 
 Worker r writes its safetensors and then `share-r.json`, which lists them. Worker 0 writes its share first, waits for
-all others, joins them to the manifest and writes that last. The other workers wait for `share-0.json` before they write
-theirs: so a share that an earlier start of the same attempt left behind is never joined to new ones, because worker 0
-then finds its own and refuses.
+all others, merges the lists into the manifest and writes the manifest last. The other workers wait for `share-0.json`
+before they write theirs. So shares left behind by an earlier start of the same attempt are never mixed with new ones:
+worker 0 finds its own old share and refuses.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ LONGEST_POLL_SECONDS = 2.0
 class _Save:
     uri: str
     head: dict[str, Any]
-    """What the shares of all workers have in common: step, samples, identity, num_workers."""
+    """Values that are equal in all workers' shares: step, samples, identity, num_workers."""
     tensors: dict[str, dict[str, Tensor]]
     """The copy in CPU memory; a kind is dropped once it is uploaded."""
     state: dict[str, Any]
@@ -60,7 +60,7 @@ class CheckpointWriter:
     """Writes one worker's shares; every worker has one, and calls `save` at the same steps.
 
     Attributes:
-        protected: URIs that retention must leave alone for now; change it at any time.
+        protected: URIs that retention must not delete; may be changed at any time.
         last_complete: on worker 0, (step, uri) of the newest checkpoint that this writer completed.
     """
 
@@ -75,12 +75,12 @@ class CheckpointWriter:
         share_seconds: float = SHARE_SECONDS,
         write: Callable[..., None] = storage.write_bytes,
     ) -> None:
-        """Nothing is read or written yet.
+        """Create the writer; reads and writes nothing yet.
 
         Args:
-            attempt: names this attempt's directories; unlike that of every other start of the workers.
+            attempt: part of this attempt's directory names; must differ for every start of the workers.
             share_seconds: how long one worker waits for the others' shares.
-            write: `storage.write_bytes`, or one like it.
+            write: function with the signature of `storage.write_bytes`.
         """
         if not PLAIN_NAME.fullmatch(attempt):
             raise CheckpointError(f"attempt={attempt!r} is not a plain name. Use letters, digits, '-', '_' and '.'.")
@@ -105,10 +105,10 @@ class CheckpointWriter:
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
     ) -> None:
-        """Copy this worker's share, kind -> parameter name -> tensor, and write it in the background.
+        """Copy this worker's share, kind -> parameter name -> tensor, and write the copy in the background.
 
-        Waits for the save before this one, so that one copy at most is in memory, and for the copying. Kinds without
-        tensors are not written. Worker 0's `state`, plain JSON, goes into the manifest.
+        Blocks until the previous save is done, so that at most one copy is in memory, and until the tensors are copied.
+        Kinds without tensors are not written. Worker 0's `state`, plain JSON, goes into the manifest.
 
         Raises:
             CheckpointError: an earlier save failed, or this writer is closed.
@@ -125,27 +125,27 @@ class CheckpointWriter:
         self._uri = storage.join(checkpoints_uri(self.output), directory_name(step, self.attempt))
         head = {"step": step, "samples": samples, "identity": identity, "num_workers": self.num_workers}
         job = _Save(self._uri, head, copy, json_copy(state))
-        # A daemon: a training that ends with an error is not held up; without a manifest nothing was saved.
+        # A daemon thread does not delay the end of a failed training; without a manifest nothing was saved.
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
 
     def poll(self) -> None:
-        """Raise the error of an earlier save, if there is one; never waits. Raises CheckpointError."""
+        """Raise the CheckpointError of an earlier save, if there is one; never blocks."""
         if self._failure:
             raise self._failure
 
     def wait(self) -> None:
-        """Return when the last save is complete: its manifest is there, and on worker 0 retention is done.
+        """Block until the last save is complete: its manifest exists, and on worker 0 retention has been applied.
 
         Raises:
-            CheckpointError: it failed, or the manifest did not come in time.
+            CheckpointError: the save failed, or the manifest did not appear in time.
         """
         self._join()
         if self.rank and self._uri:
             self._await(self._uri, {MANIFEST: 0}, "manifest")
 
     def close(self) -> None:
-        """End the thread. A save under way is given up and stays incomplete: call `wait` before to have it whole."""
+        """End the thread. A save in progress is abandoned and stays incomplete; call `wait` first to complete it."""
         self._closed.set()
         if self._thread:
             self._thread.join()
@@ -161,7 +161,7 @@ class CheckpointWriter:
         step = job.head["step"]
         try:
             self._write(job)
-        except BaseException as error:  # whatever it is, the training must hear of it
+        except BaseException as error:  # of any type: the training raises it
             reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             logger.error("saving step %d failed on worker %d: %s", step, self.rank, reason)
             mended = isinstance(error, (UnfinishedSaveError, storage.UnreachableStorageError))
@@ -193,7 +193,7 @@ class CheckpointWriter:
             self._complete(job)
 
     def _complete(self, job: _Save) -> None:
-        """Worker 0: make the checkpoint exist, and delete old ones."""
+        """On worker 0: write the manifest, which completes the checkpoint, then delete old checkpoints."""
         self._await(job.uri, {share_name(rank): rank for rank in range(self.num_workers)}, "share")
         manifest = self._joined(job)
         self._go_on(job.uri)
@@ -218,7 +218,7 @@ class CheckpointWriter:
         return CheckpointManifest(**job.head, files=tuple(files), state=job.state, tensors=tensors)
 
     def _await(self, uri: str, wanted: Mapping[str, int], what: str) -> None:
-        """Wait until the files `wanted`, name -> rank that writes it, are under `uri`."""
+        """Block until all files in `wanted` (name -> rank that writes the file) exist under `uri`."""
         deadline = time.monotonic() + self.share_seconds
         delay = FIRST_POLL_SECONDS
         while missing := sorted(wanted[name] for name in wanted.keys() - set(storage.list_names(uri))):
@@ -237,11 +237,11 @@ class CheckpointWriter:
             raise CheckpointError(f"{uri}: the writer was closed before the checkpoint was complete.")
 
     def _create(self, place: str, data: bytes) -> None:
-        """Write a file that was not there when this save began."""
+        """Write a file, and refuse one that existed before this save began."""
         try:
             self._write_bytes(place, data, exclusive=True)
         except FileExistsError:
-            # A client that repeats a request whose answer was lost meets its own file.
+            # A client that retries a request whose response was lost finds its own file.
             if storage.read_bytes(place) != data:
                 raise CheckpointError(
                     f"{place} was written by another process of the same attempt. Give every start of the workers an "
@@ -254,7 +254,7 @@ def share_name(rank: int) -> str:
 
 
 def json_copy(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state` as it will be read back, free of later changes. Raises TypeError when it is not JSON."""
+    """Deep copy of `state` through JSON, as it will be read back. Raises TypeError when `state` is not JSON."""
     return json.loads(canonical_json(dict(state)))
 
 

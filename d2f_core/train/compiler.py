@@ -10,16 +10,18 @@ from d2f_core.train.config import TrainConfig
 
 
 class MissingCompilerError(RuntimeError):
-    """An operator has to be compiled on this machine, and cannot be."""
+    """An operator must be compiled on this machine, but a tool is missing."""
 
 
 def _find_tool(name: str) -> str | None:
-    """Where a program is, also beside the interpreter: there pip puts ninja, activated environment or not."""
+    """Path of a program, also searched beside the interpreter, where pip installs ninja even if the environment is not
+    activated.
+    """
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def cpu_adam_is_built() -> bool:
-    """Whether the operator was installed with DeepSpeed, or compiled here before."""
+    """Whether DeepSpeed's CPU Adam is installed precompiled, or was compiled on this machine before."""
     from torch.utils.cpp_extension import get_default_build_root
 
     spec = find_spec("deepspeed")
@@ -30,7 +32,7 @@ def cpu_adam_is_built() -> bool:
 
 
 def missing_compiler(config: TrainConfig) -> str | None:
-    """What this machine lacks to run the config's optimizer, in one line with the fix; None when nothing is lacking.
+    """What this machine lacks to run the config's optimizer, in one line with the fix; None if nothing is missing.
 
     Only `optimizer="cpu_adamw"` is compiled, once per machine and user (about 150 s, kept in TORCH_EXTENSIONS_DIR).
     """

@@ -1,4 +1,4 @@
-"""What a training needs besides its model, data and loss. Light: no torch."""
+"""Settings of a training other than its model, data and loss. Imports no torch."""
 
 import math
 from dataclasses import dataclass, field
@@ -31,15 +31,15 @@ AT_LEAST = {
 
 
 Which = int | Literal["newest", "best"]
-"""What users call a checkpoint of a run: its step, or one of these."""
+"""How users select a checkpoint of a run: by step, or as the newest or best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
     decay: float = 0.999
-    """Weight of the past per step, in [0, 1); 0 keeps no average."""
+    """EMA decay per step, in [0, 1); 0 keeps no average."""
     start_step: int = 0
-    """Steps before which the average follows the weights exactly."""
+    """Number of first steps in which the average equals the weights."""
     power: float = 0.75
     """Warm-up: the decay grows as `1 - (1 + steps) ** -power` up to `decay`."""
 
@@ -56,17 +56,17 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """A checkpoint stays when any of these rules keeps it."""
+    """Retention rules; a checkpoint is kept if any of them applies."""
 
     keep_last: int = 2
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 0
-    """Best checkpoints by `metric` that stay; 0: none for that reason."""
+    """Number of best checkpoints by `metric` to keep; 0: the rule is off."""
     metric: str = ""
-    """Name in `evaluation.json`."""
+    """Name of the metric in `evaluation.json`."""
     lower_is_better: bool = True
     keep_every: int = 0
-    """Checkpoints at multiples of this many steps stay for ever; 0: none for that reason."""
+    """Checkpoints at multiples of this many steps are kept forever; 0: the rule is off."""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
@@ -87,80 +87,81 @@ class TrainConfig:
     micro_batch_size: int = 32
     """Samples per worker and forward pass; lower this when memory runs out."""
     num_workers: int = 1
-    """Ray Train workers."""
+    """Number of Ray Train workers."""
     min_workers: int = 0
-    """Fewest workers to go on with when the cluster has no room for all: the largest number that divides the global
-    batch is taken at every start and restart, and the samples of each step stay the same. 0: `num_workers`."""
+    """Fewest workers to train with when the cluster has no room for `num_workers`: every start and restart takes the
+    largest number that fits and divides the global batch; the samples of each step stay the same. 0: `num_workers`."""
     use_gpu: bool = False
     """One GPU per worker, NCCL between them; otherwise CPU and gloo."""
     cpus_per_worker: float = 1
     """Logical CPUs that Ray reserves per worker."""
     threads_per_worker: int = 0
-    """torch threads of a CPU worker; 0 divides the machine's cores."""
+    """torch threads per CPU worker; 0 divides the machine's cores among the workers."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is partitioned over the workers (1 moments, 2 also gradients, 3 also weights)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Forward and backward dtype. Weights, moments and averages are kept in fp32. fp16 scales the loss so that small
-    gradients survive, and leaves out a step when they overflow; bf16 needs neither."""
+    gradients do not underflow, and skips a step when gradients overflow; bf16 needs neither."""
     optimizer: Literal["adamw", "cpu_adamw"] = "adamw"
     """AdamW: torch's fused one, or DeepSpeed's for offloaded moments, compiled with g++ on first use (some 150 s).
-    There is no 8-bit one: it keeps its moments quantised in blocks over a worker's flattened share, so a checkpoint by
-    parameter, which any ZeRO stage and number of workers can go on from, could not carry them without loss."""
+    There is no 8-bit AdamW: its moments are quantised in blocks over a worker's flattened share, so a checkpoint by
+    parameter, from which any ZeRO stage and number of workers can resume, could not store them without loss."""
     offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
-    """What lives in the host's memory instead of the GPU's: moments and fp32 weights (stage 1 or higher), or also the
-    partitioned weights (stage 3). Slower, fits larger models. Needs `optimizer="cpu_adamw"`."""
+    """State that is kept in host memory instead of GPU memory: moments and fp32 weights (stage 1 or higher), or also
+    the partitioned weights (stage 3). Slower, but fits larger models. Needs `optimizer="cpu_adamw"`."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time, same numbers."""
+    """Recompute activations in the backward pass instead of storing them: less memory, more time, equal results."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int = 0
-    """Steps of linear rise from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: stay, or fall as a cosine to `final_learning_rate_factor` at `num_steps`."""
+    """Learning rate after the warm-up: constant, or a cosine down to `final_learning_rate_factor` at `num_steps`."""
     final_learning_rate_factor: float = 0.05
     weight_decay: float = 0.0
     beta2: float = 0.99
     clip_grad_norm: float = 1.0
-    """Largest global gradient norm; 0 clips nothing."""
+    """Global gradient norm above which gradients are clipped; 0: no clipping."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     seed: int = 0
-    """Decides data order, noise, flow times and new weights."""
+    """Seed of data order, noise, flow times and new weights."""
     lanes: int = 16
     """Independent reading streams of the data order; at least the largest number of workers that the run will ever
-    have, else windows are read more than once. Part of the run's identity."""
+    have, or windows are read more than once. Part of the run's identity."""
     window_rows: int = 512
-    """Rows that are shuffled together and read at once."""
+    """Consecutive rows that are read and shuffled together."""
     max_quarantined_share: float = 0.01
-    """Share of a run's samples that may be unusable before it stops."""
+    """Largest share of unusable samples before the run stops."""
     max_failures: int = 3
-    """Failures in a row after which a training is still restarted from its last checkpoint; -1: without limit. A new
-    checkpoint starts the count anew, and a node that was announced to go (a spot instance's notice) is not counted."""
+    """Most consecutive failures after which a training is restarted from its last checkpoint; -1: no limit. A new
+    checkpoint resets the count, and failures due to an announced loss of a node (a spot instance's notice) do not
+    count."""
     node_wait_seconds: int = 60
-    """How long nodes are waited for before fewer workers are taken (see `min_workers`), or the first start is given up.
-    An autoscaler is asked for them; raise this to the time that it takes to start a node."""
+    """Seconds to wait for nodes before fewer workers are used (see `min_workers`), or the first start fails. An
+    autoscaler is asked for the nodes; raise this to the time that it needs to start one."""
     lost_node_wait_seconds: int = 1800
-    """How long a training that has lost its nodes waits for room for its fewest workers."""
+    """Seconds that a training which has lost its nodes waits for room for its fewest workers."""
     worker_timeout_seconds: int = 600
-    """A worker that keeps the others waiting for longer than this ends the attempt; the error names it."""
+    """Seconds after which a worker that keeps the others waiting ends the attempt; the error names the worker."""
     log_every: int = 10
-    """Steps between metrics."""
+    """Steps between logged metrics."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay on storage."""
+    """Number of newest checkpoints to keep on storage."""
     keep_best: int = 0
-    """Checkpoints that stay because their evaluation was the best, beside the newest."""
+    """Number of best evaluated checkpoints to keep in addition to the newest."""
     keep_best_metric: str = "validation_flow_loss"
-    """What the best are chosen by: a metric that the task's evaluation writes."""
+    """Metric of the task's evaluation by which the best checkpoints are chosen."""
     keep_best_lower_is_better: bool = since(True, before=True)
-    """Whether the lowest value of `keep_best_metric` is the best, as of a loss, or the highest, as of an accuracy."""
+    """Whether the lowest value of `keep_best_metric` is the best, as for a loss, or the highest, as for an accuracy."""
     keep_every: int = 0
-    """Steps between checkpoints that stay for good. 0: none do."""
+    """Steps between checkpoints that are kept forever; 0: none are."""
     evaluate_every: int = 500
-    """Steps between evaluations; also before the first step and after the last. 0: never. An evaluation reads a
+    """Steps between evaluations; also before the first step and after the last; 0: never. An evaluation reads a
     checkpoint."""
     evaluation_gpus: float = 0.0
-    """GPUs of the task that evaluates, out of those that the workers leave free; 0 evaluates on a CPU."""
+    """GPUs for the evaluation task, in addition to the workers'; 0: evaluate on a CPU."""
 
     def __post_init__(self) -> None:
         for name, least in AT_LEAST.items():
@@ -181,7 +182,7 @@ class TrainConfig:
         _ = self.gradient_accumulation_steps
 
     def _check_engine(self) -> None:
-        """Refuse what DeepSpeed cannot do, ignores, or does with other numbers."""
+        """Refuse settings that DeepSpeed does not support, ignores, or computes differently."""
         if self.precision != "fp32" and self.zero_stage == 0:
             raise ValueError(
                 f"precision={self.precision!r} with zero_stage=0 runs other numerics in DeepSpeed. "
@@ -213,7 +214,7 @@ class TrainConfig:
             )
 
     def _check_schedule(self) -> None:
-        """Refuse steps at which something is due that needs a checkpoint, and none is written."""
+        """Refuse intervals at which an evaluation or retention rule needs a checkpoint that is not written."""
         every = self.checkpoint_every
         for name, why in (("evaluate_every", "an evaluation reads a checkpoint"), ("keep_every", "only those exist")):
             value = getattr(self, name)
@@ -236,7 +237,7 @@ class TrainConfig:
 
     @property
     def retention(self) -> Retention:
-        """Which checkpoints stay."""
+        """The retention rules for checkpoints."""
         return Retention(
             keep_last=self.keep_checkpoints,
             keep_best=self.keep_best,
@@ -247,7 +248,7 @@ class TrainConfig:
 
     @property
     def worker_counts(self) -> list[int]:
-        """Numbers of workers that the training may run with, the wanted one first."""
+        """Numbers of workers that the training may run with, `num_workers` first."""
         numbers = range(self.num_workers, (self.min_workers or self.num_workers) - 1, -1)
         return [number for number in numbers if self.global_batch_size % (self.micro_batch_size * number) == 0]
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of weights, as a function of the step: nothing but the averages has to be saved."""
+"""Exponential moving average of weights; its decay depends only on the step, so only the averages are saved."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""A look at a checkpoint, as a Ray task of its own: the training does not wait for it."""
+"""Evaluation of a checkpoint in its own Ray task, without blocking the training."""
 
 import json
 import logging
@@ -25,16 +25,16 @@ from d2f_core.train.weights import load_parameters
 logger = logging.getLogger(__name__)
 
 FLAT = 2.0
-"""Standard deviation, in levels of 255, below which an image shows nothing."""
+"""Standard deviation of pixel values (0 to 255) below which an image counts as flat."""
 FLUSH_SECONDS = 60.0
 LEAST_PRIORITY = 19
 
 
 class CollapseError(RuntimeError):
-    """The model of a step draws flat images only, or its metrics are not finite."""
+    """The model of a step generates only flat images, or its metrics are not finite."""
 
     def __init__(self, message: str, step: int) -> None:
-        super().__init__(message, step)  # both, so that it can be pickled
+        super().__init__(message, step)  # both arguments, so that it can be pickled
         self.step = step
 
     def __str__(self) -> str:
@@ -47,9 +47,9 @@ class EvaluationJob:
     output: str
     step: int
     uri: str | None
-    """The checkpoint; None before the first step, when the model is what the task builds."""
+    """URI of the checkpoint; None before the first step, for the model as the task builds it."""
     averaged: bool
-    """Look at the averaged weights."""
+    """Evaluate the averaged (EMA) weights."""
     num_gpus: float
     tracker: RunHandle | None
 
@@ -58,7 +58,7 @@ class EvaluationJob:
         return storage.join(self.output, "evaluation-untrained.json")
 
     def done(self) -> bool:
-        """Whether its metrics are on storage already."""
+        """Whether the job's metrics are already stored."""
         if self.uri is None:
             return storage.exists(self._untrained)
         return retention.read_evaluation(self.uri) is not None
@@ -79,7 +79,7 @@ def is_flat(image: Image) -> bool:
 
 
 def evaluate(job: EvaluationJob) -> dict[str, float]:
-    """Build the model, put the checkpoint's weights in, look, and write what was found.
+    """Build the model, load the checkpoint's weights, evaluate, and store the metrics.
 
     Raises:
         CollapseError: all images are flat, or a metric is not finite.
@@ -116,25 +116,25 @@ def evaluate(job: EvaluationJob) -> dict[str, float]:
 
 
 def evaluate_beside(job: EvaluationJob) -> dict[str, float]:
-    """`evaluate` in a process that gives way: on the training's own cores it would double its first steps."""
+    """`evaluate` at the lowest CPU priority: otherwise it would double the time of the training's first steps."""
     if not job.num_gpus:
         os.setpriority(os.PRIO_PROCESS, 0, LEAST_PRIORITY)
     return evaluate(job)
 
 
 class Evaluations:
-    """Evaluations of one training, one at a time; their checkpoints must not be deleted before they are done.
+    """Queue of a training's evaluations, run one at a time; their checkpoints are protected from deletion until then.
 
-    Several at once would each load their libraries and weights, on the training's own nodes if there are no others,
-    and pile up where the interval is shorter than an evaluation.
+    Parallel evaluations would each load libraries and weights, possibly on the training's own nodes, and would pile up
+    if an evaluation takes longer than the interval.
     """
 
     def __init__(self, protected: set[str]) -> None:
         self._protected = protected
         self._jobs: deque[EvaluationJob] = deque()
-        """The first is under way."""
+        """Queued jobs; the first one is running."""
         self._result: Any = None
-        """What the first will return."""
+        """Ray reference to the first job's result."""
 
     def start(self, job: EvaluationJob) -> None:
         """Queue the job; a step that is already queued is ignored."""
@@ -147,13 +147,13 @@ class Evaluations:
             self._begin()
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Take in what is done.
+        """Collect finished evaluations, and start the next.
 
         Args:
-            timeout: seconds to wait for each one.
+            timeout: seconds to wait for each evaluation.
 
         Raises:
-            CollapseError: of an evaluation.
+            CollapseError: an evaluation found a collapsed model.
         """
         while self._jobs and ray.wait([self._result], timeout=timeout)[0]:
             job = self._jobs.popleft()

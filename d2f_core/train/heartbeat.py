@@ -1,6 +1,7 @@
-"""Which worker keeps the others waiting: each says from a thread of its own that it is alive, and what it does.
+"""Finds the worker that keeps the others waiting: each reports from its own thread that it is alive, and what it does.
 
-The same actor carries two words between driver and first worker: that the training is to stop, and that a node will go.
+The same actor carries two messages between driver and first worker: that the training must stop, and that a node will
+be lost.
 """
 
 import contextlib
@@ -24,17 +25,17 @@ BEAT_SECONDS, SILENT_SECONDS = 1.0, 15.0
 
 @dataclass
 class State:
-    """What a worker was last heard of."""
+    """The last report of a worker."""
 
     where: str
-    """Host and process."""
+    """Host name and process id."""
     doing: str
     step: int | None
-    """None before it trains."""
+    """Last finished step; None before the worker trains."""
     since: float
-    """Seconds that it has been doing so, when it said it."""
+    """Seconds that the worker had been doing it at the time of the report."""
     heard: float
-    """Clock of the actor that keeps the list."""
+    """Time of the report by the actor's clock."""
 
     @property
     def at(self) -> str:
@@ -43,7 +44,7 @@ class State:
 
 @ray.remote(num_cpus=0)
 class HeartbeatMonitor:
-    """Keeps what each worker said last."""
+    """Ray actor that keeps each worker's last report."""
 
     def __init__(self) -> None:
         self._states: dict[int, State] = {}
@@ -51,24 +52,24 @@ class HeartbeatMonitor:
         self._leaving: list[str] = []
 
     def beat(self, rank: int, where: str, doing: str, step: int | None, since: float) -> bool:
-        """Returns whether the training is to stop."""
+        """Store a worker's report; returns whether the training must stop."""
         self._states[rank] = State(where, doing, step, since, time.monotonic())
         return self._stopping
 
     def stop(self) -> bool:
-        """Ask the workers to save and to end; returns whether any trains yet."""
+        """Ask the workers to save and stop; returns whether any has begun to train."""
         self._stopping = True
         return any(state.step is not None for state in self._states.values())
 
     def leave(self, nodes: list[str]) -> None:
-        """Keep which nodes were announced to go, by their ids."""
+        """Record the ids of nodes that were announced as leaving."""
         self._leaving += nodes
 
     def leaving(self) -> list[str]:
         return self._leaving
 
     def silent(self, seconds: float) -> dict[int, str]:
-        """Workers that were not heard of for longer: rank -> a phrase."""
+        """Workers without a report for more than `seconds`: rank -> description."""
         now = time.monotonic()
         return {
             rank: f"worker {rank} ({state.where}) was last heard of {now - state.heard:.0f} s ago: {state.at}"
@@ -77,7 +78,7 @@ class HeartbeatMonitor:
         }
 
     def report(self) -> list[str]:
-        """A phrase per worker."""
+        """A description of each worker."""
         return [
             f"worker {rank} ({state.where}): {state.at} for {state.since:.0f} s"
             for rank, state in sorted(self._states.items())
@@ -85,13 +86,13 @@ class HeartbeatMonitor:
 
 
 class Heartbeat:
-    """One worker's side. `doing` and `step` are set by the training loop."""
+    """Sends one worker's reports. The training loop sets `doing` and `step`."""
 
     def __init__(self, pulse: Any, rank: int) -> None:
         self._pulse, self._rank = pulse, rank
         self._doing, self._began = "starting", time.monotonic()
         self.step: int | None = None
-        """The last one done; None before the worker trains."""
+        """Last finished step; None before the worker trains."""
         self.stop_asked = False
         """On the first worker: whether the driver wants the training to stop."""
         self._end = threading.Event()
@@ -102,12 +103,12 @@ class Heartbeat:
         self._doing, self._began = what, time.monotonic()
 
     def begin(self, step: int) -> None:
-        """Training begins, after `step`; the driver knows it when the first worker's call returns."""
+        """Report that training begins after `step`; when the first worker's call returns, the driver has been told."""
         self.step = step
         self._say()
 
     def leave(self, nodes: list[str]) -> None:
-        """Let the driver know that nodes were announced to go."""
+        """Tell the driver that nodes were announced as leaving."""
         self._pulse.leave.remote(nodes)
 
     def stop(self) -> None:
@@ -127,7 +128,9 @@ class Heartbeat:
 
 
 def start_pulse() -> Any:
-    """On the driver's own node, for it must not go with a worker's. (A soft affinity may place it anywhere.)"""
+    """Start the actor on the driver's node, so that it is not lost with a worker's. (A soft affinity could place it
+    anywhere.)
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return cast(Any, HeartbeatMonitor).options(scheduling_strategy=here).remote()
 
@@ -155,7 +158,7 @@ def watched(pulse: Any) -> Iterator[None]:
 
 
 def ask(method: Any, *args: Any, default: Any) -> Any:
-    """An answer of the pulse within a few seconds; `default` when it is gone with its node."""
+    """Result of a call to the actor; `default` if it does not answer within 5 seconds or is lost."""
     try:
         return ray.get(method.remote(*args), timeout=5)
     except (RayError, TimeoutError) as error:

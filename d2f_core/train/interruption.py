@@ -1,8 +1,8 @@
-"""What a training does when it is told that its end is near: it saves once, and stops or goes on.
+"""How a training reacts when its end is announced: it saves once, and stops or continues.
 
-A node's notice (Ray drains it, for example because a spot instance will be reclaimed): all workers save, and go on
-until Ray ends the attempt. SIGTERM to the driver (`ray job stop`, Kubernetes): all workers save, and the training
-stops.
+A node's notice (Ray drains the node, for example because a spot instance will be reclaimed): all workers save, and
+continue until Ray ends the attempt. SIGTERM to the driver (`ray job stop`, Kubernetes): all workers save, and the
+training stops.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from d2f_core.train.heartbeat import Heartbeat, ask
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
-"""Between two looks for a notice. One is a round trip of all workers to an actor, some milliseconds; Ray itself learns
-of a notice every five seconds."""
+"""Interval between polls for a notice. A poll is a round trip of all workers to an actor, a few milliseconds; Ray
+itself checks for notices every five seconds."""
 QUESTIONS = 10
-"""Of the driver to the list of workers, some seconds apart, while it does not answer."""
+"""Most calls of the driver to the heartbeat actor, a few seconds apart, while the actor does not answer."""
 NOTHING, POLL, STOP = 0, 1, 2
-"""What the first worker tells all with a step: go on, look for notices of nodes that go, or save and stop."""
+"""Signals of the first worker to all with a step: continue, poll for notices of leaving nodes, or save and stop."""
 EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Interruptions:
-    """One worker's side. The first worker decides at which step all poll for a notice, or stop."""
+    """One worker's part. The first worker determines the step at which all poll for a notice, or stop."""
 
     def __init__(self, heartbeat: Heartbeat, *, first: bool) -> None:
         self._heartbeat, self._first = heartbeat, first
@@ -41,9 +41,10 @@ class Interruptions:
         self.stopping = False
 
     def signal(self) -> int:
-        """This worker's number for the step under way.
+        """This worker's signal for the current step.
 
-        All but the first worker give 0, so the sum over the workers, which each gets, is the first worker's signal.
+        All workers but the first return 0, so the sum over the workers, which every worker receives, is the first's
+        signal.
         """
         if not self._first:
             return NOTHING
@@ -55,10 +56,10 @@ class Interruptions:
         return POLL
 
     def agreed(self, signals: int, step: int) -> bool:
-        """Whether to save at this step, due or not.
+        """Whether to save at this step, regardless of the schedule.
 
         Args:
-            signals: the sum of all workers' `signal`. Every worker must call it, and gets the same answer.
+            signals: the sum of all workers' `signal`. Every worker must call this method, and gets the same result.
         """
         if signals == STOP:
             self.stopping = True
@@ -68,7 +69,7 @@ class Interruptions:
         return signals == POLL and self._noticed(step)
 
     def _noticed(self, step: int) -> bool:
-        """Whether nodes of these workers were announced to go since the last poll."""
+        """Whether nodes of this training's workers were announced as leaving since the last poll."""
         info = ray.train.get_preemption_info()
         new = set(info.preempted_node_to_ranks) - self._known if info else set()
         if not info or not new:
@@ -82,7 +83,7 @@ class Interruptions:
 
 
 def describe(info: ray.train.PreemptionInfo, nodes: set[str]) -> str:
-    """Which nodes go, with which workers, and when."""
+    """Message that names the leaving nodes, their workers, and the time."""
     parts = [
         f"node {node[:12]} with worker {', '.join(str(rank) for rank in info.preempted_node_to_ranks[node])}"
         for node in sorted(nodes)
@@ -92,12 +93,12 @@ def describe(info: ray.train.PreemptionInfo, nodes: set[str]) -> str:
 
 
 class Termination:
-    """SIGTERM to the driver while it trains."""
+    """Handles SIGTERM to the driver during a training."""
 
     def __init__(self) -> None:
         self.asked = False
         self.pulse: Any = None
-        """That of the attempt under way."""
+        """Heartbeat actor of the current attempt."""
         self._wake = threading.Event()
 
     def handle(self, number: int, frame: object) -> None:
@@ -112,14 +113,14 @@ class Termination:
         self._wake.set()
 
     def pass_on(self) -> None:
-        """Ask the workers to stop; runs in a thread, for a handler must not wait for an answer."""
+        """Ask the workers to stop; runs in a thread, because a signal handler must not block."""
         self._wake.wait()
         if not self.asked:
             return
         there = None
         for _ in range(QUESTIONS):
             pulse = self.pulse
-            # No answer, on a busy machine, is not the answer that there is nothing to save.
+            # A missing answer, as on a busy machine, does not mean that there is nothing to save.
             there = ask(pulse.stop, default=None) if pulse is not None else False
             if there is not None:
                 break
@@ -133,9 +134,9 @@ class Termination:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[Termination]:
-    """Let SIGTERM stop the training instead of killing it, while the context lasts.
+    """Context in which SIGTERM stops the training cleanly instead of killing it.
 
-    In a thread signals are left alone: Python lets only the main thread handle them.
+    Outside the main thread it does nothing: Python allows signal handlers only there.
     """
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():
@@ -153,7 +154,7 @@ def terminable() -> Iterator[Termination]:
 
 
 def terminated(output: str, identity: str) -> SystemExit:
-    """The end of a stopped training; the log says from where it goes on."""
+    """The exception that ends a stopped training; logs from where it can be resumed."""
     found = checkpoint.candidates(output, identity)
     if found:
         what = f"stopped by SIGTERM; step {found[0].manifest.step} is saved in {found[0].uri}"

@@ -1,4 +1,4 @@
-"""Start a training on the cluster, restart it after failures, and say what is missing when it cannot go on."""
+"""Start a training on the cluster, restart it after failures, and report why when it cannot continue."""
 
 import bisect
 import contextlib
@@ -39,7 +39,7 @@ HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 class TrainingStoppedError(ValueError):
-    """A training that ended before its last step: why, and from where it goes on."""
+    """A training ended before its last step; the message says why, and from where it can be resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def run_training(
     """Train to the last step, from the newest whole checkpoint under `output` if there is one.
 
     Args:
-        identity: hash of what must stay the same for a checkpoint to belong to this run.
+        identity: hash of everything that a checkpoint and this run must have in common.
 
     Returns:
         The last checkpoint, and the steps whose evaluation was due and failed or did not end in time; the same call
@@ -72,8 +72,8 @@ def run_training(
     Raises:
         InsufficientResourcesError: the cluster is too small.
         CheckpointError: `output` holds a run of another configuration.
-        TrainingStoppedError: it failed more than `max_failures` times in a row without a new checkpoint, or of
-            something that a restart cannot mend.
+        TrainingStoppedError: the training failed more than `max_failures` times in a row without a new checkpoint, or
+            with an error that a restart cannot fix.
         SystemExit: SIGTERM ended it, after a checkpoint.
     """
     job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
@@ -100,10 +100,10 @@ def run_training(
 
 
 def _after_failure(job: WorkerJob, error: BaseException, pulse: Any, restarts: Restarts) -> None:
-    """Say why an attempt ended, and from where the next one goes on.
+    """Log why an attempt ended, and from where the next one resumes.
 
     Raises:
-        TrainingStoppedError: there must not be another attempt.
+        TrainingStoppedError: no further attempt is allowed.
     """
     there = checkpoint.candidates(job.output, job.identity)
     why_not = restarts.add(error, pulse, there[0].manifest.step if there else 0)
@@ -119,7 +119,7 @@ def _after_failure(job: WorkerJob, error: BaseException, pulse: Any, restarts: R
 
 
 def _last_good(job: WorkerJob, there: list[Checkpoint], collapsed: CollapseError) -> str:
-    """Which of the checkpoints that are there, newest first, holds the model before it collapsed."""
+    """Sentence that names the newest good checkpoint before the collapse; `there` are the checkpoints, newest first."""
     good = retention.last_good(one for one in there if one.manifest.step < collapsed.step)
     if good is None:
         return "No checkpoint before it was evaluated and kept."
@@ -140,7 +140,7 @@ def _complete(config: TrainConfig, output: str, identity: str) -> Checkpoint | N
 def _attempt(job: WorkerJob) -> None:
     config = job.config
     trainer = TorchTrainer(
-        # Not as `train_loop_config`: Ray's controller would unpickle that, and import all that a worker needs.
+        # Not as `train_loop_config`: Ray's controller would unpickle it, and import everything that a worker needs.
         functools.partial(run_worker, job),
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=config.worker_timeout_seconds),
         scaling_config=ray.train.ScalingConfig(
@@ -148,7 +148,7 @@ def _attempt(job: WorkerJob) -> None:
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
         ),
-        # Ray's own restarts would keep the attempt's name, and repeat errors that no restart mends.
+        # Ray's own restarts would reuse the attempt's name, and retry errors that no restart can fix.
         run_config=ray.train.RunConfig(
             name=job.attempt,
             storage_path=_ray_storage(job.output),
@@ -161,9 +161,9 @@ def _attempt(job: WorkerJob) -> None:
 
 @contextlib.contextmanager
 def _dead_after(seconds: float) -> Iterator[None]:
-    """Let Ray Train give up a worker that does not answer for so long, even when no other waits for it.
+    """Make Ray Train give up a worker that has not answered for `seconds`, even if no other worker waits for it.
 
-    Its own limit is ten minutes, and can be set by the environment of the driver alone.
+    Ray's default is ten minutes, and can only be changed by an environment variable of the driver.
     """
     before = os.environ.get(HEALTH_CHECK_TIMEOUT)
     os.environ[HEALTH_CHECK_TIMEOUT] = before or str(seconds)
@@ -202,7 +202,7 @@ def _settle(job: WorkerJob, last: Checkpoint) -> tuple[int, ...]:
 
 
 def _list_checkpoints(job: WorkerJob, tracker: RunHandle) -> None:
-    """A row of MLflow's model list for each checkpoint that was kept and evaluated, so that the list ranks them."""
+    """Add a row to MLflow's model list for each kept and evaluated checkpoint, so that the list can rank them."""
     for kept in checkpoint.candidates(job.output, job.identity):
         if metrics := retention.read_evaluation(kept.uri):
             step, params = kept.manifest.step, {"zero_stage": job.config.zero_stage, "seed": job.config.seed}
@@ -212,7 +212,7 @@ def _list_checkpoints(job: WorkerJob, tracker: RunHandle) -> None:
 
 
 def _write_ledger(job: WorkerJob, last: Checkpoint) -> None:
-    """List the rows that the training could not use: table and row number, and the reason."""
+    """Write the ledger of rows that the training could not use: table, row number and reason."""
     rows, plan = last.manifest.state.get("quarantined", []), job.plan
     ledger = []
     for row, why in rows:
@@ -225,11 +225,11 @@ def _write_ledger(job: WorkerJob, last: Checkpoint) -> None:
 
 
 def _ray_directory(output: str) -> str:
-    """Ray Train's own bookkeeping, a directory per attempt; nobody resumes from it."""
+    """Directory of Ray Train's own state, one subdirectory per attempt; it is never used to resume."""
     return storage.join(output, "ray")
 
 
 def _ray_storage(output: str) -> Any:
-    """The same as Ray takes it."""
+    """The same directory in the form that Ray accepts."""
     path = _ray_directory(output)
     return path if storage.is_s3(output) else storage.filesystem(path)[1]

@@ -1,4 +1,4 @@
-"""Memory that one worker of a training needs, by what DeepSpeed 0.19 keeps under our engine's settings.
+"""Memory that one worker of a training needs, from what DeepSpeed 0.19 allocates under this project's settings.
 
 Each rule is checked against what engines allocate (tests/train/test_memory.py). With P trained of T parameters, b
 bytes of precision and n workers:
@@ -19,28 +19,28 @@ from dataclasses import dataclass
 from d2f_core.train.config import TrainConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Per element, by precision."""
+"""Bytes per element of each precision."""
 MOST_IN_BUCKET = 500_000_000
 """Upper bound of the gradient bucket's elements (DeepSpeed's default); a smaller model uses its own parameter count."""
 GATHERED = 550_000_000
-"""Elements that stage 3 holds gathered at most: a weight stays from its forward to its backward pass when fewer than
-1e9 elements are used between (so the last 5e8 of the network do), and 5e7 are fetched ahead."""
+"""Most elements that stage 3 holds gathered: a weight stays from its forward to its backward pass if fewer than 1e9
+elements are used in between (true for the last 5e8 of the network), and 5e7 are prefetched."""
 PERSISTENT = 100_000
-"""Stage 3 never gives up parameters of fewer elements."""
+"""Parameters with fewer elements stay gathered under stage 3."""
 TOGETHER = 1 << 22
-"""Elements that are gathered at a time for a checkpoint, or one larger tensor."""
+"""Elements that are gathered at once for a checkpoint; a larger tensor is gathered alone."""
 RUNTIME_BYTES = 1_500_000_000
-"""Assumed, not counted: CUDA's context, libraries' workspaces and what the allocator cannot use."""
+"""Assumed, not counted: CUDA's context, libraries' workspaces and the allocator's fragmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one worker."""
+    """Bytes that one worker needs, on its device unless stated otherwise."""
 
     weights: int
-    """As the passes use them."""
+    """Weights in the dtype of the forward and backward passes."""
     master: int
-    """fp32 copies of this worker's share."""
+    """fp32 copies of the weights in this worker's share."""
     moments: int
     averages: int
     gradients: int
@@ -51,21 +51,21 @@ class Memory:
     stepping: int
     """Copies of gradients during the optimizer's step."""
     saving: int
-    """Whole tensors that are gathered for a checkpoint."""
+    """Whole tensors gathered for a checkpoint."""
     activations: int
     others: int
-    """Text encoders, encoded captions, CUDA's own."""
+    """Text encoders, encoded captions and CUDA's own memory."""
     host: int
-    """Of the host's memory: the weights when they are read, the copy of a checkpoint, and what is offloaded."""
+    """Host memory: the weights while they are read, the copy of a checkpoint, and offloaded state."""
 
     @property
     def state(self) -> int:
-        """There all the time."""
+        """Bytes that stay allocated for the whole training."""
         return self.weights + self.master + self.moments + self.averages + self.others
 
     @property
     def peak(self) -> int:
-        """Most of the device's memory at a time."""
+        """Peak of the device's memory."""
         passing = self.bucket + max(self.activations, self.copies)
         return self.state + max(passing + self.gradients, self.stepping + self.gradients, self.saving)
 
@@ -73,13 +73,13 @@ class Memory:
 def memory_per_worker(
     config: TrainConfig, trained: Sequence[int], frozen: Sequence[int], *, activations: int = 0, others: int = 0
 ) -> Memory:
-    """What the training takes at most on the worker that has most.
+    """Peak memory of the worker with the largest share.
 
     Args:
         trained: elements of each trained parameter, in the module's order.
-        frozen: likewise of the parameters that are not trained.
-        activations: bytes of the passes of one micro-batch.
-        others: bytes of what else lies on the device.
+        frozen: elements of each frozen parameter.
+        activations: bytes of activations for one micro-batch.
+        others: bytes of everything else on the device.
     """
     sizes = _Sizes(config, trained, frozen)
     on_device = not sizes.optimizer_offload
@@ -100,21 +100,21 @@ def memory_per_worker(
 
 
 class _Sizes:
-    """The numbers that the rules are written in."""
+    """Sizes and settings that the rules are computed from."""
 
     def __init__(self, config: TrainConfig, trained: Sequence[int], frozen: Sequence[int]) -> None:
         self.trained, self.frozen = trained, frozen
         self.stage, self.workers = config.zero_stage, config.num_workers
         self.each = BYTES[config.precision]
-        """Bytes of an element in the passes."""
+        """Bytes per element in the forward and backward passes."""
         self.total, self.all = sum(trained), sum(trained) + sum(frozen)
-        """Elements that are trained, and of the whole network."""
+        """Number of trained elements, and of all elements of the network."""
         self.largest = max(trained, default=0)
         """Elements of the largest trained parameter."""
         self.share = _share(trained, self.stage, self.workers)
-        """Elements that a worker holds of the fp32 weights and of each moment."""
+        """Elements of a worker's share of the fp32 weights, and of each moment."""
         self.owned = max(sum(trained[rank :: self.workers]) for rank in range(self.workers))
-        """Elements of the whole parameters that a worker averages and writes."""
+        """Elements of the whole parameters that one worker averages and saves."""
         self.averaging = bool(config.ema.decay)
         self.optimizer_offload = config.offload != "none"
         self.weight_offload = config.offload == "optimizer_and_weights"
@@ -123,7 +123,7 @@ class _Sizes:
 
     @property
     def partition(self) -> int:
-        """Bytes of the worker's part of the weights that the passes use, where they are cut."""
+        """Bytes of the worker's partition of the passes' weights; 0 below stage 3, where they are not partitioned."""
         return self.each * (self.share + _share(self.frozen, 3, self.workers)) if self.stage == 3 else 0
 
     @property
@@ -160,7 +160,9 @@ def _bucket(sizes: _Sizes) -> int:
 
 
 def _stepping(sizes: _Sizes) -> int:
-    """The fp32 copy is the gradient itself where that is in fp32 already; norms are taken in double precision."""
+    """Bytes of gradient copies in the optimizer's step: the share and its fp32 copy (none if it already is fp32), or
+    one tensor in double precision for its norm.
+    """
     if sizes.stage == 0:
         return 0
     copy = 0 if sizes.each == 4 else 4 * sizes.share
@@ -168,8 +170,9 @@ def _stepping(sizes: _Sizes) -> int:
 
 
 def _saving(sizes: _Sizes) -> int:
-    """Both moments, and the weights that are not at hand, of this worker's parameters; what is being gathered, and what
-    was before, which the exchange may still hold. Averages go to the host one by one. Stage 0 hands out its own.
+    """Bytes of whole tensors for a checkpoint: both moments of this worker's parameters, and the weights unless it
+    holds them whole; plus the tensors being gathered and the previous ones, which the exchange may still hold. Averages
+    are moved to the host one by one. Stage 0 needs no copies.
     """
     if sizes.stage == 0:
         return 0
@@ -179,8 +182,8 @@ def _saving(sizes: _Sizes) -> int:
 
 
 def _host(sizes: _Sizes) -> int:
-    """The weights when they are read, or the copy of a checkpoint, of which a kind at a time is put into one file
-    beside the copy of all; and what is offloaded."""
+    """Bytes of host memory: the larger of the weights while they are read and a checkpoint's copy (which includes one
+    kind serialised to a file), plus offloaded state."""
     copies = (16 if sizes.averaging else 12) * sizes.owned + 4 * sizes.owned
     optimizer = sizes.master + sizes.moments + (4 + sizes.each) * sizes.share
     return (
@@ -192,15 +195,15 @@ def _host(sizes: _Sizes) -> int:
 
 
 def _share(elements: Sequence[int], stage: int, number: int) -> int:
-    """Elements of one worker's share."""
+    """Number of elements in one of `number` workers' share."""
     if stage == 0:
         return sum(elements)
-    if stage == 3:  # each parameter by itself
+    if stage == 3:  # each parameter is partitioned separately
         return sum(-(-count // number) for count in elements)
     return -(-sum(elements) // (2 * number)) * 2
 
 
 def _gathered(each: int, elements: Sequence[int]) -> int:
-    """Bytes of whole weights under stage 3."""
+    """Bytes of weights that stage 3 holds gathered."""
     small = sum(count for count in elements if count < PERSISTENT)
     return each * (small + min(sum(elements) - small, GATHERED))

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Window:
-    """Sums since the last log."""
+    """Sums over the steps since metrics were last logged."""
 
     losses: list[Tensor] = field(default_factory=list)
     samples: int = 0
@@ -27,7 +27,7 @@ class Window:
         self.waited += result.waited
 
     def summary(self) -> dict[str, float]:
-        """Mean loss of this worker, rate of all workers, share of the time spent waiting for data."""
+        """Mean loss of this worker, samples per second of all workers, and share of time spent waiting for data."""
         seconds = time.perf_counter() - self.began
         return {
             "loss": sum(float(loss) for loss in self.losses) / max(1, len(self.losses)),
@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
 
 
 def log_progress(step: int, num_steps: int, metrics: dict[str, float], samples_per_step: int) -> None:
-    """One plain line: where we are, how fast, how long still."""
+    """Log one line: step, metrics, speed and remaining time."""
     rate = metrics["images_per_second"]
     remaining = (num_steps - step) * samples_per_step / rate
     logger.info(

@@ -1,4 +1,4 @@
-"""What each worker holds of the fp32 weights and moments, and the way from it to whole tensors and back.
+"""Each worker's partition of the fp32 weights and moments, and its conversion to whole tensors and back.
 
 The only module that knows how DeepSpeed lays parameters out:
 
@@ -8,7 +8,7 @@ The only module that knows how DeepSpeed lays parameters out:
 | 1, 2  | all parameters, end to end, are cut into equal parts: one stretch of the flattened parameter, or none |
 | 3     | each flattened parameter is cut into equal parts by itself; the last ones are padded                  |
 
-The fp32 numbers of a share lie in the host's memory when they are offloaded.
+The fp32 values of a share are in host memory when they are offloaded.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Partition(NamedTuple):
-    """What a worker holds of one tensor."""
+    """One worker's part of one tensor."""
 
     kind: str
     name: str
@@ -33,19 +33,19 @@ class Partition(NamedTuple):
 
 
 def trained_parameters(engine: Any) -> dict[str, nn.Parameter]:
-    """Name -> parameter, for all that are trained, in the module's order."""
+    """Name -> parameter for all trained parameters, in the module's order."""
     return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
 def is_whole(engine: Any, parameter: nn.Parameter) -> bool:
-    """Whether every worker computes with the whole fp32 weight itself."""
+    """Whether every worker holds the whole fp32 weight and computes with it."""
     return engine.zero_optimization_stage() < 3 and parameter.dtype == torch.float32
 
 
 def local_partition(engine: Any, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
-    """This worker's share of the fp32 weight, or of one of its moments: the very numbers that train.
+    """This worker's share of the fp32 weight, or of one of its moments, as a view of the engine's own tensor.
 
-    Flat above stage 0. No other worker is asked.
+    Flat above stage 0. Needs no communication.
     """
     stage = engine.zero_optimization_stage()
     if not stage:
@@ -74,11 +74,11 @@ def partition_of(engine: Any, parameter: nn.Parameter, whole: Tensor) -> Tensor:
 
 
 def gather(engine: Any, parts: Iterable[Partition]) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, name, whole tensor) of each, of the parameter's shape, out of all workers' shares above stage 0.
+    """(kind, name, whole tensor in the parameter's shape) for each part, gathered from all workers; for stages 1 to 3.
 
-    `TOGETHER` elements, or one larger tensor, are exchanged at a time: a collective takes longer to begin than to move
-    a small tensor, and an adapter has thousands. A tensor may be a view of all that came with it. Every worker must
-    call it, with the same parameters in the same order, and go through it to the end.
+    `TOGETHER` elements, or one larger tensor, are exchanged at a time: the latency of a collective exceeds the transfer
+    of a small tensor, and an adapter has thousands of them. A tensor may be a view of the whole exchange. Every worker
+    must call this, with the same parameters in the same order, and exhaust the iterator.
     """
     group: list[Partition] = []
     size = 0
@@ -94,7 +94,7 @@ def gather(engine: Any, parts: Iterable[Partition]) -> Iterator[tuple[str, str, 
 
 
 def _exchange(engine: Any, group: list[Partition]) -> Iterator[tuple[str, str, Tensor]]:
-    """All of the group by one collective."""
+    """Gather all tensors of the group with one collective."""
     shapes = [whole_shape(part.parameter) for part in group]
     if engine.zero_optimization_stage() == 3:
         mine = torch.cat([part.local.to(engine.device) for part in group])
@@ -104,7 +104,7 @@ def _exchange(engine: Any, group: list[Partition]) -> Iterator[tuple[str, str, T
         columns = gathered.view(dist.get_world_size(), -1).split([part.local.numel() for part in group], dim=1)
         wholes = (each.flatten()[: shape.numel()] for each, shape in zip(columns, shapes, strict=True))
     else:
-        # Added up as integers, because -0.0 + 0.0 is another zero: its hash would not be that of the checkpoint.
+        # Summed as integers, because -0.0 + 0.0 is +0.0, whose hash would differ from the checkpoint's.
         counts = [shape.numel() for shape in shapes]
         bits = torch.zeros(sum(counts), dtype=torch.int32, device=engine.device)
         for part, whole in zip(group, bits.split(counts), strict=True):
@@ -116,17 +116,17 @@ def _exchange(engine: Any, group: list[Partition]) -> Iterator[tuple[str, str, T
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter; stage 3 leaves an empty one behind."""
+    """Shape of the whole parameter; under stage 3 the parameter itself is empty."""
     return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
 
 
 def write(engine: Any, parameter: nn.Parameter, whole: Tensor, moment: str | None = None) -> None:
-    """Set the fp32 weight, or one of its moments, from the whole tensor; each worker keeps its share."""
+    """Set the fp32 weight, or one of its moments, from a whole tensor; each worker stores its share."""
     local_partition(engine, parameter, moment).copy_(partition_of(engine, parameter, whole))
 
 
 def inner_optimizer(engine: Any) -> Any:
-    """The optimizer that DeepSpeed's own one wraps."""
+    """The torch optimizer that DeepSpeed's optimizer wraps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Rows that a training could not use: collected, exchanged between workers, kept in checkpoints, limited."""
+"""Rows that a training could not use: collected, shared between workers, stored in checkpoints, limited in number."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ class QuarantineLimitError(ValueError):
 
 
 class TrainingQuarantine:
-    """All workers' unusable rows with their reasons, each row once however often it was met."""
+    """All workers' unusable rows with their reasons, each row once even if it was read several times."""
 
     def __init__(self, known: Mapping[int, str], num_rows: int, max_share: float) -> None:
         self._known, self._new = dict(known), dict[int, str]()
@@ -32,10 +32,10 @@ class TrainingQuarantine:
         return sorted(self._known.items())
 
     def exchange(self, device: Any) -> int:
-        """Tell the other workers, and return how many rows are unusable; every worker must call it.
+        """Exchange rows with the other workers, and return the total of unusable rows; every worker must call this.
 
         Raises:
-            QuarantineLimitError: on every worker at once.
+            QuarantineLimitError: too many rows are unusable; raised on every worker at once.
         """
         flag = torch.tensor([len(self._new)], device=device)
         dist.all_reduce(flag)

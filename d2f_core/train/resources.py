@@ -1,4 +1,4 @@
-"""What the cluster has room for, and asking it to grow."""
+"""How many workers the cluster has room for, and requests for more nodes."""
 
 import logging
 import time
@@ -16,19 +16,19 @@ from d2f_core.train.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 SAY_SECONDS = 60.0
-"""Between two lines of the log while nodes are waited for."""
+"""Interval between log lines while waiting for nodes."""
 
 
 def leaving_nodes() -> set[str]:
-    """Living nodes that Ray was told will go: it places nothing new on them.
+    """Ids of alive nodes that Ray was told are leaving; it schedules nothing new on them.
 
-    Ray 2.60 has no public list of them; Ray Train's own watcher asks the same.
+    Ray 2.60 has no public API for this; Ray Train's own watcher makes the same call.
     """
     return set(ray._private.state.state.get_draining_nodes())
 
 
 def usable_resources() -> dict[str, float]:
-    """Resources of all nodes that stay; `ray.cluster_resources` counts the leaving ones too."""
+    """Resources of all nodes that are not leaving; `ray.cluster_resources` includes leaving nodes."""
     leaving = leaving_nodes()
     total: Counter[str] = Counter()
     for node in ray.nodes():
@@ -38,16 +38,16 @@ def usable_resources() -> dict[str, float]:
 
 
 def fitting_workers(config: TrainConfig, *, again: bool) -> int:
-    """How many workers the cluster can hold, at most `num_workers` and at least `min_workers`.
+    """Number of workers that fit into the cluster, at most `num_workers` and at least `min_workers`.
 
-    An autoscaler is asked for all of them, and nodes are given `node_wait_seconds` to come before fewer workers are
-    taken. A node that was announced to go does not count.
+    An autoscaler is asked for `num_workers`, and nodes have `node_wait_seconds` to join before fewer workers are used.
+    Nodes that were announced as leaving do not count.
 
     Args:
-        again: the cluster held the training before: room for the fewest is waited for `lost_node_wait_seconds`.
+        again: the training ran on this cluster before, so wait up to `lost_node_wait_seconds` for `min_workers`.
 
     Raises:
-        InsufficientResourcesError: there is no room for the fewest; says what is missing.
+        InsufficientResourcesError: there is no room for `min_workers`; says what is missing.
     """
     began, said, asked = time.monotonic(), 0.0, False
     patience = max(config.node_wait_seconds, config.lost_node_wait_seconds if again else 0)
@@ -68,14 +68,14 @@ def fitting_workers(config: TrainConfig, *, again: bool) -> int:
             time.sleep(1)
     finally:
         if asked:
-            request_resources(bundles=[])  # a request stays until the next one, and would hold the nodes for ever
+            request_resources(bundles=[])  # a request is valid until the next one, and would keep the nodes forever
     if fitting[0] < config.num_workers:
         logger.warning("the cluster has room for %d of %d workers: going on with those", fitting[0], config.num_workers)
     return fitting[0]
 
 
 def _bundles(config: TrainConfig, num_workers: int) -> list[dict[str, float]]:
-    """Each worker with its reader, and one evaluation."""
+    """Resource bundles: one per worker with its reader, and one for an evaluation."""
     worker: dict[str, float] = {"CPU": config.cpus_per_worker + 0.5}
     evaluation: dict[str, float] = {"CPU": 1}
     if config.use_gpu:
@@ -93,7 +93,7 @@ def _needed(config: TrainConfig, num_workers: int) -> Counter[str]:
 
 
 def _ask_for(config: TrainConfig) -> None:
-    """Let an autoscaler know: it starts nodes for what waits in Ray's queue, and nothing does yet."""
+    """Ask an autoscaler for the nodes: by itself it only starts nodes for queued work, and nothing is queued yet."""
     request_resources(bundles=_bundles(config, config.num_workers))
 
 

@@ -1,4 +1,4 @@
-"""Whether a training that failed is started again."""
+"""Decides whether a failed training is restarted."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,22 +17,23 @@ from d2f_core.train.steps import NonFiniteLossError
 from d2f_core.train.zero import NonFiniteGradientError
 
 FINAL = (NonFiniteLossError, NonFiniteGradientError, CollapseError, QuarantineLimitError, MissingCompilerError)
-"""A restart would end in the same error. So would it with our own errors of bad input, which are ValueErrors."""
+"""Errors that a restart would only repeat. This project's errors of bad input, which are ValueErrors, count as final
+too."""
 MENDED = (TrackingError, UnfinishedSaveError, UnreachableStorageError)
-"""Our own errors that a restart may mend: a server was away, or another worker died."""
+"""Errors of this project that a restart may resolve: a server was not reachable, or another worker died."""
 REPEATED = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
 """Errors that suggest a bug or a wrong setting: retried once; the same message again ends the run."""
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """The workers' own errors, a verdict before the errors that followed from it."""
+    """The workers' own errors; final errors come before errors that followed from them."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     found = [getattr(failure, "cause", None) or failure for failure in failures]
     return sorted(found, key=lambda cause: not is_final(cause))
 
 
 def reason(error: BaseException) -> str:
-    """The most telling error in one line."""
+    """The most informative error in one line."""
     cause = causes(error)[0]
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:600]}"
 
@@ -45,30 +46,30 @@ def is_final(cause: BaseException) -> bool:
 
 @dataclass
 class Restarts:
-    """Counts the attempts of one training that failed, in a row: a new checkpoint starts the count anew.
+    """Counts a training's consecutive failed attempts; a new checkpoint resets the count.
 
-    One that failed because a node went that was announced to go does not count.
+    A failure due to a node that was announced as leaving does not count.
     """
 
     limit: int
-    """How many may fail in a row; -1: any number."""
+    """Most consecutive failures; -1: no limit."""
     in_a_row: int = 0
     excused: bool = False
     """Whether the last failure did not count."""
     _step: int = 0
-    """Of the newest checkpoint at the last failure."""
+    """Step of the newest checkpoint at the last failure."""
     _reason: str = ""
     _gone: set[str] = field(default_factory=set)
-    """Nodes that an attempt was lost with; each of them excuses one."""
+    """Leaving nodes that already excused a failure; each node excuses one."""
 
     def add(self, error: BaseException, pulse: Any, step: int) -> str:
-        """Take in a failure.
+        """Record a failure.
 
         Args:
-            step: that of the newest checkpoint, 0 without one.
+            step: step of the newest checkpoint, 0 without one.
 
         Returns:
-            Why there must not be another attempt, "" if there may.
+            Why no further attempt is allowed; "" if one is.
         """
         cause, found, self.excused = causes(error)[0], reason(error), self._is_excused(error, pulse)
         repeated = found == self._reason and step == self._step and isinstance(cause, REPEATED)
@@ -87,8 +88,8 @@ class Restarts:
     def _is_excused(self, error: BaseException, pulse: Any) -> bool:
         """Whether the failure is excused: the attempt ended because a node was announced to go.
 
-        Ray says so when it ended the attempt itself. Mostly it reports a dead worker or a broken connection instead;
-        the failure is then excused if any node was announced as leaving, during the attempt or now.
+        Ray reports a preemption if it ended the attempt itself. Mostly it reports a dead worker or a broken connection
+        instead; the failure is then excused if any node was announced as leaving, during the attempt or now.
         """
         nodes = leaving_nodes() | set(ask(pulse.leaving, default=[]))
         if isinstance(error, ray.train.PreemptionError):

@@ -1,6 +1,7 @@
-"""Go on from a checkpoint: choose one that is whole, put it back, and prove that it is there.
+"""Resume from a checkpoint: choose an undamaged one, restore it, and verify the restored state.
 
-No worker ever holds more of it than the weights, in the module, and one or two tensors of the file that is being read.
+Of the checkpoint, a worker holds no more than the weights (in the module) and one or two tensors of the file being
+read.
 """
 
 import logging
@@ -22,18 +23,19 @@ from d2f_core.train.worker_state import Worker
 logger = logging.getLogger(__name__)
 
 MOST_OF_A_MESSAGE = 1000
-"""Bytes of a worker's error that the others hear of."""
+"""Most bytes of a worker's error message that are sent to the others."""
 
 
 def choose(output: str, identity: str, module: nn.Module, device: str) -> Checkpoint | None:
-    """The newest checkpoint of which every file has the right hash; its weights are in `module`.
+    """The newest checkpoint whose files all have the right hash, after loading its weights into `module`; None without
+    any.
 
-    Every worker reads the weights; of the other files each reads its share, and keeps nothing. A damaged checkpoint is
-    named in the log, and the one before it is taken. Every worker must call it.
+    Every worker reads the weights; the other files are divided among the workers, which only verify them. A damaged
+    checkpoint is logged, and the previous one is tried. Every worker must call this.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole; or they belong to another run.
-        ParameterMismatchError: the module has other parameters than the run had.
+        CheckpointError: all checkpoints are damaged, or they belong to another run.
+        ParameterMismatchError: the module's parameters differ from the checkpoint's.
     """
     candidates = checkpoint.candidates(output, identity)
     for candidate in candidates:
@@ -59,7 +61,7 @@ def _rank_and_count() -> tuple[int, int]:
 
 
 def _verify_share(found: Checkpoint) -> None:
-    """Read this worker's share of the files that hold no weights."""
+    """Verify this worker's share of the files other than weights by reading them."""
     rank, count = _rank_and_count()
     for file in [file for file in found.manifest.files if file.kind != "weights"][rank::count]:
         for _ in checkpoint.iter_file(found, file):
@@ -67,7 +69,7 @@ def _verify_share(found: Checkpoint) -> None:
 
 
 def _of_any_worker(damage: str, device: str) -> str:
-    """What the first worker that found damage says; empty when none did."""
+    """The error message of the first worker that found damage; empty if none did."""
     rank, count = _rank_and_count()
     text = damage.encode()[:MOST_OF_A_MESSAGE]
     said = torch.zeros(count, MOST_OF_A_MESSAGE, dtype=torch.uint8, device=device)
@@ -79,10 +81,10 @@ def _of_any_worker(damage: str, device: str) -> str:
 
 
 def put_back(worker: Worker, task: Task, found: Checkpoint, first_rows: pa.Table) -> None:
-    """Restore moments, averages and the engine's own state, then compare what is there with the manifest's hashes.
+    """Restore moments, averages and the engine's own state, then compare the loaded tensors with the manifest's hashes.
 
     Raises:
-        CheckpointError: a file was damaged since `choose`, or the engine holds other numbers than the checkpoint.
+        CheckpointError: a file was damaged since `choose`, or the engine's tensors differ from the checkpoint's.
     """
     manifest, batch = found.manifest, task.to_batch(first_rows)
     loss_fn = task.loss_fn
@@ -101,7 +103,7 @@ def _moments(found: Checkpoint) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def not_evaluated(job: WorkerJob) -> list[EvaluationJob]:
-    """Evaluations that an earlier attempt owes: of the untrained model, and of complete checkpoints."""
+    """Evaluations that earlier attempts left undone: of the untrained model, and of complete checkpoints."""
     steps: list[tuple[int, str | None]] = [(0, None)]
     steps += [(one.manifest.step, one.uri) for one in checkpoint.list_checkpoints(job.output)]
     due = [job.evaluation(step, uri) for step, uri in steps if evaluation_due(job.config, step)]

@@ -1,4 +1,4 @@
-"""Which checkpoints stay on storage, and the metrics that decide it."""
+"""Which checkpoints are kept on storage, and the metrics that determine it."""
 
 import contextlib
 import logging
@@ -23,10 +23,10 @@ EVALUATION = "evaluation.json"
 
 
 def write_evaluation(uri: str, metrics: Mapping[str, float]) -> None:
-    """Store a checkpoint's metrics, once; the same ones again are fine.
+    """Store a checkpoint's metrics, once; storing equal metrics again is allowed.
 
     Raises:
-        CheckpointError: there is no complete checkpoint at `uri`, or it has other metrics already.
+        CheckpointError: there is no complete checkpoint at `uri`, or it already has different metrics.
     """
     if not storage.exists(storage.join(uri, MANIFEST)):
         raise CheckpointError(f"{uri} is not a complete checkpoint (any more); its evaluation has nowhere to go.")
@@ -53,16 +53,16 @@ def read_evaluation(uri: str) -> dict[str, float] | None:
 
 
 def last_good(newest_first: Iterable[Checkpoint]) -> Checkpoint | None:
-    """The newest checkpoint with which an evaluation found nothing wrong: of a collapsed model none is stored."""
+    """The newest checkpoint with a stored evaluation; evaluations of a collapsed model are not stored."""
     for complete in newest_first:
-        with contextlib.suppress(CheckpointError):  # a damaged evaluation tells nothing
+        with contextlib.suppress(CheckpointError):  # a damaged evaluation counts as missing
             if read_evaluation(complete.uri) is not None:
                 return complete
     return None
 
 
 def metric_of(uri: str, name: str) -> float | None:
-    """The metric's value; None before the evaluation, NaN when the evaluation does not tell it."""
+    """The metric's value; None before the evaluation, NaN if the evaluation does not contain the metric."""
     try:
         metrics = read_evaluation(uri)
     except CheckpointError as error:
@@ -72,7 +72,7 @@ def metric_of(uri: str, name: str) -> float | None:
 
 
 def kept(complete: Sequence[Checkpoint], retention: Retention, metric: Mapping[str, float | None]) -> set[str]:
-    """URIs that a rule keeps, of checkpoints given oldest first.
+    """URIs of the checkpoints that a rule keeps; `complete` lists all, oldest first.
 
     Args:
         metric: uri -> value of `retention.metric`, None when not evaluated yet, NaN when it has no value.
@@ -90,7 +90,9 @@ def kept(complete: Sequence[Checkpoint], retention: Retention, metric: Mapping[s
 def best_first(
     complete: Sequence[Checkpoint], retention: Retention, metric: Mapping[str, float | None]
 ) -> list[Checkpoint]:
-    """The checkpoints that have a value, of those given oldest first; of equal ones the newer: it is trained longer."""
+    """The checkpoints with a metric value, best first; of equal ones the newer, which was trained longer. `complete` is
+    sorted oldest first.
+    """
     sign = 1 if retention.lower_is_better else -1
     values = [(value, place) for place, c in enumerate(complete) if (value := metric.get(c.uri)) is not None]
     ranked = sorted((v for v in values if not math.isnan(v[0])), key=lambda v: (sign * v[0], -v[1]))
@@ -100,19 +102,19 @@ def best_first(
 def apply_retention(
     output: str, retention: Retention, being_evaluated: Collection[str] = (), *, up_to_step: int | None = None
 ) -> list[str]:
-    """Delete complete checkpoints that no rule keeps, and what unfinished saves left behind.
+    """Delete complete checkpoints that no rule keeps, and the remains of unfinished saves.
 
-    The newest checkpoint that was evaluated stays: should the model collapse, it is the last good one.
+    The newest evaluated checkpoint is always kept: if the model collapses, it is the last good one.
 
-    With `keep_best`, a checkpoint newer than the newest evaluated one waits for its own evaluation and stays; an older
-    one without a value of the metric is never a best one. Directories without a manifest, or with a damaged one, go
-    when they are older than the oldest of the `keep_last` newest. A manifest is deleted first, so that a checkpoint
-    that is deleted by half does not exist.
+    With `keep_best`, checkpoints newer than the newest evaluated one are kept until their own evaluation; an older one
+    without a value of the metric never counts as best. Directories without a manifest, or with a damaged one, are
+    deleted when they are older than the oldest of the `keep_last` newest. The manifest is deleted first, so that a
+    half-deleted checkpoint does not exist.
 
     Args:
-        being_evaluated: URIs that must stay for now.
-        up_to_step: leave later checkpoints out of all rules, neither counted nor deleted: a run that went back behind
-            a damaged checkpoint must not lose its new ones to it.
+        being_evaluated: URIs that must not be deleted yet.
+        up_to_step: later checkpoints are neither counted nor deleted, so that a run that resumed from before a damaged
+            checkpoint does not lose its new checkpoints because of it.
 
     Returns:
         URIs of the deleted directories.

@@ -1,4 +1,4 @@
-"""One checkpoint of a run, by what a user calls it: its step, the newest, or the best."""
+"""Selects one checkpoint of a run: by its step, or as the newest or the best."""
 
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 from d2f_core.train.config import Retention, Which
@@ -6,14 +6,14 @@ from d2f_core.train.retention import best_first, metric_of
 
 
 def select(output: str, which: Which, retention: Retention) -> Checkpoint:
-    """The checkpoint of that step (of several attempts the last one), or the newest or best of all that are there.
+    """The checkpoint of a step (from the last of several attempts), or the newest or best of all.
 
     Args:
-        output: of the run.
-        retention: whose `metric` says which is the best.
+        output: output directory of the run.
+        retention: its `metric` determines the best.
 
     Raises:
-        CheckpointError: there is none of that kind; says which there are.
+        CheckpointError: there is no such checkpoint; lists those that exist.
     """
     complete = list_checkpoints(output)
     if not complete:

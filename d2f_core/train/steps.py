@@ -1,4 +1,4 @@
-"""The training step: needs an engine and batches, no cluster."""
+"""The training step; it needs an engine and batches, but no cluster."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,17 +36,18 @@ class StepResult:
     waited: float
     """Seconds spent waiting for rows."""
     unusable: tuple[tuple[int, str], ...] = ()
-    """Rows of this worker's share that did not count, with the reason."""
+    """(row, reason) of the unusable rows in this worker's share."""
     consumed: int = 0
     """`consumed_digest` of this worker's share."""
     signals: int = 0
-    """Sum of what the workers said with this step; the same number on each."""
+    """Sum of all workers' signals of this step; equal on every worker."""
 
 
 def _exchange(finite: list[Tensor], rows: list[list[int]], step: int, said: int) -> int:
-    """Stop every worker together, before the gradients of a broken batch are used; returns what all have said.
+    """Raise on all workers together before the gradients of a non-finite batch are used; returns the sum of their
+    signals.
 
-    The only device-to-host copy per step. It is needed because weights that a NaN has reached cannot be saved any more.
+    The only device-to-host copy per step; needed because weights with NaN cannot be saved.
     """
     broken = torch.stack([(~fine).sum() for fine in finite]).sum()
     numbers = torch.stack([broken, torch.full_like(broken, said)])
@@ -65,9 +66,9 @@ def _exchange(finite: list[Tensor], rows: list[list[int]], step: int, said: int)
 
 
 def consumed_digest(epochs: np.ndarray, rows: np.ndarray) -> int:
-    """A number for a set of (epoch, row), int64 each; those of disjoint sets add up, modulo 2**64, in any order.
+    """Digest of a set of (epoch, row), int64 each; digests of disjoint sets add up, modulo 2**64, in any order.
 
-    Equal numbers mean equal samples (up to chance): what a run has used is compared by it.
+    Equal digests mean equal samples (up to hash collisions), so runs can be compared by the samples they consumed.
     """
     mixed = epochs.astype(np.uint64) << np.uint64(40) ^ rows.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64's finaliser
@@ -76,7 +77,7 @@ def consumed_digest(epochs: np.ndarray, rows: np.ndarray) -> int:
 
 
 def unusable_rows(table: pa.Table) -> tuple[tuple[int, str], ...]:
-    """(row, reason) of the rows that keep their place but must not count."""
+    """(row, reason) of the rows that keep their place in the batch but must not count."""
     if REASON not in table.column_names or table.column(REASON).null_count == table.num_rows:
         return ()
     pairs = zip(table.column(ROW).to_pylist(), table.column(REASON).to_pylist(), strict=True)
@@ -96,17 +97,18 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """Run optimizer steps, lazily; the caller decides when to log, save and stop.
 
-    A row that cannot be used adds nothing to the gradient, and the mean is still taken over all rows of the plan: the
-    result does not depend on which worker it fell to.
+    An unusable row adds nothing to the gradient, and the mean is still taken over all rows of the plan, so the result
+    does not depend on which worker got the row.
 
     Args:
         rows: one micro-batch each, `accumulation` of them per step.
         before_step: called with the step's number, counted from 0 (sets the learning rate).
-        signal: called once a step; the sum of all workers' numbers is each one's `StepResult.signals`, at no further
-            exchange: so they agree on the step at which they do something out of turn.
+        signal: called once per step; the sum over all workers is returned as `StepResult.signals` without another
+            exchange, so that all workers agree on the step of an unscheduled action.
 
     Raises:
-        NonFiniteLossError: on every worker at once; names the step and the rows, and leaves the weights alone.
+        NonFiniteLossError: raised on every worker at once; names the step and the rows, and leaves the weights
+            unchanged.
     """
     step, iterator = first_step, iter(rows)
     while True:

@@ -1,4 +1,4 @@
-"""What is trained, as plain functions: all that the training rails know about it."""
+"""What is trained, as plain functions: the only interface between a task and the training loop."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a look at a model found."""
+    """Metrics and images from evaluating a model."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     images: Sequence[Image] = ()
@@ -25,18 +25,18 @@ class Evaluation:
 @dataclass(frozen=True, kw_only=True)
 class Task:
     module: nn.Module
-    """Equal on every worker; parameters with `requires_grad` are trained."""
+    """The network, with equal weights on every worker; parameters with `requires_grad` are trained."""
     to_batch: Callable[[pa.Table], Batch]
     """Rows of one micro-batch, with their `epoch` and `row`, -> tensors on the worker's device."""
     loss_fn: Callable[[Network, Batch], Tensor]
     """(network, batch) -> loss per sample [micro-batch]."""
     evaluate: Callable[[], Evaluation] | None = None
-    """Looks at `module` as it is; runs in a process of its own while the training goes on."""
+    """Evaluates `module`; runs in its own process while the training continues."""
     make_grid: Callable[[Sequence[Image]], Image] | None = None
-    """Images in order -> one picture for the log."""
+    """Images -> one picture for the log."""
 
 
 class BuildTask(Protocol):
-    """Called once on each worker, and for each evaluation."""
+    """Builds the task; called once on each worker, and for each evaluation."""
 
     def __call__(self, device: str) -> Task: ...

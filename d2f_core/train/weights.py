@@ -1,4 +1,4 @@
-"""A checkpoint's weights into a module."""
+"""Loads a checkpoint's weights into a module."""
 
 from torch import nn
 
@@ -10,11 +10,11 @@ class ParameterMismatchError(ValueError):
 
 
 def load_parameters(module: nn.Module, found: Checkpoint, kind: str = "weights") -> None:
-    """Put tensors of a kind ("weights" or "ema") into the module as they are read: after an error it holds some of
-    them.
+    """Load the tensors of a kind ("weights" or "ema") into the module while they are read: after an error, the module
+    holds some of them.
 
     Raises:
-        ParameterMismatchError: other names or shapes than the module's trained parameters have.
+        ParameterMismatchError: names or shapes differ from the module's trained parameters.
         CheckpointError: a file is damaged.
     """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}

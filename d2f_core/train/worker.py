@@ -1,4 +1,4 @@
-"""What every Ray Train worker runs: build, restore, step, log, save."""
+"""The training loop of every Ray Train worker: build, restore, step, log, save."""
 
 import itertools
 import logging
@@ -35,7 +35,7 @@ FLUSH_SECONDS, EVALUATION_SECONDS = 120.0, 1800.0
 
 
 class Training:
-    """The loop around the steps of one worker; only the first one logs, evaluates and names what is wrong."""
+    """One worker's loop around the steps; only the first worker logs, starts evaluations and reports errors."""
 
     def __init__(
         self, job: WorkerJob, worker: Worker, task: Task, heartbeat: Heartbeat, first_step: int, state: dict[str, Any]
@@ -56,11 +56,11 @@ class Training:
         self.log = MetricLog(job.tracker, pending=pending) if self.first and job.tracker else None
         self.evaluated = first_step
         self.consumed = int(state.get("consumed", 0)) if self.first else 0
-        """`consumed_digest` of what the run has used: all workers' numbers together."""
+        """Sum of `consumed_digest` over all samples that the run has used, over all workers."""
         self.window = Window()
 
     def after(self, result: StepResult) -> None:
-        """What follows an optimizer step."""
+        """Everything that follows an optimizer step: averages, metrics, checkpoint, evaluation."""
         step, config = result.step, self.config
         self.heartbeat.step = step
         if config.ema.decay:
@@ -78,7 +78,7 @@ class Training:
         self.heartbeat.doing("waiting for rows")
 
     def metrics(self, step: int) -> None:
-        """Read the numbers of the last steps off the device, and write them down."""
+        """Copy the metrics of the last steps from the device, and log them."""
         summary = self.window.summary()
         self.window = Window()
         loss = torch.tensor([summary["loss"]], device=self.worker.engine.device)
@@ -95,7 +95,7 @@ class Training:
                 self.log.log(step, summary)
 
     def save(self, step: int) -> None:
-        """Hand a checkpoint to the background; every worker must call it."""
+        """Start a checkpoint in the background; every worker must call this."""
         self.heartbeat.doing("saving")
         began = time.perf_counter()
         self.quarantine.exchange(self.worker.engine.device)
@@ -119,10 +119,10 @@ class Training:
             logger.info("step %d  checkpoint under way (%.1f s waited)", step, time.perf_counter() - began)
 
     def poll_evaluations(self) -> None:
-        """Start the evaluation of a checkpoint that is complete by now, and take in what is done.
+        """Start the evaluation of a newly completed checkpoint, and collect finished evaluations.
 
         Raises:
-            CollapseError: of an evaluation.
+            CollapseError: an evaluation found a collapsed model.
         """
         self.writer.poll()
         if not self.first or self.task.evaluate is None:
@@ -134,13 +134,13 @@ class Training:
         self.evaluations.poll()
 
     def evaluate_what_is_missing(self) -> None:
-        """Start the evaluations that were due and are not done, be it by an earlier attempt."""
+        """Start the evaluations that are due but not done, those of earlier attempts included."""
         if self.first and self.task.evaluate and self.config.evaluate_every:
             for missing in restore.not_evaluated(self.job):
                 self.evaluations.start(missing)
 
     def finish(self) -> None:
-        """Wait for the last checkpoint, its evaluation, and the metrics; of a stopped training for the first alone."""
+        """Wait for the last checkpoint, its evaluation and the metrics; after a stop, only for the checkpoint."""
         self.heartbeat.doing("finishing the last checkpoint")
         self.writer.wait()
         if not self.interruptions.stopping:
@@ -154,7 +154,7 @@ class Training:
 
 
 def _show_log() -> None:
-    """Plain lines in the job's log, from the first worker; Ray's own handlers would drop them."""
+    """Write the first worker's log lines to the job's log; Ray's own handlers would drop them."""
     package = logging.getLogger("d2f_core")
     if ray.train.get_context().get_world_rank() == 0 and not package.handlers:
         handler = logging.StreamHandler(sys.stdout)
@@ -184,7 +184,7 @@ def run_worker(job: WorkerJob) -> None:
     first_step, state = (found.manifest.step, found.manifest.state) if found else (0, {})
     if config.activation_checkpointing:
         zero.enable_activation_checkpointing(task.module)
-    # Before the engine is built: both take seconds, and the first rows come through processes that start anew.
+    # Before the engine is built: both take seconds, and the first rows come from processes that have to start.
     rows: Iterator[pa.Table] = micro_batches(
         worker_shard(job.plan, rank=rank, num_workers=num_workers, first_step=first_step)
     )

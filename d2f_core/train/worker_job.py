@@ -1,4 +1,4 @@
-"""All that a training's workers are given."""
+"""Everything that a training's workers receive."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,19 @@ from d2f_core.train.task import BuildTask
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerJob:
-    """The same for each of them; which it is, a worker learns from Ray Train."""
+    """The same job for every worker; a worker learns its rank from Ray Train."""
 
     config: TrainConfig
     build_task: BuildTask
     plan: StreamPlan
     output: str
-    """Where checkpoints go."""
+    """Output directory, for checkpoints."""
     identity: str
-    """Hash of what must not change within a run."""
+    """Hash of everything that must not change within a run."""
     attempt: str = ""
-    """Names this attempt's checkpoint directories."""
+    """Part of the names of this attempt's checkpoint directories."""
     pulse: Any = None
-    """The actor that keeps what each worker said last."""
+    """The heartbeat actor (`heartbeat.HeartbeatMonitor`)."""
     tracker: RunHandle | None = None
 
     def evaluation(self, step: int, uri: str | None) -> EvaluationJob:

@@ -1,4 +1,4 @@
-"""What one worker keeps while it trains: its engine, and its part of the averages; and what of it it saves."""
+"""The state of one worker while it trains (its engine and its part of the averages), and the part that it saves."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,14 +23,15 @@ class Worker:
     rank: int
     num_workers: int
     averages: dict[str, Tensor] = field(default_factory=dict)
-    """EMA, fp32: of this worker's share of every parameter; where `partitions.is_whole`, of whole ones that it owns."""
+    """EMA in fp32 by parameter name: of this worker's share of each parameter, or, where `partitions.is_whole`, of the
+    whole parameters that this worker owns."""
 
     def owns(self, index: int) -> bool:
-        """Whether it is this worker that saves the parameter of that index."""
+        """Whether this worker saves the parameter with this index."""
         return index % self.num_workers == self.rank
 
     def update_averages(self, step: int) -> None:
-        """Average what this worker has at hand; no other worker is asked."""
+        """Update the averages of this worker's part; needs no communication."""
         decay = self.config.ema.decay_at(step)
         for index, (name, parameter) in enumerate(partitions.trained_parameters(self.engine).items()):
             if not partitions.is_whole(self.engine, parameter):
@@ -45,7 +46,7 @@ class Worker:
                 ema.update(self.averages[name], weight, decay)
 
     def restore_averages(self, averages: Iterable[tuple[str, Tensor]]) -> None:
-        """Go on from whole averages, (parameter name, tensor); each worker keeps its part."""
+        """Restore the averages from (parameter name, whole tensor); each worker keeps its part."""
         parameters = partitions.trained_parameters(self.engine)
         indices = {name: index for index, name in enumerate(parameters)}
         for name, whole in averages:
@@ -57,9 +58,9 @@ class Worker:
                 self.averages[name] = whole.to(self.engine.device)
 
     def owned(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, parameter name, whole tensor) of what this worker saves.
+        """(kind, parameter name, whole tensor) of every tensor that this worker saves.
 
-        Every worker must call it, and go through it to the end.
+        Every worker must call this, and exhaust the iterator.
         """
         mine: set[str] = set()
         parts: list[partitions.Partition] = []
@@ -73,12 +74,12 @@ class Worker:
                     yield kind, name, self._held(kind, name, parameter)
         for kind, name, whole in partitions.gather(self.engine, parts):
             if name in mine:
-                # A view would keep all that came with it.
+                # A view would keep the whole exchange in memory.
                 yield kind, name, whole.clone() if whole.untyped_storage().nbytes() > whole.nbytes else whole
-            del whole  # or the next one would be gathered beside it
+            del whole  # free it before the next one is gathered
 
     def _is_whole(self, kind: str, parameter: nn.Parameter) -> bool:
-        """Whether the worker that saves it has all of it at hand."""
+        """Whether the worker that saves the tensor already holds it whole."""
         if kind in partitions.MOMENTS:
             return not self.engine.zero_optimization_stage() or not partitions.moments_exist(self.engine)
         return partitions.is_whole(self.engine, parameter)
@@ -89,15 +90,15 @@ class Worker:
         if kind == "weights":
             whole = partitions.is_whole(self.engine, parameter)
             return parameter.detach() if whole else partitions.local_partition(self.engine, parameter)
-        if not partitions.moments_exist(self.engine):  # no step was applied yet, which under fp16 may last some steps
+        if not partitions.moments_exist(self.engine):  # fp16 may skip the first steps
             return torch.zeros(partitions.whole_shape(parameter), device=self.engine.device)
         return partitions.local_partition(self.engine, parameter, kind)
 
     def share(self) -> dict[str, dict[str, Tensor]]:
-        """This worker's share of all that a checkpoint holds, by kind; every worker must call it."""
+        """This worker's share of a checkpoint's tensors, by kind; every worker must call this."""
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         for kind, name, tensor in self.owned():
-            # The device need not hold whole averages too. Stage 0 hands out the very weights that train on; the writer
-            # copies before it returns.
+            # Averages go to the host at once, so that the device need not hold them whole. Under stage 0 the weights
+            # are the trained tensors themselves; the writer copies them before it returns.
             tensors[kind][name] = tensor.cpu() if kind == "ema" else tensor
         return tensors

@@ -1,6 +1,6 @@
-"""The DeepSpeed engine: how it is built, and how its state is put back, whatever the ZeRO stage.
+"""The DeepSpeed engine: how it is built and its state restored, for every ZeRO stage.
 
-Where its fp32 weights and moments lie is known to `shares` alone.
+Only `partitions` knows the layout of the engine's fp32 weights and moments.
 """
 
 import logging
@@ -30,9 +30,9 @@ class NonFiniteGradientError(FloatingPointError):
 
 
 def _import_muon() -> None:
-    """Import an optimizer that every engine imports and that none uses here, without torch's compiler.
+    """Import Muon, which every engine imports but none here uses, without torch's compiler.
 
-    Its module asks for a compiled function, and that alone loads 500 modules of the compiler: two seconds of a start.
+    Its module decorates a function with torch.compile, which loads 500 modules of the compiler and takes two seconds.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -49,7 +49,7 @@ def _deepspeed() -> Any:
     from deepspeed.ops import __compatible_ops__
 
     _import_muon()
-    # Without this the first initialize() on CPU compiles a shared-memory operator, which needs g++ and two minutes.
+    # Otherwise the first initialize() on a CPU compiles a shared-memory operator, which needs g++ and two minutes.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls torch by names that torch 2.13 deprecates, some of them in every step.
@@ -58,8 +58,8 @@ def _deepspeed() -> Any:
 
 
 def engine_config(config: TrainConfig, num_workers: int, trained: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for that many trained elements."""
-    # The bucket is allocated whole, so DeepSpeed's default would take 1 GB (bf16) for an adapter of a few MB too.
+    """DeepSpeed's configuration; `trained` is the number of trained elements."""
+    # The bucket is allocated in full, so DeepSpeed's default would take 1 GB (bf16) even for an adapter of a few MB.
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(trained, MOST_IN_BUCKET)}
     host = {"device": "cpu", "pin_memory": config.use_gpu}
     if config.offload != "none":
@@ -83,14 +83,14 @@ def _build_optimizer(trained: list[nn.Parameter], config: TrainConfig) -> torch.
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trained, fused=True, **options)
     if not shutil.which("ninja"):
-        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # where torch's build looks for it
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # where torch's build looks for ninja
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(trained, adamw_mode=True, **options)
 
 
 def enable_activation_checkpointing(module: nn.Module) -> None:
-    """Let `module` compute its activations again in the backward pass; a `ValueError` when it cannot."""
+    """Make `module` recompute its activations in the backward pass; raises ValueError if it does not support that."""
     enable = getattr(module, "enable_gradient_checkpointing", None)
     if enable is None:
         raise ValueError(
@@ -103,11 +103,12 @@ def enable_activation_checkpointing(module: nn.Module) -> None:
 def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> Any:
     """Wrap `module`; its trainable parameters get AdamW.
 
-    Under fp16 the engine's `step` leaves an optimizer step out when its gradients overflow (`engine.skipped_steps`
-    counts them). Under fp32 and bf16 it raises `NonFiniteGradientError` then, on every worker: only a fault does that.
+    Under fp16 the engine's `step` skips an optimizer step when gradients overflow (`engine.skipped_steps` counts them).
+    Under fp32 and bf16, where only a fault makes gradients overflow, it raises `NonFiniteGradientError` on every
+    worker.
 
     Raises:
-        MissingCompilerError: the optimizer has to be compiled on this machine, and cannot be.
+        MissingCompilerError: the optimizer must be compiled on this machine, but cannot be.
     """
     if missing := missing_compiler(config):
         raise MissingCompilerError(missing)
@@ -123,7 +124,7 @@ def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> An
     )
     _limit_waiting(config.worker_timeout_seconds)
     for name, weight in whole.items():
-        # DeepSpeed makes its fp32 weights from the rounded ones: a resumed run would lose their last digits.
+        # DeepSpeed creates its fp32 weights from the rounded ones: a resumed run would lose their last digits.
         partitions.write(engine, trained[name], weight.float())
     if config.precision != "fp16":
         _refuse_non_finite_gradients(engine)
@@ -131,17 +132,17 @@ def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> An
 
 
 def _limit_waiting(seconds: float) -> None:
-    """Let no collective wait longer than that for a worker that stands still.
+    """Limit the time that collectives wait for a stalled worker to `seconds`.
 
-    DeepSpeed makes a process group of its own, with torch's default of 30 minutes (10 with NCCL), whatever the group of
-    Ray Train has; it offers no setting for it.
+    DeepSpeed creates its own process group with torch's default of 30 minutes (10 with NCCL), ignores the timeout of
+    Ray Train's group, and has no setting for it.
     """
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _refuse_non_finite_gradients(engine: Any) -> None:
-    """DeepSpeed by itself leaves the step out in silence at stages 1 to 3, and puts NaN into the weights at stage 0."""
+    """Raise on non-finite gradients: DeepSpeed would silently skip the step at stages 1 to 3, write NaN at stage 0."""
 
     def refuse(broken: bool) -> None:
         if broken:
@@ -151,7 +152,7 @@ def _refuse_non_finite_gradients(engine: Any) -> None:
             )
 
     if engine.zero_optimization_stage():
-        engine.optimizer.loss_scaler.update_scale = refuse  # told in every step whether a gradient is not finite
+        engine.optimizer.loss_scaler.update_scale = refuse  # called in every step with whether a gradient is not finite
         return
 
     def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -169,11 +170,11 @@ def set_learning_rate(engine: Any, value: float) -> None:
 def restore_moments(
     engine: Any, moments: Iterable[tuple[str, str, Tensor]], steps: int, any_loss: Callable[[], Tensor]
 ) -> None:
-    """Set optimizer moments, (moment, parameter name, whole tensor) one after the other, and AdamW's step count.
+    """Set the optimizer's moments from (moment, parameter name, whole tensor), one at a time, and AdamW's step count.
 
-    The weights must have been put into the module before the engine was built. The optimizer's state comes into being
-    with a step of `0 * any_loss()` at learning rate 0, which changes no weight; under stage 3 only a real forward
-    reaches all weights. The loss scale stays as it was.
+    The weights must have been loaded into the module before the engine was built. The optimizer's state is created by a
+    step of `0 * any_loss()` at learning rate 0, which changes no weight; under stage 3 only a real forward pass reaches
+    all weights. The loss scale is left unchanged.
 
     Raises:
         NonFiniteGradientError: the loss or its gradient is not finite, so that no step could be made.
@@ -206,14 +207,14 @@ def _set_optimizer_steps(engine: Any, steps: int) -> None:
 
 
 def _count_up(cpu_adam: Any, steps: int) -> None:
-    """Bring DeepSpeedCPUAdam's own powers of beta to `steps`.
+    """Advance DeepSpeedCPUAdam's internal powers of beta to `steps`.
 
-    It multiplies them up in fp32, one step after the other, and takes another way (the last bits differ) when the count
-    jumps. So it is counted up on one number: 0.2 s for 100,000 steps.
+    The optimizer multiplies them in fp32 step by step, but computes them in another way, with different last bits, when
+    the step count jumps. So the steps are repeated on a single element: 0.2 s for 100,000 steps.
     """
     beta1, beta2 = cpu_adam.param_groups[0]["betas"]
     scratch = [torch.zeros(1) for _ in range(4)]
-    for step, beta in [(0, beta1 / 2), *((step, beta1) for step in range(steps + 1))]:  # another beta starts it anew
+    for step, beta in [(0, beta1 / 2), *((step, beta1) for step in range(steps + 1))]:  # a new beta resets the count
         cpu_adam.ds_opt_adam.adam_update(cpu_adam.opt_id, step, 0.0, beta, beta2, 1.0, 0.0, False, *scratch)
 
 
@@ -224,9 +225,9 @@ def _loss_scaler(engine: Any) -> Any:
 
 
 def engine_state(engine: Any) -> dict[str, Any]:
-    """What else a run needs to go on exactly, as JSON; the same on every worker. {} unless fp16 was used.
+    """Other state that an exact resume needs, as JSON; equal on every worker. {} unless fp16 was used.
 
-    A step that fp16 left out counts as a step of the run, but not as one of AdamW's.
+    A step that fp16 skipped counts as a step of the run, but not of AdamW.
     """
     scaler = _loss_scaler(engine)
     if not scaler and not engine.skipped_steps:
@@ -240,7 +241,7 @@ def engine_state(engine: Any) -> dict[str, Any]:
 
 
 def restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
-    """Put `engine_state` back, after `restore_moments`. A loss scale is of use to an fp16 engine only."""
+    """Restore `engine_state`; call it after `restore_moments`. The loss scale is used only by an fp16 engine."""
     if not state:
         return
     engine.skipped_steps = state["skipped_steps"]

@@ -1,6 +1,6 @@
 """python -m infra.local up | status | env | submit [--quiet] -- COMMAND ... | down
 
-The stack lives in `.local` beside the code, or in the directory that D2F_LOCAL_DIR names.
+The stack's directory is `.local` beside the code, or the one named by D2F_LOCAL_DIR.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def down(stack: Stack) -> int:
 
 
 def status(stack: Stack) -> int:
-    """Print a line per server; 0 when all of them answer."""
+    """Print a line per server; returns 0 when all of them answer."""
     found = stack.status()
     for part in found:
         pids = f"{len(part.pids)} processes from pid {part.pids[0]}" if part.pids else ""
@@ -36,7 +36,7 @@ def status(stack: Stack) -> int:
 
 
 def running_variables(stack: Stack) -> dict[str, str]:
-    """The environment of the running stack. Raises StackError when it was never started."""
+    """Environment variables of the running stack. Raises StackError when the stack was never started."""
     if not load_state(stack.directory).ports or not (stack.directory / "env").is_file():
         raise StackError(f"no stack in {stack.directory}. Start it first: python -m infra.local up")
     return read_variables(stack.directory / "env")

@@ -1,4 +1,4 @@
-"""One server of the stack: how it is started, when it is ready, how long it may take."""
+"""One server of the stack: how it is started, when it is ready, and its time limits."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ from typing import Any
 
 from infra.local.processes import StackError
 
-# A user's own settings that would lead a server or a job away from this stack.
+# Variables of the user's environment that would direct a server or a job away from this stack.
 FOREIGN = ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "HF_HUB_OFFLINE", "RAY_ADDRESS")
 REQUEST_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A server. `problem` returns None when it answers rightly, and otherwise what is wrong."""
+    """A server of the stack. `problem` returns None when the server answers correctly, otherwise what is wrong."""
 
     name: str
     argv: tuple[str, ...]
     variables: Mapping[str, str]
-    """Environment of the server beside the user's own."""
+    """Environment variables of the server in addition to the user's own."""
     problem: Callable[[], str | None]
     address: str
     start_seconds: float
@@ -36,26 +36,26 @@ class Part:
 
     @property
     def digest(self) -> str:
-        """Changes with every setting, so that a server with outdated settings is recognised and replaced."""
+        """Digest of the server's settings, by which a server with outdated settings is detected and replaced."""
         settings = json.dumps([self.argv, sorted(self.variables.items())])
         return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     def environment(self) -> dict[str, str]:
-        """The user's environment without what leads astray, this Python's commands first on the path."""
+        """The user's environment without `FOREIGN` variables, with this Python's commands first on PATH."""
         kept = {key: value for key, value in os.environ.items() if key not in FOREIGN}
         path = f"{scripts()}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         return {**kept, **past_proxies(), "PATH": path, **self.variables}
 
 
 def past_proxies() -> dict[str, str]:
-    """Local addresses ahead of the user's own list of hosts that need no proxy."""
+    """no_proxy variables with local addresses added before the user's own hosts."""
     others = [host for host in os.environ.get("NO_PROXY", "").split(",") if host not in ("", "127.0.0.1", "localhost")]
     value = ",".join(["127.0.0.1", "localhost", *others])
     return {"NO_PROXY": value, "no_proxy": value}
 
 
 def scripts() -> Path:
-    """The directory of this Python's installed commands."""
+    """Directory of this Python's installed commands."""
     return Path(sysconfig.get_path("scripts"))
 
 
@@ -68,7 +68,7 @@ def command(name: str) -> str:
 
 
 def get(url: str, *, token: str | None = None) -> str | None:
-    """None when a GET answers 200, otherwise what went wrong."""
+    """Send a GET; returns None when the answer is 200, otherwise what went wrong."""
     try:
         with _open(url, token) as answer:
             return None if answer.status == 200 else f"{url} answers {answer.status}"
@@ -77,7 +77,7 @@ def get(url: str, *, token: str | None = None) -> str | None:
 
 
 def ask(url: str, *, token: str | None = None, method: str = "GET") -> Any:
-    """The JSON that is answered. Raises StackError when none is."""
+    """Send a request; returns the JSON of the answer. Raises StackError without a JSON answer."""
     try:
         with _open(url, token, method) as answer:
             return json.load(answer)
@@ -86,7 +86,7 @@ def ask(url: str, *, token: str | None = None, method: str = "GET") -> Any:
 
 
 def _open(url: str, token: str | None, method: str = "GET") -> Any:
-    """No proxy is asked for a local address."""
+    """Send a request without a proxy, because the address is local."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(url, headers=headers, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

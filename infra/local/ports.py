@@ -11,7 +11,7 @@ from infra.local.processes import StackError
 CLOSING_SECONDS = 3.0
 GRPC_OFFSET = 10_000
 """SeaweedFS serves gRPC at its HTTP port plus this."""
-# Chosen below the range that Linux gives to outgoing connections (32768 and up), gRPC twins included.
+# Below the range that Linux uses for outgoing connections (32768 and up), including the gRPC ports.
 LOWEST, HIGHEST = 12_000, 22_000
 
 FIXED_BY = {
@@ -38,9 +38,9 @@ def is_free(port: int) -> bool:
 
 
 def wait_until_free(ports: Iterable[int]) -> None:
-    """Give servers that were just killed the moment in which the kernel closes their sockets.
+    """Wait briefly for the kernel to close the sockets of servers that were just killed.
 
-    Without it a server would come back at another port, where those that use it do not look.
+    Otherwise a server would restart at another port, where its clients do not look for it.
     """
     wanted, deadline = list(ports), time.monotonic() + CLOSING_SECONDS
     while not all(is_free(port) for port in wanted) and time.monotonic() < deadline:
@@ -60,18 +60,18 @@ def fixed(name: str) -> int | None:
 
 
 def choose(kept: Mapping[str, int], busy_is_ours: Iterable[str] = ()) -> dict[str, int]:
-    """A port for every name: the user's, else the kept one while it is free, else a free one.
+    """A port for every name: the user's, else the previous one if it is free, else any free one.
 
     Args:
-        kept: the ports of the last start.
-        busy_is_ours: names whose kept port is in use by this stack itself and stays.
+        kept: ports of the previous start.
+        busy_is_ours: names whose previous port is used by this stack itself, and is kept.
 
     Raises:
         StackError: a port fixed by the user is taken by another program, or fixed twice.
     """
     ours = set(busy_is_ours)
     chosen: dict[str, int] = {}
-    for name in sorted(NAMES, key=lambda n: fixed(n) is None):  # the user's first, the rest around them
+    for name in sorted(NAMES, key=lambda n: fixed(n) is None):  # the user's ports first, so that others avoid them
         wanted = fixed(name)
         if wanted is not None and wanted in chosen.values():
             raise StackError(f"{FIXED_BY[name]}={wanted} is given to two servers. Each needs a port of its own.")

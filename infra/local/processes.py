@@ -30,7 +30,7 @@ class StackError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Owned:
-    """A live process of a stack: the part it serves and the digest of the settings it was started with."""
+    """A live process of a stack, with its part and the digest of the settings that it was started with."""
 
     process: psutil.Process
     part: str
@@ -38,12 +38,12 @@ class Owned:
 
     @property
     def leads(self) -> bool:
-        """Whether it is a process that `launch` started: the first of its session."""
+        """Whether the process was started by `launch`, that is, leads its session."""
         return _session(self.process.pid) == self.process.pid
 
 
 def mark(directory: Path, part: str, digest: str) -> dict[str, str]:
-    """The environment entry by which `owned` knows a process again."""
+    """The environment variable by which `owned` identifies a process."""
     return {OWNER: f"{directory}|{part}|{digest}"}
 
 
@@ -59,7 +59,7 @@ def owned(directory: Path, part: str | None = None) -> list[Owned]:
             found[process.pid] = Owned(process=process, part=name, digest=digest)
             sessions.setdefault(_session(process.pid), found[process.pid])
     sessions.pop(_session(os.getpid()), None)
-    # A process that renames itself (Ray's dashboard modules) overwrites its own environment: its session tells.
+    # A process that renames itself (Ray's dashboard modules) overwrites its environment, so its session identifies it.
     for process in processes:
         kin = sessions.get(_session(process.pid)) or found.get(_parent(process))
         if process.pid not in found and kin:
@@ -70,10 +70,10 @@ def owned(directory: Path, part: str | None = None) -> list[Owned]:
 def launch(
     argv: Sequence[str], *, environment: Mapping[str, str], log: Path, cwd: Path, tied: bool
 ) -> subprocess.Popen[bytes]:
-    """Start a server in a session of its own, so that neither Ctrl-C nor a closed terminal reaches it.
+    """Start a server in its own session, so that neither Ctrl-C nor a closed terminal reaches it.
 
     Args:
-        tied: the kernel sends it SIGTERM when this process ends, however it ends (Linux only).
+        tied: the kernel sends the server SIGTERM when this process ends, even if it is killed (Linux only).
     """
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_suffix(".log.1"))
@@ -87,7 +87,8 @@ def launch(
 
 
 def stop(find: Callable[[], list[Owned]], grace: float) -> int:
-    """End what `find` finds: SIGTERM to the topmost, `grace` seconds, then SIGKILL to all that is left.
+    """End the processes that `find` returns: SIGTERM to the topmost, `grace` seconds later SIGKILL to the remaining
+    ones.
 
     Returns: how many processes there were. Raises StackError when one survives SIGKILL (it hangs in the kernel).
     """
@@ -109,7 +110,7 @@ def stop(find: Callable[[], list[Owned]], grace: float) -> int:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of the newest start in a log file, for an error message; without a Go server's stack dump."""
+    """The last lines of a log file since the newest start, for an error message; without a Go server's stack dump."""
     if not log.exists():
         return "(no log)"
     newest = log.read_text(errors="replace").rpartition("\n--- ")[2]
@@ -148,7 +149,7 @@ def _gone(find: Callable[[], list[Owned]], seconds: float) -> bool:
 
 
 def _reap(items: Iterable[Owned]) -> None:
-    """Collect exit codes of our own children, which would stay as zombies otherwise."""
+    """Collect exit codes of our own children, which would otherwise remain as zombies."""
     psutil.wait_procs([o.process for o in items], timeout=0)
 
 
@@ -191,4 +192,4 @@ def _session(pid: int) -> int:
     try:
         return os.getsid(pid)
     except (ProcessLookupError, PermissionError):
-        return -pid  # belongs to no session that another process shares
+        return -pid  # an id that no session has

@@ -1,4 +1,4 @@
-"""The Ray head with its job server, token authentication on, every socket on 127.0.0.1."""
+"""The Ray head with its job server, with token authentication and all sockets on 127.0.0.1."""
 
 import contextlib
 import hashlib
@@ -14,45 +14,45 @@ from infra.local.state import State
 
 OBJECT_STORE_BYTES = 1_000_000_000
 LOGICAL_CPUS = max(8, os.cpu_count() or 1)
-"""More than a small machine has: Ray Data's tasks need slots of their own beside two train workers."""
+"""At least 8, even on a small machine: Ray Data's tasks need slots in addition to two training workers."""
 KEPT_SESSIONS = 5
 JOB_STOP_SECONDS = 60
-"""From `ray job stop` to SIGKILL (Ray's default is 3): a training saves a checkpoint in this time."""
+"""Seconds from `ray job stop` to SIGKILL (Ray's default is 3), in which a training saves a checkpoint."""
 MARGIN_SECONDS = 5
-"""After it, for what a job's end takes."""
+"""Additional seconds for the end of a job."""
 ACTIVE = ("PENDING", "RUNNING")
 """States of a job that has not ended."""
 
 
 def ray_variables(state: State) -> dict[str, str]:
-    """What a driver or `ray job submit` needs to reach the head."""
+    """Environment variables with which a driver or `ray job submit` reaches the head."""
     return {
         "RAY_ADDRESS": f"127.0.0.1:{state.ports['ray']}",
         "RAY_API_SERVER_ADDRESS": state.url("ray_dashboard"),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(state.token_path),
-        # Makes Ray use 127.0.0.1 as the node's address (on Linux too), where it would take the machine's outer one.
+        # Makes Ray use 127.0.0.1 as the node's address (on Linux too) instead of the machine's external one.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 
 
 def ray_part(state: State, client_variables: dict[str, str]) -> Part:
-    """The head; jobs inherit its environment, so it carries what they need to find S3 and MLflow."""
+    """The head as a part; jobs inherit its environment, so it includes the variables for S3 and MLflow."""
     ports, temp = state.ports, temp_directory(state.directory)
     argv = (
         command("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={ports['ray']}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={ports['ray_dashboard']}", "--include-dashboard=true",
         f"--dashboard-agent-listen-port={ports['ray_agent']}", f"--ray-client-server-port={ports['ray_client']}",
-        "--min-worker-port=0", "--max-worker-port=0",  # any free ones: the default range overlaps other servers
+        "--min-worker-port=0", "--max-worker-port=0",  # any free ports: the default range overlaps other servers
         f"--num-cpus={LOGICAL_CPUS}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={temp}",
         "--disable-usage-stats", "--log-color=false",
     )  # fmt: skip
     variables = {
         **{key: value for key, value in client_variables.items() if key != "RAY_ADDRESS"},
-        "RAY_TMPDIR": str(temp),  # else the head names itself in /tmp/ray as the machine's current cluster
+        "RAY_TMPDIR": str(temp),  # or the head registers in /tmp/ray as the machine's current cluster
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
-        # A head that is told to end first waits until nothing runs on it, and Ray Data's own actors run for ever.
+        # A head that is told to end first waits until it is idle, but Ray Data's own actors run forever.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PYTHONUNBUFFERED": "1",
         "D2F_RAY_VERSION": version("ray"),
@@ -73,16 +73,17 @@ def ray_part(state: State, client_variables: dict[str, str]) -> Part:
 
 
 def temp_directory(directory: Path) -> Path:
-    """Ray's temporary directory: short, for a Unix socket's path is limited to 107 bytes, and one per stack.
+    """Ray's temporary directory, one per stack; its path is short, because a Unix socket's path is limited to 107
+    bytes.
 
-    Within a private one: Ray opens its own, with sockets and logs in it, to every user of the machine.
+    It is inside a private directory, because Ray makes its own, with sockets and logs, accessible to every user.
     """
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
     return Path(f"/tmp/d2f-{os.getuid()}-{name}/ray")
 
 
 def _problem(state: State) -> str | None:
-    # For a second after the death of one of these the other processes still answer.
+    # For about a second after one of these processes dies, the others still answer.
     missing = {"gcs_server", "raylet"} - {name_of(o.process) for o in owned(state.directory, "ray")}
     if missing:
         return f"no process {' and no '.join(sorted(missing))}"
@@ -91,7 +92,9 @@ def _problem(state: State) -> str | None:
 
 
 def _stop_jobs(state: State) -> None:
-    """As `ray job stop`, and wait: a training saves a checkpoint in this time. Nothing where the server is gone."""
+    """Stop all jobs as `ray job stop` does, and wait while trainings save checkpoints; does nothing if the server is
+    gone.
+    """
     jobs = f"{state.url('ray_dashboard')}/api/jobs/"
     deadline = time.monotonic() + JOB_STOP_SECONDS + MARGIN_SECONDS
     told: set[str] = set()
@@ -121,7 +124,7 @@ def _make_private(place: Path) -> None:
 
 
 def _keep_logs(temp: Path, logs: Path) -> None:
-    """Move the sessions' logs to the stack's log directory, and remove everything else that Ray left."""
+    """Move the sessions' logs to the stack's log directory, and remove Ray's other files."""
     for session in temp.glob("session_2*"):
         if (session / "logs").is_dir():
             shutil.copytree(session / "logs", logs / "ray" / session.name, symlinks=True, dirs_exist_ok=True)

@@ -1,6 +1,6 @@
-"""python -m infra.local.report RECIPE: what a workflow did, as a table, addresses and a picture.
+"""python -m infra.local.report RECIPE: report of a workflow: a table of stages, addresses and a picture.
 
-Reads `s3://d2f/workflows/RECIPE/summary.json`, which the workflow writes at its end.
+Reads `s3://d2f/workflows/RECIPE/summary.json`, which the workflow writes at the end.
 """
 
 import json
@@ -54,7 +54,7 @@ what next
 
 
 def report(recipe: str, state: State) -> str:
-    """The whole text; the contact sheet is downloaded beside the stack's data.
+    """The report as text; also downloads the contact sheet to the stack's directory.
 
     Raises:
         StackError: there is no summary, or S3 does not answer.

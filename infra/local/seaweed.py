@@ -13,7 +13,7 @@ from infra.local.state import BUCKET, REGION, State
 
 
 def s3_variables(state: State) -> dict[str, str]:
-    """What a client needs; boto, s3fs, pyarrow and Ray Data all read these names."""
+    """Environment variables of an S3 client; boto, s3fs, pyarrow and Ray Data all read these names."""
     return {
         "AWS_ACCESS_KEY_ID": state.access_key,
         "AWS_SECRET_ACCESS_KEY": state.secret_key,
@@ -41,27 +41,29 @@ def s3_part(state: State) -> Part:
         problem=lambda: get(f"{state.url('s3')}/healthz") or _bucket_problem(state),
         address=state.url("s3"),
         start_seconds=60.0,
-        stop_seconds=5.0,  # after traffic it takes up to 29 s by itself; the data survive SIGKILL
+        stop_seconds=5.0,  # after traffic it needs up to 29 s to stop; the data survive SIGKILL
         before_start=lambda: data.mkdir(exist_ok=True),
     )
 
 
 def _internal_keys(state: State) -> dict[str, str]:
-    """Close the doors behind S3: without these keys the filer and volume ports serve all data to any local user."""
+    """Keys for SeaweedFS's internal ports: without them, the filer and volume ports serve all data to any local
+    user.
+    """
     key = hashlib.sha256(f"seaweed internal {state.secret_key}".encode()).hexdigest()
     names = [f"WEED_JWT_{kind}SIGNING_{read}" for kind in ("", "FILER_") for read in ("", "READ_")]
-    expiry = {f"{name}EXPIRES_AFTER_SECONDS": "3600" for name in names}  # its 10 s are short on a busy machine
+    expiry = {f"{name}EXPIRES_AFTER_SECONDS": "3600" for name in names}  # the default, 10 s, is too short
     return {**{f"{name}KEY": key for name in names}, **expiry}
 
 
 @functools.cache
 def _session():
-    """It reads the descriptions of all services' addresses once, which takes a tenth of a second."""
+    """A cached session: creating one reads the endpoints of all AWS services, which takes 0.1 s."""
     return botocore.session.Session(profile=None)
 
 
 def make_client(endpoint: str, access_key: str, secret_key: str, *, seconds: float = 10.0):
-    """A low-level S3 client that waits at most `seconds` for an answer, and asks once."""
+    """A low-level S3 client that waits at most `seconds` for an answer, without retries."""
     config = Config(connect_timeout=3, read_timeout=seconds, retries={"total_max_attempts": 1})
     return _session().create_client(
         "s3", endpoint_url=endpoint, region_name=REGION, config=config, verify=False,
@@ -77,7 +79,9 @@ def download(uri: str, target: Path, state: State) -> None:
 
 
 def _bucket_problem(state: State) -> str | None:
-    """A signed request: proves the credentials, and makes the bucket should it have been deleted."""
+    """Send a signed request, which checks the credentials, and create the bucket if it was deleted; returns the
+    problem.
+    """
     client = make_client(state.url("s3"), state.access_key, state.secret_key)
     try:
         if BUCKET not in {b["Name"] for b in client.list_buckets().get("Buckets", [])}:

@@ -1,4 +1,4 @@
-"""The whole stack: bring it up from any state it may be in, say how it is, take it down. Data stay on disk."""
+"""The whole stack: start it from any state, report its status, stop it. Data stay on disk."""
 
 import contextlib
 import dataclasses
@@ -21,17 +21,17 @@ from infra.local.state import State, load_state, save_state
 PARTS = ("s3", "mlflow", "ray")
 LOCK_SECONDS = 600.0
 PATIENCE_SECONDS = 30.0
-"""How long a live server may fail to answer (the machine may be busy training) before it is replaced."""
+"""Seconds that a live server may fail to answer (the machine may be busy training) before it is replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackEnv:
-    """The environment by which programs find the stack, and the addresses in it."""
+    """Environment variables by which programs find the stack, and its addresses."""
 
     directory: Path
     variables: Mapping[str, str]
     started: tuple[str, ...]
-    """Parts that this call had to start; empty when everything was running."""
+    """Parts that this call started; empty when everything was running."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,13 @@ class PartStatus:
     """`running`, `stopped`, or what is wrong."""
     pids: tuple[int, ...]
     memory: int
-    """Resident bytes of all its processes; shared pages are counted in each."""
+    """Resident bytes of all the part's processes; shared pages are counted in each."""
     address: str
     log: Path
 
 
 class Stack:
-    """The servers of one directory; two stacks with different directories live side by side."""
+    """The servers of one directory; stacks with different directories can run in parallel."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Stack:
         """
         Args:
             directory: where state, data and logs are kept.
-            parts: the servers wanted, out of `PARTS`.
+            parts: the servers to run, out of `PARTS`.
             tied: servers end when this process ends; for tests.
             say: receives a line of progress for each server that was started.
         """
@@ -74,7 +74,7 @@ class Stack:
         self._children: list[subprocess.Popen[bytes]] = []
 
     def up(self) -> StackEnv:
-        """Start what does not run, replace what is broken or outdated, keep what is well.
+        """Start servers that do not run, replace broken or outdated ones, and keep the rest.
 
         Raises:
             StackError: a fixed port is taken, or a server does not answer within its time (with its log's end).
@@ -91,11 +91,12 @@ class Stack:
             ports = choose(state.ports, busy_is_ours=kept)
             state = dataclasses.replace(state, ports=ports)
             parts = self._parts(state)
-            # A server started with other ports or credentials than those chosen now is replaced as well.
+            # A server started with ports or credentials other than the current ones is replaced too.
             outdated = [n for n in well if any(o.digest != parts[n].digest for o in self._owned(n))]
             for name in outdated:
                 self._stop(name, state)
-            # Servers of this directory that were not asked for stay findable: the environment names them too.
+            # The environment also names running servers of this directory that were not requested, so that they can be
+            # found.
             variables = {**self._variables(state, {*self.names, *staying}), **past_proxies()}
             save_state(state, variables)
             started = tuple(n for n in self.names if n not in well or n in outdated)
@@ -103,7 +104,7 @@ class Stack:
             return StackEnv(directory=self.directory, variables=variables, started=started)
 
     def down(self) -> int:
-        """Stop every process of this stack; jobs are told to end first. Returns how many processes there were."""
+        """Stop every process of this stack, after asking jobs to end; returns the number of processes."""
         if not self.directory.is_dir():  # deleted under the running servers
             return self._kill(self._owned, 10.0)
         with self._locked():
@@ -112,7 +113,7 @@ class Stack:
             return stopped + self._kill(self._owned, 5.0)
 
     def status(self) -> list[PartStatus]:
-        """How each server is, by asking it."""
+        """The status of each server, from a request to it."""
         state = load_state(self.directory)
         return [self._status(name, state) for name in self.names]
 
@@ -132,13 +133,15 @@ class Stack:
         return processes.owned(self.directory, name)
 
     def _well(self, state: State) -> list[str]:
-        """Names of the parts whose processes live and answer."""
+        """Names of the parts whose processes are alive and answer."""
         live = [name for name in self.names if state.ports and any(o.leads for o in self._owned(name))]
         parts = self._parts(state) if live else {}
         return [name for name in live if self._wait(parts[name], PATIENCE_SECONDS) is None]
 
     def _wait(self, part: Part, seconds: float) -> str | None:
-        """Ask until it answers, all its processes are gone, or the time is over; None when it answers."""
+        """Poll a part until it answers, its processes are gone, or time is up; returns None when it answers, else the
+        problem.
+        """
         deadline = time.monotonic() + seconds
         while problem := part.problem():
             for child in self._children:
@@ -176,7 +179,7 @@ class Stack:
             raise
 
     def _stop(self, name: str, state: State) -> int:
-        """End one part's processes, wanted or left over, and clear up after it."""
+        """End one part's processes, left-over ones included, and clean up after it."""
         if name not in self.names or not state.ports:
             return self._kill(lambda: self._owned(name), 10.0)
         part = self._parts(state)[name]
@@ -210,7 +213,7 @@ class Stack:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One `up` or `down` at a time; the lock ends with the process that holds it."""
+        """Lock that allows one `up` or `down` at a time; it is released when its process ends."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory.chmod(0o700)
         (self.directory / "logs").mkdir(exist_ok=True)

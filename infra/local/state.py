@@ -1,4 +1,4 @@
-"""What the stack remembers in its directory: ports and generated credentials, for one user's eyes."""
+"""State that the stack stores in its directory: ports and generated credentials, readable only by its user."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 BUCKET = "d2f"
 REGION = "us-east-1"
 JOB_LOG = "logs/job.log"
-"""In a stack's directory: all that the last job printed which was submitted quietly."""
+"""File in a stack's directory with the output of the last job that was submitted with --quiet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class State:
         return self.directory / "ray_token"
 
     def url(self, port: str) -> str:
-        """`http://127.0.0.1:PORT` of the port with this name."""
+        """`http://127.0.0.1:PORT` for the port with this name."""
         return f"http://127.0.0.1:{self.ports[port]}"
 
 
@@ -40,7 +40,7 @@ def stack_directory() -> Path:
 
 
 def load_state(directory: Path) -> State:
-    """The remembered state, or new credentials and no ports when there is none that can be read."""
+    """The stored state, or new credentials and no ports if there is no readable state."""
     try:
         known = json.loads((directory / "state.json").read_text())
         ports = {str(k): int(v) for k, v in known["ports"].items()}
@@ -51,7 +51,7 @@ def load_state(directory: Path) -> State:
 
 
 def save_state(state: State, variables: Mapping[str, str]) -> None:
-    """Write `state.json`, `ray_token` and `env` (shell lines), each readable by its owner only, each in one step."""
+    """Write `state.json`, `ray_token` and `env` (shell lines), each atomically and readable only by its owner."""
     known = {
         "ports": dict(state.ports),
         "access_key": state.access_key,
@@ -64,7 +64,7 @@ def save_state(state: State, variables: Mapping[str, str]) -> None:
 
 
 def shell_lines(variables: Mapping[str, str]) -> str:
-    """Lines for a shell to source. Leftovers that would override the credentials are unset."""
+    """Lines for a shell to source; they also unset variables that would override the credentials."""
     exports = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in variables.items())
     return f"unset AWS_SESSION_TOKEN AWS_PROFILE\n{exports}"
 
@@ -76,7 +76,7 @@ def read_variables(env_file: Path) -> dict[str, str]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file at once; it never exists with wider permissions than 600."""
+    """Replace a file atomically; it never exists with permissions wider than 600."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

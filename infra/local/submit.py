@@ -1,4 +1,4 @@
-"""Send a command to the stack's Ray head as one job, show its output, hand back its exit code."""
+"""Submit a command to the stack's Ray head as one job, show its output, and return its exit code."""
 
 import contextlib
 import logging
@@ -27,19 +27,19 @@ CHUNK = 2**16
 def submit(argv: Sequence[str], variables: Mapping[str, str], directory: Path, *, quiet: bool = False) -> int:
     """Run `ray job submit` from the current directory, which is the job's code, and follow the job.
 
-    Ray itself leaves out what .gitignore names, and .git, .venv and __pycache__. When the same command runs already
-    (an earlier client was killed), its job is followed instead: two of them would write the same outputs.
-    Ctrl-C and SIGTERM stop the job as well.
+    Ray does not upload what .gitignore names, nor .git, .venv and __pycache__. When the same command is already running
+    (an earlier client was killed), that job is followed instead, because two jobs would write the same outputs. Ctrl-C
+    and SIGTERM stop the job as well.
 
     Args:
-        directory: the stack's.
-        quiet: keep the job's output in DIRECTORY/logs/job.log, and show only lines that tell how far it is
-            (`d2f_core.progress.tell`), or the log's end when the command fails.
+        directory: the stack's directory.
+        quiet: keep the job's output in DIRECTORY/logs/job.log, and show only progress lines (`d2f_core.progress.tell`),
+            or the end of the log when the command fails.
 
     Returns: the exit code of the command; 1 when it never ran, or was stopped; 130 after Ctrl-C.
 
     Raises:
-        StackError: the stack does not answer any more, so that the job's end is not known.
+        StackError: the stack no longer answers, so the job's result is unknown.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     job = _running(shlex.join(argv), variables)
@@ -60,15 +60,15 @@ def submit(argv: Sequence[str], variables: Mapping[str, str], directory: Path, *
 
 
 def _hand_over(argv: Sequence[str], job: str, variables: Mapping[str, str]) -> None:
-    """As `ray job submit --working-dir .`, without its second process.
+    """Submit like `ray job submit --working-dir .`, but without starting a second process.
 
     Raises:
-        StackError: the job server refuses it, in its words.
+        StackError: the job server refuses the job; contains its message.
     """
-    os.environ.update(variables)  # by which Ray's client finds the token
-    from ray.job_submission import JobSubmissionClient  # not above: it takes a second
+    os.environ.update(variables)  # Ray's client finds the token there
+    from ray.job_submission import JobSubmissionClient  # here, because it takes a second
 
-    logging.disable(logging.WARNING)  # which files are packed, and that .git is not among them
+    logging.disable(logging.WARNING)  # hide Ray's messages about packed files
     try:
         JobSubmissionClient(variables["RAY_API_SERVER_ADDRESS"]).submit_job(
             entrypoint=shlex.join(argv), submission_id=job, runtime_env={"working_dir": "."}
@@ -98,14 +98,14 @@ def _show_quietly(job: str, variables: Mapping[str, str], directory: Path) -> in
 
 
 def follow(job: str, variables: Mapping[str, str], directory: Path) -> Iterator[str]:
-    """What a job of this stack prints, as it comes, until the job has ended.
+    """The output of a job of this stack, as it is printed, until the job has ended.
 
-    Read where the head writes it: Ray's own client looks once in a second, and takes some more to see the end.
+    Read from the head's log file: Ray's own client polls only once per second, and takes longer to notice the end.
     """
     log = temp_directory(directory) / "session_latest/logs" / f"job-driver-{job}.log"
     file: TextIO | None = None
     while True:
-        ended = _jobs(job, variables).get("status") not in ACTIVE  # before the last look
+        ended = _jobs(job, variables).get("status") not in ACTIVE  # before the last read
         if file is None and log.exists():
             file = log.open(errors="replace", newline="")
         while text := file.read(CHUNK) if file else "":
@@ -118,7 +118,7 @@ def follow(job: str, variables: Mapping[str, str], directory: Path) -> Iterator[
 
 
 def _lines(texts: Iterable[str], file: TextIO) -> Iterator[str]:
-    """Whole lines of what comes in pieces, kept in a file too."""
+    """Complete lines from pieces of text, which are also written to a file."""
     rest = ""
     for text in texts:
         file.write(text)
@@ -130,7 +130,9 @@ def _lines(texts: Iterable[str], file: TextIO) -> Iterator[str]:
 
 
 def show(lines: Iterable[str], screen: TextIO) -> None:
-    """Print what is told among a job's lines, two halves as one line; on a terminal the seconds run meanwhile."""
+    """Print a job's lines for the waiting user (those of `tell`), joining the two halves of a line; a terminal shows
+    the elapsed seconds in between.
+    """
     clock = _Clock(screen)
     for line in lines:
         told = line.rstrip("\n")
@@ -150,7 +152,7 @@ def show(lines: Iterable[str], screen: TextIO) -> None:
 
 
 class _Clock:
-    """Seconds at the end of an unfinished line of a terminal."""
+    """Shows elapsed seconds at the end of an unfinished line on a terminal."""
 
     def __init__(self, screen: TextIO) -> None:
         self._screen, self._end = screen, threading.Event()
@@ -164,7 +166,7 @@ class _Clock:
             self._thread.start()
 
     def stop(self) -> bool:
-        """Returns whether a line was unfinished."""
+        """Stop the clock; returns whether a line was unfinished."""
         runs, self._runs = self._runs, False
         self._end.set()
         if self._thread:
@@ -176,12 +178,12 @@ class _Clock:
         began = time.monotonic()
         while not end.wait(CLOCK_SECONDS):
             text = f" {time.monotonic() - began:4.0f} s"
-            with contextlib.suppress(OSError):  # a closed terminal
+            with contextlib.suppress(OSError):  # the terminal was closed
                 print(text + "\b" * len(text), end="", file=self._screen, flush=True)
 
 
 def exit_code(job: str, variables: Mapping[str, str]) -> int:
-    """The exit code of an ended job's command; 1 when there is none."""
+    """The exit code of an ended job's command; 1 if it has none."""
     found = _jobs(job, variables)
     if found.get("status") == "SUCCEEDED":
         return 0
@@ -189,7 +191,7 @@ def exit_code(job: str, variables: Mapping[str, str]) -> int:
 
 
 def _running(entrypoint: str, variables: Mapping[str, str]) -> str | None:
-    """Id of the job that runs this command now."""
+    """Id of a running job with this command; None without one."""
     active = [job for job in _jobs("", variables) if job["status"] in ACTIVE and job["entrypoint"] == entrypoint]
     return active[0]["submission_id"] if active else None
 

@@ -1,1 +1,1 @@
-"""Tables that this project makes by itself: captioned drawings, and rendered scenes with their depth."""
+"""Data sets that this project generates: captioned drawings, and rendered scenes with depth."""

@@ -15,11 +15,11 @@ class MakeDatasetConfig:
     output: str = "s3://d2f/datasets/twemoji"
     """Where the table goes: s3://bucket/key or a local path."""
     style: Literal["twemoji", "openmoji", "both"] = "twemoji"
-    """Whose drawings."""
+    """Artists of the drawings: Twemoji, OpenMoji, or both."""
     size: int = 64
     """Height and width in pixels; each size is rendered from the vector drawing."""
     fit: Fit = "canvas"
-    """`canvas`: with the margins that the artist left. `drawing`: what is drawn fills the picture."""
+    """`canvas`: keep the artist's margins. `drawing`: crop to the drawing, so that it fills the picture."""
     subset: Subset = "core"
     """`core`: 297 pictures chosen for being drawable from their name. `starter`: 120 of these, for a finetuning that
     takes minutes. `few`: 32 of those, for one that takes a minute. `all`: every emoji without skin tones."""
@@ -42,7 +42,7 @@ class MakeDepthConfig:
     output: str = "s3://d2f/datasets/depth"
     """Where the table goes: s3://bucket/key or a local path."""
     split: Literal["train", "test"] = "train"
-    """Whose objects and textures; the splits have none in common."""
+    """Split to draw objects and textures from; the splits have none in common."""
     num_scenes: int = 4096
     size: int = 64
     """Height and width of the pictures in pixels."""
@@ -50,11 +50,11 @@ class MakeDepthConfig:
     mirrored: bool = False
     """Write every scene a second time, left and right exchanged: twice the rows for one rendering.
 
-    Rows held out of a training on them then have their mirror images in it: judge on another split."""
+    Held-out rows may then have their mirror image among the training rows: evaluate on another split."""
     rows_per_part: int = 64
-    """Scenes per output file: what a killed task loses at most."""
+    """Scenes per output file, the most that is lost when a task is killed."""
     num_tasks: int = 2
-    """Scenes that are drawn at a time, by one logical CPU each."""
+    """Scenes rendered in parallel, one logical CPU each."""
 
     def __post_init__(self) -> None:
         if not self.output:

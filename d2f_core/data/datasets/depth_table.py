@@ -4,7 +4,7 @@
     OUTPUT/_progress/job.json          what the job is, until the table is complete; another job is refused
     OUTPUT/manifest.json               written last
 
-The same command again leaves alone what is there, and ends with the same bytes.
+Repeating the command keeps the parts that exist, and the finished table is the same byte for byte.
 """
 
 import importlib.metadata
@@ -42,13 +42,13 @@ from d2f_core.storage import join, list_names, read_bytes, remove_tree, write_by
 PROGRESS = "_progress"
 PACKAGES = ("pybullet", "numpy", "pillow")
 PARTS_PER_PROCESS = 8
-"""PyBullet keeps 3 MB of every scene's meshes for ever, whatever is removed or reset, so a process makes no more."""
+"""Parts that one process makes before it is replaced: PyBullet never frees 3 MB of each scene's meshes."""
 
 logger = logging.getLogger(__name__)
 
 
 def depth_inputs(config: MakeDepthConfig) -> dict[str, Any]:
-    """All that decides the table's content.
+    """Everything that determines the table's content: the manifest's `inputs`.
 
     Raises:
         ValueError: pybullet is not installed.
@@ -62,13 +62,13 @@ def depth_inputs(config: MakeDepthConfig) -> dict[str, Any]:
 
 
 def make_depth_dataset(config: MakeDepthConfig) -> tuple[Manifest, bool]:
-    """Write what is missing of the depth table; needs a running Ray.
+    """Write the missing parts of the depth table, then its manifest; needs a running Ray.
 
     Returns:
         The manifest, and whether anything was written (False: the table was complete).
 
     Raises:
-        ManifestError: another table, or something else, is at the output.
+        ManifestError: the output holds another table, or files that are no table.
         ValueError: pybullet is not installed.
     """
     inputs = depth_inputs(config)
@@ -95,7 +95,7 @@ def make_depth_dataset(config: MakeDepthConfig) -> tuple[Manifest, bool]:
 
 
 def _claim(output: str, inputs: dict[str, Any]) -> None:
-    """Write what the job is at its output, or check that the job begun there is the same."""
+    """Record the job at its output, or check that the job begun there is this one."""
     place = join(output, PROGRESS, "job.json")
     if (names := list_names(output)) and PROGRESS not in names:
         raise ManifestError(f"{output!r} is not empty: it holds {', '.join(names[:5])}. Use another output.")
@@ -110,7 +110,7 @@ def _claim(output: str, inputs: dict[str, Any]) -> None:
 
 
 def _make_parts(config: MakeDepthConfig) -> Iterator[tuple[int, TableFile]]:
-    """Number and file of every part, those that were there first included, in no certain order."""
+    """Number and file of every part, existing parts included, in no fixed order."""
     there = frozenset(list_names(config.output))
     items = [{"part": number} for number in range(config.num_parts)]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
@@ -133,7 +133,7 @@ def part_name(number: int) -> str:
 
 
 def make_part(config: MakeDepthConfig, number: int) -> TableFile:
-    """Draw and write the scenes of one part."""
+    """Render and write the scenes of one part."""
     first = number * config.rows_per_part
     scenes = range(first, min(first + config.rows_per_part, config.num_scenes))
     rows = [row for scene in scenes for row in make_rows(config, scene)]
@@ -142,7 +142,7 @@ def make_part(config: MakeDepthConfig, number: int) -> TableFile:
 
 
 def make_rows(config: MakeDepthConfig, number: int) -> list[dict[str, Any]]:
-    """The rows of scene `number`: as it is, and mirrored if asked for."""
+    """The rows of scene `number`: the scene, and its mirror image if `mirrored` is set."""
     scene = make_scene(config.seed, config.split, number, config.size)
     picture, depth = render(scene, config.size)
     uri = f"rendered:{config.split}/{config.seed}/{config.size}/{number}"
@@ -161,5 +161,5 @@ def _row(picture: np.ndarray, depth: np.ndarray, uri: str, text: str) -> dict[st
 
 
 def _known_part(output: str, number: int) -> TableFile:
-    """What `write_part` said of a part, from the part itself: files appear whole."""
+    """The `TableFile` of an existing part, computed from its bytes; safe, as files appear whole or not at all."""
     return describe_file(part_name(number), read_bytes(join(output, part_name(number))))

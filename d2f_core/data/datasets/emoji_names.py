@@ -1,4 +1,4 @@
-"""The `core`, `starter` and `few` subsets of the emoji set: pictures that a small network learns to draw by name.
+"""The `core`, `starter` and `few` subsets of the emoji set: pictures that a small network can learn from their names.
 
 Chosen by hand for things with a shape or a colour of their own. Left out: flags, letters, clocks, arrows and keycaps
 (signs rather than pictures); people, families and hands (many near-equal drawings); several versions of one thing.
@@ -101,12 +101,12 @@ def core_names() -> tuple[str, ...]:
 
 
 def starter_names() -> tuple[str, ...]:
-    """Names of the starter subset: 120 of the core, the ones with the plainest shapes."""
+    """Names of the starter subset: the 120 of the core subset with the plainest shapes."""
     return _names(STARTER)
 
 
 def few_names() -> tuple[str, ...]:
-    """Names of 32 of the starter subset: what a small network learns by heart in a minute on two cores."""
+    """Names of the `few` subset: 32 of the starter's, which a small network memorises in a minute on two cores."""
     return _names(FEW)
 
 

@@ -1,6 +1,6 @@
-"""Objects for rendered scenes: pybullet_data's random bodies, and as many turned and prismatic ones of our own.
+"""Objects for rendered scenes: pybullet_data's random bodies, and as many procedural solids of revolution and prisms.
 
-Every tenth object is for testing alone. Meshes are centred, with 1 as their largest extent.
+Every tenth object belongs to the test split. Meshes are centred, with 1 as their largest extent.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ import numpy as np
 from d2f_core.randomness import keyed_generator
 
 NUM_BODIES = 1000
-"""Of each of the two families."""
+"""Number of objects in each of the two families."""
 BROKEN = 168
-"""The one of pybullet_data's bodies whose file holds no numbers: all its vertices are NaN."""
+"""Number of the pybullet_data body that is left out: all vertices in its file are NaN."""
 RINGS = 16
-"""Of a turned object, from bottom to top."""
+"""Cross-sections of a solid of revolution, from bottom to top."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Triangles with corners of their own: corners 3 k, 3 k + 1, 3 k + 2 are triangle k, counter-clockwise outside."""
+    """Triangles that share no corners: corners 3 k, 3 k + 1, 3 k + 2 are triangle k, counter-clockwise from outside."""
 
     vertices: np.ndarray
     """Float [corners, 3]."""
@@ -70,7 +70,7 @@ def make_mesh(vertices: np.ndarray, triangles: np.ndarray, *, smooth: bool = Fal
     vertices = (vertices - (low + high) / 2) / (high - low).max()
     corners = vertices[triangles]
     areas = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    real = np.linalg.norm(areas, axis=1) > 1e-9  # a tip's quads have a side without length
+    real = np.linalg.norm(areas, axis=1) > 1e-9  # at a tip, quads have one side of zero length
     triangles, corners, areas = triangles[real], corners[real], areas[real]
     flat = areas / np.linalg.norm(areas, axis=1, keepdims=True)
     normals = np.repeat(flat, 3, axis=0)
@@ -86,11 +86,11 @@ def make_mesh(vertices: np.ndarray, triangles: np.ndarray, *, smooth: bool = Fal
 
 
 def make_quad(corners: np.ndarray, repeats: float) -> Mesh:
-    """A flat rectangle where its corners are.
+    """A flat rectangle with the given corners.
 
     Args:
         corners: float [4, 3], counter-clockwise seen from its front.
-        repeats: times that a texture is repeated along each side.
+        repeats: times the texture repeats along each side.
     """
     triangles = [0, 1, 2, 0, 2, 3]
     normal = np.cross(corners[1] - corners[0], corners[3] - corners[0])
@@ -100,7 +100,7 @@ def make_quad(corners: np.ndarray, repeats: float) -> Mesh:
 
 
 def _turned(number: int) -> Mesh:
-    """A random outline turned about an axis: vases, bowls, cones, discs; with few sides prisms, boxes, pyramids."""
+    """A random solid of revolution: vases, bowls, cones, discs; with few sides, prisms, boxes and pyramids."""
     rng = keyed_generator(0, number, "turned object")
     sides = int(rng.choice([3, 4, 5, 6, 8, 20, 20, 20]))
     height = rng.uniform(0.3, 2.2)
@@ -134,7 +134,7 @@ def _turned(number: int) -> Mesh:
 
 
 def _read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices and triangles of an OBJ file that has no other faces."""
+    """Vertices and triangles of an OBJ file whose faces are all triangles."""
     lines = [line.split() for line in text.splitlines()]
     vertices = [[float(number) for number in line[1:4]] for line in lines if line[:1] == ["v"]]
     faces = [[int(corner.partition("/")[0]) - 1 for corner in line[1:]] for line in lines if line[:1] == ["f"]]

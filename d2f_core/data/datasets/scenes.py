@@ -1,4 +1,4 @@
-"""Scenes with known depth: random objects on a floor, drawn by PyBullet's CPU renderer.
+"""Scenes with known depth: random objects on a floor, rendered by PyBullet's CPU renderer.
 
 A scene is a pure function of (seed, split, number). No object and no texture of `test` occurs in `train`.
 """
@@ -20,24 +20,24 @@ NUM_TEXTURES = {"train": 500, "test": 100}
 SUPERSAMPLING = 3
 """Rays per pixel along each side. Odd, so that one ray, whose depth is kept, goes through the pixel's centre."""
 NEAR, FAR = 0.2, 60.0
-"""Metres between which the renderer sees."""
+"""Near and far clipping planes of the renderer, in metres."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """A mesh in its place."""
+    """A textured mesh, placed in the scene."""
 
     mesh: Mesh
     texture: np.ndarray
     """Uint8 [height, width, 3]."""
     position: Sequence[float] = (0.0, 0.0, 0.0)
-    """Metres; z points up."""
+    """Position in metres; z points up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Camera:
     eye: Sequence[float]
-    """Metres."""
+    """Camera position in metres."""
     target: Sequence[float]
     up: Sequence[float] = (0.0, 0.0, 1.0)
     view_degrees: float = 60.0
@@ -47,7 +47,7 @@ class Camera:
 @dataclass(frozen=True, kw_only=True)
 class Light:
     direction: Sequence[float] = (1.0, 1.0, 2.0)
-    """Towards the light."""
+    """Vector towards the light."""
     colour: Sequence[float] = (1.0, 1.0, 1.0)
     ambient: float = 0.6
     diffuse: float = 0.4
@@ -61,9 +61,9 @@ class Scene:
     camera: Camera
     light: Light
     sky: np.ndarray
-    """Float [s, s, 3] in [0, 1], seen where there is no body; s = size * SUPERSAMPLING."""
+    """Float [s, s, 3] in [0, 1], the background where no body is seen; s = size * SUPERSAMPLING."""
     text: str
-    """What is seen, in words."""
+    """The caption: what is seen, in words."""
 
 
 def make_scene(seed: int, split: str, number: int, size: int) -> Scene:
@@ -95,7 +95,7 @@ def _texture(rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def _room(rng: np.random.Generator, split: str, room: float, walled: bool) -> Iterator[Body]:
-    """A square floor, and four walls that face inwards, of one texture or of several."""
+    """A square floor and, if `walled`, four inward-facing walls, with one texture or several."""
     low, high = -room, room
     floor = np.array([[low, low, 0], [high, low, 0], [high, high, 0], [low, high, 0]])
     yield Body(mesh=make_quad(floor, room * rng.uniform(0.3, 0.8)), texture=_texture(rng, split))
@@ -138,7 +138,7 @@ def _turned(mesh: Mesh, rng: np.random.Generator, size: float, *, tumbled: bool)
 
 
 def _camera(rng: np.random.Generator, room: float, walled: bool) -> Camera:
-    """Looks at the objects from inside the room, never from among them."""
+    """A camera inside the room that looks at the objects, and never stands among them."""
     farthest = min(room * 1.2, 5.5) if walled else 5.5  # 1.2: the corners are farther than the walls
     angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(2.4, max(2.6, farthest))
     x, y = distance * np.cos(angle), distance * np.sin(angle)

@@ -1,4 +1,4 @@
-"""Colour patterns for rendered scenes, made from a number: train and test have none in common."""
+"""Procedural textures for rendered scenes, numbered; train and test have none in common."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,7 +23,7 @@ def make_texture(split: str, number: int) -> np.ndarray:
 
 
 def make_sky(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Float [size, size, 3] in [0, 1]: what lies behind everything, a ramp between two colours, perhaps with clouds."""
+    """Float [size, size, 3] in [0, 1]: the background, a gradient between two colours, sometimes with clouds."""
     top, bottom = rng.uniform(0.2, 1, 3), rng.uniform(0.5, 1, 3)
     ramp = np.linspace(0, 1, size)[:, None, None]
     sky = np.broadcast_to(top + (bottom - top) * ramp, (size, size, 3))
@@ -40,7 +40,7 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, power: float) -> np.ndarray:
-    """Seamless noise in [0, 1] whose amplitude falls as frequency to the power."""
+    """Seamless noise in [0, 1] whose amplitude falls with frequency to the power `power`."""
     radius = np.hypot(np.fft.fftfreq(TEXTURE_SIZE)[:, None], np.fft.rfftfreq(TEXTURE_SIZE)[None, :])
     radius[0, 0] = np.inf
     real, imaginary = rng.standard_normal((2, *radius.shape))
@@ -49,7 +49,7 @@ def _noise(rng: np.random.Generator, power: float) -> np.ndarray:
 
 
 def _grid(rng: np.random.Generator, warp: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates in [0, 1) of the pixels, bent by noise."""
+    """Pixel coordinates in [0, 1), distorted by noise of strength `warp`."""
     line = (np.arange(TEXTURE_SIZE) + 0.5) / TEXTURE_SIZE
     return line[None, :] + warp * _noise(rng, 1.5), line[:, None] + warp * _noise(rng, 1.5)
 

@@ -14,11 +14,11 @@ class ImageSource:
     uri: str = ""
     """A directory, or one .tar or .parquet file: s3://bucket/key or a local path."""
     kind: Literal["auto", "folder", "webdataset", "parquet"] = "auto"
-    """What lies there; `auto` looks, and refuses a mixture."""
+    """Layout of the source; `auto` detects it, and refuses a mixture."""
     image_column: str = "image"
     """Parquet column with the bytes of image files (or the `datasets` library's struct of bytes and path)."""
     caption_column: str | None = None
-    """Column or JSON key of the captions; None: `caption`, or else `text`."""
+    """Column or JSON key of the captions; None tries `caption`, then `text`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +28,18 @@ class DepthSource:
     uri: str = ""
     """A depth table, a directory of tars, or one .tar: s3://bucket/key or a local path."""
     kind: Literal["auto", "webdataset", "parquet"] = "auto"
-    """What lies there; `auto` looks, and refuses a mixture."""
+    """Layout of the source; `auto` detects it, and refuses a mixture."""
     metres_per_level: float = 0.01
-    """Of 16-bit PNG depth; 0.01 for centimetres."""
+    """Metres per level of 16-bit PNG depth; 0.01 for centimetres."""
     distances: Literal["planar", "radial"] = "planar"
-    """`planar`: along the optical axis. `radial`: to the camera's centre, to be converted."""
+    """`planar`: along the optical axis. `radial`: to the camera's centre; converted with `focal`."""
     focal: float = 886.81 / 1024
     """Focal length as a multiple of the image's width, for `radial`."""
     max_depth: float | None = None
-    """Metres beyond which a depth does not count; None: all count."""
+    """Depth in metres beyond which a pixel counts as invalid; None: no limit."""
     latents: bool = False
-    """Take the latents of a tar as they are instead of encoding image and depth. They must be the base model's, of the
-    resolution asked for, as no fingerprint is with them; then image and depth may be missing."""
+    """Use the latents stored in a tar instead of encoding image and depth, which may then be missing. They must come
+    from the base model's autoencoder at this resolution: tars hold no fingerprint to check that by."""
 
     def __post_init__(self) -> None:
         for name in ("metres_per_level", "focal", "max_depth"):

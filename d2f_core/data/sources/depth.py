@@ -1,4 +1,4 @@
-"""Images with depth: our own depth tables, and webdataset tars in the manner of Hypersim and Virtual KITTI.
+"""Images with depth: this project's depth tables, and webdataset tars of data sets such as Hypersim and Virtual KITTI.
 
 Members of a tar under one key, such as `0007`:
 
@@ -37,21 +37,21 @@ MEMBERS = {
     "latent": (".latent.npy",),
     "depth_latent": (".depth_latent.npy",),
 }
-"""Extensions of each part of a sample; of several the first counts."""
+"""File extensions of each part of a sample; if several are present, the first counts."""
 TABLE_FIX = "Depth tables are written by `python -m pipelines.make_dataset depth`."
 
 
 @dataclass(frozen=True, kw_only=True)
 class DepthSample(Sample):
-    """One image with its depth as they lie in the source: not decoded, perhaps bad. It has no caption."""
+    """One image with its depth as stored in the source: undecoded and unchecked, without a caption."""
 
     caption: str | None = None
     depth: bytes | None = None
-    """A .npy or .png file."""
+    """Bytes of a .npy or .png file."""
     mask: bytes | None = None
-    """A .png file."""
+    """Bytes of a .png file."""
     latent: bytes | None = None
-    """A .npy file."""
+    """`latent` and `depth_latent` are the bytes of .npy files."""
     depth_latent: bytes | None = None
 
 
@@ -59,7 +59,7 @@ def read_depth(sample: DepthSample, source: DepthSource, max_pixels: int) -> np.
     """Float32 [height, width]: metres along the optical axis, NaN where there is no depth; None without a depth file.
 
     Raises:
-        BadDepthError: `mask_size` when the mask is of another size than the depth; and see `depth_files`.
+        BadDepthError: `mask_size` when mask and depth differ in size; and those of `depth_files`.
     """
     if sample.depth is None:
         return None
@@ -80,7 +80,8 @@ def read_depth(sample: DepthSample, source: DepthSource, max_pixels: int) -> np.
 
 
 def read_valid(sample: DepthSample, source: DepthSource, max_pixels: int) -> np.ndarray | None:
-    """Bool [height, width]: where the depth counts, by depth and mask, or by the mask alone; None with neither.
+    """Bool [height, width]: where the depth is valid, by depth and mask, or by the mask alone; None when both are
+    missing.
 
     Raises:
         BadDepthError: as `read_depth`.
@@ -95,7 +96,7 @@ def plan_depth(source: DepthSource, *, rows_per_shard: int = 256) -> SourcePlan:
     """List the source and cut it into shards of about `rows_per_shard` samples (a tar is always one shard).
 
     Raises:
-        SourceError: nothing there, a mixture of kinds, or missing columns.
+        SourceError: the source is empty, mixes layouts, or lacks columns.
     """
 
     def cut(kind: SourceKind, sizes: Sizes) -> Collection[Shard]:
@@ -152,12 +153,12 @@ class DepthTarShard:
 
     @property
     def needed(self) -> tuple[str, str]:
-        """Parts without which there is no sample."""
+        """Parts that a sample must have."""
         return ("latent", "depth_latent") if self.latents else ("image", "depth")
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Parts that are read."""
+        """Parts that are read if present."""
         return tuple(dict.fromkeys((*self.needed, "depth", "mask")))
 
     def read(self) -> Iterator[DepthSample]:

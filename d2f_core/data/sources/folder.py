@@ -23,15 +23,15 @@ READ_THREADS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class FolderEntry:
-    """One image and where its caption is."""
+    """One image and the place of its caption."""
 
     uri: str
     caption: str | None = None
-    """From a caption table."""
+    """Caption from a caption table."""
     caption_uri: str | None = None
-    """Of the caption file beside the image."""
+    """URI of the caption file beside the image."""
     problem: str | None = None
-    """Why neither of the two is read."""
+    """Why image or caption cannot be read; None when they can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def _read_entry(entry: FolderEntry) -> Sample:
         return Sample(source_uri=name, image=None, caption=entry.caption, problem=entry.problem)
     caption = entry.caption
     if entry.caption_uri is not None:
-        # What is not UTF-8 becomes U+FFFD here, which the caption check refuses: no encoding is guessed.
+        # Bytes that are not UTF-8 become U+FFFD, which the caption check refuses: no encoding is guessed.
         caption = read_bytes(entry.caption_uri).decode("utf-8", errors="replace")
     return Sample(source_uri=name, image=read_bytes(entry.uri), caption=caption)
 
@@ -61,11 +61,11 @@ def _read_entry(entry: FolderEntry) -> Sample:
 def plan_folder(
     sizes: Mapping[str, int | None], caption_column: str | None, rows_per_shard: int, *, captions: bool = True
 ) -> list[FolderShard]:
-    """Cut the images among the files, in the order of their names, into shards.
+    """Split the images among the files, sorted by name, into shards.
 
     Args:
-        sizes: bytes of each file by its URI; None for a device, a pipe or another thing that may have no end.
-        captions: False leaves the captions aside.
+        sizes: bytes of each file by its URI; None for a device, a pipe or anything else that may never end.
+        captions: False ignores the captions.
 
     Raises:
         SourceError: captions in both forms, or a caption table that cannot be read.
@@ -93,7 +93,7 @@ def _entry(image: str, text: str | None, sizes: Mapping[str, int | None]) -> Fol
 
 
 def _problem(code: str, uri: str, sizes: Mapping[str, int | None], most: int) -> str | None:
-    """Why a file is not read; None when it is."""
+    """Why a file is not read; None when it can be."""
     if uri not in sizes:
         return f"{code}: the file is not there"
     size = sizes[uri]

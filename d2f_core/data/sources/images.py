@@ -23,7 +23,7 @@ def plan_images(source: ImageSource, *, rows_per_shard: int = 256, captions: boo
         captions: False for images alone: captions are neither needed nor read, and every sample's is None.
 
     Raises:
-        SourceError: nothing there, a mixture of kinds, or missing columns.
+        SourceError: the source is empty, mixes layouts, or lacks columns.
     """
 
     def cut(kind: SourceKind, sizes: Sizes) -> Collection[Shard]:
@@ -38,7 +38,7 @@ def plan_images(source: ImageSource, *, rows_per_shard: int = 256, captions: boo
 
 
 def read_images(source: ImageSource, *, rows_per_shard: int = 256, captions: bool = True) -> ray.data.Dataset:
-    """The source as a dataset of `image` (bytes), `caption`, `source_uri` and `problem`, in no certain order.
+    """The source as a dataset of `image` (bytes), `caption`, `source_uri` and `problem`, in no fixed order.
 
     Raises:
         SourceError: see `plan_images`, which has the same arguments.

@@ -1,4 +1,4 @@
-"""What lies at a source's URI, and the plan that is made of it."""
+"""The files at a source's URI, and their plan of shards."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
     "webdataset": (".tar",),
     "parquet": (".parquet",),
 }
-"""What each kind of source is known by."""
+"""File name endings by which each kind of source is detected."""
 
 Sizes = Mapping[str, int | None]
 """Bytes of the files by URI; None for a device, a pipe or a link to one, whose reading may never end."""
@@ -33,7 +33,7 @@ class SourcePlan:
 
     @property
     def num_rows(self) -> int | None:
-        """Samples in the source; None when only reading tells."""
+        """Samples in the source; None when that is known only after reading."""
         rows = [shard.num_rows for shard in self.shards]
         return sum(count for count in rows if count is not None) if None not in rows else None
 
@@ -41,15 +41,16 @@ class SourcePlan:
 def plan_source(
     uri: str, kind: str, columns: Collection[Any], cut: Callable[[SourceKind, Sizes], Collection[Shard]]
 ) -> SourcePlan:
-    """List the files at a URI and have them cut into shards.
+    """List the files at a URI and split them into shards.
 
     Args:
-        kind: `auto`, or what lies there.
-        columns: how it is read; changes the digest.
-        cut: makes the shards of the files. Those of a table of ours are the ones that its manifest names.
+        kind: layout of the source, or `auto` to detect it.
+        columns: names of the columns that are read; part of the digest.
+        cut: function that makes the shards from the files. Of this project's tables it gets only the files in the
+            manifest.
 
     Raises:
-        SourceError: nothing there, a mixture of kinds, or what `cut` raises.
+        SourceError: the source is empty or mixes layouts; or raised by `cut`.
     """
     if not uri:
         raise SourceError("The source has no URI. Give --source.uri s3://bucket/key or a local path.")
@@ -57,7 +58,7 @@ def plan_source(
     found: SourceKind = _detect(uri, listing) if kind == "auto" else kind  # pyright: ignore[reportAssignmentType]
     content: Any = sorted((whole_text(file), entry["size"], _version(entry)) for file, entry in listing.items())
     sizes = {file: _size(entry) for file, entry in listing.items()}
-    if found == "parquet" and manifest_exists(uri):  # a table of ours: what its manifest does not name is no part of it
+    if found == "parquet" and manifest_exists(uri):  # only files in the manifest belong to a table of this project
         manifest = read_manifest(uri)
         root = ("s3://" if is_s3(uri) else "") + filesystem(uri)[1]
         sizes, content = {f"{root}/{file.path}": file.size for file in manifest.files}, manifest.digest
@@ -69,7 +70,9 @@ def plan_source(
 
 
 def _list_files(uri: str) -> dict[str, dict[str, Any]]:
-    """Files under a URI, or the file that it is, with their properties; without hidden ones (".git", "._a.png")."""
+    """Files under a URI, or the file that the URI names, with their properties; hidden ones (".git", "._a.png") are
+    left out.
+    """
     fs, path = filesystem(uri)
     prefix = "s3://" if is_s3(uri) else ""
     found = fs.find(path, detail=True)
@@ -82,7 +85,7 @@ def _list_files(uri: str) -> dict[str, dict[str, Any]]:
 
 
 def _version(entry: dict[str, Any]) -> str:
-    """What changes when a file is replaced: its hash on S3, its time of change on a disk."""
+    """A value that changes when a file is replaced: its hash on S3, its modification time on a disk."""
     return str(entry.get("ETag") or entry.get("mtime"))
 
 

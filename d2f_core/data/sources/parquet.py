@@ -1,4 +1,4 @@
-"""Parquet with image bytes and captions: our own image tables, and others' by column name."""
+"""Parquet with image bytes and captions: this project's image tables, and any others by column name."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from d2f_core.data.sources.sample import CAPTION_COLUMNS, MAX_TEXT_BYTES, Sample
 @dataclass(frozen=True, kw_only=True)
 class ParquetShard:
     run: RowRun
-    """Its columns begin with that of the images, and that of the captions if these are read."""
+    """The run's columns begin with the image column, then the caption column if captions are read."""
     captions: bool
 
     @property
@@ -42,7 +42,7 @@ def _sample(uri: str, image: bytes | dict | None, text: bytes | None) -> Sample:
         if value is not None and len(value) > most:
             return Sample(source_uri=uri, image=None, caption=None, problem=f"{too_large(len(value), most)} ({name})")
     caption = text_of(text)
-    if isinstance(image, dict):  # how the `datasets` library stores an image: its bytes, or only a path
+    if isinstance(image, dict):  # the `datasets` library stores an image as bytes, or only a path
         path, image = image.get("path"), image.get("bytes")
         if image is None and path:
             problem = f"no_image: the table holds only the path {path!r}"
@@ -60,10 +60,10 @@ def plan_parquet(
     *,
     captions: bool = True,
 ) -> list[ParquetShard]:
-    """Cut the parquet files among `files`, in the order of their names, into runs of about `rows_per_shard` rows.
+    """Split the parquet files among `files`, sorted by name, into runs of about `rows_per_shard` rows.
 
     Raises:
-        SourceError: a file without the needed columns; names those that it has.
+        SourceError: a file lacks the needed columns; the message lists those that it has.
     """
 
     def columns(uri: str, schema: pa.Schema) -> list[str]:

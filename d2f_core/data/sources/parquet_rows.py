@@ -15,14 +15,14 @@ from d2f_core.storage import arrow_filesystem, retried
 
 READ_THREADS = 16
 READ_ROWS, READ_BYTES = 64, 32 * 2**20
-"""Most rows read at a time; fewer where a row may be so large that together they could pass the bytes."""
+"""Most rows read at a time, and the most bytes that they may have together: large rows are read in smaller numbers."""
 BOMB_BYTES, BOMB_RATIO = 128 * 2**20, 20
-"""A column of a row group that would grow to more than both, in bytes and as a multiple, is not unpacked: image files
-are compressed by themselves, and grow by a few per cent."""
+"""A column of a row group is not unpacked if it would exceed both limits, in bytes and as a multiple of its compressed
+size: image files are already compressed, and grow by a few per cent."""
 
 
 class DamagedFileError(ValueError):
-    """The rest of a run, so many rows, cannot be read; the message is the ledger's reason."""
+    """The remaining rows of a run cannot be read; holds their number, and the ledger's reason as its message."""
 
     def __init__(self, reason: str, rows: int) -> None:
         super().__init__(reason)
@@ -36,12 +36,12 @@ class RowRun:
     uri: str
     row_groups: tuple[int, ...]
     first_row: int
-    """Number of the first of its rows within the file."""
+    """Row number, within the file, of the run's first row."""
     num_rows: int
     columns: tuple[str, ...]
 
     def read(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Where a row comes from, and its columns, with text as bytes; the table's own `source_uri` is what counts.
+        """Each row's origin (the table's own `source_uri` if it has one) and its columns, with text as bytes.
 
         Raises:
             DamagedFileError: after the rows that could be read.
@@ -68,7 +68,7 @@ class RowRun:
 
 
 def _unpacked_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) -> int:
-    """Bytes of a row group's largest needed column in memory, by the file's own account.
+    """Uncompressed bytes of a row group's largest needed column, as the file's metadata state them.
 
     Raises:
         pa.ArrowInvalid: a decompression bomb.
@@ -86,19 +86,19 @@ def _unpacked_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) 
 
 
 def _texts_as_bytes(schema: pa.Schema) -> pa.Schema:
-    """The same columns with text as bytes: what is called text in a file need not be UTF-8."""
+    """The same columns with text as bytes, since text in a parquet file need not be valid UTF-8."""
     kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     return pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in schema])
 
 
 def text_of(value: bytes | None) -> str | None:
-    """What is not UTF-8 becomes U+FFFD, which the caption check refuses."""
+    """Decode UTF-8; invalid bytes become U+FFFD, which the caption check refuses."""
     return None if value is None else value.decode("utf-8", errors="replace")
 
 
 def _is_damage(error: BaseException) -> bool:
     """Whether the file is at fault, rather than the disk, the network or a missing permission."""
-    if isinstance(error, OSError):  # what pyarrow raises for a corrupt page too, then without a number
+    if isinstance(error, OSError):  # pyarrow raises it for a corrupt page too, then without an errno
         return error.errno is None and "AWS Error" not in str(error) and not is_network_trouble(error)
     return isinstance(error, (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowMemoryError, UnicodeDecodeError))
 
@@ -116,14 +116,14 @@ def _open(uri: str) -> pq.ParquetFile:
 def plan_rows(
     files: Collection[str], columns: Callable[[str, pa.Schema], Collection[str]], rows_per_run: int
 ) -> list[RowRun]:
-    """Cut the parquet files among `files`, in the order of their names, into runs of about `rows_per_run` rows.
+    """Split the parquet files among `files`, sorted by name, into runs of about `rows_per_run` rows.
 
     Args:
-        columns: of a file's URI and schema: the columns to read; raises SourceError when some are missing. A column
-            `source_uri` is read besides.
+        columns: function of a file's URI and schema that returns the columns to read, and raises SourceError when some
+            are missing. A column `source_uri` is read in addition.
 
     Raises:
-        SourceError: a file that is not parquet, or what `columns` raises.
+        SourceError: a file is not parquet; or raised by `columns`.
     """
     uris = sorted(uri for uri in files if uri.endswith(".parquet"))
     with ThreadPoolExecutor(READ_THREADS) as pool:
@@ -147,7 +147,7 @@ def _plan_file(uri: str, columns: Callable[[str, pa.Schema], Collection[str]], r
 
 
 def check_bytes_column(uri: str, schema: pa.Schema, name: str, what: str, fix: str) -> None:
-    """Raises SourceError unless the column holds bytes, or a struct with them."""
+    """Raise SourceError unless the column holds bytes, or a struct with a field of bytes."""
     if name in schema.names:
         kind = schema.field(name).type
         if pa.types.is_struct(kind):

@@ -1,4 +1,4 @@
-"""What every source yields, and the piece of a source that one task reads."""
+"""The samples that every source yields, and the shards that tasks read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,17 +8,18 @@ SourceKind = Literal["folder", "webdataset", "parquet"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_IMAGE_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl")
-"""Images that are not decoded. They are listed all the same, so that each ends in the ledger and none is lost."""
+"""Suffixes of image formats that are not supported. Such files are listed all the same, so that each gets an entry in
+the ledger."""
 ALL_IMAGE_SUFFIXES = IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES
 
 CAPTION_TABLES = ("metadata.jsonl", "captions.jsonl")
-"""Of a folder."""
+"""Names of a folder's caption table."""
 
 MAX_TEXT_BYTES = 2**20
-"""Largest caption or JSON member that is read; what is larger goes to the ledger unread."""
+"""Largest caption or JSON file that is read, in bytes; a larger one goes to the ledger unread."""
 
 CAPTION_COLUMNS = ("caption", "text")
-"""Names tried, in this order, when none is given."""
+"""Caption columns tried, in this order, when none is given."""
 
 
 class SourceError(ValueError):
@@ -27,16 +28,16 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image as it lies in the source: not decoded, perhaps bad."""
+    """One image as stored in the source: undecoded and unchecked."""
 
     source_uri: str
-    """Where it came from: a file, or `file#member`, `file#row=7`."""
+    """Origin of the image: a file, `file#member` or `file#row=7`."""
     image: bytes | None
     caption: str | None
     problem: str | None = None
-    """Why the source itself could not deliver it."""
+    """Why the source could not deliver the image; None if it did."""
     rows: int = 1
-    """Samples that it stands for, where the rest of a parquet file's piece is lost with one reason."""
+    """Number of samples that this one stands for: more than 1 where the rest of a parquet shard cannot be read."""
 
 
 class Shard(Protocol):
@@ -44,16 +45,16 @@ class Shard(Protocol):
 
     @property
     def num_rows(self) -> int | None:
-        """Samples in it; None when only reading tells."""
+        """Number of samples; None when that is known only after reading."""
         ...
 
     def read(self) -> Iterator[Sample]:
-        """Its samples, always in the same order."""
+        """The shard's samples, always in the same order."""
         ...
 
 
 def whole_text(text: str) -> str:
-    """The text with U+FFFD for halves of surrogate pairs: JSON can name them, and no table can hold them."""
+    """The text with lone surrogates replaced by U+FFFD: JSON can contain them, but UTF-8 cannot encode them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

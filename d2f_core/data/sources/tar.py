@@ -1,6 +1,6 @@
 """Webdataset tars: consecutive members of one key are one sample, such as `0007.jpg` and `0007.txt` or `0007.json`.
 
-A tar's headers are not believed: they may name sizes, files and places that do not exist. Names are labels here and
+A tar's headers are not trusted: they may name sizes, files and places that do not exist. Names are labels here and
 never paths, nothing is unpacked, and links and devices are not followed.
 """
 
@@ -17,25 +17,27 @@ from d2f_core.storage import filesystem
 
 TEXT_SUFFIXES, JSON_SUFFIX = (".txt", ".caption"), ".json"
 MAX_MEMBERS = 100
-"""Of one sample. A million members under one key would be held in memory together."""
+"""Most members of one sample: all of a sample's members are held in memory together."""
 MAX_IN_BETWEEN = 10_000
-"""Folders in a row."""
+"""Most consecutive folder entries."""
 HEADER_BYTES, MAX_FIELDS = 16_384, 64
-"""Most that the headers of one member may take up, and most extended (pax) fields that a member may have."""
+"""Most bytes that the headers of one member may take, and most extended (pax) fields that it may have."""
 DIGITS = re.compile(rb"\d{256}")
-"""The tar module searches such a run in time that grows with the square of its length."""
+"""Runs of digits that are refused: the tar module parses one in time quadratic in its length."""
 
 CLIMBS = "bad_name: it climbs out of its folder"
 
 DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
-"""Beside its own errors the tar module passes on what int(), decode() and deep headers raise on nonsense."""
+"""Errors that the tar module raises on a damaged archive: its own, and those of int(), decode() and nested headers."""
 
 Members = Mapping[str, bytes | str]
-"""One sample's members by their extension (".jpg", ".seg.png"): contents, or as a string why they are not read."""
+"""One sample's members by their extension (".jpg", ".seg.png"): the contents as bytes, or the reason for not reading
+them as a string."""
 
 
 Limit = Callable[[str], int | None]
-"""Most bytes of a member that are read, by its extension; None: nobody asks for it, and its contents are b""."""
+"""Function of a member's extension: the most bytes that are read, or None if the member is not needed (contents
+b"")."""
 
 
 class DamagedArchiveError(ValueError):
@@ -44,7 +46,7 @@ class DamagedArchiveError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TarShard:
-    """One tar. It is read from front to back, so one tar is never shared between tasks."""
+    """One tar, read sequentially and therefore by a single task."""
 
     uri: str
     caption_column: str | None = None
@@ -63,7 +65,7 @@ class TarShard:
 
 
 def plan_tars(files: Collection[str], caption_column: str | None, *, captions: bool = True) -> list[TarShard]:
-    """One shard per tar among `files`, in the order of their names."""
+    """One shard per tar among `files`, sorted by name."""
     tars = sorted(uri for uri in files if uri.endswith(".tar"))
     return [TarShard(uri=uri, caption_column=caption_column, captions=captions) for uri in tars]
 
@@ -100,12 +102,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def climbs(key: str) -> bool:
-    """Whether a name says to leave its folder."""
+    """Whether a member's name points outside its folder (path traversal)."""
     return ".." in key.split("/")
 
 
 class _Rationed:
-    """A file that gives the tar module no more than `ration` bytes: the module reads as much as a header declares."""
+    """A file that returns at most `ration` bytes, as the tar module reads as many as a header declares."""
 
     def __init__(self, handle: IO[bytes], size: int) -> None:
         self.handle, self.size, self.ration = handle, size, HEADER_BYTES
@@ -135,14 +137,14 @@ class _Rationed:
 
 
 def _members(archive: tarfile.TarFile, file: _Rationed) -> Iterator[tarfile.TarInfo]:
-    """Members in order, none of them kept; raises ReadError where the file does not end as a tar does."""
+    """Members in order, none kept in memory; raises ReadError when the file lacks a tar's end marker."""
     before = -1
     while True:
         file.ration = HEADER_BYTES
         member = archive.next()
         if member is None:
             break
-        cast(Any, archive).members.clear()  # or it would keep every member that it ever read
+        cast(Any, archive).members.clear()  # or the module would keep every member in memory
         if not before < archive.offset <= file.size:
             raise tarfile.ReadError(f"{member.name} has {member.size} bytes by its header, the whole file {file.size}")
         if max(len(archive.pax_headers), len(member.pax_headers)) > MAX_FIELDS:
@@ -151,12 +153,12 @@ def _members(archive: tarfile.TarFile, file: _Rationed) -> Iterator[tarfile.TarI
         yield member
     file.seek(archive.offset)
     file.ration = HEADER_BYTES
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the module takes it for a finished tar all the same
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # the module would accept it as complete
         raise tarfile.ReadError("no end mark")
 
 
 def _samples(file: _Rationed, most_bytes: Limit) -> Iterator[tuple[str, Members]]:
-    # Names that are not UTF-8 become text that tells them apart, and that a table can hold.
+    # Names that are not UTF-8 are escaped, so that they stay distinct and can be stored in a table.
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:", errors="backslashreplace") as archive:
         last, contents, damage = "", dict[str, bytes | str](), None
         named, number = _named(archive, file), 0
@@ -169,7 +171,7 @@ def _samples(file: _Rationed, most_bytes: Limit) -> Iterator[tuple[str, Members]
                 if number > MAX_MEMBERS:
                     raise tarfile.ReadError(f"more than {MAX_MEMBERS} members under the key {key}")
                 contents[extension] = _contents(file, member, most_bytes(extension))
-        except DAMAGE as error:  # what came before is a sample, or will be missed in the ledger
+        except DAMAGE as error:  # earlier members form a sample, which must not be lost
             damage = error
         if contents:
             yield last, contents
@@ -220,7 +222,7 @@ def _sample(shard: TarShard, key: str, members: Members) -> Sample:
 
 
 def _caption(members: Members, caption_column: str | None) -> str | ValueError | None:
-    """From the text member, or from the JSON member when there is no text or a column is asked for."""
+    """Caption from the text member, or from the JSON member if there is no text or a column was given."""
     names = (JSON_SUFFIX,) if caption_column else (*TEXT_SUFFIXES, JSON_SUFFIX)
     name = next((name for name in names if name in members), None)
     contents = members[name] if name else b"{}"

@@ -1,1 +1,1 @@
-"""Images to depth."""
+"""Depth maps from images: prediction and evaluation."""

@@ -28,34 +28,35 @@ from d2f_core.tracking import resolve_model
 
 DEPTH_INDEX_SCHEMA = pa.schema(
     [
-        # Of the image's bytes; null when the source could not deliver them.
+        # Hash of the image's bytes; null when the source could not deliver them.
         pa.field("sample_id", pa.string()),
         pa.field("source_uri", pa.string(), nullable=False),
-        # Of the original in pixels; null for an image that was not decoded.
+        # Size of the original in pixels; null for an image that was not decoded.
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
-        # Left, top, right, bottom of the part of it that the map shows.
+        # Left, top, right, bottom of the part of the original that the map covers, in pixels.
         pa.field("crop", pa.list_(pa.int32())),
-        # Edge of the map in pixels.
+        # Height and width of the map in pixels.
         pa.field("resolution", pa.int32(), nullable=False),
         pa.field("solver", pa.string(), nullable=False),
         pa.field("steps", pa.int32(), nullable=False),
         pa.field("shift", pa.float64(), nullable=False),
         pa.field("ensemble", pa.int32(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
-        # Of each member.
+        # Network evaluations of each ensemble member.
         pa.field("num_evaluations", pa.int32(), nullable=False),
-        # .npy float32, 0 near, 1 far; the same as a 16-bit PNG; the members' spread as .npy; image and map in colours.
+        # Files of the map: .npy float32 (0 near, 1 far), 16-bit PNG, the members' spread as .npy, and a coloured
+        # preview.
         pa.field("depth_uri", pa.string()),
         pa.field("depth_sha256", pa.string()),
         pa.field("png_uri", pa.string()),
         pa.field("uncertainty_uri", pa.string()),
         pa.field("preview_uri", pa.string()),
-        # Mean of the map.
+        # Mean of the uncertainty map.
         pa.field("uncertainty", pa.float64()),
         pa.field("model_uri", pa.string(), nullable=False),
         pa.field("model_hash", pa.string(), nullable=False),
-        # Null when there is a map; otherwise why there is none.
+        # Null when there is a map; otherwise the reason why not.
         pa.field("error", pa.string()),
     ]
 )
@@ -67,11 +68,11 @@ def work_item(number: int, shard: Any) -> dict[str, Any]:
 
 
 class DepthActor:
-    """Ray Data actor: a batch of one shard in, that shard's index part (as a TableFile in JSON) out."""
+    """Ray Data actor: takes a batch of one shard, returns the shard's index part (as a TableFile in JSON)."""
 
     def __init__(self, plan: DepthPlan, output: str, threads: int) -> None:
         self.plan, self.output = plan, output
-        # Set even for a single actor: with another number of threads sums come out in another order.
+        # Set even for a single actor: the order of summation depends on the number of threads.
         torch.set_num_threads(threads)
         model = load_model(resolve_model(plan.model_uri))
         if model.content_hash != plan.model_hash:
@@ -84,17 +85,17 @@ class DepthActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         (number,), (work,) = (int(value) for value in batch["shard"]), batch["work"]
-        samples = pickle.loads(work).read()  # made by the driver of this very job
+        samples = pickle.loads(work).read()  # pickled by this job's driver
         rows: list[dict[str, Any]] = []
         while some := list(islice(samples, self.plan.batch_size)):
             rows += self._predict(number, some)
-        # Last: an index part says that all maps of its shard are there.
+        # Written last: an index part means that all maps of its shard exist.
         part = write_part(self.output, part_name(number), pa.Table.from_pylist(rows, schema=DEPTH_INDEX_SCHEMA))
         failed = sum(row["error"] is not None for row in rows)
         return {"shard": [number], "failed": [failed], "part": [json.dumps(dataclasses.asdict(part))]}
 
     def _predict(self, shard: int, samples: list[Sample]) -> Iterator[dict[str, Any]]:
-        """The index rows of some samples: for each number of steps, in the samples' order."""
+        """Predict some samples and yield their index rows: per number of steps, in the samples' order."""
         prepared = [_prepare(sample, self.plan) for sample in samples]
         good = [row for row, found in enumerate(prepared) if isinstance(found[1], PreparedImage)]
         pixels = [found[1].pixels for found in prepared if isinstance(found[1], PreparedImage)]
@@ -125,7 +126,7 @@ class DepthActor:
         }
 
     def _write(self, name: str, pixels: np.ndarray, made: DepthMade) -> dict[str, Any]:
-        """Write a map's files below its shard's own directory: two shards may hold the same image."""
+        """Write a map's files to its shard's own directory, because two shards may hold the same image."""
         if made.depth is None or made.uncertainty is None:
             return {}
         files = {
@@ -142,7 +143,7 @@ class DepthActor:
 
 
 def _prepare(sample: Sample, plan: DepthPlan) -> tuple[str | None, PreparedImage | str]:
-    """Sample id, and its pixels or why there are none."""
+    """Sample id, and the prepared pixels or the reason why there are none."""
     if sample.image is None:
         return None, sample.problem or "no_image: none found"
     name = sample_id(sample.image, "")

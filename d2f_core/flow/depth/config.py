@@ -1,4 +1,4 @@
-"""What depth is predicted of, and what it is compared with. Light: neither torch nor a model."""
+"""Configs of depth prediction and its evaluation. Imports neither torch nor a model."""
 
 from dataclasses import dataclass, field
 
@@ -7,34 +7,36 @@ from d2f_core.data.image_rules import MAX_PIXELS_LIMIT
 from d2f_core.data.sources.config import ImageSource
 
 FLOORS = ("constant", "vertical ramp", "mean depth")
-"""What can be said of any image without looking at it; `errors.floor_maps` makes them."""
+"""Baseline predictions that do not depend on the image; made by `errors.floor_maps`."""
 
 
 class PredictDepthError(ValueError):
-    """Depth that cannot be predicted as asked, with the reason and the fix."""
+    """Depth cannot be predicted as asked; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictDepthWork:
-    """Whose depth is predicted, how, and in which pieces."""
+    """Which images depth is predicted for, how, and in which units of work."""
 
     source: ImageSource = field(default_factory=ImageSource)
-    """Images; captions are not read. A depth table is one too."""
+    """Images, without captions; a depth table also works."""
     model: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained depth model (s3:// or local)."""
     output: str = ""
     """Where depth/ and index/ are written, and manifest.json at the end."""
     solver: str | None = None
-    """euler, heun, midpoint, rk4, dopri5, ... or ddim; None: what the model carries."""
+    """euler, heun, midpoint, rk4, dopri5, ... or ddim; None: the model's default."""
     steps: tuple[int, ...] = ()
-    """Every image is sampled once for each, from the same noises; empty: what the model carries."""
+    """Numbers of solver steps; every image is sampled once with each, from the same noise. Empty: the model's
+    default."""
     shift: float | None = None
-    """Above 1, steps are spent nearer to noise; None: what the model carries."""
+    """Flow-time shift: above 1, more steps are near noise; None: the model's default."""
     ensemble: int = 4
     """Maps per image, from seeds `seed`, `seed` + 1, ...; their median is the result, their spread the uncertainty."""
     seed: int = 0
     resolution: int | None = None
-    """Edge in pixels of the square that every image is cropped and resized to; None: what the model carries."""
+    """Height and width in pixels of the square that every image is cropped and resized to; None: the model's
+    default."""
     min_side: int | None = None
     """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
     max_pixels: int = 50_000_000
@@ -42,13 +44,13 @@ class PredictDepthWork:
     batch_size: int = 16
     """Images per forward pass."""
     rows_per_part: int = 64
-    """Images per unit of work: what a killed actor loses at most. A tar is always one unit."""
+    """Images per unit of work, the most that is lost when an actor is killed. A tar is always one unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictDepthConfig(AwaitedPoolConfig, PredictDepthWork):
     experiment: str = "diff2flow-depth"
-    """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
+    """MLflow experiment for this job's run, if MLFLOW_TRACKING_URI is set; empty: no run."""
 
     def __post_init__(self) -> None:
         self.check_counts("ensemble", "batch_size", "rows_per_part", error=PredictDepthError)
@@ -60,7 +62,7 @@ class PredictDepthConfig(AwaitedPoolConfig, PredictDepthWork):
             raise PredictDepthError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
 
     def check_complete(self) -> None:
-        """Raises PredictDepthError when a URI is missing, or the output lies inside the source."""
+        """Raise PredictDepthError when a URI is missing, or the output lies inside the source."""
         for name, value in (("source.uri", self.source.uri), ("model", self.model), ("output", self.output)):
             if not value:
                 raise PredictDepthError(f"{name} is empty. Give --{name} URI.")
@@ -69,7 +71,7 @@ class PredictDepthConfig(AwaitedPoolConfig, PredictDepthWork):
 
 
 class DepthEvaluationError(ValueError):
-    """A depth evaluation that cannot run as asked, with the reason and the fix."""
+    """A depth evaluation cannot run as asked; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +79,18 @@ class EvaluateDepthConfig:
     predictions: tuple[str, ...] = ()
     """Outputs of predict_depth for the images of `truth`."""
     titles: tuple[str, ...] = ()
-    """One per output, for the figures; empty: their models."""
+    """One title per output, for the figures; empty: the outputs' models."""
     truth: str = ""
-    """Depth table to compare with."""
+    """Depth table with the ground truth."""
     train: str = ""
-    """Depth table that the models were trained on, for the floor of its mean; empty: the mean of `truth`, which knows
-    more than a floor should."""
+    """Depth table that the models were trained on, whose mean map is a baseline; empty: the mean of `truth`, a baseline
+    that has seen the test data."""
     output: str = ""
-    """Where JSON and pictures go."""
+    """Where the JSON file and the pictures are written."""
     replicates: int = 200
-    """Resampled sets per interval."""
+    """Bootstrap replicates per confidence interval."""
     shown: int = 6
-    """First images on the sheet."""
+    """Number of images on the sheet, from the first one on."""
     experiment: str = "diff2flow-evaluate"
     """MLflow experiment; empty: no run."""
 

@@ -1,4 +1,5 @@
-"""Several depth maps of one image -> one map with its uncertainty, and the files they become. Numpy and Pillow only.
+"""Combines several depth maps of one image into one with its uncertainty, and encodes maps as files. Numpy and Pillow
+only.
 
 A relative depth map is float32 [height, width] in [0, 1]: 0 is near, 1 is far, known up to scale and shift.
 """
@@ -13,14 +14,14 @@ from d2f_core.flow.depth.metrics import align_scale_shift
 Array = np.ndarray
 PNG_LEVELS = 65535
 COLOURS = "Spectral"
-"""matplotlib's: red is near, blue is far."""
+"""Name of the matplotlib colour map: red is near, blue is far."""
 
 
 def combine(members: Array) -> tuple[Array, Array]:
-    """Median and median absolute deviation of maps [members, height, width], once they agree in scale and shift.
+    """Median and median absolute deviation of maps [members, height, width], after alignment in scale and shift.
 
-    Each map is fitted to the mean of all by least squares. Should the median leave [0, 1], both results are brought
-    back by one scale and shift.
+    Each map is fitted to the mean of all by least squares. If the median leaves [0, 1], both results are rescaled
+    together.
 
     Source: Ke et al. (Marigold), CVPR 2024, arXiv:2312.02145, section 3.3, with a fit in closed form.
     """
@@ -46,7 +47,9 @@ def depth_npy(depth: Array) -> bytes:
 
 
 def coloured(depth: Array) -> Array:
-    """uint8 [height, width, 3]: the map stretched over all colours; grey where it is not finite."""
+    """The map in colours, uint8 [height, width, 3], stretched over the whole colour map; grey where it is not
+    finite.
+    """
     from matplotlib import colormaps
 
     finite = np.isfinite(depth)

@@ -1,6 +1,6 @@
-"""Predicted depth against true depth: errors per image, what guesses without a model would have, and intervals.
+"""Errors of predicted against true depth: per image, of baselines without a model, and with confidence intervals.
 
-Every prediction is brought to the truth's size and fitted to it by one scale and shift, as depth is known up to these.
+Every prediction is resized to the truth and fitted to it by one scale and shift, as depth is predicted up to these.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from d2f_core.flow.depth.metrics import DELTA_BASE, METRICS, align_scale_shift, 
 
 Array = np.ndarray
 FLOOR_METRES = 1e-3
-"""Smallest depth after the fit, which may lead below 0."""
+"""Smallest depth after the fit, in metres; the fit itself may give values below 0."""
 TITLES: Mapping[str, str] = MappingProxyType(
     {
         "abs_rel": "AbsRel", "sq_rel": "SqRel (m)", "rmse": "RMSE (m)", "rmse_log": "RMSE log", "log10": "log10",
@@ -44,10 +44,10 @@ def resized(prediction: Array, shape: tuple[int, int]) -> Array:
 
 
 def aligned(prediction: Array, truth: Array) -> Array:
-    """The prediction at the truth's size and in its unit: metres [height, width] of the least squares fit.
+    """The prediction resized to the truth and fitted to it by least squares: metres [height, width].
 
     Args:
-        truth: metres, NaN where there is none.
+        truth: metres, NaN where depth is unknown.
     """
     valid = np.isfinite(truth)
     return align_scale_shift(resized(prediction, truth.shape)[None], truth[None], valid[None])[0]
@@ -61,7 +61,7 @@ def depth_errors(prediction: Array, truth: Array) -> dict[str, float]:
 
 
 def mean_depth(truths: Iterable[Array], size: int) -> Array:
-    """The mean of true maps, pixel by pixel, [size, size]: where nothing was ever seen, the mean of all."""
+    """Pixel-wise mean [size, size] of true maps; pixels without any depth get the mean of all."""
     total, count = np.zeros((size, size)), np.zeros((size, size))
     for truth in truths:
         side = min(truth.shape)
@@ -72,7 +72,7 @@ def mean_depth(truths: Iterable[Array], size: int) -> Array:
 
 
 def floor_maps(mean: Array) -> dict[str, Array]:
-    """What can be said of any image without looking at it, by name; each is fitted like a prediction."""
+    """Baseline maps that do not depend on the image, by name; each is fitted like a prediction."""
     size = len(mean)
     ramp = np.repeat(np.linspace(1, 0, size, dtype=np.float32)[:, None], size, axis=1)
     return dict(zip(FLOORS, (np.zeros_like(mean), ramp, mean), strict=True))
@@ -84,7 +84,7 @@ def estimates(
     """Means over images with 95 % intervals, by metric, role and number of network evaluations (0 for floors).
 
     Args:
-        errors: by role and number of evaluations, those of each image; all of the same images.
+        errors: errors of each image, by role and number of evaluations; all for the same images.
     """
     images = len(next(iter(next(iter(errors.values())).values())))
     draws = bootstrap_counts(images, replicates, RESAMPLING_SEED)

@@ -36,12 +36,12 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class _Predictor:
-    """A model at one number of evaluations."""
+    """A model's predictions at one number of network evaluations."""
 
     role: str
     evaluations: int
     maps: Mapping[str, tuple[str, int]]
-    """Sample id -> URI of its map, and the map's edge."""
+    """Sample id -> (URI of the map, its height and width in pixels)."""
 
     def read(self, sample_id: str) -> np.ndarray:
         uri, edge = self.maps[sample_id]
@@ -50,20 +50,20 @@ class _Predictor:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateDepthJob:
-    """A job that was checked, and is ready to run."""
+    """A checked job that is ready to run."""
 
     config: EvaluateDepthConfig
     truth: Manifest
     models: Mapping[str, Mapping[str, Any]]
-    """By title: the model's URI and hash and how it was sampled."""
+    """By title: the model's URI and hash, and its sampling settings."""
     predictors: tuple[_Predictor, ...]
 
 
 def check_evaluate_depth(config: EvaluateDepthConfig) -> EvaluateDepthJob:
-    """Read the indices and check what they are.
+    """Read the outputs' index tables and check them.
 
     Raises:
-        ValueError: nothing given, tables of another kind, or unusable storage.
+        ValueError: a setting is missing, a table has another kind, or storage is unusable.
     """
     for name in ("predictions", "truth", "output"):
         if not getattr(config, name):
@@ -96,7 +96,7 @@ def _depth_table(uri: str) -> Manifest:
 
 
 def _predictors(role: str, uri: str, index: pa.Table) -> list[_Predictor]:
-    """One for each number of steps. An adaptive solver's evaluations differ from batch to batch: their mean counts."""
+    """One predictor per number of steps. An adaptive solver's evaluations vary between batches: their mean is used."""
     by_steps: dict[int, list[dict[str, Any]]] = {}
     for row in index.to_pylist():
         by_steps.setdefault(row["steps"], []).append(row)
@@ -118,7 +118,7 @@ def evaluate_depth(job: EvaluateDepthJob) -> dict[str, Any]:
     """Measure, draw, write and log; returns the contents of the JSON file.
 
     Raises:
-        DepthEvaluationError: no image has both a truth and a prediction of every model.
+        DepthEvaluationError: no image has both ground truth and a prediction of every model.
     """
     config = job.config
     trained_on = config.train or config.truth
@@ -203,7 +203,7 @@ def _results(job: EvaluateDepthJob, metrics: Mapping[str, Metric], left_out: int
 def _store(
     job: EvaluateDepthJob, results: dict[str, Any], metrics: Mapping[str, Metric], shown: list[ShownDepth]
 ) -> None:
-    """Write results and pictures to the output, and to an MLflow run of their own."""
+    """Write results and pictures to the output and to a new MLflow run."""
     config = job.config
     title = f"{results['images']} images"
     files = {

@@ -24,9 +24,9 @@ class ShownDepth:
     image: np.ndarray
     """uint8 [height, width, 3]."""
     truth: np.ndarray
-    """Metres [height, width], NaN where there is none."""
+    """Metres [height, width], NaN where depth is unknown."""
     predictions: Mapping[str, np.ndarray]
-    """By the heading of their column."""
+    """Predicted maps by column heading."""
 
 
 def _figure(width: float, height: float) -> Any:
@@ -45,7 +45,7 @@ def _png(figure: Any) -> bytes:
 
 
 def draw_errors(metrics: Mapping[str, Metric], title: str) -> bytes:
-    """A PNG: each model's curve with its intervals, the floors as lines."""
+    """A PNG of the errors: each model's curve with its intervals, the baselines as lines."""
     figure = _figure(11, 7)
     figure.suptitle(title)
     for number, name in enumerate(PLOTTED):
@@ -72,7 +72,7 @@ def draw_errors(metrics: Mapping[str, Metric], title: str) -> bytes:
 
 
 def draw_maps(rows: Sequence[ShownDepth], title: str) -> bytes:
-    """A PNG: image, truth and predictions; all maps of a row share one scale of colours, that of the truth."""
+    """A PNG with image, truth and predictions per row; all maps of a row share the colour scale of the truth."""
     headings = ["image", "truth", *rows[0].predictions]
     figure = _figure(1.6 * len(headings), 1.6 * len(rows) + 0.8)
     figure.suptitle(title)
@@ -80,7 +80,7 @@ def draw_maps(rows: Sequence[ShownDepth], title: str) -> bytes:
         truth = row.truth
         low, high = np.nanmin(truth), np.nanmax(truth)
         fitted = [np.clip(aligned(values, truth), low, high) for values in row.predictions.values()]
-        # The ends of the truth's scale stand in every map, so that all are stretched alike.
+        # Every map contains the ends of the truth's scale, so that all are coloured by the same scale.
         maps = [coloured(np.concatenate([values, np.full_like(values[:1], low), np.full_like(values[:1], high)]))[:-2]
                 for values in (truth, *fitted)]  # fmt: skip
         for column, picture in enumerate([row.image, *maps]):

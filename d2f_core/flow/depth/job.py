@@ -1,4 +1,4 @@
-"""Batch inference: images in, depth maps and an index table out.
+"""Batch inference: from images to depth maps and an index table.
 
     OUTPUT/plan.json                                  what decides the maps; a second job with another plan is refused
     OUTPUT/depth/SSSSSS/{sample_id}-{steps}.npy       float32 [height, width]: 0 near, 1 far
@@ -7,7 +7,7 @@
     OUTPUT/index/part-*.parquet                       one row per image and number of steps: every setting, or why not
     OUTPUT/manifest.json                              written last
 
-SSSSSS is the shard of the source. A shard whose index part is there is done; all others are made again.
+SSSSSS is the number of the source's shard. A shard is done if its index part exists; all others are made again.
 """
 
 import logging
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DepthJob:
-    """A job that was checked, and is ready to run."""
+    """A checked job that is ready to run."""
 
     config: PredictDepthConfig
     source: SourcePlan
@@ -61,7 +61,7 @@ def check_predict_depth(config: PredictDepthConfig) -> DepthJob:
 
 
 def predict_depth(job: DepthJob) -> Manifest:
-    """Make all maps that are not there yet; needs a running Ray. A finished output is left alone.
+    """Make all missing maps; needs a running Ray. A finished output is not changed.
 
     Raises:
         ValueError: the output belongs to another plan, or the cluster is too small.
@@ -86,7 +86,7 @@ def predict_depth(job: DepthJob) -> Manifest:
 
 
 def _run(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
-    """One result per shard, as they come."""
+    """One result per shard, in order of completion."""
     config = job.config
     items = [work_item(number, job.source.shards[number]) for number in shards]
     arguments = job.plan, config.output, config.cpus_per_actor

@@ -1,4 +1,4 @@
-"""Errors of predicted depth maps, as the depth literature reports them: numpy only, one value per image.
+"""Error metrics of predicted depth maps, as in the depth literature: numpy only, one value per image.
 
 Maps are [n, height, width]; `valid` is a bool mask of the same shape (default: all). Depths are in the target's unit.
 
@@ -15,25 +15,25 @@ DELTA_BASE = 1.25
 
 
 class DepthError(ValueError):
-    """Depth maps that cannot be compared, with the reason and the fix."""
+    """Depth maps cannot be compared; the message gives the reason and the fix."""
 
 
 class DepthShapeError(DepthError):
-    """Maps or masks of shapes that do not belong together."""
+    """Maps or masks have shapes that do not match."""
 
 
 class NoValidPixelsError(DepthError):
-    """An image has too few valid pixels for an error, or for its alignment."""
+    """An image has too few valid pixels for a metric, or for the alignment."""
 
 
 class NonPositiveDepthError(DepthError):
-    """A valid depth is not finite or not above 0, where logarithms and ratios are asked for."""
+    """A valid depth is not finite or not above 0, as logarithms and ratios require."""
 
 
 def align_scale_shift(prediction: Array, target: Array, valid: Array | None = None) -> Array:
     """`scale * prediction + shift` per image, with the least squares fit to the target's valid pixels.
 
-    For a network whose depth is known up to these two. One that predicts disparity is aligned to 1 / target, and
+    For networks that predict depth up to scale and shift. Predicted disparity must be aligned to 1 / target, and
     inverted afterwards.
 
     Raises:
@@ -49,7 +49,7 @@ def align_scale_shift(prediction: Array, target: Array, valid: Array | None = No
         x, y = prediction[number][mask], target[number][mask]
         centre = x.mean()
         spread = np.square(x - centre).sum()
-        # A constant prediction says nothing of shape: its best fit is the target's mean.
+        # A constant prediction has no structure to fit: its best fit is the target's mean.
         scale = (x - centre) @ (y - y.mean()) / spread if spread else 0.0
         aligned[number] = y.mean() + scale * (prediction[number] - centre)
     return aligned
@@ -96,14 +96,15 @@ METRICS: Mapping[str, Callable[[Array, Array], float]] = MappingProxyType(
         "delta3": _delta(3),
     }
 )
-"""By name, of the valid pixels of one image. rmse is in the target's unit, sq_rel too; silog is 100 times the standard
-deviation of the log error (KITTI's, which no scale changes); deltas are shares of pixels, where higher is better."""
+"""Metrics of one image's valid pixels, by name. rmse and sq_rel are in the target's unit; silog is 100 times the
+standard deviation of the log error (as in KITTI; scale-invariant); deltas are shares of pixels, where higher is
+better."""
 
 
 def depth_metrics(
     prediction: Array, target: Array, valid: Array | None = None, *, floor: float | None = None
 ) -> dict[str, Array]:
-    """Every error of `METRICS`, float64 [n] each.
+    """Every metric of `METRICS`, float64 [n] each.
 
     Args:
         floor: smallest depth; predictions below it are raised to it, as published evaluations do after an alignment

@@ -1,7 +1,7 @@
-"""What a depth job will make, decided before it starts: a function of config, source and model alone.
+"""The plan of a depth job, made before it starts; it depends only on config, source and model.
 
 The source is cut into shards (runs of files or rows, or one tar). A shard is done when its index part exists, so a job
-that was killed goes on with the missing ones, and the size of the cluster changes nothing in any map.
+that was killed resumes with the missing ones, and the size of the cluster does not affect any map.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from d2f_core.objective.solver import ADAPTIVE
 
 @dataclass(frozen=True, kw_only=True)
 class DepthPlan:
-    """Everything that decides the maps; kept beside them as plan.json."""
+    """Everything that determines the maps; stored beside them as plan.json."""
 
     source_digest: str
     num_shards: int
     model_uri: str
-    """Pinned: never an alias."""
+    """URI of the model, with aliases resolved to a version."""
     model_hash: str
     steps: tuple[int, ...]
     solver: str
@@ -43,21 +43,21 @@ class DepthPlan:
 
     @property
     def settings(self) -> list[DepthSettings]:
-        """One for each number of steps."""
+        """The settings for each number of steps."""
         common = {"solver": self.solver, "shift": self.shift, "ensemble": self.ensemble, "seed": self.seed}
         return [DepthSettings(steps=steps, **common) for steps in self.steps]
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two jobs to make the same maps: of the model its hash, not its place."""
+        """The values that must be equal for two jobs to make the same maps; includes the model's hash, not its URI."""
         values = {name: value for name, value in identity_values(self).items() if name != "model_uri"}
         return {"task": "image_to_depth", **values}
 
 
 def make_depth_plan(config: PredictDepthConfig, source: SourcePlan, model: TrainedModel, model_uri: str) -> DepthPlan:
-    """Fill in what the config leaves to the model.
+    """Make the plan, with the model's defaults for unset fields.
 
     Raises:
-        ValueError: an unknown solver, or a resolution that the autoencoder does not divide.
+        ValueError: the solver is unknown, or the resolution is not a multiple of the autoencoder's downsampling.
     """
     resolution = max(model.default_size) if config.resolution is None else config.resolution
     try:

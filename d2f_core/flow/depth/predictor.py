@@ -1,7 +1,7 @@
-"""Depth from images with one loaded model: what the batch job, MLflow's loader and the benchmark share.
+"""Predicts depth from images with one loaded model; shared by the batch job, MLflow's loader and the benchmark.
 
-A map is a function of the model, the image and the settings alone: the noise of member `k` is keyed by
-(seed + k, sample_id); other images in its batch change it by float rounding at most.
+A map depends only on the model, the image and the settings: the noise of member `k` is keyed by (seed + k, sample_id);
+other images in the batch change it by float rounding at most.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ from d2f_core.randomness import keyed_normal
 
 @dataclass(frozen=True, kw_only=True)
 class DepthSettings:
-    """How a map is sampled. There is no text, so there is no guidance."""
+    """Sampling settings of a map; without text there is no guidance."""
 
     solver: str
     steps: int
     shift: float
     ensemble: int
-    """Members, each from a noise of its own."""
+    """Number of members, each sampled from its own noise."""
     seed: int
-    """Of the first member."""
+    """Seed of the first member's noise."""
 
     def __post_init__(self) -> None:
         SamplerChoice(solver=self.solver, steps=self.steps, guidance=1.0, shift=self.shift)
@@ -41,19 +41,19 @@ class DepthSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DepthMade:
-    """What became of an image: a map, or why there is none."""
+    """Result for one image: a map, or the error."""
 
     depth: np.ndarray | None
     """float32 [height, width] in [0, 1], 0 near."""
     uncertainty: np.ndarray | None
-    """float32 [height, width], in the same unit."""
+    """float32 [height, width], the members' spread in the same unit."""
     num_evaluations: int
     """Network evaluations of each member."""
     error: str | None
 
 
 def check_depth_model(model: TrainedModel, uri: str) -> None:
-    """Refuse a model of another task. Raises PredictDepthError."""
+    """Raise PredictDepthError for a model of another task."""
     if model.task != "image_to_depth":
         raise PredictDepthError(
             f"{uri!r} is a model of task={model.task!r}: it reads no image. Give one trained with --model.task "
@@ -70,7 +70,7 @@ def fill_settings(
     ensemble: int = 4,
     seed: int = 0,
 ) -> DepthSettings:
-    """Settings whose missing values are those that the model carries."""
+    """Settings with the model's defaults in place of None."""
     carried = model.sampling
     return DepthSettings(
         solver=solver or carried.solver,
@@ -82,10 +82,10 @@ def fill_settings(
 
 
 class DepthPredictor:
-    """A depth model with its autoencoder and the state of the empty text.
+    """A depth model with its autoencoder and the text states of the empty caption.
 
     Raises:
-        PredictDepthError: the model is of another task.
+        PredictDepthError: the model was trained for another task.
     """
 
     def __init__(self, model: TrainedModel, *, uri: str = "model", device: str | torch.device = "cpu") -> None:
@@ -97,10 +97,10 @@ class DepthPredictor:
         }
 
     def predict(self, pixels: np.ndarray, names: Sequence[str], settings: DepthSettings) -> list[DepthMade]:
-        """Maps of one batch of images; should the network fail on one, each by itself.
+        """Predict one batch of images; if the network fails on the batch, each image is predicted by itself.
 
         Args:
-            pixels: uint8 [images, height, width, 3]; the autoencoder divides height and width.
+            pixels: uint8 [images, height, width, 3]; height and width are multiples of the autoencoder's downsampling.
             names: the images' sample ids, which key their noise.
         """
         try:
@@ -114,7 +114,7 @@ class DepthPredictor:
 
     @torch.inference_mode()
     def _members(self, pixels: np.ndarray, names: Sequence[str], settings: DepthSettings) -> tuple[np.ndarray, int]:
-        """Maps [members, images, height, width] in [0, 1], and the evaluations of each."""
+        """Maps [members, images, height, width] in [0, 1], and the network evaluations of each."""
         shape = self.model.base.latent_shape(*pixels.shape[1:3])
         images = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         condition = self._condition(self._autoencoder.encode(images)[0])
@@ -131,7 +131,7 @@ class DepthPredictor:
                 guidance=1.0,
                 shift=settings.shift,
             )
-            # Asked of the latents: decoding clamps an infinite value into a depth like any other.
+            # Checked on the latents, because decoding would clamp an infinite value to a valid depth.
             usable = latents.flatten(1).isfinite().all(1)
             depth = (self._autoencoder.decode(latents).mean(1) + 1) / 2
             depth[~usable] = torch.nan

@@ -1,1 +1,1 @@
-"""Images to latents."""
+"""Encoding images to latent tables."""

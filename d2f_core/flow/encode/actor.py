@@ -1,4 +1,4 @@
-"""The actor of an encode job: it holds the autoencoder, and the text encoder when text states are stored."""
+"""The actor of an encode job: holds the autoencoder, and the text encoder if text states are stored."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ from d2f_core.model.text_encoder import load_text_encoder
 
 
 class LatentEncoder(TableActor):
-    """Pictures of a chunk -> its latent table. Loads the weights once."""
+    """Ray Data actor: a chunk's pictures -> its latent table. Loads the weights once."""
 
     def __init__(self, spec: EncodeSpec) -> None:
         torch.set_num_threads(spec.config.cpus_per_actor)
@@ -52,7 +52,7 @@ class LatentEncoder(TableActor):
         return arrays_to_table(columns, schema)
 
     def _encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of the scaled latents of a chunk's pictures, float16 [rows, C, h, w]."""
+        """Mean and standard deviation of the scaled latents of a chunk's pictures, float16 [rows, C, h, w] each."""
         empty = np.empty((0, *self._spec.latent_shape), np.float16)
         means, stds = [empty], [empty]
         for start in range(0, len(pictures), self._spec.config.batch_size):
@@ -64,14 +64,14 @@ class LatentEncoder(TableActor):
 
     def _encode_text(self, captions: list[str], size: int) -> tuple[np.ndarray, tuple[int, ...]]:
         assert self._text_encoder is not None
-        # An empty chunk still needs the shape of its column.
+        # An empty chunk's column needs its shape too.
         batches = [captions[start : start + size] for start in range(0, len(captions), size)] or [[""]]
         states = np.concatenate([self._text_encoder.encode(batch).half().cpu().numpy() for batch in batches])
         return states[: len(captions)], states.shape[1:]
 
 
 def _check_finite(columns: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raises TableJobError when a latent among these columns is not finite."""
+    """Raise TableJobError when a latent in these columns is not finite."""
     wrong = np.zeros(len(columns["sample_id"]), bool)
     for name in names:
         wrong |= ~np.isfinite(columns[name]).all(axis=(1, 2, 3))
@@ -84,10 +84,11 @@ def _check_finite(columns: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def to_input(pictures: np.ndarray, device: str) -> Tensor:
-    """Float32 [batch, 3, height, width] in [-1, 1].
+    """The autoencoder's input, float32 [batch, 3, height, width] in [-1, 1].
 
     Args:
-        pictures: uint8 [batch, height, width, 3], or float32 [batch, height, width] in [-1, 1]: three equal channels.
+        pictures: uint8 [batch, height, width, 3], or float32 [batch, height, width] in [-1, 1], which becomes three
+            equal channels.
     """
     tensor = torch.tensor(pictures, device=device)
     if pictures.dtype == np.uint8:

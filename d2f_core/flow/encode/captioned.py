@@ -10,7 +10,7 @@ from d2f_core.flow.latents import latent_schema
 
 
 def identify(sample: Sample) -> str:
-    """Name by image and caption."""
+    """Sample id: hash of image and caption."""
     if sample.image is None:
         raise BadImageError("no_image: none found")
     return sample_id(sample.image, check_caption(sample.caption))
@@ -20,7 +20,7 @@ def check_caption(caption: str | None) -> str:
     """The caption without outer white space.
 
     Raises:
-        BadImageError: none, or not UTF-8.
+        BadImageError: the caption is missing, empty or not UTF-8.
     """
     if caption is None or not caption.strip():
         raise BadImageError("no_caption: empty" if caption is not None else "no_caption: none found")
@@ -30,7 +30,7 @@ def check_caption(caption: str | None) -> str:
 
 
 def prepare(sample: Sample, spec: EncodeSpec) -> dict[str, Any]:
-    assert sample.image is not None  # it was identified
+    assert sample.image is not None  # checked by `identify`
     image = prepare_image(sample.image, spec.config.rules)
     return {
         "caption": check_caption(sample.caption),

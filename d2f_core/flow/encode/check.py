@@ -1,4 +1,4 @@
-"""What an encode job will do, checked and decided before it starts."""
+"""Checks an encode job and makes its specification before it starts."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ def check_encode(config: EncodeConfig) -> TableJob:
 
 
 def check_encode_depth(config: EncodeDepthConfig) -> TableJob:
-    """`check_encode` of images with depth."""
+    """Like `check_encode`, for images with depth."""
     plan = partial(plan_depth, config.source, rows_per_shard=config.rows_per_part)
     kind = DEPTH_LATENTS if config.source.latents else DEPTH
     how = {name: value for name, value in identity_values(config.source).items() if name not in ("uri", "kind")}

@@ -1,4 +1,6 @@
-"""What an encode job can be told. Light: the tasks that read and write import this, and neither torch nor a model."""
+"""Configs of encode jobs. Imports neither torch nor a model, because the tasks that read and write import this
+module.
+"""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -8,21 +10,22 @@ from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
 from d2f_core.data.sources.config import DepthSource, ImageSource
 
 MAX_CHUNK_BYTES = 512 * 2**20
-"""Pixels of one chunk, which travel between tasks in one piece."""
+"""Most bytes of pixels in one chunk, which is passed between tasks in one piece."""
 
 
 class EncodeError(ValueError):
-    """An encode job that cannot run as asked, with the reason and the fix."""
+    """An encode job cannot run as asked; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeWork:
-    """By what images are encoded, which are accepted, and in which pieces."""
+    """The base model for encoding, which images are accepted, and the units of work."""
 
     base: str = ""
     """Base model whose autoencoder (and text encoder) is used: a directory, s3:// prefix or hub id."""
     output: str = ""
-    """Where the latent table is written; the same command again resumes, and does nothing once it is complete."""
+    """Where the latent table is written; repeating the command resumes the job, and does nothing once it is
+    complete."""
     resolution: int = 64
     """Height and width in pixels that every image is cropped and resized to."""
     min_side: int | None = None
@@ -30,25 +33,25 @@ class EncodeWork:
     max_pixels: int = 50_000_000
     """Largest accepted width x height of an image file."""
     max_quarantined_share: float = 0.01
-    """Share of the samples that may be unusable before the job stops; duplicates do not count. A job that was stopped
-    goes on with a higher one."""
+    """Largest share of unusable samples before the job stops; duplicates do not count. A stopped job can be resumed
+    with a higher share."""
     rows_per_part: int = 256
-    """Samples per output file: what a killed task loses at most."""
+    """Samples per output file, the most that is lost when a task is killed."""
     batch_size: int = 16
     """Images per forward pass of the autoencoder."""
     num_readers: int = 2
-    """Tasks that read and decode at a time; raise it until the actors never wait."""
+    """Number of parallel tasks that read and decode; raise it until the actors never wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeSettings(AwaitedPoolConfig, EncodeWork):
-    """What every encode job can be told; the job's own config adds its source."""
+    """Settings common to all encode jobs; each job's own config adds its source."""
 
     BYTES_PER_PIXEL: ClassVar[int] = 3
-    """Of one sample's pictures on their way to the actors."""
+    """Bytes per pixel of one sample's pictures, as passed to the actors."""
 
     num_actors: int = 2
-    """Processes that hold the autoencoder."""
+    """Number of processes that hold the autoencoder."""
 
     def __post_init__(self) -> None:
         self.check_counts("resolution", "rows_per_part", "batch_size", "num_readers", error=EncodeError)
@@ -74,9 +77,9 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(EncodeSettings):
     source: ImageSource = field(default_factory=ImageSource)
-    """Captioned images."""
+    """Source of captioned images."""
     text: Literal["online", "states"] = "online"
-    """`online`: captions are encoded during training. `states`: text states are stored, some 5 times the bytes."""
+    """`online`: captions are encoded during training. `states`: text states are stored, in about 5 times the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,4 +87,4 @@ class EncodeDepthConfig(EncodeSettings):
     BYTES_PER_PIXEL: ClassVar[int] = 7
 
     source: DepthSource = field(default_factory=DepthSource)
-    """Images with depth."""
+    """Source of images with depth."""

@@ -1,4 +1,4 @@
-"""What differs between encode jobs, and everything that decides their tables. As light as the configs."""
+"""The differences between kinds of encode jobs, and everything that determines their tables. Imports no torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,38 +13,38 @@ from d2f_core.flow.encode.config import EncodeSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """What an actor encodes of each sample."""
+    """A picture of each sample that an actor encodes."""
 
     name: str
-    """Column in which it comes: uint8 [height, width, 3], or float32 [height, width] in [-1, 1], which is encoded as
+    """Input column of the picture: uint8 [height, width, 3], or float32 [height, width] in [-1, 1], which is encoded as
     three equal channels."""
     dtype: Literal["uint8", "float32"]
     mean: str
-    """Column of the table for the scaled latent's mean."""
+    """Output column of the scaled latent's mean."""
     std: str | None
-    """Column for its deviation; None leaves it out."""
+    """Output column of the scaled latent's standard deviation; None: not stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeKind:
-    """What differs between jobs: the kind of their samples. The functions are a module's own, found by name on every
-    node, and of modules as light as this one."""
+    """A kind of samples, in which encode jobs differ. The functions must be defined at the top level of a module, so
+    that every node can import them by name, and their modules must not import torch."""
 
     schema: Callable[[tuple[int, int, int]], pa.Schema]
-    """Columns of the table, of the latents' shape."""
+    """Shape of the latents -> schema of the table."""
     pictures: tuple[Picture, ...]
     identify: Callable[[Any], str]
-    """Sample -> sample id; raises BadImageError when it lacks a part."""
+    """Sample -> sample id; raises BadImageError when the sample lacks a part."""
     prepare: Callable[[Any, "EncodeSpec"], dict[str, Any]]
-    """Sample -> its pictures and the columns that are known before encoding, but for `sample_id`, `source_uri` and
-    `bucket`; raises BadImageError when it cannot be used."""
+    """Sample -> its pictures and the columns that are known before encoding, except `sample_id`, `source_uri` and
+    `bucket`; raises BadImageError when the sample is unusable."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    """What it adds to the table's fingerprint."""
+    """Values that the kind adds to the table's fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeSpec(TableSpec):
-    """A table of latents. Of the base model only its encoders count, which are in the fingerprint."""
+    """Specification of a latent table. Of the base model only the encoders matter, which are in the fingerprint."""
 
     NAME: ClassVar[str] = "encode_latents"
     KIND: ClassVar[str] = "latents"
@@ -57,7 +57,7 @@ class EncodeSpec(TableSpec):
     """Channels, height, width."""
 
     def prepared_schema(self) -> pa.Schema:
-        """What is known of the table before encoding, and the pictures."""
+        """The table's columns that are known before encoding, and the pictures."""
         encoded = {name for picture in self.kind.pictures for name in (picture.mean, picture.std)}
         fields = [column for column in self.kind.schema(self.latent_shape) if column.name not in encoded]
         size = self.config.resolution

@@ -1,4 +1,4 @@
-"""Images with depth as samples of an encode job: what is learnt is the depth's latent, given the image's."""
+"""Images with depth as samples of an encode job, for training depth latents conditioned on image latents."""
 
 import dataclasses
 from typing import Any, cast
@@ -18,15 +18,17 @@ from d2f_core.flow.latents import DEPTH_TASK, depth_latent_schema
 
 
 def identify(sample: DepthSample) -> str:
-    """Name by the image alone: one image has one depth."""
+    """Sample id: hash of the image only, as one image has one depth."""
     if sample.image is None:
         raise BadImageError("no_image: none found")
     return sample_id(sample.image, "")
 
 
 def prepare(sample: DepthSample, spec: EncodeSpec) -> dict[str, Any]:
-    """Image and depth, cut and resized alike, the depth in its affine-invariant form, and the latents that count."""
-    assert sample.image is not None  # it was identified
+    """Image and depth with the same crop and size, depth in its affine-invariant form, and the mask of valid
+    latents.
+    """
+    assert sample.image is not None  # checked by `identify`
     size = spec.config.resolution
     image = prepare_image(sample.image, spec.config.rules)
     declared = read_declared(sample.image)
@@ -58,8 +60,8 @@ def identify_latents(sample: DepthSample) -> str:
 
 
 def prepare_latents(sample: DepthSample, spec: EncodeSpec) -> dict[str, Any]:
-    """Latents as they come, with the mask of the depth, or of the sample, if there is one."""
-    assert sample.latent is not None and sample.depth_latent is not None  # it was identified
+    """Stored latents unchanged, with the mask from the sample's depth or mask file, if there is one."""
+    assert sample.latent is not None and sample.depth_latent is not None  # checked by `identify`
     size = spec.config.resolution
     joined, latent = (_read_latent(data, spec.latent_shape) for data in (sample.latent, sample.depth_latent))
     counts = read_valid(sample, _source(spec), spec.config.max_pixels)
@@ -111,4 +113,4 @@ DEPTH = EncodeKind(
 )
 
 DEPTH_LATENTS = dataclasses.replace(DEPTH, pictures=(), identify=identify_latents, prepare=prepare_latents)
-"""Latents that were encoded elsewhere."""
+"""Depth samples whose latents were encoded elsewhere."""

@@ -1,1 +1,1 @@
-"""What a finetuning takes, reckoned before it is started."""
+"""Estimates of what a finetuning needs, before it is started."""

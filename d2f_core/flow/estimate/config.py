@@ -1,4 +1,4 @@
-"""What an estimate is of, and the GPUs that it knows. Light: no torch."""
+"""Config of an estimate, and the known GPUs. Imports no torch."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from d2f_core.train.config import TrainConfig
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
     memory: int
-    """Bytes."""
+    """GPU memory in bytes."""
     tflops: float
     """Peak of dense bf16, in TFLOP/s, by the vendor's data sheet."""
 
@@ -30,21 +30,21 @@ class EstimateConfig:
     resolution: int = 512
     """Height and width in pixels of the images."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(base=""))
-    """What is trained, as in the finetuning."""
+    """Model settings, as for the finetuning."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """As in the finetuning; the ZeRO stage is shown beside the others."""
+    """Training settings, as for the finetuning; the estimate also shows the other ZeRO stages."""
     rows: int = 1_000_000
-    """Of the latent table."""
+    """Rows of the latent table."""
     captions: int = 0
     """Number of distinct captions; 0: every row has its own."""
     pairs: bool = False
-    """Whether rows also hold a noise, as those of reflow do."""
+    """Whether rows also contain noise, as for reflow."""
     gpu: str = "a100"
-    """One of a10g, l40s, a100-40, a100, h100."""
+    """GPU: one of a10g, l40s, a100-40, a100, h100."""
     tflops: float = 0.0
-    """Peak of the GPU in TFLOP/s, in place of the preset's; needed for fp32, which presets do not hold."""
+    """Peak of the GPU in TFLOP/s, in place of the preset's; required for fp32, for which there are no presets."""
     utilization: float = 0.35
-    """Share of the peak that a training reaches: an assumption."""
+    """Assumed share of the GPU's peak that a training reaches."""
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:

@@ -1,4 +1,5 @@
-"""What a finetuning takes before it is started: memory by ZeRO stage, hours and storage. Needs no weights, no cluster.
+"""Estimates what a finetuning needs before it is started: memory by ZeRO stage, hours and storage. Needs no weights or
+cluster.
 
 Bytes and operations are counted on the architecture; the share of a GPU's peak that is reached is an assumption.
 """
@@ -25,7 +26,7 @@ from d2f_core.train.memory import RUNTIME_BYTES, Memory, memory_per_worker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_BYTES = 400
-"""Of one row's caption, names and numbers: assumed."""
+"""Assumed bytes of one row's caption, names and numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +35,20 @@ class Estimate:
     """Parameters of the network."""
     trained: int
     memory: dict[int, Memory | str]
-    """By ZeRO stage; or why the stage is refused."""
+    """Memory by ZeRO stage, or the reason why the stage is refused."""
     train_hours: float
     encode_hours: float
-    """All workers together encode the images."""
+    """Hours in which all workers together encode the images."""
     row_bytes: int
     table_bytes: int
     checkpoint_bytes: int
-    """One checkpoint."""
+    """Bytes of one checkpoint."""
     flops_per_sample: float
-    """Forward and backward."""
+    """Floating point operations per sample, forward and backward."""
 
 
 def build_on_meta(architecture: Architecture, model: ModelConfig) -> nn.Module:
-    """The module to train, without memory."""
+    """The module to train on torch's meta device, which allocates no memory."""
     with torch.device("meta"):
         unet = architecture.build_unet()
         if model.joins_latents:
@@ -56,10 +57,10 @@ def build_on_meta(architecture: Architecture, model: ModelConfig) -> nn.Module:
 
 
 def estimate(config: EstimateConfig) -> Estimate:
-    """Count the passes, and reckon the rest from them.
+    """Count memory and operations of the passes, and derive the rest from them.
 
     Raises:
-        ValueError: the resolution does not fit the autoencoder, or the architecture is not known.
+        ValueError: the resolution does not fit the autoencoder, or the architecture is unknown.
     """
     architecture, train = read_architecture(config.architecture), config.train
     side, rest = divmod(config.resolution, architecture.pixels_per_latent)
@@ -113,7 +114,7 @@ def _by_stage(
 
 
 def _text_bytes(architecture: Architecture, encoders: Iterable[nn.Module], config: EstimateConfig) -> int:
-    """The text encoders in fp32, and the captions that a worker keeps encoded."""
+    """Bytes of the text encoders in fp32, and of the encoded captions that a worker caches."""
     weights = 4 * sum(parameter.numel() for one in encoders for parameter in one.parameters())
     pooled = sum(int(each.get("projection_dim") or 0) for each in architecture.text_encoders[1:])
     each = 4 * (footprint.TOKENS * int(architecture.unet["cross_attention_dim"]) + pooled)
@@ -129,7 +130,7 @@ def _row_bytes(config: EstimateConfig, latent: tuple[int, int, int]) -> int:
 
 
 def report(config: EstimateConfig, found: Estimate) -> str:
-    """The figures as Markdown; GB are 1e9 bytes."""
+    """The estimate as Markdown; 1 GB is 1e9 bytes."""
     train, gpu = config.train, GPUS[config.gpu]
     on = "on" if train.activation_checkpointing else "off"
     lines = [

@@ -1,1 +1,1 @@
-"""Models compared by their images."""
+"""Comparing models by the images that they generate."""

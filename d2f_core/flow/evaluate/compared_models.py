@@ -1,4 +1,4 @@
-"""The models of an evaluation: how each is to draw, and what its training measured."""
+"""The models of an evaluation: how each generates its images, and the loss that its training measured."""
 
 import logging
 from dataclasses import dataclass
@@ -25,33 +25,33 @@ from d2f_core.tracking import (
 logger = logging.getLogger(__name__)
 
 EVALUATIONS_PER_STEP = {**dict.fromkeys(SCHEDULERS, 1), "euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
-"""Solvers with fixed steps: only these can be asked for a number of evaluations."""
+"""Network evaluations per step of the solvers with fixed steps; only these can use a given number of evaluations."""
 VALIDATION_LOSS = "validation_flow_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedModel:
-    """One model under test, ready to generate."""
+    """One model under evaluation, ready to generate images."""
 
     role: str
     """candidate, champion or base."""
     uri: str
-    """Pinned: never an alias."""
+    """URI of the model, with aliases resolved to a version."""
     job: GenerateJob
 
     @property
     def images(self) -> str:
-        """Where its images go."""
+        """Output URI of the model's images."""
         return self.job.config.output
 
     def steps(self, evaluations: int) -> int:
-        """Solver steps that take so many network evaluations."""
+        """Number of solver steps for a number of network evaluations."""
         return evaluations // EVALUATIONS_PER_STEP[self.job.plan.solver]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob:
-    """An evaluation that was checked, and is ready to run."""
+    """A checked evaluation that is ready to run."""
 
     config: EvaluateConfig
     pins: Pins
@@ -60,15 +60,15 @@ class EvaluateJob:
     """The feature network and its dimensions, as in metric names."""
     dimensions: int
     fingerprint: dict[str, Any]
-    """What must be equal for features to be comparable."""
+    """The values that must be equal for features to be comparable."""
     reference: Manifest
 
 
 def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution: int | None) -> ComparedModel:
-    """Check that a model can make the images, of an edge of `resolution` pixels.
+    """Check that a model can generate the images, with height and width of `resolution` pixels.
 
     Raises:
-        ValueError: a model, prompt file or setting that cannot be used.
+        ValueError: a model, prompt file or setting cannot be used.
     """
     solver = config.base_solver if role == "base" else config.solver or carried_sampling(uri).get("solver", DDIM)
     per_step = EVALUATIONS_PER_STEP.get(solver)
@@ -105,7 +105,7 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
 
 
 def carried_sampling(uri: str) -> dict[str, Any]:
-    """The sampling settings of a trained model; empty for a base."""
+    """The default sampling settings of a trained model; empty for a base model."""
     directory = local_copy(resolve_model(uri))
     return read_description(directory)["sampling"] if (directory / DESCRIPTION).is_file() else {}
 
@@ -113,8 +113,8 @@ def carried_sampling(uri: str) -> dict[str, Any]:
 def validation_loss(uri: str) -> float | None:
     """The flow loss on held-out rows that the training of a registered model measured at its last step.
 
-    None: not registered, or not measured there. It is read, not computed again: which rows were held out, only the
-    training knows.
+    None if the model is not registered, or the loss was not measured. The loss is read, not recomputed, because only
+    the training knows which rows were held out.
     """
     if not uri.startswith(REGISTERED):
         return None

@@ -1,4 +1,4 @@
-"""What an evaluation compares, and how. Light: neither torch nor numpy."""
+"""Config of an evaluation: the models and how they are compared. Imports neither torch nor numpy."""
 
 from dataclasses import dataclass, field
 
@@ -7,27 +7,27 @@ from d2f_core.evaluation.config import GateConfig
 
 
 class EvaluateError(ValueError):
-    """An evaluation that cannot run as asked, with the reason and the fix."""
+    """An evaluation cannot run as asked; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreWork:
-    """Which networks see the images."""
+    """The networks from which features are extracted."""
 
     features: str = "efficientnet-lite0"
     """efficientnet-lite0, inception, or the directory of a vision model (local or s3://)."""
     dimensions: int = 64
-    """Onto how many fixed random directions features are projected; 0: all of the network's. A covariance of fewer than
-    some 30 images per dimension is mostly noise."""
+    """Number of fixed random directions that features are projected to; 0: all of the network's features. A covariance
+    from fewer than about 30 images per dimension is mostly noise."""
     clip: str = ""
-    """Directory of a CLIP model that scores images against their prompts; empty: none."""
+    """Directory of a CLIP model that scores images against their prompts; empty: no such score."""
     batch_size: int = 32
     """Images per forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(ActorPoolConfig, ScoreWork):
-    """How images become features."""
+    """How features are extracted from images."""
 
     def __post_init__(self) -> None:
         self.check_counts("batch_size", error=ValueError, where="score: ")
@@ -37,15 +37,15 @@ class ScoreConfig(ActorPoolConfig, ScoreWork):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
-    """How values and their intervals are computed."""
+    """How metrics and their confidence intervals are computed."""
 
     replicates: int = 200
-    """Resampled sets per interval."""
+    """Bootstrap replicates per confidence interval."""
     neighbours: int = 3
-    """k of precision and recall."""
+    """Number k of nearest neighbours for precision and recall."""
     pairwise_rows: int = 2000
-    """At most so many images on each side, chosen at random, where every pair is looked at: kernel distance, precision
-    and recall, and the distance between two models."""
+    """Most images of each set, chosen at random, for metrics over all pairs: kernel distance, precision and recall, and
+    the distance between two models."""
 
     def __post_init__(self) -> None:
         for name, least in (("replicates", 20), ("neighbours", 1), ("pairwise_rows", 4)):
@@ -60,11 +60,11 @@ class EvaluateConfig:
     candidate: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, or a model's directory (local or s3://)."""
     champion: str = "auto"
-    """The model to be no worse than; auto: the @champion of the candidate's name, when there is one; empty: none."""
+    """Model to compare with; auto: the @champion of the candidate's registered model, if there is one; empty: none."""
     base: str = ""
-    """The base model, sampled as it is; empty: none."""
+    """The unchanged base model as a further comparison; empty: none."""
     prompts: str = ""
-    """Prompt file, as for generate; every model draws every prompt from the same noise."""
+    """Prompt file, as for generate; all models sample each prompt from the same noise."""
     reference: str = ""
     """Real images: an image table, or an output of generate (its largest number of steps)."""
     output: str = ""
@@ -72,32 +72,32 @@ class EvaluateConfig:
     evaluations: tuple[int, ...] = (2, 4, 10, 25)
     """Network evaluations per image at which quality is measured."""
     solver: str | None = None
-    """Solver with fixed steps of candidate and champion; None: what each carries."""
+    """Fixed-step solver of candidate and champion; None: each model's default."""
     base_solver: str = "ddim"
-    """euler shows the base as the untrained flow model."""
+    """Solver of the base model; euler evaluates it as an untrained flow model."""
     guidance: float | None = None
-    """Guidance scale of all models; None: what each carries."""
+    """Guidance scale of all models; None: each model's default."""
     resolution: int | None = None
-    """Edge of all models' images in pixels; None: what the candidate carries."""
+    """Height and width of all models' images in pixels; None: the candidate's default."""
     seed: int = 0
-    """Of prompts without a seed of their own."""
+    """Seed of prompts that have none of their own."""
     generate_batch_size: int = 16
     """Images per forward pass."""
     chunk_size: int = 64
     """Prompts per unit of work."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
-    """Its actors' number and size also hold for generating."""
+    """Feature extraction; the number and size of its actors also apply to generating."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     promote: bool = True
-    """Move @champion to the candidate, a registered model, when the gate passes."""
+    """Move @champion to the candidate (a registered model) when the gate passes."""
     champion_alias: str = "champion"
     straightness_prompts: int = 16
-    """First prompts whose paths are followed; 0: none."""
+    """Number of prompts, from the first one on, whose paths are measured; 0: none."""
     straightness_steps: int = 25
     """Euler steps of such a path."""
     shown_prompts: int = 6
-    """First prompts whose images the report shows."""
+    """Number of prompts, from the first one on, whose images the report shows."""
     experiment: str = "diff2flow-evaluate"
     """MLflow experiment; empty: no run."""
 
@@ -114,7 +114,7 @@ class EvaluateConfig:
             raise EvaluateError("champion_alias is empty. Use 'champion'.")
 
     def check_complete(self) -> None:
-        """Raises EvaluateError when a URI is missing."""
+        """Raise EvaluateError when a URI is missing."""
         for name in ("candidate", "prompts", "reference", "output"):
             if not getattr(self, name):
                 raise EvaluateError(f"{name} is empty. Give --{name} URI.")

@@ -1,4 +1,4 @@
-"""How far two sets of images are apart, from their features: Frechet and kernel distance, precision and recall.
+"""Distances between two sets of images by their features: Frechet and kernel distance, precision and recall.
 
 Everything is float64 numpy. Features are [n, d], one row per image.
 
@@ -21,12 +21,12 @@ CHUNK_ROWS = 1024
 
 
 class StatisticsError(ValueError):
-    """Features that have no such statistic, with the reason and the fix."""
+    """A statistic cannot be computed from the features; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureMoments:
-    """Count, mean and scatter of a set of features; merging parts gives the whole set's, whatever the parts."""
+    """Count, mean and scatter of a set of features; merging the moments of parts gives those of the whole set."""
 
     count: int
     mean: Array
@@ -36,7 +36,7 @@ class FeatureMoments:
 
     @classmethod
     def of(cls, features: Array, counts: Array | None = None) -> "FeatureMoments":
-        """Of features [n, d], each taken `counts` [n] times (default once)."""
+        """Moments of features [n, d], each counted `counts` [n] times (default once)."""
         features = check_features(features)
         if counts is None:
             mean = features.mean(0)
@@ -49,14 +49,14 @@ class FeatureMoments:
 
     @classmethod
     def none(cls, dimensions: int) -> "FeatureMoments":
-        """Of no features: what merging starts from."""
+        """Moments of the empty set, from which merging starts."""
         return cls(count=0, mean=np.zeros(dimensions), scatter=np.zeros((dimensions, dimensions)))
 
     def merge(self, other: "FeatureMoments") -> "FeatureMoments":
-        """Of both sets together.
+        """Moments of the union of both sets.
 
         Raises:
-            StatisticsError: features of different sizes.
+            StatisticsError: the features have different sizes.
         """
         if self.mean.shape != other.mean.shape:
             raise StatisticsError(
@@ -75,7 +75,7 @@ class FeatureMoments:
 
     @property
     def covariance(self) -> Array:
-        """Unbiased, [d, d].
+        """Unbiased covariance, [d, d].
 
         Raises:
             StatisticsError: fewer than two images.
@@ -89,7 +89,7 @@ def check_features(features: Array) -> Array:
     """The features as float64 [n, d].
 
     Raises:
-        StatisticsError: another shape, no rows, or a value that is not finite.
+        StatisticsError: the shape is wrong, there are no rows, or a value is not finite.
     """
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or not len(features):
@@ -106,7 +106,7 @@ def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
     Biased upward by the sampling error of the covariances, about as d / count: compare equal counts only.
     """
     a, b = first.covariance, second.covariance
-    # The trace of (a b)^(1/2), through the symmetric root of a: all eigenvalues stay real whatever the rounding.
+    # The trace of (a b)^(1/2), through the symmetric root of a, so that all eigenvalues stay real despite rounding.
     values, vectors = np.linalg.eigh(a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     mixed = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
@@ -125,10 +125,10 @@ class KernelDistance:
         self._between = _kernel(first, second)
 
     def __call__(self, counts: tuple[Array, Array] | None = None) -> float:
-        """The distance; with `counts` ([n], [m]) that of the resampled sets.
+        """The distance; with `counts` ([n], [m]), the distance of the resampled sets.
 
-        An image that was drawn twice is not paired with itself: that would add the kernel's diagonal, which the
-        unbiased estimate leaves out.
+        An image that was drawn twice is not paired with itself, which would add the kernel's diagonal that the unbiased
+        estimate omits.
         """
         if counts is None:
             counts = np.ones(self._between.shape[0]), np.ones(self._between.shape[1])
@@ -151,7 +151,7 @@ def neighbour_radii(features: Array, k: int) -> Array:
     """Distance [n] from each row to its k-th nearest other row.
 
     Raises:
-        StatisticsError: not more than k rows.
+        StatisticsError: there are k rows or fewer.
     """
     features = check_features(features)
     if len(features) <= k:
@@ -162,13 +162,14 @@ def neighbour_radii(features: Array, k: int) -> Array:
 
 
 def inside(points: Array, features: Array, radii: Array) -> Array:
-    """Bool [n]: which points lie in the union of the balls around `features` with `radii`."""
+    """Bool [n]: whether each point lies in the union of the balls around `features` with `radii`."""
     parts = [(cdist(chunk, features) <= radii).any(1) for chunk in _chunks(check_features(points))]
     return np.concatenate(parts)
 
 
 def precision_recall(real: Array, made: Array, *, k: int = 3) -> tuple[Array, Array]:
-    """Which made images look real, bool [n made]; which real ones are covered by the made, bool [n real].
+    """Bool [generated]: whether each generated image is within the real ones; bool [real]: whether each real image is
+    covered.
 
     Their means are precision and recall.
     """
@@ -180,10 +181,10 @@ def _chunks(features: Array) -> list[Array]:
 
 
 def normalised_distances(first: Array, second: Array) -> Array:
-    """Squared distance [n] of the rows of both, each brought to length 1; from 0 (same direction) to 4.
+    """Squared distance [n] between corresponding rows, normalised to length 1; from 0 (same direction) to 4.
 
     Raises:
-        StatisticsError: a row of zeros, or different shapes.
+        StatisticsError: a row is all zeros, or the shapes differ.
     """
     first, second = check_features(first), check_features(second)
     if first.shape != second.shape:

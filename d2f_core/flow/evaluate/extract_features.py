@@ -1,10 +1,10 @@
-"""Images to features as a Ray Data job: a table of images or of generations in, a table of features out.
+"""Extracts features as a Ray Data job: from tables of images or generations to tables of features.
 
     OUTPUT/part-*.parquet    row, sample_id, steps, features, caption_score; one part per file of the source
     OUTPUT/manifest.json     written last
 
 `row` is the image's place in its set: the same for the same prompt in generations of one prompt file. A part is done
-when its file exists, so a killed job goes on with the missing ones.
+when its file exists, so a killed job resumes with the missing parts.
 """
 
 import hashlib
@@ -46,17 +46,17 @@ READ_THREADS = 8
 def extract_features(
     tables: Mapping[str, str], config: ScoreConfig, fingerprint: dict[str, Any]
 ) -> dict[str, Manifest]:
-    """Features of every image of several tables, in one job; needs a running Ray. What is there already is left alone.
+    """Extract the features of every image of several tables in one job; needs a running Ray. Existing parts are kept.
 
     Args:
         tables: source URI (images, or generations) by output URI.
-        fingerprint: the networks, by hash: what must be equal for features to be comparable.
+        fingerprint: hashes of the networks, which must be equal for features to be comparable.
 
     Returns:
         The feature tables by output URI.
 
     Raises:
-        ValueError: an image that cannot be decoded, or an output that belongs to other images or networks.
+        ValueError: an image cannot be decoded, or an output belongs to other images or networks.
     """
     items = {output: _items(source, output) for output, source in tables.items() if not manifest_exists(output)}
     missing = []
@@ -71,7 +71,7 @@ def extract_features(
 
 
 def _items(source: str, output: str) -> list[dict[str, Any]]:
-    """One unit of work for each file of the source."""
+    """One unit of work per file of the source."""
     table, items, first = read_manifest(source), [], 0
     turns = _turns(table)
     for number, file in enumerate(table.files):
@@ -82,12 +82,12 @@ def _items(source: str, output: str) -> list[dict[str, Any]]:
 
 
 def _turns(table: Manifest) -> int:
-    """A generation has several images of each prompt, one for each number of steps."""
+    """Images per prompt: in a generation, one for each number of steps."""
     return len(table.fingerprint["steps"]) if table.kind == "generations" else 1
 
 
 def _finish(source: str, output: str, items: list[dict[str, Any]], fingerprint: dict[str, Any]) -> Manifest:
-    """The finished table's manifest: written now, or by an earlier run."""
+    """Write the finished table's manifest, or check and return the one of an earlier run."""
     table = read_manifest(source)
     identity = {**fingerprint, "source": table.digest}
     if manifest_exists(output):
@@ -114,7 +114,7 @@ def _run(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 class FeatureExtractor:
-    """Ray Data actor: one file of the source in, one part of features out."""
+    """Ray Data actor: takes one file of the source, writes one part of the features."""
 
     def __init__(self, config: ScoreConfig) -> None:
         device = reserved_device()
@@ -156,7 +156,7 @@ def _image_rows(data: pa.BufferReader, first: int) -> list[dict[str, Any]]:
 
 
 def _generation_rows(data: pa.BufferReader, first: int) -> list[dict[str, Any]]:
-    """Those that have an image; the failed ones keep their places."""
+    """The rows of a generation with an image; failed rows keep their place in the numbering."""
     seen: dict[int, int] = {}
     rows = []
     for row in pq.read_table(data, columns=["sample_id", "prompt", "steps", "image_uri"]).to_pylist():
@@ -168,7 +168,7 @@ def _generation_rows(data: pa.BufferReader, first: int) -> list[dict[str, Any]]:
 
 
 def _pixels(row: dict[str, Any]) -> np.ndarray:
-    """uint8 [h, w, 3]."""
+    """The row's decoded image, uint8 [h, w, 3]."""
     data = row["image"] if "image" in row else read_bytes(row["image_uri"])
     try:
         return np.asarray(to_rgb(Image.open(io.BytesIO(data))))
@@ -183,6 +183,6 @@ def _describe(output: str, name: str) -> TableFile:
 
 
 def score_key(source: str, fingerprint: dict[str, Any]) -> str:
-    """Short hash of a source table's content and the networks: part of a feature table's place."""
+    """Short hash of a source table's content and the networks; part of a feature table's URI."""
     value = {"source": read_manifest(source).digest, **fingerprint}
     return hashlib.sha256(canonical_json(value)).hexdigest()[:12]

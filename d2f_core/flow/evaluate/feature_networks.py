@@ -1,4 +1,4 @@
-"""Feature networks by name or URI: uint8 images in, float64 features out, and a name that says which network it was.
+"""Feature networks by name or URI: from uint8 images to float64 features, with a name for use in metric names.
 
 | `features`         | network                                                                                        |
 |--------------------|------------------------------------------------------------------------------------------------|
@@ -6,8 +6,8 @@
 | inception          | Inception-v3 as FID uses it; needs torch-fidelity and its weights                              |
 | a directory, s3:// | a vision model in transformers' layout, in safetensors: CLIP, DINOv2, ViT, ConvNeXt, ...       |
 
-A figure of one network says nothing beside a figure of another one, so the network's name, and the dimensions that its
-features were projected to, are part of every metric's name.
+Values from different networks are not comparable, so the network's name, and the dimensions that its features were
+projected to, are part of every metric's name.
 """
 
 import importlib
@@ -27,34 +27,34 @@ from d2f_core.model.vision import VisionModel, projected
 
 EFFICIENTNET, INCEPTION = "efficientnet-lite0", "inception"
 EFFICIENTNET_SIZE = 96
-"""Pixels. Enough for the small images that this network is meant for here; large ones deserve a larger network."""
+"""Height and width in pixels of the network's input: enough for small images; for large ones use a larger network."""
 EFFICIENTNET_WIDTH, INCEPTION_WIDTH = 1280, 2048
 
 
 class FeatureError(ValueError):
-    """A feature network that cannot be used, with the reason and the fix."""
+    """A feature network cannot be used; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureNetwork:
-    """A frozen network that sees images."""
+    """A frozen network that extracts features from images."""
 
     name: str
-    """What metrics are named after."""
+    """Name of the network in metric names."""
     fingerprint: str
-    """Hash of its weights and config."""
+    """Hash of the network's weights and config."""
     width: int
     """Features per image."""
     extract: Callable[[np.ndarray], Tensor]
-    """uint8 [n, h, w, 3] -> [n, width]."""
+    """Function from images, uint8 [n, h, w, 3], to features [n, width]."""
 
 
 class Features:
     """uint8 images [n, h, w, 3] -> float64 features [n, dimensions].
 
     Args:
-        dimensions: the network's features are projected onto as many fixed random directions, so that a covariance
-            of few images is well determined; 0, or not below the network's width: they stay as they are.
+        dimensions: number of fixed random directions that features are projected to, so that a covariance from few
+            images is well determined; 0, or at least the network's width: no projection.
     """
 
     def __init__(self, network: FeatureNetwork, dimensions: int = 64) -> None:
@@ -82,7 +82,7 @@ class Features:
 
 
 def load_features(uri: str, *, dimensions: int = 64, device: str | torch.device = "cpu") -> Features:
-    """The feature network of that name or at that URI.
+    """Load the feature network with a name or at a URI.
 
     Raises:
         FeatureError: a package is missing.
@@ -116,7 +116,7 @@ def _efficientnet(device: str | torch.device) -> FeatureNetwork:
     network.to(device)
 
     def extract(images: np.ndarray) -> Tensor:
-        pixels = (_to_nchw(images, device).float() - 127) / 128  # as the network was trained
+        pixels = (_to_nchw(images, device).float() - 127) / 128  # the network's training normalisation
         size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
         pixels = functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
         return network.extract_features(pixels).mean((2, 3))
@@ -145,7 +145,7 @@ def _inception(device: str | torch.device) -> FeatureNetwork:
 
 
 def vision_network(model: VisionModel) -> FeatureNetwork:
-    """The pooled features of a vision model; their width is measured by looking at one grey image."""
+    """The pooled features of a vision model; their width is determined from one grey image."""
     with torch.inference_mode():
         width = model.pooled(np.full((1, 64, 64, 3), 128, np.uint8)).shape[1]
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", model.uri.rstrip("/").rsplit("/", 1)[-1])
@@ -153,10 +153,10 @@ def vision_network(model: VisionModel) -> FeatureNetwork:
 
 
 class CaptionScorer:
-    """How well images show their captions: 100 times the cosine of CLIP's two features, 0 where it is negative.
+    """Scores how well images match their captions: 100 times the cosine of CLIP's two features, 0 where it is negative.
 
-    Hessel et al., 2021, arXiv:2104.08718, in the scale that torchmetrics reports. Its CLIPScore keeps one running mean;
-    the score of each image is needed here, for intervals and for comparing models in pairs.
+    Hessel et al., 2021, arXiv:2104.08718, in the scale of torchmetrics. Its CLIPScore keeps only a running mean, but
+    intervals and paired comparisons need the score of each image.
 
     Raises:
         FeatureError: the directory has no text tower or tokenizer.
@@ -177,7 +177,7 @@ class CaptionScorer:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """float64 [n], from 0 to 100."""
+        """Scores of images with their captions, float64 [n], from 0 to 100."""
         network: Any = self.model.network
         limit = network.config.text_config.max_position_embeddings
         tokens = self._tokenizer(list(captions), padding=True, truncation=True, max_length=limit, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""Tables of features, read. Imports no network: tasks that only measure start in a second, not in ten."""
+"""Reads tables of features. Imports no network, so that tasks that only measure start in one second instead of ten."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def feature_schema(dimensions: int) -> pa.Schema:
         [
             pa.field("row", pa.int64(), nullable=False),
             pa.field("sample_id", pa.string(), nullable=False),
-            # 0 for real images.
+            # Number of solver steps; 0 for real images.
             pa.field("steps", pa.int32(), nullable=False),
             pa.field("features", pa.list_(pa.float64(), dimensions), nullable=False),
             pa.field("caption_score", pa.float64()),
@@ -26,7 +26,7 @@ def feature_schema(dimensions: int) -> pa.Schema:
 
 
 def read_features(uri: str, manifest: Manifest, steps: int) -> Iterator[FeaturePart]:
-    """The parts of a finished feature table, of one number of steps (0: real images)."""
+    """The parts of a finished feature table for one number of steps (0: real images)."""
     for file in manifest.files:
         table = pq.read_table(pa.BufferReader(read_bytes(join(uri, file.path))))
         table = table.filter(pa.array(table["steps"].to_numpy() == steps))
@@ -49,6 +49,6 @@ def gather_features(
     draws: int,
     only: np.ndarray | None,
 ) -> ImageSet:
-    """`measure.gather` of a table's images of one number of steps (0: real images)."""
+    """`image_metrics.gather` over a table's images at one number of steps (0: real images)."""
     parts, total = read_features(uri, manifest, steps), manifest.counts["set"]
     return gather(parts, total=total, dimensions=dimensions, config=config, draws=draws, only=only)

@@ -19,14 +19,15 @@ from d2f_core.flow.evaluate.distances import (
 )
 
 MADE_DRAWS, REAL_DRAWS = 1, 2
-"""Seeds of the bootstrap: all models are resampled alike, real images apart from them."""
+"""Seeds of the bootstrap: all models share the draws, real images have their own."""
 
 
 class FeaturePart(NamedTuple):
-    """Some of a set's images."""
+    """Features of some of a set's images."""
 
     rows: np.ndarray
-    """int64 [n]: their places in the whole set, which for images of one prompt file pair them across models."""
+    """int64 [n]: positions of the images in the whole set, by which images of one prompt file are paired across
+    models."""
     features: np.ndarray
     """float64 [n, d]."""
     caption_scores: np.ndarray | None
@@ -35,17 +36,17 @@ class FeaturePart(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet:
-    """What is kept of a set of images."""
+    """The statistics of a set of images that metrics need."""
 
     total: int
-    """Images asked for; those that failed have no features."""
+    """Number of images in the set, including failed ones, which have no features."""
     moments: FeatureMoments
     resampled: tuple[FeatureMoments, ...]
-    """One per replicate."""
+    """Moments of each bootstrap replicate."""
     kept: FeaturePart
-    """The images for the pairwise metrics, by rising row."""
+    """The images sampled for the pairwise metrics, sorted by row."""
     kept_draws: np.ndarray
-    """int64 [replicates, kept]: how often each replicate draws them."""
+    """int64 [replicates, kept]: how often each replicate draws the kept images."""
     caption_scores: np.ndarray
     """float64 [images], or empty."""
     caption_draws: np.ndarray
@@ -65,12 +66,12 @@ def gather(
     draws: int = MADE_DRAWS,
     only: np.ndarray | None = None,
 ) -> ImageSet:
-    """Read a set part by part; the split into parts and their order change nothing but rounding.
+    """Read a set part by part; the split into parts and their order affect only rounding.
 
     Args:
         total: images in the whole set, failed ones included.
         draws: seed of the resampling.
-        only: bool [total]: leave out the other rows.
+        only: bool [total]: rows to use; None: all.
     """
     chosen = np.ones(total, bool) if only is None else only
     shuffled = np.random.Generator(np.random.Philox(draws)).permutation(np.flatnonzero(chosen))
@@ -118,12 +119,14 @@ def _sorted(parts: list[FeaturePart], dimensions: int) -> FeaturePart:
 
 
 def enough(images: ImageSet, config: MeasureConfig) -> bool:
-    """Whether there are images enough for every metric, on every replicate."""
+    """Whether there are enough images for every metric on every replicate."""
     return len(images.kept.rows) > config.neighbours + 1 and all(each.count > 1 for each in images.resampled)
 
 
 def measure(real: ImageSet, made: ImageSet, config: MeasureConfig) -> dict[str, Estimate]:
-    """Every metric of a made set against the real one, by short name; only `failed` where too few images are usable."""
+    """Every metric of a generated set against the real one, by short name; only `failed` if too few images are
+    usable.
+    """
     found = {"failed": _failed(made)}
     if not enough(made, config):
         return found
@@ -145,7 +148,7 @@ def measure(real: ImageSet, made: ImageSet, config: MeasureConfig) -> dict[str, 
 def model_distance(first: ImageSet, second: ImageSet) -> Estimate | None:
     """Mean squared distance of the normalised features of two models' images of the same prompt and noise.
 
-    None when they have no image in common.
+    None when the models have no image in common.
     """
     rows, left, right = np.intersect1d(first.kept.rows, second.kept.rows, return_indices=True)
     if not len(rows):
@@ -155,13 +158,13 @@ def model_distance(first: ImageSet, second: ImageSet) -> Estimate | None:
 
 
 def _share(values: np.ndarray, draws: np.ndarray) -> Estimate:
-    """The mean of a value per image; replicates that drew none of the images say nothing."""
+    """The mean of a value over images; replicates that drew none of the images are left out."""
     sizes = draws.sum(1)
     replicates = (draws @ values)[sizes > 0] / sizes[sizes > 0]
     return Estimate.of(float(values.mean()), replicates, len(values))
 
 
 def _failed(made: ImageSet) -> Estimate:
-    """The share of images that could not be made; known, not estimated."""
+    """The share of images that could not be generated; exact, so without an interval."""
     share = 1 - made.count / made.total
     return Estimate(value=share, low=share, high=share, count=made.total)

@@ -1,4 +1,5 @@
-"""Evaluate a candidate beside champion and base: images of the same prompts and noises, scored, reported and judged.
+"""Evaluate a candidate against champion and base: images from the same prompts and noise are scored, reported and
+judged.
 
     OUTPUT/models.json        which versions are compared
     OUTPUT/generations/ROLE   images and index of each model, at every number of network evaluations
@@ -6,7 +7,7 @@
     OUTPUT/metrics.json       every value with its interval, and the gate's verdict
     OUTPUT/report.html        the same to look at
 
-All of it is resumable: a second run goes on where a killed one was. The champion's alias moves last.
+Every step is resumable: a second run continues where a killed one stopped. The champion's alias moves last.
 """
 
 import datetime
@@ -68,7 +69,7 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     wanted = {role: uri for role, uri in asdict(pins).items() if uri}
     if pins.champion == pins.candidate:
         del wanted["champion"]
-    # Images of different sizes cannot be compared: all models draw what the candidate was made for.
+    # Images of different sizes cannot be compared: all models generate the candidate's size.
     edge = config.resolution or carried_sampling(pins.candidate).get("resolution")
     return EvaluateJob(
         config=config,
@@ -82,10 +83,10 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
 
 
 def read_reference(config: EvaluateConfig) -> Manifest:
-    """What the real images are.
+    """The manifest of the real images.
 
     Raises:
-        ValueError: unreachable, no table of images, or too few of them.
+        ValueError: the reference is not reachable, is no table of images, or has too few images.
     """
     check_reachable(config.reference)
     reference = read_manifest(config.reference)
@@ -100,7 +101,7 @@ def evaluate(job: EvaluateJob) -> Verdict:
     """Generate, score, judge, report; then move the champion's alias when the gate passes. Needs a running Ray.
 
     Raises:
-        ValueError: an output of another evaluation, or a cluster or server that cannot be used.
+        ValueError: the output belongs to another evaluation, or a cluster or server cannot be used.
     """
     config = job.config
     keep_pins(config.output, job.pins)
@@ -122,7 +123,7 @@ def evaluate(job: EvaluateJob) -> Verdict:
 
 
 def per_model(paths: dict[str, Estimate], losses: dict[str, float]) -> dict[str, Metric]:
-    """What the gate may ask of a model at whatever number of evaluations."""
+    """Metrics for the gate that do not depend on the number of evaluations."""
     measured = {
         "straightness": paths,
         FLOW_LOSS: {role: Estimate(value=loss, low=loss, high=loss, count=0) for role, loss in losses.items()},
@@ -187,7 +188,7 @@ def _model(compared: ComparedModel, paths: dict[str, Estimate], losses: dict[str
 
 
 def _store(job: EvaluateJob, results: dict[str, Any], metrics: dict[str, Metric]) -> None:
-    """Write results and report to the output, and to an MLflow run of their own."""
+    """Write results and report to the output and to a new MLflow run."""
     config = job.config
     shown = shown_images({each.role: each.images for each in job.compared}, config.shown_prompts)
     files = {

@@ -1,4 +1,4 @@
-"""All metrics of all models of an evaluation, scored and computed on the cluster."""
+"""All metrics of all models of an evaluation, computed on the cluster."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ TITLES = {
     "clip_score": ("CLIP score", True),
     "failed": ("Share of failed images", False),
 }
-"""By short name: what a report calls it, and whether more is better."""
+"""Short name -> (title in reports, whether higher is better)."""
 
 
 def measured_names(config: EvaluateConfig) -> set[str]:
@@ -33,7 +33,7 @@ def measured_names(config: EvaluateConfig) -> set[str]:
 
 
 def measure_all(job: EvaluateJob) -> tuple[dict[str, Metric], dict[str, dict[int, Estimate]]]:
-    """All metrics by short name, and the others' distance to the candidate by role and number of evaluations."""
+    """All metrics by short name, and the other models' distance to the candidate by role and number of evaluations."""
     config = job.config
     measured, distance = cast(Any, ray.remote(measure)), cast(Any, ray.remote(model_distance))
     tables = _features(job)
@@ -86,13 +86,13 @@ class _FeatureTable:
     manifest: Manifest
 
     def gather(self, job: EvaluateJob, steps: int, draws: int, only: np.ndarray | None = None) -> Any:
-        """The image set of one number of steps (0: real images), as an object reference."""
+        """The image set at one number of steps (0: real images), as a Ray object reference."""
         config = job.config.measure
         return ray.remote(gather_features).remote(self.uri, self.manifest, steps, job.dimensions, config, draws, only)
 
 
 def _features(job: EvaluateJob) -> dict[str, _FeatureTable]:
-    """The feature tables of the real images and of every role's."""
+    """The feature tables of the real images and of every role's images."""
     sources = {"reference": job.config.reference, **{each.role: each.images for each in job.compared}}
     places = {
         name: join(job.config.output, "features", f"{name}-{score_key(source, job.fingerprint)}")

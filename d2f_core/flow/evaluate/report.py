@@ -1,4 +1,4 @@
-"""The results of an evaluation as one HTML file that needs nothing else: no network, no scripts."""
+"""The results of an evaluation as one self-contained HTML file, without network access or scripts."""
 
 import base64
 import io
@@ -19,9 +19,9 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 COLOURS = {"candidate": "#1f6feb", "champion": "#c2571a", "base": "#6b7280"}
 PLOTTED = ("frechet", "kernel", "precision", "recall", "clip_score")
 SHOWN_EDGE = 168
-"""Pixels: twice what the page shows, for screens of high density."""
+"""Stored image size in pixels: twice the displayed size, for high-density screens."""
 GRID_WIDTH = 860
-"""Pixels of the page for a row's images."""
+"""Width of a row of images on the page, in pixels."""
 ENOUGH_IMAGES = 2000
 
 
@@ -31,7 +31,7 @@ class ShownPrompt:
 
     prompt: str
     images: Mapping[str, tuple[str | None, ...]]
-    """By role: data URIs by rising number of evaluations; None where sampling failed."""
+    """Data URIs by role, in increasing number of evaluations; None where sampling failed."""
 
 
 def shown_images(generations: Mapping[str, str], prompts: int) -> list[ShownPrompt]:
@@ -70,7 +70,7 @@ def _data_uri(uri: str | None) -> str | None:
 
 
 def render_report(results: Mapping[str, Any], shown: list[ShownPrompt]) -> str:
-    """The page for the contents of metrics.json."""
+    """The HTML page for the contents of metrics.json."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True)
     environment.filters["number"] = number
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -90,17 +90,17 @@ def render_report(results: Mapping[str, Any], shown: list[ShownPrompt]) -> str:
 
 
 def image_edge(groups: int, columns: int) -> int:
-    """Pixels of an image in the grid, so that all of a row's fit beside their caption."""
+    """Height and width in pixels of an image in the grid, so that a row's images fit beside their caption."""
     return max(36, min(112, (GRID_WIDTH - 18 * groups) // (groups * columns) - 6))
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; a dash for what was not measured."""
+    """Format a value with four significant digits; a dash if it was not measured."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def cell(estimate: Mapping[str, Any]) -> markupsafe.Markup:
-    """A value above its interval."""
+    """Table cell with a value above its interval."""
     interval = f"{number(estimate['low'])} to {number(estimate['high'])}"
     if estimate["low"] == estimate["high"]:
         interval = f"of {estimate['count']}"
@@ -116,7 +116,7 @@ def best(metric: Mapping[str, Any], count: int) -> str | None:
 
 
 def note(results: Mapping[str, Any]) -> str:
-    """What a reader must know of the figures."""
+    """Note on how to read the figures."""
     text = (
         "A Fréchet distance is biased upward by few images and depends on the feature network: compare figures of this "
         "page with each other, and with the floor between two halves of the real images (of half the size, so a "

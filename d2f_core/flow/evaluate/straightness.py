@@ -1,4 +1,4 @@
-"""How straight a model's paths from noise to data are: what decides how few evaluations it needs."""
+"""Straightness of a model's paths from noise to data, which determines how few evaluations it needs."""
 
 import itertools
 from typing import Any
@@ -26,7 +26,7 @@ from d2f_core.tracking import resolve_model
 
 @torch.inference_mode()
 def straightness(field: Field, noise: Tensor, times: Tensor) -> Tensor:
-    """How far paths from noise [batch, *dims] along `times` [steps + 1] are from straight lines, [batch].
+    """Deviation [batch] of the paths from noise [batch, *dims] along `times` [steps + 1] from straight lines.
 
     The mean over the Euler path of |v(x_t, t) - (x_1 - x_0)|^2 / |x_1 - x_0|^2: 0 where one step would do.
     Source: Liu et al., 2022, arXiv:2209.03003, equation 4, relative to the length of the path.
@@ -61,7 +61,9 @@ def follow_paths(uri: str, plan: Plan, rows: list[dict[str, Any]], steps: int) -
 
 
 def follow_all(job: EvaluateJob) -> dict[str, Estimate]:
-    """Mean straightness by role, over the first prompts; needs a running Ray. `score.num_actors` models at a time."""
+    """Mean straightness by role, over the first prompts; needs a running Ray. Processes `score.num_actors` models in
+    parallel.
+    """
     config = job.config
     rows = list(itertools.islice(checked_rows(config.prompts), config.straightness_prompts))
     if not rows:
@@ -69,7 +71,7 @@ def follow_all(job: EvaluateJob) -> dict[str, Estimate]:
     task = ray.remote(follow_paths).options(num_cpus=config.score.cpus_per_actor, num_gpus=config.score.gpus_per_actor)
     pending: list[ray.ObjectRef] = []
     for each in job.compared:
-        # Not all at once: each would be a process of its own, which loads all libraries and takes a GPU.
+        # Not all at once, because each is a process that loads all libraries and takes a GPU.
         if (done := len(pending) - config.score.num_actors + 1) > 0:
             ray.wait(pending, num_returns=done)
         pending.append(task.remote(each.uri, each.job.plan, rows, config.straightness_steps))

@@ -1,1 +1,1 @@
-"""Prompts to images."""
+"""Generating images from prompts."""

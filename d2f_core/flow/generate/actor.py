@@ -1,4 +1,4 @@
-"""The actor of generation jobs: loads a job's model, then turns chunks of its prompts into images and an index part."""
+"""The actor of generation jobs: loads a job's model, then makes images and an index part from each chunk of prompts."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("steps", pa.int32(), nullable=False),
         pa.field("guidance", pa.float64(), nullable=False),
         pa.field("shift", pa.float64(), nullable=False),
-        # Pixels.
+        # Size of the image in pixels.
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("num_evaluations", pa.int32(), nullable=False),
@@ -46,7 +46,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("image_sha256", pa.string()),
         pa.field("model_uri", pa.string(), nullable=False),
         pa.field("model_hash", pa.string(), nullable=False),
-        # Null when there is an image or a latent; otherwise why there is none.
+        # Null when there is an image or a latent; otherwise the reason why not.
         pa.field("error", pa.string()),
     ]
 )
@@ -59,16 +59,17 @@ TIMING_SCHEMA = pa.schema(
         pa.field("host", pa.string(), nullable=False),
     ]
 )
-"""Apart from the index, so that an index is equal however often a job was interrupted."""
+"""Separate from the index, so that the index does not depend on interruptions of the job."""
 LATENTS_FILE = b"d2f.latents"
-"""Metadata of an index part: the chunk's part of the latent table, as a TableFile in JSON."""
+"""Metadata key of an index part; its value is the chunk's part of the latent table, as a TableFile in JSON."""
 UPLOAD_THREADS = 8
 
 
 class JobsSampler:
-    """Ray Data actor for chunks of several jobs; it holds the model of one at a time.
+    """Ray Data actor for chunks of several jobs; it holds one job's model at a time.
 
-    A batch is one chunk of one job, by their numbers. Out come its index part and latents (TableFiles in JSON).
+    A batch gives the numbers of one job and one chunk; the result is the chunk's index part and latents (TableFiles in
+    JSON).
     """
 
     def __init__(self, jobs: Sequence[tuple[Plan, str]], threads: int) -> None:
@@ -79,14 +80,14 @@ class JobsSampler:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         ((number,), (chunk,)) = batch["job"].tolist(), batch["chunk"].tolist()
         if number != self._number:
-            del self._sampler  # or two models would be there while the next one is loaded
+            del self._sampler  # free it before the next model is loaded
             plan, output = self._jobs[number]
             self._number, self._sampler = number, ChunkSampler(plan, output, self._threads)
         return {"job": [number], **self._sampler(chunk)}
 
 
 class ChunkSampler:
-    """What makes the images of one job, chunk by chunk."""
+    """Generates the images of one job, chunk by chunk."""
 
     def __init__(self, plan: Plan, output: str, threads: int) -> None:
         self.plan, self.output = plan, output
@@ -111,11 +112,11 @@ class ChunkSampler:
         made, digests = self._sample(requests)
         latents = self._write_latents(chunk, made) if self.plan.emit != "images" else None
         self._write_timing(chunk, made)
-        # Last: an index part says that all images of its chunk are there.
+        # Written last: an index part means that all images of its chunk exist.
         part = self._write_index(chunk, made, digests, latents)
         failed = sum(one.error is not None for one in made)
         for counter, count in ((self._images, len(made) - failed), (self._failures, failed)):
-            if count:  # Ray refuses to add nothing
+            if count:  # Ray refuses to increment by 0
                 counter.inc(count)
         return {
             "chunk": [chunk],
@@ -125,18 +126,18 @@ class ChunkSampler:
         }
 
     def _sample(self, requests: list[Request]) -> tuple[list[Sampled], dict[int, str]]:
-        """What became of each request, without pixels, and the hashes of the image files, by position."""
+        """Result of each request, without pixels, and the image files' hashes by position."""
         images = self.plan.emit == "images"
         kept: dict[int, Sampled] = {}
         files: dict[int, Future[str]] = {}
-        # Encoding and uploading go on beside the sampling of the next batch.
+        # Encoding and uploading run in parallel with sampling the next batch.
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
             for positions in batches(requests, self.plan.batch_size):
                 made = self.sampler.sample_batch([requests[position] for position in positions], decode=images)
                 for position, one in zip(positions, made, strict=True):
                     if images and one.pixels is not None:
                         files[position] = pool.submit(self._write_image, one)
-                    # The pixels are the pool's from here on; a chunk's worth of them may not fit in memory.
+                    # From here on only the pool keeps the pixels: those of a whole chunk may not fit into memory.
                     kept[position] = dataclasses.replace(one, pixels=None, latent=None if images else one.latent)
         digests = {position: file.result() for position, file in files.items()}
         return [kept[position] for position in range(len(requests))], digests

@@ -1,4 +1,4 @@
-"""What is drawn, and what is shown of it. Light: neither torch nor a model."""
+"""Configs of image generation and contact sheets. Imports neither torch nor a model."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,48 +10,50 @@ Format = Literal["png", "webp", "jpeg"]
 
 
 class GenerateError(ValueError):
-    """A generation job that cannot run as asked, with the reason and the fix."""
+    """A generation job cannot run as asked; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateWork:
-    """What is drawn, and in which pieces."""
+    """What images are generated, and in which units of work."""
 
     prompts: str = ""
     """Prompt file: .parquet, .jsonl or .csv with a column `prompt`; s3:// or local. Its columns `seed`, `steps`,
-    `guidance`, `height`, `width` and `negative_prompt` go before the settings here, row by row."""
+    `guidance`, `height`, `width` and `negative_prompt` override the settings here for each row."""
     model: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
     output: str = ""
     """Where images/ (or latents/), index/ and timing/ are written, and manifest.json at the end."""
     emit: Emit = "images"
-    """latents: a latent table at OUTPUT/latents that a training reads; pairs: with the noise each latent came from."""
+    """latents: write a latent table for training to OUTPUT/latents; pairs: include the noise that each latent came
+    from."""
     format: Format = "png"
-    """Of image files; webp and jpeg at `quality`."""
+    """Format of image files; `quality` applies to webp and jpeg."""
     quality: int = 95
-    """Of lossy formats, 1 to 100."""
+    """Quality of lossy formats, 1 to 100."""
     solver: str | None = None
-    """euler, heun, midpoint, rk4, dopri5, bosh3, adaptive_heun, dopri8 or ddim; None: what the model carries."""
+    """euler, heun, midpoint, rk4, dopri5, bosh3, adaptive_heun, dopri8 or ddim; None: the model's default."""
     steps: tuple[int, ...] = ()
-    """Every prompt is sampled once for each, from the same noise; empty: what the model carries."""
+    """Numbers of solver steps; every prompt is sampled once with each, from the same noise. Empty: the model's
+    default."""
     guidance: float | None = None
-    """Classifier-free guidance scale; None: what the model carries."""
+    """Classifier-free guidance scale; None: the model's default."""
     shift: float | None = None
-    """Above 1, steps are spent nearer to noise; None: what the model carries."""
+    """Flow-time shift: above 1, more steps are near noise; None: the model's default."""
     seed: int = 0
-    """Of rows without a seed of their own."""
+    """Seed of rows that have none of their own."""
     resolution: int | None = None
-    """Edge of the images in pixels; None: what the UNet's config says."""
+    """Height and width of the images in pixels; None: the size in the UNet's config."""
     batch_size: int = 16
     """Images per forward pass."""
     chunk_size: int = 64
-    """Prompts per unit of work: what a killed actor loses at most."""
+    """Prompts per unit of work, the most that is lost when an actor is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(AwaitedPoolConfig, GenerateWork):
     experiment: str = "diff2flow-generate"
-    """MLflow experiment that gets a run of this job, where MLFLOW_TRACKING_URI is set; empty: none."""
+    """MLflow experiment for this job's run, if MLFLOW_TRACKING_URI is set; empty: no run."""
 
     def __post_init__(self) -> None:
         self.check_counts("batch_size", "chunk_size", error=GenerateError)
@@ -63,7 +65,7 @@ class GenerateConfig(AwaitedPoolConfig, GenerateWork):
             raise GenerateError(f"emit={self.emit!r} makes one latent per prompt. Give one number of steps.")
 
     def check_complete(self) -> None:
-        """Raises GenerateError when a URI is missing."""
+        """Raise GenerateError when a URI is missing."""
         for name in ("prompts", "model", "output"):
             if not getattr(self, name):
                 raise GenerateError(f"{name} is empty. Give --{name} URI.")
@@ -72,18 +74,18 @@ class GenerateConfig(AwaitedPoolConfig, GenerateWork):
 @dataclass(frozen=True, kw_only=True)
 class ContactSheetConfig:
     generations: tuple[str, ...] = ()
-    """Outputs of generate, made from the same prompts; left to right."""
+    """Outputs of generate from the same prompts, left to right."""
     titles: tuple[str, ...] = ()
-    """One per generation; empty: model and solver."""
+    """One title per output; empty: model and solver."""
     output: str = ""
     """The PNG to write, s3:// or local."""
     title: str = "Same prompts, same noises"
     max_rows: int = 24
-    """Prompts shown, from the first one on."""
+    """Most prompts shown, from the first one on."""
     cell: int = 160
-    """Edge of one image on the sheet in pixels."""
+    """Height and width in pixels of one image on the sheet."""
     run: str = ""
-    """Output URI of a training whose MLflow run also gets the picture; empty: none."""
+    """Output URI of a training to whose MLflow run the picture is added; empty: none."""
     experiment: str = "diff2flow"
     """MLflow experiment of that run."""
 

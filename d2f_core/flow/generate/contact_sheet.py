@@ -1,4 +1,6 @@
-"""One picture that compares models: the same prompts and noises, sampled with more and more network evaluations."""
+"""One picture that compares models: the same prompts and noise, sampled with increasing numbers of network
+evaluations.
+"""
 
 import functools
 import io
@@ -107,11 +109,11 @@ def _open(uri: str | None) -> Image.Image | None:
 def contact_sheet(title: str, captions: Sequence[str], groups: Sequence[Group], *, cell: int = 160) -> Image.Image:
     """Rows are captions, columns are `groups` side by side, each headed by its number of network evaluations.
 
-    Below that number stands how far the column's images are from those of the group's last column, and above all it is
-    said what that means.
+    Below that number is the difference between the column's images and those of the group's last column; the head of
+    the sheet explains it.
 
     Args:
-        cell: edge of one image on the sheet in pixels; images of another size are resampled.
+        cell: height and width in pixels of one image on the sheet; images of another size are resampled.
     """
     columns = sum(len(group.columns) for group in groups)
     width = 2 * MARGIN + CAPTION_WIDTH + columns * (cell + GAP) + len(groups) * GROUP_GAP
@@ -140,7 +142,7 @@ def contact_sheet(title: str, captions: Sequence[str], groups: Sequence[Group], 
 
 
 def explained(groups: Sequence[Group]) -> list[str]:
-    """What the columns mean, for someone who has never seen such a sheet."""
+    """Lines that explain the columns to a first-time reader."""
     counts = sorted({evaluations for group in groups for evaluations in group.columns})
     if len(counts) < 2:
         return ["Each row is one prompt, drawn by all models from the same noise."]
@@ -154,7 +156,7 @@ def explained(groups: Sequence[Group]) -> list[str]:
 
 
 def off_the_last(columns: Mapping[int, Sequence[Image.Image | None]]) -> dict[int, float]:
-    """Mean absolute difference of pixels, as a share of their range, to the images with the most evaluations."""
+    """Mean absolute pixel difference to the images with the most evaluations, as a share of the pixel range."""
     last = columns[max(columns)]
     found = {}
     for evaluations, images in columns.items():
@@ -197,7 +199,7 @@ def _caption(draw: ImageDraw.ImageDraw, caption: str, y: int, cell: int) -> None
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
-    """Break at words so that every line fits `width` pixels; what does not fit in `max_lines` ends in an ellipsis."""
+    """Break at words so that every line fits `width` pixels; text beyond `max_lines` is cut with an ellipsis."""
     characters = max(1, int(width / font.getlength("i")))
     lines = textwrap.wrap(text, characters)
     while any(font.getlength(line) > width for line in lines) and characters > 1:

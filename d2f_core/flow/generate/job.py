@@ -1,4 +1,4 @@
-"""Batch inference: a prompt file in, images (or latents) and an index table out.
+"""Batch inference: from a prompt file to images (or latents) and an index table.
 
     OUTPUT/plan.json                        what decides the images; a second job with another plan is refused
     OUTPUT/prompts.parquet                  the checked prompts, cut into chunks
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateJob:
-    """A job that was checked, and is ready to run."""
+    """A checked job that is ready to run."""
 
     config: GenerateConfig
     prompts: PromptFile
@@ -70,7 +70,7 @@ def check_generate(config: GenerateConfig) -> GenerateJob:
 
 
 def generate(job: GenerateJob) -> Manifest:
-    """Make all images that are not there yet; needs a running Ray. A finished output is left alone.
+    """Make all missing images; needs a running Ray. A finished output is not changed.
 
     Raises:
         GenerateError: the output belongs to another plan.
@@ -80,10 +80,10 @@ def generate(job: GenerateJob) -> Manifest:
 
 
 def generate_all(jobs: Sequence[GenerateJob]) -> list[Manifest]:
-    """The same for several jobs, one after the other, by one pool of actors: the first job's config says how many.
+    """Run several jobs, one after the other, with one pool of actors, whose size is that of the first job's config.
 
     Raises:
-        GenerateError: as `generate`.
+        GenerateError: see `generate`.
     """
     begun = [_Begun(job) for job in jobs]
     missing = [(number, chunk) for number, each in enumerate(begun) for chunk in each.output.missing]
@@ -97,7 +97,7 @@ def generate_all(jobs: Sequence[GenerateJob]) -> list[Manifest]:
 
 
 class _Begun:
-    """A job whose output is claimed: what is there of it, and its run in MLflow."""
+    """A started job: its claimed output with the existing parts, and its MLflow run."""
 
     def __init__(self, job: GenerateJob) -> None:
         config, plan = job.config, job.plan
@@ -130,7 +130,7 @@ class _Begun:
 
 
 def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """One result per (job, chunk), as they come."""
+    """One result per (job, chunk), in order of completion."""
     config = jobs[0].config
     items = [{"job": job, "chunk": chunk} for job, chunk in chunks]
     arguments = [(job.plan, job.config.output) for job in jobs], config.cpus_per_actor

@@ -1,7 +1,7 @@
-"""What a generation job will make, decided before it starts: a function of config, prompts and model alone.
+"""The plan of a generation job, made before it starts; it depends only on config, prompts and model.
 
 Prompts are cut into chunks in file order, chunks into batches. A chunk is done when its index part exists. So a job
-that was killed goes on with the missing chunks, and the size of the cluster changes nothing in any image.
+that was killed resumes with the missing chunks, and the size of the cluster does not affect any image.
 """
 
 import tempfile
@@ -19,19 +19,19 @@ from d2f_core.model.base import BaseModelError
 from d2f_core.storage import exists, join, upload_tree
 
 PROMPTS_NAME = "prompts.parquet"
-"""The checked prompts, one row group per chunk: what the actors read, however large the prompt file was."""
+"""File of the checked prompts, one row group per chunk, so that an actor reads only its chunk of a large file."""
 TIMING, LATENTS = "timing", "latents"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that decides the images; kept beside them as plan.json."""
+    """Everything that determines the images; stored beside them as plan.json."""
 
     prompts_digest: str
     num_prompts: int
     num_images: int
     model_uri: str
-    """Pinned: never an alias."""
+    """URI of the model, with aliases resolved to a version."""
     model_hash: str
     solver: str
     steps: tuple[int, ...]
@@ -39,9 +39,9 @@ class Plan:
     shift: float
     seed: int
     height: int
-    """Pixels."""
+    """Height of the images in pixels."""
     width: int
-    """Pixels."""
+    """Width of the images in pixels."""
     batch_size: int
     chunk_size: int
     emit: Emit
@@ -56,8 +56,8 @@ class Plan:
         return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.num_prompts))
 
     def requests(self, rows: list[dict[str, Any]]) -> list[Request]:
-        """What a chunk's rows ask for: all rows at the first number of steps, then at the next; a row that says its
-        own number has its place among the first."""
+        """The requests of a chunk's rows: all rows at the first number of steps, then at the next, and so on. A row
+        with its own number of steps occurs only once, in the first turn."""
         return [
             self._request(row, row["steps"] or steps)
             for turn, steps in enumerate(self.steps)
@@ -80,15 +80,17 @@ class Plan:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two jobs to make the same images: of the model its hash, not its place."""
+        """The values that must be equal for two jobs to make the same images; includes the model's hash, not its
+        URI.
+        """
         return {name: value for name, value in identity_values(self).items() if name != "model_uri"}
 
 
 def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, model_uri: str) -> Plan:
-    """Fill in what the config leaves to the model.
+    """Make the plan, with the model's defaults for unset fields.
 
     Raises:
-        ValueError: an unknown solver, or a size that the autoencoder cannot make.
+        ValueError: the solver is unknown, or the autoencoder cannot produce the size.
     """
     try:
         filled = [
@@ -145,10 +147,10 @@ def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: TrainedMode
 
 
 def claim_output(output: str, plan: Plan, prompts: PromptFile) -> IndexedOutput:
-    """Write plan and prompts at the output, or check that the plan which lies there is the same.
+    """Write plan and prompts at the output, or check that the existing plan is the same.
 
     Raises:
-        OutputError: the output holds images of another plan; names what differs.
+        OutputError: the output holds images of another plan; names the differences.
     """
     claimed = IndexedOutput(output, plan.identity(), plan.num_chunks, model_uri=plan.model_uri)
     if not exists(join(output, PROMPTS_NAME)):

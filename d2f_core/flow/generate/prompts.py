@@ -1,4 +1,6 @@
-"""Prompt files: parquet, jsonl or csv, on S3 or local, read row by row and checked, however many rows there are."""
+"""Prompt files: parquet, jsonl or csv, on S3 or local, read and checked row by row, so that files may be of any
+size.
+"""
 
 import csv
 import hashlib
@@ -25,7 +27,7 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("negative_prompt", pa.string(), nullable=False),
-        # Null: the job's.
+        # Null: the job's setting.
         pa.field("seed", pa.int64()),
         pa.field("steps", pa.int32()),
         pa.field("guidance", pa.float64()),
@@ -35,39 +37,40 @@ PROMPT_SCHEMA = pa.schema(
 )
 COLUMNS = tuple(PROMPT_SCHEMA.names)
 SAMPLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""A sample_id becomes part of a file name."""
+"""Allowed sample_id, which becomes part of a file name."""
 BATCH_ROWS = 1024
 MAX_STEPS, MAX_PIXELS = 10_000, 65_536
-"""Along one side."""
+"""Most solver steps, and the most pixels along one side of an image."""
 
 
 class PromptError(ValueError):
-    """A prompt file that cannot be used: the file, the row, the rule and the fix."""
+    """A prompt file cannot be used; the message gives the file, the row, the rule and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
-    """What a prompt file holds, without holding it."""
+    """Summary of a prompt file, without its rows."""
 
     uri: str
     num_rows: int
     digest: str
     """sha256 over the checked rows: equal for equal prompts, whatever the file format."""
     rows_with_steps: int
-    """Rows that say their own number of steps."""
+    """Number of rows with their own number of steps."""
     sizes: tuple[tuple[int, int | None, int | None], ...]
-    """Each different (height, width) of a row, after the number of the first row that has it."""
+    """(row, height, width) for each distinct size of a row, with the number of the first row that has it."""
 
 
 def scan_prompts(uri: str) -> PromptFile:
-    """Read and check every row of a prompt file; keeps 8 bytes of each.
+    """Read and check every row of a prompt file; keeps 8 bytes per row in memory.
 
     The column `prompt` is required. Optional: `sample_id` (default: a hash of row number and prompt), `negative_prompt`
-    (default: empty), and instead of the job's own: `seed`, `steps`, `guidance`, `height`, `width` (pixels). Other
-    columns are left out.
+    (default: empty), and, overriding the job's settings: `seed`, `steps`, `guidance`, `height`, `width` (pixels). Other
+    columns are ignored.
 
     Raises:
-        PromptError: no such file, another format, no `prompt` column, a bad value, or a repeated sample_id.
+        PromptError: the file does not exist, has another format or no `prompt` column, or holds a bad value or a
+            repeated sample_id.
     """
     digest, names, sizes, with_steps = hashlib.sha256(), array("Q"), dict[Any, int](), 0
     for number, row in enumerate(checked_rows(uri), start=1):
@@ -93,7 +96,7 @@ def checked_rows(uri: str) -> Iterator[dict[str, Any]]:
     """The rows of a prompt file by the columns of `PROMPT_SCHEMA`, in file order.
 
     Raises:
-        PromptError: as `scan_prompts`, but for repeated names.
+        PromptError: as for `scan_prompts`, except that repeated sample_ids are not detected.
     """
     try:
         with local_file(uri) as path:
@@ -109,7 +112,7 @@ def copy_prompts(prompts: PromptFile, target: Path, rows_per_group: int) -> None
     """Write the checked rows to a local parquet file, one row group for each `rows_per_group` of them.
 
     Raises:
-        PromptError: the file is no longer the one that was scanned.
+        PromptError: the file has changed since it was scanned.
     """
     rows, digest = checked_rows(prompts.uri), hashlib.sha256()
     with pq.ParquetWriter(target, PROMPT_SCHEMA) as writer:
@@ -122,7 +125,7 @@ def copy_prompts(prompts: PromptFile, target: Path, rows_per_group: int) -> None
 
 
 def table_captions(uri: str, most: int | None = None) -> list[str]:
-    """The captions of an image or latent table, in its order; the first `most`."""
+    """The captions of an image or latent table in its order, at most `most` of them."""
     manifest = read_manifest(uri)
     rows = np.arange(manifest.num_rows if most is None else min(manifest.num_rows, most))
     return RowReader(uri, manifest, ("caption",)).read(rows).column("caption").to_pylist()
@@ -133,7 +136,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def write_prompts(uri: str, prompts: Sequence[str]) -> None:
-    """Write prompts as jsonl, one row each."""
+    """Write prompts as a jsonl file, one row per prompt."""
     write_bytes(uri, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts).encode())
 
 
@@ -151,7 +154,7 @@ def _rows(uri: str, path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _text_rows(uri: str, path: Path, suffix: str) -> Iterator[Mapping[str, Any]]:
-    # csv wants the line ends as they are; JSON lines end in \n alone, for other marks may stand inside a string.
+    # csv needs line ends untranslated; JSON lines end only at \n, because other line separators may occur in a string.
     with path.open(encoding="utf-8-sig", newline="" if suffix == "csv" else "\n") as file:
         try:
             yield from (_jsonl_rows if suffix == "jsonl" else _csv_rows)(uri, file)
@@ -183,7 +186,7 @@ def _csv_rows(uri: str, file: Iterable[str]) -> Iterator[Mapping[str, Any]]:
     reader = csv.DictReader(file, strict=True)
     try:
         _require_prompt(uri, reader.fieldnames or [])
-        # An empty field is no value, as the format cannot tell the two apart; an empty prompt is then refused.
+        # An empty field counts as missing, as csv cannot tell the two apart; an empty prompt is then refused.
         yield from ({name: value or None for name, value in row.items() if name in COLUMNS} for row in reader)
     except csv.Error as error:
         raise PromptError(f"{uri!r} is not CSV near line {reader.line_num} ({error}). Correct that line.") from None
@@ -233,7 +236,7 @@ def _absent(value: Any) -> bool:
 def _whole(where: str, name: str, value: Any, lowest: int, highest: int) -> int | None:
     if _absent(value):
         return None
-    if isinstance(value, float) and value.is_integer():  # a column of integers with gaps, as pandas stores it
+    if isinstance(value, float) and value.is_integer():  # pandas stores a column of integers with gaps as floats
         value = int(value)
     try:
         number = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else lowest - 1
@@ -259,7 +262,7 @@ def _number(where: str, name: str, value: Any) -> float | None:
 
 
 def _refuse_duplicates(uri: str, hashes: set[int]) -> None:
-    """Name the repeated sample_id, if it is one: hashes may meet by chance."""
+    """Raise PromptError with the repeated sample_id, unless the equal hashes are only a collision."""
     first: dict[str, int] = {}
     for number, row in enumerate(checked_rows(uri), start=1):
         name = row["sample_id"]

@@ -1,7 +1,7 @@
-"""Images from prompts with one loaded model: what batch jobs, MLflow's loader and the online service share.
+"""Generates images from prompts with one loaded model; shared by batch jobs, MLflow's loader and the online service.
 
-An image is a function of the model and of its `Request` alone: its noise is keyed by (seed, sample_id), and requests of
-one shape and one set of sampler settings share a forward pass, which changes an image by float rounding at most.
+An image depends only on the model and its `Request`: its noise is keyed by (seed, sample_id), and requests with equal
+shape and sampler settings share a forward pass, which changes an image by float rounding at most.
 """
 
 import io
@@ -27,7 +27,7 @@ KEPT_PROMPTS = 256
 
 
 class Shape(NamedTuple):
-    """What requests must share to be sampled in one batch."""
+    """Settings that requests must have in common to be sampled in one batch."""
 
     solver: str
     steps: int
@@ -39,10 +39,10 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One image to be made, every setting filled in."""
+    """One image to generate, with all settings given."""
 
     sample_id: str
-    """With the seed, the key of its noise."""
+    """Key of the image's noise, together with `seed`."""
     prompt: str
     negative_prompt: str
     seed: int
@@ -51,9 +51,9 @@ class Request:
     guidance: float
     shift: float
     height: int
-    """Pixels."""
+    """Height of the image in pixels."""
     width: int
-    """Pixels."""
+    """Width of the image in pixels."""
 
     @property
     def shape(self) -> Shape:
@@ -62,19 +62,19 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What became of a request: image and latent, or why there is none."""
+    """Result of a request: image and latent, or the error."""
 
     request: Request
     noise: np.ndarray
-    """float32 [channels, h, w]: where the sampler began."""
+    """float32 [channels, h, w]: the noise that the sampler started from."""
     latent: np.ndarray | None
-    """float32 [channels, h, w], scaled as the UNet reads it."""
+    """float32 [channels, h, w], scaled as the UNet expects it."""
     pixels: np.ndarray | None
-    """uint8 [height, width, 3]; None for a failed image, and when only latents were asked for."""
+    """uint8 [height, width, 3]; None for a failed image, or if only latents were requested."""
     num_evaluations: int
     error: str | None
     seconds: float
-    """Wall time of its batch, divided by the batch's size."""
+    """Wall time of the batch, divided by the batch size."""
 
 
 def fill_request(
@@ -91,15 +91,15 @@ def fill_request(
     height: int | None = None,
     width: int | None = None,
 ) -> Request:
-    """A request whose missing settings are those that the model carries.
+    """A request with the model's defaults for missing settings.
 
     Args:
-        sample_id: "" keys the noise by the prompt.
-        height, width: pixels; None: what the model carries. One alone makes a square.
+        sample_id: key of the noise; "" uses the prompt.
+        height, width: pixels; None: the model's default. If only one is given, the image is square.
 
     Raises:
-        ValueError: a model of another task, an unknown solver, steps below 1, or a size that the autoencoder cannot
-            make.
+        ValueError: the model has another task, the solver is unknown, steps are below 1, or the autoencoder cannot
+            produce the size.
     """
     if model.task != "text_to_image":
         raise ValueError(
@@ -132,12 +132,12 @@ def _filled_size(model: TrainedModel, height: int | None, width: int | None) -> 
     if height is None and width is None:
         height, width = model.default_size
     height, width = height or width or 0, width or height or 0
-    model.base.latent_shape(height, width)  # refuses a size that the autoencoder cannot make
+    model.base.latent_shape(height, width)  # raises if the autoencoder cannot produce the size
     return height, width
 
 
 def batches(requests: Iterable[Request], size: int) -> list[list[int]]:
-    """Positions of the requests, cut into batches of one shape: a function of the requests' order alone."""
+    """Positions of the requests, grouped into batches of one shape; depends only on the requests' order."""
     groups: dict[Shape, list[int]] = {}
     for position, request in enumerate(requests):
         groups.setdefault(request.shape, []).append(position)
@@ -145,7 +145,7 @@ def batches(requests: Iterable[Request], size: int) -> list[list[int]]:
 
 
 class ImageSampler:
-    """A model with its autoencoder and text encoder, ready to draw.
+    """A model with its autoencoder and text encoder, ready to generate images.
 
     Raises:
         ValueError: the base has no autoencoder or text encoder.
@@ -158,7 +158,7 @@ class ImageSampler:
         self._conditions: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def sample(self, requests: Sequence[Request], *, batch_size: int = 16, decode: bool = True) -> list[Sampled]:
-        """Draw requests of any shapes; the answers stand in the order of the requests."""
+        """Sample requests of any shapes; results are in the order of the requests."""
         made: dict[int, Sampled] = {}
         for positions in batches(requests, batch_size):
             done = self.sample_batch([requests[position] for position in positions], decode=decode)
@@ -166,18 +166,20 @@ class ImageSampler:
         return [made[position] for position in range(len(requests))]
 
     def sample_batch(self, requests: Sequence[Request], *, decode: bool = True) -> list[Sampled]:
-        """Draw requests of one shape in one batch; should the network fail on one, each by itself."""
+        """Sample requests of one shape in one batch; if the network fails on the batch, each request is sampled by
+        itself.
+        """
         began = time.perf_counter()
         noise = self._noise(requests)
         try:
             latents, evaluations = self._latents(requests, noise)
         except NonFiniteStateError as error:
-            if len(requests) > 1:  # one request must not cost the others their images
+            if len(requests) > 1:  # a request that fails must not fail the others
                 return [made for request in requests for made in self.sample_batch([request], decode=decode)]
             seconds = time.perf_counter() - began
             return [_failed(requests[0], noise[0], str(error), seconds)]
         pixels = self._autoencoder.decode(latents) if decode else None
-        # Asked of the latents too: decoding clamps an infinite value into an image like any other.
+        # Checked on the latents too, because decoding would clamp an infinite value to a valid pixel.
         finite = latents.flatten(1).isfinite().all(1)
         images = None
         if pixels is not None:
@@ -220,9 +222,10 @@ class ImageSampler:
         )
 
     def _condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What captions give, [len(captions), ...] by the denoiser's argument names; each encoded once and by itself.
+        """The captions' condition, tensors [len(captions), ...] by the denoiser's argument names; each caption is
+        encoded once, alone.
 
-        By itself, because in a batch its states would depend, by rounding, on which captions were already known here.
+        Alone, because in a batch its states would depend, by rounding, on which captions were already cached.
         """
         for caption in captions:
             if caption not in self._conditions:

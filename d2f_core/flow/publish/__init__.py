@@ -1,1 +1,1 @@
-"""Trained models to registered versions."""
+"""Publishing trained models as registered versions."""

@@ -1,10 +1,10 @@
-"""Which model becomes a version of which name, and which version an alias points at. Light: no MLflow, no torch."""
+"""Configs of registering a model and of moving an alias. Imports neither MLflow nor torch."""
 
 from dataclasses import dataclass
 
 
 class RegisterError(ValueError):
-    """A model that cannot be registered, with the reason and the fix."""
+    """A model cannot be registered; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,11 +12,11 @@ class RegisterConfig:
     run: str = ""
     """Output URI of the training, which is also the key of its MLflow run."""
     model: str = ""
-    """Model directory; empty: the one that the training exported."""
+    """Model directory; empty: the model that the training exported."""
     name: str = "emoji-flow"
-    """Registered model; each call adds a version, unless the same content is there."""
+    """Name of the registered model; each call adds a version, unless one with the same content exists."""
     alias: str = "candidate"
-    """Alias that moves to this version."""
+    """Alias to point at this version."""
     experiment: str = "diff2flow"
     """MLflow experiment of the training's run."""
 
@@ -29,13 +29,13 @@ class RegisterConfig:
 @dataclass(frozen=True, kw_only=True)
 class PromoteConfig:
     name: str = "emoji-flow"
-    """Registered model."""
+    """Name of the registered model."""
     version: str = ""
-    """The version that the alias moves to."""
+    """Version to point the alias at."""
     alias: str = "champion"
-    """Alias that moves; `candidate` moves by itself when a model is registered."""
+    """Alias to move; `candidate` is moved automatically when a model is registered."""
     rollback: bool = False
-    """Return to the version that the alias named before; once more: to the one before that."""
+    """Point the alias back at its previous version; repeating it goes back further."""
 
     def __post_init__(self) -> None:
         _check_name(self.name)

@@ -1,8 +1,8 @@
-"""What MLflow's own tools run to open a registered depth model: `mlflow.pyfunc.load_model("models:/depth@champion")`.
+"""MLflow loader of registered depth models: `mlflow.pyfunc.load_model("models:/depth@champion")`.
 
 Registering copies this file beside the model's files, and MLflow runs the copy, in an environment that has this project
-installed. Bytes of image files in, maps as bytes of .npy and 16-bit PNG files out; settings may stand in columns, one
-value per image, or be given as `params`, which hold for all images. Import this module only to serve a model.
+installed. Input: bytes of image files; output: maps as bytes of .npy and 16-bit PNG files. Settings are given in
+columns, one value per image, or as `params`, which apply to all images. Import this module only to serve a model.
 """
 
 import os
@@ -22,15 +22,15 @@ from d2f_core.model.artifact import load_model
 
 WHOLE = {"num_inference_steps": "steps", "seed": "seed", "ensemble": "ensemble"}
 SETTINGS = {**WHOLE, "solver": "solver", "shift": "shift"}
-"""Name that MLflow's users know -> name here."""
+"""Name of a setting in MLflow -> name in this project."""
 MAX_PIXELS = 50_000_000
 
 
 class DepthModel(PythonModel):
-    """A trained model that sees how far everything is, up to scale and shift."""
+    """A trained model that predicts depth up to scale and shift."""
 
     def load_context(self, context: Any) -> None:
-        """Load the model; `base_model` and `device` of the model config say where its base is and where it computes."""
+        """Load the model; `base_model` and `device` in the model config set the location of its base and the device."""
         config = context.model_config or {}
         device = config.get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
         model = load_model(context.artifacts["model"], base_uri=config.get("base_model") or None)
@@ -39,10 +39,10 @@ class DepthModel(PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row per image: `depth` and `uncertainty` (.npy, float32, 0 near, 1 far) and `depth_png` (16 bits).
 
-        Every image is cropped to its centre square and resized to what the model was made for.
+        Every image is cropped to its centre square and resized to the model's resolution.
 
         Raises:
-            ValueError: bytes that are no image, a setting that makes no sense, or a map that came out not finite.
+            ValueError: the bytes are no image, a setting is invalid, or a map is not finite.
         """
         del context
         each = model_input.explode("image")  # MLflow reads {"image": [a, b]} as one row
@@ -50,7 +50,7 @@ class DepthModel(PythonModel):
         return pd.DataFrame([self._row(number, row) for number, row in enumerate(rows)])
 
     def _row(self, number: int, row: Mapping[str, Any]) -> dict[str, bytes]:
-        given = _given(row)  # MLflow fills in None for params that are left out
+        given = _given(row)  # MLflow sets missing params to None
         image = given.get("image")
         if not isinstance(image, bytes):
             raise ValueError(f"row {number} has image of type {type(image).__name__}. Give the bytes of an image file.")
@@ -73,7 +73,7 @@ class DepthModel(PythonModel):
 
 
 def _given(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is missing, which pandas has as None or NaN."""
+    """The row without missing values (None or NaN in pandas)."""
     return {name: value for name, value in row.items() if not pd.isna(value)}
 
 

@@ -1,8 +1,8 @@
-"""What MLflow's own tools run to open a registered version: `mlflow.pyfunc.load_model("models:/emoji-flow@champion")`.
+"""MLflow loader of registered text-to-image models: `mlflow.pyfunc.load_model("models:/emoji-flow@champion")`.
 
 Registering copies this file beside the model's files, and MLflow runs the copy, in an environment that has this project
-installed. Prompts in, PNG bytes out, as mlflow.diffusers does it; its settings may stand in columns, one value per
-image, or be given as `params`, which hold for all images. Import this module only to serve a model.
+installed. Input: prompts; output: PNG bytes, as in mlflow.diffusers. Its settings are given in columns, one value per
+image, or as `params`, which apply to all images. Import this module only to serve a model.
 """
 
 import os
@@ -25,14 +25,14 @@ SETTINGS = {
     "solver": "solver",
     "shift": "shift",
 }
-"""Name that MLflow's users know -> name here."""
+"""Name of a setting in MLflow -> name in this project."""
 
 
 class ImageModel(PythonModel):
-    """A trained model that draws."""
+    """A trained model that generates images from prompts."""
 
     def load_context(self, context: Any) -> None:
-        """Load the model; `base_model` and `device` of the model config say where its base is and where it computes."""
+        """Load the model; `base_model` and `device` in the model config set the location of its base and the device."""
         config = context.model_config or {}
         device = config.get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
         model = load_model(context.artifacts["model"], base_uri=config.get("base_model") or None)
@@ -42,7 +42,7 @@ class ImageModel(PythonModel):
         """PNG bytes of one image per prompt.
 
         Raises:
-            ValueError: a row without prompt, a setting that makes no sense, or an image that came out not finite.
+            ValueError: a row has no prompt, a setting is invalid, or an image is not finite.
         """
         del context
         each = model_input.explode("prompt")  # MLflow reads {"prompt": ["a", "b"]} as one row
@@ -65,7 +65,7 @@ class ImageModel(PythonModel):
 
 
 def _given(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is missing, which pandas has as None or NaN."""
+    """The row without missing values (None or NaN in pandas)."""
     return {name: value for name, value in row.items() if not pd.isna(value)}
 
 

@@ -1,4 +1,4 @@
-"""A finished training's model becomes a version in the registry, with what tells what it is; aliases move."""
+"""Registers a finished training's model as a version with a card, and moves aliases."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from d2f_core.tracking import Loader, ModelVersionInfo, RunHandle, check_trackin
 from d2f_core.tracking.publish import publish, training_run
 
 MODEL = "model"
-"""A training exports its model to `OUTPUT/model/`, the description last."""
+"""Directory in a training's output to which it exports its model, the description last."""
 MODEL_TYPE = "diff2flow"
 REQUIREMENTS = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
 )  # fmt: skip
-"""Not this project itself, which no package index serves; the card says so."""
+"""pip requirements of a model; without this project, which is on no package index, as the card says."""
 SETTINGS = {"base_model": "", "device": ""}
 
 
@@ -44,7 +44,7 @@ def check_register(config: RegisterConfig) -> RegisterJob:
     """Look for the model and its training's run.
 
     Raises:
-        ValueError: no exported model, no MLflow run of that training, or MLflow cannot be used.
+        ValueError: there is no exported model or no MLflow run of the training, or MLflow cannot be used.
     """
     if not config.run:
         raise RegisterError("run is empty. Give --run URI, the output of a training.")
@@ -71,12 +71,12 @@ def register(job: RegisterJob) -> ModelVersionInfo:
 
 
 def loader_of(task: str) -> Loader:
-    """How MLflow's own tools open a model of a task."""
+    """The loader with which MLflow's own tools load a model of a task."""
     if task == "image_to_depth":
         return Loader(
             script=Path(__file__).with_name("depth_pyfunc.py"),
             inputs={"image": "binary"},
-            # The names of mlflow.diffusers, where it has one.
+            # Named as in mlflow.diffusers, where it has a name.
             optional={
                 "num_inference_steps": "long", "seed": "long", "ensemble": "long", "solver": "string",
                 "shift": "double",
@@ -89,7 +89,7 @@ def loader_of(task: str) -> Loader:
     return Loader(
         script=Path(__file__).with_name("image_pyfunc.py"),
         inputs={"prompt": "string"},
-        # As mlflow.diffusers names them; the last three are this project's.
+        # Named as in mlflow.diffusers; the last three are this project's own.
         optional={
             "negative_prompt": "string", "num_inference_steps": "long", "guidance_scale": "double", "height": "long",
             "width": "long", "seed": "long", "solver": "string", "shift": "double",
@@ -102,7 +102,7 @@ def loader_of(task: str) -> Loader:
 
 
 def exported_model(config: RegisterConfig) -> str:
-    """The directory that is to be registered. Raises RegisterError when there is none."""
+    """The model directory to register. Raises RegisterError when it does not exist."""
     uri = config.model or join(config.run, MODEL)
     if not exists(join(uri, DESCRIPTION)):
         raise RegisterError(
@@ -116,7 +116,8 @@ def check_move_alias(config: PromoteConfig) -> None:
     """Look for the version that the alias is to name.
 
     Raises:
-        ValueError: neither a version nor rollback, no such version, an incomplete one, or none to go back to.
+        ValueError: neither a version nor rollback is given, the version does not exist or is incomplete, or there is no
+            previous version.
     """
     check_tracking()
     if config.rollback:

@@ -1,4 +1,4 @@
-"""The card of a registered model: what it is, how to use it, and what it was made of. Markdown and tags."""
+"""The card of a registered model: what it is, how to use it, and what it was made from. Markdown and tags."""
 
 import json
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from typing import Any
 from d2f_core.tracking.publish import ModelCard, TrainingRecord
 
 DIGEST_TAG = "d2f.latents_digest"
-"""Of a training's run: digests of the manifests of its latent tables."""
+"""Tag of a training's run with the digests of its latent tables' manifests."""
 MAX_DESCRIPTION_CHARS = 5000
-"""What MLflow keeps of a version's description."""
+"""Longest description of a version that MLflow stores."""
 POINTER_CHARS = 200
-"""Kept for the line that says what is only in the files."""
+"""Characters reserved for the line that refers to the files for the rest."""
 MAX_SCHEDULE_CHARS = 1500
 TAGGED = frozenset(
     {"task", "objective", "method", "prediction_type", "solver", "steps", "guidance", "shift", "resolution", "base_uri"}
@@ -20,11 +20,11 @@ TAGGED = frozenset(
 
 
 def write_card(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> ModelCard:
-    """The card of a model.
+    """Make the card of a model.
 
     Args:
         description: the model's `diff2flow.json`.
-        uri: where it is had: `models:/NAME@ALIAS`.
+        uri: URI for loading the model, `models:/NAME@ALIAS`.
     """
     return ModelCard(
         text=model_card(description, record, uri),
@@ -34,13 +34,13 @@ def write_card(description: Mapping[str, Any], record: TrainingRecord, uri: str)
 
 
 def model_tags(description: Mapping[str, Any], record: TrainingRecord) -> dict[str, str]:
-    """What a browser of the registry filters by; few, for MLflow shows all in each row. The card has the rest."""
+    """Tags for filtering in the registry; few, because MLflow shows all of them in each row. The card has the rest."""
     tags = {name: value for name, value in _rows(description, record).items() if name in TAGGED}
     return tags | {f"metric.{name}": f"{value:.6g}" for name, value in record.metrics.items()}
 
 
 def model_card(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> str:
-    """The whole card, README.md."""
+    """The full card, as README.md."""
     picture = (
         "\n## Samples\n\n![samples of the training's last evaluation](samples.png)\n" if record.has_samples else ""
     )
@@ -48,7 +48,7 @@ def model_card(description: Mapping[str, Any], record: TrainingRecord, uri: str)
 
 
 def version_description(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> str:
-    """The card, within what MLflow keeps: what does not fit is said to be in the files."""
+    """The card, cut to the length that MLflow stores, with a pointer to the files for the rest."""
     text = _summary(description, record, uri)
     parts = {"the scheduler config (diff2flow.json)": _schedule(description), "config.yaml": _config(record)}
     left_out = []
@@ -75,7 +75,7 @@ def _summary(description: Mapping[str, Any], record: TrainingRecord, uri: str) -
 
 
 def _rows(description: Mapping[str, Any], record: TrainingRecord) -> dict[str, str]:
-    """All that a version was made of, by name."""
+    """Everything that a version was made from, by name."""
     schedule, training = description["schedule"], description["training"]
     return {
         **{name: description[name] for name in ("task", "objective", "method", "prediction_type")},
@@ -91,7 +91,7 @@ def _rows(description: Mapping[str, Any], record: TrainingRecord) -> dict[str, s
 
 
 def _use(task: str, uri: str) -> str:
-    """A command and a line of Python."""
+    """How to use the model: a command and a line of Python."""
     if task == "image_to_depth":
         command = f"python -m pipelines.predict_depth depth --model {uri} --source.uri IMAGES --output URI"
         row = '{"image": open("photo.png", "rb").read(), "seed": 1}'

@@ -1,1 +1,1 @@
-"""Images over HTTP."""
+"""Online service: images over HTTP."""

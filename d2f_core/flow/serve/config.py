@@ -1,11 +1,11 @@
-"""What the online service holds and listens to."""
+"""Config of the online service."""
 
 import ipaddress
 from dataclasses import dataclass
 
 
 class ServeError(ValueError):
-    """A service that cannot run as asked, with the reason and the fix."""
+    """The service cannot run as asked; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,34 +13,35 @@ class ServeConfig:
     model: str = "models:/emoji-flow@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
     replicas: int = 1
-    """Processes that hold the model."""
+    """Number of processes that hold the model."""
     cpus_per_replica: float = 1
-    """Logical CPUs that Ray reserves for each, and its torch threads."""
+    """Logical CPUs that Ray reserves per replica, and the replica's torch threads."""
     gpus_per_replica: float = 0
     max_batch_size: int = 8
-    """Most images drawn together."""
+    """Most images generated in one batch."""
     batch_wait_seconds: float = 0.05
-    """How long the first request of a batch waits for others."""
+    """Seconds that the first request of a batch waits for others."""
     max_queue: int = 32
-    """Images that may wait beyond those that the replicas have taken in; more are answered with 503."""
+    """Most images waiting in addition to those that replicas have accepted; further requests get status 503."""
     host: str = "127.0.0.1"
-    """Address to listen on, on the head node; another than 127.0.0.1 needs --allow-external and a token of your own."""
+    """Address to listen on, on the head node; addresses other than 127.0.0.1 require --allow-external and your own
+    token."""
     port: int = 8000
     allow_external: bool = False
-    """Listen for other machines too. There is no TLS: put a proxy that has it in front."""
+    """Accept connections from other machines. The service has no TLS: put a proxy with TLS in front."""
     token_file: str = ""
-    """File of mode 600 with the token; empty: D2F_SERVE_TOKEN, or else a file that is made."""
+    """File of mode 600 with the token; empty: use D2F_SERVE_TOKEN, or else create a token file."""
     max_prompt_characters: int = 1000
     max_steps: int = 100
     max_pixels: int = 1024 * 1024
     """Largest height x width of an image."""
     max_images: int = 4
-    """Of one request."""
+    """Most images per request."""
     max_body_bytes: int = 65_536
     request_seconds: float = 120.0
-    """Most time for one request, waiting included."""
+    """Most seconds for one request, including waiting."""
     replace: bool = False
-    """End what Ray Serve runs on this cluster first, such as a service whose command was killed."""
+    """First stop what Ray Serve runs on this cluster, such as a service whose command was killed."""
 
     def __post_init__(self) -> None:
         whole = ("replicas", "max_batch_size", "max_queue", "max_prompt_characters", "max_steps", "max_pixels")
@@ -67,7 +68,9 @@ class ServeConfig:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server at that address; a name other than localhost counts as outer."""
+    """Whether a server at the address can be reached only from this machine; names other than localhost count as
+    external.
+    """
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,7 +1,7 @@
-"""The two deployments of the online service: a door that lets requests in, and painters that hold the model.
+"""The two deployments of the online service: an ingress that checks requests, and replicas that hold the model.
 
-The door costs no CPU slot and answers even while every painter is busy. Painters collect what comes in at once and draw
-it together; images are those of the batch job for the same seed, sample_id and settings, up to float rounding.
+The ingress reserves no CPU and answers even while every replica is busy. Replicas batch concurrent requests; images
+equal those of the batch job for the same seed, sample_id and settings, up to float rounding.
 """
 
 import asyncio
@@ -34,29 +34,30 @@ RETRY_SECONDS = "2"
 
 
 class BodyTooLargeError(Exception):
-    """A body beyond the limit; no more of it is read."""
+    """A request body exceeds the limit; the rest is not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageResult:
-    """A painter's answer: an image, or why there is none."""
+    """A replica's result: an image, or the error."""
 
     png: bytes = b""
     settings: dict[str, Any]
-    """Every setting used."""
+    """All settings used."""
     batch_images: int = 0
-    """Images that were drawn together with it, itself included."""
+    """Number of images in the batch, this one included."""
     refused: str = ""
-    """What is wrong with the request."""
+    """Why the request is invalid; "" if it is valid."""
     failed: str = ""
-    """What went wrong in drawing it."""
+    """Why the image could not be generated; "" if it was."""
 
 
 def _listen_on_the_nodes_address_only() -> None:
-    """Bind the port on which this replica is asked by others to the node's address, instead of to every interface.
+    """Bind this replica's gRPC port to the node's address instead of every network interface.
 
-    Ray Serve 2.60 has no setting for it. What comes in there is unpickled, behind Ray's token where Ray has one: with
-    127.0.0.1 as the node's address nobody else shall get as far as that. To be called before the replica is ready.
+    Ray Serve 2.60 has no setting for it. Messages on this port are unpickled (after a check of Ray's token, if one is
+    set), so with 127.0.0.1 as the node's address no other machine should reach it. Must be called before the replica is
+    ready.
     """
     from ray.serve._private import replica
 
@@ -69,7 +70,7 @@ def _listen_on_the_nodes_address_only() -> None:
 
 
 class ImageReplica:
-    """Holds the model; draws what came in meanwhile in one call."""
+    """Serve deployment that holds the model and generates concurrent requests in one batch."""
 
     def __init__(self, model_uri: str, model_hash: str, config: ServeConfig) -> None:
         _listen_on_the_nodes_address_only()
@@ -88,7 +89,7 @@ class ImageReplica:
         batching.set_batch_wait_timeout_s(config.batch_wait_seconds)
 
     async def draw(self, fields: dict[str, Any]) -> ImageResult:
-        """One image; waits for the batch that it becomes part of."""
+        """Generate one image, as part of the next batch."""
         try:
             request = fill_request(self.sampler.model, **fields)
         except ValueError as error:
@@ -97,7 +98,7 @@ class ImageReplica:
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0)
     async def _draw_together(self, requests: list[Request]) -> list[ImageResult]:
-        # In a thread, so that the next requests are taken in; one at a time, for a batch waits for the one before it.
+        # In a thread, so that further requests can be accepted; Serve runs one batch at a time.
         drawn = await asyncio.to_thread(self._draw, requests)
         self.images, self.batches = self.images + len(requests), self.batches + 1
         return drawn
@@ -107,7 +108,7 @@ class ImageReplica:
         return [_drawn(one, len(requests)) for one in made]
 
     async def describe(self) -> dict[str, Any]:
-        """What answers, how it samples by default, and this replica's counts since it started."""
+        """The model, its default sampling settings, and this replica's counts since it started."""
         model = self.sampler.model
         sampling = asdict(model.sampling)
         del sampling["resolution"]
@@ -129,7 +130,7 @@ def _drawn(made: Sampled, together: int) -> ImageResult:
 
 
 class Ingress:
-    """Asks for the token, checks what can be checked without the model, and hands the rest to the painters."""
+    """Serve deployment that checks the token and whatever needs no model, then forwards requests to the replicas."""
 
     def __init__(self, painters: DeploymentHandle, token_digest: bytes, config: ServeConfig) -> None:
         _listen_on_the_nodes_address_only()
@@ -166,12 +167,12 @@ class Ingress:
             )
             return _refusal(504, text, {"Retry-After": RETRY_SECONDS})
         except Exception:
-            logger.exception("a request failed")  # its cause is for the log of the service, not for strangers
+            logger.exception("a request failed")  # clients must not see the cause
             return _refusal(500, "The service failed; its log says why. Try again, or tell whoever runs it.")
 
     def _has_token(self, request: HttpRequest) -> bool:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        # Of equal length whatever was sent, so that the time taken tells nothing.
+        # Hashes have equal length, so the time of the comparison reveals nothing about the token.
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
         return scheme.lower() == "bearer" and hmac.compare_digest(digest, self.token_digest)
 
@@ -202,14 +203,14 @@ class Ingress:
         answers = [self.painters.draw.remote(fields) for fields in wanted]
         try:
             return list(await asyncio.gather(*answers))
-        except BaseException:  # time is up, the client is gone, or there is no room for one: nobody wants the others
+        except BaseException:  # timeout, disconnected client or full queue: cancel the others
             for answer in answers:
                 answer.cancel()
             raise
 
 
 async def _body(request: HttpRequest, most: int) -> bytes:
-    """The whole body. Raises BodyTooLargeError before more than `most` bytes of it are held."""
+    """Read the whole body. Raises BodyTooLargeError as soon as it exceeds `most` bytes."""
     if int(request.headers.get("content-length", 0)) > most:
         raise BodyTooLargeError
     data = bytearray()

@@ -1,4 +1,4 @@
-"""The body of an image request -> the fields of its images, or what is wrong with it; needs no model."""
+"""Parses and checks the body of an image request; needs no model."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from d2f_core.flow.generate.prompts import SAMPLE_ID
 from d2f_core.objective.solver import ADAPTIVE
 
 WHOLE = {"seed": 0, "steps": 1, "height": 1, "width": 1, "num_images": 1}
-"""Whole numbers and the least that each may be."""
+"""Integer fields and the minimum of each."""
 REAL = ("guidance", "shift")
 TEXTS = ("prompt", "negative_prompt", "sample_id", "solver")
 FIELDS = (*TEXTS, *REAL, *WHOLE)
@@ -16,11 +16,11 @@ LARGEST = 2**63 - 1
 
 
 class RequestError(ValueError):
-    """A request that cannot be served as asked: the value, the rule and the fix."""
+    """A request cannot be served as asked; the message gives the value, the rule and the fix."""
 
 
 class Limits(Protocol):
-    """What one request may ask for."""
+    """Limits on one request."""
 
     @property
     def max_prompt_characters(self) -> int: ...
@@ -33,10 +33,10 @@ class Limits(Protocol):
 
 
 def parse_request(body: bytes, limits: Limits) -> list[dict[str, Any]]:
-    """The fields of each image asked for, as `fill_request` takes them; images of one request differ in their seeds.
+    """The arguments of `fill_request` for each requested image; images of one request differ in their seeds.
 
     Raises:
-        RequestError: no JSON object, an unknown field, a wrong type, or a value beyond a limit.
+        RequestError: the body is no JSON object, or has an unknown field, a wrong type or a value beyond a limit.
     """
     try:
         asked = json.loads(body, parse_constant=_no_number)
@@ -79,7 +79,7 @@ def _check(name: str, value: Any) -> None:
 def _is_finite(value: int | float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 

@@ -4,7 +4,7 @@
     GET  /v1/model    version, hash, defaults, limits, counts
     GET  /healthz     open to all
 
-Only the token's hash leaves the process of the command, so that neither Ray's state nor its logs can hold the token.
+Only the token's hash leaves the command's process, so that neither Ray's state nor its logs can contain the token.
 """
 
 import contextlib
@@ -34,38 +34,39 @@ APPLICATION = "diff2flow"
 TOKEN_VARIABLE = "D2F_SERVE_TOKEN"
 TOKEN = re.compile(r"[\x21-\x7e]{16,512}")
 STOP_SECONDS = 20.0
-"""How long requests in work may go on once the service is told to stop."""
+"""Seconds that requests in progress may continue after the service is told to stop."""
 DOOR_REQUESTS = 1000
-"""Requests that the door holds at a time, most of them waiting for a painter."""
+"""Most concurrent requests in the ingress, most of them waiting for a replica."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """What clients must send; only its hash is kept."""
+    """The token that clients must send; only its hash is stored."""
 
     digest: bytes
-    """sha256."""
+    """sha256 of the token."""
     source: str
-    """Where it is, for the one who runs the command: a variable or a file."""
+    """Where the token is found, for the operator: a variable or a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeJob:
-    """A service that was checked, and is ready to start."""
+    """A checked service that is ready to start."""
 
     config: ServeConfig
     model_uri: str
-    """Pinned: never an alias."""
+    """URI of the model, with aliases resolved to a version."""
     model_hash: str
 
 
 def obtain_token(config: ServeConfig) -> Token:
-    """The token by the config's file, by D2F_SERVE_TOKEN (which is then taken out of the environment), or a new one.
+    """The token from the config's file, from D2F_SERVE_TOKEN (which is then removed from the environment), or a new
+    one.
 
-    Out of the environment, because a Ray that is started here would hand it to all its processes.
+    Removed, because a Ray that is started here would pass it on to all its processes.
 
     Raises:
-        ServeError: no usable token; never shows it.
+        ServeError: there is no usable token; the message never contains it.
     """
     given = os.environ.pop(TOKEN_VARIABLE, "")
     if config.token_file:
@@ -99,7 +100,7 @@ def _token(text: str, source: str) -> Token:
 
 
 def _make_token(path: Path) -> None:
-    """A new token in a file for this user alone; one that is there stays."""
+    """Write a new token to a file that only this user can read; an existing file is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -110,7 +111,7 @@ def check_serve(config: ServeConfig) -> ServeJob:
     """Check everything that can be checked before a cluster is used.
 
     Raises:
-        ValueError: no such model, or its defaults are beyond the service's limits.
+        ValueError: the model does not exist, or its defaults exceed the service's limits.
     """
     if config.model.startswith("models:/"):
         check_tracking()
@@ -129,16 +130,16 @@ def check_serve(config: ServeConfig) -> ServeJob:
 
 @contextlib.contextmanager
 def service(job: ServeJob, token: Token) -> Iterator[str]:
-    """Run the service while the context lasts; yields its URL. Needs a running Ray.
+    """Context in which the service runs; yields its URL. Needs a running Ray.
 
     Raises:
-        ServeError: Ray Serve runs there already, the cluster is too small, or it did not start.
+        ServeError: Ray Serve is already running, the cluster is too small, or the service did not start.
     """
     config = job.config
     _clear(config)
     _check_room(config)
     try:
-        # One proxy, on the head node: the address that is printed is the only one.
+        # One proxy, on the head node, so that the printed address is the only one.
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
         serve.run(_application(job, token), name=APPLICATION, route_prefix="/")
         yield f"http://{config.host}:{config.port}"
@@ -150,10 +151,10 @@ def service(job: ServeJob, token: Token) -> Iterator[str]:
 
 
 def is_running() -> bool:
-    """Whether the service is still there, or was ended from elsewhere."""
+    """Whether the service is still running; it may have been stopped from elsewhere."""
     try:
         return APPLICATION in serve.status().applications
-    except ray.exceptions.ActorDiedError:  # of Ray Serve's controller, known here from an earlier call
+    except ray.exceptions.ActorDiedError:  # Ray Serve's controller, cached by an earlier call
         return False
 
 
@@ -186,7 +187,7 @@ def _application(job: ServeJob, token: Token) -> serve.Application:
     painters = serve.deployment(
         ImageReplica,
         num_replicas=config.replicas,
-        # One batch is drawn while the next one gathers; all others wait where `max_queue` counts them.
+        # One batch is generated while the next one collects; all others wait in the queue, which `max_queue` limits.
         max_ongoing_requests=2 * config.max_batch_size,
         max_queued_requests=config.max_queue,
         graceful_shutdown_timeout_s=STOP_SECONDS,
