@@ -292,6 +292,8 @@ def test_a_body_that_asks_for_nonsense_or_too_much_is_refused(body: bytes, messa
         ({"max_queue": 3}, "max_queue=3 is below max_images=4"),
         ({"replicas": 0}, "replicas=0 must be at least 1"),
         ({"request_seconds": 0}, "request_seconds=0 must be above 0"),
+        ({"cpus_per_replica": -1}, "cpus_per_replica=-1 must not be negative"),
+        ({"batch_wait_seconds": -0.1}, "batch_wait_seconds=-0.1 must not be negative"),
     ],
 )
 def test_a_service_that_would_be_open_or_senseless_is_refused(change: dict[str, Any], message: str) -> None:
