@@ -1,5 +1,7 @@
 """Storage on a bad network and on a full disk: a real S3 server behind the proxy of `benchmarks/fault_proxy.py`."""
 
+import errno
+import http.client
 import logging
 import os
 import resource
@@ -15,6 +17,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError, SSLError
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import s3 as s3_client
@@ -160,6 +163,27 @@ def test_wrong_credentials_are_refused_at_once(
 )
 def test_pyarrow_tells_network_trouble_by_its_text(text: str) -> None:
     assert is_network_trouble(OSError(text))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("reset by peer"),
+        TimeoutError("timed out"),
+        http.client.IncompleteRead(b"half"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
+        SSLError(endpoint_url="https://s3", error="EOF occurred in violation of protocol"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lost_connection_is_network_trouble(error: Exception) -> None:
+    assert is_network_trouble(error)
+
+
+def test_a_certificate_that_is_not_trusted_stays_so_and_is_not_tried_again() -> None:
+    text = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate"
+    assert not is_network_trouble(SSLError(endpoint_url="https://s3", error=text))
 
 
 @pytest.mark.parametrize(
