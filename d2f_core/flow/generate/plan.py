@@ -52,9 +52,6 @@ class Plan:
     def num_chunks(self) -> int:
         return -(-self.num_prompts // self.chunk_size)
 
-    def rows_of(self, chunk: int) -> range:
-        return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.num_prompts))
-
     def requests(self, rows: list[dict[str, Any]]) -> list[Request]:
         """What a chunk's rows ask for: all rows at the first number of steps, then at the next; a row that says its
         own number has its place among the first."""
