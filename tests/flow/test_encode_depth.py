@@ -264,7 +264,9 @@ def test_half_a_pair_of_a_users_own_source_is_left_out_with_the_reason(config, l
         DepthSample(source_uri=f"own#{number}", **{"image": None, **{name: whole[name] for name in there}})
         for number, there in enumerate((parts, whole))
     ]
-    spec = check_encode_depth(dataclasses.replace(config, source=dataclasses.replace(config.source, latents=latents))).spec
+    spec = check_encode_depth(
+        dataclasses.replace(config, source=dataclasses.replace(config.source, latents=latents))
+    ).spec
     record, prepared = prepare_chunk(samples, spec, shard=0, number=0, last=True)
     assert [(bad.source_uri, bad.reason) for bad in record.bad] == [("own#0", reason)]
     assert prepared["source_uri"].to_pylist() == ["own#1"]
