@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -199,6 +200,30 @@ def test_a_certificate_that_is_not_trusted_stays_so_and_is_not_tried_again() -> 
 def test_the_callers_errors_are_not_network_trouble(error: Exception) -> None:
     error.__context__ = ConnectionResetError()
     assert not is_network_trouble(error)
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/key", "http://host/file", "S3://bucket/key"])
+def test_another_scheme_is_refused(uri: str) -> None:
+    scheme = uri.partition(":")[0]
+    with pytest.raises(StorageError, match=rf"'{uri}' has the scheme '{scheme}'\. Use s3://bucket/key or a local path"):
+        storage.read_bytes(uri)
+
+
+def test_an_empty_prefix_and_an_object_that_climbs_out_are_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: dict[str, dict[str, int]] = {}
+    fetched: list[str] = []
+    fs = SimpleNamespace(find=lambda *_, **__: found, get_file=lambda file, _: fetched.append(file))
+    monkeypatch.setattr(storage, "filesystem", lambda _: (fs, "bucket/model"))
+    with pytest.raises(StorageError, match=r"'s3://bucket/model' holds no files\. Check the URI, or write it first"):
+        storage.download_tree("s3://bucket/model", tmp_path / "target")
+    for name in ("bucket/model/../../../climbed", "bucket/model/a/../../climbed"):
+        found.clear()
+        found[name] = {"size": 1}
+        with pytest.raises(StorageError, match=r"climbed' climbs out of 's3://bucket/model'\. Refused; remove that"):
+            storage.download_tree("s3://bucket/model", tmp_path / "target")
+    assert not fetched and not list(tmp_path.iterdir())
 
 
 FULL_DISK = """
