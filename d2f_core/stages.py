@@ -107,9 +107,9 @@ def _read_record(uri: str) -> dict[str, Any] | None:
         record = json.loads(read_bytes(uri))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or not even text
         raise ValueError(f"{uri!r} is not a stage record ({error}). Remove it; the stage then runs again.") from None
-    missing = {"key", "count", "seconds", "outputs"} - set(record)
+    missing = {"key", "count", "seconds", "outputs"} - set(record if isinstance(record, dict) else ())
     if missing:
         raise ValueError(f"{uri!r} is not a stage record (no {sorted(missing)}). Remove it; the stage then runs again.")
     return record

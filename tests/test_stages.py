@@ -89,3 +89,14 @@ def test_a_config_that_came_back_from_yaml_has_the_same_key() -> None:
     assert (
         stage_key(Cpus(per_worker=1), {}) == stage_key(Cpus(per_worker=1.0), {}) != stage_key(Cpus(per_worker=1.5), {})
     )
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"key": "k"', b"\xff\xfe{}", b"[]", b"3", b'{"key": "k", "count": 7}'])
+def test_a_damaged_record_is_named_and_the_stage_does_not_run(tmp_path: Path, damaged: bytes) -> None:
+    stage = Stage(tmp_path)
+    stage.record.write_bytes(damaged)
+    with pytest.raises(
+        ValueError, match=r"stage\.json' is not a stage record \(.*\)\. Remove it; the stage then runs again"
+    ):
+        stage.run("k")
+    assert stage.runs == 0

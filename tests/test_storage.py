@@ -1,5 +1,7 @@
 """Storage on a bad network and on a full disk: a real S3 server behind the proxy of `benchmarks/fault_proxy.py`."""
 
+import errno
+import http.client
 import logging
 import os
 import resource
@@ -10,11 +12,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError, SSLError
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import s3 as s3_client
@@ -165,6 +169,27 @@ def test_pyarrow_tells_network_trouble_by_its_text(text: str) -> None:
 @pytest.mark.parametrize(
     "error",
     [
+        ConnectionResetError("reset by peer"),
+        TimeoutError("timed out"),
+        http.client.IncompleteRead(b"half"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
+        SSLError(endpoint_url="https://s3", error="EOF occurred in violation of protocol"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_lost_connection_is_network_trouble(error: Exception) -> None:
+    assert is_network_trouble(error)
+
+
+def test_a_certificate_that_is_not_trusted_stays_so_and_is_not_tried_again() -> None:
+    text = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate"
+    assert not is_network_trouble(SSLError(endpoint_url="https://s3", error=text))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
         OSError("AWS Error ACCESS_DENIED during HeadObject operation: No response body."),
         OSError("AWS Error UNKNOWN (HTTP status 501) during PutObject operation"),
         FileNotFoundError("s3://d2f/a"),
@@ -175,6 +200,30 @@ def test_pyarrow_tells_network_trouble_by_its_text(text: str) -> None:
 def test_the_callers_errors_are_not_network_trouble(error: Exception) -> None:
     error.__context__ = ConnectionResetError()
     assert not is_network_trouble(error)
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/key", "http://host/file", "S3://bucket/key"])
+def test_another_scheme_is_refused(uri: str) -> None:
+    scheme = uri.partition(":")[0]
+    with pytest.raises(StorageError, match=rf"'{uri}' has the scheme '{scheme}'\. Use s3://bucket/key or a local path"):
+        storage.read_bytes(uri)
+
+
+def test_an_empty_prefix_and_an_object_that_climbs_out_are_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: dict[str, dict[str, int]] = {}
+    fetched: list[str] = []
+    fs = SimpleNamespace(find=lambda *_, **__: found, get_file=lambda file, _: fetched.append(file))
+    monkeypatch.setattr(storage, "filesystem", lambda _: (fs, "bucket/model"))
+    with pytest.raises(StorageError, match=r"'s3://bucket/model' holds no files\. Check the URI, or write it first"):
+        storage.download_tree("s3://bucket/model", tmp_path / "target")
+    for name in ("bucket/model/../../../climbed", "bucket/model/a/../../climbed"):
+        found.clear()
+        found[name] = {"size": 1}
+        with pytest.raises(StorageError, match=r"climbed' climbs out of 's3://bucket/model'\. Refused; remove that"):
+            storage.download_tree("s3://bucket/model", tmp_path / "target")
+    assert not fetched and not list(tmp_path.iterdir())
 
 
 FULL_DISK = """

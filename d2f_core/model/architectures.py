@@ -95,11 +95,6 @@ class Architecture:
         """Pixels per latent along one side."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
-    @property
-    def resolution(self) -> int:
-        """Height and width in pixels of the images that the UNet was trained on."""
-        return int(self.unet["sample_size"]) * self.pixels_per_latent
-
     def build_unet(self) -> UNet2DConditionModel:
         return cast(Any, UNet2DConditionModel).from_config(dict(self.unet))
 

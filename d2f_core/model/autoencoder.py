@@ -25,15 +25,6 @@ class Autoencoder:
     def scaling_factor(self) -> float:
         return float(cast(Any, self.network.config).scaling_factor)
 
-    @property
-    def latent_channels(self) -> int:
-        return int(cast(Any, self.network.config).latent_channels)
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per latent along one side."""
-        return 2 ** (len(cast(Any, self.network.config).block_out_channels) - 1)
-
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents, [batch, C, H/f, W/f], of pixels [batch, 3, H, W] in [-1,

@@ -30,20 +30,29 @@ def tracking_uri() -> str:
     """The server's address.
 
     Raises:
-        TrackingError: MLFLOW_TRACKING_URI is not set (MLflow would then write a database to the current directory), or
-            contains a password.
+        TrackingError: MLFLOW_TRACKING_URI is not set (MLflow would then write a database to the current directory), is
+            no address, or contains a password.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
     if not uri:
         raise TrackingError(
             "MLFLOW_TRACKING_URI is not set. It must name an MLflow server, e.g. http://127.0.0.1:5000; set it."
         )
-    if urlsplit(uri).password is not None:  # the address appears in logs, run pages and summaries
+    if _password(uri) is not None:  # the address appears in logs, run pages and summaries
         raise TrackingError(
             "MLFLOW_TRACKING_URI holds a password, and the address is written into logs and runs. Take it out, and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
         )
     return uri
+
+
+def _password(uri: str) -> str | None:
+    try:
+        return urlsplit(uri).password
+    except ValueError as error:  # the address is not shown, for it may hold a password
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI is no address ({error}). It must be one such as http://127.0.0.1:5000; correct it."
+        ) from None
 
 
 def client_for(uri: str) -> "MlflowClient":

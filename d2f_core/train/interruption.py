@@ -128,7 +128,8 @@ class Termination:
         if there:
             logger.warning("SIGTERM: the workers save and stop; a second one ends this process at once")
             return
-        logger.warning("SIGTERM: no worker trains yet, so nothing has to be saved. The same command again resumes.")
+        none, unknown = "no worker trains yet, so nothing has to be saved", "the list of workers does not answer"
+        logger.warning("SIGTERM: %s. The same command again resumes.", unknown if there is None else none)
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from d2f_core.data.image_rules import ImageRules
-from d2f_core.data.images import BadImageError, prepare_image
+from d2f_core.data.images import BadImageError, prepare_image, to_rgb
 from d2f_core.identity import identity_values
 from tests.data.pictures import file_bytes, pixels
 
@@ -128,6 +128,13 @@ def test_sixteen_bit_grey_keeps_its_levels():
 def test_modes_with_one_meaning_are_converted(mode):
     kind = "JPEG" if mode == "CMYK" else "PNG"
     assert prepare_image(file_bytes(pixels(2), kind, mode), RULES).pixels.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("mode", ["F", "LAB", "HSV"])
+def test_a_mode_that_could_mean_several_colours_is_refused(mode):
+    image = Image.new("RGB", (4, 4)).convert("L").convert("F") if mode == "F" else Image.new(mode, (4, 4))
+    with pytest.raises(BadImageError, match=f"mode: {mode} has no certain meaning as RGB"):
+        to_rgb(image)
 
 
 def test_a_photo_taken_sideways_is_turned_upright():

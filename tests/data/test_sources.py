@@ -1,6 +1,7 @@
 """Sources: the same pictures in any form are the same samples, in the same order, and nothing is lost."""
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -164,6 +165,40 @@ def test_a_broken_caption_table_names_the_line(tmp_path):
         handle.write("\nnot json\n")
     with pytest.raises(SourceError, match="line 3"):
         read_all(str(tmp_path))
+
+
+@pytest.mark.parametrize("caption", ["a\u2028b", "a\x85b", "a\x0bb", "é \U0001f34e"])
+def test_captions_keep_every_character_that_json_lets_stand_in_a_line(caption, tmp_path):
+    write_folder(str(tmp_path), pictures(2))
+    for file in tmp_path.glob("*.txt"):
+        file.unlink()
+    rows = [{"file_name": name, "text": text} for (name, *_), text in zip(pictures(2), (caption, "b"), strict=True)]
+    lines = [json.dumps(row, ensure_ascii=False).replace("\x0b", "\\u000b") for row in rows]
+    text = "\n" + "\r\n\r\n".join(lines) + "\n"  # with empty lines, as an editor on Windows leaves them
+    (tmp_path / "captions.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert [sample.caption for sample in read_all(str(tmp_path))] == [caption, "b"]
+
+
+def test_a_caption_table_that_is_not_utf_8_and_one_that_is_no_file_are_refused(tmp_path):
+    write_folder(str(tmp_path), pictures(2), table="captions.jsonl")
+    table = tmp_path / "captions.jsonl"
+    table.write_bytes(table.read_bytes().replace(b"picture", b"pi\xe9ture"))
+    with pytest.raises(SourceError, match=r"captions\.jsonl' is not UTF-8 \(.*\)\. Save it as UTF-8"):
+        read_all(str(tmp_path))
+    table.unlink()
+    os.mkfifo(table)
+    with pytest.raises(SourceError, match=r"captions\.jsonl' is no plain file\. Replace it by one, or remove it"):
+        read_all(str(tmp_path))
+
+
+def test_a_source_without_a_place_or_without_anything_of_its_kind_is_refused(tmp_path):
+    with pytest.raises(
+        SourceError, match=r"The source has no URI\. Give --source\.uri s3://bucket/key or a local path"
+    ):
+        read_all("")
+    write_folder(str(tmp_path), pictures(2))
+    with pytest.raises(SourceError, match=r"holds nothing to read as webdataset \(.*2 \.txt.*\)\. Check URI and kind"):
+        read_all(str(tmp_path), kind="webdataset")
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):

@@ -160,5 +160,18 @@ def test_rules_that_cannot_be_applied_are_refused(make: Any, message: str) -> No
         make()
 
 
+def test_what_could_not_be_measured_of_the_candidate_holds_no_rule() -> None:
+    metrics = {
+        "frechet": metric("frechet", {"champion": {4: 10.0}}),
+        "failed": metric("failed", {"candidate": {4: 0.9}}),
+    }
+    config = GateConfig(limits=(Limit(metric="frechet@4", at_most=1e9), Limit(metric="failed@4", at_most=1.0)))
+    found = judge(config, metrics, {"candidate", "champion"})
+    assert not found.passed and [rule.holds for rule in found.rules] == [False, False, True]
+    assert {rule.rule for rule in found.rules[:2]} == {
+        "frechet@4 of the candidate is known (too few usable images)",
+    }
+
+
 def check(config: GateConfig) -> None:
     check_gate(config, {"frechet", "failed"}, (2, 4))

@@ -16,6 +16,7 @@ from d2f_core.flow.generate.contact_sheet import (
     _font,
     _wrap,
     contact_sheet,
+    explained,
     group_from_table,
 )
 
@@ -75,3 +76,10 @@ def test_columns_are_sorted_by_evaluations_and_rows_by_sample(tmp_path: Path) ->
 def test_generations_of_other_prompts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="flow: no image of sample 'b' at 2 evaluations"):
         group_from_table("flow", index(tmp_path, [("a", 2, "red")]), ["a", "b"])
+
+
+def test_a_sheet_says_what_its_columns_cost_where_there_are_several() -> None:
+    one = Group(title="flow", columns={4: [solid("red")]})
+    assert explained([one]) == ["Each row is one prompt, drawn by all models from the same noise."]
+    text = " ".join(explained([one, Group(title="base", columns={50: [solid("red")]})]))
+    assert "4 is 12.5 times faster than 50" in text

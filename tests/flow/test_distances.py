@@ -210,3 +210,39 @@ def test_failed_images_are_counted_and_the_others_stay_paired() -> None:
     apart = model_distance(whole, holed)
     assert apart is not None and apart.value == pytest.approx(0, abs=1e-15) and apart.count == 48
     assert set(measure(real, gathered(features, missing=tuple(range(48))), CONFIG)) == {"failed"}
+
+
+def test_models_without_an_image_in_common_have_no_distance_and_chosen_rows_alone_count() -> None:
+    parts = [FeaturePart(np.arange(start, start + 10), drawn(10, seed=start), None) for start in (0, 10)]
+    config = MeasureConfig(replicates=20)
+    first, second = (
+        gather(parts, total=20, dimensions=6, config=config, only=(np.arange(20) < 10) == left)
+        for left in (True, False)
+    )
+    assert (first.total, first.kept.rows.tolist()) == (10, list(range(10)))
+    assert second.kept.rows.tolist() == list(range(10, 20)) and model_distance(first, second) is None
+    whole = model_distance(first, gather(parts, total=20, dimensions=6, config=config))
+    assert whole is not None and whole.count == 10 and whole.value == 0
+
+
+def test_a_distance_of_one_image_is_refused() -> None:
+    kernel = KernelDistance(drawn(3), drawn(3, seed=1))
+    once = np.array([0, 1, 0])
+    with pytest.raises(StatisticsError, match=r"needs at least 2 different images on each side\. Give more"):
+        kernel((once, np.ones(3, int)))
+
+
+@pytest.mark.parametrize("usable", [1, 4, 6, 8, 10, 30])
+def test_a_model_that_fails_most_images_is_measured_or_not_but_ends_no_evaluation(usable: int) -> None:
+    """Of few images some resampled set holds a single one, however often it was drawn."""
+    config, found = MeasureConfig(), []
+    real = gather([FeaturePart(np.arange(100), drawn(100), None)], total=100, dimensions=6, config=config)
+    for draws in range(12):
+        part = FeaturePart(np.arange(100 - usable, 100), drawn(usable, seed=1), None)
+        made = gather([part], total=100, dimensions=6, config=config, draws=draws)
+        found.append(measure(real, made, config))
+    assert all(each["failed"].value == pytest.approx(1 - usable / 100) for each in found)
+    measured = sum("kernel" in each for each in found)
+    assert {1: measured == 0, 4: measured == 0, 30: measured == 12}.get(usable, True)
+    few = gather([FeaturePart(np.arange(4), drawn(4), None)], total=4, dimensions=6, config=config)
+    assert set(measure(few, real, config)) == {"failed"}, "nor does a reference of few images"

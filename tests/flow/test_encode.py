@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2f_core.batch.chunk_records import PROGRESS, drop_duplicates, read_records, unfinished_shards
-from d2f_core.batch.chunks import write_row
+from d2f_core.batch.chunks import prepare_chunk, write_row
 from d2f_core.batch.output import OutputError
 from d2f_core.batch.table_job import claim_output, finish_table, make_table
 from d2f_core.batch.table_spec import TableJobError
@@ -27,6 +27,7 @@ from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import SchemaError, check_schema, sample_id
 from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.sample import Sample
 from d2f_core.flow.encode.actor import LatentEncoder, to_input
 from d2f_core.flow.encode.check import check_encode
 from d2f_core.flow.encode.config import EncodeConfig, EncodeError
@@ -36,7 +37,7 @@ from d2f_core.model.base import resolve_base
 from d2f_core.resources import InsufficientResourcesError
 from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
-from tests.data.pictures import file_bytes, pictures, pixels, write_folder, write_parquet, write_tars
+from tests.data.pictures import file_bytes, pictures, pixels, tar_bytes, write_folder, write_parquet, write_tars
 from tests.flow.here import here, prepared_rows
 from tests.flow.tiny_base import write_tiny_base
 from tests.slow import slow
@@ -127,6 +128,35 @@ def test_every_sample_is_written_or_in_the_ledger(config):
     }
     uris = [uri.rpartition("/")[2] for uri in rows_of(config.output)["source_uri"]]
     assert uris == [name for name, *_ in pictures(13)] + ["104.png"]
+
+
+def test_a_caption_that_is_no_text_and_one_that_is_missing_leave_only_their_own_sample_out(config, tmp_path):
+    images = [image for _, image, _ in pictures(5)]
+    members = {
+        "a.png": images[0], "a.txt": b"caf\xe9 in Latin-1",
+        "b.png": images[1], "b.json": b'{"caption": "half a pair \\ud800"}',
+        "c.png": images[2],
+        "d.txt": b"no picture of this",
+        "e.png": images[4], "e.txt": "café \n".encode(),
+    }  # fmt: skip
+    (tmp_path / "captions.tar").write_bytes(tar_bytes(members))
+    source = ImageSource(uri=str(tmp_path / "captions.tar"))
+    manifest = encode_here(dataclasses.replace(config, source=source, max_quarantined_share=0.8))
+    assert manifest.counts == {"read": 5, "written": 1, "quarantined": 4, "duplicates": 0}
+    reasons = {name.partition("#")[2][0]: reason for name, reason in in_ledger(config).items()}
+    assert reasons["a"] == reasons["b"] == "bad_caption: not UTF-8" and reasons["c"] == "no_caption: none found"
+    assert reasons["d"].startswith("no_image") and list(rows_of(config.output)["caption"]) == ["café"]
+
+
+def test_a_sample_of_a_users_own_source_without_an_image_is_left_out_with_the_reason(config):
+    image = pictures(1)[0][1]
+    samples = [
+        Sample(source_uri="own#0", image=None, caption="a"),
+        Sample(source_uri="own#1", image=image, caption="b"),
+    ]
+    record, prepared = prepare_chunk(samples, check_encode(config).spec, shard=0, number=0, last=True)
+    assert [(bad.source_uri, bad.reason) for bad in record.bad] == [("own#0", "no_image: none found")]
+    assert record.read == 2 and prepared["caption"].to_pylist() == ["b"]
 
 
 def test_a_duplicate_is_in_the_ledger_with_the_place_of_the_one_that_is_kept(config, tmp_path):

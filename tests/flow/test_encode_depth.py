@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from d2f_core.batch.chunk_records import read_records, unfinished_shards
-from d2f_core.batch.chunks import write_row
+from d2f_core.batch.chunks import prepare_chunk, write_row
 from d2f_core.batch.output import OutputError
 from d2f_core.batch.table_job import claim_output, finish_table, make_table
 from d2f_core.batch.table_spec import TableJobError
@@ -26,6 +26,7 @@ from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import check_schema, sample_id
 from d2f_core.data.sources.config import DepthSource
+from d2f_core.data.sources.depth import DepthSample
 from d2f_core.flow.encode.actor import LatentEncoder, to_input
 from d2f_core.flow.encode.check import check_encode_depth
 from d2f_core.flow.encode.config import EncodeDepthConfig, EncodeError
@@ -243,6 +244,32 @@ def test_latents_that_come_with_the_source_are_taken_as_they_are(config, tmp_pat
     assert {bad.reason.partition(":")[0] for bad in read_quarantine(config.output)} == {
         "latent_size", "no_valid_pixels", "not_finite",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("latents", "parts", "reason"),
+    [
+        (False, ("depth",), "no_image: none found"),
+        (False, ("image",), "no_depth: none found"),
+        (True, ("depth_latent",), "no_latent: none found"),
+        (True, ("latent",), "no_latent: none found"),
+    ],
+)
+def test_half_a_pair_of_a_users_own_source_is_left_out_with_the_reason(config, latents, parts, reason):
+    image, depth = pair(0)
+    whole = {"image": image, "depth": npy_bytes(depth)}
+    if latents:
+        whole = dict.fromkeys(("latent", "depth_latent"), npy_bytes(np.zeros(SHAPE, np.float32)))
+    samples = [
+        DepthSample(source_uri=f"own#{number}", **{"image": None, **{name: whole[name] for name in there}})
+        for number, there in enumerate((parts, whole))
+    ]
+    spec = check_encode_depth(
+        dataclasses.replace(config, source=dataclasses.replace(config.source, latents=latents))
+    ).spec
+    record, prepared = prepare_chunk(samples, spec, shard=0, number=0, last=True)
+    assert [(bad.source_uri, bad.reason) for bad in record.bad] == [("own#0", reason)]
+    assert prepared["source_uri"].to_pylist() == ["own#1"]
 
 
 def test_pictures_of_a_chunk_are_limited_with_their_depth():

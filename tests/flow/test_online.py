@@ -1,6 +1,7 @@
 """The online service, as its command runs it: the batch job's images, drawn together, for those who have the token."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -292,6 +293,8 @@ def test_a_body_that_asks_for_nonsense_or_too_much_is_refused(body: bytes, messa
         ({"max_queue": 3}, "max_queue=3 is below max_images=4"),
         ({"replicas": 0}, "replicas=0 must be at least 1"),
         ({"request_seconds": 0}, "request_seconds=0 must be above 0"),
+        ({"cpus_per_replica": -1}, "cpus_per_replica=-1 must not be negative"),
+        ({"batch_wait_seconds": -0.1}, "batch_wait_seconds=-0.1 must not be negative"),
     ],
 )
 def test_a_service_that_would_be_open_or_senseless_is_refused(change: dict[str, Any], message: str) -> None:
@@ -328,3 +331,16 @@ def test_a_token_that_is_none_is_refused_without_being_shown(monkeypatch, tmp_pa
     with pytest.raises(ServeError, match=f"has {len(text)} characters") as caught:
         token_of(monkeypatch, tmp_path, text)
     assert text not in str(caught.value)
+
+
+def test_a_token_file_goes_before_the_variable_and_one_that_is_missing_is_named(monkeypatch, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    with pytest.raises(ServeError, match=r"token cannot be read \(FileNotFoundError\)\. Give --token-file another"):
+        token_of(monkeypatch, tmp_path, token_file=str(file))
+    file.write_text("fedcba9876543210\n")
+    file.chmod(0o600)
+    found = token_of(monkeypatch, tmp_path, "0123456789abcdef", token_file=str(file))
+    assert found == Token(digest=hashlib.sha256(b"fedcba9876543210").digest(), source=str(file))
+    file.write_bytes(b"\xff" * 20)
+    with pytest.raises(ServeError, match="UnicodeDecodeError"):
+        token_of(monkeypatch, tmp_path, token_file=str(file))

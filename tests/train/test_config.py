@@ -27,6 +27,7 @@ from pipelines.recipes import AUTOENCODER, FINETUNE
         ({"max_quarantined_share": float("nan")}, r"max_quarantined_share=nan must lie in \[0, 1\]"),
         ({"max_failures": -2}, "max_failures=-2 must be at least -1"),
         ({"worker_timeout_seconds": 0}, "worker_timeout_seconds=0 must be at least 1"),
+        ({"min_workers": 3, "num_workers": 2}, "min_workers=3 is above num_workers=2. Lower it"),
         ({"keep_best": -1}, "keep_best=-1 must be at least 0"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
         ({"clip_grad_norm": -1.0}, r"clip_grad_norm=-1.0 must be at least 0"),

@@ -4,11 +4,14 @@ import functools
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ray.exceptions import RayTaskError, WorkerCrashedError
 from torch import nn
 
 from d2f_core.train import evaluation
@@ -57,6 +60,64 @@ def test_a_collapsed_model_is_named_and_counts_as_not_evaluated(tmp_path, metric
     with pytest.raises(CollapseError, match=verdict):
         evaluation.evaluate(one)
     assert not one.done()
+
+
+def build_without_evaluation(device: str) -> Task:
+    return replace(build(device, metrics={}, images=[]), evaluate=None)
+
+
+def test_a_task_that_has_nothing_to_look_at_is_done_at_once(tmp_path):
+    one = replace(job(tmp_path), build_task=build_without_evaluation)
+    assert evaluation.evaluate(one) == {} and one.done()
+
+
+class FakeRay(SimpleNamespace):
+    """Tasks that end as `ends` says, one after the other, by step; a missing one does not end."""
+
+    def __init__(self, ends: dict[int, Any]) -> None:
+        super().__init__(ends=ends, begun=[])
+
+    def remote(self, **_: Any) -> Any:
+        return lambda _: SimpleNamespace(remote=self._begin)
+
+    def _begin(self, one: EvaluationJob) -> int:
+        self.begun.append(one.step)
+        return one.step
+
+    def wait(self, results: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        return [step for step in results if step in self.ends], []
+
+    def get(self, step: int) -> Any:
+        if isinstance(self.ends[step], Exception):
+            raise self.ends[step]
+        return self.ends[step]
+
+
+def test_an_evaluation_that_breaks_is_said_and_the_next_begins(tmp_path, monkeypatch, caplog):
+    full = RayTaskError("evaluate", "", OSError("no space left"))
+    fake = FakeRay({0: full, 1: WorkerCrashedError(), 2: {"loss": 0.5}})
+    monkeypatch.setattr(evaluation, "ray", fake)
+    caplog.set_level("INFO")
+    protected: set[str] = set()
+    evaluations = Evaluations(protected)
+    for step in range(4):
+        evaluations.start(replace(job(tmp_path), step=step, uri=f"step-{step}"))
+    assert fake.begun == [0] and len(protected) == 4
+    evaluations.poll()
+    assert fake.begun == [0, 1, 2, 3] and protected == {"step-3"}, "a checkpoint is kept until it was looked at"
+    assert "step 0  evaluation failed, it is repeated at the end: no space left" in caplog.text
+    assert "step 1  evaluation failed, it is repeated at the end: The worker died unexpectedly" in caplog.text
+    assert "step 2  evaluation loss 0.5" in caplog.text
+
+
+def test_a_collapse_that_a_task_finds_stops_the_training(tmp_path, monkeypatch):
+    collapse = CollapseError("step 7: all 2 images drawn are flat", 7)
+    monkeypatch.setattr(evaluation, "ray", FakeRay({7: RayTaskError("evaluate", "", collapse)}))
+    evaluations = Evaluations(set())
+    evaluations.start(replace(job(tmp_path), step=7))
+    with pytest.raises(CollapseError, match="step 7: all 2 images drawn are flat") as caught:
+        evaluations.poll()
+    assert caught.value.step == 7
 
 
 def build_slow(device: str, *, log: Path) -> Task:

@@ -1,10 +1,12 @@
 """When workers save out of turn, and what SIGTERM does to the driver; with workers and nodes in tests/chaos."""
 
+import os
 import signal
 import threading
 import time
 from types import SimpleNamespace
 
+import pytest
 import ray.train
 
 from d2f_core.train import interruption
@@ -55,6 +57,54 @@ def test_the_first_sigterm_asks_the_workers_and_the_handler_is_put_back(monkeypa
         assert termination.asked
     assert signal.getsignal(signal.SIGTERM) is before
     assert "the workers save and stop" in caplog.text
+
+
+def test_a_driver_that_gets_no_answer_asks_again(monkeypatch, caplog):
+    answers = [None, None, True]
+    monkeypatch.setattr(interruption, "ask", lambda method, default: answers.pop(0))
+    monkeypatch.setattr(interruption, "time", SimpleNamespace(sleep=lambda _: None))
+    with terminable() as termination:
+        termination.pulse = SimpleNamespace(stop=None)
+        signal.raise_signal(signal.SIGTERM)
+    assert not answers and "the workers save and stop" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [(False, "no worker trains yet, so nothing has to be saved"), (None, "the list of workers does not answer")],
+)
+def test_sigterm_ends_the_driver_where_no_worker_will_save_and_says_why(monkeypatch, caplog, answer, why):
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(interruption, "ask", lambda method, default: answer)
+    monkeypatch.setattr(interruption, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(interruption, "os", SimpleNamespace(kill=lambda *call: killed.append(call), getpid=os.getpid))
+    with terminable() as termination:
+        termination.pulse = SimpleNamespace(stop=None)
+        signal.raise_signal(signal.SIGTERM)
+    assert killed == [(os.getpid(), signal.SIGTERM)]
+    assert f"SIGTERM: {why}. The same command again resumes." in caplog.text
+
+
+def test_a_second_sigterm_ends_the_process_at_once(monkeypatch):
+    raised: list[int] = []
+    termination = interruption.Termination()
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(interruption.signal, "raise_signal", raised.append)
+    try:
+        termination.handle(signal.SIGTERM, None)
+        assert not raised and termination.asked
+        termination.handle(signal.SIGTERM, None)
+        assert raised == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_first_worker_tells_the_driver_which_nodes_go(monkeypatch, caplog):
+    told: list[list[str]] = []
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: preempted("b", "a").preemption_info)
+    first, other = (Interruptions(SimpleNamespace(leave=told.append), first=one) for one in (True, False))  # type: ignore[arg-type]
+    assert first.agreed(POLL, 5) and other.agreed(POLL, 5) and told == [["a", "b"]]
+    assert caplog.text.count("node a with worker 0 and node b with worker 0 will be taken away soon") == 1
 
 
 def test_a_stopped_training_ends_as_sigterm_ends_a_process(tmp_path, caplog):

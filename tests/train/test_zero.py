@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -240,3 +241,31 @@ def test_an_optimizer_that_cannot_be_compiled_here_is_named_by_the_worker(monkey
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(MissingCompilerError, match="cannot be found there"):
         zero.build_engine(nn.Linear(1, 1), TrainConfig(optimizer="cpu_adamw", offload="optimizer"), 1)
+
+
+@pytest.mark.parametrize(
+    ("offload", "parts"),
+    [("none", set()), ("optimizer", {"optimizer"}), ("optimizer_and_weights", {"optimizer", "param"})],
+)
+def test_what_is_offloaded_is_told_to_deepspeed(offload: str, parts: set[str]):
+    found = zero.engine_config(config(3, "bf16", offload), WORKERS, trained=10)
+    told = {name for name in found["zero_optimization"] if name.startswith("offload_")}
+    assert told == {f"offload_{part}" for part in parts}
+    assert all(found["zero_optimization"][name] == {"device": "cpu", "pin_memory": False} for name in told)
+    assert found["zero_optimization"]["reduce_bucket_size"] == 10 and found["gradient_accumulation_steps"] == 1
+
+
+def test_an_optimizer_whose_first_batch_is_not_finite_cannot_be_restored_and_the_fix_is_named():
+    module = nn.Linear(1, 1)
+    engine = SimpleNamespace(
+        module=module,
+        optimizer=torch.optim.AdamW(module.parameters(), lr=1.0),
+        skipped_steps=0,
+        gradient_accumulation_steps=lambda: 1,
+        backward=lambda loss: loss.backward(),
+        step=lambda: None,  # DeepSpeed leaves a step out whose gradient is not finite
+    )
+    with pytest.raises(
+        zero.NonFiniteGradientError, match=r"first batch, .* not finite, .* resume with precision='fp32'"
+    ):
+        zero.restore_moments(engine, [], 3, lambda: module(torch.full((1, 1), torch.inf)).sum())

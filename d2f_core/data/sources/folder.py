@@ -1,6 +1,7 @@
 """A folder of images, with `same_stem.txt` beside each or one `metadata.jsonl` / `captions.jsonl` per folder."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def _read_caption_table(uri: str, caption_column: str | None) -> dict[str, str |
     folder = uri.rpartition("/")[0]
     captions = {}
     try:
-        lines = read_bytes(uri).decode("utf-8").splitlines()
+        # Not `splitlines`, which also cuts at U+2028 and others that JSON lets stand in a caption.
+        lines = re.split("\r\n|\r|\n", read_bytes(uri).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SourceError(f"{uri!r} is not UTF-8 ({error}). Save it as UTF-8.") from None
     for number, line in enumerate(lines, start=1):

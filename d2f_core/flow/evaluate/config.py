@@ -45,10 +45,10 @@ class MeasureConfig:
     """Number k of nearest neighbours for precision and recall."""
     pairwise_rows: int = 2000
     """Most images of each set, chosen at random, for metrics over all pairs: kernel distance, precision and recall, and
-    the distance between two models."""
+    the distance between two models. At least 30: of fewer, some resampled set holds a single image."""
 
     def __post_init__(self) -> None:
-        for name, least in (("replicates", 20), ("neighbours", 1), ("pairwise_rows", 4)):
+        for name, least in (("replicates", 20), ("neighbours", 1), ("pairwise_rows", 30)):
             if getattr(self, name) < least:
                 raise ValueError(f"measure: {name}={getattr(self, name)} must be at least {least}.")
         if self.neighbours >= self.pairwise_rows:

@@ -120,7 +120,8 @@ def _sorted(parts: list[FeaturePart], dimensions: int) -> FeaturePart:
 
 def enough(images: ImageSet, config: MeasureConfig) -> bool:
     """Whether there are enough images for every metric on every replicate."""
-    return len(images.kept.rows) > config.neighbours + 1 and all(each.count > 1 for each in images.resampled)
+    several = (images.kept_draws > 0).sum(1) > 1  # one image drawn twice has no distance within its set
+    return len(images.kept.rows) > config.neighbours + 1 and bool(several.all())
 
 
 def measure(real: ImageSet, made: ImageSet, config: MeasureConfig) -> dict[str, Estimate]:
@@ -128,7 +129,7 @@ def measure(real: ImageSet, made: ImageSet, config: MeasureConfig) -> dict[str, 
     usable.
     """
     found = {"failed": _failed(made)}
-    if not enough(made, config):
+    if not all(enough(images, config) for images in (made, real)):
         return found
     value = frechet_distance(made.moments, real.moments)
     pairs = zip(made.resampled, real.resampled, strict=True)

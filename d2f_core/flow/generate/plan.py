@@ -52,9 +52,6 @@ class Plan:
     def num_chunks(self) -> int:
         return -(-self.num_prompts // self.chunk_size)
 
-    def rows_of(self, chunk: int) -> range:
-        return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.num_prompts))
-
     def requests(self, rows: list[dict[str, Any]]) -> list[Request]:
         """The requests of a chunk's rows: all rows at the first number of steps, then at the next, and so on. A row
         with its own number of steps occurs only once, in the first turn."""

@@ -57,7 +57,7 @@ def version_description(description: Mapping[str, Any], record: TrainingRecord, 
             text += part
         else:
             left_out.append(name)
-    pointer = f"\nIn this version's files, artirecord/model/: {', '.join(left_out)}.\n" if left_out else ""
+    pointer = f"\nIn this version's files, artifacts/model/: {', '.join(left_out)}.\n" if left_out else ""
     return text[: MAX_DESCRIPTION_CHARS - len(pointer)] + pointer
 
 

@@ -1,0 +1,60 @@
+"""An estimate of a finetuning counts what its rows hold, and refuses sizes that no latent has."""
+
+import dataclasses
+
+import pytest
+
+from d2f_core.flow.estimate.config import EstimateConfig
+from d2f_core.flow.estimate.job import build_on_meta, estimate, report
+from d2f_core.model import footprint
+from d2f_core.model.architectures import read_architecture
+from d2f_core.model.config import LoraConfig, ModelConfig
+from d2f_core.train.config import TrainConfig
+from tests.model.tiny_sd import write_tiny
+
+SIDE = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EstimateConfig:
+    base = write_tiny(tmp_path_factory.mktemp("base"), "sd15")
+    pixels = SIDE * read_architecture(str(base)).pixels_per_latent
+    train = TrainConfig(micro_batch_size=1, global_batch_size=1, num_workers=1, use_gpu=False)
+    model = ModelConfig(base="", lora=LoraConfig(rank=2))
+    return EstimateConfig(architecture=str(base), resolution=pixels, model=model, train=train, rows=1000)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are counted in seconds, by tests of their own."""
+    count = footprint.PassCount(flops=3 * 10**9, forward_flops=10**9, peak_bytes=10**6, held_bytes=10**6)
+    monkeypatch.setattr(footprint, "count_pass", lambda *_, **__: count)
+    monkeypatch.setattr(footprint, "encode_flops", lambda *_: 10**9)
+    monkeypatch.setattr(footprint, "text_flops", lambda *_: 0)
+
+
+@pytest.mark.parametrize("resolution", [500, 0, -8])
+def test_a_size_that_the_autoencoder_does_not_divide_is_refused(resolution: int):
+    with pytest.raises(ValueError, match=rf"resolution={resolution} must be a multiple of the autoencoder's 8 pixels"):
+        estimate(EstimateConfig(architecture="sd15", resolution=resolution))
+
+
+@pytest.mark.usefixtures("counted")
+def test_rows_of_reflow_also_hold_the_noise_and_those_of_depth_the_images_latent_and_a_mask(config: EstimateConfig):
+    depth = ModelConfig(base="", task="image_to_depth", lora=LoraConfig(rank=2))
+    plain = estimate(config).row_bytes
+    latent = 4 * SIDE * SIDE
+    assert estimate(dataclasses.replace(config, pairs=True)).row_bytes - plain == 2 * latent
+    assert estimate(dataclasses.replace(config, model=depth)).row_bytes - plain == 2 * latent + SIDE * SIDE
+    unet = read_architecture(config.architecture).build_unet()
+    assert build_on_meta(read_architecture(config.architecture), depth).config["in_channels"] == 8
+    assert unet.config["in_channels"] == 4
+
+
+@pytest.mark.usefixtures("counted")
+def test_a_gpu_that_is_not_known_is_reckoned_by_its_own_peak(config: EstimateConfig):
+    preset, own = config, dataclasses.replace(config, tflops=2 * 312)
+    found = estimate(preset), estimate(own)
+    assert found[1].train_hours == pytest.approx(found[0].train_hours / 2)
+    assert "35% of 624 TFLOP/s per GPU (assumed)" in report(own, found[1])
+    assert "35% of 312 TFLOP/s per GPU (assumed)" in report(preset, found[0])

@@ -1,0 +1,122 @@
+"""The online service without its cluster: what is refused before it starts, and what clients get when it fails."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+from starlette.requests import Request as HttpRequest
+
+from d2f_core.flow.serve import deployments
+from d2f_core.flow.serve import service as service_module
+from d2f_core.flow.serve.config import ServeConfig, ServeError
+from d2f_core.flow.serve.service import ServeJob, Token, check_serve, service
+from tests.flow.tiny_base import write_tiny_base
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_steps": 3}, r"max_steps=3 is below the model's own steps of \d+\. Raise it"),
+        ({"max_pixels": 255}, r"max_pixels=255 is below the model's own height x width of 256\. Raise it"),
+    ],
+)
+def test_limits_below_what_the_model_does_by_itself_are_refused(tmp_path: Path, limits: dict, message: str) -> None:
+    base = str(write_tiny_base(tmp_path))
+    with pytest.raises(ServeError, match=message):
+        check_serve(ServeConfig(model=base, **limits))
+    assert check_serve(ServeConfig(model=base)).model_uri == base
+
+
+class FakeServe(SimpleNamespace):
+    """Ray Serve's calls on a cluster of one CPU, and which were made."""
+
+    def __init__(self, running: bool = False) -> None:
+        super().__init__(calls=[], running=running)
+
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(proxies={}, applications={"other": None} if self.running else {})
+
+    def start(self, **_: Any) -> None:
+        self.calls.append("start")
+        raise RuntimeError("port 8000 is\nin use")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+@pytest.mark.parametrize(
+    ("running", "change", "message", "calls"),
+    [
+        (False, {"replicas": 3}, "replicas=3 need 3 CPU, and the cluster has 1. Ask for fewer, or add nodes", []),
+        (True, {"replicas": 1}, r"runs on this cluster already \(applications: other\).*give --replace", []),
+        (False, {"replicas": 1}, "did not start or broke off at port 8000: port 8000 is in use", ["start", "shutdown"]),
+        (True, {"replicas": 1, "replace": True}, "did not start", ["shutdown", "start", "shutdown"]),
+    ],
+)
+def test_a_service_that_cannot_start_says_why_and_leaves_nothing_running(
+    monkeypatch, running: bool, change: dict[str, Any], message: str, calls: list[str]
+) -> None:
+    fake = FakeServe(running)
+    monkeypatch.setattr(service_module, "serve", fake)
+    monkeypatch.setattr(service_module.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    config = ServeConfig(model="x", cpus_per_replica=1, **change)
+    job, token = ServeJob(config=config, model_uri="x", model_hash=""), Token(digest=b"", source="")
+    with pytest.raises(ServeError, match=message) as caught, service(job, token):
+        pass
+    assert fake.calls == calls and "\n" not in str(caught.value)
+
+
+def answer_of(monkeypatch, draw: Callable[[], Any], *, seconds: float = 5.0) -> tuple[Any, list[asyncio.Future]]:
+    """What a client gets for one image while painters answer by `draw`, and their answers."""
+    monkeypatch.setattr(deployments, "_listen_on_the_nodes_address_only", lambda: None)
+    body, asked = b'{"prompt": "a cat"}', []
+
+    def remote(_: dict[str, Any]) -> asyncio.Future:
+        asked.append(asyncio.ensure_future(draw()))
+        return asked[-1]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def ask() -> Any:
+        painters: Any = SimpleNamespace(draw=SimpleNamespace(remote=remote))
+        config = ServeConfig(model="x", request_seconds=seconds)
+        ingress = deployments.Ingress(painters, hashlib.sha256(b"token").digest(), config)
+        headers = [(b"authorization", b"Bearer token")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/images", "headers": headers}
+        answer = await ingress(HttpRequest(scope, receive))
+        await asyncio.sleep(0)
+        return answer
+
+    return asyncio.run(ask()), asked
+
+
+def test_a_request_that_takes_too_long_is_given_up_and_nobody_goes_on_drawing_it(monkeypatch) -> None:
+    answer, asked = answer_of(monkeypatch, lambda: asyncio.sleep(60), seconds=0.05)
+    assert answer.status_code == 504 and answer.headers["retry-after"] == "2"
+    assert b"Not done in 0.05 s" in answer.body and b"Ask for fewer steps" in answer.body
+    assert [one.cancelled() for one in asked] == [True]
+
+
+def test_a_failure_is_told_to_the_log_and_not_to_strangers(monkeypatch, caplog) -> None:
+    async def fail() -> None:
+        raise RuntimeError("/home/someone/secret")
+
+    answer, _ = answer_of(monkeypatch, fail)
+    assert answer.status_code == 500 and b"its log says why" in answer.body and b"secret" not in answer.body
+    assert "/home/someone/secret" in caplog.text
+
+
+def test_a_service_whose_replicas_are_gone_asks_to_come_again(monkeypatch) -> None:
+    async def fail() -> None:
+        raise DeploymentUnavailableError(DeploymentID("ImageReplica"))
+
+    answer, _ = answer_of(monkeypatch, fail)
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "2"
+    assert b"No replica is up. Try again later." in answer.body
