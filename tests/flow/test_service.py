@@ -72,19 +72,19 @@ def test_a_service_that_cannot_start_says_why_and_leaves_nothing_running(
     assert fake.calls == calls and "\n" not in str(caught.value)
 
 
-def answer_of(monkeypatch, draw: Callable[[], Any], *, seconds: float = 5.0) -> tuple[Any, list[asyncio.Future]]:
-    """What a client gets for one image while painters answer by `draw`, and their answers."""
+def answer_of(monkeypatch, draw: Callable[[], Any], *, seconds: float = 5.0) -> tuple[Any, list[int]]:
+    """What a client gets for two images while painters answer by `draw`, and how often each answer was called off."""
     monkeypatch.setattr(deployments, "_listen_on_the_nodes_address_only", lambda: None)
-    body, asked = b'{"prompt": "a cat"}', []
+    body, asked = b'{"prompt": "a cat", "num_images": 2}', []
 
-    def remote(_: dict[str, Any]) -> asyncio.Future:
-        asked.append(asyncio.ensure_future(draw()))
+    def remote(_: dict[str, Any]) -> asyncio.Task:
+        asked.append(asyncio.create_task(draw()))
         return asked[-1]
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async def ask() -> Any:
+    async def ask() -> tuple[Any, list[int]]:
         painters: Any = SimpleNamespace(draw=SimpleNamespace(remote=remote))
         config = ServeConfig(model="x", request_seconds=seconds)
         ingress = deployments.Ingress(painters, hashlib.sha256(b"token").digest(), config)
@@ -92,23 +92,27 @@ def answer_of(monkeypatch, draw: Callable[[], Any], *, seconds: float = 5.0) -> 
         scope = {"type": "http", "method": "POST", "path": "/v1/images", "headers": headers}
         answer = await ingress(HttpRequest(scope, receive))
         await asyncio.sleep(0)
-        return answer
+        return answer, [one.cancelling() for one in asked]
 
-    return asyncio.run(ask()), asked
+    return asyncio.run(ask())
 
 
 def test_a_request_that_takes_too_long_is_given_up_and_nobody_goes_on_drawing_it(monkeypatch) -> None:
     answer, asked = answer_of(monkeypatch, lambda: asyncio.sleep(60), seconds=0.05)
     assert answer.status_code == 504 and answer.headers["retry-after"] == "2"
     assert b"Not done in 0.05 s" in answer.body and b"Ask for fewer steps" in answer.body
-    assert [one.cancelled() for one in asked] == [True]
+    assert all(asked) and len(asked) == 2
 
 
 def test_a_failure_is_told_to_the_log_and_not_to_strangers(monkeypatch, caplog) -> None:
+    turns = iter((0.0, 60.0))
+
     async def fail() -> None:
+        await asyncio.sleep(next(turns))
         raise RuntimeError("/home/someone/secret")
 
-    answer, _ = answer_of(monkeypatch, fail)
+    answer, asked = answer_of(monkeypatch, fail)
+    assert asked == [0, 1], "nobody wants the other image any more"
     assert answer.status_code == 500 and b"its log says why" in answer.body and b"secret" not in answer.body
     assert "/home/someone/secret" in caplog.text
 
