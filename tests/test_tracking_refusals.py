@@ -214,13 +214,10 @@ def test_a_deleted_experiment_is_refused_and_one_that_another_process_makes_mean
         begin("x")
 
 
-def test_a_model_of_a_run_that_mlflow_does_not_know_is_not_published(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_training_that_mlflow_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "find_run", lambda **_: None)
-    given: dict[str, Any] = {"name": "m", "alias": "a", "training": {}, "loader": None, "model_type": "t"}
     with pytest.raises(TrackingError, match=r"no run of 's3://b/run' in the experiment 'e'\. Give the experiment that"):
-        publish.publish(tmp_path, run="s3://b/run", experiment="e", card=lambda _: pytest.fail("made"), **given)
+        publish.training_run("s3://b/run", "e")
 
 
 def test_metrics_are_the_checkpoints_own_and_damaged_ones_are_named(

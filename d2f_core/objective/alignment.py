@@ -24,9 +24,7 @@ Denoiser = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """How to query the network at given flow times, and how to read its output as a velocity; tensors are float64
-    [batch].
-    """
+    """How to query the network at flow times, and how to read its output as a velocity; float64 [batch]."""
 
     timestep: Tensor
     """The network's own timestep, fractional."""
@@ -89,9 +87,8 @@ def align_as_published(schedule: NoiseSchedule, prediction_type: str, t: Tensor)
     """The map of the paper's published code, for comparisons: `t` in [0, 1) [batch].
 
     Timestep and scale come from a table with the clean level prepended; the coefficients of the prediction come from
-    the table without it, at the same index, and so are off by one level. Between levels, alpha and sigma are
-    interpolated linearly. Below the trained range the table is extrapolated, so the timestep moves on from T - 1
-    towards T.
+    the table without it, at the same index, one level apart. Between levels, alpha and sigma are interpolated linearly.
+    Below the trained range the table is extrapolated, so the timestep moves on from T - 1 towards T.
     """
     bars = schedule.alphas_cumprod.to(t.device)
     longer = torch.cat([bars.new_ones(1), bars])

@@ -26,11 +26,9 @@ def guided(
         condition: tensors [batch, ...] by the denoiser's argument names.
         null: the same names and shapes for the empty condition. Not used at scale 1.
         rescale: in [0, 1]: how far the guided velocity's standard deviation, per sample, is scaled back to the
-            conditional one's, against over-saturation (Lin et al., 2024, arXiv:2305.08891, section 3.4, applied to the
-            velocity).
+            conditional one's, against over-saturation (Lin et al., 2024, arXiv:2305.08891, section 3.4, on velocities).
         interval: flow times between which guidance acts; outside, only the conditional half is computed (Kynkaanniemi
-            et al., 2024, arXiv:2404.07724). Without an interval the field's time need not be flow time (DDIM uses
-            timesteps).
+            et al., 2024, arXiv:2404.07724). Without an interval the field's time need not be flow time.
 
     Raises:
         ValueError: `rescale` or `interval` leaves [0, 1], or the two conditions differ in names or shapes.

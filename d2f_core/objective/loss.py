@@ -117,9 +117,7 @@ def diffusion(
 
 
 def _min_snr_weight(prediction_type: str, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """Weight [batch] that turns the squared error in this prediction type into `min(snr, gamma)` times the data
-    estimate's.
-    """
+    """Weight [batch]: squared error in this prediction type -> `min(snr, gamma)` times that of the data estimate."""
     snr = alpha_bar / (1 - alpha_bar)
     data_weight = snr.clamp(max=gamma)
     return data_weight / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]

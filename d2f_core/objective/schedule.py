@@ -120,9 +120,7 @@ class NoiseSchedule:
         return float(self.flow_times[-1]), float(self.flow_times[0])
 
     def timestep_at(self, t: Tensor) -> Tensor:
-        """Float64 [batch], fractional: linear in `t` between neighbours in the table; outside the table the nearest
-        timestep.
-        """
+        """Float64 [batch], fractional: linear in `t` between neighbours in the table, outside it the nearest."""
         if t.device not in self._on_device:  # cached: a copy to the GPU in every step would synchronise
             self._on_device[t.device] = self.flow_times.flip(0).to(t.device)
         rising = self._on_device[t.device]

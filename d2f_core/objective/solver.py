@@ -45,8 +45,7 @@ def rk4(field: Field, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
 STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({f.__name__: f for f in (euler, midpoint, heun, rk4)})
 """Solvers with fixed steps."""
 ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun", "dopri8")
-"""Adaptive solvers of torchdiffeq. Its `fehlberg2` is left out: it missed its tolerance by a factor of 200 on a smooth
-field."""
+"""Adaptive solvers of torchdiffeq. Without its `fehlberg2`, which missed its tolerance by 200 on a smooth field."""
 SOLVERS = (*STEPS, *ADAPTIVE)
 
 

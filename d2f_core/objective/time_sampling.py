@@ -1,6 +1,4 @@
-"""Distribution of training flow times; imports no torch, for configs. Esser et al., 2024, arXiv:2403.03206, section
-3.1.
-"""
+"""Distribution of training flow times; imports no torch. Esser et al., 2024, arXiv:2403.03206, section 3.1."""
 
 import math
 from dataclasses import dataclass
@@ -12,8 +10,7 @@ class TimeSampling:
     """Maps each sample's uniform number to its flow time (`path.draw_times`)."""
 
     distribution: Literal["uniform", "logit_normal", "mode"] = "uniform"
-    """`logit_normal`: times in the middle of the path are more frequent. `mode`: more frequent with `scale` > 0, less
-    with `scale` < 0."""
+    """`logit_normal`: more times in the middle of the path. `mode`: more (`scale` > 0) or fewer there (`scale` < 0)."""
     mean: float = 0.0
     """logit_normal: mean of logit(t); above 0 leans towards data."""
     std: float = 1.0

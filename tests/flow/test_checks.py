@@ -19,10 +19,10 @@ from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, Measure
 from d2f_core.flow.evaluate.extract_features import extract_features
 from d2f_core.flow.evaluate.job import read_reference
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
-from d2f_core.flow.generate.contact_sheet import make_contact_sheet
+from d2f_core.flow.generate.contact_sheet import check_contact_sheet
 from d2f_core.flow.generate.job import check_generate
 from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig, RegisterError
-from d2f_core.flow.publish.job import exported_model, move_alias, register
+from d2f_core.flow.publish.job import check_register, exported_model, move_alias
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.description import read_description, write_description
 from d2f_core.tracking import TrackingError
@@ -166,12 +166,12 @@ def test_a_sheet_of_nothing_or_to_nowhere_is_refused(given: dict[str, Any]) -> N
     with pytest.raises(
         ValueError, match=r"generations or output is empty. Give --generations URI URI and --output FILE"
     ):
-        make_contact_sheet(ContactSheetConfig(**given))
+        check_contact_sheet(ContactSheetConfig(**given))
 
 
 def test_a_model_that_was_not_exported_cannot_be_registered(tmp_path: Path) -> None:
     with pytest.raises(RegisterError, match=r"run is empty. Give --run URI, the output of a training"):
-        register(RegisterConfig())
+        check_register(RegisterConfig())
     run = RegisterConfig(run=str(tmp_path))
     with pytest.raises(
         RegisterError, match=r"model' holds no exported model \(it has no diff2flow.json\). Run .*finetune"
