@@ -41,6 +41,7 @@ TRANSIENT_CODES = {
 REFUSALS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
 """ValueError: this project's own errors, some of them raised after such a loop has given up."""
 NETWORK_ERRNOS = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EPIPE}
+SHORTAGE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
 # pyarrow raises OSError with the text of the AWS SDK. libcurl: 5, 6 name; 7 connect; 16, 92 HTTP/2; 18 partial;
 # 28 timeout; 35 TLS connect; 52 empty answer; 55, 56 send and receive.
 ARROW_TRANSIENT = re.compile(
@@ -48,6 +49,10 @@ ARROW_TRANSIENT = re.compile(
     r"|AWS Error .*HTTP status (5(?!01)\d\d|408|429)\b"
     r"|curlCode: (5|6|7|16|18|28|35|52|55|56|92)\b"
 )
+
+
+class UnreachableError(Exception):
+    """A server, or the network to it, was away for longer than repetitions bridge: the same call may succeed later."""
 
 
 class GaveUpError(Exception):
@@ -106,6 +111,11 @@ def is_network_trouble(error: BaseException) -> bool:
         if isinstance(answer := getattr(link, "response", None), dict):
             return _is_transient_answer(answer)
     return not isinstance(error, REFUSALS) and any(_is_trouble(link) for link in chain)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether this machine lacks memory, open files or threads for now, which says nothing about what was asked for."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORTAGE_ERRNOS)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

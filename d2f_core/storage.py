@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2f_core import s3
-from d2f_core.retry import GaveUpError, is_network_trouble, keep_trying, one_line
+from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, is_shortage, keep_trying, one_line
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -38,7 +38,7 @@ class StorageError(ValueError):
     """A URI that cannot be used, with the reason and the fix in one line."""
 
 
-class UnreachableStorageError(StorageError):
+class UnreachableStorageError(StorageError, UnreachableError):
     """S3 or the network to it was away for longer than repetitions bridge."""
 
 
@@ -72,8 +72,14 @@ def _open(uri: str) -> tuple[Any, str]:
     return (s3.open_s3(attempts=1) if is_s3(uri) else filesystem(uri)[0]), filesystem(uri)[1]
 
 
+def _may_pass(error: Exception) -> bool:
+    return is_network_trouble(error) or is_shortage(error)
+
+
 def retried(what: str, call: Callable[[], T]) -> T:
     """Call, and call again while the network or S3 is in trouble, for `RETRY_SECONDS`; for s3fs and pyarrow alike.
+
+    A machine that is short of memory or open files is such trouble, too.
 
     Args:
         what: completes "could not ...", e.g. "read s3://bucket/key".
@@ -83,7 +89,7 @@ def retried(what: str, call: Callable[[], T]) -> T:
         Exception: any other error of `call`, at once.
     """
     try:
-        return keep_trying(what, call, transient=is_network_trouble, seconds=RETRY_SECONDS)
+        return keep_trying(what, call, transient=_may_pass, seconds=RETRY_SECONDS)
     except GaveUpError as error:
         raise UnreachableStorageError(
             f"{error}. Check that {os.environ.get('AWS_ENDPOINT_URL', 'AWS')} is up and can be reached from here; the "
@@ -272,7 +278,8 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     """Refuse an unusable place before any work starts, within 10 seconds.
 
     Raises:
-        StorageError: no credentials, no such bucket, no permission, or no answer; one line.
+        UnreachableStorageError: no answer; one line.
+        StorageError: no credentials, no such bucket or no permission; one line.
     """
     if not is_s3(uri):
         return
@@ -301,7 +308,7 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
         again = {"transient": is_network_trouble, "seconds": PROBE_SECONDS}  # one lost packet is no refusal
         pool.submit(keep_trying, f"reach {uri}", probe, **again).result(timeout=CHECK_SECONDS)
     except concurrent.futures.TimeoutError:
-        raise StorageError(
+        raise UnreachableStorageError(
             f"{uri!r}: {endpoint} gave no answer in {CHECK_SECONDS:.0f} s. Check AWS_ENDPOINT_URL."
         ) from None
     except FileNotFoundError:
@@ -309,7 +316,8 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     except Exception as error:
         cause = error.__cause__ if isinstance(error, GaveUpError) and error.__cause__ else error
         reason = f"{type(cause).__name__}: {one_line(cause, 200)}"
-        raise StorageError(
+        kind = UnreachableStorageError if isinstance(error, GaveUpError) else StorageError
+        raise kind(
             f"{uri!r} is not {'writable' if write else 'readable'} at {endpoint} ({reason}). Check the bucket's name, "
             "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL."
         ) from None

@@ -38,6 +38,7 @@ class FinetuneJob(TrainingJob):
 
 def check_finetune(config: FinetuneConfig) -> FinetuneJob:
     """Refuse what cannot work, before anything is started."""
+    storage.check_reachable(config.model.base)
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
     base, manifests = resolve_base(config.model.base), [read_manifest(uri) for uri in config.tables]

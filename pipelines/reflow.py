@@ -60,6 +60,8 @@ def first_teacher(config: ReflowConfig) -> Teacher:
 
 def check(config: ReflowConfig) -> Teacher:
     """Refuse what cannot work before the first stage runs; returns who draws the first pairs."""
+    for uri in (config.finetune.model.base, config.teacher):
+        check_reachable(uri)
     check_reachable(config.output, write=True)
     check_tracking()
     read_manifest(config.captions)

@@ -36,6 +36,7 @@ def check(config: WorkflowConfig) -> None:
     """Refuse what cannot work before the first stage runs."""
     check_reachable(config.output, write=True)
     check_tracking()
+    check_reachable(config.finetune.model.base)
     resolve_base(config.finetune.model.base)
 
 

@@ -1,5 +1,6 @@
 """Storage on a bad network and on a full disk: a real S3 server behind the proxy of `benchmarks/fault_proxy.py`."""
 
+import errno
 import logging
 import os
 import resource
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -21,7 +23,7 @@ from d2f_core import s3 as s3_client
 from d2f_core import storage
 from d2f_core.model.base import local_copy
 from d2f_core.retry import is_network_trouble
-from d2f_core.storage import StorageError
+from d2f_core.storage import StorageError, UnreachableStorageError
 from infra.local.stack import StackEnv
 
 BIG = os.urandom(1_000_000)
@@ -88,11 +90,19 @@ def test_an_outage_is_waited_for(proxy: FaultProxy) -> None:
     assert 2.5 < time.monotonic() - began < 15
 
 
+def test_a_model_is_fetched_through_an_outage_that_lasts_longer_than_a_probe(proxy: FaultProxy, tmp_path: Path) -> None:
+    storage.write_bytes("s3://d2f/test-outlasts/b.json", b"{}")
+    proxy.outage_for(storage.PROBE_SECONDS + 2)
+    assert (local_copy("s3://d2f/test-outlasts", cache_dir=tmp_path) / "b.json").read_bytes() == b"{}"
+
+
 def test_an_outage_without_end_is_one_line(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "RETRY_SECONDS", 1.0)
     proxy.outage = True
     with pytest.raises(StorageError, match=r"could not read s3://d2f/any in \d+ attempts over \d+ s: .*Check that"):
         storage.read_bytes("s3://d2f/any")
+    with pytest.raises(UnreachableStorageError, match="is not readable at"):
+        storage.check_reachable("s3://d2f/any")
 
 
 def test_a_stalled_server_is_noticed(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +156,7 @@ def test_wrong_credentials_are_refused_at_once(
     assert proxy.counts["requests"] - before <= 8 and "again in" not in caplog.text
     with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID") as caught:
         storage.check_reachable("s3://d2f/test-storage", write=True)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, UnreachableStorageError)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +223,18 @@ def test_two_processes_of_a_node_fetch_a_model_once(
 
     alone, there_already = requests("one", 1), requests("one", 1)
     assert requests("two", 2) == alone + there_already
+
+
+def test_a_machine_short_of_open_files_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    answers: list[Any] = [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENFILE, "Too many"), b"1"]
+
+    def read() -> bytes:
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return answer
+
+    assert storage.retried("read", read) == b"1"
+    assert "Too many open files" in caplog.text
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
