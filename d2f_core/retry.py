@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0
 """Seconds before the second attempt, and at most between two."""
+LEAST_ATTEMPTS = 3
+"""However long each of them takes."""
 # Not the global generator: its state belongs to whoever seeded it.
 JITTER = random.SystemRandom()
 
@@ -75,30 +77,39 @@ def delays() -> Iterator[float]:
         yield JITTER.uniform(longest / 2, longest)
 
 
-def keep_trying(what: str, call: Callable[[], T], *, transient: Callable[[Exception], bool], seconds: float) -> T:
-    """Call, and call again while it fails with an error that is `transient`; each repetition is one warning in the log.
+def keep_trying(what: str, call: Callable[[], T], *, patience: Callable[[Exception], float]) -> T:
+    """Call, and call again while it fails with an error that may pass; each repetition is one warning in the log.
 
     Args:
         what: completes "could not ...".
-        seconds: how long new attempts begin. A call that hangs is bounded by its own time limits, not by this.
+        patience: of an error, for how many seconds after the first failure new attempts begin, `LEAST_ATTEMPTS` in any
+            case; 0 for one that is raised at once. A call that hangs is bounded by its own time limits, not by this.
 
     Raises:
         GaveUpError: the last attempt failed as well.
-        Exception: whatever `call` raises and `transient` does not accept, at once.
+        Exception: whatever `call` raises and `patience` gives no time.
     """
-    began = time.monotonic()
+    began, failed = time.monotonic(), None
     for attempt, delay in enumerate(delays(), start=1):
         try:
             return call()
         except Exception as error:
-            if not transient(error):
+            seconds = patience(error)
+            if not seconds:
                 raise
-            left = began + seconds - time.monotonic()
-            if left <= 0:
-                raise GaveUpError(what, attempt, time.monotonic() - began, one_line(error)) from error
-            delay = min(delay, left)
+            now = time.monotonic()
+            # Not from the beginning: a transfer that breaks after minutes would never be repeated.
+            failed = now if failed is None else failed
+            left = failed + seconds - now
+            if left <= 0 and attempt >= LEAST_ATTEMPTS:
+                raise GaveUpError(what, attempt, now - began, one_line(error)) from error
+            delay = min(delay, left) if left > 0 else delay
             logger.warning(
-                "could not %s (%s); again in %.1f s, for up to %.0f s more", what, one_line(error), delay, left
+                "could not %s (%s); again in %.1f s, for up to %.0f s more",
+                what,
+                one_line(error),
+                delay,
+                max(left, delay),
             )
         time.sleep(delay)
     raise AssertionError("unreachable")

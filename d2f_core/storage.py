@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 CHECK_SECONDS, PROBE_SECONDS = 9.0, 3.0
 RETRY_SECONDS = 180.0
-"""How long a failing call to S3 is repeated."""
+"""How long a call to S3 is repeated, from its first failure on."""
 SEVERAL_PARTS = 100 * 2**20  # bytes from which s3fs uploads an object in parts
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
@@ -72,8 +72,8 @@ def _open(uri: str) -> tuple[Any, str]:
     return (s3.open_s3(attempts=1) if is_s3(uri) else filesystem(uri)[0]), filesystem(uri)[1]
 
 
-def _may_pass(error: Exception) -> bool:
-    return is_network_trouble(error) or is_shortage(error)
+def _patience(error: Exception) -> float:
+    return RETRY_SECONDS if is_network_trouble(error) or is_shortage(error) else 0.0
 
 
 def retried(what: str, call: Callable[[], T]) -> T:
@@ -89,7 +89,7 @@ def retried(what: str, call: Callable[[], T]) -> T:
         Exception: any other error of `call`, at once.
     """
     try:
-        return keep_trying(what, call, transient=_may_pass, seconds=RETRY_SECONDS)
+        return keep_trying(what, call, patience=_patience)
     except GaveUpError as error:
         raise UnreachableStorageError(
             f"{error}. Check that {os.environ.get('AWS_ENDPOINT_URL', 'AWS')} is up and can be reached from here; the "
@@ -305,8 +305,8 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     try:
         # Making the client takes seconds of a busy processor, which are no silence of the server's.
         fsspec.asyn.sync(fs.loop, fs.set_session)
-        again = {"transient": is_network_trouble, "seconds": PROBE_SECONDS}  # one lost packet is no refusal
-        pool.submit(keep_trying, f"reach {uri}", probe, **again).result(timeout=CHECK_SECONDS)
+        again = lambda error: PROBE_SECONDS if is_network_trouble(error) else 0.0  # noqa: E731  # a lost packet
+        pool.submit(keep_trying, f"reach {uri}", probe, patience=again).result(timeout=CHECK_SECONDS)
     except concurrent.futures.TimeoutError:
         raise UnreachableStorageError(
             f"{uri!r}: {endpoint} gave no answer in {CHECK_SECONDS:.0f} s. Check AWS_ENDPOINT_URL."

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.fault_proxy import FaultProxy
+from d2f_core import retry, storage
 from d2f_core import s3 as s3_client
-from d2f_core import storage
 from d2f_core.model.base import local_copy
 from d2f_core.retry import is_network_trouble
 from d2f_core.storage import StorageError, UnreachableStorageError
@@ -94,6 +95,22 @@ def test_a_model_is_fetched_through_an_outage_that_lasts_longer_than_a_probe(pro
     storage.write_bytes("s3://d2f/test-outlasts/b.json", b"{}")
     proxy.outage_for(storage.PROBE_SECONDS + 2)
     assert (local_copy("s3://d2f/test-outlasts", cache_dir=tmp_path) / "b.json").read_bytes() == b"{}"
+
+
+def test_an_upload_that_is_cut_late_is_sent_again(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer is cut after 200 s, longer than failing calls are repeated; the clock is moved on, not waited for."""
+    passed = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
+    monkeypatch.setattr(retry, "time", clock)
+    fs, path = storage.filesystem("s3://d2f/test-storage/late")
+
+    def put() -> None:
+        passed[0] += 200.0
+        fs.pipe_file(path, BIG)
+
+    proxy.upcoming.extend(["reset"] * 6)  # s3fs makes some requests of its own, in silence
+    storage.retried("write it", put)
+    assert proxy.counts["reset"] == 6 and storage.read_bytes("s3://d2f/test-storage/late") == BIG
 
 
 def test_an_outage_without_end_is_one_line(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def _from_hub(name: str) -> Path:
     patterns = [f"{part}/*{suffix}" for part in (*PARTS, *SDXL_PARTS) for suffix in HASHED_SUFFIXES]
     fetch = lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*patterns, "model_index.json"])  # noqa: E731
     try:
-        return Path(keep_trying(f"fetch {name} from the hub", fetch, transient=_hub_is_away, seconds=HUB_SECONDS))
+        return Path(keep_trying(f"fetch {name} from the hub", fetch, patience=_patience))
     except Exception as error:
         cause = error.__cause__ or error
         kind = UnreachableHubError if isinstance(error, GaveUpError) else BaseModelError
@@ -134,6 +134,10 @@ def _from_hub(name: str) -> Path:
             f"{name!r} is no local directory and could not be fetched from the hub ({type(cause).__name__}). Check the "
             "spelling and the network, or download it and give the directory."
         ) from cause
+
+
+def _patience(error: Exception) -> float:
+    return HUB_SECONDS if _hub_is_away(error) else 0.0
 
 
 def _hub_is_away(error: BaseException) -> bool:

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_core.tracking.server import TrackingError, attempt, client_for, metric_name, tag_equals, tracking_uri
+from d2f_core.tracking.server import (
+    TrackingError,
+    attempt,
+    attempt_upload,
+    client_for,
+    metric_name,
+    tag_equals,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +71,7 @@ class RunHandle:
     def log_file(self, file: Path, directory: str = "") -> None:
         """Copy a local file into `directory` of the run's artifacts."""
         client = client_for(self.tracking_uri)
-        attempt(f"log {file.name!r}", lambda: client.log_artifact(self.run_id, str(file), directory or None))
+        attempt_upload(f"log {file.name!r}", lambda: client.log_artifact(self.run_id, str(file), directory or None))
 
     def log_files(self, files: Mapping[str, bytes]) -> None:
         """Write artifacts by their names."""

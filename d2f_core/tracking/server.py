@@ -1,22 +1,27 @@
 """The MLflow server: where it is, whether it answers, and how long to insist."""
 
+import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 import requests
 
-from d2f_core.retry import GaveUpError, is_network_trouble, keep_trying, one_line
+from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHECK_SECONDS = 9.0
 RETRY_SECONDS = 60.0
-"""How long a request that MLflow does not answer is repeated; then the error is raised."""
+"""How long a request that MLflow does not answer is repeated, from its first failure on; then the error is raised."""
+UPLOAD_SECONDS = 1800
+"""Of silence after a file was sent, in place of MLflow's 120: a server that keeps artifacts on S3 answers when its own
+copy is there."""
+REQUEST_TIMEOUT, PROXY_MULTIPART = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"
 TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 
 T = TypeVar("T")
@@ -24,6 +29,10 @@ T = TypeVar("T")
 
 class TrackingError(ValueError):
     """MLflow cannot be used, or refused a request; one line with the value, the rule and the fix."""
+
+
+class UnreachableTrackingError(TrackingError, UnreachableError):
+    """MLflow was away for longer than repetitions bridge."""
 
 
 def tracking_uri() -> str:
@@ -51,6 +60,7 @@ def client_for(uri: str) -> "MlflowClient":
     # MLflow's own retries are silent and last four minutes a call; the loop in `attempt` says what it waits for.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault(PROXY_MULTIPART, "true")  # files from 500 MB on go to S3 in parts, past the server
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -65,22 +75,55 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, requests.RequestException) or is_network_trouble(error)
 
 
+def _patience(error: Exception) -> float:
+    return RETRY_SECONDS if is_away(error) else 0.0
+
+
 def attempt(what: str, call: Callable[[], T]) -> T:
     """Call, and call again for `RETRY_SECONDS` while the server does not answer.
 
     Raises:
-        TrackingError: at once when the server refuses, and after that time when it cannot be reached.
+        TrackingError: the server refuses, at once.
+        UnreachableTrackingError: it cannot be reached for all that time.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        return keep_trying(what, call, transient=is_away, seconds=RETRY_SECONDS)
+        return keep_trying(what, call, patience=_patience)
     except GaveUpError as error:
-        raise TrackingError(
+        raise UnreachableTrackingError(
             f"MLflow {error}. Check that the server is up; the same command goes on from there."
         ) from error.__cause__
     except MlflowException as error:
         raise TrackingError(f"MLflow refused to {what}: {one_line(error)}") from error
+
+
+def attempt_upload(what: str, call: Callable[[], T]) -> T:
+    """`attempt` for files, with time for the server's own copy of what it is sent."""
+
+    def send() -> T:
+        try:
+            with _time_for_uploads():
+                return call()
+        except Exception:
+            # Whoever reaches the server alone, and not the bucket behind it, cannot send parts there.
+            os.environ[PROXY_MULTIPART] = "false"
+            raise
+
+    return attempt(what, send)
+
+
+@contextlib.contextmanager
+def _time_for_uploads() -> Iterator[None]:
+    """Longer requests of this process while the context lasts, unless the environment sets their time."""
+    if REQUEST_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[REQUEST_TIMEOUT] = str(UPLOAD_SECONDS)
+    try:
+        yield
+    finally:
+        os.environ.pop(REQUEST_TIMEOUT, None)
 
 
 def check_tracking() -> str:
