@@ -1,6 +1,7 @@
 """Calls made again while the network or a server is in trouble, and how such trouble looks.
 
-One loop for S3 and MLflow. What is an error of the caller (credentials, a missing object) is never repeated.
+One loop for S3, MLflow and model hubs. What is an error of the caller (a wrong secret, a missing object) is never
+repeated. Credentials that a machine is lent, by its role, may be away for a while like any other server's answer.
 """
 
 import errno
@@ -27,6 +28,7 @@ JITTER = random.SystemRandom()
 TRANSIENT_CODES = {
     "BadDigest",
     "ConditionalRequestConflict",
+    "IDPCommunicationError",  # of the service that lends credentials
     "IncompleteBody",
     "InternalError",
     "NoSuchUpload",  # a multipart upload that was completed before, and whose answer was lost
@@ -40,6 +42,8 @@ TRANSIENT_CODES = {
     "XAmzContentSHA256Mismatch",
 }
 """S3's error codes that a repeated request may not meet again; beside them every status 5xx but 501, 408 and 429."""
+EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+"""S3's codes for credentials that were good: others may be there by now."""
 REFUSALS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
 """ValueError: this project's own errors, some of them raised after such a loop has given up."""
 NETWORK_ERRNOS = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EPIPE}
@@ -50,6 +54,13 @@ ARROW_TRANSIENT = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT)\b"
     r"|AWS Error .*HTTP status (5(?!01)\d\d|408|429)\b"
     r"|curlCode: (5|6|7|16|18|28|35|52|55|56|92)\b"
+)
+
+
+# pyarrow's SDK asks without a signature when it finds no credentials. A HEAD has no body: its 400 is an expired token.
+ARROW_CREDENTIALS = re.compile(
+    r"AWS Error (ACCESS_DENIED|REQUEST_EXPIRED|MISSING_AUTHENTICATION_TOKEN)\b|ExpiredToken"
+    r"|AWS Error .*HTTP status 400\) during Head"
 )
 
 
@@ -124,6 +135,16 @@ def is_network_trouble(error: BaseException) -> bool:
     return not isinstance(error, REFUSALS) and any(_is_trouble(link) for link in chain)
 
 
+def is_credential_trouble(error: BaseException) -> bool:
+    """Whether credentials could not be found or were good until now; never a wrong key, secret or permission.
+
+    pyarrow's ACCESS_DENIED is one, too, for it does not tell missing credentials from missing rights.
+    """
+    if isinstance(error, (ValueError, FileNotFoundError)):
+        return False
+    return any(_is_credential_trouble(link) for link in _chain(error))
+
+
 def is_shortage(error: BaseException) -> bool:
     """Whether this machine lacks memory, open files or threads for now, which says nothing about what was asked for."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORTAGE_ERRNOS)
@@ -144,13 +165,34 @@ def _is_transient_answer(answer: dict) -> bool:
     return code in TRANSIENT_CODES or (status >= 500 and status != 501) or status in (408, 429)
 
 
+def _is_credential_trouble(error: BaseException) -> bool:
+    if isinstance(answer := getattr(error, "response", None), dict):
+        code, operation = str(answer.get("Error", {}).get("Code", "")), str(getattr(error, "operation_name", ""))
+        return code in EXPIRED_CODES or (code == "400" and operation.startswith("Head"))
+    if isinstance(error, OSError):
+        return bool(ARROW_CREDENTIALS.search(str(error)))
+    if isinstance(error, RuntimeError):  # botocore's, without a type of its own
+        return "refreshed credentials are still expired" in str(error)
+    return not _family(error).isdisjoint(
+        {
+            "botocore.CredentialRetrievalError",
+            "botocore.MetadataRetrievalError",
+            "botocore.NoCredentialsError",
+        }
+    )
+
+
+def _family(error: BaseException) -> set[str]:
+    """By name: whoever reads local files only has no need to import the clients of S3."""
+    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+
+
 def _is_trouble(error: BaseException) -> bool:
     if isinstance(error, (ConnectionError, TimeoutError, http.client.IncompleteRead)):
         return True
     if isinstance(error, OSError) and (error.errno in NETWORK_ERRNOS or ARROW_TRANSIENT.search(str(error))):
         return True
-    # By name: whoever reads local files only has no need to import the clients of S3.
-    family = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    family = _family(error)
     if "botocore.SSLError" in family and "certificate" in str(error).lower():
         return False
     return not family.isdisjoint(

@@ -1,11 +1,11 @@
 """Bytes at a URI: `s3://bucket/key` through s3fs and pyarrow, or a local path.
 
 S3 is configured by the environment names that its tools already use: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
-`AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`. fsspec and pyarrow are imported by what uses them: a process that only names
-places (`--help`) needs neither.
+`AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`, or a machine's role. fsspec and pyarrow are imported by what uses them: a
+process that only names places (`--help`) needs neither.
 
-Every function that talks to S3 repeats what a bad network made fail, for `RETRY_SECONDS`, and says so in the log; then
-it raises StorageError. Wrong credentials, a missing bucket or a missing object are errors at once.
+What a bad network made fail is repeated by `s3_calls.retried`, and then is a StorageError. A wrong secret, a missing
+bucket or a missing object are errors at once.
 """
 
 import concurrent.futures
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2f_core import s3
-from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, is_shortage, keep_trying, one_line
+from d2f_core.retry import GaveUpError, is_credential_trouble, is_network_trouble, keep_trying, one_line
+from d2f_core.s3_calls import StorageError, UnreachableStorageError, endpoint, renewing, retried
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -28,18 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CHECK_SECONDS, PROBE_SECONDS = 9.0, 3.0
-RETRY_SECONDS = 180.0
-"""How long a call to S3 is repeated, from its first failure on."""
 SEVERAL_PARTS = 100 * 2**20  # bytes from which s3fs uploads an object in parts
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-
-
-class StorageError(ValueError):
-    """A URI that cannot be used, with the reason and the fix in one line."""
-
-
-class UnreachableStorageError(StorageError, UnreachableError):
-    """S3 or the network to it was away for longer than repetitions bridge."""
 
 
 def is_s3(uri: str) -> bool:
@@ -70,31 +61,6 @@ def filesystem(uri: str) -> tuple[Any, str]:
 def _open(uri: str) -> tuple[Any, str]:
     """The filesystem for the functions below, whose repetitions are `retried`'s alone and so are seen in the log."""
     return (s3.open_s3(attempts=1) if is_s3(uri) else filesystem(uri)[0]), filesystem(uri)[1]
-
-
-def _patience(error: Exception) -> float:
-    return RETRY_SECONDS if is_network_trouble(error) or is_shortage(error) else 0.0
-
-
-def retried(what: str, call: Callable[[], T]) -> T:
-    """Call, and call again while the network or S3 is in trouble, for `RETRY_SECONDS`; for s3fs and pyarrow alike.
-
-    A machine that is short of memory or open files is such trouble, too.
-
-    Args:
-        what: completes "could not ...", e.g. "read s3://bucket/key".
-
-    Raises:
-        UnreachableStorageError: it failed for all that time; one line.
-        Exception: any other error of `call`, at once.
-    """
-    try:
-        return keep_trying(what, call, patience=_patience)
-    except GaveUpError as error:
-        raise UnreachableStorageError(
-            f"{error}. Check that {os.environ.get('AWS_ENDPOINT_URL', 'AWS')} is up and can be reached from here; the "
-            "same command goes on from there."
-        ) from error.__cause__
 
 
 @contextlib.contextmanager
@@ -213,8 +179,7 @@ def list_tree(uri: str, chosen: Callable[[str], bool] | None = None) -> dict[str
     """
     fs, path = filesystem(uri)
     found = retried(f"list {uri}", lambda: fs.find(path, detail=True))
-    relative = lambda file: file.removeprefix(path).lstrip("/")  # noqa: E731
-    return {file: info for file, info in found.items() if chosen is None or chosen(relative(file))}
+    return {file: found[file] for file in found if chosen is None or chosen(file.removeprefix(path).lstrip("/"))}
 
 
 def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None = None) -> Path:
@@ -283,43 +248,54 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     """
     if not is_s3(uri):
         return
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "AWS")
-    bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
-
-    import fsspec.asyn
-
-    fs = fsspec.filesystem(
-        "s3",
-        skip_instance_cache=True,
-        session=s3.session(),  # one of its own would read the description of S3's interface anew, 50 ms each time
-        config_kwargs={"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": 1}},
-    )
-
-    def probe() -> None:
-        fs.ls(bucket, detail=False)  # a PUT alone may create the bucket, which is not what a misspelt URI asks for
-        if write:
-            fs.pipe_file(f"{bucket}/{prefix}/.writable", b"")
-            fs.rm_file(f"{bucket}/{prefix}/.writable")
-
-    pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    place = endpoint()
     try:
-        # Making the client takes seconds of a busy processor, which are no silence of the server's.
-        fsspec.asyn.sync(fs.loop, fs.set_session)
-        again = lambda error: PROBE_SECONDS if is_network_trouble(error) else 0.0  # noqa: E731  # a lost packet
-        pool.submit(keep_trying, f"reach {uri}", probe, patience=again).result(timeout=CHECK_SECONDS)
+        _probe(uri, write)
+    except FileNotFoundError:
+        raise StorageError(
+            f"{uri!r}: no bucket {uri.split('/')[2]!r} at {place}. Create it, or correct the URI."
+        ) from None
     except concurrent.futures.TimeoutError:
         raise UnreachableStorageError(
-            f"{uri!r}: {endpoint} gave no answer in {CHECK_SECONDS:.0f} s. Check AWS_ENDPOINT_URL."
+            f"{uri!r}: {place} gave no answer in {CHECK_SECONDS:.0f} s. Check AWS_ENDPOINT_URL."
         ) from None
-    except FileNotFoundError:
-        raise StorageError(f"{uri!r}: no bucket {bucket!r} at {endpoint}. Create it, or correct the URI.") from None
     except Exception as error:
         cause = error.__cause__ if isinstance(error, GaveUpError) and error.__cause__ else error
         reason = f"{type(cause).__name__}: {one_line(cause, 200)}"
         kind = UnreachableStorageError if isinstance(error, GaveUpError) else StorageError
         raise kind(
-            f"{uri!r} is not {'writable' if write else 'readable'} at {endpoint} ({reason}). Check the bucket's name, "
+            f"{uri!r} is not {'writable' if write else 'readable'} at {place} ({reason}). Check the bucket's name, "
             "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL."
         ) from None
+
+
+def _probe(uri: str, write: bool) -> None:
+    """Ask for one key, and write and delete one when `write`; ends within `CHECK_SECONDS`."""
+    import fsspec.asyn
+
+    bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+    fs, below = s3.open_for_a_probe(), f"{prefix}/" if prefix else ""
+    failed: list[Exception] = []
+
+    def ask() -> None:
+        # First, for a PUT alone may create the bucket, which is not what a misspelt URI asks for.
+        fs.ls(bucket, detail=False)
+        if write:
+            fs.pipe_file(f"{bucket}/{below}.writable", b"")
+            fs.rm_file(f"{bucket}/{below}.writable")
+
+    def patience(error: Exception) -> float:
+        failed.append(error)
+        if is_credential_trouble(error):
+            return s3.FIRST_CREDENTIAL_SECONDS
+        return PROBE_SECONDS if is_network_trouble(error) else 0.0  # one lost packet is no refusal
+
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    try:
+        # Making the client takes seconds of a busy processor, which are no silence of the server's.
+        fsspec.asyn.sync(fs.loop, fs.set_session)
+        pool.submit(keep_trying, f"reach {uri}", renewing(ask), patience=patience).result(timeout=CHECK_SECONDS)
+    except concurrent.futures.TimeoutError:
+        raise failed[-1] if failed else concurrent.futures.TimeoutError from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

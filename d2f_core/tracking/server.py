@@ -10,7 +10,15 @@ from urllib.parse import urlsplit
 
 import requests
 
-from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying, one_line
+from d2f_core import s3
+from d2f_core.retry import (
+    GaveUpError,
+    UnreachableError,
+    is_credential_trouble,
+    is_network_trouble,
+    keep_trying,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,11 +80,21 @@ def is_away(error: BaseException) -> bool:
 
     if isinstance(error, MlflowException):
         return error.error_code in TRANSIENT
-    return isinstance(error, requests.RequestException) or is_network_trouble(error)
+    return isinstance(error, requests.RequestException) or is_network_trouble(error) or is_credential_trouble(error)
 
 
 def _patience(error: Exception) -> float:
+    if is_credential_trouble(error):  # where artifacts go to S3 past the server
+        _forget_s3_clients()
+        return s3.credential_seconds()
     return RETRY_SECONDS if is_away(error) else 0.0
+
+
+def _forget_s3_clients() -> None:
+    """MLflow keeps its clients for five minutes, also one that found no credentials."""
+    from mlflow.store.artifact import s3_artifact_repo
+
+    s3_artifact_repo._cached_get_s3_client.cache_clear()
 
 
 def attempt(what: str, call: Callable[[], T]) -> T:
