@@ -248,13 +248,11 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     """
     if not is_s3(uri):
         return
-    place = endpoint()
+    place, bucket = endpoint(), uri.split("/")[2]
     try:
         _probe(uri, write)
     except FileNotFoundError:
-        raise StorageError(
-            f"{uri!r}: no bucket {uri.split('/')[2]!r} at {place}. Create it, or correct the URI."
-        ) from None
+        raise StorageError(f"{uri!r}: no bucket {bucket!r} at {place}. Create it, or correct the URI.") from None
     except concurrent.futures.TimeoutError:
         raise UnreachableStorageError(
             f"{uri!r}: {place} gave no answer in {CHECK_SECONDS:.0f} s. Check AWS_ENDPOINT_URL."
@@ -278,8 +276,8 @@ def _probe(uri: str, write: bool) -> None:
     failed: list[Exception] = []
 
     def ask() -> None:
-        # First, for a PUT alone may create the bucket, which is not what a misspelt URI asks for.
-        fs.ls(bucket, detail=False)
+        # First, for a PUT alone may create the bucket. One key below the prefix: credentials may be good there alone.
+        fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=below, MaxKeys=1)
         if write:
             fs.pipe_file(f"{bucket}/{below}.writable", b"")
             fs.rm_file(f"{bucket}/{below}.writable")

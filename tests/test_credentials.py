@@ -128,3 +128,22 @@ def test_trouble_with_credentials_is_known(error: Exception) -> None:
 )
 def test_other_errors_are_no_trouble_with_credentials(error: Exception) -> None:
     assert not is_credential_trouble(error)
+
+
+@pytest.mark.usefixtures("metadata")
+def test_a_place_is_checked_below_its_prefix_and_for_one_key(bucket: StubS3) -> None:
+    bucket.allowed = "team/runs/"
+    storage.check_reachable("s3://there/team/runs", write=True)
+    (listing,) = [request for request in bucket.requests if request.startswith("GET /there?")]
+    assert "prefix=team%2Fruns%2F" in listing and "max-keys=1" in listing
+    assert [request for request in bucket.requests if "PUT" in request] == ["PUT /there/team/runs/.writable"]
+    assert "team/runs/.writable" not in bucket.objects, "it was taken away again"
+    with pytest.raises(StorageError, match="is not readable at"):
+        storage.check_reachable("s3://there/team/other")
+
+
+@pytest.mark.usefixtures("metadata")
+def test_a_misspelt_bucket_is_refused_and_not_made(bucket: StubS3) -> None:
+    with pytest.raises(StorageError, match="no bucket 'their' at"):
+        storage.check_reachable("s3://their/team", write=True)
+    assert not [request for request in bucket.requests if "PUT" in request]

@@ -113,6 +113,14 @@ def test_an_upload_that_is_cut_late_is_sent_again(proxy: FaultProxy, monkeypatch
     assert proxy.counts["reset"] == 6 and storage.read_bytes("s3://d2f/test-storage/late") == BIG
 
 
+def test_a_misspelt_bucket_is_refused_and_not_made(s3: StackEnv) -> None:
+    for _ in range(2):
+        with pytest.raises(StorageError, match="no bucket 'd2g' at"):
+            storage.check_reachable("s3://d2g/test-storage", write=True)
+    storage.check_reachable("s3://d2f/test-storage/nothing/yet", write=True)
+    assert not storage.exists("s3://d2f/test-storage/nothing/yet/.writable")
+
+
 def test_an_outage_without_end_is_one_line(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_calls, "RETRY_SECONDS", 1.0)
     proxy.outage = True
