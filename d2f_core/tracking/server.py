@@ -83,11 +83,11 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, requests.RequestException) or is_network_trouble(error) or is_credential_trouble(error)
 
 
-def _patience(error: Exception) -> float:
+def _patience(error: Exception, seconds: float | None) -> float:
     if is_credential_trouble(error):  # where artifacts go to S3 past the server
         _forget_s3_clients()
         return s3.credential_seconds()
-    return RETRY_SECONDS if is_away(error) else 0.0
+    return (RETRY_SECONDS if seconds is None else seconds) if is_away(error) else 0.0
 
 
 def _forget_s3_clients() -> None:
@@ -97,8 +97,8 @@ def _forget_s3_clients() -> None:
     s3_artifact_repo._cached_get_s3_client.cache_clear()
 
 
-def attempt(what: str, call: Callable[[], T]) -> T:
-    """Call, and call again for `RETRY_SECONDS` while the server does not answer.
+def attempt(what: str, call: Callable[[], T], *, seconds: float | None = None) -> T:
+    """Call, and call again for `seconds` (None: `RETRY_SECONDS`) while the server does not answer.
 
     Raises:
         TrackingError: the server refuses, at once.
@@ -107,7 +107,7 @@ def attempt(what: str, call: Callable[[], T]) -> T:
     from mlflow.exceptions import MlflowException
 
     try:
-        return keep_trying(what, call, patience=_patience)
+        return keep_trying(what, call, patience=lambda error: _patience(error, seconds))
     except GaveUpError as error:
         raise UnreachableTrackingError(
             f"MLflow {error}. Check that the server is up; the same command goes on from there."

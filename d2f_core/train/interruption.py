@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray.train
@@ -94,8 +94,9 @@ def describe(info: ray.train.PreemptionInfo, nodes: set[str]) -> str:
 class Termination:
     """SIGTERM to the driver while it trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, before_end: Callable[[], None]) -> None:
         self.asked = False
+        self._before_end = before_end
         self.pulse: Any = None
         """That of the attempt under way."""
         self._wake = threading.Event()
@@ -128,16 +129,20 @@ class Termination:
             logger.warning("SIGTERM: the workers save and stop; a second one ends this process at once")
             return
         logger.warning("SIGTERM: no worker trains yet, so nothing has to be saved. The same command again resumes.")
+        self._before_end()
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[Termination]:
+def terminable(before_end: Callable[[], None] = lambda: None) -> Iterator[Termination]:
     """Let SIGTERM stop the training instead of killing it, while the context lasts.
 
     In a thread signals are left alone: Python lets only the main thread handle them.
+
+    Args:
+        before_end: called, in a thread, before a training without workers is ended at once.
     """
-    termination = Termination()
+    termination = Termination(before_end)
     if threading.current_thread() is not threading.main_thread():
         yield termination
         return

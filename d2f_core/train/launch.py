@@ -69,7 +69,7 @@ def run_training(
     """
     job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
     restarts, again = Restarts(config.max_failures), False
-    with terminable() as termination:
+    with terminable(functools.partial(_killed, tracker)) as termination:
         while True:
             try:
                 if last := _complete(config, output, identity):
@@ -89,6 +89,11 @@ def run_training(
                 _end_pulse(termination)
             if termination.asked:
                 raise terminated(output, identity)
+
+
+def _killed(tracker: RunHandle | None) -> None:
+    if tracker:
+        tracker.end_early("KILLED", "SIGTERM before any worker trained")
 
 
 def _end_pulse(termination: Termination) -> None:

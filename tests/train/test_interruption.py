@@ -57,6 +57,15 @@ def test_the_first_sigterm_asks_the_workers_and_the_handler_is_put_back(monkeypa
     assert "the workers save and stop" in caplog.text
 
 
+def test_a_training_without_workers_tells_of_its_end_before_it_is_ended(monkeypatch):
+    order = []
+    monkeypatch.setattr(interruption.os, "kill", lambda pid, number: order.append("killed"))
+    with terminable(lambda: order.append("told")) as termination:
+        signal.raise_signal(signal.SIGTERM)
+        assert termination.asked
+    assert order == ["told", "killed"]
+
+
 def test_a_stopped_training_ends_as_sigterm_ends_a_process(tmp_path, caplog):
     assert terminated(str(tmp_path), "identity").code == 143
     assert "stopped by SIGTERM before the first checkpoint" in caplog.text
