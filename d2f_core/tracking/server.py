@@ -23,7 +23,7 @@ from d2f_core.retry import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-CHECK_SECONDS = 9.0
+CHECK_SECONDS = 8.0
 RETRY_SECONDS = 60.0
 """How long a request that MLflow does not answer is repeated, from its first failure on; then the error is raised."""
 UPLOAD_SECONDS = 1800
@@ -147,36 +147,44 @@ def _time_for_uploads() -> Iterator[None]:
 def check_tracking() -> str:
     """Refuse an unusable server before any work starts, within 10 seconds; returns its address.
 
+    It is asked as every later request asks it: with the environment's certificates, user and token.
+
     Raises:
-        TrackingError: MLFLOW_TRACKING_URI is unset, nothing answers there, or it refuses a read.
+        UnreachableTrackingError: nothing answers there.
+        TrackingError: MLFLOW_TRACKING_URI is unset, or the server refuses a read.
     """
     uri = tracking_uri()
-    fix = "Start the server, or correct MLFLOW_TRACKING_URI (and MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN)."
-    if uri.startswith(("http://", "https://")):
-        try:
-            requests.get(f"{uri}/health", timeout=(2.0, 3.0))
-        except requests.RequestException as error:
-            reason = type(error).__name__
-            raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} does not answer ({reason}). {fix}") from None
-    outcome: list[BaseException | None] = []
+    fix = (
+        "Start the server, or correct MLFLOW_TRACKING_URI (MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN, and "
+        "MLFLOW_TRACKING_SERVER_CERT_PATH for a certificate of one's own)."
+    )
     client = client_for(uri)  # importing MLflow takes seconds of a busy processor, which are no silence of the server's
+    answered, error = _within(CHECK_SECONDS, lambda: client.search_experiments(max_results=1))
+    if not answered:
+        raise UnreachableTrackingError(f"MLFLOW_TRACKING_URI={uri!r} gave no answer in {CHECK_SECONDS:.0f} s. {fix}")
+    if error is not None and is_away(error):
+        raise UnreachableTrackingError(f"MLFLOW_TRACKING_URI={uri!r} does not answer ({one_line(error)}). {fix}")
+    if error is not None:
+        raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} refused a first request ({one_line(error)}). {fix}")
+    return uri
 
-    def probe() -> None:
+
+def _within(seconds: float, call: Callable[[], object]) -> tuple[bool, Exception | None]:
+    """Whether `call` ended in time, and its error."""
+    outcome: list[Exception | None] = []
+
+    def run() -> None:
         try:
-            client.search_experiments(max_results=1)
+            call()
             outcome.append(None)
         except Exception as error:
             outcome.append(error)
 
     # A daemon thread, so that a server which accepts and never answers does not hold up the exit either.
-    thread = threading.Thread(target=probe, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(CHECK_SECONDS - 5.0)
-    if not outcome:
-        raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} gave no answer to a first request in time. {fix}")
-    if outcome[0] is not None:
-        raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} refused a first request ({one_line(outcome[0])}). {fix}")
-    return uri
+    thread.join(seconds)
+    return bool(outcome), outcome[0] if outcome else None
 
 
 def tag_equals(tag: str, value: str) -> str:
