@@ -18,6 +18,11 @@ METADATA_ATTEMPTS = "3"
 """Of botocore to ask an instance's metadata service, which refuses some when many processes start together; its own
 default is 1."""
 
+
+class EndpointError(ValueError):
+    """AWS_ENDPOINT_URL cannot be used; one line with the rule and the fix."""
+
+
 Environment = tuple[tuple[str, str], ...]
 
 _lock = threading.Lock()
@@ -53,8 +58,28 @@ def _note(http_response: Any, **_: Any) -> None:
         _answered.add(_here())
 
 
+def endpoint() -> str:
+    """Where S3 is, for messages.
+
+    Raises:
+        EndpointError: the address holds a user, a password or a token.
+    """
+    address = os.environ.get("AWS_ENDPOINT_URL", "AWS")
+    if "@" in address:  # it stands in logs and errors, also in those of botocore
+        raise EndpointError(
+            "AWS_ENDPOINT_URL holds a user, password or token ('@'), and the address is written into logs. Take it "
+            "out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
+    return address
+
+
 def session() -> Any:
-    """This process's session, for the S3 that the environment names now; it keeps the credentials that it finds."""
+    """This process's session, for the S3 that the environment names now; it keeps the credentials that it finds.
+
+    Raises:
+        EndpointError: as by `endpoint`.
+    """
+    endpoint()
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", METADATA_ATTEMPTS)
     return _session(*_here())
 

@@ -1,6 +1,5 @@
 """Calls to S3 that are made again, with credentials that are looked up again, and the errors that they end in."""
 
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -79,8 +78,4 @@ def _what_to_check(error: BaseException | None) -> str:
             "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or this machine's role, and that "
             "they may use this bucket"
         )
-    return f"Check that {endpoint()} is up and can be reached from here"
-
-
-def endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL", "AWS")
+    return f"Check that {s3.endpoint()} is up and can be reached from here"

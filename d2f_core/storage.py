@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2f_core import s3
 from d2f_core.retry import GaveUpError, is_credential_trouble, is_network_trouble, keep_trying, one_line
-from d2f_core.s3_calls import StorageError, UnreachableStorageError, endpoint, renewing, retried
+from d2f_core.s3_calls import StorageError, UnreachableStorageError, renewing, retried
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -91,6 +91,7 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     import pyarrow.fs
 
     if is_s3(uri):
+        s3.endpoint()  # refuses one that holds a secret
         return retried(f"find the region of {uri}", lambda: pyarrow.fs.FileSystem.from_uri(uri))
     return pyarrow.fs.LocalFileSystem(), filesystem(uri)[1]
 
@@ -183,11 +184,7 @@ def list_tree(uri: str, chosen: Callable[[str], bool] | None = None) -> dict[str
 
 
 def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None = None) -> Path:
-    """Copy the files under `uri` into the directory `target`; on an error nothing is left behind at `target`.
-
-    Args:
-        chosen: as for `list_tree`.
-    """
+    """Copy the files under `uri`, `chosen` as for `list_tree`, into the new directory `target`; on an error none is left."""
     fs, path = filesystem(uri)
     found = list_tree(uri, chosen)
     if not found:
@@ -248,7 +245,7 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     """
     if not is_s3(uri):
         return
-    place, bucket = endpoint(), uri.split("/")[2]
+    place, bucket = s3.endpoint(), uri.split("/")[2]
     try:
         _probe(uri, write)
     except FileNotFoundError:

@@ -6,7 +6,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
 
 import requests
 
@@ -47,18 +46,19 @@ def tracking_uri() -> str:
     """The server's address.
 
     Raises:
-        TrackingError: it is not set (MLflow would then write a database into the current directory), or it holds a
-            password.
+        TrackingError: it is not set (MLflow would then write a database into the current directory), or it holds what
+            must stay secret.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
     if not uri:
         raise TrackingError(
             "MLFLOW_TRACKING_URI is not set. It must name an MLflow server, e.g. http://127.0.0.1:5000; set it."
         )
-    if urlsplit(uri).password is not None:  # the address stands in logs, run pages and summaries
+    if "@" in uri or "?" in uri:  # the address stands in logs, run pages and summaries
         raise TrackingError(
-            "MLFLOW_TRACKING_URI holds a password, and the address is written into logs and runs. Take it out, and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            "MLFLOW_TRACKING_URI holds a user, password, token or query ('@' or '?'), and the address is written into "
+            "logs and runs. Take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN."
         )
     return uri
 
