@@ -20,7 +20,14 @@ from cryptography.x509.oid import NameOID
 
 from d2f_core import retry
 from d2f_core.tracking import TrackingError, check_tracking, server
-from d2f_core.tracking.server import PROXY_MULTIPART, REQUEST_TIMEOUT, attempt_upload, client_for
+from d2f_core.tracking.server import (
+    PROXY_MULTIPART,
+    REQUEST_TIMEOUT,
+    UnreachableTrackingError,
+    attempt,
+    attempt_upload,
+    client_for,
+)
 
 
 @pytest.fixture
@@ -159,3 +166,36 @@ def test_the_clock_starts_after_the_imports(mlflow_server: Mlflow, monkeypatch: 
     monkeypatch.setattr(server, "CHECK_SECONDS", 0.9)
     assert check_tracking() == mlflow_server.url
     assert mlflow_server.requests == ["/api/2.0/mlflow/experiments/search"], "as later requests go, and no other"
+
+
+def test_a_server_that_does_not_know_its_name_is_told_how_to_learn_it(mlflow_server: Mlflow) -> None:
+    from mlflow.server.security_utils import INVALID_HOST_MSG
+
+    mlflow_server.refuses = (403, INVALID_HOST_MSG)
+    flag = f"--allowed-hosts 127.0.0.1:{mlflow_server.server_port}"
+    with pytest.raises(TrackingError, match=flag) as caught:
+        check_tracking()
+    assert not isinstance(caught.value, UnreachableTrackingError) and "\n" not in str(caught.value)
+    client = client_for(mlflow_server.url)
+    with pytest.raises(TrackingError, match=flag):
+        attempt("read the run", lambda: client.get_run("1"))
+
+
+@pytest.mark.usefixtures("plain_environment")
+@pytest.mark.parametrize(
+    ("status", "kind"), [(403, TrackingError), (413, TrackingError), (503, UnreachableTrackingError)]
+)
+def test_a_file_that_the_server_refuses_is_not_sent_again(
+    status: int, kind: type[Exception], mlflow_server: Mlflow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+
+    monkeypatch.setattr(server, "RETRY_SECONDS", 0.1)
+    mlflow_server.refuses = (status, "no")
+    (tmp_path / "a").write_bytes(b"1")
+    files = HttpArtifactRepository(f"{mlflow_server.url}/api/2.0/mlflow-artifacts/artifacts/x")
+    client_for(mlflow_server.url)
+    with pytest.raises(TrackingError) as caught:
+        attempt_upload("log a", lambda: files.log_artifact(str(tmp_path / "a")))
+    assert type(caught.value) is kind
+    assert (len(mlflow_server.requests) == 1) == (kind is TrackingError)

@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 import requests
 
@@ -30,6 +31,9 @@ UPLOAD_SECONDS = 1800
 copy is there."""
 REQUEST_TIMEOUT, PROXY_MULTIPART = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"
 TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
+
+INVALID_HOST = "Invalid Host header"
+"""MLflow's refusal of a name that the server does not know as its own."""
 
 T = TypeVar("T")
 
@@ -80,6 +84,8 @@ def is_away(error: BaseException) -> bool:
 
     if isinstance(error, MlflowException):
         return error.error_code in TRANSIENT
+    if isinstance(error, requests.HTTPError) and error.response is not None:  # of files, through the server
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
     return isinstance(error, requests.RequestException) or is_network_trouble(error) or is_credential_trouble(error)
 
 
@@ -112,8 +118,19 @@ def attempt(what: str, call: Callable[[], T], *, seconds: float | None = None) -
         raise UnreachableTrackingError(
             f"MLflow {error}. Check that the server is up; the same command goes on from there."
         ) from error.__cause__
-    except MlflowException as error:
-        raise TrackingError(f"MLflow refused to {what}: {one_line(error)}") from error
+    except (MlflowException, requests.HTTPError) as error:
+        raise TrackingError(f"MLflow refused to {what}: {_refusal(error)}") from error
+
+
+def _refusal(error: Exception) -> str:
+    """What the server says, and what to do where that does not tell."""
+    if INVALID_HOST not in str(error):
+        return one_line(error)
+    host = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).netloc
+    return (
+        f"{one_line(error)}. The server answers to the names alone that it was started with: start it with `mlflow "
+        f"server --allowed-hosts {host or 'HOST'}` (a list with commas; MLFLOW_SERVER_ALLOWED_HOSTS likewise)"
+    )
 
 
 def attempt_upload(what: str, call: Callable[[], T]) -> T:
@@ -165,7 +182,7 @@ def check_tracking() -> str:
     if error is not None and is_away(error):
         raise UnreachableTrackingError(f"MLFLOW_TRACKING_URI={uri!r} does not answer ({one_line(error)}). {fix}")
     if error is not None:
-        raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} refused a first request ({one_line(error)}). {fix}")
+        raise TrackingError(f"MLFLOW_TRACKING_URI={uri!r} refused a first request ({_refusal(error)}). {fix}")
     return uri
 
 
