@@ -184,7 +184,7 @@ def list_tree(uri: str, chosen: Callable[[str], bool] | None = None) -> dict[str
 
 
 def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None = None) -> Path:
-    """Copy the files under `uri`, `chosen` as for `list_tree`, into the directory `target`; on an error none is left."""
+    """Copy the files under `uri` (`chosen` as for `list_tree`) into the directory `target`; on errors none is left."""
     fs, path = filesystem(uri)
     found = list_tree(uri, chosen)
     if not found:
