@@ -1,11 +1,11 @@
 """Bytes at a URI: `s3://bucket/key` through s3fs and pyarrow, or a local path.
 
 S3 is configured by the environment names that its tools already use: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
-`AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`. fsspec and pyarrow are imported where they are used: a process that only
-handles URIs (`--help`) needs neither.
+`AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`, or a machine's role. fsspec and pyarrow are imported by what uses them: a
+process that only names places (`--help`) needs neither.
 
-Every function that accesses S3 retries after network errors for `RETRY_SECONDS`, with log lines, and then raises
-StorageError. Wrong credentials, a missing bucket or a missing object are errors at once.
+What a bad network made fail is repeated by `s3_calls.retried`, and then is a StorageError. A wrong secret, a missing
+bucket or a missing object are errors at once.
 """
 
 import concurrent.futures
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2f_core import s3
-from d2f_core.retry import GaveUpError, is_network_trouble, keep_trying, one_line
+from d2f_core.retry import GaveUpError, is_credential_trouble, is_network_trouble, keep_trying, one_line
+from d2f_core.s3_calls import StorageError, UnreachableStorageError, renewing, retried
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -28,18 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CHECK_SECONDS, PROBE_SECONDS = 9.0, 3.0
-RETRY_SECONDS = 180.0
-"""Seconds for which a failing call to S3 is retried."""
 SEVERAL_PARTS = 100 * 2**20  # bytes from which s3fs uploads an object in parts
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-
-
-class StorageError(ValueError):
-    """A URI cannot be used; the message gives the reason and the fix in one line."""
-
-
-class UnreachableStorageError(StorageError):
-    """S3 or the network was unavailable for longer than retries last."""
 
 
 def is_s3(uri: str) -> bool:
@@ -72,25 +63,6 @@ def _open(uri: str) -> tuple[Any, str]:
     return (s3.open_s3(attempts=1) if is_s3(uri) else filesystem(uri)[0]), filesystem(uri)[1]
 
 
-def retried(what: str, call: Callable[[], T]) -> T:
-    """Call `call`, and retry for up to `RETRY_SECONDS` on transient errors of the network or S3, by s3fs or pyarrow.
-
-    Args:
-        what: completes "could not ...", e.g. "read s3://bucket/key".
-
-    Raises:
-        UnreachableStorageError: all attempts failed; the message is one line.
-        Exception: any other error of `call`, at once.
-    """
-    try:
-        return keep_trying(what, call, transient=is_network_trouble, seconds=RETRY_SECONDS)
-    except GaveUpError as error:
-        raise UnreachableStorageError(
-            f"{error}. Check that {os.environ.get('AWS_ENDPOINT_URL', 'AWS')} is up and can be reached from here; the "
-            "same command goes on from there."
-        ) from error.__cause__
-
-
 @contextlib.contextmanager
 def _whole(target: Path, needed: int) -> Iterator[Path]:
     """Temporary path beside `target` to write a file or directory to; on any error nothing is left there.
@@ -119,6 +91,7 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     import pyarrow.fs
 
     if is_s3(uri):
+        s3.endpoint()  # refuses one that holds a secret
         return retried(f"find the region of {uri}", lambda: pyarrow.fs.FileSystem.from_uri(uri))
     return pyarrow.fs.LocalFileSystem(), filesystem(uri)[1]
 
@@ -207,16 +180,11 @@ def list_tree(uri: str, chosen: Callable[[str], bool] | None = None) -> dict[str
     """
     fs, path = filesystem(uri)
     found = retried(f"list {uri}", lambda: fs.find(path, detail=True))
-    relative = lambda file: file.removeprefix(path).lstrip("/")  # noqa: E731
-    return {file: info for file, info in found.items() if chosen is None or chosen(relative(file))}
+    return {file: found[file] for file in found if chosen is None or chosen(file.removeprefix(path).lstrip("/"))}
 
 
 def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None = None) -> Path:
-    """Copy the files under `uri` into the directory `target`; on an error nothing is left behind at `target`.
-
-    Args:
-        chosen: as for `list_tree`.
-    """
+    """Copy the files under `uri` (`chosen` as for `list_tree`) into the directory `target`; on errors none is left."""
     fs, path = filesystem(uri)
     found = list_tree(uri, chosen)
     if not found:
@@ -274,46 +242,57 @@ def check_reachable(uri: str, *, write: bool = False) -> None:
     """Refuse an unusable URI before any work starts, within 10 seconds.
 
     Raises:
-        StorageError: no credentials, no such bucket, no permission, or no answer; the message is one line.
+        UnreachableStorageError: no answer; one line.
+        StorageError: no credentials, no such bucket or no permission; one line.
     """
     if not is_s3(uri):
         return
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "AWS")
-    bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+    place, bucket = s3.endpoint(), uri.split("/")[2]
+    try:
+        _probe(uri, write)
+    except FileNotFoundError:
+        raise StorageError(f"{uri!r}: no bucket {bucket!r} at {place}. Create it, or correct the URI.") from None
+    except concurrent.futures.TimeoutError:
+        raise UnreachableStorageError(
+            f"{uri!r}: {place} gave no answer in {CHECK_SECONDS:.0f} s. Check AWS_ENDPOINT_URL."
+        ) from None
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, GaveUpError) and error.__cause__ else error
+        reason = f"{type(cause).__name__}: {one_line(cause, 200)}"
+        kind = UnreachableStorageError if isinstance(error, GaveUpError) else StorageError
+        raise kind(
+            f"{uri!r} is not {'writable' if write else 'readable'} at {place} ({reason}). Check the bucket's name, "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL."
+        ) from None
 
+
+def _probe(uri: str, write: bool) -> None:
+    """Ask for one key, and write and delete one when `write`; ends within `CHECK_SECONDS`."""
     import fsspec.asyn
 
-    fs = fsspec.filesystem(
-        "s3",
-        skip_instance_cache=True,
-        session=s3.session(),  # a new session would parse S3's API description again (50 ms)
-        config_kwargs={"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": 1}},
-    )
+    bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+    fs, below = s3.open_for_a_probe(), f"{prefix}/" if prefix else ""
+    failed: list[Exception] = []
 
-    def probe() -> None:
-        fs.ls(bucket, detail=False)  # first, as a PUT may create the bucket of a misspelt URI
+    def ask() -> None:
+        # First, for a PUT alone may create the bucket. One key below the prefix: credentials may be good there alone.
+        fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=below, MaxKeys=1)
         if write:
-            fs.pipe_file(f"{bucket}/{prefix}/.writable", b"")
-            fs.rm_file(f"{bucket}/{prefix}/.writable")
+            fs.pipe_file(f"{bucket}/{below}.writable", b"")
+            fs.rm_file(f"{bucket}/{below}.writable")
+
+    def patience(error: Exception) -> float:
+        failed.append(error)
+        if is_credential_trouble(error):
+            return s3.FIRST_CREDENTIAL_SECONDS
+        return PROBE_SECONDS if is_network_trouble(error) else 0.0  # one lost packet is no refusal
 
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     try:
         # Creating the client may take seconds on a busy CPU, which must not count as the server's silence.
         fsspec.asyn.sync(fs.loop, fs.set_session)
-        again = {"transient": is_network_trouble, "seconds": PROBE_SECONDS}  # tolerates a lost packet
-        pool.submit(keep_trying, f"reach {uri}", probe, **again).result(timeout=CHECK_SECONDS)
+        pool.submit(keep_trying, f"reach {uri}", renewing(ask), patience=patience).result(timeout=CHECK_SECONDS)
     except concurrent.futures.TimeoutError:
-        raise StorageError(
-            f"{uri!r}: {endpoint} gave no answer in {CHECK_SECONDS:.0f} s. Check AWS_ENDPOINT_URL."
-        ) from None
-    except FileNotFoundError:
-        raise StorageError(f"{uri!r}: no bucket {bucket!r} at {endpoint}. Create it, or correct the URI.") from None
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error, GaveUpError) and error.__cause__ else error
-        reason = f"{type(cause).__name__}: {one_line(cause, 200)}"
-        raise StorageError(
-            f"{uri!r} is not {'writable' if write else 'readable'} at {endpoint} ({reason}). Check the bucket's name, "
-            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL."
-        ) from None
+        raise failed[-1] if failed else concurrent.futures.TimeoutError from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

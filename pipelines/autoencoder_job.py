@@ -20,7 +20,8 @@ class AutoencoderJob(TrainingJob):
 
 
 def check_autoencoder(config: TrainAutoencoderConfig) -> AutoencoderJob:
-    """Check the config before anything is started; raises ValueError if the training cannot work."""
+    """Refuse what cannot work, before anything is started."""
+    storage.check_reachable(config.base or config.vae_config)
     storage.check_reachable(config.images)
     storage.check_reachable(config.output, write=True)
     manifest = read_manifest(config.images)

@@ -49,6 +49,7 @@ def check_checkpoint(config: CheckpointExportConfig) -> _Found:
     except FileNotFoundError:
         raise ValueError(f"{place!r} does not exist. Give --run the output of a finetuning.") from None
     found = select(config.run, config.step, run.train.retention)
+    storage.check_reachable(config.base or run.model.base)
     base, manifests = resolve_base(config.base or run.model.base), [read_manifest(uri) for uri in run.tables]
     if (identity := run.identity(base.content_hash, manifests)) != found.manifest.identity:
         raise CheckpointError(

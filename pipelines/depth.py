@@ -26,7 +26,9 @@ def check(config: DepthConfig) -> None:
     """Check what can be checked before the first stage runs; raises ValueError for an unusable setting."""
     check_reachable(config.output, write=True)
     check_tracking()
-    resolve_base(config.decoder.base if config.decoder else config.finetune.model.base)
+    base = config.decoder.base if config.decoder else config.finetune.model.base
+    check_reachable(base)
+    resolve_base(base)
     for scenes in (config.dataset, config.test):
         make_dataset.check(scenes)
 

@@ -38,6 +38,7 @@ def _model_files(config: ExportConfig) -> str:
 
     if not config.output:
         raise ValueError("output is empty. Give --output URI.")
+    check_reachable(config.model)
     check_reachable(config.output, write=True)
     return resolve_model(config.model)
 

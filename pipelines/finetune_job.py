@@ -37,7 +37,8 @@ class FinetuneJob(TrainingJob):
 
 
 def check_finetune(config: FinetuneConfig) -> FinetuneJob:
-    """Check the config before anything is started; raises ValueError if the training cannot work."""
+    """Refuse what cannot work, before anything is started."""
+    storage.check_reachable(config.model.base)
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
     base, manifests = resolve_base(config.model.base), [read_manifest(uri) for uri in config.tables]

@@ -58,7 +58,9 @@ def first_teacher(config: ReflowConfig) -> Teacher:
 
 
 def check(config: ReflowConfig) -> Teacher:
-    """Check what can be checked before the first stage runs; returns the teacher of the first round."""
+    """Refuse what cannot work before the first stage runs; returns who draws the first pairs."""
+    for uri in (config.finetune.model.base, config.teacher):
+        check_reachable(uri)
     check_reachable(config.output, write=True)
     check_tracking()
     read_manifest(config.captions)

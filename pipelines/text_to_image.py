@@ -36,6 +36,7 @@ def check(config: WorkflowConfig) -> None:
     """Check storage, MLflow and the base before the first stage runs; raises ValueError if one is unusable."""
     check_reachable(config.output, write=True)
     check_tracking()
+    check_reachable(config.finetune.model.base)
     resolve_base(config.finetune.model.base)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 
 from d2f_core import storage
 from d2f_core.data.stream_plan import StreamPlan
-from d2f_core.tracking import RunHandle, start_run
+from d2f_core.tracking import RunHandle, ending, start_run
 from d2f_core.train.checkpoint import Checkpoint
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import run_training
@@ -91,6 +91,8 @@ class TrainingResult:
 def train(job: TrainingJob) -> TrainingResult:
     """Train to the last step, from the newest undamaged checkpoint if there is one, and export the result.
 
+    The MLflow run ends with it: FINISHED, KILLED by SIGTERM, or FAILED; the reason is its tag `d2f.end_reason`.
+
     Raises:
         the errors of `run_training`.
     """
@@ -105,18 +107,17 @@ def train(job: TrainingJob) -> TrainingResult:
         about = {"name": config.name, "config_yaml": text, "params": params, "tags": dict(job.tags)}
         run = start_run(experiment=config.experiment, run_key=config.output, **about)
         logger.info("MLflow run: %s", run.url)
-    trained = run_training(
-        config=config.train,
-        build_task=job.build_task,
-        plan=job.plan,
-        output=config.output,
-        identity=job.identity,
-        tracker=run,
-    )
-    last = trained.last
-    made = job.export(last)
-    if run:
-        run.finish()
+    with ending(run):
+        trained = run_training(
+            config=config.train,
+            build_task=job.build_task,
+            plan=job.plan,
+            output=config.output,
+            identity=job.identity,
+            tracker=run,
+        )
+        last = trained.last
+        made = job.export(last)
     logger.info("wrote %s", made)
     if trained.owed:
         logger.warning("the evaluation of step %s is missing", ", ".join(map(str, trained.owed)))

@@ -25,7 +25,7 @@ servers and workers."""
 STARTS_PROCESSES = {"s3", "stack", "stack_directory", "pair", "single", "offloading_pair", "offloading_single"}
 """Fixtures of servers and of worker processes."""
 LONGER = ("model", "data/test_hostile_inputs.py", "pipelines/test_checkpoint_export.py", "pipelines/test_recipes.py",
-          "test_fault_proxy.py", "test_storage.py", "test_tracking.py")  # fmt: skip
+          "test_credentials.py", "test_fault_proxy.py", "test_storage.py", "test_tracking.py")  # fmt: skip
 QUICK_NEVERTHELESS = ("model/test_artifact.py", "model/test_hostile_artifacts.py")
 
 

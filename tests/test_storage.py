@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -21,11 +22,11 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, SSLError
 
 from benchmarks.fault_proxy import FaultProxy
+from d2f_core import retry, s3_calls, storage
 from d2f_core import s3 as s3_client
-from d2f_core import storage
 from d2f_core.model.base import local_copy
 from d2f_core.retry import is_network_trouble
-from d2f_core.storage import StorageError
+from d2f_core.storage import StorageError, UnreachableStorageError
 from infra.local.stack import StackEnv
 
 BIG = os.urandom(1_000_000)
@@ -38,7 +39,7 @@ def proxy(s3: StackEnv, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     address = urlsplit(s3.variables["AWS_ENDPOINT_URL"])
     with FaultProxy(str(address.hostname), int(address.port or 80)) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        monkeypatch.setattr(storage, "RETRY_SECONDS", 60.0)
+        monkeypatch.setattr(s3_calls, "RETRY_SECONDS", 60.0)
         yield running
 
 
@@ -92,11 +93,43 @@ def test_an_outage_is_waited_for(proxy: FaultProxy) -> None:
     assert 2.5 < time.monotonic() - began < 15
 
 
+def test_a_model_is_fetched_through_an_outage_that_lasts_longer_than_a_probe(proxy: FaultProxy, tmp_path: Path) -> None:
+    storage.write_bytes("s3://d2f/test-outlasts/b.json", b"{}")
+    proxy.outage_for(storage.PROBE_SECONDS + 2)
+    assert (local_copy("s3://d2f/test-outlasts", cache_dir=tmp_path) / "b.json").read_bytes() == b"{}"
+
+
+def test_an_upload_that_is_cut_late_is_sent_again(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer is cut after 200 s, longer than failing calls are repeated; the clock is moved on, not waited for."""
+    passed = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
+    monkeypatch.setattr(retry, "time", clock)
+    fs, path = storage.filesystem("s3://d2f/test-storage/late")
+
+    def put() -> None:
+        passed[0] += 200.0
+        fs.pipe_file(path, BIG)
+
+    proxy.upcoming.extend(["reset"] * 6)  # s3fs makes some requests of its own, in silence
+    storage.retried("write it", put)
+    assert proxy.counts["reset"] == 6 and storage.read_bytes("s3://d2f/test-storage/late") == BIG
+
+
+def test_a_misspelt_bucket_is_refused_and_not_made(s3: StackEnv) -> None:
+    for _ in range(2):
+        with pytest.raises(StorageError, match="no bucket 'd2g' at"):
+            storage.check_reachable("s3://d2g/test-storage", write=True)
+    storage.check_reachable("s3://d2f/test-storage/nothing/yet", write=True)
+    assert not storage.exists("s3://d2f/test-storage/nothing/yet/.writable")
+
+
 def test_an_outage_without_end_is_one_line(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(s3_calls, "RETRY_SECONDS", 1.0)
     proxy.outage = True
     with pytest.raises(StorageError, match=r"could not read s3://d2f/any in \d+ attempts over \d+ s: .*Check that"):
         storage.read_bytes("s3://d2f/any")
+    with pytest.raises(UnreachableStorageError, match="is not readable at"):
+        storage.check_reachable("s3://d2f/any")
 
 
 def test_a_stalled_server_is_noticed(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,13 +177,15 @@ def test_wrong_credentials_are_refused_at_once(
             call("s3://d2f/test-storage/secret")
     with pytest.raises(PermissionError):
         storage.write_bytes("s3://d2f/test-storage/secret", b"2")
+    assert proxy.counts["requests"] - before <= 7 and "again in" not in caplog.text
     fs, path = storage.arrow_filesystem("s3://d2f/test-storage/secret")
-    with pytest.raises(OSError, match="ACCESS_DENIED"):
-        storage.retried("read", lambda: fs.open_input_file(path))
-    assert proxy.counts["requests"] - before <= 8 and "again in" not in caplog.text
+    began = time.monotonic()
+    with pytest.raises(UnreachableStorageError, match=r"ACCESS_DENIED.*AWS_ACCESS_KEY_ID, AWS_"):
+        storage.retried("read", lambda: fs.open_input_file(path))  # it does not tell a wrong key from none
+    assert time.monotonic() - began < 10
     with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID") as caught:
         storage.check_reachable("s3://d2f/test-storage", write=True)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, UnreachableStorageError)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +297,18 @@ def test_two_processes_of_a_node_fetch_a_model_once(
 
     alone, there_already = requests("one", 1), requests("one", 1)
     assert requests("two", 2) == alone + there_already
+
+
+def test_a_machine_short_of_open_files_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    answers: list[Any] = [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENFILE, "Too many"), b"1"]
+
+    def read() -> bytes:
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return answer
+
+    assert storage.retried("read", read) == b"1"
+    assert "Too many open files" in caplog.text
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

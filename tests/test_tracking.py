@@ -22,6 +22,7 @@ from d2f_core.tracking import (
     RunHandle,
     TrackingError,
     check_tracking,
+    ending,
     find_run,
     pin_model,
     register_model,
@@ -30,6 +31,7 @@ from d2f_core.tracking import (
     server,
     start_run,
 )
+from d2f_core.tracking.runs import END_TAG
 from d2f_core.tracking.server import attempt, client_for
 from infra.local.stack import StackEnv
 
@@ -68,6 +70,22 @@ def test_a_resumed_training_continues_its_run(stack: StackEnv, caplog: pytest.Lo
     assert run.info.status == "RUNNING"
     assert run.data.params == {"train.lr": "0.0001", "train.seed": "0", "more": "1"}
     assert {"k": "v", "d2f.run_key": "s3://d2f/runs/resumed"}.items() <= run.data.tags.items()
+
+
+def test_a_run_that_ended_early_says_why_until_it_is_resumed(stack: StackEnv) -> None:
+    handle = start("s3://d2f/runs/ended")
+    client = client_for(handle.tracking_uri)
+    with pytest.raises(ValueError, match="collapsed"), ending(handle):
+        raise ValueError("step 40: the model has collapsed")
+    ended = client.get_run(handle.run_id)
+    assert (ended.info.status, ended.data.tags[END_TAG]) == ("FAILED", "step 40: the model has collapsed")
+    assert start("s3://d2f/runs/ended") == handle
+    again = client.get_run(handle.run_id)
+    assert again.info.status == "RUNNING" and END_TAG not in again.data.tags
+    with pytest.raises(SystemExit), ending(handle):
+        raise SystemExit(143)
+    killed = client.get_run(handle.run_id)
+    assert (killed.info.status, killed.data.tags[END_TAG]) == ("KILLED", "SIGTERM")
 
 
 def test_everything_logged_is_there(stack: StackEnv, tmp_path: Path) -> None:

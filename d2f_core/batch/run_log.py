@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from d2f_core.tracking import MetricLog, RunHandle, start_run
+from d2f_core.tracking import MetricLog, RunHandle, TrackingError, ending, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,15 @@ class RunLog:
         if self._log:
             self._log.log(step, values)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._run and self._log:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not (self._run and self._log):
+            return
+        if error is None:
+            with ending(self._run):
+                self._log.close(FLUSH_SECONDS)
+            return
+        try:
             self._log.close(FLUSH_SECONDS)
-            self._run.finish("FAILED" if kind else "FINISHED")
+        except TrackingError as unsent:  # the job's own error is what counts
+            logger.warning("%s", unsent)
+        self._run.end_after(error)

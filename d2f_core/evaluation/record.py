@@ -10,7 +10,7 @@ import yaml
 
 from d2f_core.evaluation.estimates import Metric
 from d2f_core.storage import join, write_bytes
-from d2f_core.tracking import start_run
+from d2f_core.tracking import ending, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ def log_evaluation(
         params=asdict(config),
         tags=tags,
     )
-    for count in counts:
-        run.log_metrics(count, _at(metrics, count))
-    if values:
-        run.log_metrics(0, values)
-    run.log_files(files)
-    run.finish()
+    with ending(run):
+        for count in counts:
+            run.log_metrics(count, _at(metrics, count))
+        if values:
+            run.log_metrics(0, values)
+        run.log_files(files)
     logger.info("MLflow run: %s", run.url)
 
 

@@ -14,16 +14,23 @@ from typing import Any
 from d2f_core import storage
 from d2f_core.hashing import HASHED_SUFFIXES, cache_root, hash_directory, one_at_a_time
 from d2f_core.objective.schedule import NoiseSchedule
+from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
-"""Parts that a base model needs only if it is SDXL."""
+"""Apart, because no other family has or misses them."""
+HUB_SECONDS = 20.0
+"""How long a model hub that does not answer is asked again; its client repeats some requests by itself."""
 PROJECT_ROOT = Path(__file__).parents[2]
 """Relative directories are also looked up here, because a Ray worker has another working directory."""
 
 
 class BaseModelError(ValueError):
     """A base model that cannot be used, with the reason and the fix."""
+
+
+class UnreachableHubError(BaseModelError, UnreachableError):
+    """The model hub was away for longer than repetitions bridge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +91,16 @@ def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
 def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str], bool] | None = None) -> Path:
     """A local directory with the contents of `uri`; S3 prefixes are downloaded once per version of their objects.
 
+    Outages of S3 and of the hub are waited for: whoever must refuse within seconds calls `storage.check_reachable`.
+
     Args:
-        chosen: predicate on a file's relative name that selects what is copied from S3; None: everything.
+        chosen: of a file's name in the directory, whether it is copied from S3; None: all are.
+
+    Raises:
+        BaseModelError: nothing is there, or the hub refuses it.
+        UnreachableError: S3 or the hub stays away.
     """
     if uri.startswith("s3://"):
-        storage.check_reachable(uri)
         found = storage.list_tree(uri, chosen)
         listing = sorted((name, info.get("ETag"), info["size"]) for name, info in found.items())
         if not listing:
@@ -112,20 +124,44 @@ def _from_hub(name: str) -> Path:
     import huggingface_hub
 
     patterns = [f"{part}/*{suffix}" for part in (*PARTS, *SDXL_PARTS) for suffix in HASHED_SUFFIXES]
+    fetch = lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*patterns, "model_index.json"])  # noqa: E731
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns, "model_index.json"]))
+        return Path(keep_trying(f"fetch {name} from the hub", fetch, patience=_patience))
     except Exception as error:
-        raise BaseModelError(
-            f"{name!r} is no local directory and could not be fetched from the hub ({type(error).__name__}). Check the "
+        cause = error.__cause__ or error
+        kind = UnreachableHubError if isinstance(error, GaveUpError) else BaseModelError
+        raise kind(
+            f"{name!r} is no local directory and could not be fetched from the hub ({type(cause).__name__}). Check the "
             "spelling and the network, or download it and give the directory."
-        ) from error
+        ) from cause
+
+
+def _patience(error: Exception) -> float:
+    return HUB_SECONDS if _hub_is_away(error) else 0.0
+
+
+def _hub_is_away(error: BaseException) -> bool:
+    """Whether the same download may succeed later: no answer, or one of a server in trouble."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OfflineModeIsEnabled):  # a setting, though it is a ConnectionError
+            return False
+        status = getattr(getattr(link, "response", None), "status_code", 0)
+        if isinstance(link, TransportError) or status == 429 or status >= 500 or is_network_trouble(link):
+            return True
+        link = link.__cause__
+    return False
 
 
 def resolve_base(uri: str, *, cache_dir: Path | None = None) -> BaseModel:
     """Fetch and check a base model.
 
     Raises:
-        BaseModelError: `uri` holds no base model, or a needed part is missing.
+        BaseModelError: nothing there, or a needed part is missing.
+        UnreachableError: S3 or the hub stays away.
         ScheduleError: the scheduler config cannot be used.
     """
     path = local_copy(uri, cache_dir=cache_dir)

@@ -10,7 +10,7 @@ from d2f_core.tracking.model_files import resolve_model
 from d2f_core.tracking.pyfunc_files import Loader
 from d2f_core.tracking.registry import ModelVersionInfo, NewVersion, model_version, pin_model, register_model
 from d2f_core.tracking.run_records import run_file, run_metrics, run_tags
-from d2f_core.tracking.runs import RunHandle, find_run, start_run
+from d2f_core.tracking.runs import RunHandle, ending, find_run, start_run
 from d2f_core.tracking.server import TrackingError, check_tracking, tracking_uri
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_tracking",
     "complete_version",
     "earlier_version",
+    "ending",
     "find_run",
     "get_alias",
     "log_checkpoint_model",

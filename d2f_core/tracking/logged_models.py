@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2f_core.tracking.runs import RunHandle
-from d2f_core.tracking.server import attempt, client_for, metric_name, tag_equals
+from d2f_core.tracking.server import attempt, attempt_upload, client_for, metric_name, tag_equals
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -86,7 +86,7 @@ def logged_model(
 
 def upload(client: "MlflowClient", model: "LoggedModel", directory: Path, place: str | None = None) -> None:
     """Copy a directory's files to `place` inside the model's artifacts."""
-    attempt("upload the model", lambda: client.log_model_artifacts(model.model_id, str(directory), place))
+    attempt_upload("upload the model", lambda: client.log_model_artifacts(model.model_id, str(directory), place))
 
 
 def complete(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2f_core.retry import delays, one_line
 from d2f_core.tracking.runs import RunHandle
-from d2f_core.tracking.server import TrackingError, client_for, is_away, metric_name
+from d2f_core.tracking.server import TrackingError, UnreachableTrackingError, client_for, is_away, metric_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -99,7 +99,8 @@ class MetricLog:
         """Send what is queued, for at most `timeout` seconds; nothing is sent afterwards.
 
         Raises:
-            TrackingError: points remain unsent, or MLflow refused some.
+            UnreachableTrackingError: points remain.
+            TrackingError: MLflow refused some.
         """
         with self._changed:
             self._closing.set()
@@ -114,7 +115,7 @@ class MetricLog:
         if pictures:
             logger.warning("%d pictures were not written to MLflow in %g s (%s)", pictures, timeout, self._trouble)
         if points:
-            raise TrackingError(
+            raise UnreachableTrackingError(
                 f"{points} metric points were not written to MLflow in {timeout:g} s ({self._trouble}). Check that "
                 f"{self._handle.tracking_uri} is up; those that a checkpoint holds are sent when the run is resumed."
             )

@@ -3,15 +3,26 @@
 Nothing here keeps state in the process: a `RunHandle` is three strings and can be sent to any worker.
 """
 
+import contextlib
 import logging
+import signal
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2f_core.tracking.server import TrackingError, attempt, client_for, metric_name, tag_equals, tracking_uri
+from d2f_core.retry import one_line
+from d2f_core.tracking.server import (
+    TrackingError,
+    attempt,
+    attempt_upload,
+    client_for,
+    metric_name,
+    tag_equals,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,7 +32,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_KEY_TAG = "d2f.run_key"
+END_TAG = "d2f.end_reason"
+"""Why a run ended before its last step; none while it runs, and none when it finished."""
+END_SECONDS = 10.0
+"""How long a server that is away is told of such an end: what is ending is not held up longer."""
+SIGNALS = {128 + signal.SIGTERM, 128 + signal.SIGINT}
 MAX_PARAM_CHARS = 6000
+MAX_REASON_CHARS = 2000
 MAX_PARAMS_PER_CALL = 100
 
 
@@ -65,7 +82,7 @@ class RunHandle:
     def log_file(self, file: Path, directory: str = "") -> None:
         """Copy a local file into `directory` of the run's artifacts."""
         client = client_for(self.tracking_uri)
-        attempt(f"log {file.name!r}", lambda: client.log_artifact(self.run_id, str(file), directory or None))
+        attempt_upload(f"log {file.name!r}", lambda: client.log_artifact(self.run_id, str(file), directory or None))
 
     def log_files(self, files: Mapping[str, bytes]) -> None:
         """Write artifacts, given by name."""
@@ -76,6 +93,37 @@ class RunHandle:
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         attempt("end the run", lambda: client_for(self.tracking_uri).set_terminated(self.run_id, status))
+
+    def end_early(self, status: Literal["FAILED", "KILLED"], reason: str) -> None:
+        """End the run with the reason as a tag; a server that is away or refuses is a warning, for what fails has an
+        error of its own."""
+        client = client_for(self.tracking_uri)
+        try:
+            attempt("say why", lambda: client.set_tag(self.run_id, END_TAG, reason), seconds=END_SECONDS)
+            attempt("end the run", lambda: client.set_terminated(self.run_id, status), seconds=END_SECONDS)
+        except TrackingError as error:
+            logger.warning("%s stays RUNNING in MLflow: %s", self.url, error)
+
+    def end_after(self, error: BaseException) -> None:
+        """End the run as the error ends the process: KILLED by a signal, FAILED by anything else."""
+        code = error.code if isinstance(error, SystemExit) else None
+        if isinstance(error, KeyboardInterrupt) or code in SIGNALS:
+            self.end_early("KILLED", "interrupted" if code is None else signal.Signals(int(code) - 128).name)
+        else:
+            self.end_early("FAILED", f"exit code {code}" if code is not None else one_line(error, MAX_REASON_CHARS))
+
+
+@contextlib.contextmanager
+def ending(run: RunHandle | None) -> Iterator[None]:
+    """End the run when and as the block ends; None: there is no run."""
+    try:
+        yield
+    except BaseException as error:
+        if run:
+            run.end_after(error)
+        raise
+    if run:
+        run.finish()
 
 
 def start_run(
@@ -104,6 +152,8 @@ def start_run(
         run = found[0]
         logger.info("continuing MLflow run %s of %s", run.info.run_id, run_key)
         attempt("reopen the run", lambda: client.update_run(run.info.run_id, status="RUNNING"))
+        if END_TAG in run.data.tags:
+            attempt("take away why it ended", lambda: client.delete_tag(run.info.run_id, END_TAG))
     else:
         run = attempt("create a run", lambda: client.create_run(experiment_id, tags=all_tags, run_name=name))
     handle = RunHandle(tracking_uri=uri, experiment_id=experiment_id, run_id=run.info.run_id)

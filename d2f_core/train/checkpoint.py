@@ -274,7 +274,7 @@ def _read_file(place: str, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]
             tensors = stack.enter_context(safe_open(local, "pt", backend="pread"))
             for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
-        except MemoryError:
+        except (MemoryError, OSError):  # of this machine: size and hash are right
             raise
         except Exception as error:  # the parser and torch raise many types for an invalid file
             raise damaged(place, f"is not safetensors ({type(error).__name__}: {error})") from None

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray.train
@@ -95,8 +95,9 @@ def describe(info: ray.train.PreemptionInfo, nodes: set[str]) -> str:
 class Termination:
     """Handles SIGTERM to the driver during a training."""
 
-    def __init__(self) -> None:
+    def __init__(self, before_end: Callable[[], None] = lambda: None) -> None:
         self.asked = False
+        self._before_end = before_end
         self.pulse: Any = None
         """Heartbeat actor of the current attempt."""
         self._wake = threading.Event()
@@ -130,16 +131,20 @@ class Termination:
             return
         none, unknown = "no worker trains yet, so nothing has to be saved", "the list of workers does not answer"
         logger.warning("SIGTERM: %s. The same command again resumes.", unknown if there is None else none)
+        self._before_end()
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[Termination]:
-    """Context in which SIGTERM stops the training cleanly instead of killing it.
+def terminable(before_end: Callable[[], None] = lambda: None) -> Iterator[Termination]:
+    """Let SIGTERM stop the training instead of killing it, while the context lasts.
 
-    Outside the main thread it does nothing: Python allows signal handlers only there.
+    In a thread signals are left alone: Python lets only the main thread handle them.
+
+    Args:
+        before_end: called, in a thread, before a training without workers is ended at once.
     """
-    termination = Termination()
+    termination = Termination(before_end)
     if threading.current_thread() is not threading.main_thread():
         yield termination
         return

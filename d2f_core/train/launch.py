@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from d2f_core import storage
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.retry import UnreachableError
 from d2f_core.tracking import RunHandle, log_checkpoint_model
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import checkpoint, restore, retention
@@ -25,7 +26,7 @@ from d2f_core.train.checkpoint import Checkpoint
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError, Evaluations
 from d2f_core.train.heartbeat import ask, start_pulse, watched
-from d2f_core.train.interruption import terminable, terminated
+from d2f_core.train.interruption import Termination, terminable, terminated
 from d2f_core.train.resources import fitting_workers
 from d2f_core.train.restarts import Restarts, causes, reason
 from d2f_core.train.task import BuildTask
@@ -78,44 +79,69 @@ def run_training(
     """
     job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
     restarts, again = Restarts(config.max_failures), False
-    with terminable() as termination:
-        while not (last := _complete(config, output, identity)):
-            workers = fitting_workers(config, again=again)
-            again = True
-            termination.pulse = pulse = start_pulse()
+    with terminable(functools.partial(_killed, tracker)) as termination:
+        while True:
             try:
+                if last := _complete(config, output, identity):
+                    return Trained(last=last, owed=_settle(job, last))
+                workers = fitting_workers(config, again=again)
+                again = True
+                termination.pulse = start_pulse()
                 now = replace(config, num_workers=workers, min_workers=0)
-                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=pulse))
-            except (ray.train.TrainingFailedError, RayError) as error:
+                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=termination.pulse))
+            except (ray.train.TrainingFailedError, RayError, UnreachableError) as error:
                 if termination.asked:
                     logger.warning("the attempt ended: %s", reason(error))
                 else:
-                    _after_failure(job, error, pulse, restarts)
+                    _after_failure(job, error, termination.pulse, restarts)
             finally:
-                termination.pulse = None
-                ray.kill(pulse)
+                _end_pulse(termination)
             if termination.asked:
                 raise terminated(output, identity)
-    return Trained(last=last, owed=_settle(job, last))
+
+
+def _killed(tracker: RunHandle | None) -> None:
+    if tracker:
+        tracker.end_early("KILLED", "SIGTERM before any worker trained")
+
+
+def _end_pulse(termination: Termination) -> None:
+    pulse, termination.pulse = termination.pulse, None
+    if pulse is not None:
+        ray.kill(pulse)
 
 
 def _after_failure(job: WorkerJob, error: BaseException, pulse: Any, restarts: Restarts) -> None:
     """Log why an attempt ended, and from where the next one resumes.
 
+    Args:
+        pulse: None when no worker was asked for: a server that the driver itself needs was away.
+
     Raises:
         TrainingStoppedError: no further attempt is allowed.
     """
-    there = checkpoint.candidates(job.output, job.identity)
-    why_not = restarts.add(error, pulse, there[0].manifest.step if there else 0)
+    there = _checkpoints_there(job)
+    step = restarts.step if there is None else there[0].manifest.step if there else 0
+    why_not = restarts.add(error, pulse, step)
+    there = there or []
     collapsed = [cause for cause in causes(error) if isinstance(cause, CollapseError)]
     if collapsed:
         raise TrainingStoppedError(f"{reason(error)} {_last_good(job, there, collapsed[0])}") from None
-    place = f"The last good checkpoint is {there[0].uri}." if there else "There is no checkpoint yet."
+    place = f"The last good checkpoint is {there[0].uri}." if there else "No checkpoint is there, or none can be seen."
     if why_not:
         raise TrainingStoppedError(f"{reason(error)} {why_not} {place} The same command again resumes.") from None
     count = "for a node was announced to go" if restarts.excused else f"failure {restarts.in_a_row} in a row"
-    workers = "; ".join(ask(pulse.report, default=[]))
+    workers = "; ".join(ask(pulse.report, default=[])) if pulse is not None else "in the driver"
     logger.warning("the attempt ended, %s: %s (%s). Starting again. %s", count, reason(error), workers, place)
+
+
+def _checkpoints_there(job: WorkerJob) -> list[Checkpoint] | None:
+    """Newest first; None when the storage cannot be reached, which must not end what only failed."""
+    try:
+        return checkpoint.candidates(job.output, job.identity)
+    except UnreachableError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def _last_good(job: WorkerJob, there: list[Checkpoint], collapsed: CollapseError) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import ray.train
 
-from d2f_core.storage import UnreachableStorageError
+from d2f_core.retry import UnreachableError
 from d2f_core.tracking import TrackingError
 from d2f_core.train.checkpoint import UnfinishedSaveError
 from d2f_core.train.compiler import MissingCompilerError
@@ -17,10 +17,9 @@ from d2f_core.train.steps import NonFiniteLossError
 from d2f_core.train.zero import NonFiniteGradientError
 
 FINAL = (NonFiniteLossError, NonFiniteGradientError, CollapseError, QuarantineLimitError, MissingCompilerError)
-"""Errors that a restart would only repeat. This project's errors of bad input, which are ValueErrors, count as final
-too."""
-MENDED = (TrackingError, UnfinishedSaveError, UnreachableStorageError)
-"""Errors of this project that a restart may resolve: a server was not reachable, or another worker died."""
+"""A restart would end in the same error. So would it with our own errors of bad input, which are ValueErrors."""
+MENDED = (TrackingError, UnfinishedSaveError, UnreachableError)
+"""Our own errors that a restart may mend: a server was away, or another worker died."""
 REPEATED = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
 """Errors that suggest a bug or a wrong setting: retried once; the same message again ends the run."""
 
@@ -56,8 +55,8 @@ class Restarts:
     in_a_row: int = 0
     excused: bool = False
     """Whether the last failure did not count."""
-    _step: int = 0
-    """Step of the newest checkpoint at the last failure."""
+    step: int = 0
+    """Of the newest checkpoint at the last failure."""
     _reason: str = ""
     _gone: set[str] = field(default_factory=set)
     """Leaving nodes that already excused a failure; each node excuses one."""
@@ -66,16 +65,18 @@ class Restarts:
         """Record a failure.
 
         Args:
-            step: step of the newest checkpoint, 0 without one.
+            pulse: that of the attempt; None when there was none.
+            step: that of the newest checkpoint, 0 without one.
 
         Returns:
             Why no further attempt is allowed; "" if one is.
         """
         cause, found, self.excused = causes(error)[0], reason(error), self._is_excused(error, pulse)
-        repeated = found == self._reason and step == self._step and isinstance(cause, REPEATED)
-        if step > self._step:
+        suspect = isinstance(cause, REPEATED) and not isinstance(cause, MENDED)
+        repeated = suspect and found == self._reason and step == self.step
+        if step > self.step:
             self.in_a_row = 0
-        self._step, self._reason = step, found
+        self.step, self._reason = step, found
         self.in_a_row += not self.excused
         if is_final(cause):
             return "A restart would end alike."
@@ -91,7 +92,7 @@ class Restarts:
         Ray reports a preemption if it ended the attempt itself. Mostly it reports a dead worker or a broken connection
         instead; the failure is then excused if any node was announced as leaving, during the attempt or now.
         """
-        nodes = leaving_nodes() | set(ask(pulse.leaving, default=[]))
+        nodes = leaving_nodes() | (set(ask(pulse.leaving, default=[])) if pulse is not None else set())
         if isinstance(error, ray.train.PreemptionError):
             nodes |= set(error.preemption_info.preempted_node_ids)
         deaths = getattr(error, "worker_failures", {}).values()

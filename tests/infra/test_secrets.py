@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from d2f_core import storage
 from d2f_core.tracking import TrackingError, check_tracking, tracking_uri
 from infra.local.ray_head import temp_directory
 from infra.local.stack import Stack, StackEnv
@@ -170,8 +171,33 @@ def test_the_stacks_own_files_are_for_one_user(ran: Ran) -> None:
 
 
 @pytest.mark.parametrize("check", [tracking_uri, check_tracking])
-def test_an_mlflow_address_with_a_password_in_it_is_refused_without_being_shown(monkeypatch, check) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:planted-password@127.0.0.1:9/")
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:planted-password@127.0.0.1:9/",
+        "https://planted-token@mlflow.example",
+        "planted-token@mlflow.example:5000",
+        "https://mlflow.example/?token=planted",
+        "postgresql://me:planted@db/mlflow",
+    ],
+)
+def test_an_mlflow_address_with_a_secret_in_it_is_refused_without_being_shown(monkeypatch, address, check) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as caught:
         check()
     assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: storage.check_reachable("s3://d2f/a"),
+        lambda: storage.read_bytes("s3://d2f/a"),
+        lambda: storage.arrow_filesystem("s3://d2f/a"),
+    ],
+)
+def test_an_s3_address_with_a_secret_in_it_is_refused_without_being_shown(monkeypatch, use, caplog) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:planted-password@127.0.0.1:9")
+    with pytest.raises(ValueError, match="AWS_ENDPOINT_URL holds a user, password or token") as caught:
+        use()
+    assert "planted" not in str(caught.value) + caplog.text

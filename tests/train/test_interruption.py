@@ -107,6 +107,15 @@ def test_the_first_worker_tells_the_driver_which_nodes_go(monkeypatch, caplog):
     assert caplog.text.count("node a with worker 0 and node b with worker 0 will be taken away soon") == 1
 
 
+def test_a_training_without_workers_tells_of_its_end_before_it_is_ended(monkeypatch):
+    order = []
+    monkeypatch.setattr(interruption.os, "kill", lambda pid, number: order.append("killed"))
+    with terminable(lambda: order.append("told")) as termination:
+        signal.raise_signal(signal.SIGTERM)
+        assert termination.asked
+    assert order == ["told", "killed"]
+
+
 def test_a_stopped_training_ends_as_sigterm_ends_a_process(tmp_path, caplog):
     assert terminated(str(tmp_path), "identity").code == 143
     assert "stopped by SIGTERM before the first checkpoint" in caplog.text

@@ -1,20 +1,22 @@
 """After which failures a training is started again, and what it says when not."""
 
+import errno
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray.train
 import torch
 from ray.exceptions import RayTaskError
 
+from d2f_core.model.base import BaseModelError, UnreachableHubError
 from d2f_core.storage import StorageError, UnreachableStorageError
-from d2f_core.train import launch, restarts
-from d2f_core.train.checkpoint import CheckpointError, UnfinishedSaveError
+from d2f_core.train import checkpoint, launch, restarts
+from d2f_core.train.checkpoint import Checkpoint, CheckpointError, UnfinishedSaveError
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import Retention
+from d2f_core.train.config import Retention, TrainConfig
 from d2f_core.train.evaluation import CollapseError
 from d2f_core.train.launch import TrainingStoppedError
 from d2f_core.train.quarantine import QuarantineLimitError
@@ -82,6 +84,10 @@ def test_a_new_checkpoint_starts_the_count_anew():
         (StorageError("no room"), True),
         (UnfinishedSaveError("no share of worker 1"), False),
         (UnreachableStorageError("away"), False),
+        (BaseModelError("no unet"), True),
+        (UnreachableHubError("away"), False),
+        (MemoryError(), False),
+        (OSError(errno.EMFILE, "Too many open files"), False),
         (ValueError("from some library"), False),
         (ConnectionError("reset"), False),
     ],
@@ -97,7 +103,8 @@ def test_a_wrong_setting_is_known_by_its_coming_again_and_a_killed_worker_is_not
     assert counted.add(of_workers(ValueError("another")), pulse(), 0) == ""
     assert counted.add(wrong, pulse(), 0) == "" == counted.add(wrong, pulse(), 10), "the training got further"
     assert counted.add(wrong, pulse(), 10) == "A restart ended in the same error."
-    assert [counted.add(of_workers(BROKEN), pulse(), 10) for _ in range(5)] == [""] * 5
+    for chance in (BROKEN, UnreachableStorageError("away"), UnfinishedSaveError("no share of worker 1")):
+        assert [counted.add(of_workers(chance), pulse(), 10) for _ in range(3)] == [""] * 3
 
 
 def saved(output: Path, step: int) -> str:
@@ -138,3 +145,44 @@ def test_a_collapse_names_the_newest_checkpoint_that_was_found_good_before_it(tm
 def test_a_collapse_travels_between_processes():
     there = pickle.loads(pickle.dumps(CollapseError("step 40: flat", 40)))
     assert (str(there), there.step) == ("step 40: flat", 40)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The driver's loop around attempts that save step 10 at once; its argument is what the driver itself meets."""
+
+    def start(outages: dict[str, int], max_failures: int = 3) -> Checkpoint:
+        left = dict(outages)
+
+        def away_at_first(name: str, call: Any) -> Any:
+            def met(*args: Any) -> Any:
+                if left.get(name, 0):
+                    left[name] -= 1
+                    raise UnreachableStorageError(f"{name}: S3 is away")
+                return call(*args)
+
+            return met
+
+        monkeypatch.setattr(checkpoint, "candidates", away_at_first("candidates", checkpoint.candidates))
+        monkeypatch.setattr(launch, "_settle", away_at_first("settle", lambda job, last: None))
+        monkeypatch.setattr(launch, "_attempt", lambda job: saved(Path(job.output), 10))
+        monkeypatch.setattr(launch, "fitting_workers", lambda config, again: 1)
+        monkeypatch.setattr(launch, "start_pulse", pulse)
+        monkeypatch.setattr(launch.ray, "kill", lambda pulse: None)
+        config, nothing = TrainConfig(num_steps=10, max_failures=max_failures), cast(Any, None)
+        return launch.run_training(
+            config=config, build_task=nothing, plan=nothing, output=str(tmp_path), identity="run", tracker=None
+        )
+
+    return start
+
+
+def test_a_storage_that_is_away_from_the_driver_is_a_failure_like_others(run, caplog):
+    assert run({"candidates": 3, "settle": 1}).manifest.step == 10
+    assert "failure 2 in a row: UnreachableStorageError: candidates: S3 is away (in the driver)" in caplog.text
+    assert "UnreachableStorageError: settle: S3 is away" in caplog.text
+
+
+def test_a_storage_that_stays_away_from_the_driver_ends_the_training_with_what_to_do(run):
+    with pytest.raises(TrainingStoppedError, match=r"S3 is away.*max_failures=1.*The same command again resumes"):
+        run({"candidates": 99}, max_failures=1)

@@ -50,6 +50,7 @@ def check_predict_depth(config: PredictDepthConfig) -> DepthJob:
     """
     config.check_complete()
     check_reachable(config.source.uri)
+    check_reachable(config.model)
     check_reachable(config.output, write=True)
     if config.model.startswith("models:/"):
         check_tracking()

@@ -54,6 +54,7 @@ def _check(
     if f"{config.output.rstrip('/')}/".startswith(f"{source.rstrip('/')}/"):
         raise EncodeError(f"output={config.output!r} lies inside the source {source!r}. Put it beside it.")
     check_reachable(source)
+    check_reachable(config.base)
     check_reachable(config.output, write=True)
     base = resolve_base(config.base)
     fingerprint = {**_fingerprint(base, config.resolution, text), **kind.fingerprint}

@@ -52,6 +52,8 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     """
     config.check_complete()
     check_reachable(config.output, write=True)
+    for uri in (config.candidate, config.champion, config.base):
+        check_reachable(uri)
     if config.experiment or config.candidate.startswith(REGISTERED):
         check_tracking()
     per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())

@@ -53,7 +53,8 @@ def check_generate(config: GenerateConfig) -> GenerateJob:
         ValueError: unusable storage, prompts, model or sampler settings; one line each.
     """
     config.check_complete()
-    check_reachable(config.prompts, write=False)
+    check_reachable(config.prompts)
+    check_reachable(config.model)
     check_reachable(config.output, write=True)
     if config.model.startswith("models:/"):
         check_tracking()

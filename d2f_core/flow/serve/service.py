@@ -26,6 +26,7 @@ from d2f_core.flow.generate.sampler import fill_request
 from d2f_core.flow.serve.config import ServeConfig, ServeError, is_loopback
 from d2f_core.hashing import cache_root
 from d2f_core.model.artifact import load_model
+from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def check_serve(config: ServeConfig) -> ServeJob:
     Raises:
         ValueError: the model does not exist, or its defaults exceed the service's limits.
     """
+    check_reachable(config.model)
     if config.model.startswith("models:/"):
         check_tracking()
     pinned = pin_model(config.model)
