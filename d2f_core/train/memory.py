@@ -179,9 +179,8 @@ def _saving(sizes: _Sizes) -> int:
 
 
 def _host(sizes: _Sizes) -> int:
-    """The weights when they are read, or the copy of a checkpoint, of which a kind at a time is put into one file
-    beside the copy of all; and what is offloaded."""
-    copies = (16 if sizes.averaging else 12) * sizes.owned + 4 * sizes.owned
+    """The weights when they are read, or the copy of a checkpoint, which is its files' bytes; and what is offloaded."""
+    copies = (16 if sizes.averaging else 12) * sizes.owned
     optimizer = sizes.master + sizes.moments + (4 + sizes.each) * sizes.share
     return (
         max(4 * sizes.all, copies)
