@@ -102,6 +102,10 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Forward and backward dtype. Weights, moments and averages are kept in fp32. fp16 scales the loss so that small
     gradients survive, and leaves out a step when they overflow; bf16 needs neither."""
+    gradient_precision: Literal["fp32", "same"] = since("fp32", before="fp32")
+    """Dtype in which the gradients of micro-batches are summed and exchanged between workers, at every stage that takes
+    bf16 or fp16 (1 to 3): fp32, or the same as `precision`. The latter takes less memory and half the traffic, and
+    rounds at every addition: the sum of 128 micro-batches is off by 1e-2 then, in fp32 by 1e-8."""
     optimizer: Literal["adamw", "cpu_adamw"] = "adamw"
     """AdamW: torch's fused one, or DeepSpeed's for offloaded moments, compiled with g++ on first use (some 150 s).
     There is no 8-bit one: it keeps its moments quantised in blocks over a worker's flattened share, so a checkpoint by
