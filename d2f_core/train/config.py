@@ -96,7 +96,8 @@ class TrainConfig:
     cpus_per_worker: float = 1
     """Logical CPUs that Ray reserves per worker."""
     threads_per_worker: int = 0
-    """torch threads of a CPU worker; 0 divides the machine's cores."""
+    """torch threads of a CPU worker; 0 divides the machine's cores. Of a GPU worker those of the optimizer that steps
+    offloaded moments (`optimizer="cpu_adamw"`); 0 takes `cpus_per_worker`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is partitioned over the workers (1 moments, 2 also gradients, 3 also weights)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -113,6 +114,10 @@ class TrainConfig:
     offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
     """What lives in the host's memory instead of the GPU's: moments and fp32 weights (stage 1 or higher), or also the
     partitioned weights (stage 3). Slower, fits larger models. Needs `optimizer="cpu_adamw"`."""
+    deterministic: bool = since(False, before=False)
+    """Compute by deterministic algorithms only (torch's, cuDNN's and cuBLAS's), so that a resumed run may end with the
+    bits of an unbroken one on GPUs too. Slower, and an operator that has no such algorithm ends the training with an
+    error that names it. CPUs compute the same bits without it."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time, same numbers."""
     learning_rate: float = 1e-4
