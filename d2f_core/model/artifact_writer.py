@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from d2f_core import storage
 from d2f_core.model.artifact_files import AUTO_MAPPING, ArtifactError
 from d2f_core.model.description import DESCRIPTION, WEIGHTS, write_description
+from d2f_core.safetensors_layout import layout
 
 FULL_NAMES = "diffusion_pytorch_model{suffix}.safetensors"
 LORA_NAME = "adapter_model.safetensors"
 MAX_FILE_BYTES = 10 * 10**9
-"""Most bytes of a UNet's weights in one file; diffusers' own default."""
-HEADER_UNIT = 8
-"""Alignment of a safetensors header in bytes."""
+"""Of a UNet's weights in one file; diffusers' own default."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +165,8 @@ def _misfit(what: str) -> ArtifactError:
 
 
 def _begin(handle: IO[bytes], places: Iterable[_Place]) -> dict[str, int]:
-    """Write the header of a safetensors file of float32 tensors and extend the file to its size; returns key -> offset
-    of the tensor's first byte.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
-    for place in sorted(places, key=lambda place: place.key):  # as the library orders them
-        starts[place.key], end = end, end + place.size
-        header[place.key] = {"dtype": "F32", "shape": place.shape, "data_offsets": [starts[place.key], end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % HEADER_UNIT)
-    data = handle.write(len(text).to_bytes(8, "little") + text)
-    handle.truncate(data + end)
-    return {key: data + start for key, start in starts.items()}
+    """Write the header of a safetensors file of float32 tensors, and give it its size; key -> where its bytes begin."""
+    plan = layout({place.key: ("float32", place.shape) for place in places}, {"format": "pt"})
+    handle.write(plan.header)
+    handle.truncate(plan.size)
+    return plan.starts

@@ -6,7 +6,6 @@ before they write theirs. So shares left behind by an earlier start of the same 
 worker 0 finds its own old share and refuses.
 """
 
-import hashlib
 import json
 import logging
 import threading
@@ -15,8 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from d2f_core import storage
@@ -36,6 +33,7 @@ from d2f_core.train.checkpoint import (
     tensor_digest,
     unseal,
 )
+from d2f_core.train.checkpoint_file import FileImage, write_file
 from d2f_core.train.config import Retention
 from d2f_core.train.retention import apply_retention
 
@@ -50,9 +48,9 @@ LONGEST_POLL_SECONDS = 2.0
 class _Save:
     uri: str
     head: dict[str, Any]
-    """Values that are equal in all workers' shares: step, samples, identity, num_workers."""
-    tensors: dict[str, dict[str, Tensor]]
-    """The copy in CPU memory; a kind is dropped once it is uploaded."""
+    """What the shares of all workers have in common: step, samples, identity, num_workers."""
+    images: dict[str, FileImage]
+    """The copy in CPU memory, by kind; one is dropped once it is uploaded."""
     state: dict[str, Any]
 
 
@@ -73,14 +71,14 @@ class CheckpointWriter:
         retention: Retention,
         *,
         share_seconds: float = SHARE_SECONDS,
-        write: Callable[..., None] = storage.write_bytes,
+        write: Callable[..., None] = write_file,
     ) -> None:
         """Create the writer; reads and writes nothing yet.
 
         Args:
             attempt: part of this attempt's directory names; must differ for every start of the workers.
             share_seconds: how long one worker waits for the others' shares.
-            write: function with the signature of `storage.write_bytes`.
+            write: `write_file`, or one like it.
         """
         if not PLAIN_NAME.fullmatch(attempt):
             raise CheckpointError(f"attempt={attempt!r} is not a plain name. Use letters, digits, '-', '_' and '.'.")
@@ -117,15 +115,11 @@ class CheckpointWriter:
         self._join()
         if self._closed.is_set():
             raise CheckpointError(f"The writer of {self.output} is closed. Make another one, with a new attempt.")
-        copy = {
-            kind: {name: _cpu_copy(tensor) for name, tensor in named.items()}
-            for kind, named in tensors.items()
-            if named
-        }
+        images = {kind: FileImage(named) for kind, named in tensors.items() if named}
         self._uri = storage.join(checkpoints_uri(self.output), directory_name(step, self.attempt))
         head = {"step": step, "samples": samples, "identity": identity, "num_workers": self.num_workers}
-        job = _Save(self._uri, head, copy, json_copy(state))
-        # A daemon thread does not delay the end of a failed training; without a manifest nothing was saved.
+        job = _Save(self._uri, head, images, json_copy(state))
+        # A daemon: a training that ends with an error is not held up; without a manifest nothing was saved.
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
 
@@ -178,19 +172,23 @@ class CheckpointWriter:
                 "an attempt of its own, and save each step once."
             )
         files, digests = [], {}
-        for kind in list(job.tensors):
+        for kind in list(job.images):
             self._go_on(job.uri)
-            digests[kind] = {name: tensor_digest(tensor) for name, tensor in job.tensors[kind].items()}
-            data = to_safetensors(job.tensors.pop(kind))
-            file = f"{kind}-{self.rank}.safetensors"
-            self._write_bytes(storage.join(job.uri, file), data)
-            files.append(CheckpointFile(kind=kind, path=file, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+            file, digests[kind] = self._write_image(job.uri, kind, job.images.pop(kind))
+            files.append(file)
         if self.rank:
             self._await(job.uri, {share_name(0): 0}, "share")
         fields = {"rank": self.rank, **job.head, "files": [asdict(file) for file in files], "tensors": digests}
         self._create(storage.join(job.uri, share), seal(fields))
         if self.rank == 0:
             self._complete(job)
+
+    def _write_image(self, uri: str, kind: str, image: FileImage) -> tuple[CheckpointFile, dict[str, str]]:
+        """Write one kind's file; what the manifest says of it, and of its tensors."""
+        digests = {name: tensor_digest(tensor) for name, tensor in image.tensors.items()}
+        name = f"{kind}-{self.rank}.safetensors"
+        self._write_bytes(storage.join(uri, name), image.content)
+        return CheckpointFile(kind=kind, path=name, size=len(image.content), sha256=image.sha256), digests
 
     def _complete(self, job: _Save) -> None:
         """On worker 0: write the manifest, which completes the checkpoint, then delete old checkpoints."""
@@ -256,7 +254,3 @@ def share_name(rank: int) -> str:
 def json_copy(state: Mapping[str, Any]) -> dict[str, Any]:
     """Deep copy of `state` through JSON, as it will be read back. Raises TypeError when `state` is not JSON."""
     return json.loads(canonical_json(dict(state)))
-
-
-def _cpu_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

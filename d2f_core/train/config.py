@@ -96,19 +96,28 @@ class TrainConfig:
     cpus_per_worker: float = 1
     """Logical CPUs that Ray reserves per worker."""
     threads_per_worker: int = 0
-    """torch threads per CPU worker; 0 divides the machine's cores among the workers."""
+    """torch threads of a CPU worker; 0 divides the machine's cores. Of a GPU worker those of the optimizer that steps
+    offloaded moments (`optimizer="cpu_adamw"`); 0 takes `cpus_per_worker`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is partitioned over the workers (1 moments, 2 also gradients, 3 also weights)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Forward and backward dtype. Weights, moments and averages are kept in fp32. fp16 scales the loss so that small
-    gradients do not underflow, and skips a step when gradients overflow; bf16 needs neither."""
+    gradients survive, and leaves out a step when they overflow; bf16 needs neither."""
+    gradient_precision: Literal["fp32", "same"] = since("fp32", before="fp32")
+    """Dtype in which the gradients of micro-batches are summed and exchanged between workers, at every stage that takes
+    bf16 or fp16 (1 to 3): fp32, or the same as `precision`. The latter takes less memory and half the traffic, and
+    rounds at every addition: the sum of 128 micro-batches is off by 1e-2 then, in fp32 by 1e-8."""
     optimizer: Literal["adamw", "cpu_adamw"] = "adamw"
     """AdamW: torch's fused one, or DeepSpeed's for offloaded moments, compiled with g++ on first use (some 150 s).
     There is no 8-bit AdamW: its moments are quantised in blocks over a worker's flattened share, so a checkpoint by
     parameter, from which any ZeRO stage and number of workers can resume, could not store them without loss."""
     offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
-    """State that is kept in host memory instead of GPU memory: moments and fp32 weights (stage 1 or higher), or also
-    the partitioned weights (stage 3). Slower, but fits larger models. Needs `optimizer="cpu_adamw"`."""
+    """What lives in the host's memory instead of the GPU's: moments and fp32 weights (stage 1 or higher), or also the
+    partitioned weights (stage 3). Slower, fits larger models. Needs `optimizer="cpu_adamw"`."""
+    deterministic: bool = since(False, before=False)
+    """Compute by deterministic algorithms only (torch's, cuDNN's and cuBLAS's), so that a resumed run may end with the
+    bits of an unbroken one on GPUs too. Slower, and an operator that has no such algorithm ends the training with an
+    error that names it. CPUs compute the same bits without it."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, more time, equal results."""
     learning_rate: float = 1e-4

@@ -1,7 +1,7 @@
 """Memory that one worker of a training needs, from what DeepSpeed 0.19 allocates under this project's settings.
 
 Each rule is checked against what engines allocate (tests/train/test_memory.py). With P trained of T parameters, b
-bytes of precision and n workers:
+bytes of precision, g of the gradients' sums (`gradient_precision`) and n workers:
 
 | bytes        | stage 0 | stages 1, 2             | stage 3                                                       |
 |--------------|---------|-------------------------|---------------------------------------------------------------|
@@ -9,8 +9,10 @@ bytes of precision and n workers:
 | fp32 copies  | -       | 4 P / n (also for fp32) | 4 P / n (also for fp32)                                       |
 | moments      | 8 P     | 8 P / n                 | 8 P / n                                                       |
 | averages     | 4 P / n: of whole parameters where every worker has whole fp32 weights, else of the fp32 copies   |
-| gradients    | 4 P     | b P; stage 2: b P / n   | b P / n                                                       |
-| bucket       | copies  | b min(P, 5e8), copies   | b min(P, 5e8), copies                                         |
+| gradients    | 4 P     | g P; stage 2: g P / n   | g P / n                                                       |
+| bucket       | copies  | g min(P, 5e8), copies   | g min(P, 5e8), copies                                         |
+
+Where g is more than b, stage 1 keeps a worker's part of the sums apart (g P / n), and the bucket of stage 2 takes b.
 """
 
 from collections.abc import Sequence
@@ -90,7 +92,7 @@ def memory_per_worker(
         averages=0 if sizes.averages_offload else sizes.averages,
         gradients=_gradients(sizes),
         bucket=_bucket(sizes) if sizes.stage else 0,
-        copies=_bucket(sizes),
+        copies=_copies(sizes),
         stepping=_stepping(sizes) if on_device else 0,
         saving=_saving(sizes),
         activations=activations,
@@ -106,7 +108,11 @@ class _Sizes:
         self.trained, self.frozen = trained, frozen
         self.stage, self.workers = config.zero_stage, config.num_workers
         self.each = BYTES[config.precision]
-        """Bytes per element in the forward and backward passes."""
+        """Bytes of an element in the passes."""
+        self.summed = 4 if config.gradient_precision == "fp32" else self.each
+        """Bytes of an element of a gradient that is added up."""
+        self.widened = self.summed > self.each
+        """Whether gradients are added up in more digits than they are computed in."""
         self.total, self.all = sum(trained), sum(trained) + sum(frozen)
         """Number of trained elements, and of all elements of the network."""
         self.largest = max(trained, default=0)
@@ -150,13 +156,20 @@ def _weights(sizes: _Sizes) -> int:
 
 
 def _gradients(sizes: _Sizes) -> int:
+    apart = sizes.summed * sizes.share
     if sizes.stage < 2:
-        return sizes.each * sizes.total
-    return 0 if sizes.optimizer_offload else sizes.each * sizes.share
+        return sizes.summed * sizes.total + (apart if sizes.widened else 0)
+    kept_on_host = sizes.optimizer_offload and not (sizes.stage == 2 and sizes.widened)
+    return 0 if kept_on_host else apart
 
 
 def _bucket(sizes: _Sizes) -> int:
-    return sizes.each * min(sizes.total, MOST_IN_BUCKET)
+    each = sizes.each if sizes.stage == 2 else sizes.summed
+    return each * min(sizes.total, MOST_IN_BUCKET)
+
+
+def _copies(sizes: _Sizes) -> int:
+    return sizes.summed * min(sizes.total, MOST_IN_BUCKET)
 
 
 def _stepping(sizes: _Sizes) -> int:
@@ -165,8 +178,8 @@ def _stepping(sizes: _Sizes) -> int:
     """
     if sizes.stage == 0:
         return 0
-    copy = 0 if sizes.each == 4 else 4 * sizes.share
-    return max(sizes.each * sizes.share + copy, 8 * sizes.largest)
+    copy = 0 if sizes.summed == 4 else 4 * sizes.share
+    return max(sizes.summed * sizes.share + copy, 8 * sizes.largest)
 
 
 def _saving(sizes: _Sizes) -> int:
@@ -182,10 +195,10 @@ def _saving(sizes: _Sizes) -> int:
 
 
 def _host(sizes: _Sizes) -> int:
-    """Bytes of host memory: the larger of the weights while they are read and a checkpoint's copy (which includes one
-    kind serialised to a file), plus offloaded state."""
-    copies = (16 if sizes.averaging else 12) * sizes.owned + 4 * sizes.owned
-    optimizer = sizes.master + sizes.moments + (4 + sizes.each) * sizes.share
+    """The weights when they are read, or the copy of a checkpoint, which is its files' bytes; and what is offloaded."""
+    copies = (16 if sizes.averaging else 12) * sizes.owned
+    sums = 0 if sizes.widened and sizes.stage < 3 else sizes.summed * sizes.share  # else they stay on the device
+    optimizer = sizes.master + sizes.moments + 4 * sizes.share + sums
     return (
         max(4 * sizes.all, copies)
         + (optimizer if sizes.optimizer_offload else 0)

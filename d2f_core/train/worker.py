@@ -19,6 +19,7 @@ from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import restore, zero
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.determinism import use_deterministic_algorithms
 from d2f_core.train.evaluation import Evaluations, evaluation_due
 from d2f_core.train.heartbeat import Heartbeat
 from d2f_core.train.interruption import Interruptions
@@ -164,10 +165,18 @@ def _show_log() -> None:
         package.propagate = False
 
 
-def _set_threads(config: TrainConfig, num_workers: int) -> None:
+def _prepare_process(config: TrainConfig, num_workers: int) -> None:
+    """What has to be set before anything is computed. DeepSpeed's CPU AdamW uses torch's threads.
+
+    Ray tells OpenMP to use as many threads as the worker reserves CPUs, which by default is one.
+    """
+    if config.deterministic:
+        use_deterministic_algorithms()
     if not config.use_gpu:
         cores = os.cpu_count() or 1
         torch.set_num_threads(config.threads_per_worker or max(1, cores // num_workers))
+    elif config.offload != "none":
+        torch.set_num_threads(config.threads_per_worker or max(1, int(config.cpus_per_worker)))
 
 
 def run_worker(job: WorkerJob) -> None:
@@ -175,7 +184,7 @@ def run_worker(job: WorkerJob) -> None:
     _show_log()
     config, context = job.config, ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    _set_threads(config, num_workers)
+    _prepare_process(config, num_workers)
     heartbeat = Heartbeat(job.pulse, rank)
     heartbeat.doing("building the model")
     device = str(ray.train.torch.get_device())

@@ -3,12 +3,13 @@
 Only `partitions` knows the layout of the engine's fp32 weights and moments.
 """
 
+import contextlib
 import logging
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,14 @@ def engine_config(config: TrainConfig, num_workers: int, trained: int) -> dict[s
         zero["offload_optimizer"] = host
     if config.offload == "optimizer_and_weights":
         zero["offload_param"] = host
+    kept: dict[str, Any] = {}
+    if config.precision != "fp32" and config.gradient_precision == "fp32":
+        kept = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        if config.zero_stage == 2:
+            # By itself it divides by the number of workers in the dtype of the passes, before it exchanges.
+            zero["reduce_scatter"] = False
     return {
+        **kept,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // (config.micro_batch_size * num_workers),
         "gradient_clipping": config.clip_grad_norm,
@@ -76,6 +84,27 @@ def engine_config(config: TrainConfig, num_workers: int, trained: int) -> dict[s
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 10**9,
     }
+
+
+@contextlib.contextmanager
+def _same_engine_for_fp32_sums(deepspeed: Any) -> Iterator[None]:
+    """Let ZeRO 1 sum bf16 gradients in fp32 by the optimizer that does so for fp16, offloaded bf16 and stage 2.
+
+    DeepSpeed takes another one for this case alone (`BF16_Optimizer`), which refuses a gradient of zero, as of
+    `restore_moments`, does not look whether gradients are finite, and keeps whole fp32 gradients besides.
+    """
+    engine = deepspeed.DeepSpeedEngine
+    choose = engine._do_optimizer_sanity_check
+
+    def choose_zero(self: Any, optimizer: Any) -> Any:
+        chosen = choose(self, optimizer)
+        return "zero_optimization" if self.zero_optimization() else chosen
+
+    engine._do_optimizer_sanity_check = choose_zero
+    try:
+        yield
+    finally:
+        engine._do_optimizer_sanity_check = choose
 
 
 def _build_optimizer(trained: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -115,13 +144,14 @@ def build_engine(module: nn.Module, config: TrainConfig, num_workers: int) -> An
     deepspeed = _deepspeed()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     whole = {} if config.precision == "fp32" else {name: p.detach().clone() for name, p in trained.items()}
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=_build_optimizer(list(trained.values()), config),
-        model_parameters=list(trained.values()),
-        config=engine_config(config, num_workers, sum(p.numel() for p in trained.values())),
-        dist_init_required=False,
-    )
+    with _same_engine_for_fp32_sums(deepspeed):
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=_build_optimizer(list(trained.values()), config),
+            model_parameters=list(trained.values()),
+            config=engine_config(config, num_workers, sum(p.numel() for p in trained.values())),
+            dist_init_required=False,
+        )
     _limit_waiting(config.worker_timeout_seconds)
     for name, weight in whole.items():
         # DeepSpeed creates its fp32 weights from the rounded ones: a resumed run would lose their last digits.

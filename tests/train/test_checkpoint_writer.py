@@ -2,7 +2,9 @@
 
 import itertools
 import resource
+import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +310,24 @@ def test_a_run_behind_a_damaged_checkpoint_keeps_its_new_ones(tmp_path):
 def test_an_impossible_writer_is_refused(tmp_path, rank, attempt, message):
     with pytest.raises(CheckpointError, match=message):
         CheckpointWriter(str(tmp_path), attempt, rank, 2, KEEP_ALL)
+
+
+def longest_stop(directory: Path, tensors: dict[str, dict[str, Tensor]]) -> float:
+    """Seconds that this thread, which wakes every millisecond, stood at most while the tensors were saved."""
+    writer = CheckpointWriter(str(directory), "a", 0, 1, KEEP_ALL)
+    save(writer, 1, tensors)
+    longest, last = 0.0, time.perf_counter()
+    while not writer.last_complete:
+        writer.poll()
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    writer.wait()
+    shutil.rmtree(directory)
+    return longest
+
+
+def test_saving_a_quarter_of_a_gigabyte_stops_the_training_thread_for_less_than_50_ms(tmp_path):
+    """`safetensors.save` stops it for 130 ms and more; a busy machine may do so by itself, but not each time."""
+    tensors = {"weights": {str(number): torch.ones(1024, 1024) for number in range(64)}}
+    assert any(longest_stop(tmp_path / str(number), tensors) < 0.05 for number in range(5))

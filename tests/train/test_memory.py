@@ -19,13 +19,18 @@ from d2f_core.train.worker_state import Worker
 from tests.train.processes import Workers
 
 WORKERS, TOGETHER = 2, 320_000
-ENGINES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+ENGINES = [
+    (0, "fp32", "fp32"), (2, "fp32", "fp32"), (3, "fp32", "fp32"),
+    *((stage, "bf16", gradients) for stage in (1, 2, 3) for gradients in ("fp32", "same")),
+]  # fmt: skip
+"""Stage, precision of the passes, and of the gradients' sums."""
 
 
-def config(stage: int, precision: str) -> TrainConfig:
+def config(stage: int, precision: str, gradients: str) -> TrainConfig:
+    options: dict[str, Any] = {"zero_stage": stage, "precision": precision, "gradient_precision": gradients}
     return TrainConfig(
-        num_steps=3, global_batch_size=4, micro_batch_size=2, num_workers=WORKERS, zero_stage=stage,  # type: ignore[arg-type]
-        precision=precision, ema=EmaConfig(decay=0.9),  # type: ignore[arg-type]
+        **options, num_steps=3, global_batch_size=4, micro_batch_size=2, num_workers=WORKERS,
+        ema=EmaConfig(decay=0.9),
     )  # fmt: skip
 
 
@@ -73,10 +78,11 @@ def letting_go(exchange: Callable[..., None]) -> Callable[..., None]:
 EXCHANGES = {name: letting_go(getattr(dist, name)) for name in ("all_gather_into_tensor", "all_reduce")}
 
 
-def measure(stage: int, precision: str, rank: int) -> dict[str, int]:
+def measure(stage: int, precision: str, gradients: str, rank: int) -> dict[str, int]:
     before = allocated()
-    engine = zero.build_engine(network(), config(stage, precision), WORKERS)
-    worker = Worker(config(stage, precision), engine, rank, WORKERS)
+    settings = config(stage, precision, gradients)
+    engine = zero.build_engine(network(), settings, WORKERS)
+    worker = Worker(settings, engine, rank, WORKERS)
     x = torch.randn(2, 400, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     peaks = {"passing": 0, "stepping": 0, "saving": 0}
     for _ in range(3):
@@ -98,7 +104,7 @@ def measure_all(rank: int) -> dict[str, Any]:
     partitions.TOGETHER = TOGETHER
     measure(*ENGINES[0], rank)  # imports the rest of DeepSpeed
     gc.freeze()  # its objects would be looked through at each measurement
-    return {f"{stage} {precision}": measure(stage, precision, rank) for stage, precision in ENGINES}
+    return {str(engine): measure(*engine, rank) for engine in ENGINES}
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +112,14 @@ def measured(pair: Workers) -> dict[str, Any]:
     return pair.run(measure_all)[0]
 
 
-@pytest.mark.parametrize(("stage", "precision"), ENGINES)
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_an_engine_allocates_what_was_predicted(
-    measured: dict[str, Any], stage: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    measured: dict[str, Any], engine: tuple[int, str, str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(memory, "TOGETHER", TOGETHER)
-    found = measured[f"{stage} {precision}"]
+    found, (stage, precision, _) = measured[str(engine)], engine
     trained, frozen = (sizes(network(), trained=which) for which in (True, False))
-    needed = memory_per_worker(config(stage, precision), trained, frozen)
+    needed = memory_per_worker(config(*engine), trained, frozen)
     whole = BYTES[precision] * sum(trained + frozen)
     # Between two steps stage 3 holds shares alone, with the gradients' and the bucket, which other stages give up.
     between = needed.state
@@ -133,7 +139,7 @@ def test_an_engine_allocates_what_was_predicted(
 
 def test_adapters_pay_for_their_own_state_only():
     full, adapted = (
-        memory_per_worker(config(2, "bf16"), trained, frozen)
+        memory_per_worker(config(2, "bf16", "fp32"), trained, frozen)
         for trained, frozen in (([10**6] * 100, []), ([10**6], [10**6] * 100))
     )
     assert full.moments == 100 * adapted.moments == 8 * 10**8 // WORKERS
@@ -147,7 +153,7 @@ def test_offloading_moves_bytes_to_the_host():
     moments = memory_per_worker(TrainConfig(offload="optimizer", **options), trained, [])
     weights = memory_per_worker(TrainConfig(offload="optimizer_and_weights", **options), trained, [])
     assert (moments.master, moments.moments, moments.gradients) == (0, 0, 0)
-    assert kept.peak - moments.peak >= 12 * 10**9 and moments.host - kept.host == (12 + 4 + 6) * 10**9
+    assert kept.peak - moments.peak >= 12 * 10**9 and moments.host - kept.host == (12 + 4 + 4 + 4) * 10**9
     assert moments.weights - weights.weights == weights.host - moments.host == 2 * 10**9
 
 
