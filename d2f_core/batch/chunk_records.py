@@ -118,7 +118,8 @@ def drop_duplicates(output: str, records: Sequence[ChunkRecord]) -> list[ChunkRe
     no longer matches its record, so its chunk is made again.
     """
     ordered = sorted(records, key=_in_order)
-    ids = np.array([sample for record in ordered for sample in record.sample_ids], dtype="S32")
+    # Bytes take a quarter of NumPy text's memory; they are as long as the longest id, whatever a system's ids are.
+    ids = np.array([sample.encode() for record in ordered for sample in record.sample_ids], dtype=np.bytes_)
     keep = np.zeros(len(ids), dtype=bool)
     keep[np.unique(ids, return_index=True)[1]] = True
     result, first = [], 0
