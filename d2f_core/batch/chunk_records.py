@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from d2f_core.data.manifest import TableFile, write_part
 from d2f_core.data.quarantine import DUPLICATE, BadSample
+from d2f_core.data.schema import ROW_GROUP_ROWS
 from d2f_core.storage import arrow_filesystem, filesystem, join, list_names, read_bytes, retried, write_bytes
 
 PROGRESS = "_progress"
@@ -70,9 +71,12 @@ class ChunkRecord:
         return cls(**{**content, "sample_ids": tuple(content["sample_ids"])})
 
 
-def write_chunk(output: str, record: ChunkRecord, table: pa.Table) -> ChunkRecord:
+def write_chunk(
+    output: str, record: ChunkRecord, table: pa.Table, *, row_group_rows: int = ROW_GROUP_ROWS
+) -> ChunkRecord:
     """Write a chunk's part, then its record; a chunk without rows has no part."""
-    file = write_part(output, record.part_name, table) if table.num_rows else None
+    part = record.part_name
+    file = write_part(output, part, table, row_group_rows=row_group_rows) if table.num_rows else None
     record = replace(record, file=file, sample_ids=tuple(table.column("sample_id").to_pylist()))
     write_bytes(join(output, PROGRESS, f"{record.name}.json"), record.to_json().encode())
     return record
@@ -111,32 +115,35 @@ def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[i
     return {shard: there for shard, there in done.items() if shard not in ends or len(there) <= ends[shard]}
 
 
-def drop_duplicates(output: str, records: Sequence[ChunkRecord]) -> list[ChunkRecord]:
+def drop_duplicates(
+    output: str, records: Sequence[ChunkRecord], *, row_group_rows: int = ROW_GROUP_ROWS
+) -> list[ChunkRecord]:
     """Keep each sample id once, in the first chunk that has it, and rewrite the parts that lose rows.
 
     Safe to repeat: an earlier chunk always keeps the sample that is dropped, and a part whose rewriting was interrupted
     no longer matches its record, so its chunk is made again.
     """
     ordered = sorted(records, key=_in_order)
-    ids = np.array([sample for record in ordered for sample in record.sample_ids], dtype="S32")
+    # Bytes take a quarter of NumPy text's memory; they are as long as the longest id, whatever a system's ids are.
+    ids = np.array([sample.encode() for record in ordered for sample in record.sample_ids], dtype=np.bytes_)
     keep = np.zeros(len(ids), dtype=bool)
     keep[np.unique(ids, return_index=True)[1]] = True
     result, first = [], 0
     for record in ordered:
         kept = keep[first : first + len(record.sample_ids)]
         first += len(kept)
-        result.append(record if kept.all() else _keep_rows(output, record, kept))
+        result.append(record if kept.all() else _keep_rows(output, record, kept, row_group_rows))
     return result
 
 
-def _keep_rows(output: str, record: ChunkRecord, kept: np.ndarray) -> ChunkRecord:
+def _keep_rows(output: str, record: ChunkRecord, kept: np.ndarray, row_group_rows: int) -> ChunkRecord:
     table = pq.read_table(pa.BufferReader(read_bytes(join(output, record.part_name))))
     dropped = table.filter(pa.array(~kept)).select(PLACE_COLUMNS).to_pylist()
     record = replace(record, bad=(*record.bad, *(BadSample(**place, reason=DUPLICATE) for place in dropped)))
     if not kept.any():
         fs, path = filesystem(join(output, record.part_name))
         fs.rm_file(path)
-    return write_chunk(output, record, table.filter(pa.array(kept)))
+    return write_chunk(output, record, table.filter(pa.array(kept)), row_group_rows=row_group_rows)
 
 
 def ledger(output: str, records: Sequence[ChunkRecord]) -> list[BadSample]:

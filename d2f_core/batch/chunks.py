@@ -19,7 +19,7 @@ from d2f_core.batch.table_spec import TableSpec
 from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.errors import BadSampleError
 from d2f_core.data.quarantine import DUPLICATE, BadSample
-from d2f_core.data.schema import array_kind, is_array
+from d2f_core.data.schema import ROW_GROUP_ROWS, array_kind, is_array
 from d2f_core.data.sources.sample import Sample, Shard
 
 PACKED_SCHEMA = pa.schema([("record", pa.string()), ("table", pa.binary()), ("problem", pa.string())])
@@ -147,10 +147,10 @@ def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
             number, chunk = number + 1, following
 
 
-def write_row(row: pa.Table, *, output: str) -> pa.Table:
+def write_row(row: pa.Table, *, output: str, row_group_rows: int = ROW_GROUP_ROWS) -> pa.Table:
     """Write one finished chunk; only its record is sent to the driver. A chunk with a problem is not written."""
     record, table = unpack(row)
     problem = row["problem"][0].as_py()
     if problem is None:
-        record = write_chunk(output, record, table)
+        record = write_chunk(output, record, table, row_group_rows=row_group_rows)
     return pa.table({"record": [record.to_json()], "problem": pa.array([problem], pa.string())})

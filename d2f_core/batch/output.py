@@ -40,6 +40,7 @@ def claim(output: str, identity: Mapping[str, Any], **about: Any) -> None:
     """Write the plan at the output, or check that the existing plan is the same.
 
     Args:
+        identity: JSON values.
         about: further values in the plan that are not part of the identity.
 
     Raises:
@@ -95,13 +96,14 @@ class IndexedOutput:
         """Claim the output, and read the parts that exist.
 
         Args:
-            identity: values that determine the results.
+            identity: values that determine the results; compared as JSON, so a tuple equals the list that was stored.
             about: further values in the plan.
 
         Raises:
             OutputError: the output belongs to another job; names what differs.
         """
-        claim(uri, identity, **about)
+        self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        claim(uri, self._identity, **about)
         self.uri, self.num_parts = uri, num_parts
         self.manifest: Manifest | None = read_manifest(uri) if manifest_exists(uri) else None
         """Manifest of a finished output; None before."""
@@ -110,9 +112,8 @@ class IndexedOutput:
         """Rows in the existing parts."""
         self.failed = 0
         """Rows with an error in the existing parts."""
-        self._identity = dict(identity)
         if self.manifest:
-            refuse_other(uri, self.manifest.fingerprint, identity)
+            refuse_other(uri, self.manifest.fingerprint, self._identity)
         else:
             for number, part in _parts_there(uri, num_parts).items():
                 self.add(number, part)

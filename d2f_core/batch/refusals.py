@@ -17,8 +17,11 @@ class RefusedError(ValueError):
 
 
 def refusal(error: Exception) -> str | None:
-    """The text of an error that is this project's own word to a user; None for any other, which is a fault."""
-    own = isinstance(error, ValueError) and type(error).__module__.partition(".")[0] == "d2f_core"
+    """The text of an error that is this project's own word to a user, or a subclass of such an error in a system built
+    on it; None for any other, which is a fault.
+    """
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    own = isinstance(error, ValueError) and "d2f_core" in packages
     return str(error) if own else None
 
 

@@ -140,7 +140,7 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
         **rows,
     )
     dataset = dataset.map_batches(
-        cast(Any, partial(write_row, output=config.output)),
+        cast(Any, partial(write_row, output=config.output, row_group_rows=spec.row_group_rows)),
         compute=ray.data.TaskPoolStrategy(size=actors),
         num_cpus=WRITE_CPUS,
         **rows,
@@ -194,7 +194,7 @@ def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
         TableJobError: no sample is usable, or more are unusable than allowed.
     """
     output = spec.config.output
-    records = drop_duplicates(output, records)
+    records = drop_duplicates(output, records, row_group_rows=spec.row_group_rows)
     files = tuple(record.file for record in records if record.file is not None)
     bad = ledger(output, records)
     write_quarantine(output, bad)

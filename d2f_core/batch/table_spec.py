@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
+from d2f_core.data.schema import ROW_GROUP_ROWS
+
 
 class TableJobError(ValueError):
     """A table job cannot continue; the message gives the reason and the fix."""
@@ -87,6 +89,13 @@ class TableSpec(ABC):
         Raises:
             BadSampleError: the sample cannot be used.
         """
+
+    @property
+    def row_group_rows(self) -> int:
+        """Rows per row group of the table's files, the smallest piece that a reader can fetch; fewer where rows are
+        large (see `manifest.rows_per_group`). It affects the files' bytes: whatever it depends on belongs to `inputs`.
+        """
+        return ROW_GROUP_ROWS
 
     def identity(self) -> dict[str, Any]:
         """The values that must be equal for two jobs to write the same table; cluster and batch size are not among

@@ -74,8 +74,10 @@ def generate(job: GenerateJob) -> Manifest:
     """Make all missing images; needs a running Ray. A finished output is not changed.
 
     Raises:
-        GenerateError: the output belongs to another plan.
+        OutputError: the output belongs to another plan.
+        GenerateError: the output's index does not hold one row per image.
         InsufficientResourcesError: the cluster is too small.
+        RefusedError: an actor refused the model or the prompts.
     """
     return generate_all([job])[0]
 
@@ -84,7 +86,7 @@ def generate_all(jobs: Sequence[GenerateJob]) -> list[Manifest]:
     """Run several jobs, one after the other, with one pool of actors, whose size is that of the first job's config.
 
     Raises:
-        GenerateError: see `generate`.
+        ValueError: see `generate`.
     """
     begun = [_Begun(job) for job in jobs]
     missing = [(number, chunk) for number, each in enumerate(begun) for chunk in each.output.missing]
