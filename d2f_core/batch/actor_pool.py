@@ -8,7 +8,7 @@ import ray
 import ray.data
 
 from d2f_core.batch.config import ActorPoolConfig
-from d2f_core.batch.resources import await_resources
+from d2f_core.batch.resources import await_resources, rows_in_place
 
 MAX_INPUT_BLOCKS = 1000
 """Blocks that the items are cut into: each costs Ray Data a little, and an actor takes one at a time."""
@@ -34,9 +34,7 @@ def map_items(
     """
     if not items:
         return
-    actors = min(pool.num_actors, len(items))
-    if node_wait_seconds is not None:
-        await_resources(actors, {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}, seconds=node_wait_seconds)
+    actors, each = min(pool.num_actors, len(items)), {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
     dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     dataset.context.print_on_execution_start = False
@@ -48,4 +46,5 @@ def map_items(
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
     )
-    yield from dataset.iter_rows()
+    held = None if node_wait_seconds is None else await_resources(actors, each, seconds=node_wait_seconds)
+    yield from rows_in_place(dataset, held)

@@ -136,8 +136,9 @@ class TrainConfig:
     """Failures in a row after which a training is still restarted from its last checkpoint; -1: without limit. A new
     checkpoint starts the count anew, and a node that was announced to go (a spot instance's notice) is not counted."""
     node_wait_seconds: int = 60
-    """How long nodes are waited for before fewer workers are taken (see `min_workers`), or the first start is given up.
-    An autoscaler is asked for them; raise this to the time that it takes to start a node."""
+    """How long room for all workers is waited for before fewer are taken (see `min_workers`), or the first start is
+    given up. An autoscaler is asked for nodes; those that it has begun to start are waited for longer, for up to half
+    an hour. 0: it must be there."""
     lost_node_wait_seconds: int = 1800
     """How long a training that has lost its nodes waits for room for its fewest workers."""
     worker_timeout_seconds: int = 600

@@ -16,8 +16,8 @@ from ray.job_submission import JobStatus
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import storage
+from d2f_core.resources import living_nodes
 from d2f_core.train import checkpoint, heartbeat
-from d2f_core.train.resources import usable_resources
 from infra.local.ray_head import LOGICAL_CPUS
 from infra.local.stack import Stack, StackEnv
 from tests.chaos.jobs import submitted
@@ -56,7 +56,9 @@ def lose_the_node(running: Running, node: Node, placeholder: Any) -> None:
     assert len(node.processes("ray::RayTrainWorker")) == 1
     ray.kill(placeholder)
     node.announce()
-    running.wait_for("fewer CPUs to count on", lambda: usable_resources()["CPU"] == LOGICAL_CPUS)
+    running.wait_for(
+        "fewer CPUs to count on", lambda: sum(node.total["CPU"] for node in living_nodes()) == LOGICAL_CPUS
+    )
     assert ray.cluster_resources()["CPU"] > LOGICAL_CPUS
     running.wait_for("a checkpoint off schedule", lambda: off_schedule(running.config.output))
     node.kill()
