@@ -62,11 +62,11 @@ def test_a_worker_that_fits_on_no_node_is_refused_in_one_line(growing: FakeClust
 
 def test_two_trainings_share_a_cluster_and_a_third_says_who_holds_it(growing: FakeCluster, tmp_path) -> None:
     """Each takes two of three nodes whole, and its readers and evaluation the third."""
-    logs = [tmp_path / name for name in ("first", "second", "third")]
+    logs = [tmp_path / f"{name}.log" for name in ("first", "second", "third")]
     with (
         growing.job("train", tmp_path / "run-1", 2, 2, 150, 8, log=logs[0]) as first,
         growing.job("train", tmp_path / "run-2", 2, 2, 150, 8, log=logs[1]) as second,
-        growing.job("train", tmp_path / "third", 2, 2, 0, 1, tmp_path / "run-*", log=logs[2]) as third,
+        growing.job("train", tmp_path / "unborn", 2, 2, 0, 1, tmp_path / "run-*", log=logs[2]) as third,
     ):
         status, refused = ended(third, logs[2], 150)
         assert status == 2 and re.search("REFUSED .* of which other jobs hold [46] CPU: .*; waited [0-4] s", refused)
@@ -77,6 +77,15 @@ def test_two_trainings_share_a_cluster_and_a_third_says_who_holds_it(growing: Fa
     (begin, end), (other_begin, other_end) = (times("RAN", text) for _, text in results)
     assert end < other_begin or other_end < begin, "one after the other"
     assert sum("waiting for room" in text and "other jobs hold" in text for _, text in results), results
+
+
+def test_a_training_whose_place_was_taken_waits_again(growing: FakeCluster, tmp_path) -> None:
+    """Two of three nodes are held, so one worker has room and its group has none."""
+    log = tmp_path / "log"
+    with growing.job("lose", tmp_path / "run", log=log) as job:
+        status, text = ended(job, log, 200)
+    assert status == 0 and times("RAN", text), text
+    assert "the attempt ended, failure 1 in a row: " in text and "startup timed out" in text, text
 
 
 def test_nodes_are_still_asked_for_after_ray_data_has_sent_its_own_requests(growing: FakeCluster, tmp_path) -> None:

@@ -3,6 +3,7 @@
     train OUTPUT WORKERS CPUS WAIT SECONDS [OTHERS]
                                                a training whose workers do nothing for so long; it begins when one of
                                                the others' outputs (a glob) shows that their workers have begun
+    lose OUTPUT                                a training of 2 workers of 2 CPUs whose place another job takes
     generate ACTORS CPUS GPUS WAIT             a batch job of as many items as actors
     ask GPUS SECONDS                           what of two demands the autoscaler still sees beside a Ray Data job
 
@@ -12,6 +13,7 @@ Ends with 2 and one line when the cluster is too small, as the commands of the p
 import functools
 import glob
 import logging
+import os
 import sys
 import threading
 import time
@@ -24,10 +26,11 @@ import ray.data
 import ray.train
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.config import ActorPoolConfig
-from d2f_core.resources import Demand, InsufficientResourcesError, Part, reserve
+from d2f_core.resources import Demand, InsufficientResourcesError, Part, Reservation, reserve
 from d2f_core.train import launch
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.worker_job import WorkerJob
@@ -56,6 +59,22 @@ def train(output: str, workers: str, cpus: str, wait: str, seconds: str, others:
     launch.run_training(config=config, build_task=unused, plan=unused, output=output, identity="")
     times = [[float(word) for word in file.read_text().split()] for file in Path(output).glob("ended-*")]
     print("RAN", min(began for began, _ in times), max(end for _, end in times))
+
+
+def lose(output: str) -> None:
+    """Room for the first attempt is promised and gone; it comes back when room is waited for again."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "3"
+    other, fitting_workers = placement_group([{"CPU": 2}] * 2), launch.fitting_workers
+    assert other.wait(90)
+
+    def promise(config: TrainConfig, *, again: bool) -> Reservation:
+        if not again:
+            return Reservation(count=config.num_workers, group=None)
+        remove_placement_group(other)
+        return fitting_workers(config, again=again)
+
+    launch.fitting_workers = promise
+    train(output, "2", "2", "60", "1")
 
 
 class Echo:
@@ -118,7 +137,7 @@ def main(job: str, *arguments: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     ray.init(log_to_driver=False)
     try:
-        {"train": train, "generate": generate, "ask": ask}[job](*arguments)
+        {"train": train, "lose": lose, "generate": generate, "ask": ask}[job](*arguments)
     except InsufficientResourcesError as error:
         print("REFUSED", error)
         return 2

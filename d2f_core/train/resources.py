@@ -53,9 +53,8 @@ def _demand(config: TrainConfig, *, again: bool) -> Demand:
 
 def _parts(config: TrainConfig, num_workers: int) -> list[Part]:
     """Each worker with its reader, which may lie on another node, and one evaluation."""
-    gpus = {"GPU": config.evaluation_gpus} if config.use_gpu and config.evaluation_gpus else {}
-    return [
-        Part("worker", num_workers, worker_bundle(config)),
-        Part("reader", num_workers, {"CPU": READER_CPUS}),
-        Part("evaluation", 1, {"CPU": 1, **gpus}),
-    ]
+    parts = [Part("worker", num_workers, worker_bundle(config)), Part("reader", num_workers, {"CPU": READER_CPUS})]
+    if config.evaluate_every:
+        gpus = {"GPU": config.evaluation_gpus} if config.use_gpu and config.evaluation_gpus else {}
+        parts.append(Part("evaluation", 1, {"CPU": 1, **gpus}))
+    return parts

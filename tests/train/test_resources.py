@@ -43,6 +43,11 @@ def test_gpus_are_asked_for_where_they_are_used(groups: PendingGroups) -> None:
     assert groups.asked == [[{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 0.5}] * 2 + [evaluation]] and not groups.alive
 
 
+def test_a_training_that_never_evaluates_needs_no_room_for_it(groups: PendingGroups) -> None:
+    groups.nodes = {0: [node({"CPU": 1.5})]}
+    assert fitting_workers(TrainConfig(evaluate_every=0), again=False).count == 1 and groups.now == 0
+
+
 def test_a_worker_that_fits_on_no_node_is_refused_in_one_line(groups: PendingGroups) -> None:
     groups.nodes = {0: [node({"CPU": 2.0}), node({"CPU": 2.0}), node({"CPU": 8.0}, free={"CPU": 1.0})]}
     config = TrainConfig(num_workers=1, cpus_per_worker=3, node_wait_seconds=5)
