@@ -37,6 +37,8 @@ ADDRESS, LOGS = "FAKE_CLUSTER_ADDRESS", "FAKE_CLUSTER_LOGS"
 """What the provider, in the autoscaler's process, finds in its environment."""
 OBJECT_STORE_BYTES = 100_000_000
 END_SECONDS = 20.0
+GRACE_SECONDS = 3.0
+"""For raylets that are told to end; they wait for what runs on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,7 @@ class FakeCluster:
 
     def end(self) -> None:
         """End the head and all nodes: the processes that carry the mark of this directory, and no others."""
-        processes.stop(lambda: processes.owned(self.directory), END_SECONDS)
+        processes.stop(lambda: processes.owned(self.directory), GRACE_SECONDS)
         self._part.after_stop()
 
     @contextlib.contextmanager

@@ -100,15 +100,14 @@ def ask(gpus: str, seconds: str) -> None:
         counts=[count], parts=lambda n: [Part("worker", n, {"GPU": 1})], subject="{count} need", advice="None."
     )
     waiting = threading.Thread(target=_refused, args=(demand, float(seconds)))
-    beside.start()
     waiting.start()
     while waiting.is_alive():
         demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
-        groups, requests = demands.placement_group_demand, demands.cluster_constraint_demand
-        seen = [
-            any(part.bundle.get("GPU") for one in kind for part in one.bundles_by_count) for kind in (groups, requests)
-        ]
+        kinds = (demands.placement_group_demand, demands.cluster_constraint_demand)
+        seen = [any(part.bundle.get("GPU") for one in kind for part in one.bundles_by_count) for kind in kinds]
         print("SEEN", f"{time.time() - began:.0f}", *map(int, seen))
+        if all(seen) and beside.ident is None:
+            beside.start()
         time.sleep(1)
 
 
@@ -124,7 +123,8 @@ def _data_job(seconds: float) -> None:
         time.sleep(1)
         return batch
 
-    ray.data.range(int(seconds), override_num_blocks=int(seconds)).map_batches(slow, num_cpus=1).materialize()
+    tasks = 6 * int(seconds)  # as many CPUs there are on the three nodes
+    ray.data.range(tasks, override_num_blocks=tasks).map_batches(slow, num_cpus=1).materialize()
 
 
 def _say_when_a_node_is_there() -> None:
