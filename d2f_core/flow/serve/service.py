@@ -138,7 +138,7 @@ def service(job: ServeJob, token: Token) -> Iterator[str]:
     """
     config = job.config
     _clear(config)
-    _check_room(config)
+    check_room(config)
     try:
         # One proxy, on the head node: the address that is printed is the only one.
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
@@ -171,9 +171,11 @@ def _clear(config: ServeConfig) -> None:
     serve.shutdown()
 
 
-def _check_room(config: ServeConfig) -> None:
+def check_room(config: ServeConfig) -> None:
     """Raises ServeError when the replicas find no room on the nodes beside what other jobs hold there."""
     each = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
+    if not any(each.values()):
+        return
     demand = Demand(
         counts=[config.replicas],
         parts=lambda count: [Part("replica", count, each)],
