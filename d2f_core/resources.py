@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ def reserve(demand: Demand, *, seconds: float, fewer_after: float) -> Reservatio
                 raise InsufficientResourcesError(refusal(demand, nodes, waited))
             if waited - said >= SAY_SECONDS:
                 said = waited
-                logger.warning("waiting for room, %.0f of %g s: %s", waited, seconds, refusal(demand, nodes, waited))
+                limit = f" of {seconds:g}" if seconds < inf else ""
+                logger.warning("waiting for room, %.0f%s s: %s", waited, limit, refusal(demand, nodes, waited))
     except BaseException:
         held.release()
         raise

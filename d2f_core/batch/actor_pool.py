@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import Any, cast
 
 import ray
@@ -27,7 +28,7 @@ def map_items(
     Args:
         actor: called with a batch of one item, as arrays of length 1 by name; returns the result in the same form.
         arguments: of its constructor.
-        node_wait_seconds: how long room for an actor is waited for; None: not at all, tasks wait in Ray's queue.
+        node_wait_seconds: how long room for an actor is waited for; None: without end, and said every minute.
 
     Raises:
         InsufficientResourcesError: no actor has room.
@@ -46,5 +47,5 @@ def map_items(
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
     )
-    held = None if node_wait_seconds is None else await_resources(actors, each, seconds=node_wait_seconds)
+    held = await_resources(actors, each, seconds=inf if node_wait_seconds is None else node_wait_seconds)
     yield from rows_in_place(dataset, held)

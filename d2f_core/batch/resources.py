@@ -44,16 +44,13 @@ def await_resources(
     return held
 
 
-def rows_in_place(dataset: ray.data.Dataset, held: Reservation | None) -> Iterator[dict[str, Any]]:
+def rows_in_place(dataset: ray.data.Dataset, held: Reservation) -> Iterator[dict[str, Any]]:
     """The data set's rows; the place that is held for its actors is given back once they are queued.
 
     Ray Data starts actors without a placement group; they wait in a node's queue, which is served before placement
     groups are tried again. What remains of a race: an actor or task of another job that waited there before them; then
     the actors run when there is room, and are themselves what the autoscaler is asked for meanwhile.
     """
-    if held is None:
-        yield from dataset.iter_rows()
-        return
 
     class Release(ExecutionCallback):
         """The first step comes after the pools have asked for their actors."""

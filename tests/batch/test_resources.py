@@ -1,5 +1,7 @@
 """How long a batch job waits for room; the waiting is made fast."""
 
+from math import inf
+
 import pytest
 
 from d2f_core.batch.resources import await_resources
@@ -20,6 +22,12 @@ def test_an_autoscaler_is_asked_for_all_and_the_first_that_fits_begins(groups: P
     assert await_resources(4, {"CPU": 2, "GPU": 1}, seconds=900).count == 1
     assert groups.now == 200 and groups.asked == [[{"CPU": 2, "GPU": 1}] * 4, [{"CPU": 2, "GPU": 1}]]
     assert "room for 1 of 4 actors" in caplog.text and len(groups.alive) == 1
+
+
+def test_room_that_is_waited_for_without_end_is_said_every_minute(groups: PendingGroups, caplog) -> None:
+    groups.nodes = {0: [node({"CPU": 2.0}, free={})], 7200: [node({"CPU": 2.0})]}
+    await_resources(1, {"CPU": 1}, seconds=inf)
+    assert groups.now == 7200 and caplog.text.count("waiting for room") == 120 and "61 s: An actor needs" in caplog.text
 
 
 def test_readers_need_room_beside_the_actors(groups: PendingGroups) -> None:
