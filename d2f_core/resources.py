@@ -13,37 +13,36 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
+
+from d2f_core.nodes import (
+    Node,
+    Part,
+    amounts,
+    by_kind,
+    listed,
+    living_nodes,
+    starting_nodes,
+    warn_off_head,
+    without_place,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1
 """Between two looks at the cluster; Ray takes whole seconds."""
-HEAD = "node:__internal_head__"
-"""A resource that the head alone has."""
 SAY_SECONDS = 60.0
 """Between two lines of the log while room is waited for; the first comes at once."""
 PLACING_SECONDS = 10.0
 """Given to Ray for placing a group that fits by what the nodes report, which is up to a second old."""
 STARTING_SECONDS = 1800.0
 """How much longer than it was told to a job waits for nodes that an autoscaler has begun to start."""
-SHOWN_ADDRESSES = 3
-"""Of nodes of one kind, in the line that says what does not fit."""
 HAND_OVER_SECONDS = 60.0
 """After which a place is given back even if nobody queued for it."""
 
 
 class InsufficientResourcesError(ValueError):
     """The cluster cannot hold what was asked for; says what is missing and what to lower."""
-
-
-class Part(NamedTuple):
-    """So many processes of one name, each of which lies whole on one node."""
-
-    name: str
-    count: int
-    bundle: Mapping[str, float]
-    """What each takes, by Ray's names, e.g. `{"CPU": 1, "GPU": 1}`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +57,6 @@ class Demand:
     """Begins the sentence about what does not fit, with `{count}` in it, e.g. `num_workers={count} needs`."""
     advice: str
     """Ends it: which flags change it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """A living node that was not announced to go."""
-
-    address: str
-    total: Mapping[str, float]
-    free: Mapping[str, float]
 
 
 @dataclass(kw_only=True)
@@ -85,56 +75,6 @@ class Reservation:
             _remove(group)
 
 
-def leaving_nodes() -> set[str]:
-    """Living nodes that Ray was told will go: it places nothing new on them.
-
-    Ray 2.60 has no public list of them; Ray Train's own watcher asks the same.
-    """
-    import ray._private.state
-
-    return set(ray._private.state.state.get_draining_nodes())
-
-
-def living_nodes() -> list[Node]:
-    """What the nodes that stay offer, and what is free of it."""
-    import ray
-    from ray._private.state import available_resources_per_node  # `ray.available_resources` is their sum
-
-    free, leaving = available_resources_per_node(), leaving_nodes()
-    return [
-        Node(address=node["NodeManagerAddress"], total=node["Resources"], free=free.get(node["NodeID"], {}))
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in leaving
-    ]
-
-
-def starting_nodes() -> int:
-    """Nodes that an autoscaler has begun to start and that have not joined yet; 0 without an autoscaler."""
-    import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
-
-
-def without_place(parts: Sequence[Part], free: Sequence[Mapping[str, float]]) -> list[Part]:
-    """What finds no node when the scarcest are placed first, each where the least is left over, as Ray packs a group.
-
-    Args:
-        free: what each node has free.
-    """
-    left, missing = [dict(node) for node in free], []
-    for part in sorted(parts, key=lambda part: (-part.bundle.get("GPU", 0), -part.bundle.get("CPU", 0))):
-        placed = 0
-        while placed < part.count and (fitting := [node for node in left if _fits(part.bundle, node)]):
-            best = min(fitting, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
-            best.update({name: best.get(name, 0) - amount for name, amount in part.bundle.items()})
-            placed += 1
-        if placed < part.count:
-            missing.append(part._replace(count=part.count - placed))
-    return missing
-
-
 def reserve(demand: Demand, *, seconds: float, fewer_after: float) -> Reservation:
     """Wait until the cluster has room for the wanted number, or for fewer, and hold it.
 
@@ -149,7 +89,7 @@ def reserve(demand: Demand, *, seconds: float, fewer_after: float) -> Reservatio
         InsufficientResourcesError: there was no room in time; says in one line who needs what, what each node has free,
             what others hold and what is missing.
     """
-    _warn_off_head()
+    warn_off_head()
     began, wanted = time.monotonic(), demand.counts[0]
     full, said = 0.0, -SAY_SECONDS
     held = Reservation(count=wanted, group=_ask_for(demand.parts(wanted)))
@@ -200,23 +140,12 @@ def refusal(demand: Demand, nodes: Sequence[Node], waited: float) -> str:
     needed, total, free = _sum(parts), _sum_of(nodes, "total"), _sum_of(nodes, "free")
     held = {name: total.get(name, 0) - free.get(name, 0) for name in names}
     missing = without_place(parts, [node.free for node in nodes])
-    lacking = f"no node has room for {_listed(missing)}" if missing else "others took the room when it was there"
+    lacking = f"no node has room for {listed(missing)}" if missing else "others took the room when it was there"
     return (
-        f"{demand.subject.format(count=count)} {_amounts(needed, names)} ({_listed(parts)}), and the cluster has "
-        f"{_amounts(total, names)}, of which other jobs hold {_amounts(held, names)}: {_by_kind(nodes, names)}; "
+        f"{demand.subject.format(count=count)} {amounts(needed, names)} ({listed(parts)}), and the cluster has "
+        f"{amounts(total, names)}, of which other jobs hold {amounts(held, names)}: {by_kind(nodes, names)}; "
         f"{lacking}; waited {waited:.0f} s. {demand.advice}"
     )
-
-
-def _warn_off_head() -> None:
-    import ray
-
-    here = ray.get_runtime_context().get_node_id()
-    if any(HEAD in node["Resources"] and node["NodeID"] != here for node in ray.nodes() if node["Alive"]):
-        logger.warning(
-            "this job's driver does not run on the cluster's head: the actor by which Ray Data asks for nodes stays on "
-            "the driver's node, and is lost to all jobs with it. `ray job submit` runs drivers on the head."
-        )
 
 
 def _patience(seconds: float) -> float:
@@ -278,10 +207,6 @@ def _group_ids() -> set[str]:
     return set(_groups())
 
 
-def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
-    return all(node.get(name, 0) >= amount - 1e-6 for name, amount in bundle.items())
-
-
 def _sum(parts: Sequence[Part]) -> Counter[str]:
     total: Counter[Any] = Counter()
     for part in parts:
@@ -294,33 +219,3 @@ def _sum_of(nodes: Sequence[Node], which: str) -> Counter[str]:
     for node in nodes:
         total.update(getattr(node, which))
     return total
-
-
-def _amounts(amounts: Mapping[str, float], names: Sequence[str]) -> str:
-    return ", ".join(f"{amounts.get(name, 0):g} {name}" for name in names)
-
-
-def _listed(parts: Sequence[Part]) -> str:
-    """E.g. `2 workers of 3 CPU, 1 GPU`."""
-    return ", ".join(
-        f"{_counted(part.count, part.name)} of {_amounts(part.bundle, [n for n in part.bundle if part.bundle[n]])}"
-        for part in parts
-    )
-
-
-def _by_kind(nodes: Sequence[Node], names: Sequence[str]) -> str:
-    """Nodes that offer and have free the same are counted, so that the line stays one on a large cluster."""
-    kinds: dict[str, list[str]] = {}
-    for node in nodes:
-        room = ", ".join(f"{node.free.get(n, 0):g} of {node.total[n]:g} {n}" for n in names if node.total.get(n))
-        kinds.setdefault(f"with {room} free" if room else "without any", []).append(node.address)
-    return "; ".join(f"{_addressed(where)} {room}" for room, where in sorted(kinds.items())) or "no node"
-
-
-def _addressed(addresses: Sequence[str]) -> str:
-    shown = sorted(set(addresses))[:SHOWN_ADDRESSES]
-    return f"{_counted(len(addresses), 'node')} ({', '.join(shown)}{', ...' * (len(set(addresses)) > len(shown))})"
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count} {name}{'s' * (count != 1)}"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from d2f_core import resources
-from d2f_core.resources import Node, Part, without_place
+from d2f_core.nodes import Node, Part, without_place
 
 
 def node(total: Mapping[str, float], free: Mapping[str, float] | None = None) -> Node:
@@ -23,7 +23,7 @@ class PendingGroups:
         self.alive: list[Any] = []
         for name, value in {
             "_ask_for": self.ask_for, "_is_placed": self.is_placed, "_remove": self.alive.remove, "time": self,
-            "_warn_off_head": lambda: None,
+            "warn_off_head": lambda: None,
             "living_nodes": lambda: self.at_present(self.nodes),
             "starting_nodes": lambda: self.at_present({0: 0, **self.starting}),
         }.items():  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from d2f_core import resources
-from d2f_core.resources import Part, Reservation, handed_to_group, without_place
+from d2f_core.nodes import Part, without_place
+from d2f_core.resources import Reservation, handed_to_group
 from tests.pending_groups import PendingGroups, groups
 
 __all__ = ["groups"]

@@ -30,7 +30,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.config import ActorPoolConfig
-from d2f_core.resources import Demand, InsufficientResourcesError, Part, Reservation, reserve
+from d2f_core.nodes import Part
+from d2f_core.resources import Demand, InsufficientResourcesError, Reservation, reserve
 from d2f_core.train import launch
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.worker_job import WorkerJob

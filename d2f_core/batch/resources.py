@@ -7,7 +7,8 @@ from typing import Any
 import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
-from d2f_core.resources import Demand, Part, Reservation, reserve
+from d2f_core.nodes import Part
+from d2f_core.resources import Demand, Reservation, reserve
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 
 import logging
 
-from d2f_core.resources import Demand, Part, Reservation, reserve
+from d2f_core.nodes import Part
+from d2f_core.resources import Demand, Reservation, reserve
 from d2f_core.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)

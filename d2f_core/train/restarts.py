@@ -5,7 +5,7 @@ from typing import Any
 
 import ray.train
 
-from d2f_core.resources import leaving_nodes
+from d2f_core.nodes import leaving_nodes
 from d2f_core.storage import UnreachableStorageError
 from d2f_core.tracking import TrackingError
 from d2f_core.train.checkpoint import UnfinishedSaveError

@@ -16,7 +16,7 @@ from ray.job_submission import JobStatus
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import storage
-from d2f_core.resources import living_nodes
+from d2f_core.nodes import living_nodes
 from d2f_core.train import checkpoint, heartbeat
 from infra.local.ray_head import LOGICAL_CPUS
 from infra.local.stack import Stack, StackEnv

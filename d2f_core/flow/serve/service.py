@@ -27,7 +27,8 @@ from d2f_core.flow.generate.sampler import fill_request
 from d2f_core.flow.serve.config import ServeConfig, ServeError, is_loopback
 from d2f_core.hashing import cache_root
 from d2f_core.model.artifact import load_model
-from d2f_core.resources import Demand, InsufficientResourcesError, Part, reserve
+from d2f_core.nodes import Part
+from d2f_core.resources import Demand, InsufficientResourcesError, reserve
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
 
 logger = logging.getLogger(__name__)
