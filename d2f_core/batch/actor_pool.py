@@ -1,6 +1,7 @@
 """Maps items over a pool of Ray Data actors, and yields results as they arrive."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import Any, cast
 
 import ray
@@ -8,7 +9,7 @@ import ray.data
 
 from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.batch.refusals import checked, guarded
-from d2f_core.batch.resources import await_resources
+from d2f_core.batch.resources import await_resources, rows_in_place
 from d2f_core.data.ray_data import configure
 
 MAX_INPUT_BLOCKS = 1000
@@ -27,8 +28,8 @@ def map_items(
 
     Args:
         actor: called with a batch of one item, as arrays of length 1 by name; returns the result in the same form.
-        arguments: arguments of the actor's constructor.
-        node_wait_seconds: seconds to wait for room for an actor; None: no check, so that the job waits in Ray's queue.
+        arguments: of its constructor.
+        node_wait_seconds: how long room for an actor is waited for; None: without end, and said every minute.
 
     Raises:
         InsufficientResourcesError: no actor has room.
@@ -36,9 +37,7 @@ def map_items(
     """
     if not items:
         return
-    actors = min(pool.num_actors, len(items))
-    if node_wait_seconds is not None:
-        await_resources(actors, {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}, seconds=node_wait_seconds)
+    actors, each = min(pool.num_actors, len(items)), {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
     dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     configure(dataset)
     dataset = dataset.map_batches(
@@ -49,4 +48,5 @@ def map_items(
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
     )
-    yield from map(checked, dataset.iter_rows())
+    held = await_resources(actors, each, seconds=inf if node_wait_seconds is None else node_wait_seconds)
+    yield from map(checked, rows_in_place(dataset, held))

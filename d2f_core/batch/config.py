@@ -35,4 +35,5 @@ class AwaitedPoolConfig(ActorPoolConfig):
     """A pool on a cluster that may have to grow first."""
 
     node_wait_seconds: int = 60
-    """Seconds to wait for a cluster without room to grow; an autoscaler is asked for all actors at once."""
+    """How long a cluster without room is given to get it. An autoscaler is asked for all actors at once; nodes that it
+    has begun to start are waited for longer, for up to half an hour. 0: room must be there."""

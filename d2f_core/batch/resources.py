@@ -1,61 +1,67 @@
 """Waits for room for a batch job's actors on the cluster, after asking an autoscaler for it."""
 
 import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import ray
-from ray.autoscaler.sdk import request_resources
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
-from d2f_core.resources import InsufficientResourcesError
+from d2f_core.nodes import Part
+from d2f_core.resources import Demand, Reservation, reserve
 
 logger = logging.getLogger(__name__)
 
 
 def await_resources(
     actors: int, each: Mapping[str, float], *, others: Mapping[str, float] | None = None, least: int = 1, seconds: float
-) -> None:
-    """Wait until the cluster has room for `least` of the actors; logs it when there is no room for all.
+) -> Reservation:
+    """Wait until the cluster has room for `least` of the actors, and say so when it has not for all.
 
-    The autoscaler is asked once for all of them and given up to `seconds`; later, Ray Data's pending actors request the
-    rest.
+    A pending placement group asks an autoscaler for all of them for up to `seconds`; later, Ray Data's pending actors
+    request the rest.
 
     Args:
-        each: resources of one actor by Ray's names, e.g. `{"CPU": 1, "GPU": 0}`.
-        others: resources of the job's tasks in addition to the actors.
+        each: what an actor takes, by Ray's names, e.g. `{"CPU": 1, "GPU": 0}`; all of it on one node.
+        others: what the job's tasks take beside the actors.
+
+    Returns:
+        The place, held: release it when the actors are about to take it (`rows_in_place`).
 
     Raises:
         InsufficientResourcesError: there was no room in time; says what is missing.
     """
-    each, others = {name: amount for name, amount in each.items() if amount}, others or {}
-    began, asked = time.monotonic(), False
+    who = "An actor needs" if least == 1 and not others else "{count} actors and their readers need"
+    demand = Demand(
+        counts=range(actors, least - 1, -1),
+        parts=lambda count: [Part("actor", count, each), *([Part("reader", 1, others)] if others else [])],
+        subject=who,
+        advice="Lower num_actors, cpus_per_actor or gpus_per_actor, add nodes, or give them time with "
+        "node_wait_seconds.",
+    )
+    held = reserve(demand, seconds=seconds, fewer_after=0)
+    if held.count < actors:
+        logger.warning("the cluster has room for %d of %d actors: those run until it grows", held.count, actors)
+    return held
+
+
+def rows_in_place(dataset: ray.data.Dataset, held: Reservation) -> Iterator[dict[str, Any]]:
+    """The data set's rows; the place that is held for its actors is given back once they are queued.
+
+    Ray Data starts actors without a placement group; they wait in a node's queue, which is served before placement
+    groups are tried again. What remains of a race: an actor or task of another job that waited there before them; then
+    the actors run when there is room, and are themselves what the autoscaler is asked for meanwhile.
+    """
+
+    class Release(ExecutionCallback):
+        """The first step comes after the pools have asked for their actors."""
+
+        def on_execution_step(self, executor: Any) -> None:
+            held.release()
+
+    callbacks = dataset.context.custom_execution_callback_classes
+    dataset.context.custom_execution_callback_classes = [*callbacks, Release]
     try:
-        while True:
-            there = ray.cluster_resources()
-            fit = min(int((there.get(name, 0) - others.get(name, 0)) // amount) for name, amount in each.items())
-            waited = time.monotonic() - began
-            if fit >= least or waited >= seconds:
-                break
-            if not asked:
-                request_resources(bundles=[dict(each)] * actors + ([dict(others)] if others else []))
-                asked = True
-                logger.info("waiting up to %g s for nodes: %s", seconds, _sizes(each, there))
-            time.sleep(1)
+        yield from dataset.iter_rows()
     finally:
-        if asked:
-            request_resources(bundles=[])  # a request is valid until the next one, and would keep the nodes forever
-    if fit < least:
-        wanted = {name: least * amount + others.get(name, 0) for name, amount in each.items()}
-        who = "An actor needs" if least == 1 and not others else f"{least} actors and their readers need"
-        raise InsufficientResourcesError(
-            f"{who} {_sizes(wanted)}, and the cluster has {_sizes({name: there.get(name, 0) for name in each})}. Lower "
-            "num_actors, cpus_per_actor or gpus_per_actor, add nodes, or give them time with node_wait_seconds."
-        )
-    if fit < actors:
-        logger.warning("the cluster has room for %d of %d actors: those run until it grows", max(fit, 0), actors)
-
-
-def _sizes(amounts: Mapping[str, float], there: Mapping[str, float] | None = None) -> str:
-    if there is None:
-        return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
-    return ", ".join(f"{amount:g} {name} an actor, {there.get(name, 0):g} there" for name, amount in amounts.items())
+        held.release()

@@ -26,7 +26,7 @@ from d2f_core.batch.chunk_records import (
 )
 from d2f_core.batch.chunks import LoadedActor, TableActor, prepare_shards, work_item, write_row
 from d2f_core.batch.output import OutputError
-from d2f_core.batch.resources import await_resources
+from d2f_core.batch.resources import await_resources, rows_in_place
 from d2f_core.batch.table_spec import TableJobError, TableSpec
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
@@ -113,13 +113,6 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
     """Run the stages on the cluster; yields the row of `write_row` for each chunk."""
     spec, config = job.spec, job.spec.config
     actors = min(config.num_actors, len(todo))
-    await_resources(
-        actors,
-        {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor},
-        others={"CPU": PREPARE_CPUS + WRITE_CPUS},
-        least=actors,
-        seconds=config.node_wait_seconds,
-    )
     items = [work_item(number, job.source.shards[number], done) for number, done in todo.items()]
     dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     dataset.context.target_max_block_size = BLOCK_BYTES
@@ -145,7 +138,14 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
         num_cpus=WRITE_CPUS,
         **rows,
     )
-    yield from dataset.iter_rows()
+    held = await_resources(
+        actors,
+        {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor},
+        others={"CPU": PREPARE_CPUS + WRITE_CPUS},
+        least=actors,
+        seconds=config.node_wait_seconds,
+    )
+    yield from rows_in_place(dataset, held)
 
 
 def claim_output(spec: TableSpec) -> None:

@@ -146,8 +146,9 @@ class TrainConfig:
     checkpoint resets the count, and failures due to an announced loss of a node (a spot instance's notice) do not
     count."""
     node_wait_seconds: int = 60
-    """Seconds to wait for nodes before fewer workers are used (see `min_workers`), or the first start fails. An
-    autoscaler is asked for the nodes; raise this to the time that it needs to start one."""
+    """How long room for all workers is waited for before fewer are taken (see `min_workers`), or the first start is
+    given up. An autoscaler is asked for nodes; those that it has begun to start are waited for longer, for up to half
+    an hour. 0: it must be there."""
     lost_node_wait_seconds: int = 1800
     """Seconds that a training which has lost its nodes waits for room for its fewest workers."""
     worker_timeout_seconds: int = 600

@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from d2f_core import storage
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.resources import Reservation, handed_to_group
 from d2f_core.retry import UnreachableError
 from d2f_core.tracking import RunHandle, log_checkpoint_model
 from d2f_core.tracking.metric_log import MetricLog
@@ -27,7 +28,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError, Evaluations
 from d2f_core.train.heartbeat import ask, start_pulse, watched
 from d2f_core.train.interruption import Termination, terminable, terminated
-from d2f_core.train.resources import fitting_workers
+from d2f_core.train.resources import fitting_workers, worker_bundle
 from d2f_core.train.restarts import Restarts, causes, reason
 from d2f_core.train.task import BuildTask
 from d2f_core.train.worker import EVALUATION_SECONDS, run_worker
@@ -81,20 +82,23 @@ def run_training(
     restarts, again = Restarts(config.max_failures), False
     with terminable(functools.partial(_killed, tracker)) as termination:
         while True:
+            held = None
             try:
                 if last := _complete(config, output, identity):
                     return Trained(last=last, owed=_settle(job, last))
-                workers = fitting_workers(config, again=again)
+                held = fitting_workers(config, again=again)
                 again = True
                 termination.pulse = start_pulse()
-                now = replace(config, num_workers=workers, min_workers=0)
-                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=termination.pulse))
+                now = replace(config, num_workers=held.count, min_workers=0)
+                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=termination.pulse), held)
             except (ray.train.TrainingFailedError, RayError, UnreachableError) as error:
                 if termination.asked:
                     logger.warning("the attempt ended: %s", reason(error))
                 else:
                     _after_failure(job, error, termination.pulse, restarts)
             finally:
+                if held is not None:
+                    held.release()
                 _end_pulse(termination)
             if termination.asked:
                 raise terminated(output, identity)
@@ -163,8 +167,8 @@ def _complete(config: TrainConfig, output: str, identity: str) -> Checkpoint | N
     return None
 
 
-def _attempt(job: WorkerJob) -> None:
-    config = job.config
+def _attempt(job: WorkerJob, held: Reservation) -> None:
+    config, worker = job.config, worker_bundle(job.config)
     trainer = TorchTrainer(
         # Not as `train_loop_config`: Ray's controller would unpickle it, and import everything that a worker needs.
         functools.partial(run_worker, job),
@@ -172,16 +176,23 @@ def _attempt(job: WorkerJob) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
+            resources_per_worker=worker,
         ),
         # Ray's own restarts would reuse the attempt's name, and retry errors that no restart can fix.
         run_config=ray.train.RunConfig(
             name=job.attempt,
             storage_path=_ray_storage(job.output),
-            failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
+            # Without a limit of its own, a group that cannot start is tried again every minute for ever.
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
         ),
     )
-    with watched(job.pulse), _dead_after(config.worker_timeout_seconds):
+    with (
+        watched(job.pulse),
+        _dead_after(config.worker_timeout_seconds),
+        handed_to_group(held, [worker] * config.num_workers),
+    ):
         trainer.fit()
 
 

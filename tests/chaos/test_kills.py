@@ -16,8 +16,8 @@ from ray.job_submission import JobStatus
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import storage
+from d2f_core.nodes import living_nodes
 from d2f_core.train import checkpoint, heartbeat
-from d2f_core.train.resources import usable_resources
 from infra.local.ray_head import LOGICAL_CPUS
 from infra.local.stack import Stack, StackEnv
 from tests.chaos.jobs import submitted
@@ -56,8 +56,10 @@ def lose_the_node(running: Running, node: Node, placeholder: Any) -> None:
     assert len(node.processes("ray::RayTrainWorker")) == 1
     ray.kill(placeholder)
     node.announce()
-    running.wait_for("fewer CPUs to count on", lambda: usable_resources()["CPU"] == LOGICAL_CPUS)
-    assert ray.cluster_resources()["CPU"] > LOGICAL_CPUS
+    running.wait_for(
+        "fewer CPUs to count on", lambda: sum(one.total["CPU"] for one in living_nodes()) == LOGICAL_CPUS + 1
+    )
+    assert ray.cluster_resources()["CPU"] > LOGICAL_CPUS + 1
     running.wait_for("a checkpoint off schedule", lambda: off_schedule(running.config.output))
     node.kill()
 
@@ -110,6 +112,7 @@ def test_six_attempts_over_a_bad_network_make_the_same_run(
     config = make_config(base, "six-attempts", cpus_per_worker=2, max_failures=1, worker_timeout_seconds=30)
     with (
         bad_network(stack) as proxy,
+        second_node(1, tmp_path / "spare.log"),  # for evaluations: on the others is no room beside the workers
         second_node(2, tmp_path / "node.log") as node,
         caplog.at_level(logging.WARNING, logger="d2f_core.train"),
     ):

@@ -469,6 +469,6 @@ def test_a_job_that_stopped_at_the_limit_goes_on_to_the_same_bytes(on_s3):
 
 def test_more_actors_than_the_cluster_has_is_said_at_once(on_s3):
     with pytest.raises(
-        InsufficientResourcesError, match=r"\d+ actors and their readers need .* CPU, and the cluster has"
+        InsufficientResourcesError, match=r"\d+ actors and their readers need .* CPU.*, and the cluster has"
     ):
         make_table(check_encode(dataclasses.replace(on_s3, cpus_per_actor=500, node_wait_seconds=0)))

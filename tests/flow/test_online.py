@@ -26,12 +26,14 @@ from PIL import Image
 from d2f_core.flow.generate.sampler import ImageSampler, fill_request
 from d2f_core.flow.serve.config import ServeConfig, ServeError
 from d2f_core.flow.serve.request import RequestError, parse_request
-from d2f_core.flow.serve.service import ServeJob, Token, is_running, obtain_token, service
+from d2f_core.flow.serve.service import ServeJob, Token, check_room, is_running, obtain_token, service
 from d2f_core.model.artifact import load_model
 from infra.local.stack import StackEnv
 from tests.flow.tiny_base import write_tiny_base
 from tests.infra.servers import listening, pids
+from tests.pending_groups import PendingGroups, groups, node
 
+__all__ = ["groups"]
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 LIMITS = ServeConfig(model="x", max_steps=400, max_images=3, max_pixels=64 * 64)
@@ -300,6 +302,21 @@ def test_a_body_that_asks_for_nonsense_or_too_much_is_refused(body: bytes, messa
 def test_a_service_that_would_be_open_or_senseless_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ServeError, match=message):
         ServeConfig(model="x", **change)
+
+
+def test_replicas_that_fit_on_no_node_are_refused_in_one_line(groups: PendingGroups) -> None:
+    groups.nodes = {0: [node({"CPU": 2.0}), node({"CPU": 4.0}, free={"CPU": 1.0})]}
+    with pytest.raises(ServeError, match=r"^replicas=2 need 6 CPU .* hold 3 CPU: .* for 2 replicas of 3 CPU;"):
+        check_room(ServeConfig(model="x", replicas=2, cpus_per_replica=3))
+    check_room(ServeConfig(model="x", replicas=3))
+    check_room(ServeConfig(model="x", replicas=9, cpus_per_replica=0))
+    assert not groups.alive, "nothing stays held"
+
+
+def test_the_room_of_a_service_that_is_replaced_is_waited_for(groups: PendingGroups) -> None:
+    groups.nodes = {0: [node({"CPU": 2.0}, free={})], 3: [node({"CPU": 2.0})]}
+    check_room(ServeConfig(model="x", replace=True))
+    assert groups.now == 3
 
 
 def token_of(monkeypatch: pytest.MonkeyPatch, cache: Path, given: str = "", **config: Any) -> Token:

@@ -16,6 +16,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import ray
@@ -26,6 +27,8 @@ from d2f_core.flow.generate.sampler import fill_request
 from d2f_core.flow.serve.config import ServeConfig, ServeError, is_loopback
 from d2f_core.hashing import cache_root
 from d2f_core.model.artifact import load_model
+from d2f_core.nodes import Part
+from d2f_core.resources import Demand, InsufficientResourcesError, reserve
 from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
 
@@ -139,7 +142,7 @@ def service(job: ServeJob, token: Token) -> Iterator[str]:
     """
     config = job.config
     _clear(config)
-    _check_room(config)
+    check_room(config)
     try:
         # One proxy, on the head node, so that the printed address is the only one.
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
@@ -172,14 +175,21 @@ def _clear(config: ServeConfig) -> None:
     serve.shutdown()
 
 
-def _check_room(config: ServeConfig) -> None:
-    there = ray.cluster_resources()
-    for name, each in (("CPU", config.cpus_per_replica), ("GPU", config.gpus_per_replica)):
-        if each * config.replicas > there.get(name, 0):
-            raise ServeError(
-                f"replicas={config.replicas} need {each * config.replicas:g} {name}, and the cluster has "
-                f"{there.get(name, 0):g}. Ask for fewer, or add nodes."
-            )
+def check_room(config: ServeConfig) -> None:
+    """Raises ServeError when the replicas find no room on the nodes beside what other jobs hold there."""
+    each = {"CPU": config.cpus_per_replica, "GPU": config.gpus_per_replica}
+    if not any(each.values()):
+        return
+    demand = Demand(
+        counts=[config.replicas],
+        parts=lambda count: [Part("replica", count, each)],
+        subject="replicas={count} need",
+        advice="Ask for fewer, lower cpus_per_replica or gpus_per_replica, or add nodes.",
+    )
+    try:
+        reserve(demand, seconds=STOP_SECONDS if config.replace else 0, fewer_after=inf).release()
+    except InsufficientResourcesError as error:
+        raise ServeError(str(error)) from None
 
 
 def _application(job: ServeJob, token: Token) -> serve.Application:
