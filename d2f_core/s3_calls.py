@@ -30,7 +30,9 @@ class UnreachableStorageError(StorageError, UnreachableError):
 def _patience(error: Exception) -> float:
     if is_credential_trouble(error):
         return s3.credential_seconds()
-    return RETRY_SECONDS if is_network_trouble(error) or is_shortage(error) else 0.0
+    # Memory is not waited for: pyarrow asks for absurd amounts of it when a file is damaged.
+    passing = is_network_trouble(error) or (isinstance(error, OSError) and is_shortage(error))
+    return RETRY_SECONDS if passing else 0.0
 
 
 def renewing(call: Callable[[], T]) -> Callable[[], T]:
@@ -54,7 +56,7 @@ def renewing(call: Callable[[], T]) -> Callable[[], T]:
 def retried(what: str, call: Callable[[], T]) -> T:
     """Call, and call again while the network or S3 is in trouble, for `RETRY_SECONDS`; for s3fs and pyarrow alike.
 
-    A machine that is short of memory or open files is such trouble, too. Credentials that are away or have expired are
+    A machine that is short of open files is such trouble, too. Credentials that are away or have expired are
     looked up again for a minute where they were good before, for some seconds where they were not.
 
     Args:

@@ -309,6 +309,9 @@ def test_a_machine_short_of_open_files_is_waited_for(caplog: pytest.LogCaptureFi
 
     assert storage.retried("read", read) == b"1"
     assert "Too many open files" in caplog.text
+    answers[:] = [pa.ArrowMemoryError("malloc of size 1e12"), b"1"]
+    with pytest.raises(pa.ArrowMemoryError):
+        storage.retried("read a damaged file", read)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
