@@ -46,7 +46,7 @@ def pin_models(output: str, *, candidate: str, champion: str, champion_alias: st
         base: a URI, or "" for none.
 
     Raises:
-        PinError: the output evaluates another candidate or base.
+        PinError: the output evaluates another candidate or base, or its record of them is damaged.
         TrackingError: a version does not exist.
     """
     pinned = Pins(
@@ -55,7 +55,7 @@ def pin_models(output: str, *, candidate: str, champion: str, champion_alias: st
         base=pin_model(base) if base else "",
     )
     try:
-        there = Pins(**json.loads(read_bytes(join(output, PINS_NAME))))
+        there = _read_pins(join(output, PINS_NAME))
     except FileNotFoundError:
         return pinned
     for role in ("candidate", "base"):
@@ -63,6 +63,16 @@ def pin_models(output: str, *, candidate: str, champion: str, champion_alias: st
             raise PinError(f"{output!r} evaluates the {role} {old!r}, not {new!r}. Give another output.")
     # The champion may have moved since, even to this candidate; the comparison keeps the champion it began with.
     return there
+
+
+def _read_pins(place: str) -> Pins:
+    try:
+        return Pins(**json.loads(read_bytes(place)))
+    except (ValueError, TypeError) as error:  # no JSON, or other fields
+        raise PinError(
+            f"{place!r} is no record of an evaluation's models ({error}). Give another output, or remove the file: the "
+            "models are then pinned anew."
+        ) from None
 
 
 def _champion(candidate: str, champion: str, alias: str) -> str:
