@@ -1,15 +1,13 @@
 """What tracking and registry refuse by themselves, and what they make of a server's answers; needs no server."""
 
 import json
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import requests
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, RESOURCE_ALREADY_EXISTS, TEMPORARILY_UNAVAILABLE
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, RESOURCE_ALREADY_EXISTS
 
 from d2f_core import retry
 from d2f_core.tracking import (
@@ -17,14 +15,12 @@ from d2f_core.tracking import (
     RunHandle,
     TrackingError,
     aliases,
-    check_tracking,
     model_version,
     promote,
     publish,
     register_model,
     registry,
     runs,
-    server,
     start_run,
     tracking_uri,
 )
@@ -49,8 +45,8 @@ def use(monkeypatch: pytest.MonkeyPatch, module: Any, **calls: Any) -> None:
     ("uri", "message"),
     [
         ("", "MLFLOW_TRACKING_URI is not set. It must name an MLflow server"),
-        ("http://me:secret@mlflow", "holds a password, .* set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
-        ("http://me:secret@[mlflow", r"MLFLOW_TRACKING_URI is no address \(.*\)\. It must be one such as http://127"),
+        ("http://me:secret@mlflow", "holds a user, password, token or query .* set MLFLOW_TRACKING_USERNAME"),
+        ("http://[mlflow", r"MLFLOW_TRACKING_URI is no address \(.*\)\. It must be one such as http://127"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_refused_and_a_password_never_shown(
@@ -62,63 +58,10 @@ def test_an_address_that_cannot_be_used_is_refused_and_a_password_never_shown(
     assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_refuses_the_first_request_or_never_answers_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "CHECK_SECONDS", 5.2)
-    monkeypatch.setattr(requests, "get", lambda *_, **__: None)
-    asked, end = threading.Event(), threading.Event()
-
-    def refuse(**_: Any) -> None:
-        raise MlflowException("no\nrights", error_code=PERMISSION_DENIED)
-
-    def wait(**_: Any) -> None:
-        asked.set()
-        end.wait(30)
-
-    use(monkeypatch, server, search_experiments=refuse)
-    with pytest.raises(TrackingError, match=r"URI='http://mlflow' refused a first request \(.*no rights\)\. Start the"):
-        check_tracking()
-    use(monkeypatch, server, search_experiments=wait)
-    with pytest.raises(TrackingError, match=r"'http://mlflow' gave no answer to a first request in time\. Start the"):
-        check_tracking()
-    assert asked.is_set()
-    end.set()
-    use(monkeypatch, server, search_experiments=lambda **_: [])
-    assert check_tracking() == "http://mlflow"
-
-
 def test_a_quote_that_a_search_cannot_express_is_refused() -> None:
     assert tag_equals("k", "s3://b/run") == "tags.`k` = 's3://b/run'"
     with pytest.raises(TrackingError, match=r"\"s3://b/it's\" holds a single quote, .* Rename it"):
         tag_equals("k", "s3://b/it's")
-
-
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        requests.ConnectionError("gone"),
-        requests.Timeout("slow"),
-        ConnectionResetError("reset"),
-        MlflowException("busy", error_code=TEMPORARILY_UNAVAILABLE),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_call_is_repeated_while_the_server_is_away(monkeypatch: pytest.MonkeyPatch, trouble: Exception) -> None:
-    answers: list[Any] = [trouble, trouble, 7]
-
-    def call() -> int:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    assert attempt("ask", call) == 7 and not answers
-    answers += [trouble, trouble]
-    monkeypatch.setattr(server, "RETRY_SECONDS", 0.0)
-    with pytest.raises(
-        TrackingError, match=r"MLflow could not ask in 1 attempts over 0 s: .* Check that the server is up"
-    ):
-        attempt("ask", call)
-    assert answers == [trouble]
 
 
 def test_a_refusal_is_not_repeated() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from d2f_core import storage
 from d2f_core.identity import canonical_json
+from d2f_core.retry import UnreachableError, is_shortage
 from d2f_core.train.checkpoint import (
     MANIFEST,
     PLAIN_NAME,
@@ -158,7 +159,7 @@ class CheckpointWriter:
         except BaseException as error:  # of any type: the training raises it
             reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             logger.error("saving step %d failed on worker %d: %s", step, self.rank, reason)
-            mended = isinstance(error, (UnfinishedSaveError, storage.UnreachableStorageError))
+            mended = isinstance(error, (UnfinishedSaveError, UnreachableError)) or is_shortage(error)
             kind = UnfinishedSaveError if mended else CheckpointError
             self._failure = kind(f"Saving step {step} failed on worker {self.rank}. {reason}")
             self._failure.__cause__ = error

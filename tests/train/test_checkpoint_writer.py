@@ -1,5 +1,6 @@
 """Saving goes on behind the training, tells of its errors, and never leaves a half checkpoint that can be loaded."""
 
+import errno
 import itertools
 import resource
 import shutil
@@ -87,6 +88,27 @@ def test_a_save_returns_before_anything_is_uploaded(tmp_path):
     gate.opened.set()
     writer.wait()
     assert steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), UnfinishedSaveError),
+        (OSError(errno.EMFILE, "Too many open files"), UnfinishedSaveError),
+        (storage.UnreachableStorageError("could not write: ExpiredToken"), UnfinishedSaveError),
+        (storage.StorageError("the disk is full"), CheckpointError),
+        (RuntimeError("a bug"), CheckpointError),
+    ],
+)
+def test_a_save_that_a_restart_may_mend_is_no_verdict(tmp_path, error, kind):
+    def write(*_: Any, **__: Any) -> None:
+        raise error
+
+    writer = CheckpointWriter(str(tmp_path), "a", 0, 1, KEEP_ALL, write=write)
+    save(writer, 1)
+    with pytest.raises(CheckpointError) as caught:
+        writer.wait()
+    assert type(caught.value) is kind
 
 
 def test_changes_after_save_do_not_change_what_is_written(tmp_path):

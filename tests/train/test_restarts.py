@@ -12,9 +12,10 @@ import torch
 from ray.exceptions import RayTaskError
 
 from d2f_core.model.base import BaseModelError, UnreachableHubError
+from d2f_core.resources import Reservation
 from d2f_core.storage import StorageError, UnreachableStorageError
 from d2f_core.train import checkpoint, launch, restarts
-from d2f_core.train.checkpoint import Checkpoint, CheckpointError, UnfinishedSaveError
+from d2f_core.train.checkpoint import CheckpointError, UnfinishedSaveError
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import Retention, TrainConfig
 from d2f_core.train.evaluation import CollapseError
@@ -151,7 +152,7 @@ def test_a_collapse_travels_between_processes():
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The driver's loop around attempts that save step 10 at once; its argument is what the driver itself meets."""
 
-    def start(outages: dict[str, int], max_failures: int = 3) -> Checkpoint:
+    def start(outages: dict[str, int], max_failures: int = 3) -> launch.Trained:
         left = dict(outages)
 
         def away_at_first(name: str, call: Any) -> Any:
@@ -164,9 +165,9 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             return met
 
         monkeypatch.setattr(checkpoint, "candidates", away_at_first("candidates", checkpoint.candidates))
-        monkeypatch.setattr(launch, "_settle", away_at_first("settle", lambda job, last: None))
-        monkeypatch.setattr(launch, "_attempt", lambda job: saved(Path(job.output), 10))
-        monkeypatch.setattr(launch, "fitting_workers", lambda config, again: 1)
+        monkeypatch.setattr(launch, "_settle", away_at_first("settle", lambda job, last: ()))
+        monkeypatch.setattr(launch, "_attempt", lambda job, held: saved(Path(job.output), 10))
+        monkeypatch.setattr(launch, "fitting_workers", lambda config, again: Reservation(count=1, group=None))
         monkeypatch.setattr(launch, "start_pulse", pulse)
         monkeypatch.setattr(launch.ray, "kill", lambda pulse: None)
         config, nothing = TrainConfig(num_steps=10, max_failures=max_failures), cast(Any, None)
@@ -178,7 +179,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_a_storage_that_is_away_from_the_driver_is_a_failure_like_others(run, caplog):
-    assert run({"candidates": 3, "settle": 1}).manifest.step == 10
+    assert run({"candidates": 3, "settle": 1}).last.manifest.step == 10
     assert "failure 2 in a row: UnreachableStorageError: candidates: S3 is away (in the driver)" in caplog.text
     assert "UnreachableStorageError: settle: S3 is away" in caplog.text
 

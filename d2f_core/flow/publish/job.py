@@ -1,14 +1,14 @@
 """Registers a finished training's model as a version with a card, and moves aliases."""
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
 from d2f_core import tracking
-from d2f_core.flow.generate.sampler import encode_image
 from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig, RegisterError
 from d2f_core.flow.publish.model_card import write_card
 from d2f_core.model.artifact import DESCRIPTION, read_description
@@ -82,7 +82,7 @@ def loader_of(task: str) -> Loader:
                 "shift": "double",
             },
             outputs={"depth": "binary", "depth_png": "binary", "uncertainty": "binary"},
-            example={"image": encode_image(np.full((16, 16, 3), 128, np.uint8)), "num_inference_steps": 2},
+            example={"image": _grey_png(), "num_inference_steps": 2},
             settings=SETTINGS,
             requirements=(*REQUIREMENTS, "matplotlib"),
         )  # fmt: skip
@@ -99,6 +99,13 @@ def loader_of(task: str) -> Loader:
         settings=SETTINGS,
         requirements=REQUIREMENTS,
     )  # fmt: skip
+
+
+def _grey_png() -> bytes:
+    """An example of an input image."""
+    sink = io.BytesIO()
+    Image.new("RGB", (16, 16), (128, 128, 128)).save(sink, format="PNG")
+    return sink.getvalue()
 
 
 def exported_model(config: RegisterConfig) -> str:
