@@ -3,11 +3,14 @@
     python -m benchmarks.save_stall --results docs/results/save_stall.json
 
 The main thread wakes every millisecond, as a training does between two operators, and notes its longest gap: while
-nothing else runs, while `safetensors.save` builds a file of the same size in another thread, and while our writer saves
-to a local disk and to a local S3 server. What the copy before takes, for which a training waits, is noted apart.
+nothing else runs, while `safetensors.save` builds files of the same size in another thread, and while our writer saves
+to a local disk and to a local S3 server; for comparison, while another process saves to that server, which keeps this
+machine as busy and cannot hold this interpreter's lock. What the copy before takes, for which a training waits, is
+noted apart.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -71,15 +74,40 @@ def saved(output: str, tensors: dict[str, dict[str, Tensor]]) -> dict[str, float
     return found
 
 
+def random_tensors(megabytes: int) -> dict[str, dict[str, Tensor]]:
+    each = max(1, megabytes * 10**6 // (4 * LAYER * len(KINDS)))
+    return {kind: {f"layer.{number}": torch.randn(LAYER) for number in range(each)} for kind in KINDS}
+
+
+def save_elsewhere(output: str, megabytes: int, copied: Any) -> None:
+    """In a process of its own: save once, and say when the tensors are copied."""
+    writer = CheckpointWriter(output, "a", 0, 1, Retention())
+    writer.save(1, samples=1, identity="benchmark", tensors=random_tensors(megabytes), state={})
+    copied.set()
+    writer.wait()
+
+
+def saved_elsewhere(output: str, megabytes: int) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    copied = context.Event()
+    process = context.Process(target=save_elsewhere, args=(output, megabytes, copied))
+    process.start()
+    copied.wait()
+    began = time.perf_counter()
+    gap = longest_gap(lambda: not process.is_alive())
+    return {"longest_gap_ms": 1e3 * gap, "seconds": time.perf_counter() - began}
+
+
 def measure(options: Options, directory: Path) -> list[dict[str, Any]]:
-    each = max(1, options.megabytes * 10**6 // (4 * LAYER * len(KINDS)))
-    tensors = {kind: {f"layer.{number}": torch.randn(LAYER) for number in range(each)} for kind in KINDS}
-    rows = []
+    tensors, rows = random_tensors(options.megabytes), []
     for number in range(options.rounds):
         cases = {
             "nothing": lambda: in_a_thread(lambda: time.sleep(3)),
             "safetensors.save": lambda: in_a_thread(lambda: [library_save(named) for named in tensors.values()]),
             "to a disk": lambda number=number: saved(f"{directory}/{number}", tensors),
+            "to S3 by another process": lambda number=number: saved_elsewhere(
+                f"s3://d2f/save-stall/{number}-elsewhere", options.megabytes
+            ),
             "to S3": lambda number=number: saved(f"s3://d2f/save-stall/{number}", tensors),
         }
         for name, case in cases.items():

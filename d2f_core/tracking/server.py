@@ -64,13 +64,14 @@ def tracking_uri() -> str:
             "logs and runs. Take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
             "MLFLOW_TRACKING_TOKEN."
         )
+    _check_address(uri)
     return uri
 
 
-def _password(uri: str) -> str | None:
+def _check_address(uri: str) -> None:
     try:
-        return urlsplit(uri).password
-    except ValueError as error:  # the address is not shown, for it may hold a password
+        urlsplit(uri)
+    except ValueError as error:
         raise TrackingError(
             f"MLFLOW_TRACKING_URI is no address ({error}). It must be one such as http://127.0.0.1:5000; correct it."
         ) from None

@@ -13,9 +13,9 @@ from torch import Tensor
 from d2f_core import storage
 from d2f_core.safetensors_layout import layout
 
-PART_BYTES = 8 * 2**20
+PART_BYTES = 6 * 2**20
 """Bytes that are copied at a time with the interpreter's lock held, a few milliseconds, and of one part of an upload.
-S3 takes 5 MiB at least, and 10,000 parts: 80 GB in one file."""
+S3 takes 5 MiB at least, and 10,000 parts: 60 GB in one file."""
 
 
 class FileImage:
