@@ -16,6 +16,7 @@ from d2f_core.flow.serve import deployments
 from d2f_core.flow.serve import service as service_module
 from d2f_core.flow.serve.config import ServeConfig, ServeError
 from d2f_core.flow.serve.service import ServeJob, Token, check_serve, service
+from d2f_core.resources import Demand, InsufficientResourcesError, Reservation
 from tests.flow.tiny_base import write_tiny_base
 
 
@@ -50,10 +51,17 @@ class FakeServe(SimpleNamespace):
         self.calls.append("shutdown")
 
 
+def room_for_one(demand: Demand, **_: Any) -> Reservation:
+    (count,) = demand.counts
+    if count > 1:
+        raise InsufficientResourcesError(f"{demand.subject.format(count=count)} more than there is. {demand.advice}")
+    return Reservation(count=count, group=None)
+
+
 @pytest.mark.parametrize(
     ("running", "change", "message", "calls"),
     [
-        (False, {"replicas": 3}, "replicas=3 need 3 CPU, and the cluster has 1. Ask for fewer, or add nodes", []),
+        (False, {"replicas": 3}, "replicas=3 need more than there is. Ask for fewer, .* or add nodes", []),
         (True, {"replicas": 1}, r"runs on this cluster already \(applications: other\).*give --replace", []),
         (False, {"replicas": 1}, "did not start or broke off at port 8000: port 8000 is in use", ["start", "shutdown"]),
         (True, {"replicas": 1, "replace": True}, "did not start", ["shutdown", "start", "shutdown"]),
@@ -64,7 +72,7 @@ def test_a_service_that_cannot_start_says_why_and_leaves_nothing_running(
 ) -> None:
     fake = FakeServe(running)
     monkeypatch.setattr(service_module, "serve", fake)
-    monkeypatch.setattr(service_module.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(service_module, "reserve", room_for_one)
     config = ServeConfig(model="x", cpus_per_replica=1, **change)
     job, token = ServeJob(config=config, model_uri="x", model_hash=""), Token(digest=b"", source="")
     with pytest.raises(ServeError, match=message) as caught, service(job, token):

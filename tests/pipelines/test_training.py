@@ -58,7 +58,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, output: Path, *, ends_with: BaseExc
     def run_training(**_: Any) -> SimpleNamespace:
         if ends_with:
             raise ends_with
-        return SimpleNamespace(uri="u", manifest=SimpleNamespace(step=1))
+        return SimpleNamespace(last=SimpleNamespace(uri="u", manifest=SimpleNamespace(step=1)), owed=())
 
     monkeypatch.setattr(training, "run_training", run_training)
     job: Any = SimpleNamespace(
