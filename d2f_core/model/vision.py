@@ -79,11 +79,11 @@ class VisionModel:
         """
         config = getattr(self.network.config, "vision_config", self.network.config)
         patch = getattr(config, "patch_size", None)
-        if not isinstance(patch, int):
-            raise VisionModelError(f"{self.uri!r} cuts images into no patches. Give a vision transformer.")
         pixels = self._pixels(images)
         tower = self.network.vision_model if self.reads_text else self.network
         found = tower(pixel_values=pixels).last_hidden_state
+        if not isinstance(patch, int) or found.ndim != 3:  # a convolutional network may name a patch size too
+            raise VisionModelError(f"{self.uri!r} cuts images into no patches. Give a vision transformer.")
         rows, columns = (size // patch for size in pixels.shape[2:])
         return found[:, found.shape[1] - rows * columns :].unflatten(1, (rows, columns))
 
