@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2f_core.batch.chunk_records import ChunkRecord, write_chunk
-from d2f_core.batch.refusals import refusal
+from d2f_core.batch.refusals import refusal_or_raise
 from d2f_core.batch.table_spec import TableSpec
 from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.errors import BadSampleError
@@ -63,9 +63,7 @@ class TableActor(ABC):
         try:
             return pack(record, self.make(prepared))
         except ValueError as error:
-            if (problem := refusal(error)) is None:
-                raise
-            return refused(row, problem)
+            return refused(row, refusal_or_raise(error))
 
 
 def refused(row: pa.Table, problem: str) -> pa.Table:
@@ -82,9 +80,7 @@ class LoadedActor:
         try:
             self._actor = actor(spec)
         except ValueError as error:
-            if (problem := refusal(error)) is None:
-                raise
-            self._problem = problem
+            self._problem = refusal_or_raise(error)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         return self._actor(row) if self._problem is None else refused(row, self._problem)

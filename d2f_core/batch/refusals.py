@@ -25,6 +25,14 @@ def refusal(error: Exception) -> str | None:
     return str(error) if own else None
 
 
+def refusal_or_raise(error: Exception) -> str:
+    """The text of a refusal, whose traceback goes to the log; a fault is raised again."""
+    if (text := refusal(error)) is None:
+        raise error
+    logger.error("refused", exc_info=error)
+    return text
+
+
 def guarded(actor: type) -> type:
     """An actor class of Ray Data's, under the same name, whose refusals are its result: `problem` in place of a row."""
 
@@ -34,10 +42,7 @@ def guarded(actor: type) -> type:
             try:
                 self._actor = actor(*arguments)
             except ValueError as error:
-                if (problem := refusal(error)) is None:
-                    raise
-                logger.exception("refused")
-                self._problem = problem
+                self._problem = refusal_or_raise(error)
 
         def __call__(self, batch: Any) -> dict[str, Any]:
             if self._actor is None:
@@ -45,10 +50,7 @@ def guarded(actor: type) -> type:
             try:
                 return self._actor(batch)
             except ValueError as error:
-                if (problem := refusal(error)) is None:
-                    raise
-                logger.exception("refused")
-                return {PROBLEM: [problem]}
+                return {PROBLEM: [refusal_or_raise(error)]}
 
     Guarded.__name__ = Guarded.__qualname__ = actor.__name__
     return Guarded

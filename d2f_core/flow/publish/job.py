@@ -129,9 +129,13 @@ def check_move_alias(config: PromoteConfig) -> None:
     check_tracking()
     if config.rollback:
         tracking.earlier_version(config.name, config.alias)
-    elif config.version:
-        tracking.complete_version(config.name, config.version)
     else:
+        _check_version_given(config)
+        tracking.complete_version(config.name, config.version)
+
+
+def _check_version_given(config: PromoteConfig) -> None:
+    if not config.version:
         raise RegisterError("version is empty. Give --version N, or --rollback.")
 
 
@@ -141,7 +145,8 @@ def move_alias(config: PromoteConfig) -> ModelVersionInfo:
     Raises:
         ValueError: as `check_move_alias`.
     """
-    check_move_alias(config)
+    check_tracking()
     if config.rollback:
         return tracking.rollback(config.name, config.alias)
+    _check_version_given(config)
     return tracking.promote(config.name, config.version, config.alias)
