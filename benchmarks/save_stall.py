@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.streaming import heading
 from d2f_core.train.checkpoint import KINDS
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import Retention
+from d2f_core.train.retention_rules import Retention
 from infra.local.stack import Stack
 
 TICK_SECONDS, LAYER = 0.001, 1 << 20

@@ -109,11 +109,17 @@ def evaluate(config: TrainAutoencoderConfig, task: AutoencoderTask) -> Evaluatio
     held = config.plan(manifest, wanted).sources[0].order.holdout()
     if not len(held):
         return Evaluation()
-    errors, pairs = task.reconstruct(task.module, pictures(RowReader(config.images, manifest, wanted).read(held)))
-    metrics = {"validation_absolute_error": float(errors[:, 0].mean())}
+    reader, at_once = RowReader(config.images, manifest, wanted), config.train.micro_batch_size
+    errors, pairs = [], []
+    for start in range(0, len(held), at_once):  # what training has room for
+        error, shown = task.reconstruct(task.module, pictures(reader.read(held[start : start + at_once])))
+        errors.append(error)
+        pairs += shown[: SHOWN - len(pairs)]
+    mean = torch.cat(errors).mean(0)
+    metrics = {"validation_absolute_error": float(mean[0])}
     if "depth" in wanted:
-        metrics["validation_absolute_error_depth"] = float(errors[:, 1].mean())
-    return Evaluation(metrics=metrics, images=pairs[:SHOWN])
+        metrics["validation_absolute_error_depth"] = float(mean[1])
+    return Evaluation(metrics=metrics, images=pairs)
 
 
 def export(config: TrainAutoencoderConfig, last: Checkpoint) -> str:

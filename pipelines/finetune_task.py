@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 
-import torch
-
 from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.schema import SchemaError
@@ -17,6 +15,7 @@ from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import LatentTask, image_grid
 from d2f_core.model.text_to_image import TextToImage
 from d2f_core.tracking import resolve_model
+from d2f_core.train.evaluation import DTYPES
 from d2f_core.train.task import Evaluation, Task
 from pipelines.checkpoint_export import trained_resolution
 from pipelines.configs import FinetuneConfig
@@ -34,14 +33,13 @@ def build_task(config: FinetuneConfig, base_hash: str, device: str) -> Task:
     Raises:
         BaseModelError: this node has another base model.
     """
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     base, model = resolve_base(config.model.base), on_this_node(config.model)
     if base.content_hash != base_hash:
         raise BaseModelError(
             f"{config.model.base!r} has the hash {base.content_hash} on this node, and {base_hash} where the training "
             "started: it was replaced, or is another directory here. Give a URI that all nodes share."
         )
-    task = TASKS[model.task](base, model, seed=config.train.seed, dtype=dtype, device=device)
+    task = TASKS[model.task](base, model, seed=config.train.seed, dtype=DTYPES[config.train.precision], device=device)
     return Task(
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
@@ -60,18 +58,18 @@ def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
     """The validation loss of the held-out rows, and the preview's images."""
     manifests = [read_manifest(uri) for uri in config.tables]
     plan = make_plan(config, task.base, manifests)
-    total, count, shown = 0.0, 0, None
+    total, count, shown, at_once = 0.0, 0, None, config.train.micro_batch_size  # what training has room for
     for source, manifest in zip(plan.sources, manifests, strict=True):
         if len(held := source.order.holdout()):
             arrays = {**table_to_arrays(RowReader(source.uri, manifest, plan.columns).read(held)), "row": held}
             shown = shown or arrays
-            for start in range(0, len(held), config.train.micro_batch_size):  # what training has room for
-                rows = {name: values[start : start + config.train.micro_batch_size] for name, values in arrays.items()}
+            for start in range(0, len(held), at_once):
+                rows = {name: values[start : start + at_once] for name, values in arrays.items()}
                 part, size = task.validation_loss(task.module, rows)
                 total, count = total + part, count + size
     return Evaluation(
         metrics={"validation_flow_loss": total / count} if count else {},
-        images=task.preview_images(task.module, preview_of(config, task.base, manifests[0]), shown),
+        images=task.preview_images(task.module, preview_of(config, task.base, manifests[0]), shown, at_once),
     )
 
 

@@ -40,8 +40,7 @@ def _train(learning_rate: float, micro_batch_size: int, **more: Any) -> TrainCon
         "beta2": 0.999,
         "ema": EmaConfig(decay=0.999, start_step=1000, power=0.75),
         "checkpoint_every": 500,
-        # No evaluation: a CPU would take hours, and eight workers leave none of eight GPUs free.
-        "evaluate_every": 0,
+        "evaluate_every": 2500,
         "node_wait_seconds": NODE_WAIT_SECONDS,
     }
     return TrainConfig(learning_rate=learning_rate, micro_batch_size=micro_batch_size, **values | more)

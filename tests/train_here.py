@@ -89,7 +89,7 @@ def run_training(
             build_task=build_task, output=output, step=config.num_steps, uri=last.uri,
             averaged=bool(config.ema.decay), num_gpus=0, tracker=tracker,
         )  # fmt: skip
-        evaluate(job)
+        evaluate(job, "cpu")
     return Trained(last=last, owed=())
 
 

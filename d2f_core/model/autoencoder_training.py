@@ -31,10 +31,15 @@ class TrainableAutoencoder(nn.Module):
                     part.requires_grad_(False)
 
     def forward(self, pixels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction [batch, 3, H, W], and mean and log-variance [batch, C, h, w] of the latents."""
-        posterior = cast(Any, self.autoencoder.encode(pixels)).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return cast(Any, self.autoencoder.decode(latents)).sample, posterior.mean, posterior.logvar
+        """Reconstruction [batch, 3, H, W], and mean and log-variance [batch, C, h, w] of the latents, in float32.
+
+        The networks compute in the dtype of their weights.
+        """
+        dtype = self.autoencoder.dtype
+        posterior = cast(Any, self.autoencoder.encode(pixels.to(dtype))).latent_dist
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        latents = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
+        return cast(Any, self.autoencoder.decode(latents.to(dtype))).sample.float(), mean, log_variance
 
 
 def new_autoencoder(config: Mapping[str, Any], seed: int) -> AutoencoderKL:

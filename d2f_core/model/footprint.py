@@ -179,6 +179,16 @@ def encode_flops(vae: AutoencoderKL, resolution: int) -> int:
     return _forward_flops(vae, lambda net: net.encode(torch.zeros(1, 3, resolution, resolution)))
 
 
+def decode_bytes(vae: AutoencoderKL, side: int) -> int:
+    """Peak bytes of decoding one image from latents of `side` by `side`, in fp32 and without the weights."""
+    vae = copy.deepcopy(vae)
+    with FakeTensorMode(), torch.no_grad():
+        _materialize(vae, torch.float32)
+        with PeakMemory() as memory:
+            vae.decode(cast(Any, torch.zeros(1, int(cast(Any, vae.config).latent_channels), side, side)))
+    return memory.peak
+
+
 def _forward_flops(network: nn.Module, run: Callable[[Any], Any]) -> int:
     network = copy.deepcopy(network)
     with FakeTensorMode(), torch.no_grad(), _flop_counter() as flops:

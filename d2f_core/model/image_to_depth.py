@@ -35,12 +35,18 @@ class ImageToDepth(LatentTask):
         return {**self.text_of_rows([""] * count, arrays), "joined_latents": joined}
 
     def preview_images(
-        self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None
+        self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None, micro_batch: int
     ) -> list[Image.Image]:
         """The preview of the first held-out rows."""
         if held is None or not config.rows:
             return []
-        return self.preview(network, config, {name: values[: config.rows] for name, values in held.items()})
+        rows = min(config.rows, len(held["row"]))
+        parts = [slice(start, min(start + micro_batch, rows)) for start in range(0, rows, micro_batch)]
+        return [
+            image
+            for part in parts
+            for image in self.preview(network, config, {name: values[part] for name, values in held.items()})
+        ]
 
     def preview(
         self, network: Callable[..., Any], config: PreviewConfig, arrays: Mapping[str, Any]
@@ -64,6 +70,10 @@ class ImageToDepth(LatentTask):
             steps=config.steps,
             guidance=1.0,
         )
-        depths = [autoencoder.decode(values).mean(1, keepdim=True).expand(-1, 3, -1, -1) for values in (latents, truth)]
-        strips = torch.cat([autoencoder.decode(condition["joined_latents"]), *depths], dim=3)
-        return [Image.fromarray(strip) for strip in to_uint8(strips).numpy()]
+        # One at a time: a decoder takes GBs an image.
+        triples = zip(condition["joined_latents"].split(1), latents.split(1), truth.split(1), strict=True)
+        return [self._strip(*(autoencoder.decode(one) for one in triple)) for triple in triples]
+
+    def _strip(self, image: Tensor, *depths: Tensor) -> Image.Image:
+        grey = [depth.mean(1, keepdim=True).expand(-1, 3, -1, -1) for depth in depths]
+        return Image.fromarray(to_uint8(torch.cat([image, *grey], dim=3))[0].numpy())

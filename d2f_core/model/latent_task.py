@@ -123,9 +123,11 @@ class LatentTask(abc.ABC):
 
     @abc.abstractmethod
     def preview_images(
-        self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None
+        self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None, micro_batch: int
     ) -> list[Image.Image]:
-        """Pictures sampled from the current weights; `held` has held-out rows of the first table, if there are any."""
+        """Pictures sampled from the current weights, at most `micro_batch` at a time; `held` has held-out rows of the
+        first table, if there are any.
+        """
 
     def text_states(self, captions: Sequence[str]) -> Tensor:
         """The text states [len(captions), tokens, width], the part of `condition` that every network reads."""

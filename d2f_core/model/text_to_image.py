@@ -23,11 +23,12 @@ class TextToImage(LatentTask):
         return self.text_of_rows(captions, arrays)
 
     def preview_images(
-        self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None
+        self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None, micro_batch: int
     ) -> list[Image.Image]:
         """The preview of the config's prompts."""
         del held
-        return self.preview(network, config, config.prompts) if config.prompts else []
+        parts = [config.prompts[start : start + micro_batch] for start in range(0, len(config.prompts), micro_batch)]
+        return [image for prompts in parts for image in self.preview(network, config, prompts)]
 
     def preview(self, network: Callable[..., Any], config: PreviewConfig, prompts: Sequence[str]) -> list[Image.Image]:
         """One image per prompt; noise is keyed by the prompt."""
@@ -44,4 +45,5 @@ class TextToImage(LatentTask):
             steps=config.steps,
             guidance=config.guidance,
         )
-        return [Image.fromarray(image) for image in to_uint8(autoencoder.decode(latents)).numpy()]
+        images = [to_uint8(autoencoder.decode(one))[0] for one in latents.split(1)]  # a decoder takes GBs an image
+        return [Image.fromarray(image.numpy()) for image in images]

@@ -35,8 +35,8 @@ from d2f_core.train.checkpoint import (
     unseal,
 )
 from d2f_core.train.checkpoint_file import FileImage, write_file
-from d2f_core.train.config import Retention
 from d2f_core.train.retention import apply_retention
+from d2f_core.train.retention_rules import Retention
 
 logger = logging.getLogger(__name__)
 

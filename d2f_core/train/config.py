@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2f_core.identity import since
+from d2f_core.train.retention_rules import Retention
 
 AT_LEAST = {
     "num_steps": 1,
@@ -21,6 +22,7 @@ AT_LEAST = {
     "clip_grad_norm": 0,
     "evaluate_every": 0,
     "evaluation_gpus": 0,
+    "evaluation_seconds": 1,
     "keep_best": 0,
     "keep_every": 0,
     "max_failures": -1,
@@ -52,30 +54,6 @@ class EmaConfig:
         if step <= self.start_step:
             return 0.0
         return min(self.decay, 1 - (1 + step - self.start_step) ** -self.power)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """Retention rules; a checkpoint is kept if any of them applies."""
-
-    keep_last: int = 2
-    """Number of newest checkpoints to keep."""
-    keep_best: int = 0
-    """Number of best checkpoints by `metric` to keep; 0: the rule is off."""
-    metric: str = ""
-    """Name of the metric in `evaluation.json`."""
-    lower_is_better: bool = True
-    keep_every: int = 0
-    """Checkpoints at multiples of this many steps are kept forever; 0: the rule is off."""
-
-    def __post_init__(self) -> None:
-        if self.keep_last < 1:
-            raise ValueError(f"keep_last={self.keep_last} must be at least 1: a run resumes from the last one.")
-        for name in ("keep_best", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0. Use 0 to switch this rule off.")
-        if self.keep_best and not self.metric:
-            raise ValueError(f"keep_best={self.keep_best} needs a metric. Name one that the evaluation writes.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +148,14 @@ class TrainConfig:
     evaluate_every: int = 500
     """Steps between evaluations; also before the first step and after the last; 0: never. An evaluation reads a
     checkpoint."""
+    evaluate_on: Literal["auto", "workers", "spare", "cpu"] = since("auto", before="auto")
+    """Where evaluations run. `workers`: between steps on the first worker's device, while all workers pause. `spare`:
+    beside the training on `evaluation_gpus` GPUs of their own. `cpu`: beside it on one CPU. `auto`: `workers` when the
+    training runs on GPUs, unless `evaluation_gpus` asks for spare ones; else `cpu`."""
     evaluation_gpus: float = 0.0
-    """GPUs for the evaluation task, in addition to the workers'; 0: evaluate on a CPU."""
+    """GPUs of an evaluation beside the training, in addition to the workers'; 0: one, if `evaluate_on="spare"`."""
+    evaluation_seconds: int = since(1800, before=1800)
+    """Seconds after which one evaluation is given up. It is owed then: the end of the training names it."""
 
     def __post_init__(self) -> None:
         for name, least in AT_LEAST.items():
@@ -189,6 +173,7 @@ class TrainConfig:
             raise ValueError(f"min_workers={self.min_workers} is above num_workers={self.num_workers}. Lower it.")
         self._check_engine()
         self._check_schedule()
+        self._check_evaluation()
         _ = self.gradient_accumulation_steps
 
     def _check_engine(self) -> None:
@@ -223,6 +208,14 @@ class TrainConfig:
                 "be offloaded, at stage 3 only. Use zero_stage=3, or offload='optimizer'."
             )
 
+    def _check_evaluation(self) -> None:
+        """Refuse GPUs for an evaluation that would not use them."""
+        if self.evaluation_gpus and self.evaluate_on in ("workers", "cpu"):
+            raise ValueError(
+                f"evaluation_gpus={self.evaluation_gpus:g} with evaluate_on={self.evaluate_on!r} would stay unused. "
+                "Use evaluate_on='spare', or evaluation_gpus=0."
+            )
+
     def _check_schedule(self) -> None:
         """Refuse intervals at which an evaluation or retention rule needs a checkpoint that is not written."""
         every = self.checkpoint_every
@@ -244,6 +237,22 @@ class TrainConfig:
                 f"keep_best={self.keep_best} with an empty keep_best_metric. Name a metric of the evaluation, such as "
                 "'validation_flow_loss'."
             )
+
+    @property
+    def evaluation_place(self) -> Literal["workers", "spare", "cpu"]:
+        """Where evaluations run, with `auto` resolved."""
+        if self.evaluate_on != "auto":
+            return self.evaluate_on
+        if self.evaluation_gpus:
+            return "spare"
+        return "workers" if self.use_gpu else "cpu"
+
+    @property
+    def evaluation_task_gpus(self) -> float:
+        """GPUs that an evaluation in a Ray task of its own reserves. What an ended training owes is made up so, too."""
+        if self.evaluation_place == "spare":
+            return self.evaluation_gpus or 1.0
+        return 1.0 if self.use_gpu and self.evaluation_place == "workers" else 0.0
 
     @property
     def retention(self) -> Retention:

@@ -1,33 +1,30 @@
-"""Evaluation of a checkpoint in its own Ray task, without blocking the training."""
+"""Evaluation of a checkpoint: its model is built, evaluated in the training's precision, and what was found is kept."""
 
+import contextlib
 import json
-import logging
-import os
-from collections import deque
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import ray
 import torch
 from PIL.Image import Image
-from ray.exceptions import RayError, RayTaskError
+from torch import nn
 
 from d2f_core import storage
-from d2f_core.device import reserved_device
 from d2f_core.tracking import RunHandle
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import checkpoint, retention
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.task import BuildTask
+from d2f_core.train.task import BuildTask, Task
 from d2f_core.train.weights import load_parameters
 
-logger = logging.getLogger(__name__)
-
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLAT = 2.0
 """Standard deviation of pixel values (0 to 255) below which an image counts as flat."""
 FLUSH_SECONDS = 60.0
-LEAST_PRIORITY = 19
+SECONDS = "evaluation_seconds"
+"""Name of the metric that says how long an evaluation took, in MLflow alone: it is no property of the checkpoint."""
 
 
 class CollapseError(RuntimeError):
@@ -50,7 +47,10 @@ class EvaluationJob:
     """URI of the checkpoint; None before the first step, for the model as the task builds it."""
     averaged: bool
     """Evaluate the averaged (EMA) weights."""
+    precision: str = "fp32"
+    """Dtype of the network while it is evaluated, the training's own: fp32, bf16 or fp16."""
     num_gpus: float
+    """GPUs that an evaluation in a Ray task of its own reserves; 0: a CPU."""
     tracker: RunHandle | None
 
     @property
@@ -78,32 +78,84 @@ def is_flat(image: Image) -> bool:
     return bool(np.asarray(image, dtype=np.float32).std() < FLAT)
 
 
-def evaluate(job: EvaluationJob) -> dict[str, float]:
-    """Build the model, load the checkpoint's weights, evaluate, and store the metrics.
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation found, and its cost."""
+
+    metrics: Mapping[str, float]
+    load_seconds: float
+    """Seconds until the model was built and its weights were read."""
+    seconds: float
+    """Seconds of the whole evaluation, `load_seconds` included."""
+
+    def __str__(self) -> str:
+        found = "  ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()) or "done"
+        return f"{found}  ({self.seconds:.1f} s, of which {self.load_seconds:.1f} s to load the model)"
+
+
+def evaluate(job: EvaluationJob, device: str) -> Evaluated:
+    """Build the model on the device, load the checkpoint's weights, evaluate, and store the metrics.
 
     Raises:
         CollapseError: all images are flat, or a metric is not finite.
     """
-    torch.set_num_threads(1)
-    device = reserved_device()
+    began = time.perf_counter()
     task = job.build_task(device)
+    if task.evaluate:
+        _load(job, task.module)
+        # An engine moves and casts a worker's module; here nobody else would.
+        task.module.to(device=device, dtype=DTYPES[job.precision]).eval()
+    return _look(job, task, began)
+
+
+def evaluate_in_place(job: EvaluationJob, task: Task) -> Evaluated:
+    """As `evaluate`, with the module that is being trained in this process, which has its own weights again afterwards.
+
+    That takes no second network. The module must hold its weights whole (ZeRO stages 0 to 2). Without a checkpoint
+    (`job.uri` is None) it must not have been trained yet.
+    """
+    began = time.perf_counter()
+    with _restored(task.module):
+        _load(job, task.module)
+        task.module.eval()
+        return _look(job, task, began)
+
+
+def _load(job: EvaluationJob, module: nn.Module) -> None:
+    if job.uri:
+        load_parameters(module, checkpoint.read_checkpoint(job.uri), "ema" if job.averaged else "weights")
+
+
+@contextlib.contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Put the module's trained weights, bit for bit, and its modes back at the end; meanwhile they lie on the host."""
+    weights = {
+        parameter: parameter.detach().to("cpu", copy=True)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        for parameter, kept in weights.items():
+            parameter.data.copy_(kept)
+        for part, training in modes.items():
+            part.training = training
+
+
+def _look(job: EvaluationJob, task: Task, began: float) -> Evaluated:
+    """Evaluate the task's module, which holds the right weights, and store the metrics; `began` is the start's time."""
+    loaded = time.perf_counter() - began
     if task.evaluate is None:
         job.keep({})
-        return {}
-    if job.uri:
-        found = checkpoint.read_checkpoint(job.uri)
-        load_parameters(task.module, found, "ema" if job.averaged else "weights")
-    task.module.to(device).eval()  # an engine does it for a worker; here nobody else would
+        return Evaluated(metrics={}, load_seconds=loaded, seconds=loaded)
     with torch.no_grad():
         result = task.evaluate()
-    metrics = dict(result.metrics)
+    found = Evaluated(metrics=dict(result.metrics), load_seconds=loaded, seconds=time.perf_counter() - began)
     if job.tracker:
-        log = MetricLog(job.tracker)
-        log.log(job.step, metrics)
-        if result.images and task.make_grid:
-            log.log_image("samples", task.make_grid(result.images), job.step)
-        log.close(FLUSH_SECONDS)
-    bad = {name: value for name, value in metrics.items() if not np.isfinite(value)}
+        _log(job.tracker, job.step, found, task.make_grid(result.images) if result.images and task.make_grid else None)
+    bad = {name: value for name, value in found.metrics.items() if not np.isfinite(value)}
     if bad or (result.images and all(is_flat(image) for image in result.images)):
         raise CollapseError(
             f"step {job.step}: "
@@ -111,69 +163,13 @@ def evaluate(job: EvaluationJob) -> dict[str, float]:
             + ". The model has collapsed: lower the learning rate, or raise the warm-up, and train in another output.",
             job.step,
         )
-    job.keep(metrics)
-    return metrics
+    job.keep(dict(found.metrics))
+    return found
 
 
-def evaluate_beside(job: EvaluationJob) -> dict[str, float]:
-    """`evaluate` at the lowest CPU priority: otherwise it would double the time of the training's first steps."""
-    if not job.num_gpus:
-        os.setpriority(os.PRIO_PROCESS, 0, LEAST_PRIORITY)
-    return evaluate(job)
-
-
-class Evaluations:
-    """Queue of a training's evaluations, run one at a time; their checkpoints are protected from deletion until then.
-
-    Parallel evaluations would each load libraries and weights, possibly on the training's own nodes, and would pile up
-    if an evaluation takes longer than the interval.
-    """
-
-    def __init__(self, protected: set[str]) -> None:
-        self._protected = protected
-        self._jobs: deque[EvaluationJob] = deque()
-        """Queued jobs; the first one is running."""
-        self._result: Any = None
-        """Ray reference to the first job's result."""
-
-    def start(self, job: EvaluationJob) -> None:
-        """Queue the job; a step that is already queued is ignored."""
-        if any(job.step == other.step for other in self._jobs):
-            return
-        if job.uri:
-            self._protected.add(job.uri)
-        self._jobs.append(job)
-        if len(self._jobs) == 1:
-            self._begin()
-
-    def poll(self, timeout: float = 0.0) -> None:
-        """Collect finished evaluations, and start the next.
-
-        Args:
-            timeout: seconds to wait for each evaluation.
-
-        Raises:
-            CollapseError: an evaluation found a collapsed model.
-        """
-        while self._jobs and ray.wait([self._result], timeout=timeout)[0]:
-            job = self._jobs.popleft()
-            self._protected.discard(job.uri or "")
-            try:
-                logger.info("step %d  evaluation %s", job.step, _rounded(ray.get(self._result)))
-            except RayTaskError as error:
-                if isinstance(error.cause, CollapseError):
-                    raise error.cause from None
-                logger.error("step %d  evaluation failed, it is repeated at the end: %s", job.step, error.cause)
-            except RayError as error:
-                logger.error("step %d  evaluation failed, it is repeated at the end: %s", job.step, error)
-            self._begin()
-
-    def _begin(self) -> None:
-        if self._jobs:
-            gpus = self._jobs[0].num_gpus
-            remote = ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, max_retries=2)(evaluate_beside)
-            self._result = remote.remote(self._jobs[0])
-
-
-def _rounded(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "done"
+def _log(tracker: RunHandle, step: int, found: Evaluated, grid: Image | None) -> None:
+    log = MetricLog(tracker)
+    log.log(step, {**found.metrics, SECONDS: found.seconds})
+    if grid:
+        log.log_image("samples", grid, step)
+    log.close(FLUSH_SECONDS)

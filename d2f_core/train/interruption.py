@@ -27,8 +27,9 @@ POLL_SECONDS = 2.0
 itself checks for notices every five seconds."""
 QUESTIONS = 10
 """Most calls of the driver to the heartbeat actor, a few seconds apart, while the actor does not answer."""
-NOTHING, POLL, STOP = 0, 1, 2
-"""Signals of the first worker to all with a step: continue, poll for notices of leaving nodes, or save and stop."""
+NOTHING, POLL, STOP, PAUSE = 0, 1, 2, 3
+"""Signals of the first worker to all with a step: continue, poll for notices of leaving nodes, save and stop, or pause
+until the first worker has evaluated."""
 EXIT_CODE = 128 + signal.SIGTERM
 
 
@@ -40,8 +41,8 @@ class Interruptions:
         self._polled, self._known = -math.inf, set[str]()
         self.stopping = False
 
-    def signal(self) -> int:
-        """This worker's signal for the current step.
+    def signal(self, *, pause: bool = False) -> int:
+        """This worker's signal for the current step; `pause` asks for a pause, if nothing else is to be said.
 
         All workers but the first return 0, so the sum over the workers, which every worker receives, is the first's
         signal.
@@ -51,7 +52,7 @@ class Interruptions:
         if self._heartbeat.stop_asked:
             return STOP
         if time.monotonic() - self._polled < POLL_SECONDS:
-            return NOTHING
+            return PAUSE if pause else NOTHING
         self._polled = time.monotonic()
         return POLL
 

@@ -25,13 +25,14 @@ from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import checkpoint, restore, retention
 from d2f_core.train.checkpoint import Checkpoint
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.evaluation import CollapseError, Evaluations
+from d2f_core.train.evaluation import CollapseError
+from d2f_core.train.evaluation_queue import EvaluationsBeside
 from d2f_core.train.heartbeat import ask, start_pulse, watched
 from d2f_core.train.interruption import Termination, terminable, terminated
 from d2f_core.train.resources import fitting_workers, worker_bundle
 from d2f_core.train.restarts import Restarts, causes, reason
 from d2f_core.train.task import BuildTask
-from d2f_core.train.worker import EVALUATION_SECONDS, run_worker
+from d2f_core.train.worker import run_worker
 from d2f_core.train.worker_job import WorkerJob
 
 logger = logging.getLogger(__name__)
@@ -223,11 +224,11 @@ def _settle(job: WorkerJob, last: Checkpoint) -> tuple[int, ...]:
     if job.tracker and (pending := last.manifest.state.get("pending_metrics")):
         MetricLog(job.tracker, pending=pending).close(FLUSH_SECONDS)
     if job.config.evaluate_every:
-        evaluations = Evaluations(set())
+        evaluations = EvaluationsBeside(set())
         for missing in restore.not_evaluated(job):
             evaluations.start(missing)
         try:
-            evaluations.poll(EVALUATION_SECONDS)
+            evaluations.poll(job.config.evaluation_seconds)
         except CollapseError as error:
             there = checkpoint.candidates(job.output, job.identity)
             raise TrainingStoppedError(f"{error} {_last_good(job, there, error)}") from None

@@ -57,6 +57,8 @@ class Memory:
     activations: int
     others: int
     """Text encoders, encoded captions and CUDA's own memory."""
+    evaluation: int
+    """An evaluation between steps: what it reads and draws with, its passes, and at stage 3 a second network."""
     host: int
     """Host memory: the weights while they are read, the copy of a checkpoint, and offloaded state."""
 
@@ -69,11 +71,19 @@ class Memory:
     def peak(self) -> int:
         """Peak of the device's memory."""
         passing = self.bucket + max(self.activations, self.copies)
-        return self.state + max(passing + self.gradients, self.stepping + self.gradients, self.saving)
+        evaluating = self.bucket + self.evaluation
+        stepping = max(passing, self.stepping, evaluating) + self.gradients
+        return self.state + max(stepping, self.saving)
 
 
 def memory_per_worker(
-    config: TrainConfig, trained: Sequence[int], frozen: Sequence[int], *, activations: int = 0, others: int = 0
+    config: TrainConfig,
+    trained: Sequence[int],
+    frozen: Sequence[int],
+    *,
+    activations: int = 0,
+    others: int = 0,
+    evaluation: int = 0,
 ) -> Memory:
     """Peak memory of the worker with the largest share.
 
@@ -82,6 +92,7 @@ def memory_per_worker(
         frozen: elements of each frozen parameter.
         activations: bytes of activations for one micro-batch.
         others: bytes of everything else on the device.
+        evaluation: bytes of an evaluation between steps besides a second network; 0: there is none.
     """
     sizes = _Sizes(config, trained, frozen)
     on_device = not sizes.optimizer_offload
@@ -97,7 +108,8 @@ def memory_per_worker(
         saving=_saving(sizes),
         activations=activations,
         others=others,
-        host=_host(sizes),
+        evaluation=evaluation + (sizes.each * sizes.all if evaluation and sizes.stage == 3 else 0),
+        host=_host(sizes) + (_evaluating_on_host(sizes) if evaluation else 0),
     )
 
 
@@ -192,6 +204,11 @@ def _saving(sizes: _Sizes) -> int:
     kinds = (2 if sizes.whole else 3) + (1 if sizes.averaging and not sizes.whole else 0)
     exchanged = max(sizes.largest, min(kinds * sizes.total, TOGETHER))
     return (8 if sizes.whole else 12) * sizes.owned + 8 * exchanged
+
+
+def _evaluating_on_host(sizes: _Sizes) -> int:
+    """Bytes of the trained weights while others take their place, or of a second network while it is read."""
+    return 4 * sizes.all if sizes.stage == 3 else sizes.each * sizes.total
 
 
 def _host(sizes: _Sizes) -> int:

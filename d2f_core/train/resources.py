@@ -53,9 +53,9 @@ def _demand(config: TrainConfig, *, again: bool) -> Demand:
 
 
 def _parts(config: TrainConfig, num_workers: int) -> list[Part]:
-    """Each worker with its reader, which may lie on another node, and one evaluation."""
+    """Each worker with its reader, which may lie on another node, and one evaluation if it runs beside the training."""
     parts = [Part("worker", num_workers, worker_bundle(config)), Part("reader", num_workers, {"CPU": READER_CPUS})]
-    if config.evaluate_every:
-        gpus = {"GPU": config.evaluation_gpus} if config.use_gpu and config.evaluation_gpus else {}
-        parts.append(Part("evaluation", 1, {"CPU": 1, **gpus}))
+    if config.evaluate_every and config.evaluation_place != "workers":
+        gpus = config.evaluation_task_gpus
+        parts.append(Part("evaluation", 1, {"GPU": gpus} if gpus else {"CPU": 1}))
     return parts

@@ -15,7 +15,7 @@ from d2f_core.train.checkpoint import (
     seal,
     unseal,
 )
-from d2f_core.train.config import Retention
+from d2f_core.train.retention_rules import Retention
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """Selects one checkpoint of a run: by its step, or as the newest or the best."""
 
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints
-from d2f_core.train.config import Retention, Which
+from d2f_core.train.config import Which
 from d2f_core.train.retention import best_first, metric_of
+from d2f_core.train.retention_rules import Retention
 
 
 def select(output: str, which: Which, retention: Retention) -> Checkpoint:

@@ -20,9 +20,10 @@ from d2f_core.train import restore, zero
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.determinism import use_deterministic_algorithms
-from d2f_core.train.evaluation import Evaluations, evaluation_due
+from d2f_core.train.evaluation import evaluation_due
+from d2f_core.train.evaluation_queue import EvaluationQueue, EvaluationsBeside, EvaluationsBetweenSteps, Pause
 from d2f_core.train.heartbeat import Heartbeat
-from d2f_core.train.interruption import Interruptions
+from d2f_core.train.interruption import PAUSE, Interruptions
 from d2f_core.train.metrics import Window, log_progress
 from d2f_core.train.quarantine import TrainingQuarantine
 from d2f_core.train.steps import StepResult, train_steps
@@ -32,7 +33,7 @@ from d2f_core.train.worker_state import Worker
 
 logger = logging.getLogger(__name__)
 
-FLUSH_SECONDS, EVALUATION_SECONDS = 120.0, 1800.0
+FLUSH_SECONDS = 120.0
 
 
 class Training:
@@ -51,7 +52,7 @@ class Training:
             )
         self.interruptions = Interruptions(self.heartbeat, first=self.first)
         self.writer = CheckpointWriter(job.output, job.attempt, worker.rank, worker.num_workers, job.config.retention)
-        self.evaluations = Evaluations(self.writer.protected)
+        self.evaluations, self.pause = self._evaluations(), Pause(job.attempt, first=self.first)
         self.quarantine = TrainingQuarantine.restored(state, job.plan, job.config.max_quarantined_share)
         pending = state.get("pending_metrics", [])
         self.log = MetricLog(job.tracker, pending=pending) if self.first and job.tracker else None
@@ -59,6 +60,22 @@ class Training:
         self.consumed = int(state.get("consumed", 0)) if self.first else 0
         """Sum of `consumed_digest` over all samples that the run has used, over all workers."""
         self.window = Window()
+
+    def _evaluations(self) -> EvaluationQueue:
+        if self.config.evaluation_place != "workers":
+            return EvaluationsBeside(self.writer.protected)
+        return EvaluationsBetweenSteps(
+            self.writer.protected,
+            self.task,
+            str(self.worker.engine.device),
+            whole=self.config.zero_stage < 3,
+            seconds=self.config.evaluation_seconds,
+            stop_asked=lambda: self.heartbeat.stop_asked,
+        )
+
+    def signal(self) -> int:
+        """What this worker says to all with its step."""
+        return self.interruptions.signal(pause=self.evaluations.waits_for_pause)
 
     def after(self, result: StepResult) -> None:
         """Everything that follows an optimizer step: averages, metrics, checkpoint, evaluation."""
@@ -75,6 +92,8 @@ class Training:
         out_of_turn = self.interruptions.agreed(result.signals, step)
         if step % config.checkpoint_every == 0 or last or out_of_turn:
             self.save(step)
+        if result.signals == PAUSE:
+            self.evaluate_between_steps()
         self.poll_evaluations()
         self.heartbeat.doing("waiting for rows")
 
@@ -134,6 +153,17 @@ class Training:
                 self.evaluations.start(self.job.evaluation(self.evaluated, uri))
         self.evaluations.poll()
 
+    def evaluate_between_steps(self, *, untrained: bool = False) -> None:
+        """Let the first worker evaluate one checkpoint while the others wait; every worker must call this.
+
+        Args:
+            untrained: no step was made yet.
+        """
+        self.heartbeat.doing("evaluating" if self.first else "waiting for the evaluation")
+        with self.pause.until_first_is_done():
+            if isinstance(self.evaluations, EvaluationsBetweenSteps) and self.evaluations.waits_for_pause:
+                self.evaluations.run_first(untrained=untrained)
+
     def evaluate_what_is_missing(self) -> None:
         """Start the evaluations that are due but not done, those of earlier attempts included."""
         if self.first and self.task.evaluate and self.config.evaluate_every:
@@ -146,7 +176,7 @@ class Training:
         self.writer.wait()
         if not self.interruptions.stopping:
             self.evaluate_what_is_missing()
-            self.evaluations.poll(EVALUATION_SECONDS)
+            self.evaluations.poll(self.config.evaluation_seconds)
         self.writer.close()
         # The checkpoint of a stopped training holds the metrics that MLflow has not confirmed.
         if self.log and not self.interruptions.stopping:
@@ -207,6 +237,8 @@ def run_worker(job: WorkerJob) -> None:
         worker.update_averages(0)
     training = Training(job, worker, task, heartbeat, first_step, state)
     training.evaluate_what_is_missing()
+    if not first_step and config.evaluate_every and config.evaluation_place == "workers":
+        training.evaluate_between_steps(untrained=True)
     _run_steps(training, task, rows, first_step)
     training.finish()
 
@@ -227,7 +259,7 @@ def _run_steps(training: Training, task: Task, rows: Any, first_step: int) -> No
         accumulation=training.job.plan.per_step(worker.num_workers),
         first_step=first_step,
         before_step=lambda step: zero.set_learning_rate(worker.engine, config.learning_rate_at(step)),
-        signal=training.interruptions.signal,
+        signal=training.signal,
     ):
         training.after(result)
         if training.interruptions.stopping:

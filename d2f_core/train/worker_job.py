@@ -28,7 +28,11 @@ class WorkerJob:
     tracker: RunHandle | None = None
 
     def evaluation(self, step: int, uri: str | None) -> EvaluationJob:
+        config = self.config
+        # Most CPUs cannot compute in fp16.
+        on_cpu_in_fp16 = config.precision == "fp16" and config.evaluation_place == "cpu"
         return EvaluationJob(
-            build_task=self.build_task, output=self.output, step=step, uri=uri, averaged=bool(self.config.ema.decay),
-            num_gpus=self.config.evaluation_gpus, tracker=self.tracker,
+            build_task=self.build_task, output=self.output, step=step, uri=uri, averaged=bool(config.ema.decay),
+            precision="fp32" if on_cpu_in_fp16 else config.precision, num_gpus=config.evaluation_task_gpus,
+            tracker=self.tracker,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from d2f_core.flow.estimate.config import EstimateConfig
 from d2f_core.flow.estimate.job import build_on_meta, estimate, report
@@ -10,6 +11,7 @@ from d2f_core.model import footprint
 from d2f_core.model.architectures import read_architecture
 from d2f_core.model.config import LoraConfig, ModelConfig
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.memory import Memory
 from tests.model.tiny_sd import write_tiny
 
 SIDE = 8
@@ -58,3 +60,20 @@ def test_a_gpu_that_is_not_known_is_reckoned_by_its_own_peak(config: EstimateCon
     assert found[1].train_hours == pytest.approx(found[0].train_hours / 2)
     assert "35% of 624 TFLOP/s per GPU (assumed)" in report(own, found[1])
     assert "35% of 312 TFLOP/s per GPU (assumed)" in report(preset, found[0])
+
+
+@pytest.mark.usefixtures("counted")
+def test_an_evaluation_between_steps_is_counted_at_stage_3_with_a_second_network(config: EstimateConfig):
+    """All weights of this network are too small for stage 3 to partition, so a worker holds each of them whole."""
+    on_gpus = dataclasses.replace(config.train, use_gpu=True)
+    beside = dataclasses.replace(on_gpus, evaluate_on="cpu")
+    between, other = (estimate(dataclasses.replace(config, train=train)) for train in (on_gpus, beside))
+    with torch.device("meta"):
+        vae = read_architecture(config.architecture).build_vae()
+    drawn = 4 * sum(parameter.numel() for parameter in vae.parameters()) + max(10**6, footprint.decode_bytes(vae, SIDE))
+    for stage in range(4):
+        memory, without = between.memory[stage], other.memory[stage]
+        assert isinstance(memory, Memory) and isinstance(without, Memory)
+        assert memory.evaluation == drawn + (4 * between.total if stage == 3 else 0)
+        assert memory.peak - memory.state == max(memory.bucket + memory.evaluation + memory.gradients, memory.saving)
+        assert without.evaluation == 0 and without.peak < memory.peak and without.host < memory.host

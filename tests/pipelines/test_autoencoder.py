@@ -13,7 +13,8 @@ from d2f_core.data.table_reader import RowReader
 from d2f_core.model.base import local_copy, resolve_base
 from d2f_core.train.checkpoint import list_checkpoints
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import Retention, TrainConfig
+from d2f_core.train.config import TrainConfig
+from d2f_core.train.retention_rules import Retention
 from pipelines import autoencoder_task, train_autoencoder
 from pipelines.configs import TrainAutoencoderConfig
 from tests.image_tables import write_images

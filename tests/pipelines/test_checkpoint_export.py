@@ -24,8 +24,9 @@ from d2f_core.model.denoiser import as_denoiser
 from d2f_core.model.latent_task import build_network, empty_network
 from d2f_core.train.checkpoint import CheckpointError, list_checkpoints, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import EmaConfig, Retention, TrainConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.retention import write_evaluation
+from d2f_core.train.retention_rules import Retention
 from pipelines import checkpoint_export
 from pipelines.checkpoint_export import export_checkpoint
 from pipelines.cli import from_yaml, resolve, to_yaml

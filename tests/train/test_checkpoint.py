@@ -22,8 +22,8 @@ from d2f_core.train.checkpoint import (
     tensor_digest,
 )
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import Retention
 from d2f_core.train.retention import apply_retention, read_evaluation, write_evaluation
+from d2f_core.train.retention_rules import Retention
 from d2f_core.train.selection import select
 from d2f_core.train.weights import ParameterMismatchError, load_parameters
 

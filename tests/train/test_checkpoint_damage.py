@@ -24,8 +24,8 @@ from d2f_core.train.checkpoint import (
     read_tensors,
     seal,
 )
-from d2f_core.train.config import Retention
 from d2f_core.train.retention import apply_retention, read_evaluation, write_evaluation
+from d2f_core.train.retention_rules import Retention
 from tests.train.test_checkpoint import equal, shares, write
 
 MUTATIONS = 200

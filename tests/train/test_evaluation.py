@@ -1,23 +1,20 @@
 """An evaluation writes what it found once, and stops a model that has collapsed."""
 
 import functools
-import time
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ray.exceptions import RayTaskError, WorkerCrashedError
 from torch import nn
 
 from d2f_core.train import evaluation
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.evaluation import CollapseError, EvaluationJob, Evaluations, evaluation_due
+from d2f_core.train.evaluation import CollapseError, EvaluationJob, evaluation_due
 from d2f_core.train.task import Evaluation, Task
+from d2f_core.train.worker_job import WorkerJob
 from tests.devices import OnlyOn
 
 LIVELY = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
@@ -44,7 +41,7 @@ def job(output, metrics=None, images=()) -> EvaluationJob:
 def test_what_was_found_is_written_and_known_to_be_done(tmp_path):
     one = job(tmp_path, images=[FLAT, LIVELY])
     assert not one.done()
-    assert evaluation.evaluate(one) == {"validation_flow_loss": 0.5}
+    assert evaluation.evaluate(one, "cpu").metrics == {"validation_flow_loss": 0.5}
     assert one.done()
 
 
@@ -58,7 +55,7 @@ def test_what_was_found_is_written_and_known_to_be_done(tmp_path):
 def test_a_collapsed_model_is_named_and_counts_as_not_evaluated(tmp_path, metrics, images, verdict):
     one = job(tmp_path, metrics, images)
     with pytest.raises(CollapseError, match=verdict):
-        evaluation.evaluate(one)
+        evaluation.evaluate(one, "cpu")
     assert not one.done()
 
 
@@ -68,77 +65,7 @@ def build_without_evaluation(device: str) -> Task:
 
 def test_a_task_that_has_nothing_to_look_at_is_done_at_once(tmp_path):
     one = replace(job(tmp_path), build_task=build_without_evaluation)
-    assert evaluation.evaluate(one) == {} and one.done()
-
-
-class FakeRay(SimpleNamespace):
-    """Tasks that end as `ends` says, one after the other, by step; a missing one does not end."""
-
-    def __init__(self, ends: dict[int, Any]) -> None:
-        super().__init__(ends=ends, begun=[])
-
-    def remote(self, **_: Any) -> Any:
-        return lambda _: SimpleNamespace(remote=self._begin)
-
-    def _begin(self, one: EvaluationJob) -> int:
-        self.begun.append(one.step)
-        return one.step
-
-    def wait(self, results: list[int], timeout: float) -> tuple[list[int], list[int]]:
-        return [step for step in results if step in self.ends], []
-
-    def get(self, step: int) -> Any:
-        if isinstance(self.ends[step], Exception):
-            raise self.ends[step]
-        return self.ends[step]
-
-
-def test_an_evaluation_that_breaks_is_said_and_the_next_begins(tmp_path, monkeypatch, caplog):
-    full = RayTaskError("evaluate", "", OSError("no space left"))
-    fake = FakeRay({0: full, 1: WorkerCrashedError(), 2: {"loss": 0.5}})
-    monkeypatch.setattr(evaluation, "ray", fake)
-    caplog.set_level("INFO")
-    protected: set[str] = set()
-    evaluations = Evaluations(protected)
-    for step in range(4):
-        evaluations.start(replace(job(tmp_path), step=step, uri=f"step-{step}"))
-    assert fake.begun == [0] and len(protected) == 4
-    evaluations.poll()
-    assert fake.begun == [0, 1, 2, 3] and protected == {"step-3"}, "a checkpoint is kept until it was looked at"
-    assert "step 0  evaluation failed, it is repeated at the end: no space left" in caplog.text
-    assert "step 1  evaluation failed, it is repeated at the end: The worker died unexpectedly" in caplog.text
-    assert "step 2  evaluation loss 0.5" in caplog.text
-
-
-def test_a_collapse_that_a_task_finds_stops_the_training(tmp_path, monkeypatch):
-    collapse = CollapseError("step 7: all 2 images drawn are flat", 7)
-    monkeypatch.setattr(evaluation, "ray", FakeRay({7: RayTaskError("evaluate", "", collapse)}))
-    evaluations = Evaluations(set())
-    evaluations.start(replace(job(tmp_path), step=7))
-    with pytest.raises(CollapseError, match="step 7: all 2 images drawn are flat") as caught:
-        evaluations.poll()
-    assert caught.value.step == 7
-
-
-def build_slow(device: str, *, log: Path) -> Task:
-    def evaluate() -> Evaluation:
-        with log.open("a") as file:
-            print("begin", file=file, flush=True)
-            time.sleep(0.5)
-            print("end", file=file, flush=True)
-        return Evaluation(metrics={})
-
-    return replace(build(device, metrics={}, images=[]), evaluate=evaluate)
-
-
-@pytest.mark.usefixtures("cluster")
-def test_evaluations_take_turns_and_none_is_made_twice(tmp_path):
-    evaluations = Evaluations(set())
-    slow = replace(job(tmp_path), build_task=functools.partial(build_slow, log=tmp_path / "log"))
-    for step in (0, 1, 2, 1):
-        evaluations.start(replace(slow, step=step))
-    evaluations.poll(60)
-    assert (tmp_path / "log").read_text().split() == ["begin", "end"] * 3
+    assert evaluation.evaluate(one, "cpu").metrics == {} and one.done()
 
 
 def test_evaluations_are_due_before_at_every_nth_and_after_the_last_step():
@@ -158,6 +85,54 @@ def test_the_model_is_where_the_evaluation_was_asked_to_compute(tmp_path, monkey
 
         return Task(module=module, to_batch=lambda table: {}, loss_fn=lambda *_: torch.zeros(1), evaluate=evaluate)
 
-    monkeypatch.setattr(evaluation, "reserved_device", lambda: "meta")
-    evaluation.evaluate(replace(job(tmp_path), build_task=build))
+    evaluation.evaluate(replace(job(tmp_path), build_task=build), "meta")
     assert seen.operations
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_model_computes_in_the_trainings_precision(tmp_path, precision, dtype):
+    seen = []
+
+    def build(device: str) -> Task:
+        module = nn.Linear(2, 1)
+
+        def evaluate() -> Evaluation:
+            seen.append(module(torch.ones(1, 2, dtype=dtype)).dtype)
+            return Evaluation(metrics={})
+
+        return Task(module=module, to_batch=lambda table: {}, loss_fn=lambda *_: torch.zeros(1), evaluate=evaluate)
+
+    config = TrainConfig(precision=precision)
+    one = WorkerJob(config=config, build_task=build, plan=Any, output=str(tmp_path), identity="").evaluation(0, None)  # type: ignore[arg-type]
+    evaluation.evaluate(one, "cpu")
+    assert seen == [dtype]
+
+
+@pytest.mark.parametrize(
+    ("settings", "place", "gpus"),
+    [
+        ({}, "cpu", 0),
+        ({"use_gpu": True}, "workers", 1),
+        ({"use_gpu": True, "evaluation_gpus": 0.5}, "spare", 0.5),
+        ({"use_gpu": True, "evaluate_on": "spare"}, "spare", 1),
+        ({"use_gpu": True, "evaluate_on": "cpu"}, "cpu", 0),
+        ({"evaluate_on": "workers"}, "workers", 0),
+    ],
+)
+def test_a_training_on_gpus_is_evaluated_on_a_gpu(settings, place, gpus):
+    config = TrainConfig(**settings)
+    assert config.evaluation_place == place
+    assert config.evaluation_task_gpus == gpus, "what an ended training owes is made up on such a device"
+
+
+def test_an_evaluation_on_a_cpu_takes_no_precision_that_cpus_lack():
+    config = TrainConfig(precision="fp16", use_gpu=True, evaluate_on="cpu")
+    job = WorkerJob(config=config, build_task=Any, plan=Any, output="", identity="")  # type: ignore[arg-type]
+    assert job.evaluation(0, None).precision == "fp32"
+
+
+def test_gpus_that_no_evaluation_would_use_are_refused():
+    with pytest.raises(
+        ValueError, match=r"evaluation_gpus=1 with evaluate_on='cpu' would stay unused. Use evaluate_on"
+    ):
+        TrainConfig(use_gpu=True, evaluate_on="cpu", evaluation_gpus=1)

@@ -14,7 +14,8 @@ from d2f_core.model.lora import add_lora
 from d2f_core.train import restore, zero
 from d2f_core.train.checkpoint import KINDS, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import EmaConfig, Retention, TrainConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
+from d2f_core.train.retention_rules import Retention
 from d2f_core.train.task import Task
 from d2f_core.train.worker_state import Worker
 from tests.slow import slow

@@ -37,10 +37,17 @@ def test_one_group_asks_an_autoscaler_for_all_until_they_are_there(groups: Pendi
 
 def test_gpus_are_asked_for_where_they_are_used(groups: PendingGroups) -> None:
     config = TrainConfig(num_workers=2, use_gpu=True, evaluation_gpus=0.5, node_wait_seconds=0)
-    with pytest.raises(InsufficientResourcesError, match=r"num_workers=2 needs 4 CPU, 2\.5 GPU .* has 0 CPU, 0 GPU"):
+    with pytest.raises(InsufficientResourcesError, match=r"num_workers=2 needs 3 CPU, 2\.5 GPU .* has 0 CPU, 0 GPU"):
         fitting_workers(config, again=False)
-    evaluation = {"CPU": 1, "GPU": 0.5}
+    evaluation = {"GPU": 0.5}
     assert groups.asked == [[{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 0.5}] * 2 + [evaluation]] and not groups.alive
+
+
+def test_an_evaluation_between_steps_needs_no_room_of_its_own(groups: PendingGroups) -> None:
+    groups.nodes = {0: [node({"CPU": 3.0, "GPU": 2.0})]}
+    config = TrainConfig(num_workers=2, use_gpu=True, node_wait_seconds=0)
+    assert fitting_workers(config, again=False).count == 2
+    assert groups.asked == [[{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 0.5}] * 2]
 
 
 def test_a_training_that_never_evaluates_needs_no_room_for_it(groups: PendingGroups) -> None:

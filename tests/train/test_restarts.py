@@ -17,12 +17,13 @@ from d2f_core.storage import StorageError, UnreachableStorageError
 from d2f_core.train import checkpoint, launch, restarts
 from d2f_core.train.checkpoint import CheckpointError, UnfinishedSaveError
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import Retention, TrainConfig
+from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError
 from d2f_core.train.launch import TrainingStoppedError
 from d2f_core.train.quarantine import QuarantineLimitError
 from d2f_core.train.restarts import Restarts
 from d2f_core.train.retention import write_evaluation
+from d2f_core.train.retention_rules import Retention
 from d2f_core.train.steps import NonFiniteLossError
 
 BROKEN = RuntimeError("connection closed by peer")

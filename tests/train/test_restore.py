@@ -15,7 +15,8 @@ from torch import nn
 from d2f_core.train import checkpoint, restore, zero
 from d2f_core.train.checkpoint import KINDS, CheckpointError, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
-from d2f_core.train.config import EmaConfig, Retention, TrainConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
+from d2f_core.train.retention_rules import Retention
 from d2f_core.train.task import Task
 from d2f_core.train.weights import ParameterMismatchError
 from d2f_core.train.worker_state import Worker

@@ -78,13 +78,21 @@ def estimate(config: EstimateConfig) -> Estimate:
         encoders, vae = architecture.build_text_encoders(), architecture.build_vae()
     trained, frozen = footprint.sizes(network, trained=True), footprint.sizes(network, trained=False)
     others = RUNTIME_BYTES * train.use_gpu + _text_bytes(architecture, encoders, config)
+    drawn = max(counted.peak_bytes, footprint.decode_bytes(vae, side))
     samples, rate = train.num_steps * train.global_batch_size, _flops_per_hour(config)
     per_sample = counted.flops / train.micro_batch_size
     row_bytes = _row_bytes(config, (int(vae.config["latent_channels"]), side, side))
     return Estimate(
         total=sum(trained) + sum(frozen),
         trained=sum(trained),
-        memory=_by_stage(train, trained, frozen, counted.peak_bytes, others),
+        memory=_by_stage(
+            train,
+            trained,
+            frozen,
+            activations=counted.peak_bytes,
+            others=others,
+            evaluation=_evaluation_bytes(train, vae, drawn),
+        ),
         train_hours=samples * (per_sample + footprint.text_flops(encoders)) / rate,
         encode_hours=config.rows * footprint.encode_flops(vae, config.resolution) / rate,
         row_bytes=row_bytes,
@@ -99,9 +107,7 @@ def _flops_per_hour(config: EstimateConfig) -> float:
     return 3600 * config.train.num_workers * peak * 1e12 * config.utilization
 
 
-def _by_stage(
-    train: TrainConfig, trained: list[int], frozen: list[int], activations: int, others: int
-) -> dict[int, Memory | str]:
+def _by_stage(train: TrainConfig, trained: list[int], frozen: list[int], **more: int) -> dict[int, Memory | str]:
     found: dict[int, Memory | str] = {}
     for stage in (0, 1, 2, 3):
         try:
@@ -109,8 +115,18 @@ def _by_stage(
         except ValueError as refused:
             found[stage] = str(refused)
             continue
-        found[stage] = memory_per_worker(config, trained, frozen, activations=activations, others=others)
+        found[stage] = memory_per_worker(config, trained, frozen, **more)
     return found
+
+
+def _evaluation_bytes(train: TrainConfig, vae: nn.Module, passes: int) -> int:
+    """Bytes of an evaluation between steps: the autoencoder in fp32, and its passes.
+
+    A guided pass holds no more than one that trains, which keeps what the backward pass needs.
+    """
+    if not train.evaluate_every or train.evaluation_place != "workers":
+        return 0
+    return passes + 4 * sum(parameter.numel() for parameter in vae.parameters())
 
 
 def _text_bytes(architecture: Architecture, encoders: Iterable[nn.Module], config: EstimateConfig) -> int:
