@@ -153,6 +153,8 @@ class FakeCluster:
     directory: Path
     kinds: Mapping[str, NodeKind]
     idle_minutes: float = 10.0
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of its nodes and of programs that reach it, such as those of other servers."""
     environment: dict[str, str] = field(init=False, default_factory=dict)
 
     def start(self) -> None:
@@ -160,7 +162,8 @@ class FakeCluster:
         self.directory.mkdir(mode=0o700, parents=True)
         (self.directory / "logs").mkdir()
         state = dataclasses.replace(load_state(self.directory), ports=choose({}))
-        self.environment = {**ray_variables(state), **past_proxies(), "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        ours = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        self.environment = {**ray_variables(state), **past_proxies(), **ours, **self.variables}
         save_state(state, self.environment)
         self._part = part = self._head_part(state)
         part.before_start()
