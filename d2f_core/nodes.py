@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from d2f_core.ray_internals import HEAD, free_by_node, leaving_nodes
+
 logger = logging.getLogger(__name__)
 
 SHOWN_ADDRESSES = 3
 """Of nodes of one kind, in the line that says what does not fit."""
-HEAD = "node:__internal_head__"
-"""A resource that the head alone has."""
 
 
 class Part(NamedTuple):
@@ -31,36 +31,16 @@ class Node:
     free: Mapping[str, float]
 
 
-def leaving_nodes() -> set[str]:
-    """Living nodes that Ray was told will go: it places nothing new on them.
-
-    Ray 2.60 has no public list of them; Ray Train's own watcher asks the same.
-    """
-    import ray._private.state
-
-    return set(ray._private.state.state.get_draining_nodes())
-
-
 def living_nodes() -> list[Node]:
     """What the nodes that stay offer, and what is free of it."""
     import ray
-    from ray._private.state import available_resources_per_node  # `ray.available_resources` is their sum
 
-    free, leaving = available_resources_per_node(), leaving_nodes()
+    free, leaving = free_by_node(), leaving_nodes()
     return [
         Node(address=node["NodeManagerAddress"], total=node["Resources"], free=free.get(node["NodeID"], {}))
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in leaving
     ]
-
-
-def starting_nodes() -> int:
-    """Nodes that an autoscaler has begun to start and that have not joined yet; 0 without an autoscaler."""
-    import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
 
 
 def without_place(parts: Sequence[Part], free: Sequence[Mapping[str, float]]) -> list[Part]:

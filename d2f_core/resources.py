@@ -22,10 +22,10 @@ from d2f_core.nodes import (
     by_kind,
     listed,
     living_nodes,
-    starting_nodes,
     warn_off_head,
     without_place,
 )  # fmt: skip
+from d2f_core.ray_internals import starting_nodes
 
 logger = logging.getLogger(__name__)
 

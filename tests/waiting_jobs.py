@@ -25,9 +25,9 @@ import ray
 import ray.data
 import ray.train
 from ray.autoscaler.sdk import request_resources
-from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from d2f_core import ray_internals
 from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.nodes import Part
@@ -97,13 +97,14 @@ def ask(gpus: str, seconds: str) -> None:
     began, count = time.time(), int(gpus)
     request_resources(bundles=[{"CPU": 1, "GPU": 0.25}] * count)
     beside = threading.Thread(target=_data_job, args=(float(seconds),), daemon=True)
+    cluster_status = ray_internals.found(ray_internals.STARTING)
     demand = Demand(
         counts=[count], parts=lambda n: [Part("worker", n, {"GPU": 1})], subject="{count} need", advice="None."
     )
     waiting = threading.Thread(target=_refused, args=(demand, float(seconds)))
     waiting.start()
     while waiting.is_alive():
-        demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
+        demands = cluster_status(ray.get_runtime_context().gcs_address).resource_demands
         kinds = (demands.placement_group_demand, demands.cluster_constraint_demand)
         seen = [any(part.bundle.get("GPU") for one in kind for part in one.bundles_by_count) for kind in kinds]
         print("SEEN", f"{time.time() - began:.0f}", *map(int, seen))

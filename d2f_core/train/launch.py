@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from d2f_core import storage
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.ray_internals import HEALTH_CHECK_TIMEOUT
 from d2f_core.resources import Reservation, handed_to_group
 from d2f_core.retry import UnreachableError
 from d2f_core.tracking import RunHandle, log_checkpoint_model
@@ -37,7 +38,6 @@ from d2f_core.train.worker_job import WorkerJob
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 120.0
-HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 class TrainingStoppedError(ValueError):
