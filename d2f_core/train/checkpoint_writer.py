@@ -22,21 +22,17 @@ from d2f_core.retry import UnreachableError, is_shortage
 from d2f_core.train.checkpoint import (
     MANIFEST,
     PLAIN_NAME,
-    CheckpointError,
     CheckpointFile,
     CheckpointManifest,
-    UnfinishedSaveError,
     checkpoints_uri,
-    damaged,
     directory_name,
     manifest_bytes,
-    seal,
     tensor_digest,
-    unseal,
 )
 from d2f_core.train.checkpoint_file import FileImage, write_file
 from d2f_core.train.config import Retention
 from d2f_core.train.retention import apply_retention
+from d2f_core.train.sealed import CheckpointError, UnfinishedSaveError, damaged, read_sealed, seal
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +202,7 @@ class CheckpointWriter:
         tensors: dict[str, dict[str, str]] = {}
         for rank in range(self.num_workers):
             place = storage.join(job.uri, share_name(rank))
-            share = unseal(place, storage.read_bytes(place))
+            share = read_sealed(place)
             if {name: share.get(name) for name in ("rank", *job.head)} != {"rank": rank, **job.head}:
                 raise damaged(place, f"is not worker {rank}'s share of {job.head}")
             files += [CheckpointFile(**file) for file in share["files"]]

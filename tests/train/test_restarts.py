@@ -15,7 +15,6 @@ from d2f_core.model.base import BaseModelError, UnreachableHubError
 from d2f_core.resources import Reservation
 from d2f_core.storage import StorageError, UnreachableStorageError
 from d2f_core.train import checkpoint, launch, restarts
-from d2f_core.train.checkpoint import CheckpointError, UnfinishedSaveError
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import Retention, TrainConfig
 from d2f_core.train.evaluation import CollapseError
@@ -23,6 +22,7 @@ from d2f_core.train.launch import TrainingStoppedError
 from d2f_core.train.quarantine import QuarantineLimitError
 from d2f_core.train.restarts import Restarts
 from d2f_core.train.retention import write_evaluation
+from d2f_core.train.sealed import CheckpointError, UnfinishedSaveError
 from d2f_core.train.steps import NonFiniteLossError
 
 BROKEN = RuntimeError("connection closed by peer")
