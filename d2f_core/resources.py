@@ -132,6 +132,12 @@ def handed_to_group(held: Reservation, bundles: Sequence[Mapping[str, float]]) -
         watch.join()
 
 
+def nodes_of(group: Any, count: int) -> list[str]:
+    """Ids of the nodes on which the first `count` bundles of a placed group lie."""
+    places = _groups()[group.id.hex()]["bundles_to_node_id"]
+    return [places[number] for number in range(count)]
+
+
 def refusal(demand: Demand, nodes: Sequence[Node], waited: float) -> str:
     """The one line: who needs what, what there is on each node, what is missing where, and which flag changes it."""
     count = demand.counts[-1]

@@ -57,6 +57,10 @@ class TrainingJob(ABC):
         """Tags of the MLflow run; None: no run."""
         return None
 
+    def worker_bytes(self, train: TrainConfig) -> int:
+        """Estimate of the host's memory that a worker takes, in bytes; 0: not known."""
+        return 0
+
     @abstractmethod
     def export(self, last: Checkpoint) -> str:
         """Export the result from the last checkpoint; returns its directory."""
@@ -115,6 +119,7 @@ def train(job: TrainingJob) -> TrainingResult:
             output=config.output,
             identity=job.identity,
             tracker=run,
+            worker_bytes=job.worker_bytes,
         )
         last = trained.last
         made = job.export(last)

@@ -117,13 +117,14 @@ def kill_tree(process: psutil.Process) -> None:
 
 
 def _start_raylet(name: str, kind: str, delay: float, resources: Mapping[str, float]) -> psutil.Popen:
-    others = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU")}
+    others = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU", "memory")}
+    memory = [f"--memory={resources['memory']:.0f}"] if "memory" in resources else []
     place, log = Path(os.environ["RAY_TMPDIR"], name), Path(os.environ[LOGS], f"{name}.log")
     argv = node_command(
         "--block", f"--address={os.environ[ADDRESS]}", "--node-ip-address=127.0.0.1",
         f"--num-cpus={resources.get('CPU', 0):g}", f"--num-gpus={resources.get('GPU', 0):g}",
         f"--resources={json.dumps(others)}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0",
-        "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--disable-usage-stats",
+        "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--disable-usage-stats", *memory,
         place=str(place), delay=delay,
     )  # fmt: skip
     environment = {

@@ -36,8 +36,8 @@ def await_resources(
         counts=range(actors, least - 1, -1),
         parts=lambda count: [Part("actor", count, each), *([Part("reader", 1, others)] if others else [])],
         subject=who,
-        advice="Lower num_actors, cpus_per_actor or gpus_per_actor, add nodes, or give them time with "
-        "node_wait_seconds.",
+        advice="Lower num_actors, cpus_per_actor, gpus_per_actor or memory_gb_per_actor, add nodes, or give them time "
+        "with node_wait_seconds.",
     )
     held = reserve(demand, seconds=seconds, fewer_after=0)
     if held.count < actors:

@@ -16,6 +16,7 @@ AT_LEAST = {
     "log_every": 1,
     "checkpoint_every": 1,
     "worker_timeout_seconds": 1,
+    "worker_memory_gb": -1,
     "warmup_steps": 0,
     "weight_decay": 0,
     "clip_grad_norm": 0,
@@ -95,6 +96,10 @@ class TrainConfig:
     """One GPU per worker, NCCL between them; otherwise CPU and gloo."""
     cpus_per_worker: float = 1
     """Logical CPUs that Ray reserves per worker."""
+    worker_memory_gb: float = since(-1.0, before=-1.0)
+    """GB (1e9 bytes) of the host's memory that Ray reserves per worker, so that it places nothing else there; a node
+    must have it. 0: none. -1: as much as a worker is estimated to take, if the nodes that were found have it free;
+    otherwise none, and a line says so."""
     threads_per_worker: int = 0
     """torch threads of a CPU worker; 0 divides the machine's cores. Of a GPU worker those of the optimizer that steps
     offloaded moments (`optimizer="cpu_adamw"`); 0 takes `cpus_per_worker`."""

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError, Evaluations
 from d2f_core.train.heartbeat import ask, start_pulse, watched
 from d2f_core.train.interruption import Termination, terminable, terminated
-from d2f_core.train.resources import fitting_workers, worker_bundle
+from d2f_core.train.resources import fitting_workers, worker_bundle, worker_memory
 from d2f_core.train.restarts import Restarts, causes, reason
 from d2f_core.train.task import BuildTask
 from d2f_core.train.worker import EVALUATION_SECONDS, run_worker
@@ -61,11 +61,13 @@ def run_training(
     output: str,
     identity: str,
     tracker: RunHandle | None = None,
+    worker_bytes: Callable[[TrainConfig], int] = lambda _: 0,
 ) -> Trained:
     """Train to the last step, from the newest whole checkpoint under `output` if there is one.
 
     Args:
         identity: hash of everything that a checkpoint and this run must have in common.
+        worker_bytes: estimate of the host's memory that a worker takes when `num_workers` run; 0: not known.
 
     Returns:
         The last checkpoint, and the steps whose evaluation was due and failed or did not end in time; the same call
@@ -90,7 +92,8 @@ def run_training(
                 again = True
                 termination.pulse = start_pulse()
                 now = replace(config, num_workers=held.count, min_workers=0)
-                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=termination.pulse), held)
+                memory = worker_memory(now, held, worker_bytes(now))
+                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=termination.pulse), held, memory)
             except (ray.train.TrainingFailedError, RayError, UnreachableError) as error:
                 if termination.asked:
                     logger.warning("the attempt ended: %s", reason(error))
@@ -167,8 +170,8 @@ def _complete(config: TrainConfig, output: str, identity: str) -> Checkpoint | N
     return None
 
 
-def _attempt(job: WorkerJob, held: Reservation) -> None:
-    config, worker = job.config, worker_bundle(job.config)
+def _attempt(job: WorkerJob, held: Reservation, memory: int) -> None:
+    config, worker = job.config, worker_bundle(job.config, memory)
     trainer = TorchTrainer(
         # Not as `train_loop_config`: Ray's controller would unpickle it, and import everything that a worker needs.
         functools.partial(run_worker, job),

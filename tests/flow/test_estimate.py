@@ -1,15 +1,18 @@
 """An estimate of a finetuning counts what its rows hold, and refuses sizes that no latent has."""
 
 import dataclasses
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from d2f_core.flow.estimate.config import EstimateConfig
-from d2f_core.flow.estimate.job import build_on_meta, estimate, report
+from d2f_core.flow.estimate.job import build_on_meta, estimate, report, worker_bytes
 from d2f_core.model import footprint
 from d2f_core.model.architectures import read_architecture
 from d2f_core.model.config import LoraConfig, ModelConfig
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.memory import PROCESS_BYTES
 from tests.model.tiny_sd import write_tiny
 
 SIDE = 8
@@ -58,3 +61,18 @@ def test_a_gpu_that_is_not_known_is_reckoned_by_its_own_peak(config: EstimateCon
     assert found[1].train_hours == pytest.approx(found[0].train_hours / 2)
     assert "35% of 624 TFLOP/s per GPU (assumed)" in report(own, found[1])
     assert "35% of 312 TFLOP/s per GPU (assumed)" in report(preset, found[0])
+
+
+@pytest.mark.parametrize(("method", "use_gpu"), [("full", False), ("full", True), ("lora", True)])
+def test_a_worker_takes_its_process_its_weights_and_without_a_gpu_all_that_it_computes_with(
+    config: EstimateConfig, method: Literal["full", "lora"], use_gpu: bool
+):
+    base = Path(config.architecture)
+    total = sum(footprint.sizes(read_architecture(config.architecture).build_unet(), trained=True))
+    text = sum(file.stat().st_size for file in base.glob("text_encoder/*.safetensors"))
+    model, train = dataclasses.replace(config.model, method=method), TrainConfig(use_gpu=use_gpu, zero_stage=0)
+    found = worker_bytes(base, model, train) - PROCESS_BYTES - text
+    if method == "lora":  # its own weights are few
+        assert 4 * total < found < 4.5 * total
+    else:  # weights, two moments, averages: as a checkpoint's copy, and to compute with; gradients and their copies
+        assert found == 16 * total + (0 if use_gpu else 16 * total + 8 * total)
