@@ -13,6 +13,7 @@ from d2f_core.retry import (
     is_credential_trouble,
     is_network_trouble,
     is_shortage,
+    is_wrong_checksum,
     keep_trying,
     one_line,
 )
@@ -25,12 +26,21 @@ RETRY_SECONDS = 180.0
 """How long a call to S3 is repeated, from its first failure on."""
 
 
+CHECK_WAY = (
+    "Look for a proxy or a cache on the way to S3 that changes answers, or for another process that writes the object."
+)
+
+
 class StorageError(ValueError):
     """A URI that cannot be used, with the reason and the fix in one line."""
 
 
 class UnreachableStorageError(StorageError, UnreachableError):
     """S3, the network to it or the credentials for it were away for longer than repetitions bridge."""
+
+
+class ChecksumError(StorageError):
+    """Bytes that came twice do not have the checksum that the storage has of them."""
 
 
 class ShortDownloadError(StorageError):
@@ -67,15 +77,35 @@ def retried(what: str, call: Callable[[], T]) -> T:
     """Call, and call again while the network or S3 is in trouble, for `RETRY_SECONDS`; for s3fs and pyarrow alike.
 
     A machine that is short of open files is such trouble, too. Credentials that are away or have expired are
-    looked up again for a minute where they were good before, for some seconds where they were not.
+    looked up again for a minute where they were good before, for some seconds where they were not. Bytes that do not
+    have their checksum are fetched once more over new connections.
 
     Args:
         what: completes "could not ...", e.g. "read s3://bucket/key".
 
     Raises:
         UnreachableStorageError: it failed for all that time; one line.
+        ChecksumError: what came had a wrong checksum, and again.
         Exception: any other error of `call`, at once.
     """
+    try:
+        return _repeated(what, call)
+    except Exception as error:
+        if not is_wrong_checksum(error):
+            raise
+        logger.warning("could not %s whole (%s); once more over a new connection", what, one_line(error))
+    s3.reconnect()
+    try:
+        return _repeated(what, call)
+    except Exception as error:
+        if not is_wrong_checksum(error):
+            raise
+        raise ChecksumError(
+            f"could not {what}: what came twice has a wrong checksum ({one_line(error)}). {CHECK_WAY}"
+        ) from error
+
+
+def _repeated(what: str, call: Callable[[], T]) -> T:
     try:
         return keep_trying(what, renewing(call), patience=_patience)
     except GaveUpError as error:
@@ -148,10 +178,7 @@ def download(fs: Any, path: str, copy: Path, size: int | None) -> None:
     def fetch() -> None:
         retried(f"download {path}", lambda: fs.get_file(path, str(copy)))
         if size is not None and (found := copy.stat().st_size) != size:
-            raise ShortDownloadError(
-                f"{path}: {found:,} bytes came, and it has {size:,}. Look for a proxy or a cache on the way to S3 that "
-                "changes answers, or for another process that writes the object."
-            )
+            raise ShortDownloadError(f"{path}: {found:,} bytes came, and it has {size:,}. {CHECK_WAY}")
 
     fetched_whole(f"s3://{path}", fetch, ShortDownloadError)
 

@@ -141,7 +141,7 @@ def test_a_short_download_comes_whole_at_the_second_try(
     proxy.short = 1
     with storage.local_file(f"{ROOT}/tree/a") as copy:
         assert copy.read_bytes() == data
-    assert proxy.counts["short"] == 2 and caplog.text.count("fetched once more") == 2
+    assert proxy.counts["short"] == 2 and caplog.text.count("once more over a new connection") == 2
     proxy.short = 9
     with pytest.raises(ShortDownloadError, match=r"tree/a: 500 bytes came, and it has 1,000\. Look for a proxy"):
         storage.download_tree(f"{ROOT}/tree", tmp_path / "again")

@@ -5,6 +5,7 @@
                                              exp_avg_sq-0.safetensors
                                              ema-0.safetensors        averages
                                              share-0.json             worker 0's files are there, and their hashes
+                                             quarantined.parquet      unusable rows, if they are many
                                              manifest.json            written last, once: all hashes, step, samples
                                              evaluation.json          metrics, by a later validation, once
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from d2f_core import storage
 from d2f_core.hashing import file_sha256
 from d2f_core.identity import canonical_json
-from d2f_core.s3_calls import fetched_whole
+from d2f_core.s3_calls import ChecksumError, fetched_whole
 from d2f_core.train.sealed import (
     FORMAT_VERSION,
     CheckpointError,
@@ -219,7 +220,10 @@ def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
 
 def _read_file(place: str, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]:
     with contextlib.ExitStack() as stack:
-        local = fetched_whole(place, functools.partial(_local_copy, stack, place, file), DamagedError)
+        try:
+            local = fetched_whole(place, functools.partial(_local_copy, stack, place, file), DamagedError)
+        except ChecksumError:
+            raise damaged(place, "comes with a wrong checksum, twice") from None
         try:
             # Read, not memory-mapped: mapped pages count as this process's memory, and could change after the check.
             tensors = stack.enter_context(safe_open(local, "pt", backend="pread"))

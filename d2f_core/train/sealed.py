@@ -7,7 +7,7 @@ from typing import Any
 
 from d2f_core import storage
 from d2f_core.identity import canonical_json
-from d2f_core.s3_calls import fetched_whole
+from d2f_core.s3_calls import ChecksumError, fetched_whole
 
 FORMAT_VERSION = 2
 """Of a checkpoint's files; this release reads no other."""
@@ -49,7 +49,10 @@ def read_sealed(place: str) -> dict[str, Any]:
         DamagedError: a byte differs from what was written, also when it was read again.
         OtherFormatError: a manifest of format 1, which had no digest.
     """
-    return fetched_whole(place, lambda: _unseal(place, storage.read_bytes(place)), DamagedError)
+    try:
+        return fetched_whole(place, lambda: _unseal(place, storage.read_bytes(place)), DamagedError)
+    except ChecksumError:
+        raise damaged(place, "comes with a wrong checksum, twice") from None
 
 
 def _unseal(place: str, data: bytes) -> dict[str, Any]:
