@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import uuid
@@ -29,6 +30,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError, Evaluations
 from d2f_core.train.heartbeat import ask, start_pulse, watched
 from d2f_core.train.interruption import Termination, terminable, terminated
+from d2f_core.train.quarantine import quarantined_rows
 from d2f_core.train.resources import fitting_workers, worker_bundle, worker_memory
 from d2f_core.train.restarts import Restarts, causes, reason
 from d2f_core.train.task import BuildTask
@@ -253,15 +255,16 @@ def _list_checkpoints(job: WorkerJob, tracker: RunHandle) -> None:
 
 def _write_ledger(job: WorkerJob, last: Checkpoint) -> None:
     """Write the ledger of rows that the training could not use: table, row number and reason."""
-    rows, plan = last.manifest.state.get("quarantined", []), job.plan
-    ledger = []
-    for row, why in rows:
+    plan = job.plan
+
+    def entry(row: int, why: str) -> BadSample:
         number = bisect.bisect_right(plan.first_rows, row) - 1
         place = f"{plan.sources[number].uri}#{row - plan.first_rows[number]}"
-        ledger.append(BadSample(source_uri=place, sample_id=None, reason=why))
-    write_quarantine(job.output, ledger)
-    if ledger:
-        logger.warning("%d of %d rows were unusable: %s/quarantine.parquet", len(rows), plan.num_samples, job.output)
+        return BadSample(source_uri=place, sample_id=None, reason=why)
+
+    count = write_quarantine(job.output, itertools.starmap(entry, quarantined_rows(last)))
+    if count:
+        logger.warning("%d of %d rows were unusable: %s/quarantine.parquet", count, plan.num_samples, job.output)
 
 
 def _ray_directory(output: str) -> str:
