@@ -84,6 +84,8 @@ def run_training(
     """
     job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
     restarts, again = Restarts(config.max_failures), False
+    if config.precision_warning:
+        logger.warning("%s", config.precision_warning)
     with terminable(functools.partial(_killed, tracker)) as termination:
         while True:
             held = None
