@@ -28,6 +28,12 @@ class FinetuneJob(TrainingJob):
     """Manifests of the tables to train on."""
 
     @property
+    def reads(self) -> Mapping[str, str]:
+        tables = {f"more_latents[{number}]": uri for number, uri in enumerate(self.config.more_latents)}
+        model = {"model.base": self.config.model.base, "model.start": self.config.model.start}
+        return {"latents": self.config.latents, **model, **tables}
+
+    @property
     def tags(self) -> Mapping[str, str]:
         digests = " ".join(manifest.digest for manifest in self.manifests)
         base = self.base

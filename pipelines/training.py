@@ -15,6 +15,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import BuildTask
 from pipelines.cli import UnfinishedError, to_yaml
+from pipelines.cluster import connect
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,11 @@ class TrainingJob(ABC):
     """Plan of the training rows and their order."""
     identity: str
     """Hash of everything that a checkpoint and this run must have in common."""
+
+    @property
+    def reads(self) -> Mapping[str, str]:
+        """Field of the config -> URI or path that the workers read; a local one must be shared by all nodes."""
+        return {}
 
     @property
     def tags(self) -> Mapping[str, str] | None:
@@ -98,12 +104,10 @@ def train(job: TrainingJob) -> TrainingResult:
     The MLflow run ends with it: FINISHED, KILLED by SIGTERM, or FAILED; the reason is its tag `d2f.end_reason`.
 
     Raises:
-        the errors of `run_training`.
+        NotSharedError: a local path that not all nodes share; and the errors of `run_training`.
     """
-    import ray  # a dry run needs none
-
-    ray.init(ignore_reinit_error=True)
     config, text = job.config, to_yaml(job.config)
+    connect(reads=job.reads, writes={"output": config.output})
     storage.write_bytes(storage.join(config.output, "config.yaml"), text.encode())
     run = None
     if job.tags is not None:

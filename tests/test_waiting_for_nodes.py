@@ -43,6 +43,14 @@ def times(name: str, text: str) -> list[float]:
     return [float(word) for line in re.findall(rf"^{name} (.*)$", text, re.MULTILINE) for word in line.split()]
 
 
+def test_a_local_path_is_refused_while_no_node_is_there_that_could_share_it(growing: FakeCluster, tmp_path) -> None:
+    """First of all, for nodes stay."""
+    log = tmp_path / "log"
+    with growing.job("paths", tmp_path / "run", 0, log=log) as job:
+        status, text = ended(job, log, 90)
+    assert status == 0 and "is on a disk of this job's node, which has no CPUs for work" in text, text
+
+
 def test_a_batch_job_starts_when_its_node_comes_though_it_was_told_to_wait_less(growing: FakeCluster, tmp_path) -> None:
     log = tmp_path / "log"
     with growing.job("generate", 1, 1, 1, DELAY // 2, log=log) as job:
@@ -92,6 +100,14 @@ def test_two_trainings_share_a_cluster_and_a_third_says_who_holds_it(growing: Fa
     for run in ("run-1", "run-2"):
         (bundles, again) = (json.loads(file.read_text()) for file in (tmp_path / run).glob("began-*"))
         assert bundles == again == [{"CPU": 2, "memory": ESTIMATE}] * 2
+
+
+def test_nodes_that_share_the_disk_say_so(growing: FakeCluster, tmp_path) -> None:
+    log = tmp_path / "log"
+    with growing.job("paths", tmp_path / "run", 2, log=log) as job:
+        status, text = ended(job, log, 150)
+    (seconds,) = times("SHARED", text)
+    assert status == 0 and seconds < 30 and not (tmp_path / "run").exists()
 
 
 def test_a_training_whose_place_was_taken_waits_again(growing: FakeCluster, tmp_path) -> None:

@@ -5,6 +5,7 @@
                                                the others' outputs (a glob) shows that their workers have begun
     lose OUTPUT                                a training of 2 workers of 2 CPUs whose place another job takes
     generate ACTORS CPUS GPUS WAIT             a batch job of as many items as actors
+    paths OUTPUT NODES                         what is said of a local path when so many nodes are there
     ask GPUS SECONDS                           what of two demands the autoscaler still sees beside a Ray Data job
 
 Ends with 2 and one line when the cluster is too small, as the commands of the pipelines do.
@@ -33,6 +34,7 @@ from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.nodes import Part
 from d2f_core.resources import Demand, InsufficientResourcesError, Reservation, reserve
+from d2f_core.shared_paths import NotSharedError, check_shared
 from d2f_core.train import launch
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.worker_job import WorkerJob
@@ -98,6 +100,17 @@ def generate(actors: str, cpus: str, gpus: str, wait: str) -> None:
         print("ROW", time.time())
 
 
+def paths(output: str, nodes: str) -> None:
+    if int(nodes):
+        assert placement_group([{"CPU": 2}] * int(nodes), strategy="STRICT_SPREAD").wait(90)
+    began = time.time()
+    try:
+        check_shared(reads={"model": __file__}, writes={"output": output})
+        print("SHARED", time.time() - began)
+    except NotSharedError as error:
+        print("REFUSED", error)
+
+
 def ask(gpus: str, seconds: str) -> None:
     """Two demands that cannot be met, one of each kind, before Ray Data's coordinator sends its own."""
     began, count = time.time(), int(gpus)
@@ -145,7 +158,7 @@ def main(job: str, *arguments: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     ray.init(log_to_driver=False)
     try:
-        {"train": train, "lose": lose, "generate": generate, "ask": ask}[job](*arguments)
+        {"train": train, "lose": lose, "generate": generate, "paths": paths, "ask": ask}[job](*arguments)
     except InsufficientResourcesError as error:
         print("REFUSED", error)
         return 2
