@@ -1,5 +1,6 @@
 """Local paths on several nodes: refused unless each node sees what this one does. A node's disk is a directory here."""
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -180,3 +181,13 @@ def test_an_output_that_is_a_file_is_refused_in_a_line(nodes: Nodes, root: Path)
     with pytest.raises(NotSharedError, match=r"manifest\.json' cannot be written to \(.*exists.*\)\. Choose another"):
         check_shared(reads={}, writes={"output": str(root / "table/manifest.json")})
     assert (root / "table/manifest.json").read_bytes() == b"[]"
+
+
+def test_every_job_that_uses_a_cluster_asks_its_nodes() -> None:
+    files = {file.name: file.read_text() for file in Path("pipelines").glob("*.py")}
+    assert [name for name, text in files.items() if "ray.init(" in text] == ["cluster.py"]
+    asking = {name for name, text in files.items() if re.search(r"\bconnect\(reads=", text)}
+    assert asking == {
+        "depth.py", "encode_depth.py", "encode_latents.py", "evaluate.py", "generate.py", "make_dataset.py",
+        "predict_depth.py", "reflow.py", "serve.py", "text_to_image.py", "training.py",
+    }  # fmt: skip

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pyarrow as pa
 import pytest
+from botocore.exceptions import FlexibleChecksumError
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import s3_calls, storage
@@ -18,7 +19,7 @@ from d2f_core.data.manifest import Manifest, ManifestError, read_file, read_mani
 from d2f_core.data.schema import array_field
 from d2f_core.data.sources.tar import DamagedArchiveError, read_tar
 from d2f_core.data.table_reader import TableReader
-from d2f_core.s3_calls import ShortDownloadError, fetched_whole, read_on
+from d2f_core.s3_calls import ChecksumError, ShortDownloadError, fetched_whole, read_on, retried
 from d2f_core.tracking import model_files
 from d2f_core.train.checkpoint import CheckpointError, list_checkpoints, read_checkpoint, read_tensors
 from infra.local.stack import StackEnv
@@ -76,6 +77,28 @@ def test_another_error_is_no_damage(renewed: list[str]) -> None:
     with pytest.raises(FileNotFoundError):
         fetched_whole("s3://b/k", fetch, Damage)
     assert not renewed
+
+
+@pytest.mark.parametrize(("wrong", "calls"), [(1, 2), (9, 2)])
+def test_what_does_not_have_the_checksum_that_s3_states_is_fetched_twice_and_no_more(
+    wrong: int, calls: int, renewed: list[str]
+) -> None:
+    made: list[int] = []
+
+    def read() -> bytes:
+        made.append(0)
+        if len(made) <= wrong:
+            raise FlexibleChecksumError(error_msg="Expected checksum fIWP8Q== did not match")
+        return b"whole"
+
+    if wrong < 2:
+        assert retried("read s3://b/k", read) == b"whole"
+    else:
+        with pytest.raises(
+            ChecksumError, match=r"^could not read s3://b/k: what came twice has a wrong checksum \(.*proxy"
+        ):
+            retried("read s3://b/k", read)
+    assert len(made) == calls and renewed == ["new"]
 
 
 @pytest.mark.parametrize(("good", "expected"), [([2, 5], 5), ([2, 3], 3), ([5], 5), ([0, 0], 0)])
