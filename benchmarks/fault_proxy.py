@@ -75,6 +75,8 @@ class FaultProxy:
         self.stall_seconds = 60.0
         self.upcoming: deque[Fault | None] = deque()
         """What happens to the next requests (None: nothing), before the rates apply again."""
+        self.short = 0
+        """How many of the next objects that are got lose their second half, with a head that says so little is all."""
         self.counts: Counter[str] = Counter()
         """Requests, each kind of fault, and connections `refused` or cut in an outage."""
         self._random = random.Random(seed)
@@ -196,6 +198,11 @@ class FaultProxy:
             if fault == "reset":
                 await send_half(server.reader, client.writer, reply)
                 raise ConnectionResetError("cut by the proxy")
+            if self.short and request.head.startswith(b"GET ") and b"list-type" not in request.head and reply.length:
+                self.short -= 1
+                self.counts["short"] += 1
+                await send_as_whole(server.reader, client.writer, reply)
+                return False
             client.writer.write(reply.head)
             framed = reply.chunked or reply.length is not None
             await copy_body(server.reader, client.writer, reply, to_end=not framed)
@@ -267,6 +274,17 @@ async def send_half(source: asyncio.StreamReader, sink: asyncio.StreamWriter, me
     """The first half of an answer's body, or of its head when the body is empty or of unknown length."""
     await send(sink, message.head if message.length else message.head[: len(message.head) // 2])
     await copy_bytes(source, sink, (message.length or 0) // 2)
+
+
+async def send_as_whole(source: asyncio.StreamReader, sink: asyncio.StreamWriter, message: Message) -> None:
+    """The first half of an answer's body, as if that were all: what a proxy does whose cache holds a part.
+
+    Without S3's checksum, as objects have none that were uploaded in parts or to another kind of server.
+    """
+    half = (message.length or 0) // 2
+    head = re.sub(rb"(?i)\r\nx-amz-checksum-[^\r\n]*", b"", message.head)
+    await send(sink, re.sub(rb"(?i)(\r\ncontent-length[ \t]*:)[^\r\n]*", rb"\g<1> %d" % half, head))
+    await copy_bytes(source, sink, half)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from d2f_core.ray_internals import HEAD, free_by_node, leaving_nodes
+
 logger = logging.getLogger(__name__)
 
+MEMORY = "memory"
+"""Ray's name of the host's memory; in bytes."""
+SCARCE = ("GPU", "CPU", MEMORY)
 SHOWN_ADDRESSES = 3
 """Of nodes of one kind, in the line that says what does not fit."""
-HEAD = "node:__internal_head__"
-"""A resource that the head alone has."""
 
 
 class Part(NamedTuple):
@@ -26,41 +29,27 @@ class Part(NamedTuple):
 class Node:
     """A living node that was not announced to go."""
 
+    id: str = ""
     address: str
     total: Mapping[str, float]
     free: Mapping[str, float]
 
 
-def leaving_nodes() -> set[str]:
-    """Living nodes that Ray was told will go: it places nothing new on them.
-
-    Ray 2.60 has no public list of them; Ray Train's own watcher asks the same.
-    """
-    import ray._private.state
-
-    return set(ray._private.state.state.get_draining_nodes())
-
-
 def living_nodes() -> list[Node]:
     """What the nodes that stay offer, and what is free of it."""
     import ray
-    from ray._private.state import available_resources_per_node  # `ray.available_resources` is their sum
 
-    free, leaving = available_resources_per_node(), leaving_nodes()
+    free, leaving = free_by_node(), leaving_nodes()
     return [
-        Node(address=node["NodeManagerAddress"], total=node["Resources"], free=free.get(node["NodeID"], {}))
+        Node(
+            id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            total=node["Resources"],
+            free=free.get(node["NodeID"], {}),
+        )
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in leaving
     ]
-
-
-def starting_nodes() -> int:
-    """Nodes that an autoscaler has begun to start and that have not joined yet; 0 without an autoscaler."""
-    import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
 
 
 def without_place(parts: Sequence[Part], free: Sequence[Mapping[str, float]]) -> list[Part]:
@@ -70,10 +59,10 @@ def without_place(parts: Sequence[Part], free: Sequence[Mapping[str, float]]) ->
         free: what each node has free.
     """
     left, missing = [dict(node) for node in free], []
-    for part in sorted(parts, key=lambda part: (-part.bundle.get("GPU", 0), -part.bundle.get("CPU", 0))):
+    for part in sorted(parts, key=lambda part: tuple(-part.bundle.get(name, 0) for name in SCARCE)):
         placed = 0
         while placed < part.count and (fitting := [node for node in left if _fits(part.bundle, node)]):
-            best = min(fitting, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+            best = min(fitting, key=lambda node: tuple(node.get(name, 0) for name in SCARCE))
             best.update({name: best.get(name, 0) - amount for name, amount in part.bundle.items()})
             placed += 1
         if placed < part.count:
@@ -94,8 +83,8 @@ def warn_off_head() -> None:
 
 
 def amounts(given: Mapping[str, float], names: Sequence[str]) -> str:
-    """E.g. `3 CPU, 1 GPU`."""
-    return ", ".join(f"{given.get(name, 0):g} {name}" for name in names)
+    """E.g. `3 CPU, 1 GPU, 12.5 GB memory`."""
+    return ", ".join(_amount(given.get(name, 0), name) for name in names)
 
 
 def listed(parts: Sequence[Part]) -> str:
@@ -110,9 +99,18 @@ def by_kind(nodes: Sequence[Node], names: Sequence[str]) -> str:
     """Nodes that offer and have free the same are counted, so that the line stays one on a large cluster."""
     kinds: dict[str, list[str]] = {}
     for node in nodes:
-        room = ", ".join(f"{node.free.get(n, 0):g} of {node.total[n]:g} {n}" for n in names if node.total.get(n))
+        shown = [(node.free.get(n, 0), node.total[n], n) for n in names if node.total.get(n)]
+        room = ", ".join(f"{_number(free, n)} of {_amount(total, n)}" for free, total, n in shown)
         kinds.setdefault(f"with {room} free" if room else "without any", []).append(node.address)
     return "; ".join(f"{_addressed(where)} {room}" for room, where in sorted(kinds.items())) or "no node"
+
+
+def _amount(value: float, name: str) -> str:
+    return f"{_number(value, name)} {'GB ' * (name == MEMORY)}{name}"
+
+
+def _number(value: float, name: str) -> str:
+    return f"{value / 1e9:.1f}" if name == MEMORY else f"{value:g}"
 
 
 def _addressed(addresses: Sequence[str]) -> str:

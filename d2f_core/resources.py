@@ -22,10 +22,10 @@ from d2f_core.nodes import (
     by_kind,
     listed,
     living_nodes,
-    starting_nodes,
     warn_off_head,
     without_place,
 )  # fmt: skip
+from d2f_core.ray_internals import starting_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +130,12 @@ def handed_to_group(held: Reservation, bundles: Sequence[Mapping[str, float]]) -
     finally:
         over.set()
         watch.join()
+
+
+def nodes_of(group: Any, count: int) -> list[str]:
+    """Ids of the nodes on which the first `count` bundles of a placed group lie."""
+    places = _groups()[group.id.hex()]["bundles_to_node_id"]
+    return [places[number] for number in range(count)]
 
 
 def refusal(demand: Demand, nodes: Sequence[Node], waited: float) -> str:

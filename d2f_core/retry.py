@@ -151,6 +151,11 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORTAGE_ERRNOS)
 
 
+def is_wrong_checksum(error: BaseException) -> bool:
+    """Whether other bytes came than the checksum in the answer's head is of; from s3fs, which checks whole objects."""
+    return any("botocore.FlexibleChecksumError" in _family(link) for link in _chain(error))
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error and its causes: s3fs translates botocore's errors, boto3 does so without setting a cause."""
     link: BaseException | None = error

@@ -110,6 +110,13 @@ def renew(known: int) -> None:
             client.session, client._s3 = session(), None
 
 
+def reconnect() -> None:
+    """Let all of this process's clients open new connections for what they ask from now on."""
+    with _lock:
+        for client in filter(None, (reference() for reference in _clients)):
+            client._s3 = None
+
+
 def open_s3(*, attempts: int) -> Any:
     """s3fs, which makes a failing request up to `attempts` times, silently."""
     # Listings are never cached: another process (a worker, an earlier attempt) writes the same prefix.

@@ -1,7 +1,10 @@
 """Calls to S3 that are made again, with credentials that are looked up again, and the errors that they end in."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 from d2f_core import s3
 from d2f_core.retry import (
@@ -10,13 +13,22 @@ from d2f_core.retry import (
     is_credential_trouble,
     is_network_trouble,
     is_shortage,
+    is_wrong_checksum,
     keep_trying,
+    one_line,
 )
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 RETRY_SECONDS = 180.0
 """How long a call to S3 is repeated, from its first failure on."""
+
+
+CHECK_WAY = (
+    "Look for a proxy or a cache on the way to S3 that changes answers, or for another process that writes the object."
+)
 
 
 class StorageError(ValueError):
@@ -25,6 +37,14 @@ class StorageError(ValueError):
 
 class UnreachableStorageError(StorageError, UnreachableError):
     """S3, the network to it or the credentials for it were away for longer than repetitions bridge."""
+
+
+class ChecksumError(StorageError):
+    """Bytes that came twice do not have the checksum that the storage has of them."""
+
+
+class ShortDownloadError(StorageError):
+    """Other bytes came than the storage says that there are."""
 
 
 def _patience(error: Exception) -> float:
@@ -57,21 +77,110 @@ def retried(what: str, call: Callable[[], T]) -> T:
     """Call, and call again while the network or S3 is in trouble, for `RETRY_SECONDS`; for s3fs and pyarrow alike.
 
     A machine that is short of open files is such trouble, too. Credentials that are away or have expired are
-    looked up again for a minute where they were good before, for some seconds where they were not.
+    looked up again for a minute where they were good before, for some seconds where they were not. Bytes that do not
+    have their checksum are fetched once more over new connections.
 
     Args:
         what: completes "could not ...", e.g. "read s3://bucket/key".
 
     Raises:
         UnreachableStorageError: it failed for all that time; one line.
+        ChecksumError: what came had a wrong checksum, and again.
         Exception: any other error of `call`, at once.
     """
+    try:
+        return _repeated(what, call)
+    except Exception as error:
+        if not is_wrong_checksum(error):
+            raise
+        logger.warning("could not %s whole (%s); once more over a new connection", what, one_line(error))
+    s3.reconnect()
+    try:
+        return _repeated(what, call)
+    except Exception as error:
+        if not is_wrong_checksum(error):
+            raise
+        raise ChecksumError(
+            f"could not {what}: what came twice has a wrong checksum ({one_line(error)}). {CHECK_WAY}"
+        ) from error
+
+
+def _repeated(what: str, call: Callable[[], T]) -> T:
     try:
         return keep_trying(what, renewing(call), patience=_patience)
     except GaveUpError as error:
         raise UnreachableStorageError(
             f"{error}. {_what_to_check(error.__cause__)}; the same command goes on from there."
         ) from error.__cause__
+
+
+def fetched_whole(uri: str, fetch: Callable[[], T], damage: type[Exception] | tuple[type[Exception], ...]) -> T:
+    """Fetch what can be checked, and once more over new connections when it turns out not to be whole.
+
+    A proxy or cache on the way may end an answer early and leave no sign of it. A local file is not fetched again.
+
+    Args:
+        fetch: reads from `uri` and checks what came.
+        damage: what it raises when something else came than was written.
+
+    Raises:
+        Exception: what the second fetch raises, or the first one when it is none of `damage`.
+    """
+    try:
+        return fetch()
+    except damage as error:
+        if not _fetch_again(uri, error):
+            raise
+        return fetch()
+
+
+def read_on(uri: str, start: Callable[[], Iterator[T]], is_damage: Callable[[Exception], bool]) -> Iterator[T]:
+    """The items of a file, in order; where it cannot be read any further, it is opened once more, as `fetched_whole`.
+
+    Args:
+        start: the items from the first one on, each time the same.
+
+    Raises:
+        Exception: what reading on raises, or reading at first when that is no damage.
+    """
+    done, again = 0, False
+    while True:
+        try:
+            for item in itertools.islice(start(), done, None):
+                yield item
+                done += 1
+            return
+        except Exception as error:
+            if again or not is_damage(error) or not _fetch_again(uri, error):
+                raise
+            again = True
+
+
+def _fetch_again(uri: str, error: Exception) -> bool:
+    """Whether what is damaged may be whole when it comes once more; new connections are then opened for it."""
+    if not uri.startswith(("s3://", "models:/")):
+        return False
+    logger.warning("%s: not whole (%s); fetched once more over a new connection", uri, one_line(error))
+    s3.reconnect()
+    return True
+
+
+def download(fs: Any, path: str, copy: Path, size: int | None) -> None:
+    """Download an object to a file; one that comes with another size is downloaded once more.
+
+    Args:
+        size: bytes that the storage says it has; None: not compared.
+
+    Raises:
+        ShortDownloadError: both times other bytes came.
+    """
+
+    def fetch() -> None:
+        retried(f"download {path}", lambda: fs.get_file(path, str(copy)))
+        if size is not None and (found := copy.stat().st_size) != size:
+            raise ShortDownloadError(f"{path}: {found:,} bytes came, and it has {size:,}. {CHECK_WAY}")
+
+    fetched_whole(f"s3://{path}", fetch, ShortDownloadError)
 
 
 def _what_to_check(error: BaseException | None) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from d2f_core import s3
 from d2f_core.retry import GaveUpError, is_credential_trouble, is_network_trouble, keep_trying, one_line
-from d2f_core.s3_calls import StorageError, UnreachableStorageError, renewing, retried
+from d2f_core.s3_calls import StorageError, UnreachableStorageError, download, renewing, retried
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -195,7 +195,7 @@ def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None =
             if not local.resolve().is_relative_to(partial.resolve()):
                 raise StorageError(f"{file!r} climbs out of {uri!r}. Refused; remove that object.")
             local.parent.mkdir(parents=True, exist_ok=True)
-            retried(f"download {file}", lambda file=file, local=local: fs.get_file(file, str(local)))
+            download(fs, file, local, int(found[file]["size"]))
         try:
             partial.rename(target)
         except OSError:  # another process finished the same download first
@@ -205,8 +205,11 @@ def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None =
 
 
 @contextlib.contextmanager
-def local_file(uri: str) -> Iterator[Path]:
+def local_file(uri: str, *, by_size: bool = True) -> Iterator[Path]:
     """A local path of the file: the file itself, or a copy of the object that is deleted when the context ends.
+
+    Args:
+        by_size: compare the copy's size with what S3 says; whoever knows the hash has no need for it.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -217,7 +220,7 @@ def local_file(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory, "object")
-        retried(f"download {uri}", lambda: fs.get_file(path, str(copy)))
+        download(fs, path, copy, int(retried(f"look for {uri}", lambda: fs.info(path))["size"]) if by_size else None)
         yield copy
 
 

@@ -1,6 +1,7 @@
 """A checked training of an autoencoder, and the export of its last checkpoint."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from d2f_core import storage
@@ -14,6 +15,10 @@ from pipelines.training import TrainingJob
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderJob(TrainingJob):
     config: TrainAutoencoderConfig
+
+    @property
+    def reads(self) -> Mapping[str, str]:
+        return {name: getattr(self.config, name) for name in ("images", "base", "vae_config")}
 
     def export(self, last: Checkpoint) -> str:
         return export(self.config, last)

@@ -7,8 +7,6 @@ same command resumes.
 
 from dataclasses import replace
 
-import ray
-
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.depth.evaluation import METRICS_NAME, SHEET_NAME
 from d2f_core.identity import stage_key
@@ -17,6 +15,7 @@ from d2f_core.stages import StageOutcome
 from d2f_core.storage import check_reachable, exists, join
 from d2f_core.tracking import check_tracking
 from pipelines import encode_depth, evaluate_depth, make_dataset, predict_depth, train_autoencoder
+from pipelines.cluster import connect
 from pipelines.configs import TrainAutoencoderConfig
 from pipelines.workflow_config import DepthConfig
 from pipelines.workflow_stages import Outputs, Workflow, finetune_with, register_with, write_summary
@@ -36,7 +35,7 @@ def check(config: DepthConfig) -> None:
 def main(config: DepthConfig) -> Outputs:
     """Run the workflow; returns the registered version."""
     check(config)
-    ray.init(ignore_reinit_error=True)
+    connect(reads={}, writes={"output": config.output})
     flow = Workflow(config.output)
     scenes = flow.table("make_dataset", "scenes", make_dataset.main, config.dataset)
     judged = flow.table("make_test_dataset", "scenes", make_dataset.main, config.test)

@@ -10,6 +10,7 @@ The same command resumes a killed job, and does nothing once the table is comple
 from d2f_core.data.sources.config import DepthSource
 from d2f_core.flow.encode.config import EncodeDepthConfig
 from pipelines.cli import run_job
+from pipelines.cluster import connect
 from pipelines.names import DEPTH_BASE
 from pipelines.recipes_stable_diffusion import ENCODE_DEPTH_STABLE_DIFFUSION
 
@@ -28,13 +29,11 @@ def check(config: EncodeDepthConfig) -> None:
 
 
 def main(config: EncodeDepthConfig) -> None:
-    import ray
-
     from d2f_core.batch.table_job import make_table
     from d2f_core.flow.encode.check import check_encode_depth
 
     job = check_encode_depth(config)
-    ray.init(ignore_reinit_error=True)
+    connect(reads={"source.uri": config.source.uri, "base": config.base}, writes={"output": config.output})
     make_table(job)
 
 

@@ -10,6 +10,7 @@ The same command resumes a killed job, and does nothing once the table is comple
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.encode.config import EncodeConfig
 from pipelines.cli import run_job
+from pipelines.cluster import connect
 from pipelines.names import EMOJI_SD
 from pipelines.recipes_stable_diffusion import ENCODE_STABLE_DIFFUSION
 
@@ -28,13 +29,11 @@ def check(config: EncodeConfig) -> None:
 
 
 def main(config: EncodeConfig) -> None:
-    import ray
-
     from d2f_core.batch.table_job import make_table
     from d2f_core.flow.encode.check import check_encode
 
     job = check_encode(config)
-    ray.init(ignore_reinit_error=True)
+    connect(reads={"source.uri": config.source.uri, "base": config.base}, writes={"output": config.output})
     make_table(job)
 
 

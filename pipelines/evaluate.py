@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from pipelines.cli import run_job
+from pipelines.cluster import connect
 from pipelines.names import CAPTIONS, EMOJI_SD, EVALUATIONS, FLOW_MODEL, OPENMOJI_FEW, QUICKSTART
 
 if TYPE_CHECKING:
@@ -35,12 +36,13 @@ def check(config: EvaluateConfig) -> None:
 
 
 def main(config: EvaluateConfig) -> "Verdict":
-    import ray
-
     from d2f_core.flow.evaluate.job import check_evaluate, evaluate
 
     job = check_evaluate(config)
-    ray.init(ignore_reinit_error=True)
+    names = ("candidate", "champion", "base", "reference")
+    features = {"score.features": config.score.features, "score.clip": config.score.clip}
+    reads = {name: getattr(config, name) for name in names} | features
+    connect(reads=reads, writes={"output": config.output})
     return evaluate(job)
 
 

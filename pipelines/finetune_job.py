@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 from d2f_core import storage
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.flow.estimate.job import worker_bytes
 from d2f_core.flow.latents import check_fingerprint
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.tracking import check_tracking, pin_model
 from d2f_core.train.checkpoint import Checkpoint, candidates
+from d2f_core.train.config import TrainConfig
 from pipelines.checkpoint_export import default_weights, write_model
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune_task import build_task, check_task, make_plan
@@ -26,10 +28,19 @@ class FinetuneJob(TrainingJob):
     """Manifests of the tables to train on."""
 
     @property
+    def reads(self) -> Mapping[str, str]:
+        tables = {f"more_latents[{number}]": uri for number, uri in enumerate(self.config.more_latents)}
+        model = {"model.base": self.config.model.base, "model.start": self.config.model.start}
+        return {"latents": self.config.latents, **model, **tables}
+
+    @property
     def tags(self) -> Mapping[str, str]:
         digests = " ".join(manifest.digest for manifest in self.manifests)
         base = self.base
         return {"d2f.base": base.uri, "d2f.base_sha256": base.content_hash, "d2f.latents_digest": digests}
+
+    def worker_bytes(self, train: TrainConfig) -> int:
+        return worker_bytes(self.base.path, self.config.model, train)
 
     def export(self, last: Checkpoint) -> str:
         target, weights = storage.join(self.config.output, "model"), default_weights(self.config)

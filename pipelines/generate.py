@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from d2f_core.flow.generate.config import GenerateConfig
 from pipelines.cli import run_job
+from pipelines.cluster import connect
 from pipelines.names import EMOJI_SD, FLOW_MODEL
 from pipelines.recipes_stable_diffusion import PAIRS_STABLE_DIFFUSION
 
@@ -37,12 +38,11 @@ def main(config: GenerateConfig) -> "Manifest":
 
 def run_all(configs: Sequence[GenerateConfig]) -> "list[Manifest]":
     """Run several generations with one pool of actors, so that libraries are loaded only once."""
-    import ray
-
     from d2f_core.flow.generate.job import check_generate, generate_all
 
     jobs = [check_generate(config) for config in configs]
-    ray.init(ignore_reinit_error=True)
+    for config in configs:
+        connect(reads={"model": config.model}, writes={"output": config.output})
     return generate_all(jobs)
 
 

@@ -10,6 +10,7 @@ import logging
 
 from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
 from pipelines.cli import run_job
+from pipelines.cluster import connect
 from pipelines.names import OPENMOJI_FEW
 
 MAKE_DATASET = {
@@ -40,11 +41,9 @@ def check(config: MakeDatasetConfig | MakeDepthConfig) -> None:
 def main(config: MakeDatasetConfig | MakeDepthConfig) -> None:
     check(config)
     if isinstance(config, MakeDepthConfig):
-        import ray
-
         from d2f_core.data.datasets.depth_table import make_depth_dataset
 
-        ray.init(ignore_reinit_error=True)
+        connect(reads={}, writes={"output": config.output})
         manifest, written = make_depth_dataset(config)
     else:
         from d2f_core.data.datasets.emoji import make_dataset

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.depth.config import PredictDepthConfig
 from pipelines.cli import run_job
+from pipelines.cluster import connect
 from pipelines.names import DEPTH_MODEL
 
 if TYPE_CHECKING:
@@ -33,12 +34,10 @@ def check(config: PredictDepthConfig) -> None:
 
 
 def main(config: PredictDepthConfig) -> "Manifest":
-    import ray
-
     from d2f_core.flow.depth.job import check_predict_depth, predict_depth
 
     job = check_predict_depth(config)
-    ray.init(ignore_reinit_error=True)
+    connect(reads={"source.uri": config.source.uri, "model": config.model}, writes={"output": config.output})
     return predict_depth(job)
 
 

@@ -11,8 +11,6 @@ import json
 import logging
 from dataclasses import dataclass, replace
 
-import ray
-
 from d2f_core.data.manifest import read_manifest
 from d2f_core.flow.evaluate.job import read_reference
 from d2f_core.flow.generate.config import GenerateConfig
@@ -23,6 +21,7 @@ from d2f_core.model.latent_task import check_start
 from d2f_core.storage import check_reachable, join, write_bytes
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
 from pipelines import generate
+from pipelines.cluster import connect
 from pipelines.workflow_config import ReflowConfig
 from pipelines.workflow_stages import Outputs, Workflow, evaluate_with, finetune_with, register_with
 
@@ -74,7 +73,7 @@ def check(config: ReflowConfig) -> Teacher:
 def main(config: ReflowConfig) -> list[Outputs]:
     """Run all rounds; returns each round's registered version."""
     teacher = check(config)
-    ray.init(ignore_reinit_error=True)
+    connect(reads={}, writes={"output": config.output})
     flow, versions = Workflow(config.output), []
     for number in range(1, config.rounds + 1):
         version = run_round(flow, config, number, teacher)

@@ -11,6 +11,7 @@ import time
 
 from d2f_core.flow.serve.config import ServeConfig, ServeError
 from pipelines.cli import run_job
+from pipelines.cluster import connect
 
 WATCH_SECONDS = 5.0
 RECIPES = {"champion": ServeConfig()}
@@ -33,13 +34,11 @@ def check(config: ServeConfig) -> None:
 
 
 def main(config: ServeConfig) -> None:
-    import ray
-
     from d2f_core.flow.serve.service import check_serve, is_running, obtain_token, service
 
     token = obtain_token(config)
     job = check_serve(config)
-    ray.init(ignore_reinit_error=True)
+    connect(reads={"model": config.model}, writes={})
     for number in STOP_SIGNALS:  # after Ray has set its own handlers
         signal.signal(number, stop)
     try:

@@ -4,13 +4,12 @@ make_dataset -> encode_latents -> finetune -> register -> generate -> contact_sh
 a kill, the same command resumes.
 """
 
-import ray
-
 from d2f_core.flow.generate.prompts import table_captions, write_prompts
 from d2f_core.model.base import resolve_base
 from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking
 from pipelines import encode_latents, make_dataset
+from pipelines.cluster import connect
 from pipelines.workflow_config import WorkflowConfig
 from pipelines.workflow_stages import (
     Workflow,
@@ -42,7 +41,7 @@ def check(config: WorkflowConfig) -> None:
 
 def main(config: WorkflowConfig) -> None:
     check(config)
-    ray.init(ignore_reinit_error=True)
+    connect(reads={}, writes={"output": config.output})
     flow = Workflow(config.output, told=TOLD)
     base = resolve_base(config.finetune.model.base).content_hash
     images = flow.table("make_dataset", "images", make_dataset.main, config.dataset)

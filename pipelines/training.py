@@ -15,6 +15,7 @@ from d2f_core.train.config import TrainConfig
 from d2f_core.train.launch import run_training
 from d2f_core.train.task import BuildTask
 from pipelines.cli import UnfinishedError, to_yaml
+from pipelines.cluster import connect
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,18 @@ class TrainingJob(ABC):
     """Hash of everything that a checkpoint and this run must have in common."""
 
     @property
+    def reads(self) -> Mapping[str, str]:
+        """Field of the config -> URI or path that the workers read; a local one must be shared by all nodes."""
+        return {}
+
+    @property
     def tags(self) -> Mapping[str, str] | None:
         """Tags of the MLflow run; None: no run."""
         return None
+
+    def worker_bytes(self, train: TrainConfig) -> int:
+        """Estimate of the host's memory that a worker takes, in bytes; 0: not known."""
+        return 0
 
     @abstractmethod
     def export(self, last: Checkpoint) -> str:
@@ -94,12 +104,10 @@ def train(job: TrainingJob) -> TrainingResult:
     The MLflow run ends with it: FINISHED, KILLED by SIGTERM, or FAILED; the reason is its tag `d2f.end_reason`.
 
     Raises:
-        the errors of `run_training`.
+        NotSharedError: a local path that not all nodes share; and the errors of `run_training`.
     """
-    import ray  # a dry run needs none
-
-    ray.init(ignore_reinit_error=True)
     config, text = job.config, to_yaml(job.config)
+    connect(reads=job.reads, writes={"output": config.output})
     storage.write_bytes(storage.join(config.output, "config.yaml"), text.encode())
     run = None
     if job.tags is not None:
@@ -115,6 +123,7 @@ def train(job: TrainingJob) -> TrainingResult:
             output=config.output,
             identity=job.identity,
             tracker=run,
+            worker_bytes=job.worker_bytes,
         )
         last = trained.last
         made = job.export(last)

@@ -29,7 +29,7 @@ from infra.local.ports import choose
 from infra.local.processes import POLL_SECONDS
 from infra.local.ray_head import ray_part, ray_variables
 from infra.local.state import State, load_state, save_state
-from tests.chaos.nodes import RAY_START
+from tests.ray_internals import node_command
 
 ROOT = Path(__file__).parents[1]
 HEAD = "head"
@@ -116,26 +116,17 @@ def kill_tree(process: psutil.Process) -> None:
     process.wait(END_SECONDS)
 
 
-NAMED_START = """
-import functools, time
-time.sleep({delay})
-from ray._private.parameter import RayParams
-sockets = dict(plasma_store_socket_name="{place}.plasma", raylet_socket_name="{place}.raylet")
-RayParams.__init__ = functools.partialmethod(RayParams.__init__, **sockets)
-"""
-"""Before `ray start`: of nodes that start at the same moment, and choose the same names for their sockets, one dies."""
-
-
 def _start_raylet(name: str, kind: str, delay: float, resources: Mapping[str, float]) -> psutil.Popen:
-    others = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU")}
+    others = {key: amount for key, amount in resources.items() if key not in ("CPU", "GPU", "memory")}
+    memory = [f"--memory={resources['memory']:.0f}"] if "memory" in resources else []
     place, log = Path(os.environ["RAY_TMPDIR"], name), Path(os.environ[LOGS], f"{name}.log")
-    argv = [
-        sys.executable, "-c", NAMED_START.format(delay=delay, place=place) + RAY_START, "start", "--block",
-        f"--address={os.environ[ADDRESS]}", "--node-ip-address=127.0.0.1", f"--num-cpus={resources.get('CPU', 0):g}",
-        f"--num-gpus={resources.get('GPU', 0):g}", f"--resources={json.dumps(others)}",
-        f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0",
-        "--dashboard-agent-listen-port=0", "--disable-usage-stats",
-    ]  # fmt: skip
+    argv = node_command(
+        "--block", f"--address={os.environ[ADDRESS]}", "--node-ip-address=127.0.0.1",
+        f"--num-cpus={resources.get('CPU', 0):g}", f"--num-gpus={resources.get('GPU', 0):g}",
+        f"--resources={json.dumps(others)}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0",
+        "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--disable-usage-stats", *memory,
+        place=str(place), delay=delay,
+    )  # fmt: skip
     environment = {
         **os.environ,
         "RAY_CLOUD_INSTANCE_ID": name,

@@ -1,5 +1,6 @@
 """Nodes are asked for, waited for and shared, on a cluster whose autoscaler starts them."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from tests.fake_cluster import FakeCluster, NodeKind
 from tests.slow import slow
+from tests.waiting_jobs import ESTIMATE
 
 pytestmark = [pytest.mark.starts_processes, pytest.mark.timeout(400)]
 DELAY = 12
@@ -18,7 +20,7 @@ DELAY = 12
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
     kinds = {
-        "small": NodeKind(resources={"CPU": 2}, most=2),
+        "small": NodeKind(resources={"CPU": 2, "memory": 3e9}, most=2),
         "gpu": NodeKind(resources={"CPU": 2, "GPU": 1}, most=1, delay=DELAY),
     }
     cluster = FakeCluster(tmp_path_factory.mktemp("growing") / "cluster", kinds)
@@ -41,6 +43,14 @@ def times(name: str, text: str) -> list[float]:
     return [float(word) for line in re.findall(rf"^{name} (.*)$", text, re.MULTILINE) for word in line.split()]
 
 
+def test_a_local_path_is_refused_while_no_node_is_there_that_could_share_it(growing: FakeCluster, tmp_path) -> None:
+    """First of all, for nodes stay."""
+    log = tmp_path / "log"
+    with growing.job("paths", tmp_path / "run", 0, log=log) as job:
+        status, text = ended(job, log, 90)
+    assert status == 0 and "is on a disk of this job's node, which has no CPUs for work" in text, text
+
+
 def test_a_batch_job_starts_when_its_node_comes_though_it_was_told_to_wait_less(growing: FakeCluster, tmp_path) -> None:
     log = tmp_path / "log"
     with growing.job("generate", 1, 1, 1, DELAY // 2, log=log) as job:
@@ -61,6 +71,15 @@ def test_a_worker_that_fits_on_no_node_is_refused_in_one_line(growing: FakeClust
     assert "Traceback" not in text and not [*(tmp_path / "run").glob("began-*")]
 
 
+def test_a_worker_whose_memory_fits_on_no_node_is_refused_in_one_line(growing: FakeCluster, tmp_path) -> None:
+    log = tmp_path / "log"
+    with growing.job("train", tmp_path / "run", 1, 1, 3, 1, "", 999, log=log) as job:
+        status, text = ended(job, log, 90)
+    (line,) = re.findall(r"^REFUSED (.*)$", text, re.MULTILINE)
+    assert status == 2 and "no node has room for 1 worker of 1 CPU, 999.0 GB memory; waited" in line, text
+    assert re.search(r" [\d.]+ of [\d.]+ GB memory free", line) and "--train.worker-memory-gb, add" in line
+
+
 def test_two_trainings_share_a_cluster_and_a_third_says_who_holds_it(growing: FakeCluster, tmp_path) -> None:
     """Each takes two of three nodes whole, and its readers and evaluation the third."""
     logs = [tmp_path / f"{name}.log" for name in ("first", "second", "third")]
@@ -78,6 +97,17 @@ def test_two_trainings_share_a_cluster_and_a_third_says_who_holds_it(growing: Fa
     (begin, end), (other_begin, other_end) = (times("RAN", text) for _, text in results)
     assert end < other_begin or other_end < begin, "one after the other"
     assert all("waiting for room" in text for _, text in results)
+    for run in ("run-1", "run-2"):
+        (bundles, again) = (json.loads(file.read_text()) for file in (tmp_path / run).glob("began-*"))
+        assert bundles == again == [{"CPU": 2, "memory": ESTIMATE}] * 2
+
+
+def test_nodes_that_share_the_disk_say_so(growing: FakeCluster, tmp_path) -> None:
+    log = tmp_path / "log"
+    with growing.job("paths", tmp_path / "run", 2, log=log) as job:
+        status, text = ended(job, log, 150)
+    (seconds,) = times("SHARED", text)
+    assert status == 0 and seconds < 30 and not (tmp_path / "run").exists()
 
 
 def test_a_training_whose_place_was_taken_waits_again(growing: FakeCluster, tmp_path) -> None:

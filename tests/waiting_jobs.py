@@ -1,10 +1,11 @@
 """python -m tests.waiting_jobs JOB ...: drivers on a cluster that must grow, or that is shared; prints what happened.
 
-    train OUTPUT WORKERS CPUS WAIT SECONDS [OTHERS]
+    train OUTPUT WORKERS CPUS WAIT SECONDS [OTHERS] [MEMORY]
                                                a training whose workers do nothing for so long; it begins when one of
                                                the others' outputs (a glob) shows that their workers have begun
     lose OUTPUT                                a training of 2 workers of 2 CPUs whose place another job takes
     generate ACTORS CPUS GPUS WAIT             a batch job of as many items as actors
+    paths OUTPUT NODES                         what is said of a local path when so many nodes are there
     ask GPUS SECONDS                           what of two demands the autoscaler still sees beside a Ray Data job
 
 Ends with 2 and one line when the cluster is too small, as the commands of the pipelines do.
@@ -12,6 +13,7 @@ Ends with 2 and one line when the cluster is too small, as the commands of the p
 
 import functools
 import glob
+import json
 import logging
 import os
 import sys
@@ -25,31 +27,35 @@ import ray
 import ray.data
 import ray.train
 from ray.autoscaler.sdk import request_resources
-from ray.autoscaler.v2.sdk import get_cluster_status
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import get_current_placement_group, placement_group, remove_placement_group
 
+from d2f_core import ray_internals
 from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.nodes import Part
 from d2f_core.resources import Demand, InsufficientResourcesError, Reservation, reserve
+from d2f_core.shared_paths import NotSharedError, check_shared
 from d2f_core.train import launch
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.worker_job import WorkerJob
 
+ESTIMATE = 1_000_000_000
+"""Bytes of the host's memory that a worker is said to take."""
+
 
 def occupy(seconds: float, job: WorkerJob) -> None:
     """In place of a training worker's work."""
-    began, rank = time.time(), ray.train.get_context().get_world_rank()
-    Path(job.output, f"began-{job.attempt}-{rank}").touch()
+    began, rank, group = time.time(), ray.train.get_context().get_world_rank(), get_current_placement_group()
+    Path(job.output, f"began-{job.attempt}-{rank}").write_text(json.dumps(group.bundle_specs if group else None))
     time.sleep(seconds)
     Path(job.output, f"ended-{job.attempt}-{rank}").write_text(f"{began} {time.time()}")
 
 
-def train(output: str, workers: str, cpus: str, wait: str, seconds: str, others: str = "") -> None:
+def train(output: str, workers: str, cpus: str, wait: str, seconds: str, others: str = "", memory: str = "-1") -> None:
     """`run_training` as it is, but for what the workers do and how the end is known: a file per worker."""
     config = TrainConfig(
         num_workers=int(workers), global_batch_size=int(workers), micro_batch_size=1, cpus_per_worker=float(cpus),
-        node_wait_seconds=int(wait), max_failures=1,
+        node_wait_seconds=int(wait), max_failures=1, worker_memory_gb=float(memory),
     )  # fmt: skip
     while others and not glob.glob(f"{others}/began-*"):
         time.sleep(0.2)
@@ -57,7 +63,9 @@ def train(output: str, workers: str, cpus: str, wait: str, seconds: str, others:
     ended: Callable[..., Any] = lambda *_: len([*Path(output).glob("ended-*")]) == config.num_workers  # noqa: E731
     launch.run_worker, launch._complete, launch._settle = functools.partial(occupy, float(seconds)), ended, print
     unused: Any = None
-    launch.run_training(config=config, build_task=unused, plan=unused, output=output, identity="")
+    launch.run_training(
+        config=config, build_task=unused, plan=unused, output=output, identity="", worker_bytes=lambda _: ESTIMATE
+    )
     times = [[float(word) for word in file.read_text().split()] for file in Path(output).glob("ended-*")]
     print("RAN", min(began for began, _ in times), max(end for _, end in times))
 
@@ -92,18 +100,30 @@ def generate(actors: str, cpus: str, gpus: str, wait: str) -> None:
         print("ROW", time.time())
 
 
+def paths(output: str, nodes: str) -> None:
+    if int(nodes):
+        assert placement_group([{"CPU": 2}] * int(nodes), strategy="STRICT_SPREAD").wait(90)
+    began = time.time()
+    try:
+        check_shared(reads={"model": __file__}, writes={"output": output})
+        print("SHARED", time.time() - began)
+    except NotSharedError as error:
+        print("REFUSED", error)
+
+
 def ask(gpus: str, seconds: str) -> None:
     """Two demands that cannot be met, one of each kind, before Ray Data's coordinator sends its own."""
     began, count = time.time(), int(gpus)
     request_resources(bundles=[{"CPU": 1, "GPU": 0.25}] * count)
     beside = threading.Thread(target=_data_job, args=(float(seconds),), daemon=True)
+    cluster_status = ray_internals.found(ray_internals.STARTING)
     demand = Demand(
         counts=[count], parts=lambda n: [Part("worker", n, {"GPU": 1})], subject="{count} need", advice="None."
     )
     waiting = threading.Thread(target=_refused, args=(demand, float(seconds)))
     waiting.start()
     while waiting.is_alive():
-        demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
+        demands = cluster_status(ray.get_runtime_context().gcs_address).resource_demands
         kinds = (demands.placement_group_demand, demands.cluster_constraint_demand)
         seen = [any(part.bundle.get("GPU") for one in kind for part in one.bundles_by_count) for kind in kinds]
         print("SEEN", f"{time.time() - began:.0f}", *map(int, seen))
@@ -138,7 +158,7 @@ def main(job: str, *arguments: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     ray.init(log_to_driver=False)
     try:
-        {"train": train, "lose": lose, "generate": generate, "ask": ask}[job](*arguments)
+        {"train": train, "lose": lose, "generate": generate, "paths": paths, "ask": ask}[job](*arguments)
     except InsufficientResourcesError as error:
         print("REFUSED", error)
         return 2

@@ -37,7 +37,7 @@ def map_items(
     """
     if not items:
         return
-    actors, each = min(pool.num_actors, len(items)), {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
+    actors = min(pool.num_actors, len(items))
     dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=min(len(items), MAX_INPUT_BLOCKS))
     configure(dataset)
     dataset = dataset.map_batches(
@@ -47,6 +47,8 @@ def map_items(
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor or None,
+        memory=pool.each_actor["memory"] or None,
     )
-    held = await_resources(actors, each, seconds=inf if node_wait_seconds is None else node_wait_seconds)
+    wait = inf if node_wait_seconds is None else node_wait_seconds
+    held = await_resources(actors, pool.each_actor, seconds=wait)
     yield from map(checked, rows_in_place(dataset, held))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from d2f_core.identity import since
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActorPoolConfig:
@@ -15,6 +17,15 @@ class ActorPoolConfig:
     cpus_per_actor: int = 1
     """Logical CPUs that Ray reserves per actor, and torch threads of a CPU actor."""
     gpus_per_actor: float = 0
+    memory_gb_per_actor: float = since(0.0, before=0.0)
+    """GB (1e9 bytes) of the host's memory that Ray reserves per actor, so that it places nothing else there; a node
+    must have it. 0: none."""
+
+    @property
+    def each_actor(self) -> dict[str, float]:
+        """What Ray reserves for an actor, by its names; memory in bytes."""
+        memory = round(self.memory_gb_per_actor * 1e9)
+        return {"CPU": self.cpus_per_actor, "GPU": self.gpus_per_actor, "memory": memory}
 
     def check_counts(self, *names: str, error: type[ValueError], where: str = "") -> None:
         """Refuse values below 1 in the fields `names` and in those of the pool.
@@ -28,6 +39,8 @@ class ActorPoolConfig:
         for name in (*names, "num_actors", "cpus_per_actor"):
             if getattr(self, name) < 1:
                 raise error(f"{where}{name}={getattr(self, name)} must be at least 1.")
+        if self.memory_gb_per_actor < 0:
+            raise error(f"{where}memory_gb_per_actor={self.memory_gb_per_actor} must be at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

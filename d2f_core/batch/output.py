@@ -19,6 +19,7 @@ from d2f_core.data.manifest import (
     TableFile,
     describe_file,
     manifest_exists,
+    read_file,
     read_manifest,
     write_manifest,
 )
@@ -160,5 +161,5 @@ def read_index(output: str) -> pa.Table:
     """The whole index of a finished job, in the order of its parts."""
     files = read_manifest(output).files
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        parts = pool.map(lambda file: pq.read_table(pa.BufferReader(read_bytes(join(output, file.path)))), files)
+        parts = pool.map(lambda file: pq.read_table(pa.BufferReader(read_file(output, file))), files)
         return pa.concat_tables(parts)

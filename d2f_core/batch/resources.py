@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray.data
-from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray exports it nowhere else
 
+from d2f_core import ray_internals
 from d2f_core.nodes import Part
 from d2f_core.resources import Demand, Reservation, reserve
 
@@ -36,8 +36,8 @@ def await_resources(
         counts=range(actors, least - 1, -1),
         parts=lambda count: [Part("actor", count, each), *([Part("reader", 1, others)] if others else [])],
         subject=who,
-        advice="Lower num_actors, cpus_per_actor or gpus_per_actor, add nodes, or give them time with "
-        "node_wait_seconds.",
+        advice="Lower num_actors, cpus_per_actor, gpus_per_actor or memory_gb_per_actor, add nodes, or give them time "
+        "with node_wait_seconds.",
     )
     held = reserve(demand, seconds=seconds, fewer_after=0)
     if held.count < actors:
@@ -53,14 +53,13 @@ def rows_in_place(dataset: ray.data.Dataset, held: Reservation) -> Iterator[dict
     the actors run when there is room, and are themselves what the autoscaler is asked for meanwhile.
     """
 
-    class Release(ExecutionCallback):
+    class Release(ray_internals.execution_callback()):
         """The first step comes after the pools have asked for their actors."""
 
         def on_execution_step(self, executor: Any) -> None:
             held.release()
 
-    callbacks = dataset.context.custom_execution_callback_classes
-    dataset.context.custom_execution_callback_classes = [*callbacks, Release]
+    ray_internals.add_callback(dataset, Release)
     try:
         yield from dataset.iter_rows()
     finally:

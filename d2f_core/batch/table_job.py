@@ -130,6 +130,7 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,
+        memory=config.each_actor["memory"] or None,
         **rows,
     )
     dataset = dataset.map_batches(
@@ -140,7 +141,7 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
     )
     held = await_resources(
         actors,
-        {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor},
+        config.each_actor,
         others={"CPU": PREPARE_CPUS + WRITE_CPUS},
         least=actors,
         seconds=config.node_wait_seconds,

@@ -21,9 +21,11 @@ import pyarrow.parquet as pq
 
 from d2f_core.data.schema import READABLE_VERSIONS, ROW_GROUP_ROWS, SCHEMA_VERSION
 from d2f_core.identity import canonical_json
+from d2f_core.s3_calls import fetched_whole
 from d2f_core.storage import exists, join, read_bytes, write_bytes
 
 MANIFEST_NAME = "manifest.json"
+NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 KIND_RULE = "[a-z][a-z0-9_]*"
 ROW_GROUP_BYTES = 8 * 2**20
 """Largest row group of large rows, in bytes: the least that a reader can fetch."""
@@ -180,12 +182,12 @@ def read_manifest(uri: str) -> Manifest:
     """
     place = join(uri, MANIFEST_NAME)
     try:
-        content = json.loads(read_bytes(place))
+        content = fetched_whole(place, lambda: json.loads(read_bytes(place)), NOT_JSON)
     except FileNotFoundError:
         raise ManifestNotFoundError(
             f"{uri!r} has no {MANIFEST_NAME}: no table, or one that was not finished. Run the job that writes it."
         ) from None
-    except ValueError as error:
+    except NOT_JSON as error:
         raise ManifestError(f"{place!r} is not JSON ({error}). Remove the table and write it again.") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version not in READABLE_VERSIONS:
@@ -201,6 +203,26 @@ def read_manifest(uri: str) -> Manifest:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{place!r} is not a table's manifest ({error}). Write the table again.") from None
+
+
+def read_file(uri: str, file: TableFile) -> bytes:
+    """The bytes of one file of the table at `uri`, checked against its manifest.
+
+    Raises:
+        ManifestError: other bytes came, also when they were fetched again.
+    """
+    place = join(uri, file.path)
+
+    def fetch() -> bytes:
+        data = read_bytes(place)
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise ManifestError(
+                f"{place!r}: {len(data):,} bytes came that are not the {file.size:,} of the table's manifest. Remove "
+                "the table and write it again."
+            )
+        return data
+
+    return fetched_whole(place, fetch, ManifestError)
 
 
 def write_manifest(uri: str, manifest: Manifest) -> None:

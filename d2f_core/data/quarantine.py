@@ -1,7 +1,8 @@
 """The ledger of samples that were left out, each with its reason, so that nothing is lost without a trace."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -10,6 +11,8 @@ import pyarrow.parquet as pq
 from d2f_core.storage import arrow_filesystem, join, write_bytes
 
 QUARANTINE_NAME = "quarantine.parquet"
+LINES_AT_ONCE = 100_000
+"""Most lines of a ledger that are in memory as Python objects."""
 
 DUPLICATE = "duplicate"
 """Code of the reason that loses no data: the same sample is already in the table."""
@@ -41,12 +44,22 @@ class BadSample:
         return self.reason.partition(":")[0]
 
 
-def write_quarantine(uri: str, bad: Sequence[BadSample]) -> None:
-    """Write the ledger of the table at `uri`; also when it is empty, so that the file always exists."""
-    table = pa.Table.from_pylist([asdict(sample) for sample in bad], QUARANTINE_SCHEMA)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+def write_quarantine(uri: str, bad: Iterable[BadSample]) -> int:
+    """Write the ledger of the table at `uri`, also when it is empty, so that the file always exists.
+
+    Returns:
+        The number of its lines.
+    """
+    sink, count, lines = pa.BufferOutputStream(), 0, iter(bad)
+    with pq.ParquetWriter(sink, QUARANTINE_SCHEMA) as writer:
+        # At least one row group, as of a table that is written in one piece.
+        while (part := list(itertools.islice(lines, LINES_AT_ONCE))) or not count:
+            writer.write_table(pa.Table.from_pylist([asdict(sample) for sample in part], QUARANTINE_SCHEMA))
+            count += len(part)
+            if len(part) < LINES_AT_ONCE:
+                break
     write_bytes(join(uri, QUARANTINE_NAME), sink.getvalue().to_pybytes())
+    return count
 
 
 def read_quarantine(uri: str) -> list[BadSample]:

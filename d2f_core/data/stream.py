@@ -13,8 +13,8 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data._internal.execution.execution_callback import ExecutionCallback  # Ray has no public export
 
+from d2f_core import ray_internals
 from d2f_core.data.plan_reader import PlanReader, chunk_size
 from d2f_core.data.prefetch import Prefetcher
 from d2f_core.data.ray_data import configure
@@ -36,7 +36,7 @@ SHORTEST_REST, LONGEST_REST = 0.0005, 0.03
 """Idle back-off in seconds: starts at SHORTEST_REST and doubles up to LONGEST_REST."""
 
 
-class RestingExecutor(ExecutionCallback):
+class RestingExecutor(ray_internals.execution_callback()):
     """Callback that makes a Ray Data executor sleep while it is idle, instead of spinning.
 
     The executor's loop waits only for running tasks. When all rows are read, or the buffer is full, no task runs, and
@@ -47,8 +47,7 @@ class RestingExecutor(ExecutionCallback):
         self._last, self._moved, self._rest = time.perf_counter(), 0, SHORTEST_REST
 
     def on_execution_step(self, executor: Any) -> None:
-        counts = [one.metrics for one in executor._topology]
-        moved = sum(one.num_task_outputs_generated + one.num_outputs_taken for one in counts)
+        moved = ray_internals.blocks_moved(executor)
         if moved == self._moved and time.perf_counter() - self._last < BUSY_STEP:
             time.sleep(self._rest)
             self._rest = min(2 * self._rest, LONGEST_REST)
@@ -72,7 +71,7 @@ def worker_shard(plan: StreamPlan, *, rank: int, num_workers: int, first_step: i
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=READY_BYTES)
     context.enable_progress_bars = False  # the worker logs plain lines of its own
     context.target_max_block_size = BLOCK_BYTES
-    context.custom_execution_callback_classes = [RestingExecutor]
+    ray_internals.add_callback(dataset, RestingExecutor)
     dataset = dataset.map_batches(
         cast(Any, PlanReader),
         fn_constructor_args=(plan, rank, num_workers, first_step),

@@ -71,7 +71,7 @@ class TableReader:
     def __init__(self, uri: str, manifest: Manifest, columns: Sequence[str]) -> None:
         self._columns = list(columns)
         self._filesystem, self._root = storage.arrow_filesystem(uri)
-        self._files = manifest.files
+        self._files, self._is_remote = manifest.files, storage.is_s3(uri)
         self.row_bytes = manifest.row_bytes
         runs = [(number, *run) for number, file in enumerate(manifest.files) for run in file.row_groups]
         # For each run: its file, and the rows per row group.
@@ -142,7 +142,8 @@ class TableReader:
         for _, of_file in groupby(groups, key=lambda group: group.file):
             inside = list(of_file)
             whole = self._read_groups(inside)
-            if isinstance(whole, str) and len(inside) > 1:  # find the damaged groups one by one
+            if isinstance(whole, str) and (len(inside) > 1 or self._is_remote):
+                # Find the damaged groups one by one. What came over a network may have been cut on the way.
                 pieces += [([group], self._read_groups([group])) for group in inside]
             else:
                 pieces.append((inside, whole))

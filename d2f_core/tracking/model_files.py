@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from d2f_core.hashing import cache_root, hash_directory, one_at_a_time
+from d2f_core.s3_calls import fetched_whole
 from d2f_core.tracking.pyfunc_files import MODEL_PART
 from d2f_core.tracking.registry import HASH_TAG, find_version
 from d2f_core.tracking.server import TrackingError, attempt, client_for, tracking_uri
@@ -23,6 +24,10 @@ MLFLOW_FILES = re.compile(
     r"MLmodel|conda\.yaml|python_env\.yaml|requirements\.txt|constraints\.txt|(serving_)?input_example\.json"
     r"|registered_model_meta|\w+\.py"
 )
+
+
+class DamagedModelError(TrackingError):
+    """Other files came than were registered."""
 
 
 def resolve_model(uri: str, *, cache_dir: Path | None = None) -> str:
@@ -53,7 +58,8 @@ def resolve_model(uri: str, *, cache_dir: Path | None = None) -> str:
         if not target.is_dir():
             where = lambda: client.get_model_version_download_uri(version.name, version.version)  # noqa: E731
             source = attempt("look up the model's files", where)
-            attempt(f"download {uri}", lambda: download_model(source, target, expected))
+            fetch = lambda: attempt(f"download {uri}", lambda: download_model(source, target, expected))  # noqa: E731
+            fetched_whole(uri, fetch, DamagedModelError)
     return str(target)
 
 
@@ -61,8 +67,8 @@ def download_model(source: str, target: Path, expected: str) -> None:
     """Copy the model's own files under the artifact URI `source` to the new directory `target`.
 
     Raises:
-        TrackingError: a file does not belong in a registered model, a name points outside the directory, or the content
-            hash is not `expected`.
+        DamagedModelError: the content hash is not `expected`.
+        TrackingError: a file does not belong in a registered model, or a name points outside the directory.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -76,7 +82,7 @@ def download_model(source: str, target: Path, expected: str) -> None:
             changed = sorted(set(found) ^ set(listed))[:3]
             raise TrackingError(f"The files at {source} changed during the download: {changed}. Register it again.")
         if (actual := hash_directory(directory)) != expected:
-            raise TrackingError(
+            raise DamagedModelError(
                 f"The files at {source} have the hash {actual}, and were registered with {expected}. They changed "
                 "since: register the model again."
             )

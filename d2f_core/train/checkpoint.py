@@ -5,6 +5,7 @@
                                              exp_avg_sq-0.safetensors
                                              ema-0.safetensors        averages
                                              share-0.json             worker 0's files are there, and their hashes
+                                             quarantined.parquet      unusable rows, if they are many
                                              manifest.json            written last, once: all hashes, step, samples
                                              evaluation.json          metrics, by a later validation, once
 
@@ -13,12 +14,13 @@ directory. Every byte that is read back is covered by a sha256. `checkpoint_writ
 """
 
 import contextlib
+import functools
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import dacite
@@ -29,26 +31,24 @@ from torch import Tensor
 from d2f_core import storage
 from d2f_core.hashing import file_sha256
 from d2f_core.identity import canonical_json
+from d2f_core.s3_calls import ChecksumError, fetched_whole
+from d2f_core.train.sealed import (
+    FORMAT_VERSION,
+    CheckpointError,
+    DamagedError,
+    OtherFormatError,
+    damaged,
+    other_format,
+    read_sealed,
+    seal,
+)
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
 DIRECTORY = re.compile(r"step-(\d{8,})\.(\w[\w.-]*)")
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used or written, with the reason and the fix."""
-
-
-class UnfinishedSaveError(CheckpointError):
-    """A save was not completed, because another worker ended or the storage was not reachable."""
-
-
-class OtherFormatError(CheckpointError):
-    """An undamaged checkpoint in the format of another release."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +111,6 @@ def directories(output: str) -> Iterator[tuple[int, str]]:
         yield int(match[1]), storage.join(root, match[0])
 
 
-def damaged(place: str, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{place} {reason}: the checkpoint was damaged. Delete its directory; the run then resumes from the one before."
-    )
-
-
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a tensor's dtype, shape and raw bytes on any device; equal only for equal bits."""
     header = canonical_json([str(tensor.dtype), list(tensor.shape)])
@@ -124,41 +118,6 @@ def tensor_digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(header)
     digest.update(raw.numpy().data)
     return digest.hexdigest()
-
-
-def seal(fields: Mapping[str, Any]) -> bytes:
-    """Canonical JSON of `fields`, with their `digest`."""
-    digest = hashlib.sha256(canonical_json(fields)).hexdigest()
-    return json.dumps({**fields, "digest": digest}, indent=1, sort_keys=True, ensure_ascii=False).encode()
-
-
-def unseal(place: str, data: bytes) -> dict[str, Any]:
-    """The fields that `seal` was given; `place` names them in errors.
-
-    Raises:
-        CheckpointError: a byte differs from what was written.
-        OtherFormatError: a manifest of format 1, which had no digest.
-    """
-    try:
-        fields = json.loads(data)
-        if fields.get("format_version") == 1 and "digest" not in fields:
-            raise _other_format(place, 1)
-        digest = fields.pop("digest")
-        whole = seal(fields) == data  # also detects changes without meaning in JSON, such as a trailing space
-    except OtherFormatError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(place, f"is not what was written ({type(error).__name__}: {error})") from None
-    if not whole:
-        raise damaged(place, f"does not have the digest {str(digest)[:12]} that it states")
-    return fields
-
-
-def _other_format(place: str, version: object) -> OtherFormatError:
-    return OtherFormatError(
-        f"{place} has format_version={version!r}; this release reads {FORMAT_VERSION}. "
-        "Resume with the release that wrote it, or choose another output."
-    )
 
 
 def manifest_bytes(manifest: CheckpointManifest) -> bytes:
@@ -174,9 +133,9 @@ def read_checkpoint(uri: str) -> Checkpoint:
         CheckpointError: the manifest is damaged, or belongs to another step's directory.
     """
     place = storage.join(uri, MANIFEST)
-    fields = unseal(place, storage.read_bytes(place))
+    fields = read_sealed(place)
     if (version := fields.get("format_version")) != FORMAT_VERSION:
-        raise _other_format(place, version)
+        raise other_format(place, version)
     try:
         manifest = dacite.from_dict(CheckpointManifest, fields, dacite.Config(strict=True, cast=[tuple]))
     except (dacite.DaciteError, TypeError) as error:
@@ -262,13 +221,9 @@ def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
 def _read_file(place: str, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]:
     with contextlib.ExitStack() as stack:
         try:
-            local = stack.enter_context(storage.local_file(place))
-            size, digest = local.stat().st_size, file_sha256(local)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise damaged(place, "is missing") from None
-        if (size, digest) != (file.size, file.sha256):
-            stated = f"{file.sha256[:12]} and {file.size}"
-            raise damaged(place, f"has sha256 {digest[:12]} and {size} bytes, its manifest says {stated}")
+            local = fetched_whole(place, functools.partial(_local_copy, stack, place, file), DamagedError)
+        except ChecksumError:
+            raise damaged(place, "comes with a wrong checksum, twice") from None
         try:
             # Read, not memory-mapped: mapped pages count as this process's memory, and could change after the check.
             tensors = stack.enter_context(safe_open(local, "pt", backend="pread"))
@@ -278,6 +233,21 @@ def _read_file(place: str, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]
             raise
         except Exception as error:  # the parser and torch raise many types for an invalid file
             raise damaged(place, f"is not safetensors ({type(error).__name__}: {error})") from None
+
+
+def _local_copy(stack: contextlib.ExitStack, place: str, file: CheckpointFile) -> Path:
+    """Path of the file on this machine, as its manifest describes it, until `stack` ends."""
+    with contextlib.ExitStack() as until_checked:
+        try:
+            local = until_checked.enter_context(storage.local_file(place, by_size=False))
+            size, digest = local.stat().st_size, file_sha256(local)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise damaged(place, "is missing") from None
+        if (size, digest) != (file.size, file.sha256):
+            stated = f"{file.sha256[:12]} and {file.size}"
+            raise damaged(place, f"has sha256 {digest[:12]} and {size} bytes, its manifest says {stated}")
+        stack.push(until_checked.pop_all())
+    return local
 
 
 def check_loaded(checkpoint: Checkpoint, kind: str, named: Mapping[str, Tensor]) -> None:

@@ -22,21 +22,17 @@ from d2f_core.retry import UnreachableError, is_shortage
 from d2f_core.train.checkpoint import (
     MANIFEST,
     PLAIN_NAME,
-    CheckpointError,
     CheckpointFile,
     CheckpointManifest,
-    UnfinishedSaveError,
     checkpoints_uri,
-    damaged,
     directory_name,
     manifest_bytes,
-    seal,
     tensor_digest,
-    unseal,
 )
 from d2f_core.train.checkpoint_file import FileImage, write_file
 from d2f_core.train.retention import apply_retention
 from d2f_core.train.retention_rules import Retention
+from d2f_core.train.sealed import CheckpointError, UnfinishedSaveError, damaged, read_sealed, seal
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +49,7 @@ class _Save:
     images: dict[str, FileImage]
     """The copy in CPU memory, by kind; one is dropped once it is uploaded."""
     state: dict[str, Any]
+    files: Mapping[str, bytes]
 
 
 class CheckpointWriter:
@@ -103,11 +100,13 @@ class CheckpointWriter:
         identity: str,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Copy this worker's share, kind -> parameter name -> tensor, and write the copy in the background.
 
         Blocks until the previous save is done, so that at most one copy is in memory, and until the tensors are copied.
-        Kinds without tensors are not written. Worker 0's `state`, plain JSON, goes into the manifest.
+        Kinds without tensors are not written. Worker 0's `state`, plain JSON, goes into the manifest, and its `files`,
+        by plain name, beside it.
 
         Raises:
             CheckpointError: an earlier save failed, or this writer is closed.
@@ -119,7 +118,7 @@ class CheckpointWriter:
         images = {kind: FileImage(named) for kind, named in tensors.items() if named}
         self._uri = storage.join(checkpoints_uri(self.output), directory_name(step, self.attempt))
         head = {"step": step, "samples": samples, "identity": identity, "num_workers": self.num_workers}
-        job = _Save(self._uri, head, images, json_copy(state))
+        job = _Save(self._uri, head, images, json_copy(state), files or {})
         # A daemon: a training that ends with an error is not held up; without a manifest nothing was saved.
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
@@ -179,6 +178,9 @@ class CheckpointWriter:
             files.append(file)
         if self.rank:
             self._await(job.uri, {share_name(0): 0}, "share")
+        else:
+            for name, data in job.files.items():
+                self._create(storage.join(job.uri, name), data)
         fields = {"rank": self.rank, **job.head, "files": [asdict(file) for file in files], "tensors": digests}
         self._create(storage.join(job.uri, share), seal(fields))
         if self.rank == 0:
@@ -206,7 +208,7 @@ class CheckpointWriter:
         tensors: dict[str, dict[str, str]] = {}
         for rank in range(self.num_workers):
             place = storage.join(job.uri, share_name(rank))
-            share = unseal(place, storage.read_bytes(place))
+            share = read_sealed(place)
             if {name: share.get(name) for name in ("rank", *job.head)} != {"rank": rank, **job.head}:
                 raise damaged(place, f"is not worker {rank}'s share of {job.head}")
             files += [CheckpointFile(**file) for file in share["files"]]

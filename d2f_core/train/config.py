@@ -17,6 +17,7 @@ AT_LEAST = {
     "log_every": 1,
     "checkpoint_every": 1,
     "worker_timeout_seconds": 1,
+    "worker_memory_gb": -1,
     "warmup_steps": 0,
     "weight_decay": 0,
     "clip_grad_norm": 0,
@@ -73,6 +74,10 @@ class TrainConfig:
     """One GPU per worker, NCCL between them; otherwise CPU and gloo."""
     cpus_per_worker: float = 1
     """Logical CPUs that Ray reserves per worker."""
+    worker_memory_gb: float = since(-1.0, before=-1.0)
+    """GB (1e9 bytes) of the host's memory that Ray reserves per worker, so that it places nothing else there; a node
+    must have it. 0: none. -1: as much as a worker is estimated to take, if the nodes that were found have it free;
+    otherwise none, and a line says so."""
     threads_per_worker: int = 0
     """torch threads of a CPU worker; 0 divides the machine's cores. Of a GPU worker those of the optimizer that steps
     offloaded moments (`optimizer="cpu_adamw"`); 0 takes `cpus_per_worker`."""
@@ -253,6 +258,17 @@ class TrainConfig:
         if self.evaluation_place == "spare":
             return self.evaluation_gpus or 1.0
         return 1.0 if self.use_gpu and self.evaluation_place == "workers" else 0.0
+
+    @property
+    def precision_warning(self) -> str:
+        """What fp32 costs on GPUs, and which flag changes it; "" elsewhere."""
+        if not self.use_gpu or self.precision != "fp32":
+            return ""
+        return (
+            "precision='fp32' on GPUs: activations take twice the memory of bf16, matrix products several times its "
+            "time (an A100 has 19.5 TFLOP/s in fp32 and 312 in bf16 by its data sheet). --train.precision bf16 changes "
+            f"it{'' if self.zero_stage else ', with --train.zero-stage 1'}; weights and moments stay in fp32."
+        )
 
     @property
     def retention(self) -> Retention:

@@ -3,10 +3,11 @@
 import bisect
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from d2f_core import storage
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.ray_internals import HEALTH_CHECK_TIMEOUT
 from d2f_core.resources import Reservation, handed_to_group
 from d2f_core.retry import UnreachableError
 from d2f_core.tracking import RunHandle, log_checkpoint_model
@@ -29,7 +31,8 @@ from d2f_core.train.evaluation import CollapseError
 from d2f_core.train.evaluation_queue import EvaluationsBeside
 from d2f_core.train.heartbeat import ask, start_pulse, watched
 from d2f_core.train.interruption import Termination, terminable, terminated
-from d2f_core.train.resources import fitting_workers, worker_bundle
+from d2f_core.train.quarantine import quarantined_rows
+from d2f_core.train.resources import fitting_workers, worker_bundle, worker_memory
 from d2f_core.train.restarts import Restarts, causes, reason
 from d2f_core.train.task import BuildTask
 from d2f_core.train.worker import run_worker
@@ -38,7 +41,6 @@ from d2f_core.train.worker_job import WorkerJob
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 120.0
-HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 class TrainingStoppedError(ValueError):
@@ -62,11 +64,13 @@ def run_training(
     output: str,
     identity: str,
     tracker: RunHandle | None = None,
+    worker_bytes: Callable[[TrainConfig], int] = lambda _: 0,
 ) -> Trained:
     """Train to the last step, from the newest whole checkpoint under `output` if there is one.
 
     Args:
         identity: hash of everything that a checkpoint and this run must have in common.
+        worker_bytes: estimate of the host's memory that a worker takes when `num_workers` run; 0: not known.
 
     Returns:
         The last checkpoint, and the steps whose evaluation was due and failed or did not end in time; the same call
@@ -81,6 +85,8 @@ def run_training(
     """
     job = WorkerJob(config=config, build_task=build_task, plan=plan, output=output, identity=identity, tracker=tracker)
     restarts, again = Restarts(config.max_failures), False
+    if config.precision_warning:
+        logger.warning("%s", config.precision_warning)
     with terminable(functools.partial(_killed, tracker)) as termination:
         while True:
             held = None
@@ -91,7 +97,8 @@ def run_training(
                 again = True
                 termination.pulse = start_pulse()
                 now = replace(config, num_workers=held.count, min_workers=0)
-                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=termination.pulse), held)
+                memory = worker_memory(now, held, worker_bytes(now))
+                _attempt(replace(job, config=now, attempt=uuid.uuid4().hex[:8], pulse=termination.pulse), held, memory)
             except (ray.train.TrainingFailedError, RayError, UnreachableError) as error:
                 if termination.asked:
                     logger.warning("the attempt ended: %s", reason(error))
@@ -168,8 +175,8 @@ def _complete(config: TrainConfig, output: str, identity: str) -> Checkpoint | N
     return None
 
 
-def _attempt(job: WorkerJob, held: Reservation) -> None:
-    config, worker = job.config, worker_bundle(job.config)
+def _attempt(job: WorkerJob, held: Reservation, memory: int) -> None:
+    config, worker = job.config, worker_bundle(job.config, memory)
     trainer = TorchTrainer(
         # Not as `train_loop_config`: Ray's controller would unpickle it, and import everything that a worker needs.
         functools.partial(run_worker, job),
@@ -251,15 +258,16 @@ def _list_checkpoints(job: WorkerJob, tracker: RunHandle) -> None:
 
 def _write_ledger(job: WorkerJob, last: Checkpoint) -> None:
     """Write the ledger of rows that the training could not use: table, row number and reason."""
-    rows, plan = last.manifest.state.get("quarantined", []), job.plan
-    ledger = []
-    for row, why in rows:
+    plan = job.plan
+
+    def entry(row: int, why: str) -> BadSample:
         number = bisect.bisect_right(plan.first_rows, row) - 1
         place = f"{plan.sources[number].uri}#{row - plan.first_rows[number]}"
-        ledger.append(BadSample(source_uri=place, sample_id=None, reason=why))
-    write_quarantine(job.output, ledger)
-    if ledger:
-        logger.warning("%d of %d rows were unusable: %s/quarantine.parquet", len(rows), plan.num_samples, job.output)
+        return BadSample(source_uri=place, sample_id=None, reason=why)
+
+    count = write_quarantine(job.output, itertools.starmap(entry, quarantined_rows(last)))
+    if count:
+        logger.warning("%d of %d rows were unusable: %s/quarantine.parquet", count, plan.num_samples, job.output)
 
 
 def _ray_directory(output: str) -> str:

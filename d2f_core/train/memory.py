@@ -33,6 +33,8 @@ TOGETHER = 1 << 22
 """Elements that are gathered at once for a checkpoint; a larger tensor is gathered alone."""
 RUNTIME_BYTES = 1_500_000_000
 """Assumed, not counted: CUDA's context, libraries' workspaces and the allocator's fragmentation."""
+PROCESS_BYTES = 1_500_000_000
+"""Assumed, not counted: a worker's interpreter with torch, DeepSpeed, diffusers and Ray, and the rows of its stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,11 @@ def memory_per_worker(
         evaluation=evaluation + (sizes.each * sizes.all if evaluation and sizes.stage == 3 else 0),
         host=_host(sizes) + (_evaluating_on_host(sizes) if evaluation else 0),
     )
+
+
+def host_bytes(memory: Memory, *, use_gpu: bool) -> int:
+    """What a worker takes of the host's memory: its process, and all that it computes with where it has no GPU."""
+    return PROCESS_BYTES + memory.host + (0 if use_gpu else memory.peak)
 
 
 class _Sizes:

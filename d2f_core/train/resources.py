@@ -1,9 +1,10 @@
 """Room on the cluster for a training's workers, and their start in it."""
 
 import logging
+from collections import Counter
 
-from d2f_core.nodes import Part
-from d2f_core.resources import Demand, Reservation, reserve
+from d2f_core.nodes import MEMORY, Part, living_nodes
+from d2f_core.resources import Demand, Reservation, nodes_of, reserve
 from d2f_core.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -34,27 +35,57 @@ def fitting_workers(config: TrainConfig, *, again: bool) -> Reservation:
     return held
 
 
-def worker_bundle(config: TrainConfig) -> dict[str, float]:
-    """What Ray reserves for a worker."""
-    return {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
+def worker_bundle(config: TrainConfig, memory: int) -> dict[str, float]:
+    """What Ray reserves for a worker; `memory` in bytes."""
+    bundle = {"CPU": config.cpus_per_worker, "GPU": int(config.use_gpu), MEMORY: memory}
+    return {name: amount for name, amount in bundle.items() if amount}
+
+
+def worker_memory(config: TrainConfig, held: Reservation, estimate: int) -> int:
+    """Bytes of the host's memory to reserve for each of the `num_workers` workers that the place is held for.
+
+    What is set was part of the place. The estimate is not: a training that runs without reserved memory must not end
+    for want of it, and an autoscaler whose kinds of nodes are described by CPUs and GPUs alone would never start one.
+    So it is taken where the nodes of the place have it free.
+    """
+    if config.worker_memory_gb >= 0 or not estimate or held.group is None:
+        return _demanded(config)
+    free = {node.id: node.free.get(MEMORY, 0) for node in living_nodes()}
+    workers = Counter(nodes_of(held.group, config.num_workers))
+    short = [node for node, count in workers.items() if count * estimate > free.get(node, 0)]
+    if not short:
+        return estimate
+    logger.warning(
+        "no memory is reserved: a worker is estimated to take %.1f GB, and a node for %d of them has %.1f GB left. Ray "
+        "may place other work there, and end a worker when memory runs out; set --train.worker-memory-gb to reserve "
+        "some, or 0 for none.",
+        estimate / 1e9, workers[short[0]], free.get(short[0], 0) / 1e9,
+    )  # fmt: skip
+    return 0
+
+
+def _demanded(config: TrainConfig) -> int:
+    return max(0, round(config.worker_memory_gb * 1e9))
 
 
 def _demand(config: TrainConfig, *, again: bool) -> Demand:
     counts = config.worker_counts
     name = "num_workers" if counts[-1] == config.num_workers else "min_workers"
     wait = "lost_node_wait_seconds" if again else "node_wait_seconds"
-    flags = [f"--train.{flag.replace('_', '-')}" for flag in (name, "cpus_per_worker", wait)]
+    lowered = [name, "cpus_per_worker", *(["worker_memory_gb"] if _demanded(config) else [])]
+    *flags, last, wait = (f"--train.{flag.replace('_', '-')}" for flag in (*lowered, wait))
     return Demand(
         counts=counts,
         parts=lambda count: _parts(config, count),
         subject=f"{name}={{count}} needs",
-        advice=f"Lower {flags[0]} or {flags[1]}, add nodes, or give them time with {flags[2]}.",
+        advice=f"Lower {', '.join(flags)} or {last}, add nodes, or give them time with {wait}.",
     )
 
 
 def _parts(config: TrainConfig, num_workers: int) -> list[Part]:
     """Each worker with its reader, which may lie on another node, and one evaluation if it runs beside the training."""
-    parts = [Part("worker", num_workers, worker_bundle(config)), Part("reader", num_workers, {"CPU": READER_CPUS})]
+    worker = Part("worker", num_workers, worker_bundle(config, _demanded(config)))
+    parts = [worker, Part("reader", num_workers, {"CPU": READER_CPUS})]
     if config.evaluate_every and config.evaluation_place != "workers":
         gpus = config.evaluation_task_gpus
         parts.append(Part("evaluation", 1, {"GPU": gpus} if gpus else {"CPU": 1}))

@@ -5,14 +5,14 @@ from typing import Any
 
 import ray.train
 
-from d2f_core.nodes import leaving_nodes
+from d2f_core.ray_internals import leaving_nodes
 from d2f_core.retry import UnreachableError
 from d2f_core.tracking import TrackingError
-from d2f_core.train.checkpoint import UnfinishedSaveError
 from d2f_core.train.compiler import MissingCompilerError
 from d2f_core.train.evaluation import CollapseError
 from d2f_core.train.heartbeat import ask
 from d2f_core.train.quarantine import QuarantineLimitError
+from d2f_core.train.sealed import UnfinishedSaveError
 from d2f_core.train.steps import NonFiniteLossError
 from d2f_core.train.zero import NonFiniteGradientError
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from d2f_core.train import checkpoint, partitions, zero
 from d2f_core.train.checkpoint import Checkpoint, CheckpointError
 from d2f_core.train.evaluation import EvaluationJob, evaluation_due
+from d2f_core.train.quarantine import quarantined_rows
 from d2f_core.train.task import Task
 from d2f_core.train.weights import load_parameters
 from d2f_core.train.worker_job import WorkerJob
@@ -42,6 +43,8 @@ def choose(output: str, identity: str, module: nn.Module, device: str) -> Checkp
         damage = ""
         try:
             _verify_share(candidate)
+            for _ in quarantined_rows(candidate):  # all of them need it, and it is small beside the weights
+                pass
             load_parameters(module, candidate)
         except CheckpointError as error:
             damage = str(error)

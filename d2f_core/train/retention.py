@@ -6,16 +6,9 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from d2f_core import storage
-from d2f_core.train.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    CheckpointError,
-    directories,
-    list_checkpoints,
-    seal,
-    unseal,
-)
+from d2f_core.train.checkpoint import MANIFEST, Checkpoint, directories, list_checkpoints
 from d2f_core.train.retention_rules import Retention
+from d2f_core.train.sealed import CheckpointError, read_sealed, seal
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +40,7 @@ def read_evaluation(uri: str) -> dict[str, float] | None:
     """
     place = storage.join(uri, EVALUATION)
     try:
-        return dict(unseal(place, storage.read_bytes(place))["metrics"])
+        return dict(read_sealed(place)["metrics"])
     except FileNotFoundError:
         return None
 

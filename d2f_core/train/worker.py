@@ -17,6 +17,7 @@ import torch.distributed as dist
 from d2f_core.data.stream import micro_batches, worker_shard
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import restore, zero
+from d2f_core.train.checkpoint import Checkpoint
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.determinism import use_deterministic_algorithms
@@ -40,8 +41,9 @@ class Training:
     """One worker's loop around the steps; only the first worker logs, starts evaluations and reports errors."""
 
     def __init__(
-        self, job: WorkerJob, worker: Worker, task: Task, heartbeat: Heartbeat, first_step: int, state: dict[str, Any]
+        self, job: WorkerJob, worker: Worker, task: Task, heartbeat: Heartbeat, found: Checkpoint | None
     ) -> None:
+        first_step, state = (found.manifest.step, found.manifest.state) if found else (0, {})
         self.job, self.worker, self.config, self.task = job, worker, job.config, task
         self.first = worker.rank == 0
         self.heartbeat = heartbeat
@@ -53,7 +55,7 @@ class Training:
         self.interruptions = Interruptions(self.heartbeat, first=self.first)
         self.writer = CheckpointWriter(job.output, job.attempt, worker.rank, worker.num_workers, job.config.retention)
         self.evaluations, self.pause = self._evaluations(), Pause(job.attempt, first=self.first)
-        self.quarantine = TrainingQuarantine.restored(state, job.plan, job.config.max_quarantined_share)
+        self.quarantine = TrainingQuarantine.restored(found, job.plan, job.config.max_quarantined_share)
         pending = state.get("pending_metrics", [])
         self.log = MetricLog(job.tracker, pending=pending) if self.first and job.tracker else None
         self.evaluated = first_step
@@ -121,11 +123,8 @@ class Training:
         self.quarantine.exchange(self.worker.engine.device)
         parts: list[int] = [0] * self.worker.num_workers
         dist.all_gather_object(parts, self.consumed)
-        state = {
-            "consumed": str(sum(parts) % 2**64),
-            "engine": zero.engine_state(self.worker.engine),
-            "quarantined": self.quarantine.rows(),
-        }
+        unusable, files = self.quarantine.stored() if self.first else ({}, {})
+        state = {"consumed": str(sum(parts) % 2**64), "engine": zero.engine_state(self.worker.engine), **unusable}
         if self.log:
             state["pending_metrics"] = self.log.pending()
         self.writer.save(
@@ -134,6 +133,7 @@ class Training:
             identity=self.job.identity,
             tensors=self.worker.share(),
             state=state,
+            files=files,
         )
         if self.first:
             logger.info("step %d  checkpoint under way (%.1f s waited)", step, time.perf_counter() - began)
@@ -220,7 +220,7 @@ def run_worker(job: WorkerJob) -> None:
     device = str(ray.train.torch.get_device())
     task = job.build_task(device)
     found = restore.choose(job.output, job.identity, task.module, device)
-    first_step, state = (found.manifest.step, found.manifest.state) if found else (0, {})
+    first_step = found.manifest.step if found else 0
     if config.activation_checkpointing:
         zero.enable_activation_checkpointing(task.module)
     # Before the engine is built: both take seconds, and the first rows come from processes that have to start.
@@ -235,7 +235,7 @@ def run_worker(job: WorkerJob) -> None:
         rows = itertools.chain([first], rows)
     elif config.ema.decay:
         worker.update_averages(0)
-    training = Training(job, worker, task, heartbeat, first_step, state)
+    training = Training(job, worker, task, heartbeat, found)
     training.evaluate_what_is_missing()
     if not first_step and config.evaluate_every and config.evaluation_place == "workers":
         training.evaluate_between_steps(untrained=True)

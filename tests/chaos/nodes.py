@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,9 @@ import psutil
 import ray
 
 from tests.chaos.training import wait_for
+from tests.ray_internals import node_command
 
-RAY_START = """
-from ray._private import services
-from ray.scripts.scripts import main
-services.resolve_ip_for_localhost = lambda host: host
-main()
-"""
-"""`ray start`, which would look for a head on 127.0.0.1 at this machine's outer address."""
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -56,11 +50,11 @@ def second_node(num_cpus: int, log: Path, *, seconds: int = 120) -> Iterator[Nod
         seconds: how long the node stays once it is announced to go.
     """
     before = {node["NodeID"] for node in ray.nodes()}
-    argv = [
-        sys.executable, "-c", RAY_START, "start", "--block", f"--address={os.environ['RAY_ADDRESS']}",
-        "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", "--object-store-memory=100000000",
-        "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--disable-usage-stats",
-    ]  # fmt: skip
+    argv = node_command(
+        "--block", f"--address={os.environ['RAY_ADDRESS']}", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}",
+        "--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0",
+        "--dashboard-agent-listen-port=0", "--disable-usage-stats",
+    )  # fmt: skip
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
@@ -68,7 +62,7 @@ def second_node(num_cpus: int, log: Path, *, seconds: int = 120) -> Iterator[Nod
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(seconds),
     }
     with log.open("w") as file:
-        node = Node(psutil.Popen(argv, env=environment, stdout=file, stderr=subprocess.STDOUT))
+        node = Node(psutil.Popen(argv, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
 
     def joined() -> bool:
         assert node.process.is_running() and node.process.status() != psutil.STATUS_ZOMBIE, log.read_text()

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from d2f_core.data import quarantine
 from d2f_core.data.manifest import (
     Manifest,
     ManifestError,
@@ -220,6 +221,15 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path):
 
 def test_the_ledger_keeps_every_reason(place):
     bad = [BadSample(source_uri=f"f{n}", sample_id=None, reason=f"{'a' if n else 'b'}: {n}") for n in range(3)]
-    write_quarantine(place, bad)
+    assert write_quarantine(place, bad) == 3
     assert read_quarantine(place) == bad
     assert reason_counts(bad) == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 6])
+def test_a_long_ledger_is_written_piece_by_piece(count: int, tmp_path, monkeypatch):
+    monkeypatch.setattr(quarantine, "LINES_AT_ONCE", 3)
+    bad = [BadSample(source_uri=f"f{n}", sample_id=f"{n}", reason="a: b", rows=n) for n in range(count)]
+    assert write_quarantine(str(tmp_path), iter(bad)) == count
+    assert read_quarantine(str(tmp_path)) == bad
+    assert pq.read_metadata(tmp_path / "quarantine.parquet").num_row_groups == max(1, -(-count // 3))

@@ -1,17 +1,19 @@
 """An estimate of a finetuning counts what its rows hold, and refuses sizes that no latent has."""
 
 import dataclasses
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from d2f_core.flow.estimate.config import EstimateConfig
-from d2f_core.flow.estimate.job import build_on_meta, estimate, report
+from d2f_core.flow.estimate.job import build_on_meta, estimate, report, worker_bytes
 from d2f_core.model import footprint
 from d2f_core.model.architectures import read_architecture
 from d2f_core.model.config import LoraConfig, ModelConfig
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.memory import Memory
+from d2f_core.train.memory import PROCESS_BYTES, Memory
 from tests.model.tiny_sd import write_tiny
 
 SIDE = 8
@@ -77,3 +79,18 @@ def test_an_evaluation_between_steps_is_counted_at_stage_3_with_a_second_network
         assert memory.evaluation == drawn + (4 * between.total if stage == 3 else 0)
         assert memory.peak - memory.state == max(memory.bucket + memory.evaluation + memory.gradients, memory.saving)
         assert without.evaluation == 0 and without.peak < memory.peak and without.host < memory.host
+
+
+@pytest.mark.parametrize(("method", "use_gpu"), [("full", False), ("full", True), ("lora", True)])
+def test_a_worker_takes_its_process_its_weights_and_without_a_gpu_all_that_it_computes_with(
+    config: EstimateConfig, method: Literal["full", "lora"], use_gpu: bool
+):
+    base = Path(config.architecture)
+    total = sum(footprint.sizes(read_architecture(config.architecture).build_unet(), trained=True))
+    text = sum(file.stat().st_size for file in base.glob("text_encoder/*.safetensors"))
+    model, train = dataclasses.replace(config.model, method=method), TrainConfig(use_gpu=use_gpu, zero_stage=0)
+    found = worker_bytes(base, model, train) - PROCESS_BYTES - text
+    if method == "lora":  # its own weights are few
+        assert 4 * total < found < 4.5 * total
+    else:  # weights, two moments, averages: as a checkpoint's copy, and to compute with; gradients and their copies
+        assert found == 16 * total + (0 if use_gpu else 16 * total + 8 * total)

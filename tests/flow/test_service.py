@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.requests import Request as HttpRequest
 
@@ -18,6 +17,7 @@ from d2f_core.flow.serve.config import ServeConfig, ServeError
 from d2f_core.flow.serve.service import ServeJob, Token, check_serve, service
 from d2f_core.resources import Demand, InsufficientResourcesError, Reservation
 from tests.flow.tiny_base import write_tiny_base
+from tests.ray_internals import deployment_id
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_failure_is_told_to_the_log_and_not_to_strangers(monkeypatch, caplog) 
 
 def test_a_service_whose_replicas_are_gone_asks_to_come_again(monkeypatch) -> None:
     async def fail() -> None:
-        raise DeploymentUnavailableError(DeploymentID("ImageReplica"))
+        raise DeploymentUnavailableError(deployment_id("ImageReplica"))
 
     answer, _ = answer_of(monkeypatch, fail)
     assert answer.status_code == 503 and answer.headers["retry-after"] == "2"

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
 from d2f_core.batch.run_log import RunLog
 from d2f_core.resources import InsufficientResourcesError
@@ -33,6 +32,8 @@ class Server:
     status: str = "RUNNING"
     tags: dict[str, str] = field(default_factory=dict)
     refuses: bool = False
+    paths: list[dict[str, Any]] = field(default_factory=list)
+    """That the nodes were asked for."""
 
     def set_terminated(self, run_id: str, status: str) -> None:
         self.status = status
@@ -47,7 +48,7 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     server = Server()
     monkeypatch.setattr(runs, "client_for", lambda uri: server)
-    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(training, "connect", lambda **paths: server.paths.append(paths))
     monkeypatch.setattr(training, "start_run", lambda **_: RUN)
     return server
 
@@ -62,8 +63,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, output: Path, *, ends_with: BaseExc
 
     monkeypatch.setattr(training, "run_training", run_training)
     job: Any = SimpleNamespace(
-        config=Config(str(output)), tags={}, build_task=None, plan=None, identity="i", export=lambda last: "model"
-    )
+        config=Config(str(output)), tags={}, build_task=None, plan=None, identity="i", export=lambda last: "model",
+        reads={"latents": "/data"}, worker_bytes=None,
+    )  # fmt: skip
     training.train(job)
 
 
@@ -95,6 +97,7 @@ def test_a_training_that_reaches_its_end_finishes_its_run(
 ) -> None:
     trained(monkeypatch, tmp_path, ends_with=None)
     assert (server.status, server.tags) == ("FINISHED", {})
+    assert server.paths == [{"reads": {"latents": "/data"}, "writes": {"output": str(tmp_path)}}]
 
 
 def test_a_server_that_refuses_does_not_hide_why_a_training_ended(

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from d2f_core import storage
-from d2f_core.train.checkpoint import CheckpointError, UnfinishedSaveError, list_checkpoints, read_tensors
+from d2f_core.train.checkpoint import list_checkpoints, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.retention import write_evaluation
 from d2f_core.train.retention_rules import Retention
+from d2f_core.train.sealed import CheckpointError, UnfinishedSaveError
 from tests.train.test_checkpoint import KEEP_ALL, equal, shares
 
 

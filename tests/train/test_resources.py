@@ -1,10 +1,13 @@
 """How long a training waits for nodes, and what it takes; the waiting is made fast."""
 
+from dataclasses import replace
+
 import pytest
 
 from d2f_core.resources import InsufficientResourcesError
+from d2f_core.train import resources
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.resources import fitting_workers
+from d2f_core.train.resources import fitting_workers, worker_memory
 from tests.pending_groups import PendingGroups, groups, node
 
 __all__ = ["groups"]
@@ -48,6 +51,49 @@ def test_an_evaluation_between_steps_needs_no_room_of_its_own(groups: PendingGro
     config = TrainConfig(num_workers=2, use_gpu=True, node_wait_seconds=0)
     assert fitting_workers(config, again=False).count == 2
     assert groups.asked == [[{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 0.5}] * 2]
+
+
+def test_the_memory_that_is_set_is_part_of_the_place(groups: PendingGroups) -> None:
+    groups.nodes = {0: [node({"CPU": 9.0, "memory": 30e9}, free={"CPU": 9.0, "memory": 12.25e9})]}
+    config = TrainConfig(num_workers=2, worker_memory_gb=6, node_wait_seconds=0, evaluate_every=0)
+    held = fitting_workers(config, again=False)
+    assert groups.asked == [[{"CPU": 1, "memory": 6_000_000_000}] * 2 + [{"CPU": 0.5}] * 2]
+    assert worker_memory(config, held, 99_000_000_000) == 6_000_000_000
+    with pytest.raises(InsufficientResourcesError) as caught:
+        fitting_workers(replace(config, worker_memory_gb=6.5), again=False)
+    assert str(caught.value) == (
+        "num_workers=2 needs 3 CPU, 13.0 GB memory (2 workers of 1 CPU, 6.5 GB memory, 2 readers of 0.5 CPU), and "
+        "the cluster has 9 CPU, 30.0 GB memory, of which other jobs hold 0 CPU, 17.8 GB memory: 1 node (10.0.0.1) with "
+        "9 of 9 CPU, 12.2 of 30.0 GB memory free; no node has room for 1 worker of 1 CPU, 6.5 GB memory; waited 1 s. "
+        "Lower --train.num-workers, --train.cpus-per-worker or --train.worker-memory-gb, add nodes, or give them time "
+        "with --train.node-wait-seconds."
+    )
+
+
+@pytest.mark.parametrize(
+    ("set_gb", "estimate", "reserved", "warned"),
+    [
+        (-1, 4_000_000_000, 4_000_000_000, False),
+        (-1, 4_000_000_001, 0, True),
+        (-1, 0, 0, False),
+        (0, 4_000_000_000, 0, False),
+    ],
+)
+def test_the_estimate_is_reserved_where_the_nodes_have_it_and_refuses_nothing(
+    groups: PendingGroups, monkeypatch, caplog, set_gb: float, estimate: int, reserved: int, warned: bool
+) -> None:
+    """Two of three workers lie on the first node."""
+    each = replace(node({"CPU": 4.0, "memory": 16e9}, free={"CPU": 4.0, "memory": 8e9}), id="first")
+    other = replace(node({"CPU": 4.0, "memory": 4e9}), id="other")
+    groups.nodes = {0: [each, other]}
+    monkeypatch.setattr(resources, "nodes_of", lambda group, count: ["first", "other", "first"][:count])
+    monkeypatch.setattr(resources, "living_nodes", lambda: [each, other])
+    config = TrainConfig(num_workers=3, global_batch_size=3, micro_batch_size=1, worker_memory_gb=set_gb)
+    held = fitting_workers(config, again=False)
+    assert not any("memory" in bundle for bundle in groups.asked[0])
+    assert worker_memory(config, held, estimate) == reserved
+    assert ("no memory is reserved: a worker is estimated to take 4.0 GB" in caplog.text) == warned
+    assert ("--train.worker-memory-gb" in caplog.text) == warned
 
 
 def test_a_training_that_never_evaluates_needs_no_room_for_it(groups: PendingGroups) -> None:

@@ -15,7 +15,6 @@ from d2f_core.model.base import BaseModelError, UnreachableHubError
 from d2f_core.resources import Reservation
 from d2f_core.storage import StorageError, UnreachableStorageError
 from d2f_core.train import checkpoint, launch, restarts
-from d2f_core.train.checkpoint import CheckpointError, UnfinishedSaveError
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.evaluation import CollapseError
@@ -24,6 +23,7 @@ from d2f_core.train.quarantine import QuarantineLimitError
 from d2f_core.train.restarts import Restarts
 from d2f_core.train.retention import write_evaluation
 from d2f_core.train.retention_rules import Retention
+from d2f_core.train.sealed import CheckpointError, UnfinishedSaveError
 from d2f_core.train.steps import NonFiniteLossError
 
 BROKEN = RuntimeError("connection closed by peer")
@@ -153,7 +153,7 @@ def test_a_collapse_travels_between_processes():
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The driver's loop around attempts that save step 10 at once; its argument is what the driver itself meets."""
 
-    def start(outages: dict[str, int], max_failures: int = 3) -> launch.Trained:
+    def start(outages: dict[str, int], max_failures: int = 3, **settings: Any) -> launch.Trained:
         left = dict(outages)
 
         def away_at_first(name: str, call: Any) -> Any:
@@ -167,11 +167,11 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
         monkeypatch.setattr(checkpoint, "candidates", away_at_first("candidates", checkpoint.candidates))
         monkeypatch.setattr(launch, "_settle", away_at_first("settle", lambda job, last: ()))
-        monkeypatch.setattr(launch, "_attempt", lambda job, held: saved(Path(job.output), 10))
+        monkeypatch.setattr(launch, "_attempt", lambda job, held, memory: saved(Path(job.output), 10))
         monkeypatch.setattr(launch, "fitting_workers", lambda config, again: Reservation(count=1, group=None))
         monkeypatch.setattr(launch, "start_pulse", pulse)
         monkeypatch.setattr(launch.ray, "kill", lambda pulse: None)
-        config, nothing = TrainConfig(num_steps=10, max_failures=max_failures), cast(Any, None)
+        config, nothing = TrainConfig(num_steps=10, max_failures=max_failures, **settings), cast(Any, None)
         return launch.run_training(
             config=config, build_task=nothing, plan=nothing, output=str(tmp_path), identity="run", tracker=None
         )
@@ -183,6 +183,23 @@ def test_a_storage_that_is_away_from_the_driver_is_a_failure_like_others(run, ca
     assert run({"candidates": 3, "settle": 1}).last.manifest.step == 10
     assert "failure 2 in a row: UnreachableStorageError: candidates: S3 is away (in the driver)" in caplog.text
     assert "UnreachableStorageError: settle: S3 is away" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "precision", "zero_stage", "said"),
+    [
+        (True, "fp32", 2, "--train.precision bf16 changes it; weights"),
+        (True, "fp32", 0, "--train.precision bf16 changes it, with --train.zero-stage 1; weights"),
+        (True, "bf16", 2, ""),
+        (False, "fp32", 2, ""),
+        (False, "bf16", 1, ""),
+    ],
+)
+def test_a_training_on_gpus_in_fp32_begins_with_what_that_costs(
+    run, caplog, use_gpu: bool, precision: str, zero_stage: int, said: str
+):
+    run({}, use_gpu=use_gpu, precision=precision, zero_stage=zero_stage)
+    assert said in caplog.text and caplog.text.count("on GPUs: activations take twice the memory") == bool(said)
 
 
 def test_a_storage_that_stays_away_from_the_driver_ends_the_training_with_what_to_do(run):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from d2f_core.data.sources.sample import SourceError
 from d2f_core.retry import is_network_trouble, one_line
+from d2f_core.s3_calls import fetched_whole, read_on
 from d2f_core.storage import arrow_filesystem, retried
 
 READ_THREADS = 16
@@ -48,10 +49,9 @@ class RowRun:
         """
         row = self.first_row
         try:
-            with _open(self.uri) as file:
-                for record in self._records(file):
-                    yield text_of(record.get("source_uri")) or f"{self.uri}#row={row}", record
-                    row += 1
+            for record in read_on(self.uri, self._records, _is_damage):
+                yield text_of(record.get("source_uri")) or f"{self.uri}#row={row}", record
+                row += 1
         except Exception as error:
             if not _is_damage(error):
                 raise
@@ -60,11 +60,12 @@ class RowRun:
                 self.first_row + self.num_rows - row,
             ) from None
 
-    def _records(self, file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
-        for group in self.row_groups:
-            rows = max(1, min(READ_ROWS, READ_BYTES // max(1, _unpacked_bytes(file, group, self.columns))))
-            for batch in file.iter_batches(rows, row_groups=[group], columns=list(self.columns)):
-                yield from batch.cast(_texts_as_bytes(batch.schema)).to_pylist()
+    def _records(self) -> Iterator[dict[str, Any]]:
+        with _open(self.uri) as file:
+            for group in self.row_groups:
+                rows = max(1, min(READ_ROWS, READ_BYTES // max(1, _unpacked_bytes(file, group, self.columns))))
+                for batch in file.iter_batches(rows, row_groups=[group], columns=list(self.columns)):
+                    yield from batch.cast(_texts_as_bytes(batch.schema)).to_pylist()
 
 
 def _unpacked_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) -> int:
@@ -106,7 +107,8 @@ def _is_damage(error: BaseException) -> bool:
 def _open(uri: str) -> pq.ParquetFile:
     filesystem, path = arrow_filesystem(uri)
     try:
-        return retried(f"open {uri}", lambda: pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True))
+        once = lambda: pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)  # noqa: E731
+        return fetched_whole(uri, lambda: retried(f"open {uri}", once), pa.ArrowInvalid)
     except Exception as error:
         if not _is_damage(error):
             raise

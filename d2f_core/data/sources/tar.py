@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 
 from d2f_core.data.image_headers import MAX_IMAGE_BYTES, too_large
 from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, MAX_TEXT_BYTES, Sample, find_caption
+from d2f_core.s3_calls import read_on
 from d2f_core.storage import filesystem
 
 TEXT_SUFFIXES, JSON_SUFFIX = (".txt", ".caption"), ".json"
@@ -76,22 +77,20 @@ def read_tar(uri: str, most_bytes: Limit) -> Iterator[tuple[str, Members]]:
     Raises:
         DamagedArchiveError: after the samples that could be read.
     """
-    fs, path = filesystem(uri)
     count = 0
-    with fs.open(path, "rb") as handle:
-        samples = _samples(_Rationed(handle, fs.size(path)), most_bytes)
-        while True:
-            try:
-                sample = next(samples, None)
-            except DAMAGE as error:
-                reason = str(error) or type(error).__name__
-                raise DamagedArchiveError(
-                    f"damaged_archive: nothing can be read after {count} samples ({reason})"
-                ) from None
-            if sample is None:
-                return
+    try:
+        for sample in read_on(uri, lambda: _opened(uri, most_bytes), lambda error: isinstance(error, DAMAGE)):
             yield sample
             count += 1
+    except DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise DamagedArchiveError(f"damaged_archive: nothing can be read after {count} samples ({reason})") from None
+
+
+def _opened(uri: str, most_bytes: Limit) -> Iterator[tuple[str, Members]]:
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") as handle:
+        yield from _samples(_Rationed(handle, fs.size(path)), most_bytes)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -5,8 +5,10 @@ Bytes and operations are counted on the architecture; the share of a GPU's peak 
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -22,7 +24,7 @@ from d2f_core.model.config import ModelConfig
 from d2f_core.model.denoiser import extend_input_channels
 from d2f_core.model.lora import add_lora
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.memory import RUNTIME_BYTES, Memory, memory_per_worker
+from d2f_core.train.memory import RUNTIME_BYTES, Memory, host_bytes, memory_per_worker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_BYTES = 400
@@ -100,6 +102,20 @@ def estimate(config: EstimateConfig) -> Estimate:
         checkpoint_bytes=sum(trained) * (16 if train.ema.decay else 12),
         flops_per_sample=per_sample,
     )
+
+
+def worker_bytes(base: Path, model: ModelConfig, train: TrainConfig) -> int:
+    """Bytes of the host's memory that a worker takes, without activations: those need a pass to be counted.
+
+    Args:
+        base: directory of the base model.
+    """
+    unet = json.loads((base / "unet/config.json").read_text())
+    network = build_on_meta(Architecture(unet=unet, text_encoders=(), vae={}), model)
+    trained, frozen = footprint.sizes(network, trained=True), footprint.sizes(network, trained=False)
+    memory = memory_per_worker(train, trained, frozen)
+    text = sum(file.stat().st_size for file in base.glob("text_encoder*/*.safetensors"))
+    return host_bytes(memory, use_gpu=train.use_gpu) + text
 
 
 def _flops_per_hour(config: EstimateConfig) -> float:

@@ -6,10 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2f_core.data.manifest import Manifest
+from d2f_core.data.manifest import Manifest, read_file
 from d2f_core.flow.evaluate.config import MeasureConfig
 from d2f_core.flow.evaluate.image_metrics import FeaturePart, ImageSet, gather
-from d2f_core.storage import join, read_bytes
 
 
 def feature_schema(dimensions: int) -> pa.Schema:
@@ -28,7 +27,7 @@ def feature_schema(dimensions: int) -> pa.Schema:
 def read_features(uri: str, manifest: Manifest, steps: int) -> Iterator[FeaturePart]:
     """The parts of a finished feature table for one number of steps (0: real images)."""
     for file in manifest.files:
-        table = pq.read_table(pa.BufferReader(read_bytes(join(uri, file.path))))
+        table = pq.read_table(pa.BufferReader(read_file(uri, file)))
         table = table.filter(pa.array(table["steps"].to_numpy() == steps))
         features = table["features"].combine_chunks()
         width = table.schema.field("features").type.list_size

@@ -26,6 +26,7 @@ from d2f_core.flow.generate.sampler import ImageSampler, Request, Sampled, encod
 from d2f_core.flow.serve.config import ServeConfig
 from d2f_core.flow.serve.request import RequestError, parse_request
 from d2f_core.model.artifact import load_model
+from d2f_core.ray_internals import bind_replica_port
 from d2f_core.tracking import resolve_model
 
 logger = logging.getLogger(__name__)
@@ -59,14 +60,7 @@ def _listen_on_the_nodes_address_only() -> None:
     set), so with 127.0.0.1 as the node's address no other machine should reach it. Must be called before the replica is
     ready.
     """
-    from ray.serve._private import replica
-
-    plain, address = replica.add_port_to_grpc_server, ray.util.get_node_ip_address()
-
-    def add_port(server: Any, wanted: str) -> int:
-        return plain(server, wanted.replace("[::]", f"[{address}]" if ":" in address else address))
-
-    replica.add_port_to_grpc_server = add_port
+    bind_replica_port(ray.util.get_node_ip_address())
 
 
 class ImageReplica:
