@@ -26,7 +26,7 @@ from d2f_core.flow.generate.actor import LATENTS_FILE, JobsSampler
 from d2f_core.flow.generate.config import GenerateConfig, GenerateError
 from d2f_core.flow.generate.plan import LATENTS, Plan, claim_output, make_plan
 from d2f_core.flow.generate.prompts import PromptFile, scan_prompts
-from d2f_core.model.artifact import load_model
+from d2f_core.model.artifact import describe_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.progress import Progress
 from d2f_core.storage import check_reachable, join
@@ -60,7 +60,7 @@ def check_generate(config: GenerateConfig) -> GenerateJob:
         check_tracking()
     prompts = scan_prompts(config.prompts)
     pinned = pin_model(config.model)
-    model = load_model(resolve_model(pinned))
+    model = describe_model(resolve_model(pinned))
     plan = make_plan(config, prompts, model, pinned)
     latents = {
         "autoencoder": autoencoder_fingerprint(model.base),

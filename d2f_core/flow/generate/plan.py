@@ -14,7 +14,7 @@ from d2f_core.flow.generate.config import Emit, Format, GenerateConfig, Generate
 from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.flow.generate.sampler import Request, fill_request
 from d2f_core.identity import identity_values
-from d2f_core.model.artifact import TrainedModel
+from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
 from d2f_core.storage import exists, join, upload_tree
 
@@ -83,7 +83,7 @@ class Plan:
         return {name: value for name, value in identity_values(self).items() if name != "model_uri"}
 
 
-def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, model_uri: str) -> Plan:
+def make_plan(config: GenerateConfig, prompts: PromptFile, model: DescribedModel, model_uri: str) -> Plan:
     """Make the plan, with the model's defaults for unset fields.
 
     Raises:
@@ -128,7 +128,7 @@ def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, 
     )
 
 
-def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: TrainedModel) -> None:
+def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: DescribedModel) -> None:
     for number, height, width in prompts.sizes:
         if height is None and width is None:
             continue
