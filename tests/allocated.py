@@ -1,6 +1,8 @@
 """Counts what a piece of code allocates for tensors: `with Allocated() as made: ...; assert not made.large`."""
 
+import os
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,17 @@ class Allocated(TorchDispatchMode):
         self.floor = floor
         self.large: list[int] = []
         self._seen = WeakIdKeyDictionary()
+        # What threads do is not seen, and transformers fills networks in some.
+        self._in_this_thread = mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
+
+    def __enter__(self) -> "Allocated":
+        self._in_this_thread.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._in_this_thread.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -21,6 +21,7 @@ def peak() -> int:
 def main(directory: Path) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (3 * GB, 3 * GB))
     from d2f_core import hashing
+    from d2f_core.data.sources.config import ImageSource
     from d2f_core.flow.encode.check import check_encode
     from d2f_core.flow.encode.config import EncodeConfig
     from d2f_core.flow.generate.config import GenerateConfig
@@ -31,7 +32,6 @@ def main(directory: Path) -> None:
     from d2f_core.model.autoencoder import autoencoder_fingerprint
     from d2f_core.model.base import describe_base
     from d2f_core.model.config import LoraConfig, ModelConfig
-    from d2f_core.data.sources.config import ImageSource
     from pipelines import finetune, finetune_job
     from pipelines.configs import FinetuneConfig
     from tests.allocated import Allocated
