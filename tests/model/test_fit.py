@@ -107,7 +107,7 @@ def test_the_config_of_another_network_is_refused(base: BaseModel) -> None:
         file = base.path / part / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     for look in (check_unet, load_unet, check_autoencoder, load_autoencoder):
-        with pytest.raises(BaseModelError, match="does not hold what its config.json asks for"):
+        with pytest.raises(BaseModelError, match="does not hold what its config"):
             look(base)
 
 
@@ -172,7 +172,7 @@ def test_a_vision_model_is_described_with_its_width_and_refused_as_when_it_is_lo
     assert described.reads_text == loaded.reads_text and described.files.hash() == loaded.files.hash()
     change(directory / "model.safetensors", lambda tensors: tensors.pop(min(tensors)))
     for device in ("cpu", "meta"):
-        with pytest.raises(VisionModelError, match="lacks weights: .*. Save the model again"):
+        with pytest.raises(VisionModelError, match=r"lacks weights: .*\. Save the model again"):
             VisionModel(str(directory), device)
 
 

@@ -104,7 +104,7 @@ def test_a_new_version_is_described_anew_and_a_whole_copy_is_taken_when_there_is
     assert describe_base(uri).content_hash != resolve_base(str(whole)).content_hash
     assert describe_base(uri).content_hash == resolve_base(uri).content_hash
     assert described_copy(uri).path == local_copy(uri) and not described_copy(uri).left
-    with pytest.raises(StorageError, match="was replaced while it was read. Run the command again"):
+    with pytest.raises(StorageError, match=r"was replaced while it was read\. Run the command again"):
         before.content_hash  # noqa: B018
     with pytest.raises(BaseModelError, match="holds no files"):
         describe_base("s3://d2f/test-described/none")

@@ -162,7 +162,7 @@ def test_a_head_of_little_memory_checks_sdxl(tmp_path: Path) -> None:
         ("unet", {"block_out_channels": [16, 24]}, BaseModelError, "unet/ does not hold what its config.json asks for"),
         (
             "unet",
-            {"addition_embed_type": "text", "encoder_hid_dim": None},
+            {"addition_embed_type": "text"},
             ConditionError,
             "addition_embed_type='text'",
         ),
