@@ -66,7 +66,7 @@ def load_autoencoder(
     """
     fingerprint = autoencoder_fingerprint(base)
     check_autoencoder(base)
-    directory = base.path / "vae"
+    directory = base.files.require_whole() / "vae"
     network: Any = AutoencoderKL.from_pretrained(
         directory, torch_dtype=dtype, use_safetensors=True, **read_or_map(directory)
     )

@@ -38,6 +38,7 @@ def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cast(Any, UNet2DConditionModel).from_config(UNet2DConditionModel.load_config(directory))
+    base.files.require_whole()
     check_unet(base)
     return UNet2DConditionModel.from_pretrained(
         directory, torch_dtype=torch.float32, use_safetensors=True, **read_or_map(directory)

@@ -4,7 +4,8 @@ The libraries themselves only warn of weights that are missing, and leave these 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -107,16 +108,34 @@ def transformers_on_meta(kind: Any, config: Any, directory: Path) -> tuple[Any, 
     Raises:
         HeaderError: see `header_tensors`.
     """
-    network, info = kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=header_tensors(directory, TRANSFORMERS_NAME),
-        device_map="meta",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    state = header_tensors(directory, TRANSFORMERS_NAME)
+    with _silent_transformers():
+        network, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     reshaped = _sorted(name for name, *_ in info["mismatched_keys"])
     return network, Misfit(missing=_sorted(info["missing_keys"]), reshaped=reshaped)
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """No bar of a loading that loads nothing, and no report of differences that are told as an error."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def require_fit(base: BaseModel, part: str, compare: Callable[[], Misfit]) -> None:

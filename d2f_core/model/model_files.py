@@ -60,6 +60,15 @@ class ModelFiles:
             self._known[file] = _remembered_sha256(there) if there else file_sha256(file)
         return self._known[file]
 
+    def require_whole(self) -> Path:
+        """`path`, whose files can be loaded; RuntimeError when some of them were left on S3."""
+        if self.left:
+            raise RuntimeError(
+                f"{str(self.path)!r} has the headers of {len(self.left)} files, such as {min(self.left)!r}, without "
+                "their contents: it is for checks. Load the model from its URI."
+            )
+        return self.path
+
     def hash(self, *parts: str) -> str:
         """Content hash of the directory, or of some of its parts, as by `hash_directory`."""
         return hash_directory(self.path, parts or ("",), self.sha256)

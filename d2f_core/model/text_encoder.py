@@ -144,6 +144,7 @@ def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") ->
     Raises:
         BaseModelError: see `describe_text_encoder`.
     """
+    base.files.require_whole()
     described = describe_text_encoder(base)
     networks = []
     for kind, directory in zip(described.kinds, described.directories, strict=True):

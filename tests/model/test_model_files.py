@@ -1,53 +1,26 @@
 """A model on S3 is described by configs and headers, and has the hash of its contents."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from d2f_core import hashing, storage
-from d2f_core import s3 as s3_session
 from d2f_core.model import model_files
 from d2f_core.model.artifact import ArtifactError, describe_model, load_model
-from d2f_core.model.autoencoder import autoencoder_fingerprint
+from d2f_core.model.autoencoder import autoencoder_fingerprint, load_autoencoder
 from d2f_core.model.base import BaseModelError, describe_base, described_copy, local_copy, resolve_base
 from d2f_core.model.config import LoraConfig
-from d2f_core.model.denoiser import check_unet
+from d2f_core.model.denoiser import check_unet, load_unet
 from d2f_core.model.text_encoder import describe_text_encoder, load_text_encoder
 from d2f_core.storage import StorageError, upload_tree, write_bytes
 from infra.local.stack import StackEnv
+from tests.got_from_s3 import bytes_got
 from tests.model.artifacts import trained
 from tests.model.tiny_sdxl import write_tiny_sdxl
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@contextmanager
-def bytes_got() -> Iterator[dict[str, int]]:
-    """Key -> bytes that S3 has answered to GETs of it."""
-    got: dict[str, int] = {}
-
-    def note(parsed: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
-        asked.append(int(parsed["ContentLength"]))
-
-    def name(params: dict[str, Any], **_: Any) -> None:
-        keys.append(params["Key"])
-
-    asked, keys = list[int](), list[str]()
-    session = s3_session.session()
-    session.register("before-parameter-build.s3.GetObject", name, unique_id="test-name")
-    session.register("after-call.s3.GetObject", note, unique_id="test-note")
-    storage.s3.open_s3(attempts=1).clear_instance_cache()
-    try:
-        yield got
-    finally:
-        session.unregister("before-parameter-build.s3.GetObject", unique_id="test-name")
-        session.unregister("after-call.s3.GetObject", unique_id="test-note")
-        for key, size in zip(keys, asked, strict=True):
-            got[key] = got.get(key, 0) + size
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +62,9 @@ def test_of_a_base_on_s3_headers_are_read_and_contents_once_for_its_hash(
         assert describe_base(uri).content_hash == described.content_hash
     assert not got, "what is known of a version is asked once"
     stored = sum(file.stat().st_blocks * 512 for file in (cache / "described").rglob("*.safetensors"))
+    for load in (load_unet, load_autoencoder, load_text_encoder):
+        with pytest.raises(RuntimeError, match=r"it is for checks\. Load the model from its URI"):
+            load(described)
     assert stored < sum(file.stat().st_size for file in weights.values()) / 2, "the rest is a hole"
 
 

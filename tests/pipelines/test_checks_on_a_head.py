@@ -23,6 +23,8 @@ from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
 from d2f_core.model.denoiser import ConditionError
 from d2f_core.model.latent_task import build_network
 from d2f_core.model.lora import AdapterError
+from d2f_core.storage import upload_tree
+from infra.local.stack import StackEnv
 from pipelines import (
     encode_latents,
     evaluate,
@@ -39,6 +41,7 @@ from pipelines.workflow_config import ReflowConfig
 from tests.allocated import Allocated
 from tests.flow.tiny_base import write_tiny_base
 from tests.flow.tiny_vision import write_tiny_clip, write_tiny_vit
+from tests.got_from_s3 import bytes_got
 from tests.image_tables import write_images
 from tests.latent_tables import write_latents
 from tests.model.artifacts import trained
@@ -140,6 +143,29 @@ def test_what_a_check_leaves_out_is_what_an_actor_loads(place: Path, model: str)
     with Allocated(FLOOR) as made:
         load_model(str(place / model))
     assert len(made.large) > 4
+
+
+def test_a_dry_run_reads_headers_from_s3_and_a_start_reads_the_rest_once(
+    place: Path, s3: StackEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2F_CACHE", str(tmp_path / "cache"))
+    uri, unet, vae = "s3://d2f/test-head/base", "unet/diffusion_pytorch_model.safetensors", "vae/config.json"
+    upload_tree(place / "base", uri)
+    config, local = finetune_of(place, base=uri), finetune_of(place)
+    with bytes_got() as got:
+        checked = finetune.check(config)
+    size = (place / "base" / unet).stat().st_size
+    assert got[f"test-head/base/{unet}"] < size / 4 and f"test-head/base/{vae}" in got
+    with bytes_got() as got:
+        job = checked.job()
+    assert got == {f"test-head/base/{unet}": size}
+    there = finetune.check(local).job()
+    assert job.tags["d2f.base_sha256"] == there.tags["d2f.base_sha256"]
+    assert job.identity == config.identity(there.base.content_hash, there.manifests)
+    with bytes_got() as got:
+        assert finetune.check(config).identity == job.identity
+    assert not got
+    assert not (tmp_path / "cache/models").exists()
 
 
 @pytest.mark.starts_processes
