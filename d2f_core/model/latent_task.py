@@ -106,9 +106,10 @@ def check_start(base: BaseModel, config: ModelConfig) -> DescribedModel:
 
 def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
     """Set the trainable parameters to the values of the trained model in `config.start`."""
+    directory = local_copy(config.start)  # first, so that the check reads this copy's contents
     check_start(base, config)
     if config.method == "lora":
-        set_adapter(cast(PeftModel, network), local_copy(config.start) / "adapter")
+        set_adapter(cast(PeftModel, network), directory / "adapter")
     else:
         network.load_state_dict(load_model(config.start).network.state_dict())
 

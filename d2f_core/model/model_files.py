@@ -17,7 +17,7 @@ from d2f_core import storage
 from d2f_core.hashing import cache_root, file_sha256, hash_directory
 from d2f_core.model.safetensors_header import HeaderError, read_begin
 
-MOST_COPIED = 16 * 2**20
+MOST_COPIED = 64 * 2**20
 """Bytes of the largest file that is copied whole: vocabularies are smaller, weights are not."""
 PIECE = 32 * 2**20
 """Bytes that are in memory while an object is hashed."""
