@@ -78,10 +78,16 @@ class DescribedModel:
     objective: str
     """diff2flow, flow_matching or diffusion: the loss that the weights were last trained with."""
     sampling: SamplingDefaults
-    content_hash: str
     task: TaskName = "text_to_image"
     method: str = ""
     """full or lora; empty for an unchanged base model."""
+    own_hash: str = ""
+    """Content hash of what was trained; empty for an unchanged base model."""
+
+    @property
+    def content_hash(self) -> str:
+        """Content hash of the model; that of a base model takes reading all of it."""
+        return self.own_hash or self.base.content_hash
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -176,9 +182,8 @@ def _described(
 ) -> tuple[DescribedModel, Mapping[str, Any]]:
     """A model whose files were checked, and its description, which a base model has none of."""
     if not os.path.lexists(files.path / DESCRIPTION):
-        base, sampling = find_base(uri), SamplingDefaults(solver="ddim", steps=25)
-        described = DescribedModel(base=base, objective="diffusion", sampling=sampling, content_hash=base.content_hash)
-        return described, {}
+        sampling = SamplingDefaults(solver="ddim", steps=25)
+        return DescribedModel(base=find_base(uri), objective="diffusion", sampling=sampling), {}
     description = read_description(files.path)
     _check_weights(uri, files, description)
     base = find_base(base_uri or description["base"]["uri"])
@@ -187,9 +192,9 @@ def _described(
         base=base,
         objective=description["objective"],
         sampling=read_sampling(description),
-        content_hash=files.hash(),
         task=description["task"],
         method=description["method"],
+        own_hash=files.hash(),
     )
     return described, description
 

@@ -192,7 +192,6 @@ class LatentTask(abc.ABC):
             objective=self.config.objective,
             task=self.config.task,
             sampling=SamplingDefaults(),
-            content_hash="",
         )
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from d2f_core.flow.depth.config import PredictDepthConfig
 from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.evaluate.config import EvaluateConfig, MeasureConfig, ScoreConfig
 from d2f_core.flow.generate.config import GenerateConfig
+from d2f_core.flow.generate.job import check_generate
 from d2f_core.flow.serve.config import ServeConfig
 from d2f_core.model.artifact import describe, load_model, save_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
@@ -49,6 +50,7 @@ from tests.model.artifacts import trained
 FLOOR = 16_000
 """Bytes of a storage that is counted: more than a noise schedule, less than a weight of the tiny UNet's attention."""
 GB = 10**9
+UNET_NAME = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +147,26 @@ def test_what_a_check_leaves_out_is_what_an_actor_loads(place: Path, model: str)
     assert len(made.large) > 4
 
 
+def test_a_dry_run_of_drawing_with_a_base_reads_headers_alone(
+    place: Path, s3: StackEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2F_CACHE", str(tmp_path / "cache"))
+    uri = "s3://d2f/test-head/drawn-with"
+    upload_tree(place / "base", uri)
+    config = GenerateConfig(prompts=str(place / "prompts.jsonl"), model=uri, output=str(tmp_path / "made"))
+    with bytes_got() as got:
+        job = check_generate(config)
+    weights = {key: size for key, size in got.items() if key.endswith(".safetensors")}
+    assert len(weights) == 2 and sum(weights.values()) < (place / "base/unet" / UNET_NAME).stat().st_size / 4
+    here = check_generate(replace(config, model=str(place / "base")))
+    assert job.plan.identity() == here.plan.identity() and job.latents == here.latents
+
+
 def test_a_dry_run_reads_headers_from_s3_and_a_start_reads_the_rest_once(
     place: Path, s3: StackEnv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("D2F_CACHE", str(tmp_path / "cache"))
-    uri, unet, vae = "s3://d2f/test-head/base", "unet/diffusion_pytorch_model.safetensors", "vae/config.json"
+    uri, unet, vae = "s3://d2f/test-head/base", f"unet/{UNET_NAME}", f"vae/{UNET_NAME}"
     upload_tree(place / "base", uri)
     config, local = finetune_of(place, base=uri), finetune_of(place)
     with bytes_got() as got:
