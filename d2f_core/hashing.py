@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HASHED_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
@@ -30,11 +30,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def hash_directory(path: Path, parts: tuple[str, ...] = ("",)) -> str:
-    """sha256 over the sorted (relative name, sha256) of the configs and weights under `path`'s `parts`."""
+def hash_directory(path: Path, parts: tuple[str, ...] = ("",), sha256: Callable[[Path], str] = file_sha256) -> str:
+    """sha256 over the sorted (relative name, sha256) of the configs and weights under `path`'s `parts`.
+
+    Args:
+        sha256: of a file's contents.
+    """
     digest = hashlib.sha256()
     for part in parts:
         for file in sorted((path / part).rglob("*")):
             if file.is_file() and file.suffix in HASHED_SUFFIXES:
-                digest.update(f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n".encode())
+                digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
     return digest.hexdigest()

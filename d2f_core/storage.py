@@ -11,13 +11,14 @@ bucket or a missing object are errors at once.
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from d2f_core import s3
 from d2f_core.retry import GaveUpError, is_credential_trouble, is_network_trouble, keep_trying, one_line
@@ -26,7 +27,7 @@ from d2f_core.s3_calls import StorageError, UnreachableStorageError, download, r
 if TYPE_CHECKING:
     import pyarrow.fs
 
-T = TypeVar("T")
+Fetch = Callable[[str, int, Path], None]
 
 CHECK_SECONDS, PROBE_SECONDS = 9.0, 3.0
 SEVERAL_PARTS = 100 * 2**20  # bytes from which s3fs uploads an object in parts
@@ -96,10 +97,10 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     return pyarrow.fs.LocalFileSystem(), filesystem(uri)[1]
 
 
-def read_bytes(uri: str) -> bytes:
-    """The object's bytes. Raises FileNotFoundError when it does not exist."""
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The object's bytes, or those from `start` up to `end`. Raises FileNotFoundError when it does not exist."""
     fs, path = _open(uri)
-    return retried(f"read {uri}", lambda: fs.cat_file(path))
+    return retried(f"read {uri}", lambda: fs.cat_file(path, start=start, end=end))
 
 
 def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
@@ -173,18 +174,18 @@ def remove_tree(uri: str) -> None:
 
 
 def list_tree(uri: str, chosen: Callable[[str], bool] | None = None) -> dict[str, dict[str, Any]]:
-    """The storage's properties of every file under `uri`, by path.
-
-    Args:
-        chosen: predicate on a file's name relative to `uri` that selects files; None: all files.
-    """
+    """The storage's properties of every file under `uri`, by path; of those `chosen` by the name relative to `uri`."""
     fs, path = filesystem(uri)
     found = retried(f"list {uri}", lambda: fs.find(path, detail=True))
     return {file: found[file] for file in found if chosen is None or chosen(file.removeprefix(path).lstrip("/"))}
 
 
-def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None = None) -> Path:
-    """Copy the files under `uri` (`chosen` as for `list_tree`) into the directory `target`; on errors none is left."""
+def download_tree(
+    uri: str, target: Path, chosen: Callable[[str], bool] | None = None, fetch: Fetch | None = None
+) -> Path:
+    """Copy the files under `uri` (`chosen` as for `list_tree`) into the directory `target`; on errors none is left.
+    `fetch` puts a file, by its path there and its bytes, at a local path; None: it is copied whole.
+    """
     fs, path = filesystem(uri)
     found = list_tree(uri, chosen)
     if not found:
@@ -195,7 +196,11 @@ def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None =
             if not local.resolve().is_relative_to(partial.resolve()):
                 raise StorageError(f"{file!r} climbs out of {uri!r}. Refused; remove that object.")
             local.parent.mkdir(parents=True, exist_ok=True)
-            download(fs, file, local, int(found[file]["size"]))
+            size = int(found[file]["size"])
+            if fetch:
+                retried(f"download {file}", functools.partial(fetch, file, size, local))
+            else:
+                download(fs, file, local, size)
         try:
             partial.rename(target)
         except OSError:  # another process finished the same download first

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from d2f_core import storage
 from d2f_core.data.manifest import read_manifest
+from d2f_core.model.base import describe_base
 from d2f_core.train.checkpoint import Checkpoint, candidates
 from pipelines.autoencoder_task import begins_with, build_task, columns, export
 from pipelines.configs import TrainAutoencoderConfig
@@ -31,7 +32,7 @@ def check_autoencoder(config: TrainAutoencoderConfig) -> AutoencoderJob:
     storage.check_reachable(config.output, write=True)
     manifest = read_manifest(config.images)
     plan = config.plan(manifest, columns(manifest))
-    begun_with = begins_with(config)
+    begun_with = begins_with(config, describe_base)
     identity = config.identity(begun_with, manifest)
     candidates(config.output, identity)  # refuses the output of another training
     build = functools.partial(build_task, config, begun_with)

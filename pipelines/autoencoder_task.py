@@ -4,7 +4,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from d2f_core.data.depth_files import decode_depth
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.table_reader import RowReader
 from d2f_core.model.artifact import load_weights
-from d2f_core.model.autoencoder import autoencoder_fingerprint, load_autoencoder
+from d2f_core.model.autoencoder import autoencoder_fingerprint, check_autoencoder, load_autoencoder
 from d2f_core.model.autoencoder_training import (
     AutoencoderTask,
     TrainableAutoencoder,
@@ -26,7 +26,7 @@ from d2f_core.model.autoencoder_training import (
     latent_scaling,
     new_autoencoder,
 )
-from d2f_core.model.base import BaseModelError, local_copy, resolve_base
+from d2f_core.model.base import BaseModel, BaseModelError, local_copy, resolve_base
 from d2f_core.model.latent_task import image_grid
 from d2f_core.train.checkpoint import Checkpoint, read_tensors
 from d2f_core.train.task import Evaluation, Task
@@ -70,9 +70,12 @@ def vae_config(config: TrainAutoencoderConfig) -> dict[str, Any]:
     return json.loads((local_copy(config.vae_config) / "config.json").read_text())
 
 
-def begins_with(config: TrainAutoencoderConfig) -> dict[str, Any]:
+def begins_with(config: TrainAutoencoderConfig, find_base: Callable[[str], BaseModel] = resolve_base) -> dict[str, Any]:
+    """What identifies the network at the start of the training."""
     if config.base:
-        return {"decoder_of": autoencoder_fingerprint(resolve_base(config.base))}
+        base = find_base(config.base)
+        check_autoencoder(base)
+        return {"decoder_of": autoencoder_fingerprint(base)}
     return {"vae": vae_config(config)}
 
 

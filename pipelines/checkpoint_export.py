@@ -9,7 +9,7 @@ from d2f_core import storage
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.flow.latents import noise_columns
 from d2f_core.model.artifact import describe, upload_artifact
-from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.model.base import BaseModel, describe_base
 from d2f_core.model.latent_task import empty_network, joined_channels
 from d2f_core.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, iter_tensors
 from d2f_core.train.selection import select
@@ -50,7 +50,7 @@ def check_checkpoint(config: CheckpointExportConfig) -> _Found:
         raise ValueError(f"{place!r} does not exist. Give --run the output of a finetuning.") from None
     found = select(config.run, config.step, run.train.retention)
     storage.check_reachable(config.base or run.model.base)
-    base, manifests = resolve_base(config.base or run.model.base), [read_manifest(uri) for uri in run.tables]
+    base, manifests = describe_base(config.base or run.model.base), [read_manifest(uri) for uri in run.tables]
     if (identity := run.identity(base.content_hash, manifests)) != found.manifest.identity:
         raise CheckpointError(
             f"{found.uri} has the identity {found.manifest.identity[:12]}; config.yaml, base and latents as they are "
@@ -101,7 +101,7 @@ def write_model(
         "identity": manifest.identity,
         "weights": weights,
     }
-    if noise_columns(manifests, base.content_hash):
+    if noise_columns(manifests, lambda: base.content_hash):
         training["teacher"] = manifests[0].inputs["model"]
     description = describe(
         base,

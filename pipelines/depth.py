@@ -10,7 +10,7 @@ from dataclasses import replace
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.depth.evaluation import METRICS_NAME, SHEET_NAME
 from d2f_core.identity import stage_key
-from d2f_core.model.base import resolve_base
+from d2f_core.model.base import describe_base
 from d2f_core.stages import StageOutcome
 from d2f_core.storage import check_reachable, exists, join
 from d2f_core.tracking import check_tracking
@@ -27,7 +27,7 @@ def check(config: DepthConfig) -> None:
     check_tracking()
     base = config.decoder.base if config.decoder else config.finetune.model.base
     check_reachable(base)
-    resolve_base(base)
+    describe_base(base)
     for scenes in (config.dataset, config.test):
         make_dataset.check(scenes)
 
@@ -44,7 +44,7 @@ def main(config: DepthConfig) -> Outputs:
         decoder_stage(flow, replace(config.decoder, images=scenes["uri"]), scenes)
         base = join(config.decoder.output, "base")
     wired = replace(config.encode, source=replace(config.encode.source, uri=scenes["uri"]), base=base)
-    inputs = {"scenes": scenes["digest"], "base": resolve_base(base).content_hash}
+    inputs = {"scenes": scenes["digest"], "base": describe_base(base).content_hash}
     latents = flow.table("encode_depth", "scenes", encode_depth.main, wired, **inputs)
     training = replace(config.finetune, latents=latents["uri"], model=replace(config.finetune.model, base=base))
     model = finetune_with(flow, "finetune", training, latents=latents["digest"], base=inputs["base"])
@@ -58,10 +58,10 @@ def decoder_stage(flow: Workflow, config: TrainAutoencoderConfig, scenes: Output
     def run() -> StageOutcome:
         made = train_autoencoder.main(config)
         return StageOutcome(
-            count=config.train.num_steps, outputs={"uri": made, "digest": resolve_base(made).content_hash}
+            count=config.train.num_steps, outputs={"uri": made, "digest": describe_base(made).content_hash}
         )
 
-    key = stage_key(config, {"scenes": scenes["digest"], "base": resolve_base(config.base).content_hash})
+    key = stage_key(config, {"scenes": scenes["digest"], "base": describe_base(config.base).content_hash})
     return flow.stage("train_autoencoder", key, "steps", run, lambda done: exists(join(done["uri"], "vae/config.json")))
 
 

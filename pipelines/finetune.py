@@ -9,11 +9,11 @@ from pipelines.cli import run_job
 from pipelines.configs import FinetuneConfig
 
 if TYPE_CHECKING:
-    from pipelines.finetune_job import FinetuneJob
+    from pipelines.finetune_job import CheckedFinetune
     from pipelines.training import TrainingResult
 
 
-def check(config: FinetuneConfig) -> "FinetuneJob":
+def check(config: FinetuneConfig) -> "CheckedFinetune":
     from pipelines.finetune_job import check_finetune
 
     return check_finetune(config)
@@ -23,7 +23,7 @@ def main(config: FinetuneConfig) -> "TrainingResult":
     """Train to the end and export the model."""
     from pipelines.training import train
 
-    return train(check(config)).complete()
+    return train(check(config).job()).complete()
 
 
 if __name__ == "__main__":

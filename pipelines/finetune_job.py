@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 
 from d2f_core import storage
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.flow.estimate.job import worker_bytes
 from d2f_core.flow.latents import check_fingerprint
 from d2f_core.model.autoencoder import autoencoder_fingerprint
-from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.model.base import BaseModel, describe_base
+from d2f_core.model.latent_task import check_networks
 from d2f_core.tracking import check_tracking, pin_model
-from d2f_core.train.checkpoint import Checkpoint, candidates
+from d2f_core.train.checkpoint import Checkpoint, candidates, list_checkpoints
 from d2f_core.train.config import TrainConfig
 from pipelines.checkpoint_export import default_weights, write_model
 from pipelines.configs import FinetuneConfig
@@ -47,12 +49,42 @@ class FinetuneJob(TrainingJob):
         return write_model(self.config, self.base, self.manifests, last, target, weights=weights)
 
 
-def check_finetune(config: FinetuneConfig) -> FinetuneJob:
-    """Refuse what cannot work, before anything is started."""
+@dataclass(frozen=True, kw_only=True)
+class CheckedFinetune:
+    """A finetuning that was found to work, as far as configs and the headers of weights tell."""
+
+    config: FinetuneConfig
+    base: BaseModel
+    """Described: weights on S3 stay there."""
+    manifests: list[Manifest]
+    plan: StreamPlan
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that a checkpoint and this run must have in common; reads the whole base to hash it."""
+        return self.config.identity(self.base.content_hash, self.manifests)
+
+    def job(self) -> FinetuneJob:
+        """The job to run, which the base's hash belongs to."""
+        return FinetuneJob(
+            config=self.config,
+            build_task=functools.partial(build_task, self.config, self.base.content_hash),
+            plan=self.plan,
+            identity=self.identity,
+            base=self.base,
+            manifests=self.manifests,
+        )
+
+
+def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
+    """Refuse what cannot work, before anything is started. No weights are loaded, and of a base on S3 only the headers
+    and the autoencoder are read; all of it if the output holds checkpoints, or the latents are pairs.
+    """
     storage.check_reachable(config.model.base)
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
-    base, manifests = resolve_base(config.model.base), [read_manifest(uri) for uri in config.tables]
+    base, manifests = describe_base(config.model.base), [read_manifest(uri) for uri in config.tables]
+    check_networks(base, config.model)
     autoencoder = autoencoder_fingerprint(base)
     for manifest in manifests:
         check_fingerprint(manifest, autoencoder)
@@ -60,13 +92,7 @@ def check_finetune(config: FinetuneConfig) -> FinetuneJob:
     plan = make_plan(config, base, manifests)
     check_tracking()
     config = replace(config, model=replace(config.model, start=pin_model(config.model.start)))
-    identity = config.identity(base.content_hash, manifests)
-    candidates(config.output, identity)  # raises if the output holds another training
-    return FinetuneJob(
-        config=config,
-        build_task=functools.partial(build_task, config, base.content_hash),
-        plan=plan,
-        identity=identity,
-        base=base,
-        manifests=manifests,
-    )
+    checked = CheckedFinetune(config=config, base=base, manifests=manifests, plan=plan)
+    if list_checkpoints(config.output):
+        candidates(config.output, checked.identity)  # raises if the output holds another training
+    return checked

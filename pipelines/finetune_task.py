@@ -81,7 +81,7 @@ def preview_of(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> P
 def make_plan(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest]) -> StreamPlan:
     """Plan the rows and columns to read, and their order."""
     columns = TASKS[config.model.task].columns
-    return config.plan(manifests, columns + noise_columns(manifests, base.content_hash))
+    return config.plan(manifests, columns + noise_columns(manifests, lambda: base.content_hash))
 
 
 def check_task(manifest: Manifest, task: str) -> None:

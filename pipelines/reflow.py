@@ -16,7 +16,7 @@ from d2f_core.flow.evaluate.job import read_reference
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.prompts import scan_prompts, table_captions
 from d2f_core.model.artifact import DESCRIPTION
-from d2f_core.model.base import local_copy, resolve_base
+from d2f_core.model.base import describe_base, described_copy
 from d2f_core.model.latent_task import check_start
 from d2f_core.storage import check_reachable, join, write_bytes
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
@@ -43,11 +43,11 @@ class Teacher:
 def first_teacher(config: ReflowConfig) -> Teacher:
     """The teacher of the first round; raises ValueError when the training cannot start from it."""
     uri, model = pin_model(config.teacher), config.finetune.model
-    place, base = resolve_model(uri), resolve_base(model.base)
-    if (local_copy(place) / DESCRIPTION).exists():
+    place, base = resolve_model(uri), describe_base(model.base)
+    if (described_copy(place).path / DESCRIPTION).exists():
         trained = check_start(base, replace(model, start=place))
         return Teacher(uri=uri, digest=trained.content_hash, start=uri)
-    digest = resolve_base(place).content_hash
+    digest = describe_base(place).content_hash
     if digest != base.content_hash:
         raise ValueError(
             f"teacher={config.teacher!r} is a base with the hash {digest}; finetune.model.base={model.base!r} has "

@@ -5,7 +5,7 @@ a kill, the same command resumes.
 """
 
 from d2f_core.flow.generate.prompts import table_captions, write_prompts
-from d2f_core.model.base import resolve_base
+from d2f_core.model.base import describe_base
 from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking
 from pipelines import encode_latents, make_dataset
@@ -36,14 +36,14 @@ def check(config: WorkflowConfig) -> None:
     check_reachable(config.output, write=True)
     check_tracking()
     check_reachable(config.finetune.model.base)
-    resolve_base(config.finetune.model.base)
+    describe_base(config.finetune.model.base)
 
 
 def main(config: WorkflowConfig) -> None:
     check(config)
     connect(reads={}, writes={"output": config.output})
     flow = Workflow(config.output, told=TOLD)
-    base = resolve_base(config.finetune.model.base).content_hash
+    base = describe_base(config.finetune.model.base).content_hash
     images = flow.table("make_dataset", "images", make_dataset.main, config.dataset)
     latents = flow.table(
         "encode_latents", "images", encode_latents.main, config.wired_encode(), images=images["digest"], base=base

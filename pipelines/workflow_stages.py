@@ -10,10 +10,9 @@ from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.job import REPORT_NAME
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.publish.config import RegisterConfig
-from d2f_core.hashing import hash_directory
 from d2f_core.identity import stage_key
 from d2f_core.model.artifact import DESCRIPTION
-from d2f_core.model.base import local_copy
+from d2f_core.model.base import described_copy
 from d2f_core.stages import StageOutcome, StageResult, run_stage
 from d2f_core.storage import exists, join, write_bytes
 from d2f_core.tracking import TrackingError, find_run, pin_model
@@ -70,7 +69,7 @@ def finetune_stage(flow: Workflow, config: WorkflowConfig, **inputs: str) -> Out
 def finetune_with(flow: Workflow, name: str, config: FinetuneConfig, **inputs: str) -> Outputs:
     def run() -> StageOutcome:
         done = finetune.main(config)
-        digest = hash_directory(local_copy(done.model))
+        digest = described_copy(done.model).hash()
         return StageOutcome(count=done.step, outputs={"uri": done.model, "digest": digest})
 
     key = stage_key(config, inputs)

@@ -1,6 +1,6 @@
 """Latent tables: their columns, and whether they fit the model to be trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
@@ -69,12 +69,13 @@ def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
         )
 
 
-def noise_columns(manifests: Sequence[Manifest], base_hash: str) -> tuple[str, ...]:
+def noise_columns(manifests: Sequence[Manifest], base_hash: Callable[[], str]) -> tuple[str, ...]:
     """`("noise",)` if the tables hold pairs, that is, each latent with the noise that a model generated it from; else
     `()`.
 
     Args:
-        base_hash: content hash of the base model to be trained.
+        base_hash: gives the content hash of the base model to be trained; asked only when there are pairs, since it may
+            take reading the whole model.
 
     Raises:
         SchemaError: the pairs belong to another base model, or only some of the tables have noise.
@@ -82,9 +83,9 @@ def noise_columns(manifests: Sequence[Manifest], base_hash: str) -> tuple[str, .
     makers = [manifest.fingerprint.get("made_by") or {} for manifest in manifests]
     pairs = [maker for maker in makers if maker.get("pairs")]
     for maker in pairs:
-        if maker["base"] != base_hash:
+        if maker["base"] != (own := base_hash()):
             raise SchemaError(
-                f"The pairs were made by a model on the base {maker['base']}, the base to train is {base_hash}. "
+                f"The pairs were made by a model on the base {maker['base']}, the base to train is {own}. "
                 "Generate pairs with the model that is to be straightened."
             )
     if pairs and len(pairs) < len(manifests):

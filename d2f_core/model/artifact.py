@@ -9,8 +9,8 @@ nothing in an artifact can run code, and `artifact_files.check_files` refuses a 
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +18,25 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from d2f_core.hashing import hash_directory
 from d2f_core.model.artifact_files import ArtifactError
 from d2f_core.model.artifact_writer import save_artifact, upload_artifact
-from d2f_core.model.base import BaseModel, BaseModelError, local_copy, resolve_base
+from d2f_core.model.base import (
+    BaseModel,
+    BaseModelError,
+    describe_base,
+    described_copy,
+    local_copy,
+    resolve_base,
+)
 from d2f_core.model.config import SamplingDefaults, TaskName
-from d2f_core.model.denoiser import as_denoiser, extend_input_channels, load_unet, network_dtype
+from d2f_core.model.denoiser import (
+    as_denoiser,
+    check_unet,
+    extend_input_channels,
+    load_unet,
+    network_dtype,
+    unet_on_meta,
+)
 from d2f_core.model.description import (
     DESCRIPTION,
     WEIGHTS,
@@ -33,7 +46,10 @@ from d2f_core.model.description import (
     schedule_hash,
     weights_hashes,
 )
-from d2f_core.model.lora import load_lora
+from d2f_core.model.fit import diffusers_misfit
+from d2f_core.model.lora import describe_lora, load_lora
+from d2f_core.model.model_files import ModelFiles
+from d2f_core.model.network_disk import read_or_map
 from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField
 from d2f_core.objective.schedule import NoiseSchedule
 from d2f_core.retry import one_line
@@ -41,8 +57,10 @@ from d2f_core.retry import one_line
 __all__ = [
     "DESCRIPTION",
     "ArtifactError",
+    "DescribedModel",
     "TrainedModel",
     "describe",
+    "describe_model",
     "load_model",
     "load_weights",
     "read_description",
@@ -53,16 +71,36 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedModel:
-    """A model that is ready to sample: an unchanged base model, or a finetuned one."""
+class DescribedModel:
+    """All of a model but its weights: of an unchanged base model, or of a finetuned one."""
 
     base: BaseModel
-    network: nn.Module
     objective: str
     """diff2flow, flow_matching or diffusion: the loss that the weights were last trained with."""
     sampling: SamplingDefaults
-    content_hash: str
     task: TaskName = "text_to_image"
+    method: str = ""
+    """full or lora; empty for an unchanged base model."""
+    own_hash: str = ""
+    """Content hash of what was trained; empty for an unchanged base model."""
+
+    @property
+    def content_hash(self) -> str:
+        """Content hash of the model; that of a base model takes reading all of it."""
+        return self.own_hash or self.base.content_hash
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the model's images when no size is given."""
+        edge = self.sampling.resolution
+        return (edge, edge) if edge else self.base.default_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(DescribedModel):
+    """A model that is ready to sample."""
+
+    network: nn.Module
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -84,12 +122,6 @@ class TrainedModel:
         if self.objective == "flow_matching":
             return NaiveVelocityField(self.denoiser, self.schedule)
         return VelocityField(self.denoiser, self.schedule, self.prediction_type)
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the model's images when no size is given."""
-        edge = self.sampling.resolution
-        return (edge, edge) if edge else self.base.default_size
 
     def to(self, device: str | torch.device) -> "TrainedModel":
         self.network.to(device)
@@ -122,32 +154,54 @@ def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
             schedule or the weights) that differs from the description's.
         BaseModelError: `uri` holds neither an artifact nor a base model.
     """
-    directory = local_copy(uri)
-    if not os.path.lexists(directory / DESCRIPTION):
-        base = resolve_base(uri)
-        return TrainedModel(
-            base=base,
-            network=load_unet(base).eval().requires_grad_(False),
-            objective="diffusion",
-            sampling=SamplingDefaults(solver="ddim", steps=25),
-            content_hash=base.content_hash,
-        )
-    description = read_description(directory)
-    _check_weights(uri, directory, description)
-    base = resolve_base(base_uri or description["base"]["uri"])
+    files = ModelFiles(path=local_copy(uri))
+    described, description = _described(uri, files, base_uri, resolve_base)
+    network = _network(uri, files, described, description, _load) if description else load_unet(described.base)
+    values = {field.name: getattr(described, field.name) for field in fields(described)}
+    return TrainedModel(**values, network=network.eval().requires_grad_(False))
+
+
+def describe_model(uri: str, *, base_uri: str | None = None) -> DescribedModel:
+    """Check a model as `load_model` does, for a machine that loads no weights: they are compared with the network by
+    the headers of their files; hashes are taken in pieces. Of a model on S3, only headers and configs are copied.
+
+    Raises:
+        the errors of `load_model`.
+    """
+    files = described_copy(uri)
+    described, description = _described(uri, files, base_uri, describe_base)
+    if description:
+        _network(uri, files, described, description, _describe)
+    else:
+        check_unet(described.base)
+    return described
+
+
+def _described(
+    uri: str, files: ModelFiles, base_uri: str | None, find_base: Callable[[str], BaseModel]
+) -> tuple[DescribedModel, Mapping[str, Any]]:
+    """A model whose files were checked, and its description, which a base model has none of."""
+    if not os.path.lexists(files.path / DESCRIPTION):
+        sampling = SamplingDefaults(solver="ddim", steps=25)
+        return DescribedModel(base=find_base(uri), objective="diffusion", sampling=sampling), {}
+    description = read_description(files.path)
+    _check_weights(uri, files, description)
+    base = find_base(base_uri or description["base"]["uri"])
     _check_base(uri, base, description)
-    return TrainedModel(
+    described = DescribedModel(
         base=base,
-        network=_load_network(uri, directory, base, description).eval().requires_grad_(False),
         objective=description["objective"],
         sampling=read_sampling(description),
-        content_hash=hash_directory(directory),
         task=description["task"],
+        method=description["method"],
+        own_hash=files.hash(),
     )
+    return described, description
 
 
-def _check_weights(uri: str, directory: Path, description: Mapping[str, Any]) -> None:
-    expected, found = description["weights_sha256"], weights_hashes(directory, description["method"])
+def _check_weights(uri: str, files: ModelFiles, description: Mapping[str, Any]) -> None:
+    expected = description["weights_sha256"]
+    found = weights_hashes(files.path, description["method"], files.sha256)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ArtifactError(
@@ -176,41 +230,58 @@ def _check_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> No
         )
 
 
-def _load_network(uri: str, directory: Path, base: BaseModel, description: Mapping[str, Any]) -> nn.Module:
-    """Build the described network from the checked files; raises ArtifactError when a library cannot."""
-    method, extra = description["method"], description["joined_channels"]
+def _network(
+    uri: str,
+    files: ModelFiles,
+    model: DescribedModel,
+    description: Mapping[str, Any],
+    make: Callable[[DescribedModel, Path, int], nn.Module],
+) -> nn.Module:
+    """Make the described network of the checked files; raises ArtifactError when a library cannot.
+
+    Args:
+        make: makes it, given the directory of the trained weights and how many input channels it has beside the base's.
+    """
+    extra, part = description["joined_channels"], WEIGHTS[model.method]
     try:
-        if method == "lora":
-            unet = load_unet(base)
-            network = load_lora(extend_input_channels(unet, extra) if extra else unet, directory / WEIGHTS[method])
-        else:
-            network = _load_whole_unet(directory / WEIGHTS[method])
+        network = make(model, files.path / part, extra)
     except BaseModelError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(
-            f"{uri!r}: no network can be made of {WEIGHTS[method]}/ ({one_line(error)}). Copy the artifact again."
+            f"{uri!r}: no network can be made of {part}/ ({one_line(error)}). Copy the artifact again."
         ) from error
     inputs, wanted = (int(cast(Any, network).config[f"{end}_channels"]) for end in ("in", "out"))
     if extra and inputs != wanted + extra:  # a description without extra channels may be older than this field
         raise ArtifactError(
-            f"{uri!r}: the network has {inputs} input channels, but task={description['task']!r} with joined_channels="
+            f"{uri!r}: the network has {inputs} input channels, but task={model.task!r} with joined_channels="
             f"{extra} needs {wanted + extra}. Copy the artifact again."
         )
     return network
 
 
-def _load_whole_unet(directory: Path) -> nn.Module:
-    """Load a UNet and check that its files hold all weights: diffusers only warns, and draws missing ones at random."""
-    unet, info = cast(Any, UNet2DConditionModel).from_pretrained(
-        directory, use_safetensors=True, output_loading_info=True
-    )
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if missing or unexpected:
-        raise ValueError(
-            f"it lacks {len(missing)} tensors, such as {missing[:2]}, and has {len(unexpected)} that the config does "
-            f"not know, such as {unexpected[:2]}"
-        )
+def _load(model: DescribedModel, directory: Path, extra: int) -> nn.Module:
+    if model.method == "lora":
+        unet = load_unet(model.base)
+        return load_lora(extend_input_channels(unet, extra) if extra else unet, directory)
+    _describe_whole_unet(directory)
+    return UNet2DConditionModel.from_pretrained(directory, use_safetensors=True, **read_or_map(directory))
+
+
+def _describe(model: DescribedModel, directory: Path, extra: int) -> nn.Module:
+    """The network of `_load` on torch's meta device."""
+    if model.method != "lora":
+        return _describe_whole_unet(directory)
+    unet = check_unet(model.base)
+    with torch.device("meta"):
+        return describe_lora(extend_input_channels(unet, extra) if extra else unet, directory)
+
+
+def _describe_whole_unet(directory: Path) -> nn.Module:
+    """A UNet on torch's meta device, after a check that its files hold all its weights and no others."""
+    unet = unet_on_meta(directory)
+    if misfit := diffusers_misfit(unet, directory):
+        raise ValueError(str(misfit))
     return unet
 
 

@@ -5,8 +5,6 @@ makes no library import code, safetensors whose header fits their bytes, a card,
 pickle, archive, script, link or special file passes, even if nothing would have read it.
 """
 
-import json
-import math
 import os
 import re
 import stat
@@ -16,23 +14,16 @@ from typing import Any
 
 import yaml
 
+from d2f_core.model.plain_json import NotPlainError, entries, parse
+from d2f_core.model.safetensors_header import HeaderError, read_header
 from d2f_core.retry import one_line
 
 MB = 2**20
 MAX_ENTRIES = 256
 """Most files and directories in one artifact."""
-MAX_JSON_DEPTH = 32
 MAX_CONFIG_BYTES, MAX_VOCABULARY_BYTES, MAX_PICTURE_BYTES = 2 * MB, 64 * MB, 32 * MB
 MAX_YAML_BYTES = MB // 4
 """Largest YAML file in bytes; smaller than for JSON, because YAML is parsed in Python."""
-MAX_DIMENSIONS = 8
-MAX_HEADER_BYTES = 8 * MB
-"""Largest header of a safetensors file in bytes, enough for 50,000 tensors; the library itself accepts more than ten
-times as much."""
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 PICKLE = "is a pickle, which runs code when it is loaded. Convert the weights to safetensors and delete it"
@@ -144,40 +135,11 @@ def _limited(file: Path, limit: int) -> Path:
     return file
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("it has a key twice")
-    return values
-
-
-def _not_a_number(text: str) -> Any:
-    raise ValueError(f"it holds {text}")
-
-
 def _parsed(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object of limited depth without duplicate keys."""
     try:
-        content = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_not_a_number)
-    except (ValueError, RecursionError) as error:
-        raise _Refusal(f"is not plain JSON ({error}). Take it from the original model.") from None
-    if not isinstance(content, dict):
-        raise _Refusal(f"holds a {type(content).__name__}, not a JSON object. Take it from the original model.")
-    if max(depth for _, _, depth in _entries(content)) > MAX_JSON_DEPTH:
-        raise _Refusal(f"is nested more than {MAX_JSON_DEPTH} deep. Take it from the original model.")
-    return content
-
-
-def _entries(content: Any) -> Iterator[tuple[str | None, Any, int]]:
-    """(key, value, depth) of every value, without recursion."""
-    left: list[tuple[str | None, Any, int]] = [(None, content, 0)]
-    while left:
-        key, value, depth = left.pop()
-        yield key, value, depth
-        if isinstance(value, dict):
-            left += [(name, part, depth + 1) for name, part in value.items()]
-        elif isinstance(value, list):
-            left += [(None, part, depth + 1) for part in value]
+        return parse(data)
+    except NotPlainError as error:
+        raise _Refusal(str(error)) from None
 
 
 def plain_json(file: Path) -> dict[str, Any]:
@@ -186,7 +148,7 @@ def plain_json(file: Path) -> dict[str, Any]:
     if file.name == "adapter_config.json":
         _check_adapter(content)
         content.pop("auto_mapping", None)
-    for key, value, _ in _entries(content):
+    for key, value, _ in entries(content):
         if key in CODE_KEYS and value not in (None, False):
             raise _Refusal(f"has the key {key!r}, by which {CODE_KEYS[key]} imports code. Remove it.")
         if key == "_class_name" and not (isinstance(value, str) and value.isidentifier()):
@@ -229,35 +191,10 @@ def _index(file: Path) -> None:
 
 def plain_weights(file: Path) -> None:
     """Check that a safetensors file's header is within the limit and accounts for every byte after it."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise _Refusal(f"has {size:,} bytes and says that {length:,} are its header. Copy the weights again.")
-        header = _parsed(handle.read(length))
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Refusal("has metadata that are not strings by name. Save it again.")
-    ends = 0
-    for begin, end, name in sorted(_span(name, entry) for name, entry in header.items()):
-        if begin != ends:
-            raise _Refusal(f"has {name[:60]!r} at byte {begin:,} where {ends:,} is due. Copy the weights again.")
-        ends = end
-    if ends != size - 8 - length:
-        raise _Refusal(f"has {size - 8 - length:,} bytes of tensors; its header tells of {ends:,}. Copy it again.")
-
-
-def _span(name: str, entry: Any) -> tuple[int, int, str]:
-    """A tensor's byte range and name, if its dtype, shape and offsets agree."""
     try:
-        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-        numbers = [begin, end, *shape]
-        plain = len(shape) <= MAX_DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        if plain and end - begin == math.prod(shape) * DTYPE_BYTES[dtype]:
-            return begin, end, name
-    except (KeyError, TypeError, ValueError):
-        pass  # refused below, like a tensor whose numbers disagree
-    raise _Refusal(f"describes the tensor {name[:60]!r} by {str(entry)[:120]}, which does not add up. Copy it again.")
+        read_header(file)
+    except HeaderError as error:
+        raise _Refusal(str(error)) from None
 
 
 def _vocabulary(file: Path) -> None:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from d2f_core import storage
 from d2f_core.model.artifact_files import AUTO_MAPPING, ArtifactError
 from d2f_core.model.description import DESCRIPTION, WEIGHTS, write_description
+from d2f_core.model.lora import ADAPTER_NAME
 from d2f_core.safetensors_layout import layout
 
 FULL_NAMES = "diffusion_pytorch_model{suffix}.safetensors"
-LORA_NAME = "adapter_model.safetensors"
 MAX_FILE_BYTES = 10 * 10**9
 """Of a UNet's weights in one file; diffusers' own default."""
 
@@ -104,7 +104,7 @@ def _adapter_places(network: nn.Module, state: dict[str, Tensor]) -> dict[str, _
     """Parameter name -> place, as PEFT saves an adapter: it selects tensors, which are mapped back to their names."""
     names = {id(tensor): name for name, tensor in state.items()}
     saved = get_peft_model_state_dict(cast(Any, network), state_dict=state)
-    return {names[id(tensor)]: _Place(LORA_NAME, key, tuple(tensor.shape)) for key, tensor in saved.items()}
+    return {names[id(tensor)]: _Place(ADAPTER_NAME, key, tuple(tensor.shape)) for key, tensor in saved.items()}
 
 
 def _write_unet_config(part: Path, network: nn.Module) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError
+from d2f_core.model.fit import diffusers_misfit, require_fit
+from d2f_core.model.network_disk import read_or_map
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,17 @@ class Autoencoder:
 
 
 def autoencoder_fingerprint(base: BaseModel) -> str:
-    """The fingerprint of a base model's autoencoder, without loading it."""
+    """The fingerprint of a base model's autoencoder, without loading it.
+
+    Raises:
+        BaseModelError: the base model has no autoencoder.
+        UnreachableError: S3, where the files of a described base lie, stays away.
+    """
     directory = base.path / "vae"
     if not (directory / "config.json").is_file():
         raise BaseModelError(f"{base.uri!r} has no vae/config.json. Copy the vae directory of the original model.")
     scaling = json.loads((directory / "config.json").read_text()).get("scaling_factor")
-    return hashlib.sha256(f"{hash_directory(directory)} {scaling}".encode()).hexdigest()
+    return hashlib.sha256(f"{hash_directory(directory, sha256=base.files.sha256)} {scaling}".encode()).hexdigest()
 
 
 def load_autoencoder(
@@ -55,10 +62,27 @@ def load_autoencoder(
     """The base model's autoencoder, frozen.
 
     Raises:
-        BaseModelError: the base model has no `vae` directory with safetensors.
+        BaseModelError: see `check_autoencoder`.
     """
     fingerprint = autoencoder_fingerprint(base)
-    if not any((base.path / "vae").glob("*.safetensors")):
-        raise BaseModelError(f"{base.uri!r} has no safetensors in vae/. Train or convert the autoencoder first.")
-    network: Any = AutoencoderKL.from_pretrained(base.path / "vae", torch_dtype=dtype, use_safetensors=True)
+    check_autoencoder(base)
+    directory = base.files.require_whole() / "vae"
+    network: Any = AutoencoderKL.from_pretrained(
+        directory, torch_dtype=dtype, use_safetensors=True, **read_or_map(directory)
+    )
     return Autoencoder(network.to(device).eval().requires_grad_(False), fingerprint)
+
+
+def check_autoencoder(base: BaseModel) -> None:
+    """Compare the autoencoder's config with the headers of its files.
+
+    Raises:
+        BaseModelError: the base model has no `vae` directory with safetensors, or they are damaged or of another
+            network.
+    """
+    directory = base.path / "vae"
+    if not any(directory.glob("*.safetensors")):
+        raise BaseModelError(f"{base.uri!r} has no safetensors in vae/. Train or convert the autoencoder first.")
+    with torch.device("meta"):
+        network = cast(Any, AutoencoderKL).from_config(AutoencoderKL.load_config(directory))
+    require_fit(base, "vae", lambda: diffusers_misfit(network, directory))

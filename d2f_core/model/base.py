@@ -8,11 +8,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from d2f_core import storage
-from d2f_core.hashing import HASHED_SUFFIXES, cache_root, hash_directory, one_at_a_time
+from d2f_core.hashing import HASHED_SUFFIXES, cache_root, one_at_a_time
+from d2f_core.model.model_files import ModelFiles, describe_tree
 from d2f_core.objective.schedule import NoiseSchedule
 from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying
 
@@ -35,17 +37,28 @@ class UnreachableHubError(BaseModelError, UnreachableError):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """A verified base model on this machine's disk."""
+    """A verified base model on this machine's disk, whole or described."""
 
     uri: str
     """The URI as it was given."""
-    path: Path
-    """The model's directory on this machine."""
-    content_hash: str
-    """sha256 over names and contents of the model's configs and safetensors."""
+    files: ModelFiles
     prediction_type: str
     """epsilon, v_prediction or sample, as diffusers spells it."""
     scheduler_config: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The model's directory on this machine."""
+        return self.files.path
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 over names and contents of the model's configs and safetensors, which are read when it is asked for.
+
+        Raises:
+            UnreachableError: S3, where the files of a described base lie, stays away.
+        """
+        return self.files.hash(*PARTS, *SDXL_PARTS)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -101,11 +114,7 @@ def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str
         UnreachableError: S3 or the hub stays away.
     """
     if uri.startswith("s3://"):
-        found = storage.list_tree(uri, chosen)
-        listing = sorted((name, info.get("ETag"), info["size"]) for name, info in found.items())
-        if not listing:
-            raise BaseModelError(f"{uri!r} holds no files. Check the URI, or upload the model there first.")
-        version = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
+        _, version = _listed(uri, chosen)
         target = (cache_dir or cache_root()) / "models" / version
         with one_at_a_time(target):
             return target if target.is_dir() else storage.download_tree(uri, target, chosen)
@@ -118,6 +127,27 @@ def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str
     raise BaseModelError(
         f"No directory {uri!r}. Give a local directory, an s3:// prefix, or a hub id such as owner/name."
     )
+
+
+def _listed(uri: str, chosen: Callable[[str], bool] | None = None) -> tuple[dict[str, dict[str, Any]], str]:
+    """The objects under an s3:// prefix as `storage.list_tree` gives them, and the name of their present version."""
+    found = storage.list_tree(uri, chosen)
+    listing = sorted((name, info.get("ETag"), info["size"]) for name, info in found.items())
+    if not listing:
+        raise BaseModelError(f"{uri!r} holds no files. Check the URI, or upload the model there first.")
+    return found, hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
+
+
+def described_copy(uri: str, *, cache_dir: Path | None = None) -> ModelFiles:
+    """Like `local_copy`, but of weights on S3 only the headers are copied, unless this machine has them already."""
+    if not uri.startswith("s3://"):
+        return ModelFiles(path=local_copy(uri))
+    found, version = _listed(uri)
+    root = cache_dir or cache_root()
+    if (whole := root / "models" / version).is_dir():
+        return ModelFiles(path=whole)
+    with one_at_a_time(root / "described" / version):
+        return describe_tree(uri, found, root / "described" / version)
 
 
 def _from_hub(name: str) -> Path:
@@ -164,7 +194,16 @@ def resolve_base(uri: str, *, cache_dir: Path | None = None) -> BaseModel:
         UnreachableError: S3 or the hub stays away.
         ScheduleError: the scheduler config cannot be used.
     """
-    path = local_copy(uri, cache_dir=cache_dir)
+    return _checked(uri, ModelFiles(path=local_copy(uri, cache_dir=cache_dir)))
+
+
+def describe_base(uri: str, *, cache_dir: Path | None = None) -> BaseModel:
+    """Like `resolve_base`, for a machine that loads no weights: see `described_copy`."""
+    return _checked(uri, described_copy(uri, cache_dir=cache_dir))
+
+
+def _checked(uri: str, files: ModelFiles) -> BaseModel:
+    path = files.path
     for needed in ("unet/config.json", "scheduler/scheduler_config.json"):
         if not (path / needed).is_file():
             raise BaseModelError(
@@ -181,8 +220,7 @@ def resolve_base(uri: str, *, cache_dir: Path | None = None) -> BaseModel:
     config = json.loads((path / "scheduler/scheduler_config.json").read_text())
     base = BaseModel(
         uri=uri,
-        path=path,
-        content_hash=hash_directory(path, (*PARTS, *SDXL_PARTS)),
+        files=files,
         prediction_type=config.get("prediction_type", "epsilon"),
         scheduler_config=config,
     )

@@ -11,6 +11,7 @@ first convolution was widened by `extend_input_channels`.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from d2f_core.model.base import BaseModel, BaseModelError
+from d2f_core.model.fit import diffusers_misfit, require_fit
+from d2f_core.model.network_disk import read_or_map
 from d2f_core.objective.alignment import Denoiser
 
 POOLED_AND_TIME_IDS = "text_time"
@@ -35,18 +38,33 @@ def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cast(Any, UNet2DConditionModel).from_config(UNet2DConditionModel.load_config(directory))
-    if not any(directory.glob("*.safetensors")):
+    base.files.require_whole()
+    check_unet(base)
+    return UNet2DConditionModel.from_pretrained(
+        directory, torch_dtype=torch.float32, use_safetensors=True, **read_or_map(directory)
+    )
+
+
+def check_unet(base: BaseModel) -> UNet2DConditionModel:
+    """The base model's empty UNet, after a comparison with the headers of its files.
+
+    Raises:
+        BaseModelError: there are no safetensors, or they are damaged or of another network.
+    """
+    if not any((base.path / "unet").glob("*.safetensors")):
         raise BaseModelError(
             f"{base.uri!r} has no safetensors in unet/. Convert the weights with "
             "save_pretrained(safe_serialization=True), or train from random weights with --from-scratch."
         )
-    return UNet2DConditionModel.from_pretrained(directory, torch_dtype=torch.float32, use_safetensors=True)
+    unet = unet_on_meta(base.path / "unet")
+    require_fit(base, "unet", lambda: diffusers_misfit(unet, base.path / "unet"))
+    return unet
 
 
-def empty_unet(base: BaseModel) -> UNet2DConditionModel:
-    """The base model's UNet on torch's meta device: names, shapes and config without weights."""
+def unet_on_meta(directory: Path) -> UNet2DConditionModel:
+    """The UNet of a directory on torch's meta device: names, shapes and config without weights."""
     with torch.device("meta"):
-        return cast(Any, UNet2DConditionModel).from_config(UNet2DConditionModel.load_config(base.path / "unet"))
+        return cast(Any, UNet2DConditionModel).from_config(UNet2DConditionModel.load_config(directory))
 
 
 def as_denoiser(network: Callable[..., Any], dtype: torch.dtype = torch.float32) -> Denoiser:

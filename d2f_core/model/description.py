@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,11 +93,15 @@ def schedule_hash(scheduler_config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(scheduler_config), sort_keys=True).encode()).hexdigest()
 
 
-def weights_hashes(directory: Path, method: str) -> dict[str, str]:
-    """Relative name -> sha256 for the weight files and the configs that determine how they are used."""
+def weights_hashes(directory: Path, method: str, sha256: Callable[[Path], str] = file_sha256) -> dict[str, str]:
+    """Relative name -> sha256 for the weight files and the configs that determine how they are used.
+
+    Args:
+        sha256: of a file's contents.
+    """
     files = sorted((directory / WEIGHTS[method]).glob("*"))
     return {
-        file.relative_to(directory).as_posix(): file_sha256(file)
+        file.relative_to(directory).as_posix(): sha256(file)
         for file in files
         if file.is_file() and file.suffix in HASHED_SUFFIXES
     }

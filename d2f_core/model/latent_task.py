@@ -15,14 +15,14 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 
-from d2f_core.model.artifact import TrainedModel, load_model, read_description
-from d2f_core.model.base import BaseModel, local_copy
+from d2f_core.model.artifact import DescribedModel, TrainedModel, describe_model, load_model
+from d2f_core.model.base import BaseModel, described_copy, local_copy
 from d2f_core.model.caption_cache import CaptionCache
 from d2f_core.model.config import ModelConfig, PreviewConfig, SamplingDefaults
-from d2f_core.model.denoiser import as_denoiser, empty_unet, extend_input_channels, load_unet
+from d2f_core.model.denoiser import as_denoiser, check_unet, extend_input_channels, load_unet, unet_on_meta
 from d2f_core.model.image_sizes import SIZE_COLUMNS, sizes_of_rows
 from d2f_core.model.lora import add_lora, check_adapter, set_adapter
-from d2f_core.model.text_encoder import load_text_encoder
+from d2f_core.model.text_encoder import describe_text_encoder, load_text_encoder
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.loss import LOSSES, flow_validation_loss
 from d2f_core.objective.path import resolution_shift
@@ -56,7 +56,7 @@ def build_network(base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
 def empty_network(base: BaseModel, config: ModelConfig) -> nn.Module:
     """The network of `build_network` on torch's meta device: names, shapes and configs without weights."""
     with torch.device("meta"):
-        return _made_trainable(empty_unet(base), base, config, seed=0)
+        return _made_trainable(unet_on_meta(base.path / "unet"), base, config, seed=0)
 
 
 def _made_trainable(unet: UNet2DConditionModel, base: BaseModel, config: ModelConfig, seed: int) -> nn.Module:
@@ -65,14 +65,29 @@ def _made_trainable(unet: UNet2DConditionModel, base: BaseModel, config: ModelCo
     return add_lora(unet, config.lora, seed=seed) if config.method == "lora" else unet.requires_grad_(True)
 
 
-def check_start(base: BaseModel, config: ModelConfig) -> TrainedModel:
-    """Load the trained model in the directory `config.start`, and check that the configured training can start from it.
+def check_networks(base: BaseModel, config: ModelConfig) -> None:
+    """Build the networks of a training without weights, and compare those of the base with the headers of its files.
+
+    Raises:
+        BaseModelError: a network's files are missing, damaged or of another network, or text encoder and UNet do not
+            belong together.
+        AdapterError: the LoRA settings fit no layer of the network.
+        ConditionError: the UNet needs a condition that is not known here.
+    """
+    if not config.from_scratch:
+        check_unet(base)
+    as_denoiser(empty_network(base, config))
+    describe_text_encoder(base)
+
+
+def check_start(base: BaseModel, config: ModelConfig) -> DescribedModel:
+    """Describe the trained model in the directory `config.start`, and check that the configured training can start from
+    it; no weights are loaded.
 
     Raises:
         ValueError: it was trained on another base, for another task, by another method, or with other LoRA settings.
     """
-    trained = load_model(config.start)  # checks files and hashes
-    directory = local_copy(config.start)
+    trained = describe_model(config.start)  # checks files and hashes
     if trained.base.content_hash != base.content_hash:
         raise ValueError(
             f"start={config.start!r} was trained on a base with the hash {trained.base.content_hash}; base="
@@ -80,23 +95,23 @@ def check_start(base: BaseModel, config: ModelConfig) -> TrainedModel:
         )
     if trained.task != config.task:
         raise ValueError(f"start={config.start!r} was trained for task={trained.task!r}, not {config.task!r}.")
-    method = read_description(directory)["method"]
-    if method != config.method:
+    if trained.method != config.method:
         raise ValueError(
-            f"start={config.start!r} was trained by method={method!r}, not {config.method!r}. Use the same."
+            f"start={config.start!r} was trained by method={trained.method!r}, not {config.method!r}. Use the same."
         )
-    if method == "lora":
-        check_adapter(cast(PeftModel, empty_network(base, config)), directory / "adapter")
+    if trained.method == "lora":
+        check_adapter(cast(PeftModel, empty_network(base, config)), described_copy(config.start).path / "adapter")
     return trained
 
 
 def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
     """Set the trainable parameters to the values of the trained model in `config.start`."""
-    trained = check_start(base, config)
+    directory = local_copy(config.start)  # first, so that the check reads this copy's contents
+    check_start(base, config)
     if config.method == "lora":
-        set_adapter(cast(PeftModel, network), local_copy(config.start) / "adapter")
+        set_adapter(cast(PeftModel, network), directory / "adapter")
     else:
-        network.load_state_dict(trained.network.state_dict())
+        network.load_state_dict(load_model(config.start).network.state_dict())
 
 
 def sample_keys(epochs: Sequence[int], rows: Sequence[int]) -> list[str]:
@@ -179,7 +194,6 @@ class LatentTask(abc.ABC):
             objective=self.config.objective,
             task=self.config.task,
             sampling=SamplingDefaults(),
-            content_hash="",
         )
 
     @torch.no_grad()

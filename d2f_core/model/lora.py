@@ -23,6 +23,7 @@ Source: Schusterbauer et al., "Diff2Flow", CVPR 2025, arXiv:2506.02221.
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import extend_input_channels
+from d2f_core.model.network_disk import backend
+from d2f_core.model.safetensors_header import read_header
 
 ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 RESNET = r".*\.(conv1|conv2|conv_shortcut|time_emb_proj)"
@@ -50,6 +53,7 @@ OUT_AND_FEED_FORWARD = r".*\.(to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 TRAINED_ENDS = ("conv_in", "conv_out")
 PRESET_RANK = 64
 PEFT_PREFIX = "base_model.model."
+ADAPTER_NAME = "adapter_model.safetensors"
 
 
 class AdapterError(ValueError):
@@ -117,11 +121,19 @@ def add_lora(unet: UNet2DConditionModel, config: LoraConfig, *, seed: int = 0) -
         return cast(PeftModel, get_peft_model(cast(Any, unet), peft_config))
 
 
-def _read_adapter(unet: UNet2DConditionModel, adapter: Path) -> tuple[PeftLoraConfig, dict[str, Tensor]]:
-    """A saved adapter's config, and its tensors by the UNet's names; extends the UNet's input channels to match."""
+def read_adapter(adapter: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter by PEFT's names."""
+    file = adapter / ADAPTER_NAME
+    return load_file(file, backend=backend(file))
+
+
+def _fit_unet(unet: UNet2DConditionModel, adapter: Path, weights: Mapping[str, Tensor]) -> PeftLoraConfig:
+    """A saved adapter's config, after extending the UNet's input channels to match.
+
+    Args:
+        weights: the adapter's tensors, which may be on torch's meta device, by the UNet's names.
+    """
     config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(adapter)))
-    saved = load_file(adapter / "adapter_model.safetensors")
-    weights = {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
     for end in config.modules_to_save or ():
         missing = {f"{end}.{name}" for name, _ in unet.get_submodule(end).named_parameters()} - weights.keys()
         if missing:
@@ -131,13 +143,16 @@ def _read_adapter(unet: UNet2DConditionModel, adapter: Path) -> tuple[PeftLoraCo
     for name in ("conv_in.weight", "conv_in.lora_A.weight"):
         if name in weights and weights[name].shape[1] > unet.config["in_channels"]:
             extend_input_channels(unet, weights[name].shape[1] - unet.config["in_channels"])
-    return config, weights
+    return config
+
+
+def _by_unet_names(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
 
 
 def _check_taken(network: nn.Module, weights: dict[str, Tensor], adapter: Path, adapter_name: str) -> None:
     """Raise AdapterError unless all tensors were loaded: PEFT and diffusers drop unknown ones, or only warn."""
-    found = get_peft_model_state_dict(cast(Any, network), adapter_name=adapter_name)
-    taken = {name.removeprefix(PEFT_PREFIX): value for name, value in found.items()}
+    taken = _by_unet_names(get_peft_model_state_dict(cast(Any, network), adapter_name=adapter_name))
     differing = [
         name
         for name in sorted(weights.keys() | taken.keys())
@@ -156,27 +171,47 @@ def load_lora(unet: UNet2DConditionModel, adapter: Path) -> nn.Module:
     Raises:
         AdapterError: the network has not taken over each tensor of the adapter, or needs more of them.
     """
-    _, weights = _read_adapter(unet, adapter)
-    network = PeftModel.from_pretrained(cast(Any, unet), adapter)
-    _check_taken(network, weights, adapter, "default")
+    saved = read_adapter(adapter)
+    network = get_peft_model(cast(Any, unet), _fit_unet(unet, adapter, _by_unet_names(saved)))
+    set_peft_model_state_dict(network, saved)
+    _check_taken(network, _by_unet_names(saved), adapter, "default")
     return cast(Any, network).merge_and_unload()
 
 
-def check_adapter(network: PeftModel, adapter: Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, after checking that it has the same layers and ranks as the network's own
-    adapter. The network may be on torch's meta device.
+def describe_lora(unet: UNet2DConditionModel, adapter: Path) -> nn.Module:
+    """Like `load_lora`, by the header of the adapter's file, for a UNet on torch's meta device.
 
     Raises:
-        AdapterError: ranks or adapted layers differ.
+        AdapterError: the network lacks a layer of the adapter, has another shape there, or needs more of them.
+        HeaderError: the adapter's file is damaged.
     """
-    saved = load_file(adapter / "adapter_model.safetensors")
+    saved = read_header(adapter / ADAPTER_NAME)
+    with torch.device("meta"):
+        network = cast(PeftModel, get_peft_model(cast(Any, unet), _fit_unet(unet, adapter, _by_unet_names(saved))))
+    _check_shapes(network, saved, adapter)
+    return unet
+
+
+def _check_shapes(network: PeftModel, saved: Mapping[str, Tensor], adapter: Path) -> None:
+    """Raise AdapterError when ranks or adapted layers differ; network and tensors may be on torch's meta device."""
     wanted = {(name, value.shape) for name, value in get_peft_model_state_dict(cast(Any, network)).items()}
     if odd := sorted({name for name, _ in wanted ^ {(name, value.shape) for name, value in saved.items()}}):
         raise AdapterError(
             f"{len(odd)} of {len(wanted)} tensors of {adapter} have other shapes than the network's, such as {odd[0]}. "
             "Use the LoRA settings that it was trained with."
         )
-    return saved
+
+
+def check_adapter(network: PeftModel, adapter: Path) -> None:
+    """Check by the header of its file that a saved adapter has the same layers and ranks as the network's own.
+
+    Args:
+        network: may be on torch's meta device.
+
+    Raises:
+        AdapterError: ranks or adapted layers differ.
+    """
+    _check_shapes(network, read_header(adapter / ADAPTER_NAME), adapter)
 
 
 def set_adapter(network: PeftModel, adapter: Path) -> None:
@@ -185,10 +220,10 @@ def set_adapter(network: PeftModel, adapter: Path) -> None:
     Raises:
         AdapterError: see `check_adapter`.
     """
-    saved = check_adapter(network, adapter)
+    check_adapter(network, adapter)
+    saved = read_adapter(adapter)
     set_peft_model_state_dict(cast(Any, network), saved)
-    weights = {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
-    _check_taken(network, weights, adapter, "default")
+    _check_taken(network, _by_unet_names(saved), adapter, "default")
 
 
 def load_lora_in_diffusers(
@@ -204,7 +239,8 @@ def load_lora_in_diffusers(
     Raises:
         AdapterError: the network has not taken over each tensor of the adapter, or needs more of them.
     """
-    config, weights = _read_adapter(unet, adapter)
+    weights = _by_unet_names(read_adapter(adapter))
+    config = _fit_unet(unet, adapter, weights)
     # diffusers infers the format of all keys from the first one.
     adapters_first = dict(sorted(weights.items(), key=lambda item: ".lora_" not in item[0]))
     cast(Any, unet).load_lora_adapter(adapters_first, prefix=None, adapter_name=adapter_name, metadata=config.to_dict())

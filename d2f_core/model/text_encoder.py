@@ -13,8 +13,9 @@ A base model that uses an encoder shipped as a Python package names it in `text_
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
+from d2f_core.model.fit import require_fit, transformers_on_meta
+from d2f_core.model.network_disk import read_or_map
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,30 @@ class TextEncoderPair:
         return condition
 
 
+@dataclass(frozen=True, kw_only=True)
+class DescribedTextEncoder:
+    """A base model's text encoder without its weights; for SDXL both encoders."""
+
+    kinds: tuple[Any, ...]
+    """The networks' classes of transformers."""
+    directories: tuple[Path, ...]
+    tokenizers: tuple[Any, ...]
+    max_length: int
+    masked: bool = False
+    zeros_for_empty: bool = False
+    determined_by: Callable[[], Sequence[object]]
+    """Everything that the captions' states depend on; reads the weights' files to hash them."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that the captions' states depend on, which reads all files.
+
+        Raises:
+            UnreachableError: S3, where the files of a described base lie, stays away.
+        """
+        return hashlib.sha256(" ".join(map(str, self.determined_by())).encode()).hexdigest()
+
+
 def _tokens(tokenizer: Any, captions: Sequence[str], max_length: int) -> Any:
     return tokenizer(list(captions), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
 
@@ -115,27 +142,91 @@ def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") ->
     """The base model's text encoder (for SDXL both), frozen, loaded from local files only.
 
     Raises:
-        BaseModelError: the base model has no text encoder, the encoder does not fit the UNet, or the package that the
-            base model names is not installed.
+        BaseModelError: see `describe_text_encoder`.
     """
-    from transformers import AutoModel, AutoTokenizer, CLIPTextModel, CLIPTokenizer
+    base.files.require_whole()
+    described = describe_text_encoder(base)
+    networks = []
+    for kind, directory in zip(described.kinds, described.directories, strict=True):
+        options = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True, **read_or_map(directory)}
+        networks.append(kind.from_pretrained(directory, **options).to(device).eval().requires_grad_(False))
+    tokenizers, length, fingerprint = described.tokenizers, described.max_length, described.fingerprint
+    if len(networks) == 1:
+        return TextEncoder(networks[0], tokenizers[0], length, described.masked, fingerprint)
+    pair, both = (networks[0], networks[1]), (tokenizers[0], tokenizers[1])
+    return TextEncoderPair(pair, both, length, described.zeros_for_empty, fingerprint)
 
+
+def describe_text_encoder(base: BaseModel) -> DescribedTextEncoder:
+    """All of the base model's text encoder but its weights, whose headers are compared with its config.
+
+    Raises:
+        BaseModelError: the base model has no text encoder, its files are damaged or of another network, the encoder
+            does not fit the UNet, or the package that the base model names is not installed.
+    """
     unet_config = json.loads((base.path / "unet/config.json").read_text())
     if is_sdxl(unet_config):
-        return _load_pair(base, unet_config, device)
-    options: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
+        return _describe_pair(base, unet_config)
     if (base.path / "text_encoder/reference.json").is_file():
-        directory, reference = _referenced(base)
-        network = AutoModel.from_pretrained(directory, **options)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        max_length, masked, fingerprint = int(reference["max_length"]), True, hash_directory(directory)
-    else:
-        directory = _encoder_directory(base, "text_encoder")
-        network: Any = CLIPTextModel.from_pretrained(directory, **options)
-        tokenizer = CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
-        max_length, masked, fingerprint = int(tokenizer.model_max_length), False, hash_directory(directory)
-    digest = hashlib.sha256(f"{fingerprint} {max_length}".encode()).hexdigest()
-    return TextEncoder(network.to(device).eval().requires_grad_(False), tokenizer, max_length, masked, digest)
+        return _describe_referenced(base)
+    from transformers import CLIPTextModel
+
+    directory = _encoder_directory(base, "text_encoder")
+    _require_weights(base, "text_encoder", CLIPTextModel)
+    tokenizer = _tokenizer(base, "tokenizer")
+    length = int(tokenizer.model_max_length)
+    return DescribedTextEncoder(
+        kinds=(CLIPTextModel,),
+        directories=(directory,),
+        tokenizers=(tokenizer,),
+        max_length=length,
+        determined_by=lambda: (_hash(base, directory), length),
+    )
+
+
+def _describe_referenced(base: BaseModel) -> DescribedTextEncoder:
+    from transformers import AutoModel, AutoTokenizer
+
+    directory, reference = _referenced(base)
+    length = int(reference["max_length"])
+    return DescribedTextEncoder(
+        kinds=(AutoModel,),
+        directories=(directory,),
+        tokenizers=(AutoTokenizer.from_pretrained(directory, local_files_only=True),),
+        max_length=length,
+        masked=True,
+        determined_by=lambda: (hash_directory(directory), length),
+    )
+
+
+def _describe_pair(base: BaseModel, unet_config: dict[str, Any]) -> DescribedTextEncoder:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    parts, kinds = ("text_encoder", "text_encoder_2"), (CLIPTextModel, CLIPTextModelWithProjection)
+    directories = tuple(_encoder_directory(base, part) for part in parts)
+    configs = tuple(_require_weights(base, part, kind) for part, kind in zip(parts, kinds, strict=True))
+    tokenizers = tuple(_tokenizer(base, part) for part in ("tokenizer", "tokenizer_2"))
+    lengths = [int(tokenizer.model_max_length) for tokenizer in tokenizers]
+    _check_fit(base, unet_config, configs, lengths)
+    zeros = _zeros_for_empty(base)
+    return DescribedTextEncoder(
+        kinds=kinds,
+        directories=directories,
+        tokenizers=tokenizers,
+        max_length=lengths[0],
+        zeros_for_empty=zeros,
+        determined_by=lambda: (*(_hash(base, directory) for directory in directories), lengths[0], zeros),
+    )
+
+
+def _tokenizer(base: BaseModel, part: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(base.path / part, local_files_only=True)
+
+
+def _hash(base: BaseModel, directory: Path) -> str:
+    return hash_directory(directory, sha256=base.files.sha256)
 
 
 def _encoder_directory(base: BaseModel, part: str) -> Path:
@@ -149,25 +240,15 @@ def _encoder_directory(base: BaseModel, part: str) -> Path:
     return base.path / part
 
 
-def _load_pair(base: BaseModel, unet_config: dict[str, Any], device: str | torch.device) -> TextEncoderPair:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    directories = _encoder_directory(base, "text_encoder"), _encoder_directory(base, "text_encoder_2")
-    options: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True}
-    first: Any = CLIPTextModel.from_pretrained(directories[0], **options)
-    second: Any = CLIPTextModelWithProjection.from_pretrained(directories[1], **options)
-    tokenizers = tuple(
-        CLIPTokenizer.from_pretrained(base.path / part, local_files_only=True) for part in ("tokenizer", "tokenizer_2")
-    )
-    lengths = [int(tokenizer.model_max_length) for tokenizer in tokenizers]
-    _check_fit(base, unet_config, (first.config, second.config), lengths)
-    zeros = _zeros_for_empty(base)
-    digest = hashlib.sha256(" ".join([*map(hash_directory, directories), f"{lengths[0]} {zeros}"]).encode()).hexdigest()
-    networks = tuple(network.to(device).eval().requires_grad_(False) for network in (first, second))
-    return TextEncoderPair(networks, tokenizers, lengths[0], zeros, digest)
+def _require_weights(base: BaseModel, part: str, kind: Any) -> Any:
+    """The config of a base's text encoder, after a comparison with the headers of its files."""
+    directory = base.path / part
+    config = kind.config_class.from_pretrained(directory, local_files_only=True)
+    require_fit(base, part, lambda: transformers_on_meta(kind, config, directory)[1])
+    return config
 
 
-def _check_fit(base: BaseModel, unet_config: dict[str, Any], encoders: tuple[Any, Any], lengths: list[int]) -> None:
+def _check_fit(base: BaseModel, unet_config: dict[str, Any], encoders: tuple[Any, ...], lengths: list[int]) -> None:
     """Raise BaseModelError if the encoders' widths differ from those that the UNet reads, or their token numbers
     differ.
     """

@@ -1,13 +1,18 @@
 """A vision model by directory: dense tokens and pooled features of images."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2f_core.model.base import local_copy
+from d2f_core.model.base import described_copy, local_copy
+from d2f_core.model.fit import transformers_on_meta
+from d2f_core.model.model_files import ModelFiles
+from d2f_core.model.network_disk import read_or_map
 
 
 class VisionModelError(ValueError):
@@ -19,12 +24,22 @@ class VisionModel:
 
     Images are preprocessed as the directory's preprocessor_config.json says, always with Pillow, because torchvision
     resizes slightly differently and is not installed everywhere.
+
+    Args:
+        device: where it computes; "meta": no weights are loaded (of a model on S3, only the headers are copied), and
+            features have a shape without values.
+
+    Raises:
+        VisionModelError: the directory holds no vision model, or its weights are missing or damaged.
     """
 
     def __init__(self, uri: str, device: str | torch.device = "cpu") -> None:
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoImageProcessor
 
-        self.uri, self.device, self.path = uri, device, local_copy(uri)
+        described = str(device) == "meta"
+        self.uri, self.device = uri, device
+        self.files = described_copy(uri) if described else ModelFiles(path=local_copy(uri))
+        self.path = self.files.path
         for needed in ("config.json", "preprocessor_config.json"):
             if not (self.path / needed).is_file():
                 raise VisionModelError(
@@ -32,22 +47,17 @@ class VisionModel:
                     "image processor."
                 )
         try:
-            loaded: Any = AutoModel.from_pretrained(
-                self.path,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            self.network, missing = (_described if described else _loaded)(self.path)
             self._processor = AutoImageProcessor.from_pretrained(
                 self.path, backend="pil", trust_remote_code=False, local_files_only=True
             )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise VisionModelError(f"{uri!r} cannot be loaded as a vision model in safetensors: {reason}") from None
-        self.network, info = loaded
-        self.network.eval().requires_grad_(False).to(device)
-        self._has_pooler = self._check_weights(sorted(info["missing_keys"]))
+        self.network.eval().requires_grad_(False)
+        if not described:
+            self.network.to(device)
+        self._has_pooler = self._check_weights(sorted(missing))
 
     def _check_weights(self, missing: Sequence[str]) -> bool:
         """Whether the files hold the pooler's weights; if not, transformers draws random ones on every load."""
@@ -90,6 +100,34 @@ class VisionModel:
     def _pixels(self, images: np.ndarray) -> Tensor:
         """Images as preprocessed by the directory's processor, [n, 3, height, width]."""
         return self._processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+
+
+def _loaded(directory: Path) -> tuple[Any, Iterable[str]]:
+    """The network in a directory, and the names of the weights that its files lack."""
+    from transformers import AutoModel
+
+    network, info = cast(Any, AutoModel).from_pretrained(
+        directory,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        **read_or_map(directory),
+    )
+    return network, info["missing_keys"]
+
+
+def _described(directory: Path) -> tuple[Any, Iterable[str]]:
+    """`_loaded` on torch's meta device."""
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"transformers knows no network for a {type(config).__name__}")
+    network, misfit = transformers_on_meta(MODEL_MAPPING[type(config)], config, directory)
+    if misfit.reshaped:
+        raise ValueError(str(replace(misfit, missing=())))
+    return network, misfit.missing
 
 
 def projected(found: Any) -> Tensor:

@@ -35,7 +35,6 @@ def model(base: Path) -> TrainedModel:
         network=network.eval().requires_grad_(False),
         objective="diff2flow",
         sampling=SamplingDefaults(steps=2, guidance=7.0),
-        content_hash="x",
         task="image_to_depth",
     )
 

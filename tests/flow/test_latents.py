@@ -27,8 +27,8 @@ def test_a_depth_latent_table_is_a_latent_table_with_two_more_columns():
 def test_pairs_are_read_with_their_noise_and_not_beside_tables_without():
     plain = Manifest(kind="latents", files=())
     pairs = dataclasses.replace(plain, fingerprint={"made_by": {"pairs": True, "base": "b1"}})
-    assert noise_columns([plain, plain], "b1") == () and noise_columns([pairs], "b1") == ("noise",)
+    assert noise_columns([plain, plain], lambda: "b1") == () and noise_columns([pairs], lambda: "b1") == ("noise",)
     with pytest.raises(SchemaError, match="on the base b1, the base to train is b2"):
-        noise_columns([pairs], "b2")
+        noise_columns([pairs], lambda: "b2")
     with pytest.raises(SchemaError, match="Some latent tables hold pairs and some do not"):
-        noise_columns([pairs, plain], "b1")
+        noise_columns([pairs, plain], lambda: "b1")

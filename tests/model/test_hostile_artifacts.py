@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from d2f_core.model.artifact import DESCRIPTION, ArtifactError, load_model
+from d2f_core.model.artifact import DESCRIPTION, ArtifactError, describe_model, load_model
 from d2f_core.model.artifact_files import MAX_CONFIG_BYTES, MAX_ENTRIES, check_files, plain_json
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.description import write_description
@@ -229,10 +229,11 @@ def test_a_hostile_artifact_is_refused_in_one_line_and_does_nothing(artifacts: P
     if untouched and name not in UNSEALED:
         write_description(artifact, json.loads(description))
     before = outside(artifact)
-    with pytest.raises(ArtifactError, match=rule) as caught:
-        load_model(str(artifact), base_uri=str(artifacts / "base"))
-    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-    assert not canary.exists() and outside(artifact) == before
+    for look in (describe_model, load_model):  # what a check on the head says is what an actor would say
+        with pytest.raises(ArtifactError, match=rule) as caught:
+            look(str(artifact), base_uri=str(artifacts / "base"))
+        assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+        assert not canary.exists() and outside(artifact) == before
 
 
 def test_the_same_artifacts_unharmed_are_loaded_with_everything_that_may_lie_beside_them(

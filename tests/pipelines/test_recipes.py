@@ -132,12 +132,12 @@ def test_an_estimate_counts_before_anything_exists(monkeypatch, capsys, tmp_path
 def test_a_recipe_builds_its_task_and_takes_a_step(name, tables):
     """All of a worker but Ray Train and DeepSpeed; SDXL's is tested in tests/model/test_sdxl.py."""
     config, _ = resolve("finetune", FINETUNE, [name, *tables[name], *TINY_RUN, "--train.precision", "fp32"])
-    job = finetune.check(config)
-    task = job.build_task("cpu")
+    checked = finetune.check(config)
+    task = checked.job().build_task("cpu")
     trained = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     numbers = pa.array([0, 1], pa.int64())
-    rows = RowReader(config.latents, job.manifests[0], job.plan.columns).read(np.arange(2))
+    rows = RowReader(config.latents, checked.manifests[0], checked.plan.columns).read(np.arange(2))
     rows = rows.append_column("epoch", numbers).append_column("row", numbers)
     before = [parameter.detach().clone() for parameter in trained]
     losses = task.loss_fn(task.module, task.to_batch(rows))

@@ -222,6 +222,7 @@ def test_a_further_round_starts_from_the_version(config: ReflowConfig, version: 
 def test_pairs_of_another_base_are_refused(config: ReflowConfig, version: dict[str, str]) -> None:
     uri = f"{HOME}/workflow/round-1/pairs/latents"
     training = dataclasses.replace(config.finetune, latents=uri, output=f"{HOME}/other")
-    job = finetune.check(training)
+    checked = finetune.check(training)
+    vars(checked.base)["content_hash"] = "other"
     with pytest.raises(SchemaError, match="pairs were made by a model on the base"):
-        finetune_task.make_plan(training, dataclasses.replace(job.base, content_hash="other"), job.manifests)
+        finetune_task.make_plan(training, checked.base, checked.manifests)

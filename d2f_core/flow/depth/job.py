@@ -25,7 +25,7 @@ from d2f_core.flow.depth.actor import DepthActor, work_item
 from d2f_core.flow.depth.config import PredictDepthConfig
 from d2f_core.flow.depth.plan import DepthPlan, make_depth_plan
 from d2f_core.flow.depth.predictor import check_depth_model
-from d2f_core.model.artifact import load_model
+from d2f_core.model.artifact import describe_model
 from d2f_core.progress import Progress
 from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
@@ -55,7 +55,7 @@ def check_predict_depth(config: PredictDepthConfig) -> DepthJob:
     if config.model.startswith("models:/"):
         check_tracking()
     pinned = pin_model(config.model)
-    model = load_model(resolve_model(pinned))
+    model = describe_model(resolve_model(pinned))
     check_depth_model(model, config.model)
     source = plan_images(config.source, rows_per_shard=config.rows_per_part, captions=False)
     return DepthJob(config=config, source=source, plan=make_depth_plan(config, source, model, pinned))

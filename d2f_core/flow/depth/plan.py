@@ -12,7 +12,7 @@ from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.depth.config import PredictDepthConfig, PredictDepthError
 from d2f_core.flow.depth.predictor import DepthSettings, fill_settings
 from d2f_core.identity import identity_values
-from d2f_core.model.artifact import TrainedModel
+from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
 from d2f_core.objective.solver import ADAPTIVE
 
@@ -53,7 +53,7 @@ class DepthPlan:
         return {"task": "image_to_depth", **values}
 
 
-def make_depth_plan(config: PredictDepthConfig, source: SourcePlan, model: TrainedModel, model_uri: str) -> DepthPlan:
+def make_depth_plan(config: PredictDepthConfig, source: SourcePlan, model: DescribedModel, model_uri: str) -> DepthPlan:
     """Make the plan, with the model's defaults for unset fields.
 
     Raises:

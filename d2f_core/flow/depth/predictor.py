@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2f_core.flow.depth.config import PredictDepthError
 from d2f_core.flow.depth.ensemble import combine
-from d2f_core.model.artifact import TrainedModel
+from d2f_core.model.artifact import DescribedModel, TrainedModel
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.sampling import SamplerChoice, sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
@@ -52,7 +52,7 @@ class DepthMade:
     error: str | None
 
 
-def check_depth_model(model: TrainedModel, uri: str) -> None:
+def check_depth_model(model: DescribedModel, uri: str) -> None:
     """Raise PredictDepthError for a model of another task."""
     if model.task != "image_to_depth":
         raise PredictDepthError(
@@ -62,7 +62,7 @@ def check_depth_model(model: TrainedModel, uri: str) -> None:
 
 
 def fill_settings(
-    model: TrainedModel,
+    model: DescribedModel,
     *,
     solver: str | None = None,
     steps: int | None = None,

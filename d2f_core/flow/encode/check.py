@@ -16,8 +16,8 @@ from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig, EncodeE
 from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec
 from d2f_core.flow.encode.with_depth import DEPTH, DEPTH_LATENTS
 from d2f_core.identity import identity_values
-from d2f_core.model.autoencoder import autoencoder_fingerprint
-from d2f_core.model.base import BaseModel, resolve_base
+from d2f_core.model.autoencoder import autoencoder_fingerprint, check_autoencoder
+from d2f_core.model.base import BaseModel, describe_base
 from d2f_core.storage import check_reachable
 
 
@@ -56,7 +56,8 @@ def _check(
     check_reachable(source)
     check_reachable(config.base)
     check_reachable(config.output, write=True)
-    base = resolve_base(config.base)
+    base = describe_base(config.base)
+    check_autoencoder(base)
     fingerprint = {**_fingerprint(base, config.resolution, text), **kind.fingerprint}
     shape = _latent_shape(config, base.path)
     planned = plan()
@@ -77,9 +78,9 @@ def _check(
 def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:
     text_encoder = None
     if text == "states":
-        from d2f_core.model.text_encoder import load_text_encoder
+        from d2f_core.model.text_encoder import describe_text_encoder
 
-        text_encoder = load_text_encoder(base).fingerprint
+        text_encoder = describe_text_encoder(base).fingerprint
     return {
         "autoencoder": autoencoder_fingerprint(base),
         "scaling_factor": float(_vae_config(base.path)["scaling_factor"]),

@@ -10,7 +10,7 @@ from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import GenerateJob, check_generate
 from d2f_core.model.artifact import DESCRIPTION, read_description
-from d2f_core.model.base import local_copy
+from d2f_core.model.base import described_copy
 from d2f_core.model.sampling import DDIM, SCHEDULERS
 from d2f_core.storage import join
 from d2f_core.tracking import (
@@ -106,7 +106,7 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
 
 def carried_sampling(uri: str) -> dict[str, Any]:
     """The default sampling settings of a trained model; empty for a base model."""
-    directory = local_copy(resolve_model(uri))
+    directory = described_copy(resolve_model(uri)).path
     return read_description(directory)["sampling"] if (directory / DESCRIPTION).is_file() else {}
 
 
@@ -118,7 +118,7 @@ def validation_loss(uri: str) -> float | None:
     """
     if not uri.startswith(REGISTERED):
         return None
-    version, directory = model_version(uri), local_copy(resolve_model(uri))
+    version, directory = model_version(uri), described_copy(resolve_model(uri)).path
     if not version.run_id or not (directory / DESCRIPTION).is_file():
         return None
     step = read_description(directory)["training"].get("step")

