@@ -35,7 +35,7 @@ def write_evaluation(uri: str, metrics: Mapping[str, float]) -> None:
     try:
         storage.write_bytes(place, data, exclusive=True)
     except FileExistsError:
-        if storage.read_bytes(place) != data:
+        if storage.read_bytes(place, small=True) != data:
             raise CheckpointError(f"{place} holds other metrics already. Delete it to evaluate again.") from None
 
 
@@ -47,7 +47,7 @@ def read_evaluation(uri: str) -> dict[str, float] | None:
     """
     place = storage.join(uri, EVALUATION)
     try:
-        return dict(unseal(place, storage.read_bytes(place))["metrics"])
+        return dict(unseal(place, storage.read_bytes(place, small=True))["metrics"])
     except FileNotFoundError:
         return None
 
