@@ -180,7 +180,7 @@ def read_manifest(uri: str) -> Manifest:
     """
     place = join(uri, MANIFEST_NAME)
     try:
-        content = json.loads(read_bytes(place))
+        content = json.loads(read_bytes(place, small=True))
     except FileNotFoundError:
         raise ManifestNotFoundError(
             f"{uri!r} has no {MANIFEST_NAME}: no table, or one that was not finished. Run the job that writes it."

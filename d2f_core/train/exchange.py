@@ -44,25 +44,25 @@ def evenly(owner: int, size: int, workers: int) -> Spread:
     return Spread(owner, starts, np.minimum(size - starts, each))
 
 
-def together(items: Iterable[T], load: Callable[[T], np.ndarray]) -> Iterator[list[T]]:
-    """Groups of items to exchange at a time: no worker's load exceeds `TOGETHER` elements, or one item's.
+def in_batches(items: Iterable[T], load: Callable[[T], np.ndarray]) -> Iterator[list[T]]:
+    """The items to exchange at a time: no worker's load exceeds `TOGETHER` elements, or that of one item.
 
     The latency of a collective exceeds the transfer of a small tensor, and an adapter has thousands of them.
 
     Args:
         load: elements on each worker, for an item.
     """
-    group: list[T] = []
+    batch: list[T] = []
     total = np.zeros(1, np.int64)
     for item in items:
         more = load(item)
-        if group and (total + more).max() > TOGETHER:
-            yield group
-            group, total = [], np.zeros(1, np.int64)
-        group.append(item)
+        if batch and (total + more).max() > TOGETHER:
+            yield batch
+            batch, total = [], np.zeros(1, np.int64)
+        batch.append(item)
         total = total + more
-    if group:
-        yield group
+    if batch:
+        yield batch
 
 
 def interleaved(count: int, workers: int) -> list[int]:

@@ -129,11 +129,11 @@ def gather(engine: Any, parts: Iterable[Partition]) -> Iterator[tuple[str, str, 
     """
     placed = ((part, spread(engine, part.parameter, part.owner)) for part in parts)
     rank, _ = rank_and_count()
-    for group in exchange.together(placed, lambda item: item[1].load):
+    for batch in exchange.in_batches(placed, lambda item: item[1].load):
         # Without a stretch's padding.
-        stretches = [part.local.flatten()[: where.counts[rank]] for part, where in group]
-        for index, whole in exchange.gather([where for _, where in group], stretches, engine.device):
-            part = group[index][0]
+        stretches = [part.local.flatten()[: where.counts[rank]] for part, where in batch]
+        for index, whole in exchange.gather([where for _, where in batch], stretches, engine.device):
+            part = batch[index][0]
             yield part.kind, part.name, whole.view(whole_shape(part.parameter))
 
 

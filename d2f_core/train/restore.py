@@ -104,7 +104,7 @@ def _wholes(
     found: ChosenCheckpoint, kind: str, names: list[str], shapes: dict[str, tuple[int, ...]], device: Device
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter name, whole flattened tensor), on every worker; a collective."""
-    for some in exchange.together(names, lambda name: np.array([np.prod(shapes[name], dtype=np.int64)])):
+    for some in exchange.in_batches(names, lambda name: np.array([np.prod(shapes[name], dtype=np.int64)])):
         owners = [found.readers[kind, name] for name in some]
         sizes = [int(np.prod(shapes[name], dtype=np.int64)) for name in some]
         read = lambda index, some=some: found.share.read(kind, some[index])  # noqa: E731
@@ -133,7 +133,7 @@ def _parts(worker: Worker, found: ChosenCheckpoint, kind: str) -> Iterator[tuple
             (name, worker.spread(kind, index, parameter, reader=found.readers[kind, name]))
             for index, name, parameter in named
         ]
-        for some in exchange.together(spreads, lambda item: item[1].load):
+        for some in exchange.in_batches(spreads, lambda item: item[1].load):
             read = lambda index, some=some: share.read(kind, some[index][0])  # noqa: E731
             for index, stretch in exchange.scatter([where for _, where in some], read, engine.device):
                 yield some[index][0], stretch

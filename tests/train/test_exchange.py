@@ -126,7 +126,7 @@ def test_a_worker_of_many_sends_and_receives_what_it_saves_and_not_the_model(wor
     order = exchange.interleaved(len(PARAMETERS), workers)
     assert sorted(order) == list(range(len(PARAMETERS)))
     spreads = [evenly(index % workers, PARAMETERS[index], workers) for _ in range(3) for index in order]
-    groups = list(exchange.together(spreads, lambda where: where.load))
+    groups = list(exchange.in_batches(spreads, lambda where: where.load))
     received = sum(where.load for where in spreads)
     sent = sum(where.counts for where in spreads)
     assert 4 * sent.max() <= 1.01 * 12 * sum(PARAMETERS) / workers
