@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from d2f_core.train import checkpoint, exchange, group, partitions, zero
 from d2f_core.train.checkpoint import KINDS, Checkpoint, CheckpointError, damaged
 from d2f_core.train.evaluation import EvaluationJob, evaluation_due
+from d2f_core.train.exchange import Spread
 from d2f_core.train.file_share import FileShare
 from d2f_core.train.group import Device
 from d2f_core.train.task import Task
@@ -120,25 +121,26 @@ def _parts(worker: Worker, found: ChosenCheckpoint, kind: str) -> Iterator[tuple
     """
     engine, share = worker.engine, found.share
     group.together(lambda: share.check(kind), engine.device, f"read a worker's files of {found.uri}")
-    saved = found.manifest.tensors.get(kind, {})
     if kind in partitions.MOMENTS and not engine.zero_optimization_stage():
-        parameters = partitions.trained_parameters(engine).items()
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters if name in saved}
+        saved, parameters = found.manifest.tensors.get(kind, {}), partitions.trained_parameters(engine)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name in saved}
         yield from _wholes(found, kind, list(shapes), shapes, engine.device)
     else:
-        trained = list(partitions.trained_parameters(engine).items())
-        order = exchange.interleaved(len(trained), worker.num_workers)
-        named = [(index, *trained[index]) for index in order if trained[index][0] in saved]
-        spreads = [
-            (name, worker.spread(kind, index, parameter, reader=found.readers[kind, name]))
-            for index, name, parameter in named
-        ]
-        for some in exchange.in_batches(spreads, lambda item: item[1].load):
+        for some in exchange.in_batches(_spreads(worker, found, kind), lambda item: item[1].load):
             read = lambda index, some=some: share.read(kind, some[index][0])  # noqa: E731
             for index, stretch in exchange.scatter([where for _, where in some], read, engine.device):
                 yield some[index][0], stretch
     group.refuse_any(share.failure, engine.device)
     share.drop(kind)
+
+
+def _spreads(worker: Worker, found: ChosenCheckpoint, kind: str) -> Iterator[tuple[str, Spread]]:
+    """(parameter name, which elements of the saved tensor each worker keeps)."""
+    saved, trained = found.manifest.tensors.get(kind, {}), list(partitions.trained_parameters(worker.engine).items())
+    for index in exchange.interleaved(len(trained), worker.num_workers):
+        name, parameter = trained[index]
+        if name in saved:
+            yield name, worker.spread(kind, index, parameter, reader=found.readers[kind, name])
 
 
 def _moments(worker: Worker, found: ChosenCheckpoint) -> Iterator[tuple[str, str, Tensor]]:
