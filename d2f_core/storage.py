@@ -202,8 +202,11 @@ def download_tree(uri: str, target: Path, chosen: Callable[[str], bool] | None =
 
 
 @contextlib.contextmanager
-def local_file(uri: str) -> Iterator[Path]:
+def local_file(uri: str, directory: Path | None = None) -> Iterator[Path]:
     """A local path of the file: the file itself, or a copy of the object that is deleted when the context ends.
+
+    Args:
+        directory: where the copy is made; None: where temporary files are.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -212,8 +215,8 @@ def local_file(uri: str) -> Iterator[Path]:
     if not is_s3(uri):
         yield Path(path)
         return
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory, "object")
+    with tempfile.TemporaryDirectory(dir=directory) as own:
+        copy = Path(own, "object")
         retried(f"download {uri}", lambda: fs.get_file(path, str(copy)))
         yield copy
 

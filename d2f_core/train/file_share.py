@@ -4,9 +4,11 @@ A worker keeps its files from S3 on its disk until the checkpoint is restored, s
 """
 
 import contextlib
+import fcntl
 import functools
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +28,8 @@ from d2f_core.train.checkpoint import (
 from d2f_core.train.weights import check_shape
 
 OPEN_FILES = 64
+SCRATCH = "d2f-restore-"
+"""Beginning of the names of directories with copies."""
 KEPT_SHARE = 16
 """A file from S3 stays on the disk while this many times its size is free there, for the other workers of the node."""
 
@@ -44,6 +48,29 @@ def share_of(manifest: CheckpointManifest, rank: int, count: int) -> list[Checkp
     ]
 
 
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A directory that goes with the context, or if the process is killed, with the next one that is asked for.
+
+    A worker that runs out of memory when its engine is built is killed while it has copies of gigabytes.
+    """
+    place = Path(tempfile.mkdtemp(prefix=SCRATCH))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, place, ignore_errors=True)
+        mine = stack.enter_context((place / "alive").open("w"))
+        fcntl.flock(mine, fcntl.LOCK_EX)  # until the process ends, however it does
+        for other in place.parent.glob(f"{SCRATCH}*"):
+            if other != place:
+                _remove_unless_alive(other)
+        yield place
+
+
+def _remove_unless_alive(other: Path) -> None:
+    with contextlib.suppress(OSError), (other / "alive").open() as alive:  # another user's, or one that has just gone
+        fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(other)
+
+
 class FileShare:
     """Reads the tensors of one worker's share, which no other worker reads.
 
@@ -55,6 +82,7 @@ class FileShare:
     def __init__(self, found: Checkpoint, rank: int, count: int) -> None:
         self._found, self._files = found, share_of(found.manifest, rank, count)
         self._copies: dict[CheckpointFile, tuple[Path, contextlib.ExitStack]] = {}
+        self._scratch, self._directory = contextlib.ExitStack(), None
         self._opened = functools.lru_cache(OPEN_FILES)(lambda file: TensorFile(found, file, self._local(file)))
         self.holds: dict[tuple[str, str], CheckpointFile] = {}
         self.failure: Exception | None = None
@@ -108,6 +136,7 @@ class FileShare:
         """Delete all copies."""
         for kind in KINDS:
             self.drop(kind)
+        self._scratch.close()
 
     def _check(self, file: CheckpointFile) -> None:
         place = storage.join(self._found.uri, file.path)
@@ -118,9 +147,11 @@ class FileShare:
         place = storage.join(self._found.uri, file.path)
         if not storage.is_s3(place):
             return Path(storage.filesystem(place)[1])
+        if self._directory is None:
+            self._directory = self._scratch.enter_context(scratch_directory())
         if file not in self._copies:
             with contextlib.ExitStack() as stack:
-                path = stack.enter_context(storage.local_file(place))
+                path = stack.enter_context(storage.local_file(place, self._directory))
                 self._copies[file] = path, stack.pop_all()
         return self._copies[file][0]
 

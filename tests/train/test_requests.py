@@ -5,6 +5,7 @@ are threads of one process, their shares of a restore are verified one after the
 """
 
 import os
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from d2f_core import s3 as s3_client
-from d2f_core.train import checkpoint, restore
+from d2f_core.train import checkpoint, file_share, restore
 from d2f_core.train.checkpoint import KINDS
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import Retention
@@ -112,6 +113,7 @@ def simulated_restore(output: str, workers: int) -> None:
                     share.read(*place)
             share.drop(kind)
         assert not share.failure
+        share.close()
 
 
 def each_once(fake: FakeS3) -> bool:
@@ -208,3 +210,17 @@ def test_workers_ask_s3_as_often_as_was_simulated(
     for rank, (one_saving, one_restoring) in enumerate(asked):
         assert one_restoring == {"GET": 4 + (rank == 0), **({"LIST": 1} if rank == 0 else {})}
         assert rank == 0 or one_saving["LIST"] == 0
+
+
+def test_copies_that_a_killed_worker_has_left_are_deleted_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("killed", "new"):  # one died while it held its lock, the other has not come to take it
+        (tmp_path / f"{file_share.SCRATCH}{name}").mkdir()
+    (tmp_path / f"{file_share.SCRATCH}killed" / "alive").touch()
+    (tmp_path / f"{file_share.SCRATCH}killed" / "object").write_bytes(b"1")
+    with file_share.scratch_directory() as one, file_share.scratch_directory() as other:
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {one.name, other.name, f"{file_share.SCRATCH}new"}
+    assert [path.name for path in tmp_path.iterdir()] == [f"{file_share.SCRATCH}new"]
