@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2f_core import s3
+from d2f_core import s3, s3_put
 from d2f_core.retry import GaveUpError, is_credential_trouble, is_network_trouble, keep_trying, one_line
 from d2f_core.s3_calls import StorageError, UnreachableStorageError, download, renewing, retried
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Fetch = Callable[[str, int, Path], None]
 
 CHECK_SECONDS, PROBE_SECONDS = 9.0, 3.0
-SEVERAL_PARTS = 100 * 2**20  # bytes from which s3fs uploads an object in parts
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -97,16 +96,23 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     return pyarrow.fs.LocalFileSystem(), filesystem(uri)[1]
 
 
-def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The object's bytes, or those from `start` up to `end`. Raises FileNotFoundError when it does not exist."""
+def read_bytes(uri: str, start: int | None = None, end: int | None = None, *, small: bool = False) -> bytes:
+    """The object's bytes, or those from `start` up to `end`. Raises FileNotFoundError when it does not exist.
+
+    Args:
+        small: ask S3 once; otherwise for the size first, because a large object comes faster in parts side by side.
+    """
     fs, path = _open(uri)
-    return retried(f"read {uri}", lambda: fs.cat_file(path, start=start, end=end))
+    options = {"max_concurrency": 1} if small and is_s3(uri) else {}
+    return retried(f"read {uri}", lambda: fs.cat_file(path, start=start, end=end, **options))
 
 
-def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
+def write_bytes(uri: str, data: bytes | memoryview, *, exclusive: bool = False) -> None:
     """Write one object atomically: readers see the old bytes or the new ones, never a part.
 
     Args:
+        data: a view is sent to S3 in small parts, each copied only when its turn comes, so that writing gigabytes
+            neither copies them all nor keeps other threads from running.
         exclusive: write only if the object does not exist (a conditional PUT on S3).
 
     Raises:
@@ -114,7 +120,7 @@ def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
         StorageError: the disk is full, or S3 stays unavailable.
     """
     if is_s3(uri):
-        return _put(uri, data, exclusive=exclusive)
+        return s3_put.put(uri, data, exclusive=exclusive)
     target = Path(filesystem(uri)[1])
     with _whole(target, len(data)) as partial:
         partial.write_bytes(data)
@@ -124,31 +130,22 @@ def write_bytes(uri: str, data: bytes, *, exclusive: bool = False) -> None:
             partial.replace(target)
 
 
-def _put(uri: str, data: bytes, *, exclusive: bool) -> None:
-    fs, path = _open(uri)
-    if not exclusive and len(data) >= SEVERAL_PARTS:
-        fs = filesystem(uri)[0]  # only the parts that fail are retried
-    # Distinguishes this write from another one of the same bytes: a request whose response was lost is retried, by
-    # aiohttp even silently, and then finds the object that it has written itself.
-    mark = secrets.token_hex(16)
-
-    def put() -> None:
-        if not exclusive:
-            return fs.pipe_file(path, data)
-        try:
-            fs.pipe_file(path, data, mode="create", Metadata={"write": mark})
-        except OSError as error:
-            if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") != "PreconditionFailed":
-                raise
-            if fs.metadata(path).get("write") != mark:
-                raise FileExistsError(f"{uri!r} exists") from None
-
-    retried(f"write {uri}", put)
-
-
 def exists(uri: str) -> bool:
     fs, path = _open(uri)
     return bool(retried(f"look for {uri}", lambda: fs.exists(path)))
+
+
+def file_exists(uri: str) -> bool:
+    """Whether there is an object of exactly this key, by one HEAD; `exists` also lists, for it may be a directory."""
+    if not is_s3(uri):
+        return Path(filesystem(uri)[1]).is_file()
+    fs, path = _open(uri)
+    bucket, _, key = path.partition("/")
+    try:
+        retried(f"look for {uri}", lambda: fs.call_s3("head_object", Bucket=bucket, Key=key))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def list_names(uri: str) -> list[str]:
@@ -210,10 +207,11 @@ def download_tree(
 
 
 @contextlib.contextmanager
-def local_file(uri: str, *, by_size: bool = True) -> Iterator[Path]:
+def local_file(uri: str, directory: Path | None = None, *, by_size: bool = True) -> Iterator[Path]:
     """A local path of the file: the file itself, or a copy of the object that is deleted when the context ends.
 
     Args:
+        directory: where the copy is made; None: where temporary files are.
         by_size: compare the copy's size with what S3 says; whoever knows the hash has no need for it.
 
     Raises:
@@ -223,8 +221,8 @@ def local_file(uri: str, *, by_size: bool = True) -> Iterator[Path]:
     if not is_s3(uri):
         yield Path(path)
         return
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory, "object")
+    with tempfile.TemporaryDirectory(dir=directory) as own:
+        copy = Path(own, "object")
         download(fs, path, copy, int(retried(f"look for {uri}", lambda: fs.info(path))["size"]) if by_size else None)
         yield copy
 

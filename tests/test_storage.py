@@ -22,7 +22,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, SSLError
 
 from benchmarks.fault_proxy import FaultProxy
-from d2f_core import retry, s3_calls, storage
+from d2f_core import retry, s3_calls, s3_put, storage
 from d2f_core import s3 as s3_client
 from d2f_core.model.base import local_copy
 from d2f_core.retry import is_network_trouble
@@ -69,6 +69,29 @@ def test_errors_and_cut_answers_change_nothing_but_the_time(
     assert not storage.exists(f"{root}/objects/1") and not storage.exists(f"{root}/tree/a")
     assert proxy.counts["error"] >= 3 and proxy.counts["reset"] >= 3
     assert "could not" in caplog.text and "again in" in caplog.text
+
+
+def test_a_known_key_costs_one_request_whether_it_is_there_or_not(proxy: FaultProxy) -> None:
+    there, missing = "s3://d2f/test-storage/known", "s3://d2f/test-storage/unknown"
+    storage.write_bytes(there, b"1")
+    storage.file_exists(there)  # the first request of a client may be repeated
+    before = proxy.counts["requests"]
+    assert storage.file_exists(there) and not storage.file_exists(missing)
+    assert not storage.file_exists("s3://d2f/test-storage"), "a directory is no file"
+    assert storage.read_bytes(there, small=True) == b"1"
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(missing, small=True)
+    assert proxy.counts["requests"] - before == 5
+
+
+def test_a_view_is_sent_in_parts_as_it_is(proxy: FaultProxy) -> None:
+    data, uri = os.urandom(2 * s3_put.PART_BYTES + 1), "s3://d2f/test-storage/view"
+    before = proxy.counts["requests"]
+    storage.write_bytes(uri, memoryview(data))
+    assert proxy.counts["requests"] - before >= 2 + 2  # a beginning, an end, and at least two parts
+    assert storage.read_bytes(uri) == data
+    with pytest.raises(FileExistsError):
+        storage.write_bytes(uri, memoryview(data), exclusive=True)
 
 
 def test_an_exclusive_write_whose_answer_is_lost_is_its_own(proxy: FaultProxy) -> None:

@@ -182,7 +182,7 @@ def read_manifest(uri: str) -> Manifest:
     """
     place = join(uri, MANIFEST_NAME)
     try:
-        content = fetched_whole(place, lambda: json.loads(read_bytes(place)), NOT_JSON)
+        content = fetched_whole(place, lambda: json.loads(read_bytes(place, small=True)), NOT_JSON)
     except FileNotFoundError:
         raise ManifestNotFoundError(
             f"{uri!r} has no {MANIFEST_NAME}: no table, or one that was not finished. Run the job that writes it."

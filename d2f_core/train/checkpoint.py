@@ -14,14 +14,13 @@ directory. Every byte that is read back is covered by a sha256. `checkpoint_writ
 """
 
 import contextlib
-import functools
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dacite
 import torch
@@ -44,6 +43,7 @@ from d2f_core.train.sealed import (
 )
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "ema")
@@ -194,23 +194,16 @@ def iter_tensors(checkpoint: Checkpoint, kind: str) -> Iterator[tuple[str, Tenso
     """
     left = dict(checkpoint.manifest.tensors.get(kind, {}))
     for file in (file for file in checkpoint.manifest.files if file.kind == kind):
-        for name, tensor in iter_file(checkpoint, file):
-            if left.pop(name, None) is None:
-                raise damaged(checkpoint.uri, f"holds {kind} of {name!r} twice")
-            yield name, tensor
+        place = storage.join(checkpoint.uri, file.path)
+        with _whole_copy(place, file) as local:
+            tensors = TensorFile(checkpoint, file, local)
+            for name in tensors.names:
+                tensor = tensors.read(name)
+                if left.pop(name, None) is None:
+                    raise damaged(checkpoint.uri, f"holds {kind} of {name!r} twice")
+                yield name, tensor
     if left:
         raise damaged(checkpoint.uri, f"lacks {kind} of {min(left)!r} ({len(left)} such names)")
-
-
-def iter_file(checkpoint: Checkpoint, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, tensor) of one file, checked as by `iter_tensors`."""
-    kind, expected = file.kind, checkpoint.manifest.tensors.get(file.kind, {})
-    for name, tensor in _read_file(storage.join(checkpoint.uri, file.path), file):
-        if name not in expected:
-            raise damaged(checkpoint.uri, f"holds against its manifest {kind} of {name!r}")
-        if (found := tensor_digest(tensor)) != (stated := expected[name]):
-            raise damaged(checkpoint.uri, f"has {kind} of {name!r} with digest {found[:12]}, not {stated[:12]}")
-        yield name, tensor
 
 
 def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
@@ -218,53 +211,70 @@ def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
     return dict(iter_tensors(checkpoint, kind))
 
 
-def _read_file(place: str, file: CheckpointFile) -> Iterator[tuple[str, Tensor]]:
+@contextlib.contextmanager
+def _whole_copy(place: str, file: CheckpointFile) -> Iterator[Path]:
+    """Path of the file on this machine, as its manifest describes it."""
     with contextlib.ExitStack() as stack:
+
+        def fetch() -> Path:
+            with contextlib.ExitStack() as until_checked, missing_is_damage(place):
+                local = until_checked.enter_context(storage.local_file(place, by_size=False))
+                check_file(place, file, local)
+                stack.push(until_checked.pop_all())
+            return local
+
+        yield fetched_file(place, fetch)
+
+
+def fetched_file(place: str, fetch: Callable[[], T]) -> T:
+    """What `fetch` returns, which raises DamagedError when other bytes came; then it is called once more."""
+    try:
+        return fetched_whole(place, fetch, DamagedError)
+    except ChecksumError:
+        raise damaged(place, "comes with a wrong checksum, twice") from None
+
+
+@contextlib.contextmanager
+def missing_is_damage(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise damaged(place, "is missing") from None
+
+
+def check_file(place: str, file: CheckpointFile, local: Path) -> None:
+    """Raise CheckpointError unless `local`, a copy of the file at `place`, has the manifest's size and hash."""
+    size, digest = local.stat().st_size, file_sha256(local)
+    if (size, digest) != (file.size, file.sha256):
+        stated = file.sha256[:12]
+        raise damaged(place, f"has sha256 {digest[:12]} and {size} bytes, its manifest says {stated} and {file.size}")
+
+
+class TensorFile:
+    """An open file of a checkpoint, whose size and hash are right; a tensor is checked when it is read."""
+
+    def __init__(self, checkpoint: Checkpoint, file: CheckpointFile, local: Path) -> None:
+        self._uri, self._kind = checkpoint.uri, file.kind
+        self._place = storage.join(checkpoint.uri, file.path)
+        self._digests = checkpoint.manifest.tensors.get(file.kind, {})
+        with self._parsing():  # read, not memory-mapped: mapped pages count as memory, and could change after the check
+            self._tensors = safe_open(local, "pt", backend="pread")
+            self.names: list[str] = list(self._tensors.keys())
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._digests:
+            raise damaged(self._uri, f"holds against its manifest {self._kind} of {name!r}")
+        with self._parsing():
+            tensor = self._tensors.get_tensor(name)
+        if (found := tensor_digest(tensor)) != (stated := self._digests[name]):
+            raise damaged(self._uri, f"has {self._kind} of {name!r} with digest {found[:12]}, not {stated[:12]}")
+        return tensor
+
+    @contextlib.contextmanager
+    def _parsing(self) -> Iterator[None]:
         try:
-            local = fetched_whole(place, functools.partial(_local_copy, stack, place, file), DamagedError)
-        except ChecksumError:
-            raise damaged(place, "comes with a wrong checksum, twice") from None
-        try:
-            # Read, not memory-mapped: mapped pages count as this process's memory, and could change after the check.
-            tensors = stack.enter_context(safe_open(local, "pt", backend="pread"))
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+            yield
         except (MemoryError, OSError):  # of this machine: size and hash are right
             raise
         except Exception as error:  # the parser and torch raise many types for an invalid file
-            raise damaged(place, f"is not safetensors ({type(error).__name__}: {error})") from None
-
-
-def _local_copy(stack: contextlib.ExitStack, place: str, file: CheckpointFile) -> Path:
-    """Path of the file on this machine, as its manifest describes it, until `stack` ends."""
-    with contextlib.ExitStack() as until_checked:
-        try:
-            local = until_checked.enter_context(storage.local_file(place, by_size=False))
-            size, digest = local.stat().st_size, file_sha256(local)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise damaged(place, "is missing") from None
-        if (size, digest) != (file.size, file.sha256):
-            stated = f"{file.sha256[:12]} and {file.size}"
-            raise damaged(place, f"has sha256 {digest[:12]} and {size} bytes, its manifest says {stated}")
-        stack.push(until_checked.pop_all())
-    return local
-
-
-def check_loaded(checkpoint: Checkpoint, kind: str, named: Mapping[str, Tensor]) -> None:
-    """Compare tensors that were loaded into an engine, parameter name -> tensor on any device, with the checkpoint.
-
-    `named` may hold only one worker's share of the parameters.
-
-    Raises:
-        CheckpointError: names the first parameter that differs from the checkpoint or is missing in it.
-    """
-    expected = checkpoint.manifest.tensors.get(kind, {})
-    for name, tensor in named.items():
-        digest = tensor_digest(tensor)
-        if digest != expected.get(name):
-            stored = f"has {expected[name][:12]}" if name in expected else "does not have this parameter"
-            raise CheckpointError(
-                f"After loading {checkpoint.uri}, {kind} of {name!r} ({tensor.dtype}, {tuple(tensor.shape)}) has "
-                f"digest {digest[:12]}; the checkpoint {stored}. The engine did not take over what was read: do not "
-                "train on."
-            )
+            raise damaged(self._place, f"is not safetensors ({type(error).__name__}: {error})") from None

@@ -30,7 +30,7 @@ elements are used in between (true for the last 5e8 of the network), and 5e7 are
 PERSISTENT = 100_000
 """Parameters with fewer elements stay gathered under stage 3."""
 TOGETHER = 1 << 22
-"""Elements that are gathered at once for a checkpoint; a larger tensor is gathered alone."""
+"""Elements that a worker sends or receives at once for a checkpoint; a larger tensor is exchanged alone."""
 RUNTIME_BYTES = 1_500_000_000
 """Assumed, not counted: CUDA's context, libraries' workspaces and the allocator's fragmentation."""
 PROCESS_BYTES = 1_500_000_000
@@ -203,14 +203,14 @@ def _stepping(sizes: _Sizes) -> int:
 
 def _saving(sizes: _Sizes) -> int:
     """Bytes of whole tensors for a checkpoint: both moments of this worker's parameters, and the weights unless it
-    holds them whole; plus the tensors being gathered and the previous ones, which the exchange may still hold. Averages
-    are moved to the host one by one. Stage 0 needs no copies.
+    holds them whole; plus what is sent, or has been received, in the exchange at work. Averages are moved to the host
+    one by one. Stage 0 needs no copies.
     """
     if sizes.stage == 0:
         return 0
     kinds = (2 if sizes.whole else 3) + (1 if sizes.averaging and not sizes.whole else 0)
-    exchanged = max(sizes.largest, min(kinds * sizes.total, TOGETHER))
-    return (8 if sizes.whole else 12) * sizes.owned + 8 * exchanged
+    exchanged = max(sizes.largest, min(kinds * max(sizes.owned, sizes.share), TOGETHER))
+    return (8 if sizes.whole else 12) * sizes.owned + 4 * exchanged
 
 
 def _evaluating_on_host(sizes: _Sizes) -> int:

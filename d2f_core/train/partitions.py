@@ -13,12 +13,15 @@ The fp32 values of a share are in host memory when they are offloaded.
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from d2f_core.train.memory import TOGETHER
+from d2f_core.train import exchange
+from d2f_core.train.exchange import Spread
+from d2f_core.train.group import rank_and_count
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,6 +33,8 @@ class Partition(NamedTuple):
     name: str
     parameter: nn.Parameter
     local: Tensor
+    owner: int
+    """The worker that saves the whole tensor."""
 
 
 def trained_parameters(engine: Any) -> dict[str, nn.Parameter]:
@@ -58,61 +63,78 @@ def local_partition(engine: Any, parameter: nn.Parameter, moment: str | None = N
     return stretch.get_hp_fragment(moment).detach() if stretch else torch.empty(0)
 
 
+def spread(engine: Any, parameter: nn.Parameter, owner: int) -> Spread:
+    """The stretches of a parameter in all workers' shares, for stages 1 to 3.
+
+    Args:
+        owner: the worker that has, or is to get, the whole tensor.
+    """
+    size, (_, workers) = whole_shape(parameter).numel(), rank_and_count()
+    if engine.zero_optimization_stage() == 3:
+        each = cast(Any, parameter).ds_tensor.ds_numel
+        starts = np.minimum(each * np.arange(workers), size)
+        return Spread(owner, starts, np.minimum(size - starts, each))
+    offset, share = _places(engine)[id(parameter)]
+    bounds = np.clip(share * np.arange(workers + 1) - offset, 0, size)
+    return Spread(owner, bounds[:-1], np.diff(bounds))
+
+
+_PLACES: WeakKeyDictionary[Any, dict[int, tuple[int, int]]] = WeakKeyDictionary()
+
+
+def _places(engine: Any) -> dict[int, tuple[int, int]]:
+    """For stages 1 and 2, id of a parameter -> its first element among all parameters end to end, and the elements of a
+    worker's share of these.
+    """
+    optimizer = engine.optimizer
+    if optimizer not in _PLACES:
+        _PLACES[optimizer] = {
+            id(parameter): (offset, share)
+            for parameters, offsets, share in zip(
+                optimizer.round_robin_bit16_groups,
+                optimizer.round_robin_bit16_offsets,
+                optimizer.partition_size,
+                strict=True,
+            )
+            for parameter, offset in zip(parameters, offsets, strict=True)
+        }
+    return _PLACES[optimizer]
+
+
+def laid_out(engine: Any, parameter: nn.Parameter, stretch: Tensor) -> Tensor:
+    """This worker's stretch of a flattened tensor as `local_partition` has it: padded under stage 3, and in the
+    parameter's shape under stage 0.
+    """
+    if not engine.zero_optimization_stage():
+        return stretch.view(parameter.shape)
+    if engine.zero_optimization_stage() != 3:
+        return stretch
+    return nn.functional.pad(stretch, (0, cast(Any, parameter).ds_tensor.ds_numel - stretch.numel()))
+
+
 def partition_of(engine: Any, parameter: nn.Parameter, whole: Tensor) -> Tensor:
     """This worker's share of `whole`, a tensor of the parameter's shape, laid out like `local_partition`."""
-    stage = engine.zero_optimization_stage()
-    if not stage:
+    if not engine.zero_optimization_stage():
         return whole
-    if stage == 3:
-        count = cast(Any, parameter).ds_tensor.ds_numel
-        share = whole.flatten()[count * dist.get_rank() :][:count]
-        return nn.functional.pad(share, (0, count - share.numel()))
-    stretch = cast(Any, parameter)._hp_mapping
-    if not stretch:
-        return whole.flatten()[:0]
-    return whole.flatten().narrow(0, stretch.lp_fragment_address.start, stretch.lp_fragment_address.numel)
+    rank, _ = rank_and_count()
+    where = spread(engine, parameter, rank)
+    return laid_out(engine, parameter, whole.flatten()[where.starts[rank] :][: where.counts[rank]])
 
 
 def gather(engine: Any, parts: Iterable[Partition]) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, name, whole tensor in the parameter's shape) for each part, gathered from all workers; for stages 1 to 3.
+    """(kind, name, whole tensor in the parameter's shape) for each part that this worker owns; for stages 1 to 3.
 
-    `TOGETHER` elements, or one larger tensor, are exchanged at a time: the latency of a collective exceeds the transfer
-    of a small tensor, and an adapter has thousands of them. A tensor may be a view of the whole exchange. Every worker
-    must call this, with the same parameters in the same order, and exhaust the iterator.
+    Each worker's stretch goes to the tensor's owner alone. Every worker must call this, with the same parameters in the
+    same order, and exhaust the iterator.
     """
-    group: list[Partition] = []
-    size = 0
-    for part in parts:
-        count = whole_shape(part.parameter).numel()
-        if group and size + count > TOGETHER:
-            yield from _exchange(engine, group)
-            group, size = [], 0
-        group.append(part)
-        size += count
-    if group:
-        yield from _exchange(engine, group)
-
-
-def _exchange(engine: Any, group: list[Partition]) -> Iterator[tuple[str, str, Tensor]]:
-    """Gather all tensors of the group with one collective."""
-    shapes = [whole_shape(part.parameter) for part in group]
-    if engine.zero_optimization_stage() == 3:
-        mine = torch.cat([part.local.to(engine.device) for part in group])
-        gathered = torch.empty(dist.get_world_size() * mine.numel(), device=engine.device)
-        dist.all_gather_into_tensor(gathered, mine)
-        del mine
-        columns = gathered.view(dist.get_world_size(), -1).split([part.local.numel() for part in group], dim=1)
-        wholes = (each.flatten()[: shape.numel()] for each, shape in zip(columns, shapes, strict=True))
-    else:
-        # Summed as integers, because -0.0 + 0.0 is +0.0, whose hash would differ from the checkpoint's.
-        counts = [shape.numel() for shape in shapes]
-        bits = torch.zeros(sum(counts), dtype=torch.int32, device=engine.device)
-        for part, whole in zip(group, bits.split(counts), strict=True):
-            partition_of(engine, part.parameter, whole).copy_(part.local.view(torch.int32))
-        dist.all_reduce(bits)
-        wholes = iter(bits.view(torch.float32).split(counts))
-    for part, shape, whole in zip(group, shapes, wholes, strict=True):
-        yield part.kind, part.name, whole.view(shape)
+    placed = ((part, spread(engine, part.parameter, part.owner)) for part in parts)
+    rank, _ = rank_and_count()
+    for batch in exchange.in_batches(placed, lambda item: item[1].load):
+        # Without a stretch's padding.
+        stretches = [part.local.flatten()[: where.counts[rank]] for part, where in batch]
+        for index, whole in exchange.gather([where for _, where in batch], stretches, engine.device):
+            part = batch[index][0]
+            yield part.kind, part.name, whole.view(whole_shape(part.parameter))
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
@@ -122,7 +144,12 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 def write(engine: Any, parameter: nn.Parameter, whole: Tensor, moment: str | None = None) -> None:
     """Set the fp32 weight, or one of its moments, from a whole tensor; each worker stores its share."""
-    local_partition(engine, parameter, moment).copy_(partition_of(engine, parameter, whole))
+    write_partition(engine, parameter, partition_of(engine, parameter, whole), moment)
+
+
+def write_partition(engine: Any, parameter: nn.Parameter, share: Tensor, moment: str | None = None) -> None:
+    """Set this worker's share of the fp32 weight, or of one of its moments, from one laid out like `partition_of`'s."""
+    local_partition(engine, parameter, moment).copy_(share)
 
 
 def inner_optimizer(engine: Any) -> Any:

@@ -28,7 +28,7 @@ def write_evaluation(uri: str, metrics: Mapping[str, float]) -> None:
     try:
         storage.write_bytes(place, data, exclusive=True)
     except FileExistsError:
-        if storage.read_bytes(place) != data:
+        if storage.read_bytes(place, small=True) != data:
             raise CheckpointError(f"{place} holds other metrics already. Delete it to evaluate again.") from None
 
 

@@ -41,16 +41,21 @@ def seal(fields: Mapping[str, Any]) -> bytes:
     return json.dumps({**fields, "digest": digest}, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
-def read_sealed(place: str) -> dict[str, Any]:
-    """The fields that `seal` was given, from the file at the URI `place`.
+def read_sealed(place: str, data: bytes | None = None) -> dict[str, Any]:
+    """The fields that `seal` was given, from the file at the URI `place`; `data` was read there already.
 
     Raises:
         FileNotFoundError: there is none.
         DamagedError: a byte differs from what was written, also when it was read again.
         OtherFormatError: a manifest of format 1, which had no digest.
     """
+    given = [] if data is None else [data]
+
+    def fetch() -> dict[str, Any]:
+        return _unseal(place, given.pop() if given else storage.read_bytes(place, small=True))
+
     try:
-        return fetched_whole(place, lambda: _unseal(place, storage.read_bytes(place)), DamagedError)
+        return fetched_whole(place, fetch, DamagedError)
     except ChecksumError:
         raise damaged(place, "comes with a wrong checksum, twice") from None
 

@@ -219,6 +219,7 @@ def run_worker(job: WorkerJob) -> None:
     heartbeat.doing("building the model")
     device = str(ray.train.torch.get_device())
     task = job.build_task(device)
+    heartbeat.doing("reading the checkpoint")
     found = restore.choose(job.output, job.identity, task.module, device)
     first_step = found.manifest.step if found else 0
     if config.activation_checkpointing:

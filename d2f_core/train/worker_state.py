@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d2f_core.train import ema, partitions
+from d2f_core.train import ema, exchange, partitions
 from d2f_core.train.checkpoint import KINDS
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.exchange import Spread
 
 SAVED_ALWAYS = tuple(kind for kind in KINDS if kind != "ema")
 
@@ -26,9 +28,12 @@ class Worker:
     """EMA in fp32 by parameter name: of this worker's share of each parameter, or, where `partitions.is_whole`, of the
     whole parameters that this worker owns."""
 
+    def owner(self, index: int) -> int:
+        """The worker that saves the parameter with this index."""
+        return index % self.num_workers
+
     def owns(self, index: int) -> bool:
-        """Whether this worker saves the parameter with this index."""
-        return index % self.num_workers == self.rank
+        return self.owner(index) == self.rank
 
     def update_averages(self, step: int) -> None:
         """Update the averages of this worker's part; needs no communication."""
@@ -45,38 +50,45 @@ class Worker:
             else:
                 ema.update(self.averages[name], weight, decay)
 
+    def spread(self, kind: str, index: int, parameter: nn.Parameter, *, reader: int) -> Spread:
+        """Which elements of a moment or an average each worker keeps, when worker `reader` has it whole; moments for
+        stages 1 to 3.
+        """
+        if kind in partitions.MOMENTS or not partitions.is_whole(self.engine, parameter):
+            return partitions.spread(self.engine, parameter, reader)
+        counts = np.zeros(self.num_workers, np.int64)
+        counts[self.owner(index)] = parameter.numel()
+        return Spread(reader, np.zeros_like(counts), counts)
+
     def restore_averages(self, averages: Iterable[tuple[str, Tensor]]) -> None:
-        """Restore the averages from (parameter name, whole tensor); each worker keeps its part."""
+        """Restore the averages from (parameter name, the elements that this worker keeps by `spread`)."""
         parameters = partitions.trained_parameters(self.engine)
         indices = {name: index for index, name in enumerate(parameters)}
-        for name, whole in averages:
+        for name, stretch in averages:
             parameter = parameters[name]
             if not partitions.is_whole(self.engine, parameter):
                 device = partitions.local_partition(self.engine, parameter).device
-                self.averages[name] = partitions.partition_of(self.engine, parameter, whole).to(device, copy=True)
+                share = partitions.laid_out(self.engine, parameter, stretch)
+                self.averages[name] = share.to(device, copy=True)
             elif self.owns(indices[name]):
-                self.averages[name] = whole.to(self.engine.device)
+                self.averages[name] = stretch.view(parameter.shape).to(self.engine.device, copy=True)
 
     def owned(self) -> Iterator[tuple[str, str, Tensor]]:
         """(kind, parameter name, whole tensor) of every tensor that this worker saves.
 
         Every worker must call this, and exhaust the iterator.
         """
-        mine: set[str] = set()
         parts: list[partitions.Partition] = []
-        for index, (name, parameter) in enumerate(partitions.trained_parameters(self.engine).items()):
-            if self.owns(index):
-                mine.add(name)
-            for kind in KINDS if self.averages else SAVED_ALWAYS:
+        trained = list(partitions.trained_parameters(self.engine).items())
+        for kind in KINDS if self.averages else SAVED_ALWAYS:
+            for index in exchange.interleaved(len(trained), self.num_workers):
+                name, parameter = trained[index]
                 if not self._is_whole(kind, parameter):
-                    parts.append(partitions.Partition(kind, name, parameter, self._held(kind, name, parameter)))
-                elif name in mine:
+                    held = self._held(kind, name, parameter)
+                    parts.append(partitions.Partition(kind, name, parameter, held, self.owner(index)))
+                elif self.owns(index):
                     yield kind, name, self._held(kind, name, parameter)
-        for kind, name, whole in partitions.gather(self.engine, parts):
-            if name in mine:
-                # A view would keep the whole exchange in memory.
-                yield kind, name, whole.clone() if whole.untyped_storage().nbytes() > whole.nbytes else whole
-            del whole  # free it before the next one is gathered
+        yield from partitions.gather(self.engine, parts)
 
     def _is_whole(self, kind: str, parameter: nn.Parameter) -> bool:
         """Whether the worker that saves the tensor already holds it whole."""

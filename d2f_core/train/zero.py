@@ -200,7 +200,8 @@ def set_learning_rate(engine: Any, value: float) -> None:
 def restore_moments(
     engine: Any, moments: Iterable[tuple[str, str, Tensor]], steps: int, any_loss: Callable[[], Tensor]
 ) -> None:
-    """Set the optimizer's moments from (moment, parameter name, whole tensor), one at a time, and AdamW's step count.
+    """Set the optimizer's moments from (moment, parameter name, this worker's share of it, as `partitions.partition_of`
+    gives it), one at a time, and AdamW's step count.
 
     The weights must have been loaded into the module before the engine was built. The optimizer's state is created by a
     step of `0 * any_loss()` at learning rate 0, which changes no weight; under stage 3 only a real forward pass reaches
@@ -222,7 +223,7 @@ def restore_moments(
     restore_engine_state(engine, before)
     parameters = partitions.trained_parameters(engine)
     for moment, name, tensor in moments:
-        partitions.write(engine, parameters[name], tensor, moment)
+        partitions.write_partition(engine, parameters[name], tensor, moment)
     _set_optimizer_steps(engine, steps)
 
 

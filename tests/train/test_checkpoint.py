@@ -15,7 +15,6 @@ from d2f_core.train.checkpoint import (
     CheckpointManifest,
     OtherFormatError,
     candidates,
-    check_loaded,
     list_checkpoints,
     read_checkpoint,
     read_tensors,
@@ -25,7 +24,7 @@ from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.retention import apply_retention, read_evaluation, write_evaluation
 from d2f_core.train.retention_rules import Retention
 from d2f_core.train.selection import select
-from d2f_core.train.weights import ParameterMismatchError, load_parameters
+from d2f_core.train.weights import ParameterMismatchError, check_loaded, load_parameters
 
 KEEP_ALL = Retention(keep_last=10**6)
 

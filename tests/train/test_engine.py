@@ -115,10 +115,13 @@ def run(engine: Any, case: Case, steps: Iterable[int], rank: int) -> list[float]
 
 
 def read(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights and moments of every parameter, as a checkpoint holds them."""
+    """Weights and moments of every parameter, as a checkpoint holds them, on every worker."""
+    worker = Worker(TrainConfig(), engine, rank=dist.get_rank(), num_workers=WORKERS)
+    shares: list[list[tuple[str, str, torch.Tensor]]] = [[] for _ in range(WORKERS)]
+    dist.all_gather_object(shares, [(kind, name, tensor.clone()) for kind, name, tensor in worker.owned()])
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for kind, name, tensor in Worker(TrainConfig(), engine, rank=0, num_workers=1).owned():  # it saves all of them
-        found.setdefault(name, {})[kind] = tensor.clone()
+    for kind, name, tensor in (one for share in shares for one in share):
+        found.setdefault(name, {})[kind] = tensor
     return found
 
 
@@ -128,7 +131,12 @@ def resume(case: Case, saved: dict[str, dict[str, torch.Tensor]], steps: int, st
     engine = build(case, module)
     x = batch(0)[:4].to(DTYPES[case.precision])
     fresh = zero.engine_state(engine)
-    moments = [(moment, name, tensors[moment]) for name, tensors in saved.items() for moment in partitions.MOMENTS]
+    parameters = partitions.trained_parameters(engine)
+    moments = [
+        (moment, name, partitions.partition_of(engine, parameters[name], tensors[moment]))
+        for name, tensors in saved.items()
+        for moment in partitions.MOMENTS
+    ]
     zero.restore_moments(engine, moments, steps, lambda: engine(x).float().square().mean())
     assert {**zero.engine_state(engine), "optimizer_steps": 0} == {**fresh, "optimizer_steps": 0}
     zero.restore_engine_state(engine, json.loads(state))

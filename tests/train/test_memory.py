@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d2f_core.model.footprint import PeakMemory, sizes
-from d2f_core.train import memory, partitions, zero
+from d2f_core.train import exchange, memory, zero
 from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.memory import BYTES, memory_per_worker
 from d2f_core.train.worker_state import Worker
@@ -58,15 +58,16 @@ def holders(tensors: Iterable[Tensor]) -> list[int]:
     return [cast(Any, tensor)._use_count() for tensor in tensors]
 
 
-def letting_go(exchange: Callable[..., None]) -> Callable[..., None]:
+def letting_go(collective: Callable[..., None]) -> Callable[..., None]:
     """The collective, returning when gloo's thread has let go of its tensors, which a busy machine may let it do late.
 
     Held that long they would count as the worker's own.
     """
 
-    def call(*tensors: Tensor) -> None:
+    def call(*arguments: Any) -> None:
+        tensors = [one for one in arguments if isinstance(one, Tensor)]
         counts = holders(tensors)
-        exchange(*tensors)
+        collective(*arguments)
         deadline = time.monotonic() + 20
         while holders(tensors) != counts:
             assert time.monotonic() < deadline, "gloo's thread holds the tensors of a collective that is over"
@@ -75,7 +76,7 @@ def letting_go(exchange: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-EXCHANGES = {name: letting_go(getattr(dist, name)) for name in ("all_gather_into_tensor", "all_reduce")}
+EXCHANGES = {name: letting_go(getattr(dist, name)) for name in ("all_to_all_single", "all_reduce")}
 
 
 def measure(stage: int, precision: str, gradients: str, rank: int) -> dict[str, int]:
@@ -101,7 +102,7 @@ def measure(stage: int, precision: str, gradients: str, rank: int) -> dict[str, 
 
 
 def measure_all(rank: int) -> dict[str, Any]:
-    partitions.TOGETHER = TOGETHER
+    exchange.TOGETHER = TOGETHER
     measure(*ENGINES[0], rank)  # imports the rest of DeepSpeed
     gc.freeze()  # its objects would be looked through at each measurement
     return {str(engine): measure(*engine, rank) for engine in ENGINES}
@@ -160,6 +161,6 @@ def test_offloading_moves_bytes_to_the_host():
 def test_the_peak_is_the_largest_of_passing_stepping_and_saving():
     alone = TrainConfig(zero_stage=2, precision="bf16", global_batch_size=64)
     saving = memory_per_worker(alone, [10**6] * 2000, [])
-    assert saving.peak == saving.state + saving.saving == 2 * 10**9 * (2 + 4 + 8 + 4 + 12) + 8 * memory.TOGETHER
+    assert saving.peak == saving.state + saving.saving == 2 * 10**9 * (2 + 4 + 8 + 4 + 12) + 4 * memory.TOGETHER
     passing = memory_per_worker(alone, [10**6] * 2000, [], activations=60 * 10**9)
     assert passing.peak == passing.state + 10**9 + 60 * 10**9 + passing.gradients

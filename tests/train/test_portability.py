@@ -27,6 +27,7 @@ CHAINS = {
     "2-1-2 workers at stage 2": ((2, 2), (1, 2), (2, 2)),
     "2-1-2 workers at stage 3": ((2, 3), (1, 3), (2, 3)),
     "stages 1-2-3": ((2, 1), (2, 2), (2, 3)),
+    "2-1-2 workers at stages 0-2-0": ((2, 0), (1, 2), (2, 0)),
 }
 """Each leg's number of workers and ZeRO stage."""
 
@@ -54,8 +55,18 @@ class Case:
         )  # fmt: skip
 
 
-CASES = [Case(chain, lora, precision) for chain in CHAINS for lora in (False, True) for precision in ("fp32", "bf16")]
-OFFLOADED = [Case(case.chain, case.lora, case.precision, offloaded=True) for case in CASES]
+CASES = [
+    Case(chain, lora, precision)
+    for chain, legs in CHAINS.items()
+    for lora in (False, True)
+    for precision in ("fp32", "bf16")
+    if precision == "fp32" or all(stage for _, stage in legs)
+]
+OFFLOADED = [
+    Case(case.chain, case.lora, case.precision, offloaded=True)
+    for case in CASES
+    if all(stage for _, stage in CHAINS[case.chain])
+]
 
 
 class Attention(nn.Module):

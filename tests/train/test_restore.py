@@ -1,5 +1,6 @@
 """Going on from a checkpoint: what is read, how often, what is in memory meanwhile, and what damage leads to."""
 
+import errno
 import logging
 import shutil
 import weakref
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from d2f_core.train import checkpoint, restore, zero
-from d2f_core.train.checkpoint import KINDS, CheckpointError, read_tensors
+from d2f_core.storage import UnreachableStorageError
+from d2f_core.train import checkpoint, file_share, restore, zero
+from d2f_core.train.checkpoint import KINDS, CheckpointError, TensorFile, read_tensors
 from d2f_core.train.checkpoint_writer import CheckpointWriter
 from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.retention_rules import Retention
@@ -35,12 +37,12 @@ def task() -> Task:
     )
 
 
-def make_worker(rank: int, made: Task, stage: int) -> Worker:
+def make_worker(rank: int, made: Task, stage: int, workers: int = WORKERS) -> Worker:
     config = TrainConfig(
-        zero_stage=stage, precision="bf16", num_workers=WORKERS, global_batch_size=4, micro_batch_size=2,  # type: ignore[arg-type]
+        zero_stage=stage, precision="bf16", num_workers=workers, global_batch_size=2 * workers, micro_batch_size=2,  # type: ignore[arg-type]
         learning_rate=1e-2, ema=EmaConfig(decay=0.9),
     )  # fmt: skip
-    return Worker(config, zero.build_engine(made.module, config, WORKERS), rank, WORKERS)
+    return Worker(config, zero.build_engine(made.module, config, workers), rank, workers)
 
 
 def rows() -> Any:
@@ -81,16 +83,22 @@ class FilesRead:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        def read_file(place: str, file: Any) -> Iterator[tuple[str, torch.Tensor]]:
-            self.names.append(file.path)
-            for name, tensor in original(place, file):
-                self.add(tensor.nbytes)
-                weakref.finalize(tensor.untyped_storage(), self.add, -tensor.nbytes)
-                yield name, tensor
+        """Count what is hashed, and what is read."""
+        check, read = file_share.check_file, TensorFile.read
 
-        original = checkpoint._read_file
+        def check_file(place: str, file: Any, local: Path) -> None:
+            self.names.append(file.path)
+            check(place, file, local)
+
+        def read_tensor(tensors: TensorFile, name: str) -> torch.Tensor:
+            tensor = read(tensors, name)
+            self.add(tensor.nbytes)
+            weakref.finalize(tensor.untyped_storage(), self.add, -tensor.nbytes)
+            return tensor
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "_read_file", read_file)
+            patch.setattr(file_share, "check_file", check_file)
+            patch.setattr(TensorFile, "read", read_tensor)
             yield
 
 
@@ -111,14 +119,11 @@ def test_a_tensor_or_two_are_in_memory_beside_the_model(pair: Workers, saved: Pa
         assert 0 < result["most"] <= 2 * 4 * WIDTH**2
 
 
-def test_every_file_is_hashed_before_a_weight_is_used_and_again_when_it_is_put_back(pair: Workers, saved: Path):
+def test_every_file_is_hashed_by_one_worker_before_a_weight_is_used_and_again_when_it_is_put_back(pair, saved: Path):
     one, other = pair.run(go_on, str(saved), 2)
-    files = {kind: [f"{kind}-{rank}.safetensors" for rank in range(WORKERS)] for kind in KINDS}
-    divided = sorted(name for kind in KINDS if kind != "weights" for name in files[kind])
-    assert sorted([*one["first"], *other["first"]]) == sorted([*divided, *files["weights"], *files["weights"]])
-    for result in (one, other):
-        assert set(files["weights"]) <= set(result["first"])
-        assert sorted(result["all"][len(result["first"]) :]) == divided
+    for rank, result in enumerate((one, other)):
+        assert sorted(result["first"]) == sorted(f"{kind}-{rank}.safetensors" for kind in KINDS)
+        assert result["all"][len(result["first"]) :] == [f"{kind}-{rank}.safetensors" for kind in KINDS[1:]]
     last = checkpoint.list_checkpoints(str(saved))[-1]
     expected = {(kind, name): tensor for kind in KINDS for name, tensor in read_tensors(last, kind).items()}
     restored = {(kind, name): tensor for result in (one, other) for kind, name, tensor in result["owned"]}
@@ -184,6 +189,54 @@ def test_damage_after_the_choice_is_an_error_that_names_the_file(pair: Workers, 
     shutil.copytree(saved, tmp_path / "run")
     for message in pair.run(damage_between, str(tmp_path / "run")):
         assert "exp_avg_sq-1.safetensors has sha256" in message and "was damaged" in message
+
+
+def fail_on_worker_1(rank: int, output: str, what: str, when: str) -> str:
+    """The error of a restore during which one worker cannot read its files."""
+    made, message = task(), "could not download s3://bucket/weights-1 in 9 attempts over 180 s"
+    found = worker = None
+    if when == "after the choice":
+        found = restore.choose(output, "run", made.module, "cpu")
+        worker = make_worker(rank, made, 2)
+
+    def fail(*_: Any) -> None:
+        raise UnreachableStorageError(message) if what == "check" else OSError(errno.EIO, message)
+
+    place, name = (file_share, "check_file") if what == "check" else (file_share.FileShare, "_local")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((UnreachableStorageError, OSError)) as refused:
+        if rank == 1:
+            patch.setattr(place, name, fail)
+        if found and worker:
+            restore.put_back(worker, made, found, rows())
+        restore.choose(output, "run", made.module, "cpu")
+    return f"{refused.type.__name__}: {refused.value}"
+
+
+@pytest.mark.parametrize("when", ["at the choice", "after the choice"])
+@pytest.mark.parametrize(("what", "kind"), [("check", "UnreachableStorageError"), ("disk", "OSError")])
+def test_when_one_worker_cannot_read_all_fail_with_its_sentence(pair, saved: Path, what: str, kind: str, when: str):
+    one, other = pair.run(fail_on_worker_1, str(saved), what, when)
+    assert one == other and one.startswith(kind) and "could not download s3://bucket/weights-1 in 9 attempts" in one
+
+
+def break_off_the_exchange(rank: int, output: str) -> str:
+    """Worker 1 reads its first tensors, and then no more: the others are in the exchange already."""
+    made, left, read = task(), [2 * LAYERS + 1], TensorFile.read
+
+    def read_some(tensors: TensorFile, name: str) -> torch.Tensor:
+        left[0] -= 1
+        if rank and left[0] < 0:
+            raise OSError(errno.EIO, "the disk is gone")
+        return read(tensors, name)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="the disk is gone") as refused:
+        patch.setattr(TensorFile, "read", read_some)
+        restore.choose(output, "run", made.module, "cpu")
+    return str(refused.value)
+
+
+def test_a_disk_that_fails_during_an_exchange_fails_all(pair: Workers, saved: Path):
+    assert pair.run(break_off_the_exchange, str(saved)) == ["[Errno 5] the disk is gone"] * WORKERS
 
 
 def test_a_network_with_other_parameters_is_refused(saved: Path):

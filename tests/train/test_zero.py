@@ -6,6 +6,7 @@ And what an engine is refused for before it is built.
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -70,6 +71,13 @@ def whole(worker: Worker, kind: str) -> dict[str, torch.Tensor]:
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
+def kept(worker: Worker, wholes: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The elements of whole averages that a worker keeps."""
+    for index, (name, parameter) in enumerate(partitions.trained_parameters(worker.engine).items()):
+        where = worker.spread("ema", index, parameter, reader=0)
+        yield name, wholes[name].flatten()[where.starts[worker.rank] :][: where.counts[worker.rank]]
+
+
 def follow(worker: Worker, expected: dict[str, torch.Tensor], step: int) -> list[str]:
     """Update the averages, also plain ones of whole weights; names of the collectives of the first."""
     with Exchanges() as seen:
@@ -98,7 +106,7 @@ def train(rank: int, stage: int, precision: str, offload: str = "none") -> dict[
     with Exchanges() as seen:
         averages = whole(worker, "ema")
     parts, worker.averages = worker.averages, {}
-    worker.restore_averages(averages.items())
+    worker.restore_averages(kept(worker, averages))
     return {
         "averages": averages, "after": whole(worker, "weights"), "expected": expected, "exchanges": exchanges,
         "counted": seen.names, "parts": parts, "restored": whole(worker, "ema"),
@@ -171,6 +179,7 @@ def test_no_engine_loads_torchs_compiler_which_takes_seconds(results, pair: Work
 
 
 def signs_of_zeros(rank: int) -> list[bool]:
+    """Of the tensors that worker 0 gathers."""
     found: list[torch.Tensor] = []
     for stage, precision in ENGINES:
         engine = zero.build_engine(network(), config(stage, precision), WORKERS)
@@ -179,7 +188,7 @@ def signs_of_zeros(rank: int) -> list[bool]:
             partitions.write(engine, parameter, -torch.zeros(partitions.whole_shape(parameter)))
         if stage:
             parts = [
-                partitions.Partition("weights", name, p, partitions.local_partition(engine, p))
+                partitions.Partition("weights", name, p, partitions.local_partition(engine, p), owner=0)
                 for name, p in parameters.items()
             ]
             found += [(read == 0).all() and read.signbit().all() for *_, read in partitions.gather(engine, parts)]
