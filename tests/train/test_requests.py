@@ -49,7 +49,7 @@ class FakeS3:
         if f"{Bucket}/{Key}" not in self.objects:
             raise FileNotFoundError(Key)
 
-    def cat_file(self, path: str, *, max_concurrency: int = 10) -> bytes:
+    def cat_file(self, path: str, *, max_concurrency: int = 10, **_: Any) -> bytes:
         if max_concurrency > 1:
             self._count("HEAD")
         self._count("GET")
