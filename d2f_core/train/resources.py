@@ -8,9 +8,6 @@ from d2f_core.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-READER_CPUS = 0.5
-"""What the reader of a worker takes; see `data.stream.worker_shard`."""
-
 
 def fitting_workers(config: TrainConfig, *, again: bool) -> Reservation:
     """Room for as many workers as the cluster can hold, at most `num_workers` and at least `min_workers`.
@@ -53,8 +50,8 @@ def _demand(config: TrainConfig, *, again: bool) -> Demand:
 
 
 def _parts(config: TrainConfig, num_workers: int) -> list[Part]:
-    """Each worker with its reader, which may lie on another node, and one evaluation."""
-    parts = [Part("worker", num_workers, worker_bundle(config)), Part("reader", num_workers, {"CPU": READER_CPUS})]
+    """The workers, whose readers reserve nothing (`data.stream`), and one evaluation."""
+    parts = [Part("worker", num_workers, worker_bundle(config))]
     if config.evaluate_every:
         gpus = {"GPU": config.evaluation_gpus} if config.use_gpu and config.evaluation_gpus else {}
         parts.append(Part("evaluation", 1, {"CPU": 1, **gpus}))

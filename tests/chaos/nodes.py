@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import ray
 
-from tests.chaos.training import wait_for
+from tests.ray_processes import wait_for
 
 RAY_START = """
 from ray._private import services
