@@ -29,6 +29,7 @@ from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import S
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 
 from benchmarks.streaming import heading
+from benchmarks.streaming_memory import running
 from d2f_core.data import stream
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.plan_source import PlanSource
@@ -70,7 +71,7 @@ def register_readers(num_workers: int) -> float:
     """Seconds until the readers of so many simulated workers are known to the Ray that this process is connected to."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(num_workers) as threads:
         source, before = PlanSource(plan_for(num_workers, directory), num_workers=num_workers), pending()
-        with mock.patch.dict(stream.READER, resources=NOWHERE):
+        with mock.patch.object(stream, "_reader_options", lambda: {"num_cpus": 0, "resources": NOWHERE}):
             began = time.perf_counter()
             readers = list(threads.map(lambda rank: stream.start_reader(source, rank), range(num_workers)))
             while pending() < before + num_workers and time.perf_counter() < began + MOST_SECONDS:
@@ -96,7 +97,6 @@ def register_executions(num_workers: int) -> float:
 def main(options: Options) -> None:
     runs: list[dict[str, Any]] = []
     report = {**heading(options), "runs": runs}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     print("| workers | a reader each, s | an execution each, s |\n|---|---|---|")
     for workers in options.workers:
         kinds: list[Callable[[int], float]] = [register_readers]
@@ -108,8 +108,11 @@ def main(options: Options) -> None:
                  for kind in kinds]  # fmt: skip
         text = " | ".join(f"{one[len(one) // 2]:.2f} ({one[0]:.2f} to {one[-1]:.2f})" for one in cells)
         print(f"| {workers} | {text} |", flush=True)
-    ray.shutdown()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    options = tyro.cli(Options, description=__doc__)
+    with tempfile.TemporaryDirectory() as directory, running(directory):
+        ray.init(log_to_driver=False)
+        main(options)
+        ray.shutdown()

@@ -30,6 +30,7 @@ from d2f_core.data.plan_source import SCHEMA, BlockReader, PlanSource
 from d2f_core.data.prefetch import Prefetcher
 from d2f_core.data.ray_data import INIT_DEATHS
 from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.retry import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ READY_BYTES = 2**28
 quarter of the store that Ray gives a machine of 32 GB."""
 MOST_READY = 32
 """Most blocks that are asked for at a time, however small they are."""
-READER: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0}
-"""What Ray is told of a reader: it reserves nothing, and is replaced by whoever it reads for."""
 MICRO_BATCHES_AHEAD = 2
 """Micro-batches taken out of their block ahead of the training."""
 
@@ -68,11 +67,13 @@ class PlanIterator(ray.data.DataIterator):
                     self._delivered, deaths = self._delivered + (about.num_rows or 0), 0
                 return
             except RayActorError as error:
-                ray.kill(reader)  # it may only be out of reach
                 deaths += 1
                 if deaths == INIT_DEATHS:
                     raise
-                logger.warning("the reader of worker %d is started anew: %s", self._rank, error)
+                logger.warning("the reader of worker %d is started anew: %s", self._rank, one_line(error))
+            finally:
+                if ray.is_initialized():  # or this process has left the cluster, and the reader is ended with it
+                    ray.kill(reader)
 
     def stats(self) -> str:
         return f"{self._delivered} micro-batches were delivered by the last iteration"
@@ -85,16 +86,19 @@ class PlanIterator(ray.data.DataIterator):
 
 
 def start_reader(source: PlanSource, rank: int, *, skip: int = 0) -> Any:
-    """The actor that reads a worker's blocks, on this node: they are in its memory when the worker wants them.
-
-    It ends when its handle is dropped, or with the process that holds it.
+    """The actor that reads a worker's blocks. It is ended by its user, or with the process that started it.
 
     Args:
         skip: number of the worker's first micro-batches that are left out.
     """
+    actor: Any = ray.remote(**_reader_options())(BlockReader)
+    return actor.remote(source.read_task(rank, skip=skip))
+
+
+def _reader_options() -> dict[str, Any]:
+    """A reader reserves nothing, lies on this node, whose memory its blocks stay in, and is replaced by its user."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(**READER)(BlockReader)
-    return actor.options(scheduling_strategy=here).remote(source.read_task(rank, skip=skip))
+    return {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
 
 
 def _blocks(reader: Any) -> Iterator[tuple[BlockMetadata, ray.ObjectRef]]:
