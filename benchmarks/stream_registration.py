@@ -61,22 +61,19 @@ def plan_for(num_workers: int, directory: str) -> StreamPlan:
     )  # fmt: skip
 
 
-def pending() -> int:
-    """Actors that the head knows and has not placed."""
-    waiting = ("DEPENDENCIES_UNREADY", "PENDING_CREATION")
-    return sum(actor["State"] in waiting for actor in ray._private.state.actors().values())
-
-
 def register_readers(num_workers: int) -> float:
     """Seconds until the readers of so many simulated workers are known to the Ray that this process is connected to."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(num_workers) as threads:
-        source, before = PlanSource(plan_for(num_workers, directory), num_workers=num_workers), pending()
+        source = PlanSource(plan_for(num_workers, directory), num_workers=num_workers)
         with mock.patch.object(stream, "_reader_options", lambda: {"num_cpus": 0, "resources": NOWHERE}):
             began = time.perf_counter()
             readers = list(threads.map(lambda rank: stream.start_reader(source, rank), range(num_workers)))
-            while pending() < before + num_workers and time.perf_counter() < began + MOST_SECONDS:
-                time.sleep(LOOK_SECONDS)
-            seconds = time.perf_counter() - began
+        wanted = {reader._actor_id.hex() for reader in readers}
+        while not wanted <= ray._private.state.actors().keys():
+            if time.perf_counter() > began + MOST_SECONDS:
+                raise RuntimeError(f"{num_workers} readers were not registered within {MOST_SECONDS:.0f} s.")
+            time.sleep(LOOK_SECONDS)
+        seconds = time.perf_counter() - began
         for reader in readers:
             ray.kill(reader)
     return seconds
