@@ -94,7 +94,7 @@ class TrainConfig:
     use_gpu: bool = False
     """One GPU per worker, NCCL between them; otherwise CPU and gloo."""
     cpus_per_worker: float = 1
-    """Logical CPUs that Ray reserves per worker. The worker's reader reserves none and uses up to one; 2 keep it free."""
+    """Logical CPUs that Ray reserves per worker. The worker's reader reserves none, and uses up to one more."""
     threads_per_worker: int = 0
     """torch threads of a CPU worker; 0 divides the machine's cores. Of a GPU worker those of the optimizer that steps
     offloaded moments (`optimizer="cpu_adamw"`); 0 takes `cpus_per_worker`."""
