@@ -2,7 +2,7 @@
 
     python -m benchmarks.chaos --kills 20 --outages 1 --fault-rate 0.02
 
-A local stack trains a tiny model twice: once in peace, once while workers, reading actors, executors, controllers and
+A local stack trains a tiny model twice: once in peace, once while workers, reading actors, controllers and
 the job's driver are killed at random by SIGKILL, a share of S3's answers are 503 or cut, and S3 cannot be reached for a
 minute at a time; a driver that fails is submitted again. At the end weights, moments and averages must be equal bit for
 bit, the samples used must be the planned ones, and MLflow must hold every step once.
@@ -28,14 +28,14 @@ from benchmarks.fault_proxy import FaultProxy
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
-from tests.chaos.training import assert_same_run, make_config, newest_step, processes
+from tests.chaos.training import assert_same_run, make_config, newest_step
 from tests.flow.tiny_base import write_tiny_base
+from tests.ray_processes import processes
 
 VICTIMS = {
     "worker": "ray::RayTrainWorker",
     "controller": "ray::TrainController",
-    "reader": "ray::MapWorker(MapBatches(PlanReader",
-    "executor": "ray::SplitCoordinator",
+    "reader": "ray::BlockReader",
     "driver": "",
 }
 OUTAGE, READER = "outage", "reader"

@@ -29,7 +29,7 @@ from d2f_core.flow.generate.prompts import write_prompts
 from d2f_core.storage import list_names, read_bytes
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml
-from tests.chaos.training import processes
+from tests.ray_processes import processes
 
 ACTOR = "ray::MapWorker(MapBatches(JobsSampler"
 TABLES = ("images", "index")

@@ -38,7 +38,7 @@ import tyro
 
 from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import read_manifest
-from d2f_core.data.plan_reader import PlanReader, chunk_size
+from d2f_core.data.plan_reader import PlanReader
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import ModelConfig
@@ -109,9 +109,7 @@ def make_task(config: FinetuneConfig) -> TextToImage:
 
 def ready_batches(config: FinetuneConfig, task: TextToImage) -> list[Any]:
     plan = config.plan([read_manifest(config.latents)], COLUMNS)
-    reader = PlanReader(plan, 0, 1, 0)
-    chunks = reader({"chunk": np.arange(-(-plan.num_steps // chunk_size(plan)))})
-    parts = [part for chunk in chunks for part in chunk.column("micro_batch")]
+    parts = [part for chunk in PlanReader(plan, 0, 1, 0) for part in chunk.column("micro_batch")]
     return [task.to_batch(table_to_arrays(pa.ipc.open_stream(part.as_buffer()).read_all())) for part in parts]
 
 

@@ -87,7 +87,7 @@ def resume(config: ResumeConfig, plan: StreamPlan, share: float) -> float:
     rows = plan.sources[0].order.num_rows
     began = time.perf_counter()
     reader = PlanReader(plan, 0, config.workers, int(share * rows) // config.batch)
-    next(reader({"chunk": np.array([0])}))
+    reader.read(0)
     seconds = time.perf_counter() - began
     reader._pool.shutdown(cancel_futures=True)  # what it reads ahead would take the next one's time
     return seconds

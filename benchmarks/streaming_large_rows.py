@@ -132,7 +132,7 @@ class Watch:
             self.store = max(self.store, object_store(self._raylet))
             for process in family(self._raylet):
                 with suppress(psutil.NoSuchProcess, FileNotFoundError):  # it has ended since it was listed
-                    if "PlanReader" in " ".join(process.cmdline()):
+                    if "BlockReader" in " ".join(process.cmdline()):
                         found = anonymous_memory(process.pid)
                         self.reader, self.before = max(self.reader, found), self.before or found
 

@@ -4,9 +4,9 @@
 
 Writes two tables of latents (fp16 4x64x64, an id and a caption each) to a local S3 server, one ten times the other, and
 reads each once by our reader, through Ray, as `benchmarks.streaming` does. The smaller one must be larger than what may
-wait for a worker (`READY_BYTES`, 1 GiB), or the buffer is never full in its run. Memory is proportional set size (PSS)
-of the reading process and of Ray's node (raylet with object store, workers), looked at from outside twice a second;
-page cache is not in it.
+wait for a worker (`READY_BYTES`, 256 MiB), or the buffer is never full in its run. Memory is proportional set size
+(PSS) of the reading process and of Ray's node (raylet with object store, workers), looked at from outside twice a
+second; page cache is not in it.
 """
 
 import json

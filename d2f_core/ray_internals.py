@@ -60,19 +60,25 @@ CALLBACK = PrivateName(
     module="ray.data._internal.execution.execution_callback",
     name="ExecutionCallback.on_execution_step",
     parameters=("self", "executor"),
-    use="let an idle executor of Ray Data sleep, and give a held place back when the actors are queued",
+    use="give a held place back when the actors are queued",
 )
-TOPOLOGY = PrivateName(
-    module="ray.data._internal.execution.streaming_executor",
-    name="StreamingExecutor",
-    attributes=("_topology",),
-    use="tell whether an executor of Ray Data is idle",
+BUNDLE = PrivateName(
+    module="ray.data._internal.execution.interfaces",
+    name="RefBundle",
+    attributes=("blocks", "schema", "owns_blocks"),
+    use="hand blocks that an actor has read to Ray Data's iterator",
 )
-MOVED = PrivateName(
-    module="ray.data._internal.execution.interfaces.op_runtime_metrics",
-    name="OpRuntimeMetrics",
-    attributes=("num_task_outputs_generated", "num_outputs_taken"),
-    use="tell whether an executor of Ray Data is idle",
+ENTRY = PrivateName(
+    module="ray.data._internal.execution.interfaces",
+    name="BlockEntry",
+    attributes=("ref", "metadata"),
+    use="hand blocks that an actor has read to Ray Data's iterator",
+)
+BUNDLES = PrivateName(
+    module="ray.data",
+    name="DataIterator._to_ref_bundle_iterator",
+    parameters=("self",),
+    use="let Ray Data's iterator go over blocks that an actor reads",
 )
 CALLBACK_CLASSES = PrivateName(
     module="ray.data.context",
@@ -96,7 +102,8 @@ WORKER_TIMEOUT = PrivateName(
     use="let --train.worker-timeout-seconds reach Ray Train",
 )
 NAMES = (
-    DRAINING, FREE, STARTING, CALLBACK, TOPOLOGY, MOVED, CALLBACK_CLASSES, REPLICA_PORT, HEAD_RESOURCE, WORKER_TIMEOUT,
+    DRAINING, FREE, STARTING, CALLBACK, BUNDLE, ENTRY, BUNDLES, CALLBACK_CLASSES, REPLICA_PORT, HEAD_RESOURCE,
+    WORKER_TIMEOUT,
 )  # fmt: skip
 
 
@@ -157,13 +164,9 @@ def add_callback(dataset: Any, callback: type[Any]) -> None:
     dataset.context.custom_execution_callback_classes = [*dataset.context.custom_execution_callback_classes, callback]
 
 
-def blocks_moved(executor: Any) -> int:
-    """Blocks that an executor of Ray Data has generated and taken since it began."""
-    try:
-        counts = [operator.metrics for operator in executor._topology]
-        return sum(one.num_task_outputs_generated + one.num_outputs_taken for one in counts)
-    except AttributeError as error:
-        raise RayReleaseError(_sentence(TOPOLOGY, f"is not what it was ({error})")) from None
+def bundle_of(block: Any, about: Any, schema: Any) -> Any:
+    """What Ray Data's iterator goes over: a reference to a block, with its metadata and schema."""
+    return found(BUNDLE)((found(ENTRY)(block, about),), schema=schema, owns_blocks=False)
 
 
 def bind_replica_port(address: str) -> None:

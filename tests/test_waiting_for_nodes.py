@@ -81,7 +81,7 @@ def test_a_worker_whose_memory_fits_on_no_node_is_refused_in_one_line(growing: F
 
 
 def test_two_trainings_share_a_cluster_and_a_third_says_who_holds_it(growing: FakeCluster, tmp_path) -> None:
-    """Each takes two of three nodes whole, and its readers and evaluation the third."""
+    """Each takes two of three nodes whole, and its evaluation a part of the third."""
     logs = [tmp_path / f"{name}.log" for name in ("first", "second", "third")]
     with (
         growing.job("train", tmp_path / "run-1", 2, 2, 150, 8, log=logs[0]) as first,
@@ -89,7 +89,7 @@ def test_two_trainings_share_a_cluster_and_a_third_says_who_holds_it(growing: Fa
         growing.job("train", tmp_path / "unborn", 2, 2, 0, 1, tmp_path / "run-*", log=logs[2]) as third,
     ):
         status, refused = ended(third, logs[2], 150)
-        assert status == 2 and re.search("REFUSED .* of which other jobs hold [46] CPU: .*; waited [0-4] s", refused)
+        assert status == 2 and re.search("REFUSED .* of which other jobs hold [45] CPU: .*; waited [0-4] s", refused)
         results = [ended(job, log, 150) for job, log in zip((first, second), logs[:2], strict=True)]
     for status, text in results:
         assert status == 0, text

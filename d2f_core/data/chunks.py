@@ -92,13 +92,22 @@ class ChunkPlanner:
     """The chunks of one worker from a given step on; what is kept and fetched for them stays within the plan's buffer.
 
     The one exception: a chunk is at least one micro-batch, however large that is.
+
+    Args:
+        skip: number of the worker's micro-batches, from `first_step` on, that are left out.
     """
 
     def __init__(
-        self, plan: StreamPlan, rank: int, num_workers: int, first_step: int, readers: Sequence[TableReader]
+        self,
+        plan: StreamPlan,
+        rank: int,
+        num_workers: int,
+        first_step: int,
+        readers: Sequence[TableReader],
+        skip: int = 0,
     ) -> None:
         self._plan, self._rank, self._num_workers, self._readers = plan, rank, num_workers, readers
-        self._first = first_step * plan.per_step(num_workers)
+        self._first = first_step * plan.per_step(num_workers) + skip
         self._end = plan.num_steps * plan.per_step(num_workers)
         row_bytes = max(reader.row_bytes for reader in readers)
         self._per_chunk = micro_batches_per_chunk(plan, row_bytes)
@@ -108,6 +117,10 @@ class ChunkPlanner:
         self._room = plan.buffer_bytes - self.fetch_bytes - CHUNK_COPIES * chunk
         """Bytes available to pieces that are kept."""
         self._chunks: dict[int, Chunk] = {}
+
+    @property
+    def num_chunks(self) -> int:
+        return max(0, -(-(self._end - self._first) // self._per_chunk))
 
     def ahead(self, number: int) -> list[Chunk]:
         """Chunk `number` and the chunks after it to fetch now: up to `READ_AHEAD_CHUNKS`, fewer if the buffer is full.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 
-from d2f_core.data.chunks import ChunkPlanner, Piece, Run, micro_batches_per_chunk
+from d2f_core.data.chunks import ChunkPlanner, Piece, Run
 from d2f_core.data.gather import Gatherer, serialised
 from d2f_core.data.manifest import Manifest, ManifestError, read_manifest
 from d2f_core.data.stream_plan import StreamPlan
@@ -41,29 +41,34 @@ class ByteLimit:
 
 
 class PlanReader:
-    """Ray Data actor: chunk numbers -> one serialised table per micro-batch.
+    """One worker's rows of a plan, chunk by chunk: tables of a column `micro_batch` of serialised tables.
 
-    A table has the plan's columns and: `epoch`; `row`, unique over all tables of the plan; `reason`, null for a usable
-    row. An unusable row keeps its place, filled with the content of another row; the loss must leave it out.
+    A serialised table has the plan's columns and: `epoch`; `row`, unique over all tables of the plan; `reason`, null
+    for a usable row. An unusable row keeps its place, filled with the content of another row; the loss must leave it
+    out.
 
     Rows in memory, fetches in progress and assembled chunks together stay within the plan's `buffer_bytes`.
+
+    Args:
+        skip: number of the worker's micro-batches, from `first_step` on, that are left out.
     """
 
-    def __init__(self, plan: StreamPlan, rank: int, num_workers: int, first_step: int) -> None:
+    def __init__(self, plan: StreamPlan, rank: int, num_workers: int, first_step: int, skip: int = 0) -> None:
         self._plan = plan
         self._readers = [TableReader(uri, planned_table(plan, uri), plan.columns) for uri in plan.tables]
         self._first_rows = dict(zip(plan.table_of, plan.first_rows, strict=True))
-        self._planner = ChunkPlanner(plan, rank, num_workers, first_step, self._readers)
+        self._planner = ChunkPlanner(plan, rank, num_workers, first_step, self._readers, skip)
         self._pool = ThreadPoolExecutor(READING_THREADS)
         self._in_flight = ByteLimit(self._planner.fetch_bytes)
         self._pieces: dict[Piece, Future[RowRange]] = {}
         self._gatherer = Gatherer()
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        for chunk in batch["chunk"].tolist():
-            yield self._read(chunk)
+    def __iter__(self) -> Iterator[pa.Table]:
+        """All chunks, in order."""
+        return map(self.read, range(self._planner.num_chunks))
 
-    def _read(self, number: int) -> pa.Table:
+    def read(self, number: int) -> pa.Table:
+        """Chunk `number`, counted from the first micro-batch that is not left out."""
         chunk, *later = self._planner.ahead(number)
         wanted = dict.fromkeys(piece for one in (chunk, *later) for piece in one.pieces)
         for piece in self._pieces.keys() - wanted.keys():
@@ -124,8 +129,3 @@ def planned_table(plan: StreamPlan, uri: str) -> Manifest:
             "replaced, or this node reads another place. Put the table back, or train on the new one in another output."
         )
     return manifest
-
-
-def chunk_size(plan: StreamPlan) -> int:
-    """Micro-batches per chunk, from the row sizes in the tables' manifests."""
-    return micro_batches_per_chunk(plan, max(read_manifest(uri).row_bytes for uri in set(plan.tables)))

@@ -12,8 +12,7 @@ def configure(dataset: ray.data.Dataset) -> None:
     """Set what holds for this dataset and what is derived from it.
 
     Ray Data ends an execution in which no block moves for 30 minutes. Here one block may be long work by right (64
-    prompts at 50 steps, a training's stream that rests during an evaluation), and a job that was ended so would end
-    again each time. A worker that hangs is found by its own heartbeat, an actor that dies by Ray.
+    prompts at 50 steps), and a job that was ended so would end again each time. An actor that dies is found by Ray.
     """
     context = dataset.context
     context.execution_no_progress_timeout_s = -1

@@ -73,7 +73,7 @@ class TrainConfig:
     use_gpu: bool = False
     """One GPU per worker, NCCL between them; otherwise CPU and gloo."""
     cpus_per_worker: float = 1
-    """Logical CPUs that Ray reserves per worker."""
+    """Logical CPUs that Ray reserves per worker. The worker's reader reserves none, and uses up to one more."""
     worker_memory_gb: float = since(-1.0, before=-1.0)
     """GB (1e9 bytes) of the host's memory that Ray reserves per worker, so that it places nothing else there; a node
     must have it. 0: none. -1: as much as a worker is estimated to take, if the nodes that were found have it free;

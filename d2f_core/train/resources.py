@@ -9,9 +9,6 @@ from d2f_core.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-READER_CPUS = 0.5
-"""What the reader of a worker takes; see `data.stream.worker_shard`."""
-
 
 def fitting_workers(config: TrainConfig, *, again: bool) -> Reservation:
     """Room for as many workers as the cluster can hold, at most `num_workers` and at least `min_workers`.
@@ -83,9 +80,8 @@ def _demand(config: TrainConfig, *, again: bool) -> Demand:
 
 
 def _parts(config: TrainConfig, num_workers: int) -> list[Part]:
-    """Each worker with its reader, which may lie on another node, and one evaluation if it runs beside the training."""
-    worker = Part("worker", num_workers, worker_bundle(config, _demanded(config)))
-    parts = [worker, Part("reader", num_workers, {"CPU": READER_CPUS})]
+    """The workers, whose readers reserve nothing (`data.stream`), and one evaluation if it runs beside the training."""
+    parts = [Part("worker", num_workers, worker_bundle(config, _demanded(config)))]
     if config.evaluate_every and config.evaluation_place != "workers":
         gpus = config.evaluation_task_gpus
         parts.append(Part("evaluation", 1, {"GPU": gpus} if gpus else {"CPU": 1}))

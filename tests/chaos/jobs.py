@@ -12,7 +12,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
-from tests.chaos.training import wait_for
+from tests.ray_processes import wait_for
 
 
 class Job:

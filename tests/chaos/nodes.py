@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import ray
 
-from tests.chaos.training import wait_for
 from tests.ray_internals import node_command
+from tests.ray_processes import wait_for
 
 ROOT = Path(__file__).parents[2]
 

@@ -30,9 +30,8 @@ from tests.chaos.training import (
     make_config,
     newest_step,
     off_schedule,
-    processes,
-    wait_for,
 )
+from tests.ray_processes import processes, wait_for
 from tests.slow import slow
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
@@ -47,12 +46,10 @@ class Placeholder:
 
 
 def lose_the_node(running: Running, node: Node, placeholder: Any) -> None:
-    """A worker is on it, and no reader; a checkpoint is made between its notice and its end."""
-    # A node that was announced to go takes no new actors, and these start on the workers' own nodes.
+    """A worker and its reader are on it; a checkpoint is made between its notice and its end."""
+    # A node that was announced to go takes no new actors, and readers start on the workers' own nodes.
     now = time.time()
-    running.wait_for(
-        "both readers", lambda: sum(one.create_time() > now for one in processes("ray::SplitCoordinator")) == 2
-    )
+    running.wait_for("both readers", lambda: sum(one.create_time() > now for one in processes("ray::BlockReader")) == 2)
     assert len(node.processes("ray::RayTrainWorker")) == 1
     ray.kill(placeholder)
     node.announce()
@@ -100,7 +97,7 @@ def restart_servers(directory: Path) -> None:
 def test_six_attempts_over_a_bad_network_make_the_same_run(
     base, unbroken, stack: StackEnv, stack_directory: Path, tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch
 ):
-    """What ends the attempts, in this order: its readers and executor killed, a node that goes as announced, a worker
+    """What ends the attempts, in this order: a worker killed after a reader, a node that goes as announced, a worker
     killed, the controller killed, a worker that stands still. Between all but the first two is a new checkpoint; those
     count as one, as a node that was announced to go is no failure.
 
@@ -116,12 +113,12 @@ def test_six_attempts_over_a_bad_network_make_the_same_run(
         second_node(2, tmp_path / "node.log") as node,
         caplog.at_level(logging.WARNING, logger="d2f_core.train"),
     ):
-        placeholder = Placeholder.options(num_cpus=LOGICAL_CPUS - 3).remote()  # room for one worker and two readers
+        placeholder = Placeholder.options(num_cpus=LOGICAL_CPUS - 2).remote()  # room for one worker
         assert ray.get(placeholder.ready.remote(), timeout=60)
         with Running(config) as running:
-            # As soon as they are there: so few rows are read ahead at once, and then their readers end.
-            running.kill_one("ray::MapWorker(MapBatches(PlanReader")
-            running.kill_one("ray::SplitCoordinator")
+            # As soon as it is there: so few rows are read ahead at once, and then their readers end.
+            running.kill_one("ray::BlockReader")
+            running.kill_one("ray::RayTrainWorker")
             running.wait_for("a restart", lambda: "the attempt ended" in caplog.text)
             lose_the_node(running, node, placeholder)
             running.wait_for("a restart", lambda: "for a node was announced to go" in caplog.text)

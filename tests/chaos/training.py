@@ -3,16 +3,12 @@
 One of the three files of its latents is cut off, so that the ledger of unusable rows has to come through as well.
 """
 
-import contextlib
-import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Self
 
 import mlflow
 import numpy as np
-import psutil
 import torch
 from mlflow.entities import Metric
 
@@ -29,14 +25,13 @@ from pipelines.configs import FinetuneConfig
 from pipelines.finetune import main
 from pipelines.finetune_task import COLUMNS
 from tests.latent_tables import write_latents
+from tests.ray_processes import processes, wait_for
 
 ROWS, STEPS, SAVES = 96, 40, 5
 LATENTS = "s3://d2f/test-chaos/latents"
 CUT_OFF = range(32, 64)
 """Rows of the file that is cut off."""
 EXPERIMENT = "test-chaos"
-STACK = "RAY_API_SERVER_ADDRESS"
-"""All processes of a stack's Ray carry it."""
 
 
 def write_cut_off_latents(fingerprint: str) -> None:
@@ -99,26 +94,6 @@ def loss_points(config: FinetuneConfig, status: str) -> list[Metric]:
 def losses(config: FinetuneConfig) -> list[float]:
     """In the order of the steps."""
     return [point.value for point in sorted(loss_points(config, "FINISHED"), key=lambda point: point.step)]
-
-
-def processes(prefix: str) -> list[psutil.Process]:
-    """Processes of this session's Ray, not of another's on the machine, by the title that Ray gives them."""
-
-    def found() -> Iterator[psutil.Process]:
-        for process in psutil.process_iter(["cmdline"]):
-            if process.info["cmdline"] and process.info["cmdline"][0].startswith(prefix):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if process.environ().get(STACK) == os.environ[STACK]:
-                        yield process
-
-    return list(found())
-
-
-def wait_for(what: str, condition: Callable[[], object], seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
-        time.sleep(0.2)
 
 
 def has_checkpoint(output: str, step: int = SAVES) -> bool:

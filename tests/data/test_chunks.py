@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.chunks import CHUNK_COPIES, FETCH_SHARE, READ_AHEAD_CHUNKS, ChunkPlanner, micro_batches_per_chunk
 from d2f_core.data.manifest import Manifest, TableFile, read_manifest, rows_per_group, write_manifest, write_part
-from d2f_core.data.plan_reader import READING_THREADS, ByteLimit, PlanReader, chunk_size
+from d2f_core.data.plan_reader import READING_THREADS, ByteLimit, PlanReader
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field
 from d2f_core.data.stream_plan import BUFFER_BYTES, Source, StreamPlan
@@ -151,19 +151,19 @@ def stream_large(uri: str, window_rows: int) -> tuple[int, int, list[str]]:
     """The most bytes that the reader held between two chunks; that were allocated at any time, what is in flight and
     what Arrow copies included; and what was wrong with the rows."""
     plan, wrong = large_plan(uri, window_rows), []
-    reader, most = PlanReader(plan, 0, 1, 0), 0
-    micro_batches, per_chunk = plan.num_steps * plan.per_step(1), chunk_size(plan)
-    for chunk in range(-(-micro_batches // per_chunk)):
-        (table,) = reader({"chunk": np.array([chunk])})
+    reader, most, read = PlanReader(plan, 0, 1, 0), 0, 0
+    for table in reader:
         fetched = [one.result().table for one in reader._pieces.values()]
         scratch = sum(buffer.nbytes for buffer in reader._gatherer._buffers.values())
         most = max(most, sum(one.nbytes for one in fetched) + scratch + table.nbytes)
-        for number, part in enumerate(table.column("micro_batch"), chunk * per_chunk):
+        for number, part in enumerate(table.column("micro_batch"), read):
             rows, wanted = pa.ipc.open_stream(part.as_buffer()).read_all(), plan.micro_batch(number, 0, 1).rows
             values = rows.column("array").combine_chunks()
             firsts = [np.frombuffer(value.as_py()[:2], "f2")[0] for value in values]
             if not rows.column("number").to_pylist() == rows.column("row").to_pylist() == firsts == wanted.tolist():
                 wrong.append(f"micro-batch {number}")
+        read += table.num_rows
+    assert read == plan.num_steps * plan.per_step(1)
     return most, pa.default_memory_pool().max_memory() + scratch, wrong
 
 

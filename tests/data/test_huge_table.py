@@ -94,7 +94,7 @@ def test_it_takes_memory_by_the_file_not_by_the_row(table):
 
 def test_the_first_rows_of_a_worker_in_mid_epoch_are_those_of_the_plan(table):
     plan = plan_of(str(table))
-    (chunk,) = PlanReader(plan, LAST, WORKERS, HALF_AN_EPOCH)({"chunk": np.array([0])})
+    chunk = PlanReader(plan, LAST, WORKERS, HALF_AN_EPOCH).read(0)
     for number, part in enumerate(chunk.column("micro_batch")):
         batch = pa.ipc.open_stream(part.as_buffer()).read_all()
         wanted = plan.micro_batch(HALF_AN_EPOCH + number, LAST, WORKERS).rows.tolist()

@@ -19,7 +19,7 @@ from d2f_core.data.manifest import (
     write_manifest,
     write_part,
 )
-from d2f_core.data.plan_reader import PlanReader, chunk_size
+from d2f_core.data.plan_reader import PlanReader
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.stream_plan import MicroBatch, Source, StreamPlan
 from d2f_core.data.table_plan import BucketError, OrderConfig, plan_tables
@@ -194,9 +194,8 @@ def disk_plan(table: Path) -> StreamPlan:
 
 def read(plan: StreamPlan, rank: int, num_workers: int, first_step: int = 0) -> list[tuple[list, list, list]]:
     """Texts, epochs and row numbers of each micro-batch of a worker."""
-    chunks = -(-(plan.num_steps - first_step) * plan.per_step(num_workers) // chunk_size(plan))
     found = []
-    for chunk in PlanReader(plan, rank, num_workers, first_step)({"chunk": np.arange(chunks)}):
+    for chunk in PlanReader(plan, rank, num_workers, first_step):
         for part in chunk.column("micro_batch"):
             one = pa.ipc.open_stream(part.as_buffer()).read_all()
             found.append(tuple(one.column(name).to_pylist() for name in ("text", "epoch", "row")))

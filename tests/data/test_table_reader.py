@@ -10,7 +10,7 @@ import pytest
 from d2f_core import storage
 from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.manifest import Manifest, TableFile, read_manifest, write_manifest, write_part
-from d2f_core.data.plan_reader import PlanReader, chunk_size
+from d2f_core.data.plan_reader import PlanReader
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import array_field
 from d2f_core.data.stream_plan import BUFFER_BYTES, Source, StreamPlan
@@ -163,8 +163,7 @@ def micro_batches_of(table: Path, steps: int = 16, *, batch: int = 64, buffer: i
         sources=(Source(uri=str(table), order=order),), columns=COLUMNS, global_batch_size=batch,
         micro_batch_size=batch, num_steps=steps, buffer_bytes=buffer,
     )  # fmt: skip
-    reader = PlanReader(plan, rank=0, num_workers=1, first_step=0)
-    chunks = reader({"chunk": np.arange(-(-steps // chunk_size(plan)))})
+    chunks = PlanReader(plan, rank=0, num_workers=1, first_step=0)
     return [pa.ipc.open_stream(part.as_buffer()).read_all() for chunk in chunks for part in chunk.column("micro_batch")]
 
 
