@@ -24,13 +24,16 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
-Fault = Literal["error", "reset", "stall"]
+Fault = Literal["error", "expired", "reset", "stall"]
 
 READ_BYTES = 1 << 20
 EARLY_ANSWER_SECONDS = 1.0  # for the rest of a body that the server has answered already
 HEADER = re.compile(rb"\r\n(content-length|transfer-encoding|expect)[ \t]*:[ \t]*([^\r\n]*)", re.IGNORECASE)
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-SLOW_DOWN_HEAD = b"HTTP/1.1 503 Slow Down\r\nContent-Type: text/xml\r\nContent-Length: %d\r\n\r\n" % len(SLOW_DOWN)
+REFUSALS = {
+    "error": (b"503 Slow Down", b"SlowDown", b"Please reduce your request rate."),
+    "expired": (b"400 Bad Request", b"ExpiredToken", b"The provided token has expired."),
+}
+"""Status, code and message of the answers that the proxy gives in place of the server."""
 BROKEN = (ConnectionError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
 
 
@@ -68,6 +71,8 @@ class FaultProxy:
         """Seconds added before the first byte of each answer: the latency of a far server."""
         self.error_rate = 0.0
         """Share of requests answered by 503 SlowDown; the server does not see them."""
+        self.expired = False
+        """While true, every request is answered by 400 ExpiredToken, as S3 does when credentials were not renewed."""
         self.reset_rate = 0.0
         """Share of requests that the server carries out, and whose answer is cut in its middle by a TCP reset."""
         self.stall_rate = 0.0
@@ -99,6 +104,11 @@ class FaultProxy:
         self._outage = value
         if value:
             self._loop.call_soon_threadsafe(self._cut_all)
+
+    def expired_for(self, seconds: float) -> None:
+        """Let all credentials be expired until they are renewed after a while; returns at once."""
+        self.expired = True
+        self._loop.call_soon_threadsafe(self._loop.call_later, seconds, setattr, self, "expired", False)
 
     def outage_for(self, seconds: float) -> None:
         """Begin an outage that ends by itself; returns at once."""
@@ -137,6 +147,8 @@ class FaultProxy:
 
     def _fault(self) -> Fault | None:
         draw = self._random.random()
+        if self.expired:
+            return "expired"
         if self.upcoming:
             return self.upcoming.popleft()
         rates: dict[Fault, float] = {"error": self.error_rate, "reset": self.reset_rate, "stall": self.stall_rate}
@@ -153,8 +165,8 @@ class FaultProxy:
                 if server is not None and server.reader.at_eof():  # it closed an idle connection
                     cut(server.writer)
                     server = None
-                if fault == "error":
-                    reusable = await self._slow_down(client, request)
+                if fault in REFUSALS:
+                    reusable = await self._refuse(client, request, *REFUSALS[fault])
                 else:
                     server = server or End(*await asyncio.open_connection(*self.target, limit=READ_BYTES))
                     reusable = await self._exchange(client, server, request, fault)
@@ -170,12 +182,14 @@ class FaultProxy:
             if server is not None:
                 server.writer.close()
 
-    async def _slow_down(self, client: End, request: Message) -> bool:
-        """Answer 503; whether the connection can serve another request."""
+    async def _refuse(self, client: End, request: Message, status: bytes, code: bytes, message: bytes) -> bool:
+        """Answer in place of the server; whether the connection can serve another request."""
+        body = b"<Error><Code>%s</Code><Message>%s</Message></Error>" % (code, message)
+        head = b"HTTP/1.1 %s\r\nContent-Type: text/xml\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
         if not request.expects:
             await copy_body(client.reader, None, request)
         await asyncio.sleep(self.first_byte_delay)
-        await send(client.writer, SLOW_DOWN_HEAD + (b"" if request.head.startswith(b"HEAD ") else SLOW_DOWN))
+        await send(client.writer, head + (b"" if request.head.startswith(b"HEAD ") else body))
         return not request.expects
 
     async def _exchange(self, client: End, server: End, request: Message, fault: Fault | None) -> bool:

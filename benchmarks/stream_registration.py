@@ -23,11 +23,9 @@ from unittest import mock
 
 import pyarrow as pa
 import ray
-import ray._private.state
 import tyro
-from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import STANDARD_RESOURCE_TYPES
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 
+from benchmarks.ray_internals import coordinator, registered_actors, resource_types
 from benchmarks.streaming import heading
 from benchmarks.streaming_memory import running
 from d2f_core.data import stream
@@ -69,7 +67,7 @@ def register_readers(num_workers: int) -> float:
             began = time.perf_counter()
             readers = list(threads.map(lambda rank: stream.start_reader(source, rank), range(num_workers)))
         wanted = {reader._actor_id.hex() for reader in readers}
-        while not wanted <= ray._private.state.actors().keys():
+        while not wanted <= registered_actors():
             if time.perf_counter() > began + MOST_SECONDS:
                 raise RuntimeError(f"{num_workers} readers were not registered within {MOST_SECONDS:.0f} s.")
             time.sleep(LOOK_SECONDS)
@@ -82,12 +80,10 @@ def register_readers(num_workers: int) -> float:
 def register_executions(num_workers: int) -> float:
     """Seconds that Ray Data's coordinator takes for the first requests of so many executions."""
     nodes = [{"Alive": True, "NodeID": str(number), "Resources": NODE} for number in range(num_workers)]
-    coordinator = _AutoscalingCoordinatorActor(
-        send_resources_request=lambda *_, **__: None, get_cluster_nodes=lambda: nodes
-    )
+    asked, types = coordinator(nodes), resource_types()
     began = time.perf_counter()
     for number in range(num_workers):
-        coordinator.request_resources(f"data-{number}", [], 180.0, request_remaining=list(STANDARD_RESOURCE_TYPES))
+        asked.request_resources(f"data-{number}", [], 180.0, request_remaining=types)
     return time.perf_counter() - began
 
 

@@ -21,7 +21,7 @@ STACK_DIRECTORY = pytest.StashKey[Path]()
 TESTS = Path(__file__).parent
 RUNGS = ("quick", "process", "servers")
 """What `--rung` chooses: pure functions and files; networks, large files, and servers of a test's own; the session's
-servers and workers."""
+servers and workers, and clusters."""
 STARTS_PROCESSES = {"s3", "stack", "stack_directory", "pair", "single", "offloading_pair", "offloading_single"}
 """Fixtures of servers and of worker processes."""
 LONGER = ("model", "data/test_hostile_inputs.py", "pipelines/test_checkpoint_export.py", "pipelines/test_recipes.py",
@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def rung_of(item: pytest.Item) -> str:
-    if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
+    if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("starts_cluster"):
         return "servers"
     place = item.path.relative_to(TESTS).as_posix()
     longer = place.startswith(LONGER) and place not in QUICK_NEVERTHELESS

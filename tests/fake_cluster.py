@@ -33,7 +33,7 @@ from tests.ray_internals import node_command
 
 ROOT = Path(__file__).parents[1]
 HEAD = "head"
-ADDRESS, LOGS = "FAKE_CLUSTER_ADDRESS", "FAKE_CLUSTER_LOGS"
+ADDRESS, LOGS, CLOSED = "FAKE_CLUSTER_ADDRESS", "FAKE_CLUSTER_LOGS", "FAKE_CLUSTER_CLOSED"
 """What the provider, in the autoscaler's process, finds in its environment."""
 OBJECT_STORE_BYTES = 100_000_000
 END_SECONDS = 20.0
@@ -125,7 +125,7 @@ def _start_raylet(name: str, kind: str, delay: float, resources: Mapping[str, fl
         f"--num-cpus={resources.get('CPU', 0):g}", f"--num-gpus={resources.get('GPU', 0):g}",
         f"--resources={json.dumps(others)}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0",
         "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--disable-usage-stats", *memory,
-        place=str(place), delay=delay,
+        place=str(place), delay=delay, closed=os.environ[CLOSED],
     )  # fmt: skip
     environment = {
         **os.environ,
@@ -179,12 +179,41 @@ class FakeCluster:
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             ADDRESS: self.environment["RAY_ADDRESS"],
             LOGS: str(self.directory / "logs"),
+            CLOSED: str(self._closed),
         }
         return dataclasses.replace(
             part,
             argv=(*argv, "--num-cpus=0", "--num-gpus=0", f"--autoscaling-config={config}"),
             variables={**part.variables, **variables},
         )
+
+    @property
+    def _closed(self) -> Path:
+        return self.directory / "no-nodes"
+
+    @contextlib.contextmanager
+    def no_nodes(self) -> Iterator[None]:
+        """The provider has none: those that are asked for come when the context ends."""
+        self._closed.touch()
+        try:
+            yield
+        finally:
+            self._closed.unlink()
+
+    def nodes(self, kind: str) -> list[psutil.Process]:
+        """`ray start` of each node of the kind; all of a node's processes descend from it."""
+        found = []
+        for one in processes.owned(self.directory):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if f"/{kind}-" in " ".join(one.process.cmdline()[:4]):  # the names of its sockets
+                    found.append(one.process)
+        return found
+
+    def kill(self) -> None:
+        """Kill all of it at once, as when the head's machine dies and takes its nodes along."""
+        for one in processes.owned(self.directory):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.process.kill()
 
     def end(self) -> None:
         """End the head and all nodes: the processes that carry the mark of this directory, and no others."""

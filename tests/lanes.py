@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("tests/infra", "tests/data", "tests/train", "tests/batch", "tests/chaos")
+BESIDE = ("tests/infra", "tests/data", "tests/train", "tests/batch", "tests/chaos", "tests/test_waiting_for_nodes.py")
 """Half of the tests with servers and workers, by time; the pipelines are most of the other."""
 LONGEST = 5
 

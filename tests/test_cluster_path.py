@@ -32,7 +32,7 @@ BUCKET = "d2f/test-cluster-path"
 IMAGES, PROMPTS, SIDE = 48, 32, 64
 DELAY = 3.0
 """Seconds until a node starts; on AWS minutes."""
-pytestmark = [pytest.mark.starts_processes, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.starts_cluster, pytest.mark.timeout(900)]
 TINY: dict[str, list[str]] = {
     "pipelines.encode_latents": ["--resolution", f"{SIDE}", "--rows-per-part", "8", "--min-side", "8"],
     "pipelines.finetune": [

@@ -9,12 +9,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from benchmarks import ray_internals as of_the_benchmarks
 from d2f_core import ray_internals
 from d2f_core.ray_internals import PrivateName, RayReleaseError
 from tests import ray_internals as of_the_tests
 
 ROOT = Path(__file__).parents[1]
-NAMES = [*ray_internals.NAMES, *of_the_tests.NAMES]
+NAMES = [*ray_internals.NAMES, *of_the_benchmarks.NAMES, *of_the_tests.NAMES]
 PRIVATE = re.compile(
     r"\bray(\.\w+)*\._[a-z]\w*|from ray[\w.]* import _|autoscaler\.v2|executor\._|custom_execution_callback_classes"
 )

@@ -12,7 +12,7 @@ from tests.fake_cluster import FakeCluster, NodeKind
 from tests.slow import slow
 from tests.waiting_jobs import ESTIMATE
 
-pytestmark = [pytest.mark.starts_processes, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.starts_cluster, pytest.mark.timeout(400)]
 DELAY = 12
 """Seconds until the node with a GPU comes; longer than a job is told to wait, for it has begun to start."""
 

@@ -109,7 +109,7 @@ def transformers_on_meta(kind: Any, config: Any, directory: Path) -> tuple[Any, 
         HeaderError: see `header_tensors`.
     """
     state = header_tensors(directory, TRANSFORMERS_NAME)
-    with _silent_transformers():
+    with silent_transformers():
         network, info = kind.from_pretrained(
             None,
             config=config,
@@ -123,8 +123,8 @@ def transformers_on_meta(kind: Any, config: Any, directory: Path) -> tuple[Any, 
 
 
 @contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """No bar of a loading that loads nothing, and no report of differences that are told as an error."""
+def silent_transformers() -> Iterator[None]:
+    """No bar in a job's log for each file, and no report of differences, which the checks tell as an error."""
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

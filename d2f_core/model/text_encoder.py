@@ -24,7 +24,7 @@ from torch import Tensor
 
 from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
-from d2f_core.model.fit import require_fit, transformers_on_meta
+from d2f_core.model.fit import require_fit, silent_transformers, transformers_on_meta
 from d2f_core.model.network_disk import read_or_map
 
 
@@ -149,7 +149,9 @@ def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") ->
     networks = []
     for kind, directory in zip(described.kinds, described.directories, strict=True):
         options = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True, **read_or_map(directory)}
-        networks.append(kind.from_pretrained(directory, **options).to(device).eval().requires_grad_(False))
+        with silent_transformers():
+            network = kind.from_pretrained(directory, **options)
+        networks.append(network.to(device).eval().requires_grad_(False))
     tokenizers, length, fingerprint = described.tokenizers, described.max_length, described.fingerprint
     if len(networks) == 1:
         return TextEncoder(networks[0], tokenizers[0], length, described.masked, fingerprint)

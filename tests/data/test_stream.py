@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import ray
 import ray.data
-from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.exceptions import RayActorError
 
 from benchmarks.stream_registration import register_readers
@@ -25,6 +24,7 @@ from d2f_core.data.stream import micro_batches, worker_shard
 from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.train.restarts import causes, is_final
 from infra.local.ray_head import LOGICAL_CPUS
+from tests.ray_internals import data_coordinator
 from tests.ray_processes import processes, wait_for
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("cluster")]
@@ -160,7 +160,7 @@ def test_a_table_that_was_replaced_ends_the_training(bucket):
 
 def cpus_of_another_execution() -> float:
     """What Ray Data's coordinator would leave to an execution that comes now."""
-    coordinator, name = get_or_create_autoscaling_coordinator(), "test-stream"
+    coordinator, name = data_coordinator(), "test-stream"
     ray.get(coordinator.request_resources.remote(name, [], 60.0, request_remaining=["CPU"]))
     reserved = ray.get(coordinator.get_reserved_resources.remote(name))
     ray.get(coordinator.cancel_request.remote(name))

@@ -40,7 +40,7 @@ def test_one_group_asks_an_autoscaler_for_all_until_they_are_there(groups: Pendi
 
 def test_gpus_are_asked_for_where_they_are_used(groups: PendingGroups) -> None:
     config = TrainConfig(num_workers=2, use_gpu=True, evaluation_gpus=0.5, node_wait_seconds=0)
-    with pytest.raises(InsufficientResourcesError, match=r"num_workers=2 needs 3 CPU, 2\.5 GPU .* has 0 CPU, 0 GPU"):
+    with pytest.raises(InsufficientResourcesError, match=r"num_workers=2 needs 2 CPU, 2\.5 GPU .* has 0 CPU, 0 GPU"):
         fitting_workers(config, again=False)
     evaluation = {"GPU": 0.5}
     assert groups.asked == [[{"CPU": 1, "GPU": 1}] * 2 + [evaluation]] and not groups.alive
