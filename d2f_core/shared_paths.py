@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from d2f_core.file_systems import network_type
 from d2f_core.nodes import SHOWN_ADDRESSES, Node, living_nodes
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,7 @@ SEEN_SECONDS = 5.0
 SAMPLE_FILES, SAMPLE_ENTRIES, SAMPLE_BYTES = 16, 2000, 65536
 """Of a directory that is read, so many of its files are compared, found among so many entries; of each file its size
 and so many bytes of its beginning and of its end."""
-NETWORK = {
-    "9p", "afs", "beegfs", "ceph", "cifs", "gfs2", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "ocfs2", "orangefs",
-    "smb3", "smbfs", "wekafs",
-}  # fmt: skip
-"""Types of file systems that several machines mount; and whatever begins with `fuse.`."""
 PROJECT_ROOT = Path(__file__).parents[1]
-MOUNTS = Path("/proc/self/mounts")
 
 
 class NotSharedError(ValueError):
@@ -125,7 +120,7 @@ def _ask_all(nodes: Sequence[Node], inputs: Mapping[str, str], outputs: Mapping[
 def _refuse_unseen(paths: Mapping[str, str]) -> None:
     """For nodes that are to come: whatever a network's file system holds, they are taken to mount too."""
     for name, path in paths.items():
-        if not _is_network(_plain(path).absolute()):
+        if not network_type(_plain(path).absolute()):
             raise NotSharedError(
                 f"{name}={path!r} is on a disk of this job's node, which has no CPUs for work, and no other node is "
                 f"there yet that could be asked whether it sees the same. {_rule()}"
@@ -137,15 +132,6 @@ def _rule() -> str:
         "On several nodes a local path must lie on a disk that all of them share. Give s3://..., or a shared disk at "
         f"the same path everywhere; {SHARED}=DIRECTORY names one that is shared although nothing shows it."
     )
-
-
-def _is_network(path: Path) -> bool:
-    """Whether the path lies on a mounted file system that is made to be shared."""
-    place = next(parent for parent in (path, *path.parents) if parent.exists()).resolve()
-    mounts = [line.split(" ")[1:3] for line in MOUNTS.read_text().splitlines()] if MOUNTS.exists() else []
-    around = [(len(where), kind) for where, kind in mounts if place.is_relative_to(where)]
-    kind = max(around, default=(0, ""))[1]
-    return kind in NETWORK or kind.startswith("fuse.")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from d2f_core import shared_paths
@@ -155,9 +156,9 @@ def test_a_head_without_cpus_refuses_its_own_disk_while_no_node_is_there(
     nodes: Nodes, root: Path, monkeypatch, tmp_path: Path, mounts: str, passes: bool
 ) -> None:
     nodes.works_here = False
-    table = tmp_path / "mounts"
+    (table := tmp_path / "proc/self/mounts").parent.mkdir(parents=True)
     table.write_text(f"/dev/sda / ext4 rw 0 0\nhost:/x {root} {mounts or 'xfs'} rw 0 0\n")
-    monkeypatch.setattr(shared_paths, "MOUNTS", table)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
     if passes:
         return check(root)
     with pytest.raises(

@@ -18,6 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from d2f_core.file_systems import read_or_map
 from d2f_core.model.artifact_files import ArtifactError
 from d2f_core.model.artifact_writer import save_artifact, upload_artifact
 from d2f_core.model.base import (
@@ -49,7 +50,6 @@ from d2f_core.model.description import (
 from d2f_core.model.fit import diffusers_misfit
 from d2f_core.model.lora import describe_lora, load_lora
 from d2f_core.model.model_files import ModelFiles
-from d2f_core.model.network_disk import read_or_map
 from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField
 from d2f_core.objective.schedule import NoiseSchedule
 from d2f_core.retry import one_line

@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from d2f_core.file_systems import read_or_map
 from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError
 from d2f_core.model.fit import diffusers_misfit, require_fit
-from d2f_core.model.network_disk import read_or_map
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from d2f_core.file_systems import read_or_map
 from d2f_core.model.base import BaseModel, BaseModelError
 from d2f_core.model.fit import diffusers_misfit, require_fit
-from d2f_core.model.network_disk import read_or_map
 from d2f_core.objective.alignment import Denoiser
 
 POOLED_AND_TIME_IDS = "text_time"

@@ -35,9 +35,9 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from d2f_core.file_systems import backend
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import extend_input_channels
-from d2f_core.model.network_disk import backend
 from d2f_core.model.safetensors_header import read_header
 
 ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"

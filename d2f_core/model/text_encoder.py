@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2f_core.file_systems import read_or_map
 from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
 from d2f_core.model.fit import require_fit, silent_transformers, transformers_on_meta
-from d2f_core.model.network_disk import read_or_map
 
 
 @dataclass(frozen=True)

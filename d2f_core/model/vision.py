@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2f_core.file_systems import read_or_map
 from d2f_core.model.base import described_copy, local_copy
 from d2f_core.model.fit import transformers_on_meta
 from d2f_core.model.model_files import ModelFiles
-from d2f_core.model.network_disk import read_or_map
 
 
 class VisionModelError(ValueError):

@@ -32,6 +32,7 @@ from tests.slow import slow
 
 pytestmark = [pytest.mark.starts_cluster, pytest.mark.timeout(3600)]
 SEED, FAULTS, STEPS = 20, 20, 1000
+BASE = "s3://d2f/test-chaos/base"
 KINDS = {
     "gpu": NodeKind(resources={"CPU": 3, "GPU": 1}, most=3, delay=1),
     "cpu": NodeKind(resources={"CPU": 4}, most=1, delay=1),
@@ -151,12 +152,13 @@ KNOWN = (
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """S3 and MLflow, and a tiny base model's directory."""
+    """S3 and MLflow, and a tiny base model on S3."""
     stack = Stack(tmp_path_factory.mktemp("servers"), parts=("s3", "mlflow"), tied=True)
     before = dict(os.environ)
     try:
         os.environ.update(stack.up().variables)
-        yield str(write_tiny_base(tmp_path_factory.mktemp("base")))
+        storage.upload_tree(write_tiny_base(tmp_path_factory.mktemp("base")), BASE)
+        yield BASE
     finally:
         stack.down()
         os.environ.clear()

@@ -1,8 +1,8 @@
-"""Weights on a network file system are read once from end to end instead of memory-mapped.
+"""Network file systems: which paths lie on one, and how weights there are read.
 
-A mapped file is fetched by page faults, a few kilobytes at a time in no order: on NFS, Lustre or FUSE, that is slower
-than reading by an order of magnitude and more (safetensors' issue 562). On local disks mapping is best: it copies
-nothing. Reading takes memory for the file's bytes, twice for a moment, until the network has taken them over.
+A memory-mapped file is fetched by page faults, a few kilobytes at a time in no order: on NFS, Lustre or FUSE, that is
+slower than reading by an order of magnitude and more (safetensors' issue 562). On local disks mapping is best: it
+copies nothing. Reading takes memory for the file's bytes, twice for a moment, until the network has taken them over.
 """
 
 import logging
@@ -10,8 +10,6 @@ import os
 import re
 from pathlib import Path
 from typing import Literal, TypedDict
-
-import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +30,8 @@ class HowToRead(TypedDict):
 
 def network_type(path: Path) -> str:
     """The type of the network file system that holds `path`, e.g. "nfs4"; empty if it is a local one."""
+    import psutil  # whoever looks at no local path has no need for it
+
     place = Path(os.path.realpath(path))
     mounts = [each for each in psutil.disk_partitions(all=True) if place.is_relative_to(each.mountpoint)]
     if not mounts:

@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers.modeling_utils
 
+from d2f_core.file_systems import network_type
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModel, resolve_base
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import load_unet
 from d2f_core.model.lora import read_adapter
-from d2f_core.model.network_disk import network_type
 from d2f_core.model.text_encoder import TextEncoder, load_text_encoder
 from tests.flow.tiny_base import write_tiny_base
 from tests.model.artifacts import trained
