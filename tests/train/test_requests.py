@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -135,6 +136,14 @@ def test_each_file_is_read_once_by_1024_workers(fake: FakeS3):
         simulated_restore("s3://d2f/run", MANY)
     assert requests == {"LIST": 1, "GET": 1 + 4 * MANY} and each_once(fake)
     assert sum(requests.values()) <= 0.001 * before(MANY)
+
+
+def test_where_the_disk_is_nearly_full_a_file_is_read_twice(fake: FakeS3, monkeypatch: pytest.MonkeyPatch):
+    simulated_save("s3://d2f/run", 2)
+    monkeypatch.setattr(file_share.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with fake.counted() as requests:
+        simulated_restore("s3://d2f/run", 2)
+    assert requests == {"LIST": 1, "GET": 1 + 2 * 4 * 2}
 
 
 def test_no_directory_is_listed_while_1024_workers_save(fake: FakeS3):
