@@ -12,9 +12,11 @@ send on to an autoscaler goes nowhere. Beyond `--executions-up-to` workers it wo
 """
 
 import json
+import os
+import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ import ray
 import tyro
 
 from benchmarks.ray_internals import coordinator, registered_actors, resource_types
-from benchmarks.streaming import heading
+from benchmarks.streaming import heading, run
 from benchmarks.streaming_memory import running
 from d2f_core.data import stream
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
@@ -87,25 +89,35 @@ def register_executions(num_workers: int) -> float:
     return time.perf_counter() - began
 
 
+def in_a_process_of_its_own(num_workers: int, rounds: int) -> list[float]:
+    """`register_readers` so many times. Ray reads how a head is found when it is imported."""
+    argv = [sys.executable, "-m", "benchmarks.stream_registration", json.dumps([num_workers, rounds])]
+    return run(argv, os.environ["AWS_ENDPOINT_URL"], rounds * MOST_SECONDS)["seconds"]
+
+
+def figure(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})" if seconds else "not run"
+
+
 def main(options: Options) -> None:
     runs: list[dict[str, Any]] = []
     report = {**heading(options), "runs": runs}
     print("| workers | a reader each, s | an execution each, s |\n|---|---|---|")
-    for workers in options.workers:
-        kinds: list[Callable[[int], float]] = [register_readers]
-        kinds += [register_executions] * (workers <= options.executions_up_to)
-        for _ in range(options.rounds):
-            runs += [{"workers": workers, "kind": kind.__name__, "seconds": kind(workers)} for kind in kinds]
-        options.results.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        cells = [sorted(run["seconds"] for run in runs if (run["workers"], run["kind"]) == (workers, kind.__name__))
-                 for kind in kinds]  # fmt: skip
-        text = " | ".join(f"{one[len(one) // 2]:.2f} ({one[0]:.2f} to {one[-1]:.2f})" for one in cells)
-        print(f"| {workers} | {text} |", flush=True)
+    with tempfile.TemporaryDirectory() as directory, running(directory):
+        for workers in options.workers:
+            rounds = options.rounds if workers <= options.executions_up_to else 0
+            readers = in_a_process_of_its_own(workers, options.rounds)
+            executions = [register_executions(workers) for _ in range(rounds)]
+            runs.append({"workers": workers, "readers": readers, "executions": executions})
+            options.results.write_text(json.dumps(report, indent=1, default=str) + "\n")
+            print(f"| {workers} | {figure(readers)} | {figure(executions)} |", flush=True)
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
-    with tempfile.TemporaryDirectory() as directory, running(directory):
+    if len(sys.argv) == 2 and sys.argv[1].startswith("["):
+        num_workers, rounds = json.loads(sys.argv[1])
         ray.init(log_to_driver=False)
-        main(options)
+        print(json.dumps({"seconds": [register_readers(num_workers) for _ in range(rounds)]}), flush=True)
         ray.shutdown()
+    else:
+        main(tyro.cli(Options, description=__doc__))

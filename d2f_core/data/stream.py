@@ -39,6 +39,8 @@ READY_BYTES = 2**28
 quarter of the store that Ray gives a machine of 32 GB."""
 MOST_READY = 32
 """Most blocks that are asked for at a time, however small they are."""
+READER: Any = ray.remote(BlockReader)
+"""Made once: Ray sends the cluster the code of each actor class that a process makes."""
 MICRO_BATCHES_AHEAD = 2
 """Micro-batches taken out of their block ahead of the training."""
 
@@ -91,8 +93,7 @@ def start_reader(source: PlanSource, rank: int, *, skip: int = 0) -> Any:
     Args:
         skip: number of the worker's first micro-batches that are left out.
     """
-    actor: Any = ray.remote(**_reader_options())(BlockReader)
-    return actor.remote(source.read_task(rank, skip=skip))
+    return READER.options(**_reader_options()).remote(source.read_task(rank, skip=skip))
 
 
 def _reader_options() -> dict[str, Any]:
@@ -101,8 +102,8 @@ def _reader_options() -> dict[str, Any]:
     return {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
 
 
-def _blocks(reader: Any) -> Iterator[tuple[BlockMetadata, ray.ObjectRef]]:
-    """A reader's blocks, each with what it holds; as many are asked for ahead as may be ready."""
+def _blocks(reader: Any) -> Iterator[tuple[BlockMetadata, Any]]:
+    """What each of a reader's blocks holds, and its reference; as many are asked for ahead as may be ready."""
     call = reader.next_block.options(num_returns=2)
     asked = deque([call.remote()])
     while asked:

@@ -200,9 +200,9 @@ def test_a_training_and_another_job_share_a_node_whose_cpus_are_taken(long_plan)
 
 def test_the_readers_of_512_simulated_workers_are_registered_at_once():
     """Threads of this process; their actors are never placed (see `benchmarks.stream_registration`). Registered with
-    Ray Data's coordinator, an execution each, 256 took minutes."""
+    Ray Data's coordinator, an execution each, 256 took 23 s."""
     before = cpus_of_another_execution()
-    assert register_readers(512) < 30
+    assert register_readers(512) < 10
     assert cpus_of_another_execution() >= before
 
 
