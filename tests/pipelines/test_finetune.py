@@ -134,9 +134,18 @@ def test_a_run_goes_on_with_the_one_worker_that_fits_and_another_zero_stage(conf
 
 
 def test_too_many_workers_say_what_is_missing(config):
-    with pytest.raises(InsufficientResourcesError, match=r"num_workers=8 needs 12 CPU .* the cluster has 8 CPU"):
-        main(changed(config, "s3://d2f/test-finetune/large", num_workers=8, micro_batch_size=1, node_wait_seconds=1))
-    with pytest.raises(InsufficientResourcesError, match=r"min_workers=1 needs 9\.5 CPU .* Lower --train\.min-workers"):
+    with pytest.raises(InsufficientResourcesError, match=r"num_workers=8 needs 16 CPU .* the cluster has 8 CPU"):
+        main(
+            changed(
+                config,
+                "s3://d2f/test-finetune/large",
+                num_workers=8,
+                micro_batch_size=1,
+                cpus_per_worker=2,
+                node_wait_seconds=1,
+            )
+        )
+    with pytest.raises(InsufficientResourcesError, match=r"min_workers=1 needs 9 CPU .* Lower --train\.min-workers"):
         main(changed(config, "s3://d2f/test-finetune/large", min_workers=1, cpus_per_worker=9, node_wait_seconds=0))
 
 
