@@ -5,7 +5,7 @@ tests/pipelines/test_finetune.py, tests/pipelines/test_workflow.py and tests/cha
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -64,8 +64,10 @@ def run_training(
     output: str,
     identity: str,
     tracker: RunHandle | None = None,
+    worker_bytes: Callable[[TrainConfig], int] | None = None,
 ) -> Trained:
     """As `d2f_core.train.launch.run_training`, to the end at once."""
+    del worker_bytes  # nothing is reserved here
     there = checkpoint.candidates(output, identity)
     if there and there[0].manifest.step >= config.num_steps:
         return Trained(last=there[0], owed=())
