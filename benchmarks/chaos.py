@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import tyro
 
@@ -179,8 +178,7 @@ def main() -> None:
             began = time.monotonic()
             Job(peaceful, logs).wait()
             middle = time.monotonic()
-            address = urlsplit(os.environ["AWS_ENDPOINT_URL"])
-            with FaultProxy(str(address.hostname), int(address.port or 0), seed=chaos.seed) as proxy:
+            with FaultProxy.before(os.environ["AWS_ENDPOINT_URL"], seed=chaos.seed) as proxy:
                 proxy.error_rate, proxy.reset_rate = chaos.fault_rate, chaos.fault_rate / 2
                 proxy.stall_rate, proxy.stall_seconds = chaos.stall_rate, STALL_SECONDS
                 job, happened = run_troubled(troubled, chaos, logs, proxy)

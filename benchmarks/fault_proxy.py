@@ -90,6 +90,12 @@ class FaultProxy:
         self._ready = concurrent.futures.Future[int]()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="fault-proxy", daemon=True)
 
+    @classmethod
+    def before(cls, address: str, *, port: int = 0, seed: int = 0) -> Self:
+        """A proxy in front of the server at an http:// address."""
+        target = urlsplit(address)
+        return cls(str(target.hostname), target.port or 80, port=port, seed=seed)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"

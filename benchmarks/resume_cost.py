@@ -19,7 +19,6 @@ import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -164,8 +163,7 @@ def main() -> None:
         stack = Stack(directory, parts=("s3",), tied=True)
         try:
             os.environ.update(stack.up().variables)
-            address = urlsplit(os.environ["AWS_ENDPOINT_URL"])
-            with FaultProxy(str(address.hostname), int(address.port or 0)) as proxy:
+            with FaultProxy.before(os.environ["AWS_ENDPOINT_URL"]) as proxy:
                 os.environ["AWS_ENDPOINT_URL"] = proxy.url
                 proxy.first_byte_delay = config.delay
                 found = run(config, proxy)

@@ -15,7 +15,7 @@ from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import LatentTask, image_grid
 from d2f_core.model.text_to_image import TextToImage
 from d2f_core.tracking import resolve_model
-from d2f_core.train.evaluation import DTYPES
+from d2f_core.train.precision import DTYPES
 from d2f_core.train.task import Evaluation, Task
 from pipelines.checkpoint_export import trained_resolution
 from pipelines.configs import FinetuneConfig

@@ -20,10 +20,10 @@ from d2f_core import storage
 from d2f_core.data.manifest import read_manifest
 from d2f_core.train import checkpoint
 from infra import docs_commands
-from infra.local.stack import Stack
 from tests.fake_cluster import FakeCluster, NodeKind
 from tests.image_tables import write_images
 from tests.model.tiny_sd import write_tiny
+from tests.own_servers import own_servers
 from tests.slow import slow
 
 ROOT = Path(__file__).parents[1]
@@ -125,21 +125,13 @@ def jobs() -> list[tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """S3 and MLflow, with a base model, images and prompts."""
-    stack = Stack(tmp_path_factory.mktemp("servers"), parts=("s3", "mlflow"), tied=True)
-    before = dict(os.environ)
-    try:
-        env = stack.up()
-        os.environ.update(env.variables)
+    with own_servers(tmp_path_factory.mktemp("servers")) as variables:
         base = write_tiny(tmp_path_factory.mktemp("base"), "sd15")
         storage.upload_tree(base, f"s3://{BUCKET}/models/sd15")
         write_images(f"s3://{BUCKET}/datasets/photos", IMAGES, side=SIDE)
         lines = [json.dumps({"prompt": f"thing {number}"}) for number in range(PROMPTS)]
         storage.write_bytes(f"s3://{BUCKET}/prompts.jsonl", "\n".join(lines).encode())
-        yield dict(env.variables)
-    finally:
-        stack.down()
-        os.environ.clear()
-        os.environ.update(before)
+        yield variables
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import logging
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -148,8 +147,7 @@ def test_a_registered_model_that_comes_damaged_is_fetched_once_more(
 def proxy(s3: StackEnv, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[FaultProxy]:
     """In front of the session's S3 server, and named by the environment."""
     caplog.set_level(logging.WARNING)
-    address = urlsplit(s3.variables["AWS_ENDPOINT_URL"])
-    with FaultProxy(str(address.hostname), int(address.port or 80)) as running:
+    with FaultProxy.before(s3.variables["AWS_ENDPOINT_URL"]) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         yield running
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,8 +35,7 @@ BIG = os.urandom(1_000_000)
 def proxy(s3: StackEnv, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[FaultProxy]:
     """In front of the session's S3 server, and named by the environment."""
     caplog.set_level(logging.WARNING)
-    address = urlsplit(s3.variables["AWS_ENDPOINT_URL"])
-    with FaultProxy(str(address.hostname), int(address.port or 80)) as running:
+    with FaultProxy.before(s3.variables["AWS_ENDPOINT_URL"]) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
         monkeypatch.setattr(s3_calls, "RETRY_SECONDS", 60.0)
         yield running

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from mlflow.entities import Metric
@@ -197,8 +196,7 @@ def test_an_unusable_server_is_refused_within_10_seconds(place: str, monkeypatch
 @pytest.fixture
 def proxy(stack: StackEnv) -> Iterator[FaultProxy]:
     """In front of the MLflow server; reached by the handles that `through` makes."""
-    address = urlsplit(stack.variables["MLFLOW_TRACKING_URI"])
-    with FaultProxy(str(address.hostname), int(address.port or 80)) as running:
+    with FaultProxy.before(stack.variables["MLFLOW_TRACKING_URI"]) as running:
         yield running
 
 

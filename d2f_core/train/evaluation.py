@@ -16,10 +16,10 @@ from d2f_core.tracking import RunHandle
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.train import checkpoint, retention
 from d2f_core.train.config import TrainConfig
+from d2f_core.train.precision import DTYPES
 from d2f_core.train.task import BuildTask, Task
 from d2f_core.train.weights import load_parameters
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLAT = 2.0
 """Standard deviation of pixel values (0 to 255) below which an image counts as flat."""
 FLUSH_SECONDS = 60.0

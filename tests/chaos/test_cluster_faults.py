@@ -15,19 +15,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
 from benchmarks.fault_proxy import FaultProxy
 from d2f_core import storage
-from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
 from tests.chaos.training import assert_same_run, has_checkpoint, make_config, newest_step, wait_for
 from tests.fake_cluster import ROOT, FakeCluster, NodeKind, kill_tree
 from tests.flow.tiny_base import write_tiny_base
+from tests.own_servers import own_servers
 from tests.slow import slow
 
 pytestmark = [pytest.mark.starts_cluster, pytest.mark.timeout(3600)]
@@ -153,23 +152,15 @@ KNOWN = (
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """S3 and MLflow, and a tiny base model on S3."""
-    stack = Stack(tmp_path_factory.mktemp("servers"), parts=("s3", "mlflow"), tied=True)
-    before = dict(os.environ)
-    try:
-        os.environ.update(stack.up().variables)
+    with own_servers(tmp_path_factory.mktemp("servers")):
         storage.upload_tree(write_tiny_base(tmp_path_factory.mktemp("base")), BASE)
         yield BASE
-    finally:
-        stack.down()
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @pytest.fixture
 def proxy(servers: str) -> Iterator[FaultProxy]:
     del servers
-    address = urlsplit(os.environ["AWS_ENDPOINT_URL"])
-    with FaultProxy(str(address.hostname), int(address.port or 0), seed=SEED) as proxy:
+    with FaultProxy.before(os.environ["AWS_ENDPOINT_URL"], seed=SEED) as proxy:
         yield proxy
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import ray
@@ -64,8 +63,7 @@ def lose_the_node(running: Running, node: Node, placeholder: Any) -> None:
 @contextlib.contextmanager
 def faulty_s3(stack: StackEnv) -> Iterator[FaultProxy]:
     """A way to S3 on which answers are refused and cut."""
-    address = urlsplit(stack.variables["AWS_ENDPOINT_URL"])
-    with FaultProxy(str(address.hostname), int(address.port or 0), seed=1) as proxy:
+    with FaultProxy.before(stack.variables["AWS_ENDPOINT_URL"], seed=1) as proxy:
         proxy.error_rate, proxy.reset_rate = 0.06, 0.03
         yield proxy
 

@@ -25,8 +25,8 @@ from d2f_core.model.denoiser import extend_input_channels
 from d2f_core.model.lora import add_lora
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.memory import RUNTIME_BYTES, Memory, host_bytes, memory_per_worker
+from d2f_core.train.precision import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_BYTES = 400
 """Assumed bytes of one row's caption, names and numbers."""
 
