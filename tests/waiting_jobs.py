@@ -115,7 +115,8 @@ def ask(gpus: str, seconds: str) -> None:
     """Two demands that cannot be met, one of each kind, before Ray Data's coordinator sends its own."""
     began, count = time.time(), int(gpus)
     request_resources(bundles=[{"CPU": 1, "GPU": 0.25}] * count)
-    beside = threading.Thread(target=_data_job, args=(float(seconds),), daemon=True)
+    over = threading.Event()
+    beside = threading.Thread(target=_data_job, args=(float(seconds), over))
     cluster_status = ray_internals.found(ray_internals.STARTING)
     demand = Demand(
         counts=[count], parts=lambda n: [Part("worker", n, {"GPU": 1})], subject="{count} need", advice="None."
@@ -130,6 +131,9 @@ def ask(gpus: str, seconds: str) -> None:
         if all(seen) and beside.ident is None:
             beside.start()
         time.sleep(1)
+    over.set()
+    if beside.ident is not None:
+        beside.join()  # a thread inside Ray Data while the interpreter ends makes the process crash at times
 
 
 def _refused(demand: Demand, seconds: float) -> None:
@@ -139,13 +143,16 @@ def _refused(demand: Demand, seconds: float) -> None:
         print("REFUSED", error)
 
 
-def _data_job(seconds: float) -> None:
+def _data_job(seconds: float, over: threading.Event) -> None:
     def slow(batch: dict[str, Any]) -> dict[str, Any]:
         time.sleep(1)
         return batch
 
     tasks = 6 * int(seconds)  # as many CPUs there are on the three nodes
-    ray.data.range(tasks, override_num_blocks=tasks).map_batches(slow, num_cpus=1).materialize()
+    rows = ray.data.range(tasks, override_num_blocks=tasks).map_batches(slow, num_cpus=1)
+    for _ in rows.iter_batches(batch_size=1):
+        if over.is_set():
+            return
 
 
 def _say_when_a_node_is_there() -> None:

@@ -42,6 +42,18 @@ class Misfit:
         return ", and ".join(text.format(len(names), list(names[:2])) for names, text in told if names)
 
 
+def meta_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on torch's meta device, by its header.
+
+    Raises:
+        HeaderError: the file is no safetensors, or was cut off or damaged in its header.
+    """
+    return {
+        name: torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
+        for name, tensor in read_header(file).items()
+    }
+
+
 def header_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     """Name -> tensor on torch's meta device, of a network's one file or of its shards.
 
@@ -51,7 +63,7 @@ def header_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for shard in _shards(directory, name):
         try:
-            found.update(read_header(directory / shard))
+            found.update(meta_tensors(directory / shard))
         except FileNotFoundError:
             raise HeaderError(f"{directory.name}/{shard} is missing. Copy the weights again.") from None
         except HeaderError as error:

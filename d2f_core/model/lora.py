@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from d2f_core.file_systems import backend
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import extend_input_channels
-from d2f_core.model.safetensors_header import read_header
+from d2f_core.model.fit import meta_tensors
 
 ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 RESNET = r".*\.(conv1|conv2|conv_shortcut|time_emb_proj)"
@@ -185,7 +185,7 @@ def describe_lora(unet: UNet2DConditionModel, adapter: Path) -> nn.Module:
         AdapterError: the network lacks a layer of the adapter, has another shape there, or needs more of them.
         HeaderError: the adapter's file is damaged.
     """
-    saved = read_header(adapter / ADAPTER_NAME)
+    saved = meta_tensors(adapter / ADAPTER_NAME)
     with torch.device("meta"):
         network = cast(PeftModel, get_peft_model(cast(Any, unet), _fit_unet(unet, adapter, _by_unet_names(saved))))
     _check_shapes(network, saved, adapter)
@@ -211,7 +211,7 @@ def check_adapter(network: PeftModel, adapter: Path) -> None:
     Raises:
         AdapterError: ranks or adapted layers differ.
     """
-    _check_shapes(network, read_header(adapter / ADAPTER_NAME), adapter)
+    _check_shapes(network, meta_tensors(adapter / ADAPTER_NAME), adapter)
 
 
 def set_adapter(network: PeftModel, adapter: Path) -> None:

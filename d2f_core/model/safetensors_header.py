@@ -6,11 +6,9 @@ and the file's size tell everything but the values, also whether the file was cu
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from d2f_core.model import plain_json
 from d2f_core.safetensors_layout import CODES
@@ -19,12 +17,21 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 8 * 2**20
 """Largest header that is read, enough for 50,000 tensors; the library itself accepts more than ten times as much."""
 MAX_DIMENSIONS = 8
-DTYPES: Mapping[str, torch.dtype] = {
-    **{code: getattr(torch, name) for name, (code, _) in CODES.items()},
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
+DTYPES: Mapping[str, tuple[str, int]] = {
+    **{code: (name, size) for name, (code, size) in CODES.items()},
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
 }
-"""The format's name of a dtype -> torch's."""
+"""The format's name of a dtype -> torch's, and bytes per element."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """What a header tells of one tensor."""
+
+    dtype: str
+    """torch's name, such as "float32"."""
+    shape: tuple[int, ...]
 
 
 class HeaderError(ValueError):
@@ -48,8 +55,8 @@ def read_begin(read: Callable[[int, int], bytes], size: int) -> bytes:
     return begin + (read(LENGTH_BYTES, LENGTH_BYTES + length) if length else b"")
 
 
-def read_header(file: Path) -> dict[str, Tensor]:
-    """Name -> tensor on torch's meta device, after checking that the header accounts for every byte of the file.
+def read_header(file: Path) -> dict[str, TensorHeader]:
+    """What the header tells by the tensors' names, after checking that it accounts for every byte of the file.
 
     Raises:
         HeaderError: the file is no safetensors, or was cut off or damaged in its header.
@@ -70,9 +77,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError("has metadata that are not strings by name. Save it again.")
     _check_spans(header, size - len(begin))
-    return {
-        name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta") for name, entry in header.items()
-    }
+    return {name: TensorHeader(DTYPES[entry["dtype"]][0], tuple(entry["shape"])) for name, entry in header.items()}
 
 
 def _check_spans(header: Mapping[str, Any], size: int) -> None:
@@ -92,7 +97,7 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
         (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         numbers = [begin, end, *shape]
         plain = len(shape) <= MAX_DIMENSIONS and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        if plain and end - begin == math.prod(shape) * DTYPES[dtype].itemsize:
+        if plain and end - begin == math.prod(shape) * DTYPES[dtype][1]:
             return begin, end, name
     except (KeyError, TypeError, ValueError):
         pass  # refused below, like a tensor whose numbers disagree

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from d2f_core.model.autoencoder import check_autoencoder, load_autoencoder
 from d2f_core.model.base import BaseModel, BaseModelError, resolve_base
 from d2f_core.model.denoiser import check_unet, load_unet
-from d2f_core.model.fit import Misfit, header_tensors
-from d2f_core.model.safetensors_header import HeaderError, read_begin, read_header
+from d2f_core.model.fit import Misfit, header_tensors, meta_tensors
+from d2f_core.model.safetensors_header import HeaderError, read_begin
 from d2f_core.model.text_encoder import describe_text_encoder, load_text_encoder
 from d2f_core.model.vision import VisionModel, VisionModelError
 from tests.allocated import Allocated
@@ -198,7 +198,7 @@ def test_a_header_is_read_without_a_byte_of_the_tensors(tmp_path: Path) -> None:
 
     begin = read_begin(read, len(data))
     assert asked == [(0, 8), (8, len(begin))] and len(data) - len(begin) == 2 * 3 * 4 + 5 * 2 + 8
-    found = read_header(file)
+    found = meta_tensors(file)
     assert {name: (tuple(tensor.shape), tensor.dtype, tensor.is_meta) for name, tensor in found.items()} == {
         "a": ((2, 3), torch.float32, True), "b": ((5,), torch.bfloat16, True), "c": ((), torch.int64, True),
     }  # fmt: skip

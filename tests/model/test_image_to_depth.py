@@ -208,15 +208,15 @@ def test_a_lora_that_cannot_read_the_image_is_refused(base: str, lora: LoraConfi
 
 def test_a_preview_shows_image_prediction_and_truth_of_the_same_rows_always(base: str) -> None:
     task, table = make(base), arrays()
-    pictures = task.preview_images(task.module, PreviewConfig(rows=2, steps=1), table)
+    pictures = task.preview_images(task.module, PreviewConfig(rows=2, steps=1), table, 2)
     assert [picture.size for picture in pictures] == [(48, 16)] * 2
-    again = task.preview_images(task.module, PreviewConfig(rows=1, steps=1), table)
+    again = task.preview_images(task.module, PreviewConfig(rows=1, steps=1), table, 2)
     difference = np.asarray(again[0], float) - np.asarray(pictures[0], float)
     assert np.abs(difference).max() <= 1, "rounding at most: a row's noise is its own"
     truth = np.asarray(pictures[0])[:, 32:]
     assert np.ptp(truth.astype(int), axis=2).max() == 0, "depth is grey"
     assert (
-        task.preview_images(task.module, PreviewConfig(rows=0), table)
-        == task.preview_images(task.module, PreviewConfig(), None)
+        task.preview_images(task.module, PreviewConfig(rows=0), table, 2)
+        == task.preview_images(task.module, PreviewConfig(), None, 2)
         == []
     )
