@@ -10,22 +10,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from d2f_core.correspondence.matching import Grid, cells, enlarge, match_distribution, similarity
+from d2f_core.correspondence.matching import Grid, cells, match_distribution, similarity
 
 
 def teacher_distribution(source: Tensor, target: Tensor, *, grid: Grid, temperature: float, finer: int = 1) -> Tensor:
     """The teachers' Q [rows, source tokens, target tokens] from their features [rows, tokens, channels].
 
     Args:
-        grid: of both images.
-        finer: the target's features are enlarged so many times in height and width, and the probabilities of the cells
-            of a token are summed: between tokens there may lie a better match than on any of them.
+        source: on any grid.
+        target: on a grid `finer` times as fine as `grid` in height and width. The probabilities of a token's cells are
+            summed: between tokens there may lie a better match than on any of them.
+        grid: of the target's tokens.
     """
-    if finer == 1:
-        return match_distribution(similarity(source, target), temperature)
-    height, width = grid
-    enlarged = enlarge(target, grid, (height * finer, width * finer))
-    return sum_cells(match_distribution(similarity(source, enlarged), temperature), grid, finer)
+    found = match_distribution(similarity(source, target), temperature)
+    return sum_cells(found, grid, finer) if finer > 1 else found
 
 
 def sum_cells(distribution: Tensor, grid: Grid, finer: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The student: a vision transformer whose attention is adapted by LoRA, so that it starts as the network itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from d2f_core.correspondence.config import StudentConfig
 from d2f_core.correspondence.matching import Grid
 from d2f_core.model.vision import VisionModel
 
@@ -20,28 +20,6 @@ BY_BLOCK = ("stage_names", "out_features", "out_indices")
 
 class StudentError(ValueError):
     """A network cannot be the student; the message gives the reason and the fix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentConfig:
-    """Which vision transformer is adapted, and where."""
-
-    base: str
-    """Its directory in transformers' layout, or an s3:// prefix."""
-    layers: int = 0
-    """Blocks that are computed, from the first; the final norm follows the last of them. 0: all."""
-    rank: int = 8
-    alpha: float = 8.0
-    """The adapters add `alpha / rank * B A` to the weights."""
-    dropout: float = 0.05
-    first_block: int = 0
-    """Blocks before it are not adapted."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1 or min(self.layers, self.first_block) < 0:
-            raise ValueError(
-                f"{self} must have rank >= 1, alpha > 0, dropout in [0, 1), layers and first_block >= 0. Mend that one."
-            )
 
 
 def load_network(config: StudentConfig, device: str | torch.device = "cpu") -> nn.Module:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from d2f_core.correspondence.config import StudentConfig
 from d2f_core.correspondence.matching import Grid, as_map, unit
 from d2f_core.correspondence.preparation import Preparation
-from d2f_core.correspondence.student import StudentConfig, load_network, patch_size, tokens
+from d2f_core.correspondence.student import load_network, patch_size, tokens
 
 
 class TeacherError(ValueError):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from d2f_core.correspondence import distillation as d
-from d2f_core.correspondence.matching import match_distribution, similarity
+from d2f_core.correspondence.matching import enlarge, match_distribution, similarity
 
 TEMPERATURE = 0.05
 
@@ -105,7 +105,8 @@ def test_the_probability_of_a_token_is_that_of_its_cells() -> None:
 @pytest.mark.parametrize("finer", [1, 2, 3])
 def test_a_teachers_distribution_sums_to_one(finer: int) -> None:
     features = torch.randn(2, 2, 12, 5, generator=torch.Generator().manual_seed(0))
-    found = d.teacher_distribution(*features, grid=(3, 4), temperature=0.1, finer=finer)
+    fine = enlarge(features[1], (3, 4), (3 * finer, 4 * finer))
+    found = d.teacher_distribution(features[0], fine, grid=(3, 4), temperature=0.1, finer=finer)
     assert found.shape == (2, 12, 12)
     assert_close(found.sum(dim=-1), torch.ones(2, 12))
     if finer == 1:
@@ -117,7 +118,10 @@ def test_a_match_between_tokens_is_seen_on_the_finer_grid_only() -> None:
     target = torch.eye(4)[None]
     source = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])
     coarse, fine = (
-        d.teacher_distribution(source, target, grid=(1, 4), temperature=0.1, finer=finer)[0, 0] for finer in (1, 2)
+        d.teacher_distribution(
+            source, enlarge(target, (1, 4), (finer, 4 * finer)), grid=(1, 4), temperature=0.1, finer=finer
+        )[0, 0]
+        for finer in (1, 2)
     )
     assert_close(coarse[0], coarse[1])
     best = [(torch.tensor([0.75, 0.25]) / torch.tensor([0.75, 0.25]).norm()).sum().item() / math.sqrt(2)]

@@ -19,9 +19,9 @@ from transformers import (
     ViTModel,
 )
 
+from d2f_core.correspondence.config import StudentConfig
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import (
-    StudentConfig,
     StudentError,
     adapted_layers,
     add_adapters,
