@@ -118,7 +118,7 @@ def test_merged_it_opens_in_transformers_alone_and_matches_as_before(tmp_path: P
         torch.nn.init.normal_(value, std=0.2, generator=torch.Generator().manual_seed(value.numel()))
     with torch.inference_mode():
         found = tokens(student, pixels(), 14)[0]
-        student.save_pretrained(tmp_path / "adapter")
+        student.save_pretrained(str(tmp_path / "adapter"))
         save_merged(merge(copy.deepcopy(student)), tmp_path / "merged")
         opened = AutoModel.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(tokens(opened, pixels(), 14)[0], found, rtol=0, atol=1e-5)

@@ -134,7 +134,7 @@ def test_a_reading_that_cannot_be_is_refused(base, reading: DiffusionReading, me
 def test_a_block_that_is_never_computed_is_refused() -> None:
     network = torch.nn.Sequential(torch.nn.Identity())
     network.add_module("unused", torch.nn.Identity())
-    network.forward = lambda x: x  # type: ignore[method-assign]
+    network.forward = lambda x: x  # type: ignore[method-assign,assignment]
     with pytest.raises(TeacherError, match="'unused' is not computed"):
         read_block(network, "unused", torch.zeros(1))
 
