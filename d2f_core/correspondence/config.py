@@ -71,12 +71,17 @@ class MultiViewConfig:
     temperature: float = 0.05
     points: int = 64
     """Most points of a pair of views."""
+    least_points: int = 8
+    """Views that share fewer are no pair."""
 
     def __post_init__(self) -> None:
         check_weight("multi_view.weight", self.weight)
         check_temperature("multi_view.temperature", self.temperature)
-        if self.points < 1:
-            raise ValueError(f"multi_view.points={self.points} must be at least 1. Use 64.")
+        if not 1 <= self.least_points <= self.points:
+            raise ValueError(
+                f"multi_view.points={self.points} must be at least multi_view.least_points={self.least_points}, and "
+                "that at least 1. Use 64 and 8."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

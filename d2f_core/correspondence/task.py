@@ -16,14 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from d2f_core.correspondence import distillation
-from d2f_core.correspondence.config import DistillationConfig, MatcherConfig
-from d2f_core.correspondence.matching import Grid, similarity
+from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig
+from d2f_core.correspondence.matching import Grid, Size, sample, similarity, to_grid, unit
+from d2f_core.correspondence.multiview import soft_targets
 from d2f_core.correspondence.preparation import NORMALISATIONS
 from d2f_core.correspondence.student import add_adapters, load_network, patch_size, tokens
 from d2f_core.correspondence.teachers import fuse, resample
 from d2f_core.data.arrays import table_to_arrays
+from d2f_core.randomness import keyed_generator
 
 PIXELS = "pixels"
+VIEW_COLUMNS = ("mesh", "surface_points", "surface_visible")
+"""Of a view: the thing it shows, and places of points of its surface, the same ones in all its views."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,20 @@ class TeacherColumn:
     name: str
     """Of the column: float16 [tokens, channels]."""
     grid: Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Which images of a micro-batch show the same thing, and where its points lie in each."""
+
+    things: Tensor
+    """int64 [images]: equal for views of one thing."""
+    points: Tensor
+    """[images, points, 2] in pixels; point i of two views of one thing is one point of its surface."""
+    seen: Tensor
+    """bool [images, points]."""
+    order: Tensor
+    """int64 [images, points]: the order in which points are taken for pairs whose first image this is."""
 
 
 class MatcherTask:
@@ -58,46 +76,76 @@ class MatcherTask:
         network = load_network(config.student)
         self.patch = patch_size(network, config.student.base)
         self.module: nn.Module = add_adapters(network, config.student, seed=seed)
-        self._config, self._teachers, self._dtype, self._device = config, tuple(teachers), dtype, device
+        self._config, self._teachers, self._seed, self._dtype, self._device = config, teachers, seed, dtype, device
         self._mean, self._std = (torch.tensor(values)[:, None, None] for values in NORMALISATIONS[normalisation])
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of the table that are read."""
-        return (PIXELS, *(teacher.name for teacher in self._teachers))
+        names = [teacher.name for teacher in self._teachers] if self._config.distillation.weight else []
+        return (PIXELS, *names, *(VIEW_COLUMNS if self._config.multi_view.weight else ()))
 
     def to_batch(self, table: pa.Table) -> dict[str, Any]:
         """Rows of a micro-batch -> what the loss needs, on the device."""
-        arrays = table_to_arrays(table, self.columns)
+        names = [*self.columns, *(("epoch", "row") if self._config.multi_view.weight else ())]
+        arrays = table_to_arrays(table, names)
         pixels = torch.from_numpy(np.ascontiguousarray(arrays[PIXELS])).permute(0, 3, 1, 2).float()
-        features = [torch.from_numpy(arrays[teacher.name]) for teacher in self._teachers]
-        return {
-            "pixels": ((pixels / 255 - self._mean) / self._std).to(self._device),
-            "features": [each.to(self._device) for each in features],
-        }
+        batch: dict[str, Any] = {"pixels": ((pixels / 255 - self._mean) / self._std).to(self._device)}
+        if self._config.distillation.weight:
+            batch["features"] = [torch.from_numpy(arrays[each.name]).to(self._device) for each in self._teachers]
+        if self._config.multi_view.weight:
+            batch["views"] = self._views(arrays)
+        return batch
+
+    def _views(self, arrays: Mapping[str, Any]) -> Views:
+        """What is known of the micro-batch's views; the order of points is drawn for each row by its key."""
+        count = arrays["surface_points"].shape[1]
+        keys = [f"{epoch}/{row}" for epoch, row in zip(arrays["epoch"], arrays["row"], strict=True)]
+        order = [keyed_generator(self._seed, key, "points").permutation(count) for key in keys]
+        things = np.unique(np.asarray(arrays["mesh"], dtype=str), return_inverse=True)[1]
+        return Views(
+            things=torch.from_numpy(things),
+            points=torch.from_numpy(arrays["surface_points"]).to(self._device),
+            seen=torch.from_numpy(arrays["surface_visible"]).to(self._device),
+            order=torch.from_numpy(np.stack(order)).to(self._device),
+        )
 
     def loss(self, network: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         """The loss of each image, float32 [micro-batch]."""
         found, grid = tokens(network, batch["pixels"].to(self._dtype), self.patch)
-        config = self._config.distillation
-        return config.weight * distillation_loss(found, grid, self._targets(batch["features"]), config)
-
-    def _targets(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Grid]]:
-        return [(each, teacher.grid) for each, teacher in zip(features, self._teachers, strict=True)]
+        first, second = distillation.all_pairs(len(found))
+        total = found[:, 0, 0].float() * 0  # part of the graph: a micro-batch without a pair has gradients of zero
+        if weight := self._config.multi_view.weight:
+            views: Views = batch["views"]
+            size = batch["pixels"].shape[3], batch["pixels"].shape[2]
+            total = total + weight * multi_view_loss(found, grid, size, views, self._config.multi_view)
+            apart = views.things[first] != views.things[second]  # where the truth is known, teachers only know less
+            first, second = first[apart], second[apart]
+        if weight := self._config.distillation.weight:
+            teachers = [(each, column.grid) for each, column in zip(batch["features"], self._teachers, strict=True)]
+            total = total + weight * distillation_loss(
+                found, grid, teachers, (first, second), self._config.distillation
+            )
+        return total
 
 
 def distillation_loss(
-    student: Tensor, grid: Grid, teachers: Sequence[tuple[Tensor, Grid]], config: DistillationConfig
+    student: Tensor,
+    grid: Grid,
+    teachers: Sequence[tuple[Tensor, Grid]],
+    pairs: tuple[Tensor, Tensor],
+    config: DistillationConfig,
 ) -> Tensor:
     """The distillation loss of each image of a micro-batch, float32 [images].
 
     Args:
         student: features [images, tokens, channels] on `grid`.
         teachers: features [images, tokens, channels] of each teacher, with its grid.
+        pairs: first and second image of each pair that is compared.
     """
     with torch.no_grad():
         source, target = fused(teachers, grid, config)
-    first, second = distillation.all_pairs(len(student))
+    first, second = pairs
     measure = loss_of(config, grid)
     losses = []
     # Pair by pair: a distribution on the finer grid is the largest thing here, and need not be held for all.
@@ -112,7 +160,34 @@ def distillation_loss(
             )  # fmt: skip
         cosines = similarity(student[one : one + 1], student[other : other + 1])
         losses.append(distillation.pair_loss(cosines, forward, backward, measure, cycle=config.cycle))
-    return per_image(torch.cat(losses), first, second, len(student))
+    return per_image(losses, first, second, student)
+
+
+def multi_view_loss(student: Tensor, grid: Grid, size: Size, views: Views, config: MultiViewConfig) -> Tensor:
+    """The cross-entropy of matches with the true ones, float32 [images]: over pairs of views of one thing, the mean of
+    both directions; 0 for an image in no such pair.
+
+    Args:
+        student: features [images, tokens, channels] on `grid`.
+        size: width and height in the pixels that `views.points` are given in.
+    """
+    features = unit(student)
+    first, second, losses = [], [], []
+    for one, other in zip(*(each.tolist() for each in distillation.all_pairs(len(student))), strict=True):
+        shared = views.seen[one] & views.seen[other]
+        if views.things[one] != views.things[other] or int(shared.sum()) < config.least_points:
+            continue
+        chosen = views.order[one][shared[views.order[one]]][: config.points]
+        ways = []
+        for a, b in ((one, other), (other, one)):
+            query = sample(features[a : a + 1], grid, to_grid(views.points[a][chosen], grid, size)[None])
+            truth = soft_targets(views.points[b][chosen], grid, size)
+            cosines = similarity(query, features[b : b + 1])[0]
+            ways.append(distillation.cross_entropy(cosines, truth, config.temperature).mean())
+        first.append(one)
+        second.append(other)
+        losses.append((ways[0] + ways[1])[None] / 2)
+    return per_image(losses, torch.tensor(first).long(), torch.tensor(second).long(), student)
 
 
 def fused(teachers: Sequence[tuple[Tensor, Grid]], grid: Grid, config: DistillationConfig) -> tuple[Tensor, Tensor]:
@@ -134,9 +209,10 @@ def loss_of(config: DistillationConfig, grid: Grid) -> Callable[[Tensor, Tensor]
     return partial(getattr(distillation, config.loss), temperature=config.temperature, **on_grid)
 
 
-def per_image(losses: Tensor, first: Tensor, second: Tensor, images: int) -> Tensor:
-    """Losses of pairs [pairs] -> for each image the mean over the pairs that it is in, [images]; 0 for one in none."""
-    places = torch.cat([first, second]).to(losses.device)
-    total = losses.new_zeros(images).index_add_(0, places, losses.repeat(2))
-    count = losses.new_zeros(images).index_add_(0, places, torch.ones_like(losses).repeat(2))
+def per_image(losses: Sequence[Tensor], first: Tensor, second: Tensor, student: Tensor) -> Tensor:
+    """Losses of pairs, [1] each -> for each image of `student` the mean over the pairs that it is in; 0 in no pair."""
+    each = torch.cat([student.new_zeros(0, dtype=torch.float32), *losses])
+    places = torch.cat([first, second]).to(student.device)
+    total = each.new_zeros(len(student)).index_add(0, places, each.repeat(2))
+    count = each.new_zeros(len(student)).index_add(0, places, torch.ones_like(each).repeat(2))
     return total / count.clamp(min=1)

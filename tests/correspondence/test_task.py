@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from d2f_core.correspondence import distillation as d
 from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
-from d2f_core.correspondence.matching import enlarge, similarity, unit
+from d2f_core.correspondence.matching import enlarge, sample, similarity, unit
+from d2f_core.correspondence.multiview import soft_targets
 from d2f_core.correspondence.student import tokens
 from d2f_core.correspondence.task import PIXELS, MatcherTask, TeacherColumn, distillation_loss, loss_of, per_image
 from d2f_core.correspondence.teachers import fuse
@@ -93,15 +94,94 @@ def test_only_adapters_have_gradients_and_a_step_lowers_the_loss(tmp_path: Path)
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn() -> None:
     student = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(0))
     config = DistillationConfig(loss="kl", temperature=0.05, teacher_temperature=0.05, finer=1)
-    assert distillation_loss(student, GRID, [(student, GRID)], config).abs().max() < 1e-6
+    assert distillation_loss(student, GRID, [(student, GRID)], d.all_pairs(3), config).abs().max() < 1e-6
 
 
 def test_an_images_loss_is_the_mean_over_its_pairs() -> None:
     first, second = d.all_pairs(3)
-    losses = torch.tensor([1.0, 2.0, 6.0])  # 0-1, 0-2, 1-2
-    assert per_image(losses, first, second, 3).tolist() == [1.5, 3.5, 4.0]
-    assert per_image(losses, first, second, 3).mean() == losses.mean()
-    assert per_image(losses[:0], first[:0], second[:0], 1).tolist() == [0.0]
+    losses = [torch.tensor([value]) for value in (1.0, 2.0, 6.0)]  # 0-1, 0-2, 1-2
+    student = torch.zeros(3, 1, 1)
+    assert per_image(losses, first, second, student).tolist() == [1.5, 3.5, 4.0]
+    assert per_image(losses[:1], first[:1], second[:1], student).tolist() == [1.0, 1.0, 0.0]
+    assert per_image([], first[:0], second[:0], student).tolist() == [0.0] * 3
+
+
+POINTS = 12
+
+
+def views(seed: int = 0) -> pa.Table:
+    """Two things, two views each."""
+    draw = np.random.default_rng(seed)
+    arrays = {
+        "mesh": ["chair-0", "chair-1", "chair-0", "chair-1"],
+        "surface_points": draw.uniform(0, SIDE, (IMAGES, POINTS, 2)).astype(np.float32),
+        "surface_visible": draw.random((IMAGES, POINTS)) < 0.8,
+        "epoch": [0] * IMAGES,
+        "row": list(range(IMAGES)),
+    }
+    whole = table(seed)
+    for name, values in arrays.items():
+        if isinstance(values, np.ndarray):
+            kind = array_field(name, str(values.dtype), values.shape[1:])
+            column = arrays_to_table({name: values}, pa.schema([kind])).column(0)
+        else:
+            kind, column = name, pa.array(values)
+        whole = whole.append_column(kind, column)
+    return whole
+
+
+def refining(tmp_path: Path, distil: float, **fields: int) -> MatcherTask:
+    student = StudentConfig(base=str(write(tmp_path / "base", "dinov2")), dropout=0.0)
+    multi_view = MultiViewConfig(weight=1.0, **{"least_points": 1, **fields})
+    config = MatcherConfig(student=student, distillation=replace(CONFIG, weight=distil), multi_view=multi_view)
+    return MatcherTask(config, TEACHERS, normalisation="imagenet", seed=0)
+
+
+def test_the_multi_view_loss_is_the_cross_entropy_with_the_true_tokens(tmp_path: Path) -> None:
+    made = refining(tmp_path, 0.0, points=100)
+    assert not any(name.startswith("features") for name in made.columns), "what is not needed is not read"
+    batch = made.to_batch(views())
+    student = tokens(made.module, batch["pixels"], 14)[0]
+    points, seen = batch["views"].points, batch["views"].seen
+    pairs = []
+    for i, j in ((0, 2), (1, 3)):
+        shared = seen[i] & seen[j]
+        ways = []
+        for a, b in ((i, j), (j, i)):
+            query = sample(unit(student[a])[None], GRID, (points[a] / 14 - 0.5)[None])[0][shared]
+            logits = torch.log_softmax(similarity(query, student[b]) / 0.05, dim=-1)
+            truth = soft_targets(points[b][shared], GRID, (SIDE, SIDE))
+            ways.append(-(truth * logits).sum(dim=-1).mean())
+        pairs.append((ways[0] + ways[1]) / 2)
+    found = made.loss(made.module, batch)
+    assert_close(found, torch.stack([pairs[0], pairs[1], pairs[0], pairs[1]]))
+
+
+def test_views_of_one_thing_are_not_distilled_beside_the_truth(tmp_path: Path) -> None:
+    """0-2 and 1-3 are known exactly; the teachers teach the other four pairs."""
+    both, alone = refining(tmp_path, 2.0), refining(tmp_path, 0.0)
+    batch = both.to_batch(views())
+    student, grid = tokens(both.module, batch["pixels"], 14)
+    pairs = torch.tensor([0, 0, 1, 2]), torch.tensor([1, 3, 2, 3])
+    teachers = [(each, column.grid) for each, column in zip(batch["features"], TEACHERS, strict=True)]
+    taught = distillation_loss(student, grid, teachers, pairs, CONFIG)
+    assert_close(both.loss(both.module, batch), alone.loss(alone.module, batch) + 2 * taught)
+
+
+def test_points_are_drawn_by_the_rows_key_alone(tmp_path: Path) -> None:
+    made = refining(tmp_path, 0.0, points=3)
+    whole, reverse = made.to_batch(views()), made.to_batch(views().take([3, 2, 1, 0]))
+    assert torch.equal(whole["views"].order, reverse["views"].order.flip(0))
+    assert len({tuple(order) for order in whole["views"].order.tolist()}) == IMAGES
+    assert torch.equal(made.loss(made.module, whole), made.loss(made.module, made.to_batch(views())))
+
+
+def test_a_micro_batch_without_a_pair_of_views_can_be_stepped_on(tmp_path: Path) -> None:
+    made = refining(tmp_path, 0.0, least_points=POINTS + 1, points=64)
+    loss = made.loss(made.module, made.to_batch(views()))
+    assert loss.tolist() == [0.0] * IMAGES
+    loss.mean().backward()
+    assert all(not value.grad.any() for value in made.module.parameters() if value.grad is not None)
 
 
 def test_pixels_are_normalised_like_those_of_every_other_job(tmp_path: Path) -> None:
@@ -123,7 +203,7 @@ def test_pixels_are_normalised_like_those_of_every_other_job(tmp_path: Path) -> 
         (lambda: DistillationConfig(finer=0), r"finer=0 must be at least 1"),
         (lambda: DistillationConfig(shares=(1.0, 0.0)), "must each be above 0"),
         (lambda: DistillationConfig(weight=-1.0), "from 0 on"),
-        (lambda: MultiViewConfig(points=0), "points=0 must be at least 1"),
+        (lambda: MultiViewConfig(points=0), r"points=0 must be at least multi_view\.least_points=8"),
         (
             lambda: MatcherConfig(student=StudentConfig(base="b"), distillation=DistillationConfig(weight=0.0)),
             "are both 0",
