@@ -46,3 +46,32 @@ class DepthSource:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise SourceError(f"{name}={value} must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """Where pairs of images with keypoints are, and how to read them."""
+
+    uri: str = ""
+    """A directory, or one .parquet, .jsonl or .json file: s3://bucket/key or a local path."""
+    kind: Literal["auto", "spair", "parquet", "jsonl", "coco"] = "auto"
+    """`spair`: the directories of SPair-71k. `parquet`, `jsonl`: a row or line per pair. `coco`: objects with
+    keypoints, which are paired here. `auto` detects it, and refuses a mixture."""
+    images: str | None = None
+    """Directory that the paths of images are relative to; None: that of the file that names them. Not for SPair-71k."""
+    splits: tuple[str, ...] = ()
+    """Those that are read, such as `test`; empty: all. SPair-71k's are trn, val and test; COCO's is the file's name
+    without its suffix."""
+    categories: tuple[str, ...] = ()
+    """Known ones: a pair of another is left out with that reason. Empty: SPair-71k's own 18, or any."""
+    layout: Literal["large", "small"] = "large"
+    """Which of SPair-71k's lists of pairs."""
+    flip_partners: str | None = None
+    """JSON file of `{"category": [["left eye", "right eye"], ...]}`: the names (SPair-71k: ids) of keypoints that a
+    mirror swaps. None: they are found by the words left and right in their names."""
+    partners_per_object: int = 10
+    """Most pairs in which an object of COCO is the source."""
+
+    def __post_init__(self) -> None:
+        if self.partners_per_object < 1:
+            raise SourceError(f"partners_per_object={self.partners_per_object} must be at least 1.")

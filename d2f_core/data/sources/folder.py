@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from d2f_core.data.image_headers import MAX_IMAGE_BYTES, too_large
+from d2f_core.data.image_headers import MAX_IMAGE_BYTES
+from d2f_core.data.sources.listing import file_problem
 from d2f_core.data.sources.sample import (
     ALL_IMAGE_SUFFIXES,
     CAPTION_TABLES,
@@ -87,20 +88,10 @@ def plan_folder(
 
 
 def _entry(image: str, text: str | None, sizes: Mapping[str, int | None]) -> FolderEntry:
-    problem = _problem("no_image", image, sizes, MAX_IMAGE_BYTES)
+    problem = file_problem("no_image", image, sizes, MAX_IMAGE_BYTES)
     if text and not problem:
-        problem = _problem("bad_caption", text, sizes, MAX_TEXT_BYTES)
+        problem = file_problem("bad_caption", text, sizes, MAX_TEXT_BYTES)
     return FolderEntry(uri=image, caption_uri=text, problem=problem)
-
-
-def _problem(code: str, uri: str, sizes: Mapping[str, int | None], most: int) -> str | None:
-    """Why a file is not read; None when it can be."""
-    if uri not in sizes:
-        return f"{code}: the file is not there"
-    size = sizes[uri]
-    if size is None:
-        return f"{code}: {uri.rpartition('/')[2]} is no plain file"
-    return too_large(size, most) if size > most else None
 
 
 def _entries_of_tables(
@@ -113,7 +104,7 @@ def _entries_of_tables(
         captions.update(_read_caption_table(table, caption_column))
     uris = sorted({*images, *captions})
     return [
-        FolderEntry(uri=uri, caption=captions.get(uri), problem=_problem("no_image", uri, sizes, MAX_IMAGE_BYTES))
+        FolderEntry(uri=uri, caption=captions.get(uri), problem=file_problem("no_image", uri, sizes, MAX_IMAGE_BYTES))
         for uri in uris
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from d2f_core.data.image_headers import too_large
 from d2f_core.data.manifest import manifest_exists, read_manifest
 from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, CAPTION_TABLES, Shard, SourceError, SourceKind, whole_text
 from d2f_core.identity import canonical_json
@@ -38,8 +39,16 @@ class SourcePlan:
         return sum(count for count in rows if count is not None) if None not in rows else None
 
 
+Listing = Mapping[str, Mapping[str, Any]]
+"""The storage's properties of the files by URI."""
+
+
 def plan_source(
-    uri: str, kind: str, columns: Collection[Any], cut: Callable[[SourceKind, Sizes], Collection[Shard]]
+    uri: str,
+    kind: str,
+    columns: Collection[Any],
+    cut: Callable[[SourceKind, Sizes], Collection[Shard]],
+    detect: Callable[[str, Listing], SourceKind] | None = None,
 ) -> SourcePlan:
     """List the files at a URI and split them into shards.
 
@@ -48,6 +57,7 @@ def plan_source(
         columns: names of the columns that are read; part of the digest.
         cut: function that makes the shards from the files. Of this project's tables it gets only the files in the
             manifest.
+        detect: function of the URI and its files that tells the layout; None: one of images.
 
     Raises:
         SourceError: the source is empty or mixes layouts; or raised by `cut`.
@@ -55,7 +65,8 @@ def plan_source(
     if not uri:
         raise SourceError("The source has no URI. Give --source.uri s3://bucket/key or a local path.")
     listing = _list_files(uri)
-    found: SourceKind = _detect(uri, listing) if kind == "auto" else kind  # pyright: ignore[reportAssignmentType]
+    told: SourceKind = kind  # pyright: ignore[reportAssignmentType]
+    found = (detect or _detect)(uri, listing) if kind == "auto" else told
     content: Any = sorted((whole_text(file), entry["size"], _version(entry)) for file, entry in listing.items())
     sizes = {file: _size(entry) for file, entry in listing.items()}
     if found == "parquet" and manifest_exists(uri):  # only files in the manifest belong to a table of this project
@@ -64,7 +75,7 @@ def plan_source(
         sizes, content = {f"{root}/{file.path}": file.size for file in manifest.files}, manifest.digest
     shards = cut(found, sizes)
     if not shards:
-        raise SourceError(f"{uri!r} holds nothing to read as {found} ({_summary(listing)}). Check URI and kind.")
+        raise SourceError(f"{uri!r} holds nothing to read as {found} ({summary(listing)}). Check URI and kind.")
     digest = hashlib.sha256(canonical_json([found, columns, content])).hexdigest()
     return SourcePlan(kind=found, shards=tuple(shards), digest=digest)
 
@@ -94,22 +105,38 @@ def _size(entry: dict[str, Any]) -> int | None:
     return int(entry["size"]) if plain else None
 
 
-def _detect(uri: str, listing: dict[str, dict[str, Any]]) -> SourceKind:
+def file_problem(code: str, uri: str, sizes: Sizes, most: int) -> str | None:
+    """Why a file is not read, as the ledger's reason; None when it can be.
+
+    Args:
+        code: of the reason.
+        most: bytes.
+    """
+    if uri not in sizes:
+        return f"{code}: the file is not there"
+    size = sizes[uri]
+    if size is None:
+        return f"{code}: {uri.rpartition('/')[2]} is no plain file"
+    return too_large(size, most) if size > most else None
+
+
+def _detect(uri: str, listing: Listing) -> SourceKind:
     names = list(listing)
     found: list[SourceKind] = [
         kind for kind, ends in SUFFIXES.items() if any(name.lower().endswith(ends) for name in names)
     ]
     if not found:
-        raise SourceError(f"{uri!r} holds no images, no .tar and no .parquet ({_summary(listing)}). Check the URI.")
+        raise SourceError(f"{uri!r} holds no images, no .tar and no .parquet ({summary(listing)}). Check the URI.")
     if len(found) > 1:
         raise SourceError(
-            f"{uri!r} is a mixture of {' and '.join(found)} ({_summary(listing)}). Say which to read: --source.kind "
+            f"{uri!r} is a mixture of {' and '.join(found)} ({summary(listing)}). Say which to read: --source.kind "
             f"{found[0]}, or give the URI of one part."
         )
     return found[0]
 
 
-def _summary(listing: dict[str, dict[str, Any]]) -> str:
+def summary(listing: Listing) -> str:
+    """How many files there are of each suffix, in words."""
     counts: dict[str, int] = {}
     for name in listing:
         base = name.rsplit("/", 1)[-1]

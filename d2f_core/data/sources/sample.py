@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-SourceKind = Literal["folder", "webdataset", "parquet"]
+SourceKind = Literal["folder", "webdataset", "parquet", "spair", "jsonl", "coco"]
+"""The last three hold pairs of images with keypoints."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_IMAGE_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl")
