@@ -80,6 +80,15 @@ def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
     Raises:
         BadImageError: with the reason.
     """
+    return (_cropped if rules.fit == "crop" else _padded)(decode_image(data, rules), rules.resolution)
+
+
+def decode_image(data: bytes, rules: ImageRules) -> Image.Image:
+    """The whole image, upright and in RGB; transparency becomes white.
+
+    Raises:
+        BadImageError: with the reason.
+    """
     declared = _check_declared(data, rules)
     try:
         image = Image.open(io.BytesIO(declared.picture), formats=[declared.format])
@@ -88,12 +97,11 @@ def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
         image.load()
         if declared.orientation in UPRIGHT:
             image = image.transpose(UPRIGHT[declared.orientation])
-        image = to_rgb(image)
+        return to_rgb(image)
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on broken data; each means the same here
         raise BadImageError(f"undecodable: {_without_addresses(error)}") from error
-    return (_cropped if rules.fit == "crop" else _padded)(image, rules.resolution)
 
 
 def _cropped(image: Image.Image, size: int) -> PreparedImage:

@@ -1,0 +1,1 @@
+"""How well a matcher matches: points of pairs of images, predicted and scored."""
