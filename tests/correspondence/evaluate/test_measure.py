@@ -1,13 +1,11 @@
 """Points are predicted once per pair, scored where they lie in the original images, and set beside the floors."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.testing import assert_close
 
 from d2f_core.correspondence import pck
@@ -15,30 +13,17 @@ from d2f_core.correspondence.evaluate import measure as m
 from d2f_core.correspondence.matcher import Matcher
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.data.sources.pair_sample import PairImage, PairSample
+from tests.correspondence.pictures import PLACES, patch
 
 GRID = (24, 24)
-
-
-def picture(size: tuple[int, int], box: tuple[float, ...]) -> bytes:
-    """A patch whose red and green run from 0 to 1 over the box, in blue: its colours tell the place in the box."""
-    width, height = size
-    x, y = (np.arange(width) + 0.5 - box[0]) / box[2], (np.arange(height) + 0.5 - box[1]) / box[3]
-    across, down = np.meshgrid(x, y)
-    within = (across >= 0) & (across <= 1) & (down >= 0) & (down <= 1)
-    red, green = (np.where(within, part, 0) for part in (across, down))
-    pixels = np.stack([red, green, np.where(within, 0, 1)], -1) * 255
-    file = io.BytesIO()
-    Image.fromarray(pixels.round().astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 def image(name: str, size: tuple[int, int], box: tuple[float, ...], places: Sequence[tuple[float, float]]) -> PairImage:
     """Keypoints at places of the box."""
     points = np.array([(box[0] + x * box[2], box[1] + y * box[3]) for x, y in places], np.float32)
-    return PairImage(image_id=name, data=picture(size, box), size=size, box=box, keypoints=points)
+    return PairImage(image_id=name, data=patch(size, box), size=size, box=box, keypoints=points)
 
 
-PLACES = ((0.25, 0.3), (0.75, 0.3), (0.5, 0.7), (0.9, 0.9))
 FIRST = image("a", (120, 90), (20, 15, 60, 60), PLACES)
 SECOND = image("b", (100, 140), (10, 40, 80, 80), PLACES)
 PAIR = PairSample(

@@ -1,0 +1,143 @@
+"""A trained matcher as files: the adapters, which network they belong to, and how images and points are treated.
+
+matcher.json    the base and its hash, blocks, preparation, decoding, and how it was trained
+adapter/        as PEFT saves it
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from d2f_core import storage
+from d2f_core.correspondence.config import StudentConfig
+from d2f_core.correspondence.matcher import Matcher, transformer_matcher
+from d2f_core.correspondence.matching import Decoding
+from d2f_core.correspondence.preparation import Preparation
+from d2f_core.correspondence.student import add_adapters, load_network, merge
+from d2f_core.model.base import described_copy, local_copy
+
+DESCRIPTION, ADAPTER = "matcher.json", "adapter"
+ADAPTER_NAME = "adapter_model.safetensors"
+FORMAT = 1
+
+
+class MatcherError(ValueError):
+    """A trained matcher cannot be used; the message gives the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatcherDescription:
+    """What a matcher's files say of it."""
+
+    student: StudentConfig
+    base_hash: str
+    """Of the files of the student's base; another one is refused."""
+    preparation: Preparation
+    decoding: Decoding
+    training: Mapping[str, Any]
+    """How it came to be: step, teachers, losses."""
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, place: str) -> "MatcherDescription":
+        """Raises MatcherError for anything that `to_json` did not write."""
+        try:
+            content = json.loads(text)
+            if content.pop("format") != FORMAT:
+                raise ValueError("another format")
+            return cls(
+                student=StudentConfig(**content.pop("student")),
+                preparation=Preparation(**content.pop("preparation")),
+                decoding=Decoding(**content.pop("decoding")),
+                **content,
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise MatcherError(
+                f"{place!r} describes no matcher ({error}). Copy it from where it was trained."
+            ) from None
+
+
+def save_matcher(directory: Path, network: PeftModel, description: MatcherDescription) -> None:
+    """Write a student's adapters with their description."""
+    network.save_pretrained(str(directory / ADAPTER))
+    (directory / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's unfilled template, with this machine's paths
+    (directory / DESCRIPTION).write_text(description.to_json())
+
+
+def upload_matcher(target: str, weights: Mapping[str, Tensor], description: MatcherDescription) -> str:
+    """Write a matcher to a URI, from the trained weights by their names in the network; returns the URI."""
+    network = add_adapters(load_network(description.student), description.student, seed=0)
+    set_weights(network, weights)
+    with tempfile.TemporaryDirectory() as directory:
+        save_matcher(Path(directory), network, description)
+        storage.upload_tree(Path(directory), target, last=DESCRIPTION)
+    return target
+
+
+def set_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Set the trained parameters of a network to these values.
+
+    Raises:
+        MatcherError: their names are not those of the network's trained parameters.
+    """
+    own = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    if own.keys() != weights.keys():
+        odd = sorted(own.keys() ^ weights.keys())
+        raise MatcherError(f"{len(odd)} trained weights belong to another student, such as {odd[0]!r}. Use its config.")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(weights[name])
+
+
+def describe_matcher(uri: str) -> MatcherDescription:
+    """What is said of the matcher at a URI; no weights are read.
+
+    Raises:
+        MatcherError: there is none.
+    """
+    place = storage.join(uri, DESCRIPTION)
+    try:
+        return MatcherDescription.from_json(storage.read_bytes(place).decode(), place)
+    except FileNotFoundError:
+        raise MatcherError(f"{uri!r} holds no {DESCRIPTION}. Give the directory of a trained matcher.") from None
+
+
+def load_student(uri: str, device: str | torch.device = "cpu") -> tuple[PeftModel, MatcherDescription]:
+    """The student with its trained adapters, in evaluation mode.
+
+    Raises:
+        MatcherError: there is none, or its base is another than it was trained on.
+    """
+    description = describe_matcher(uri)
+    if (found := described_copy(description.student.base).hash()) != description.base_hash:
+        raise MatcherError(
+            f"{uri!r} was trained on a base with the hash {description.base_hash[:12]}; that of "
+            f"{description.student.base!r} is {found[:12]}. Put the first one back."
+        )
+    network = add_adapters(load_network(description.student, device), description.student, seed=0)
+    saved = load_file(local_copy(uri) / ADAPTER / ADAPTER_NAME)
+    if (own := get_peft_model_state_dict(cast(Any, network)).keys()) != saved.keys():
+        raise MatcherError(f"the adapters of {uri!r} are not those that its {DESCRIPTION} tells of ({len(own)}).")
+    set_peft_model_state_dict(cast(Any, network), saved)
+    return network.to(device).eval(), description
+
+
+def load_matcher(uri: str, device: str | torch.device = "cpu", decoding: Decoding | None = None) -> Matcher:
+    """The matcher at a URI, with its adapters merged.
+
+    Raises:
+        MatcherError: see `load_student`.
+    """
+    student, description = load_student(uri, device)
+    return transformer_matcher(uri, merge(student), description.preparation, decoding or description.decoding)

@@ -1,0 +1,1 @@
+"""Teachers' features of images, computed once per image however many pairs use it."""

@@ -1,0 +1,79 @@
+"""Checks an embedding job and makes its specification before it starts; no weights are loaded."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from d2f_core.batch.table_job import TableJob
+from d2f_core.correspondence.diffusion_teacher import described_shape
+from d2f_core.correspondence.embed import source
+from d2f_core.correspondence.embed.actor import Embedder, build_teacher
+from d2f_core.correspondence.embed.config import EmbedConfig, EmbedError, TeacherConfig
+from d2f_core.correspondence.embed.spec import EmbedSpec
+from d2f_core.hashing import file_sha256
+from d2f_core.model.base import describe_base, described_copy
+from d2f_core.model.efficientnet import load_efficientnet_lite0
+from d2f_core.storage import check_reachable
+
+
+def check_embed(config: EmbedConfig) -> TableJob:
+    """Check everything that can be checked before a cluster is used.
+
+    Raises:
+        ValueError: unusable storage, source or teacher; one line each.
+    """
+    for name, value in (("source.uri", config.source.uri), ("output", config.output)):
+        if not value:
+            raise EmbedError(f"{name} is empty. Give --{name} URI.")
+    if f"{config.output.rstrip('/')}/".startswith(f"{config.source.uri.rstrip('/')}/"):
+        raise EmbedError(f"output={config.output!r} lies inside the source {config.source.uri!r}. Put it beside it.")
+    check_reachable(config.source.uri)
+    check_reachable(config.output, write=True)
+    planned, points = source.plan(config)
+    shapes, teachers = {}, {}
+    for teacher in config.teachers:
+        shapes[teacher.column], weights = describe_teacher(teacher)
+        teachers[teacher.column] = {**_reading(teacher), "weights": weights}
+    inputs = {
+        "source": config.source.uri,
+        "source_kind": planned.kind,
+        "source_digest": planned.digest,
+        "max_pixels": config.max_pixels,
+        "rows_per_part": config.rows_per_part,
+    }
+    shown = {name: list(shapes[name]) for name in shapes}
+    fingerprint = {"size": config.size, "teachers": teachers, "shapes": shown, "points": points}
+    spec = EmbedSpec(config=config, fingerprint=fingerprint, inputs=inputs, shapes=shapes, points=points)
+    return TableJob(spec=spec, source=planned, actor=Embedder)
+
+
+def describe_teacher(config: TeacherConfig) -> tuple[tuple[int, int], str]:
+    """Tokens and channels of a teacher's features, and the hash of its weights; none are loaded.
+
+    Raises:
+        ValueError: it cannot be what is asked for.
+    """
+    if config.kind == "diffusion":
+        check_reachable(config.uri)
+        base = describe_base(config.uri)
+        height, width, channels = described_shape(base, config.block, config.size)
+        return (height * width, channels), base.content_hash
+    if config.kind == "transformer":
+        check_reachable(config.uri)
+        weights = described_copy(config.uri).hash()
+    else:
+        weights = file_sha256(load_efficientnet_lite0("meta")[1])
+    teacher = build_teacher(config, torch.device("meta"))
+    return (teacher.grid[0] * teacher.grid[1], teacher.channels), weights
+
+
+def _reading(config: TeacherConfig) -> dict[str, Any]:
+    """The fields that determine a teacher's features, besides its weights; those of its own kind alone."""
+    own = {
+        "transformer": ("layers",),
+        "diffusion": ("block", "timesteps", "prompt", "micro_conditioning", "seed", "dtype"),
+        "efficientnet-lite0": ("blocks",),
+    }[config.kind]
+    values = dataclasses.asdict(config)
+    return {name: values[name] for name in ("kind", "size", "normalisation", *own)}

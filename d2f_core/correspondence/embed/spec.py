@@ -1,0 +1,88 @@
+"""Everything that determines a table of features. Imports no torch."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from d2f_core.batch.table_spec import TableSpec
+from d2f_core.correspondence.embed.config import EmbedConfig
+from d2f_core.correspondence.embed.source import ViewSample, category_of
+from d2f_core.data.images import BadImageError, decode_image
+from d2f_core.data.manifest import rows_per_group
+from d2f_core.data.schema import array_field, sample_id
+from d2f_core.data.sources.sample import Sample
+
+TEXTS = tuple(pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "source_uri", "category", "mesh"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSpec(TableSpec):
+    """Specification of a table of features: one row per image."""
+
+    NAME: ClassVar[str] = "embed_images"
+    KIND: ClassVar[str] = "features"
+    UNIT: ClassVar[str] = "images"
+
+    config: EmbedConfig
+    shapes: Mapping[str, tuple[int, int]]
+    """Tokens and channels of each teacher's features, by the column's name."""
+    points: int
+    """Points of the surface that are stored with each view; 0: the images are no views."""
+
+    def _views(self) -> list[pa.Field]:
+        if not self.points:
+            return []
+        return [
+            array_field("surface_points", "float32", (self.points, 2)),
+            array_field("surface_visible", "bool", (self.points,)),
+        ]
+
+    def prepared_schema(self) -> pa.Schema:
+        picture = [pa.field("rgb", pa.binary(), nullable=False)]
+        return pa.schema([*TEXTS, *self._views(), *picture])
+
+    def schema(self) -> pa.Schema:
+        """Of the table."""
+        pixels = array_field("pixels", "uint8", (self.config.size, self.config.size, 3))
+        features = [array_field(name, "float16", shape) for name, shape in self.shapes.items()]
+        return pa.schema([*TEXTS, *self._views(), pixels, *features])
+
+    @property
+    def row_group_rows(self) -> int:
+        """Few: the buckets of consecutive micro-batches lie all over the table."""
+        pixels = 3 * self.config.size**2
+        return rows_per_group(pixels + sum(2 * tokens * channels for tokens, channels in self.shapes.values()))
+
+    def identify(self, sample: Sample) -> str:
+        if sample.image is None:
+            raise BadImageError("no_image: none found")
+        return sample_id(sample.image, "")
+
+    def prepare(self, sample: Sample) -> dict[str, Any]:
+        """The decoded image, and a view's points in pixels of the student's input."""
+        assert sample.image is not None  # checked by `identify`
+        image = decode_image(sample.image, self.config.rules)
+        row: dict[str, Any] = {"category": category_of(sample), "mesh": "", "rgb": packed(np.asarray(image))}
+        if isinstance(sample, ViewSample):
+            points = np.frombuffer(sample.surface_points, np.float32).reshape(-1, 2)
+            scale = self.config.size / np.array(image.size)
+            row["mesh"] = sample.mesh
+            row["surface_points"] = (points * scale).astype(np.float32)
+            row["surface_visible"] = np.frombuffer(sample.surface_visible, bool)
+        return row
+
+
+def packed(image: np.ndarray) -> bytes:
+    """An image of any size as bytes, for a column."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, image, allow_pickle=False)
+    return file.getvalue()
+
+
+def unpacked(data: bytes) -> np.ndarray:
+    """The reverse of `packed`."""
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

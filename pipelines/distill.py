@@ -1,0 +1,73 @@
+"""Distil teachers into a student for semantic correspondence: `python -m pipelines.distill distill-demo`.
+
+The same command resumes a stopped training.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
+from d2f_core.train.config import EmaConfig, TrainConfig
+from pipelines.cli import run_job
+from pipelines.distill_config import DistillConfig, PairsConfig
+
+if TYPE_CHECKING:
+    from pipelines.distill_job import CheckedDistill
+    from pipelines.training import TrainingResult
+
+VIEWS, FEATURES = "s3://d2f/datasets/views", "s3://d2f/features/views"
+SMALL = StudentConfig(base="s3://d2f/models/dinov2-s", layers=11, first_block=5, dropout=0.0)
+DEMO = TrainConfig(
+    ema=EmaConfig(decay=0.0),
+    num_workers=1, global_batch_size=8, micro_batch_size=8, num_steps=240, learning_rate=5e-3, weight_decay=0.05,
+    decay="cosine", warmup_steps=10, window_rows=32, lanes=2, checkpoint_every=60,
+    evaluate_every=120, log_every=10,
+)  # fmt: skip
+PAPER = TrainConfig(
+    num_workers=8, cpus_per_worker=4, use_gpu=True, precision="bf16", zero_stage=2, global_batch_size=64,
+    micro_batch_size=8, num_steps=20_000, learning_rate=1e-4, weight_decay=0.05, window_rows=64,
+    checkpoint_every=1000, evaluate_every=0,
+)  # fmt: skip
+
+DISTILL = {
+    "distill-demo": DistillConfig(
+        matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=(0.85, 0.15))),
+        features=FEATURES, output="s3://d2f/runs/distill-demo", pairs=PairsConfig(views=VIEWS), train=DEMO,
+        name="distill-demo",
+    ),
+    "refine-demo": DistillConfig(
+        matcher=MatcherConfig(
+            student=SMALL,
+            distillation=DistillationConfig(weight=2.0, shares=(0.85, 0.15)),
+            multi_view=MultiViewConfig(weight=1.0),
+        ),
+        features=FEATURES, start="s3://d2f/runs/distill-demo/model", output="s3://d2f/runs/refine-demo",
+        bucket="things", pairs=PairsConfig(views=VIEWS), name="refine-demo",
+        train=replace(DEMO, num_steps=80, learning_rate=2e-3, evaluate_every=40, checkpoint_every=40),
+    ),
+    "distilldift": DistillConfig(
+        matcher=MatcherConfig(
+            student=StudentConfig(base="/models/dinov2-with-registers-base"),
+            distillation=DistillationConfig(temperature=0.01, finer=1, cycle=False),
+        ),
+        features="s3://BUCKET/features", output="s3://BUCKET/runs/distilldift", normalisation="none", train=PAPER,
+        name="distilldift",
+    ),
+}  # fmt: skip
+
+
+def check(config: DistillConfig) -> "CheckedDistill":
+    from pipelines.distill_job import check_distill
+
+    return check_distill(config)
+
+
+def main(config: DistillConfig) -> "TrainingResult":
+    """Train to the end and export the matcher."""
+    from pipelines.training import train
+
+    return train(check(config).job()).complete()
+
+
+if __name__ == "__main__":
+    run_job("distill", DISTILL, main, check)

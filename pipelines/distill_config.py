@@ -1,0 +1,57 @@
+"""The config of a distillation."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from d2f_core.correspondence.config import MatcherConfig
+from d2f_core.train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Pairs of views on which a training is evaluated."""
+
+    views: str = ""
+    """Table of views; empty: no evaluation."""
+    split: Literal["train", "val", "test"] = "val"
+    per_range: int = 10
+    """Most pairs of each category in each range of angles."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A student that learns to match like its teachers, and then like views of one thing."""
+
+    matcher: MatcherConfig
+    features: str
+    """Table of images and their teachers' features."""
+    output: str
+    """Where checkpoints and the resolved config are written; the same output resumes the training."""
+    start: str = ""
+    """A trained matcher whose adapters the student starts with; empty: from its base."""
+    bucket: Literal["category", "things"] = "category"
+    """What the images of a micro-batch have in common: their category, or also that they show one of a few things."""
+    things: int = 2
+    """That share a micro-batch, with bucket='things'."""
+    normalisation: str = "imagenet"
+    """Of the student's input."""
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    experiment: str = "distilldift"
+    """MLflow experiment."""
+    name: str = "distill"
+    """MLflow run name."""
+
+    def __post_init__(self) -> None:
+        if self.things < 1 or self.pairs.per_range < 1:
+            raise ValueError(f"things={self.things} and pairs.per_range={self.pairs.per_range} must be at least 1.")
+        if self.train.micro_batch_size < 2:
+            raise ValueError(
+                f"train.micro_batch_size={self.train.micro_batch_size}: pairs are made within a micro-batch. Use 8."
+            )
+
+    @property
+    def bucket_column(self) -> str:
+        """Name of the bucketing, for the run's identity."""
+        return self.bucket if self.bucket == "category" else f"{self.things} things"

@@ -1,0 +1,278 @@
+"""A checked distillation: its data, its identity, and the export of its last checkpoint."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+from d2f_core import storage
+from d2f_core.correspondence import pck
+from d2f_core.correspondence.artifact import (
+    MatcherDescription,
+    describe_matcher,
+    load_student,
+    set_weights,
+    upload_matcher,
+)
+from d2f_core.correspondence.evaluate.measure import by_viewpoint, measure, predict_by
+from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_views
+from d2f_core.correspondence.matcher import transformer_matcher
+from d2f_core.correspondence.matching import Decoding
+from d2f_core.correspondence.preparation import Preparation
+from d2f_core.correspondence.student import load_network, patch_size, trained
+from d2f_core.correspondence.task import MatcherTask, TeacherColumn, columns_of
+from d2f_core.data.manifest import Buckets, Manifest, bucket_runs, read_manifest
+from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.data.table_plan import BucketError, OrderConfig, plan_tables
+from d2f_core.data.table_reader import RowReader
+from d2f_core.identity import identity_hash, identity_values
+from d2f_core.model.base import described_copy
+from d2f_core.tracking import check_tracking
+from d2f_core.train.checkpoint import Checkpoint, candidates, list_checkpoints, read_tensors
+from d2f_core.train.precision import DTYPES
+from d2f_core.train.task import Evaluation, Task
+from pipelines.configs import order_of
+from pipelines.distill_config import DistillConfig
+from pipelines.training import TrainingJob
+
+FEATURES = "features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillJob(TrainingJob):
+    config: DistillConfig
+    manifest: Manifest
+    base_hash: str
+
+    @property
+    def reads(self) -> Mapping[str, str]:
+        config = self.config
+        return {
+            "features": config.features,
+            "matcher.student.base": config.matcher.student.base,
+            "start": config.start,
+            "pairs.views": config.pairs.views,
+        }
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        base = self.config.matcher.student.base
+        return {"d2f.base": base, "d2f.base_sha256": self.base_hash, "d2f.features_digest": self.manifest.digest}
+
+    def export(self, last: Checkpoint) -> str:
+        kind = "ema" if self.config.train.ema.decay else "weights"
+        description = MatcherDescription(
+            student=self.config.matcher.student,
+            base_hash=self.base_hash,
+            preparation=preparation(self.config, self.manifest),
+            decoding=Decoding(),
+            training={
+                "step": last.manifest.step,
+                "features": self.manifest.digest,
+                "teachers": self.manifest.fingerprint["teachers"],
+                "distillation": asdict(self.config.matcher.distillation),
+                "multi_view": asdict(self.config.matcher.multi_view),
+            },
+        )
+        return upload_matcher(storage.join(self.config.output, "model"), read_tensors(last, kind), description)
+
+
+def preparation(config: DistillConfig, manifest: Manifest) -> Preparation:
+    """How the student's images were prepared in its table."""
+    return Preparation(size=int(manifest.fingerprint["size"]), normalisation=config.normalisation)
+
+
+def teachers_of(manifest: Manifest) -> list[TeacherColumn]:
+    """The teachers' columns of a table of features, in its order."""
+    found = []
+    for name, (tokens, _) in manifest.fingerprint["shapes"].items():
+        side = round(tokens**0.5)
+        found.append(TeacherColumn(name=name, grid=(side, side)))
+    return found
+
+
+def buckets_of(config: DistillConfig, manifest: Manifest) -> Buckets:
+    """The runs of rows that may share a micro-batch.
+
+    Raises:
+        ManifestError: the rows of a bucket do not follow one another.
+        BucketError: a bucket has fewer images than a micro-batch.
+    """
+    table = RowReader(config.features, manifest, ("category", "mesh")).read(np.arange(manifest.num_rows))
+    categories, meshes = (table.column(name).to_pylist() for name in ("category", "mesh"))
+    runs = bucket_runs(categories if config.bucket == "category" else groups(categories, meshes, config.things))
+    small = [(rows, name) for name, rows in runs if rows < config.train.micro_batch_size]
+    if small:
+        rows, name = min(small)
+        raise BucketError(
+            f"{len(small)} of {len(runs)} buckets of {config.features!r} have fewer images than "
+            f"train.micro_batch_size={config.train.micro_batch_size}: {name!r} has {rows}. Lower it to {rows}, or "
+            "leave these images out."
+        )
+    return runs
+
+
+def groups(categories: Sequence[str], meshes: Sequence[str], things: int) -> list[str]:
+    """For each image the name of its group: so many things of its category that follow one another.
+
+    A category's last things join the group before when they are too few for one of their own.
+    """
+    order: dict[str, dict[str, int]] = {}
+    for category, mesh in zip(categories, meshes, strict=True):
+        its = order.setdefault(category, {})
+        its.setdefault(mesh, len(its))
+    return [
+        f"{category}/{min(order[category][mesh] // things, max(1, len(order[category]) // things) - 1)}"
+        for category, mesh in zip(categories, meshes, strict=True)
+    ]
+
+
+def build_task(config: DistillConfig, base_hash: str, device: str) -> Task:
+    """What a worker trains; called once on each.
+
+    Raises:
+        ValueError: this node has another base, or the start is of another student.
+    """
+    manifest = read_manifest(config.features)
+    if (found := described_copy(config.matcher.student.base).hash()) != base_hash:
+        raise ValueError(
+            f"{config.matcher.student.base!r} has the hash {found} on this node, and {base_hash} where the training "
+            "started: it was replaced, or is another directory here. Give a URI that all nodes share."
+        )
+    task = MatcherTask(
+        config.matcher, teachers_of(manifest), normalisation=config.normalisation, seed=config.train.seed,
+        dtype=DTYPES[config.train.precision], device=device,
+    )  # fmt: skip
+    if config.start:
+        set_weights(task.module, dict(trained(load_student(config.start)[0])))
+    evaluates = functools.partial(evaluate, config, manifest, task) if config.pairs.views else None
+    return Task(module=task.module, to_batch=task.to_batch, loss_fn=task.loss, evaluate=evaluates)
+
+
+def evaluate(config: DistillConfig, manifest: Manifest, task: MatcherTask) -> Evaluation:
+    """PCK on pairs of views whose things were not trained on."""
+    pairs = pairs_of_views(
+        read_views(config.pairs.views, config.pairs.split), per_range=config.pairs.per_range, seed=config.pairs.seed
+    )
+    training = task.module.training
+    task.module.eval()
+    try:
+        matcher = transformer_matcher(config.name, task.module, preparation(config, manifest))
+        measured = measure(predict_by(matcher), pairs)
+    finally:
+        task.module.train(training)
+    ranges = list(by_viewpoint(measured))
+    draws = torch.stack([torch.ones(len(measured.pair_ids), dtype=torch.bool), *(within for _, within in ranges)])
+    found = pck.pck(measured.matches, pck.PROTOCOLS["original"].scoring, (0.1, 0.05), draws=draws)
+    names = ["", *(f"_{name}" for name, _ in ranges)]
+    metrics = {f"pck@0.1{name}": float(value) for name, value in zip(names, found.point[:, 0], strict=True)}
+    metrics["pck@0.05"] = float(found.point[0, 1])
+    return Evaluation(metrics={name: value for name, value in metrics.items() if value == value})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedDistill:
+    """A distillation that was found to work, as far as configs and the headers of weights tell."""
+
+    config: DistillConfig
+    manifest: Manifest
+    plan: StreamPlan
+    base_hash: str
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that a checkpoint and this run must have in common."""
+        config = self.config
+        matcher = identity_values(config.matcher)
+        matcher["student"] = {name: value for name, value in matcher["student"].items() if name != "base"}
+        fixed = {
+            "matcher": matcher, "base": self.base_hash, "features": self.manifest.digest,
+            "normalisation": config.normalisation, "start": config.start,
+        }  # fmt: skip
+        return identity_hash({**fixed, **order(config).identity()})
+
+    def job(self) -> DistillJob:
+        return DistillJob(
+            config=self.config,
+            build_task=functools.partial(build_task, self.config, self.base_hash),
+            plan=self.plan,
+            identity=self.identity,
+            manifest=self.manifest,
+            base_hash=self.base_hash,
+        )
+
+
+def order(config: DistillConfig) -> OrderConfig:
+    """The sample order: each micro-batch holds images of one bucket."""
+    return replace(order_of(config.train), bucket_column=config.bucket_column)
+
+
+def check_distill(config: DistillConfig) -> CheckedDistill:
+    """Refuse what cannot work, before anything is started; no weights are loaded.
+
+    Raises:
+        ValueError: unusable storage, table, student or start; one line each.
+    """
+    storage.check_reachable(config.features)
+    storage.check_reachable(config.matcher.student.base)
+    storage.check_reachable(config.output, write=True)
+    manifest = read_manifest(config.features)
+    if manifest.kind != FEATURES:
+        raise ValueError(f"features={config.features!r} holds {manifest.kind}. Give a table that embed_images wrote.")
+    network = load_network(config.matcher.student, "meta")
+    patch, size = patch_size(network), preparation(config, manifest).size
+    if size % patch:
+        raise ValueError(
+            f"{config.features!r} holds images of {size} pixels, no multiple of the student's patch {patch}."
+        )
+    columns = columns_of(config.matcher, teachers_of(manifest))
+    _check_losses(config, manifest)
+    if config.start:
+        _check_start(config)
+    plan = plan_tables(
+        [config.features], [manifest], columns, order(config), holdout_rows=0,
+        num_steps=config.train.num_steps, buckets=[buckets_of(config, manifest)],
+    )  # fmt: skip
+    check_tracking()
+    base_hash = described_copy(config.matcher.student.base).hash()
+    checked = CheckedDistill(config=config, manifest=manifest, plan=plan, base_hash=base_hash)
+    if list_checkpoints(config.output):
+        candidates(config.output, checked.identity)  # raises if the output holds another training
+    return checked
+
+
+def _check_losses(config: DistillConfig, manifest: Manifest) -> None:
+    """Raise ValueError when the table lacks what a loss needs."""
+    teachers, shares = teachers_of(manifest), config.matcher.distillation.shares
+    if config.matcher.distillation.weight and not teachers:
+        raise ValueError(
+            f"{config.features!r} holds no teacher's features. Set distillation.weight to 0, or embed again."
+        )
+    if shares and len(shares) != len(teachers):
+        raise ValueError(
+            f"distillation.shares={shares} are not one for each teacher of {config.features!r}: "
+            f"{', '.join(teacher.name for teacher in teachers)}."
+        )
+    views = manifest.fingerprint.get("points")
+    if (config.matcher.multi_view.weight or config.bucket == "things") and not views:
+        raise ValueError(
+            f"{config.features!r} holds images, no views: multi_view.weight must be 0 and bucket 'category'. Embed a "
+            "table of views for that."
+        )
+
+
+def _check_start(config: DistillConfig) -> None:
+    """Raise ValueError when the matcher to start with is another student's."""
+    storage.check_reachable(config.start)
+    there, asked = describe_matcher(config.start).student, config.matcher.student
+    changed = [
+        name for name in ("layers", "rank", "alpha", "first_block") if getattr(there, name) != getattr(asked, name)
+    ]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"start={config.start!r} has student.{name}={getattr(there, name)}, this training {getattr(asked, name)}. "
+            "Use the same student."
+        )
