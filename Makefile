@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install install-dev quickstart status down test test-quick test-slow coverage lint docs docs-check constraints
+.PHONY: help install install-correspondence install-dev quickstart status down test test-quick test-slow coverage lint docs docs-check constraints
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,10 +29,14 @@ help:
 	@echo "make docs         docs/code.md, from the files' docstrings"
 	@echo "make docs-check   run the commands that the pages show, at toy size; PAGES=docs/depth.md: only that page's"
 	@echo "make install      only .venv, from lock.txt"
+	@echo "make install-correspondence   also what semantic correspondence needs, from lock-correspondence.txt"
 
 # Compiles the packages' modules too, and does nothing when all is there.
 install:
 	@$(PYTHON) infra/install.py
+
+install-correspondence:
+	@$(PYTHON) infra/install.py --correspondence
 
 install-dev:
 	@$(PYTHON) infra/install.py --dev

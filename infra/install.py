@@ -1,8 +1,10 @@
-"""python3 infra/install.py [--dev]: create .venv with what the quickstart needs, with --dev also the checkers.
+"""python3 infra/install.py [--correspondence] [--dev]: create .venv with what the quickstart needs, or more.
 
+--correspondence adds what semantic correspondence needs; --dev adds that and what lint, types and tests need.
 torch is taken from wherever pip finds it for this machine (a CPU or a CUDA build), at the version of constraints.txt.
-All other packages come from lock.txt (and lock-dev.txt): a file whose SHA-256 is not listed there is refused. pip reads
-the user's own configuration, so mirrors, certificates and constraints apply here too. Needs only Python.
+All other packages come from lock.txt (and lock-correspondence.txt, lock-dev.txt): a file whose SHA-256 is not listed
+there is refused. pip reads the user's own configuration, so mirrors, certificates and constraints apply here too. Needs
+only Python.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 11)
-LOCKS = {"demo": "lock.txt", "dev": "lock-dev.txt"}
+LOCKS = {"demo": "lock.txt", "correspondence": "lock-correspondence.txt", "dev": "lock-dev.txt"}
+NAMES = {
+    "demo": "torch, Ray, DeepSpeed, MLflow and the local servers",
+    "correspondence": "the renderer of views",
+    "dev": "linters, type checker and pytest",
+}
 FIRST = ("setuptools", "wheel", "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy",
          "typing-extensions")  # fmt: skip
 """Packages installed first: build requirements of DeepSpeed and this project, and torch's dependencies, which torch's
@@ -135,10 +142,18 @@ def is_there(venv: Path, kind: str) -> bool:
     return note.is_file() and note.read_text() == wanted(["demo", kind])
 
 
+def chosen_kinds(arguments: argparse.Namespace) -> list[str]:
+    """The locks to install, in order: the tests need every extra."""
+    if arguments.dev:
+        return list(LOCKS)
+    return ["demo", "correspondence"] if arguments.correspondence else ["demo"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make .venv, with what the quickstart needs in it.")
+    parser.add_argument("--correspondence", action="store_true", help="also what semantic correspondence needs")
     parser.add_argument("--dev", action="store_true", help="also what lint, types and tests need")
-    kinds = ["demo", "dev"] if parser.parse_args().dev else ["demo"]
+    kinds = chosen_kinds(parser.parse_args())
     if sys.version_info < OLDEST_PYTHON:
         version = ".".join(map(str, sys.version_info[:3]))
         print(f"Python {version}: 3.11 or newer is needed. Name one: make PYTHON=python3.11", file=sys.stderr)
@@ -150,8 +165,7 @@ def main() -> int:
     if not missing:
         return 0
     began = time.monotonic()
-    names = {"demo": "torch, Ray, DeepSpeed, MLflow and the local servers", "dev": "linters, type checker and pytest"}
-    print(f"installing {' and '.join(names[kind] for kind in missing)} into .venv; "
+    print(f"installing {' and '.join(NAMES[kind] for kind in missing)} into .venv; "
           f"the first time {'1 to 5 minutes' if 'demo' in missing else 'under a minute'}", flush=True)  # fmt: skip
     try:
         if not usable:

@@ -1,4 +1,4 @@
-"""python -m infra.lock: write constraints.txt, lock.txt and lock-dev.txt from what is installed in .venv.
+"""python -m infra.lock: write constraints.txt and the lock files from what is installed in .venv.
 
 constraints.txt holds the versions that were tested together, for pip's --constraint. The locks hold the same versions
 with the SHA-256 of every file of each release, on any platform; torch is left out, since its builds differ by machine.
@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 
-from infra.install import ROOT, read_lock
+from infra.install import LOCKS, ROOT, read_lock
 
 HEADS = {
     "constraints.txt": "# Versions that were tested together; `make install` uses them.",
     "lock.txt": "# What the quickstart needs, with the hashes of its files; torch apart.",
-    "lock-dev.txt": "# What lint, types and tests need beside lock.txt.",
+    "lock-correspondence.txt": "# What semantic correspondence needs beside lock.txt.",
+    "lock-dev.txt": "# What lint, types and tests need beside the other locks.",
 }
 TOOLS = {"pip", "setuptools", "wheel", "uv"}
 """Packages that are left out of the constraints: they only install others, and nothing imports them."""
@@ -42,9 +43,12 @@ def compiled(*extras: str) -> dict[str, str]:
 
 def main() -> None:
     write("constraints.txt", installed())
-    demo, everything = compiled("demo"), compiled("demo", "dev")
-    write("lock.txt", list(demo.values()))
-    write("lock-dev.txt", [entry for name, entry in everything.items() if name not in demo])
+    held, extras = set[str](), list[str]()
+    for extra, name in LOCKS.items():
+        extras.append(extra)
+        entries = compiled(*extras)
+        write(name, [entry for package, entry in entries.items() if package not in held])
+        held |= entries.keys()
 
 
 if __name__ == "__main__":

@@ -190,5 +190,5 @@ def test_every_job_that_uses_a_cluster_asks_its_nodes() -> None:
     asking = {name for name, text in files.items() if re.search(r"\bconnect\(reads=", text)}
     assert asking == {
         "depth.py", "encode_depth.py", "encode_latents.py", "evaluate.py", "generate.py", "make_dataset.py",
-        "predict_depth.py", "reflow.py", "serve.py", "text_to_image.py", "training.py",
+        "make_views.py", "predict_depth.py", "reflow.py", "serve.py", "text_to_image.py", "training.py",
     }  # fmt: skip

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from d2f_core.data.datasets.config import MakeDepthConfig
-from d2f_core.data.datasets.depth_table import PROGRESS, make_depth_dataset, make_part, make_rows
+from d2f_core.data.datasets.depth_table import make_depth_dataset, make_part, make_rows
+from d2f_core.data.datasets.generated_table import PROGRESS
 from d2f_core.data.datasets.meshes import Mesh, make_mesh, make_object, make_quad, object_numbers
 from d2f_core.data.datasets.scenes import NUM_TEXTURES, Body, Camera, Light, Scene, make_scene, render
 from d2f_core.data.datasets.textures import make_texture

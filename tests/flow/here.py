@@ -15,8 +15,8 @@ import torch
 
 from d2f_core.batch import table_job
 from d2f_core.batch.chunks import prepare_shards, work_item, write_row
-from d2f_core.data.datasets import depth_table
-from d2f_core.data.datasets.config import MakeDepthConfig
+from d2f_core.data.datasets import generated_table
+from d2f_core.data.datasets.generated_table import GeneratedTable, make_or_keep
 from d2f_core.data.manifest import TableFile
 from d2f_core.flow.depth import job as depth_job
 from d2f_core.flow.depth.actor import DepthActor
@@ -70,14 +70,11 @@ def predict_here(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
         yield {name: values[0] for name, values in made.items()}
 
 
-def make_here(config: MakeDepthConfig) -> Iterator[tuple[int, TableFile]]:
-    """As `depth_table._make_parts`."""
-    there = list_names(config.output)
-    for number in range(config.num_parts):
-        if depth_table.part_name(number) in there:
-            yield number, depth_table._known_part(config.output, number)
-        else:
-            yield number, depth_table.make_part(config, number)
+def make_here(table: GeneratedTable) -> Iterator[tuple[int, TableFile]]:
+    """As `generated_table._make_parts`."""
+    there = frozenset(list_names(table.output))
+    for number in range(table.num_parts):
+        yield number, make_or_keep(table, number, there)
 
 
 class TasksHere:
@@ -107,7 +104,7 @@ def here() -> Iterator[None]:
     """Scenes are rendered, images encoded, drawn and scored, depth is seen in this process; it keeps its threads."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depth_table, "_make_parts", make_here)
+        patch.setattr(generated_table, "_make_parts", make_here)
         patch.setattr(table_job, "_rows", encode_here)
         patch.setattr(generate, "_run", draw_here)
         patch.setattr(extract_features, "_run", score_here)

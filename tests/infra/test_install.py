@@ -24,9 +24,9 @@ def locked(name: str) -> dict[str, str]:
 
 
 def test_the_locks_hold_every_version_of_the_constraints_once_with_hashes():
-    demo, dev = locked("lock.txt"), locked("lock-dev.txt")
-    assert not demo.keys() & dev.keys()
-    both = {**demo, **dev}
+    demo, correspondence, dev = (locked(name) for name in install.LOCKS.values())
+    both = {**demo, **correspondence, **dev}
+    assert len(both) == len(demo) + len(correspondence) + len(dev)
     versions = {name: entry.split()[0].partition("==")[2] for name, entry in both.items()}
     expected = {canonical(name): version for name, version in pins().items()}
     assert {name: versions.get(name) for name in expected if name not in HOLE} == {
@@ -38,6 +38,23 @@ def test_the_locks_hold_every_version_of_the_constraints_once_with_hashes():
         hashes = entry.split("--hash=sha256:")[1:]
         assert hashes and all(len(one.split()[0]) == 64 for one in hashes), name
     assert {"setuptools", "wheel", "deepspeed"} <= demo.keys() and "torch" not in both and "pytest" in dev
+    assert "embreex" in correspondence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kinds"),
+    [
+        ([], ["demo"]),
+        (["--correspondence"], ["demo", "correspondence"]),
+        (["--dev"], ["demo", "correspondence", "dev"]),
+    ],
+)
+def test_the_quickstart_installs_no_extra_and_the_tests_need_them_all(monkeypatch, arguments, kinds):
+    looked: list[str] = []
+    monkeypatch.setattr(install, "works", lambda python: True)
+    monkeypatch.setattr(install, "is_there", lambda venv, kind: looked.append(kind) or True)
+    monkeypatch.setattr(sys, "argv", ["install.py", *arguments])
+    assert install.main() == 0 and looked == kinds
 
 
 def test_parts_hold_every_entry_once():

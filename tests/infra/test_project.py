@@ -27,12 +27,8 @@ def pins() -> dict[str, str]:
 
 def requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    texts = [
-        *project["dependencies"],
-        *project["optional-dependencies"]["demo"],
-        *project["optional-dependencies"]["dev"],
-    ]
-    return [Requirement(text) for text in texts]
+    extras = project["optional-dependencies"].values()
+    return [Requirement(text) for text in (*project["dependencies"], *(text for extra in extras for text in extra))]
 
 
 def test_constraints_are_plain_versions_that_satisfy_every_requirement():
