@@ -15,7 +15,7 @@ from d2f_core.correspondence.views import categories, render
 from d2f_core.correspondence.views.cameras import FILLS, ViewCamera, draw_camera
 from d2f_core.correspondence.views.categories import CATEGORIES, Model, make_model
 from d2f_core.correspondence.views.config import ALL_CATEGORIES, MakeViewsConfig
-from d2f_core.correspondence.views.render import Scene, render_depth, seen
+from d2f_core.correspondence.views.render import Scene, render_depth, seen, seen_from_around
 from d2f_core.correspondence.views.rows import SURFACE_POINTS, VIEW_SCHEMA, make_rows
 from d2f_core.correspondence.views.shape import flip_partner
 from d2f_core.correspondence.views.solids import ellipsoid, hexahedron
@@ -89,6 +89,13 @@ def test_a_keypoint_is_seen_where_the_first_surface_lies_within_its_radius():
     assert seen(scene, front, model.keypoints, model.radii).tolist() == [True, False, False]
     assert seen(scene, back, model.keypoints, model.radii).tolist() == [False, False, False]
     assert seen(scene, back, model.keypoints, np.full(3, 0.7)).tolist() == [True, True, False]
+
+
+def test_what_no_one_can_see_is_not_among_the_points_of_a_surface():
+    model = box_model()
+    x, _, z = HALF
+    points = np.array([[x, 0, 0.05], [0, 0, z], [0, 0, 0], [0, 0, -z], [-x, 0.1, 0]])
+    assert seen_from_around(Scene(model), points, 5e-4).tolist() == [True, True, False, False, True]
 
 
 def test_from_the_front_an_objects_left_is_at_the_right_and_from_behind_at_the_left():
@@ -190,7 +197,7 @@ def test_a_point_that_rays_show_lies_on_the_object_in_the_image(rows):
     for category, views in rows.items():
         for row in views:
             pixels, shown = surface_of(row)
-            assert 20 < shown.sum() < 200 and (pixels[shown] > 0).all() and (pixels[shown] < SIZE).all(), category
+            assert 60 < shown.sum() < 240 and (pixels[shown] > 0).all() and (pixels[shown] < SIZE).all(), category
             there = ~np.isnan(decode_depth(row["depth"]))
             around = there | np.roll(there, 1, 0) | np.roll(there, -1, 0) | np.roll(there, 1, 1) | np.roll(there, -1, 1)
             column, line = pixels[shown].long().T.numpy()

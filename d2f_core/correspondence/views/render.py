@@ -18,6 +18,8 @@ SAMPLES = 2
 """Rays for the colour of a pixel, along each side. Depth has one ray of its own, through the pixel's centre."""
 FLOOR_ENDS = (1.0, 2.6)
 """Distance from the object's middle at which the floor begins to fade into the background, and where it has."""
+FAR = 2.0
+"""Distance from which an object of diagonal 1 is looked at from outside."""
 OFFSET = 2e-3
 """Distance from a surface at which its shadow rays begin."""
 
@@ -99,7 +101,9 @@ class Scene:
         return self._embree.run(*map(_float32, np.broadcast_arrays(origins, directions)), query="OCCLUDED") >= 0
 
     def reach(self, origin: np.ndarray, directions: np.ndarray, triangles: np.ndarray) -> np.ndarray:
-        """How many times `directions` [n, 3] lead from the origin [3] to the planes of the triangles [n], float64."""
+        """How many times `directions` [n, 3] lead from the origin [3] or origins [n, 3] to the planes of the triangles
+        [n], float64.
+        """
         a, b, c = self.model.triangles[triangles].astype(np.float64).transpose(1, 0, 2)
         normals = np.cross(b - a, c - a)
         return (normals * (a - origin)).sum(1) / (normals * directions).sum(1)
@@ -137,6 +141,25 @@ def seen(scene: Scene, camera: ViewCamera, points: np.ndarray, radii: np.ndarray
     result = np.zeros(len(points), bool)
     share = scene.reach(camera.centre, towards[met], triangles[met])
     result[met] = np.abs(share - 1) * np.linalg.norm(towards[met], axis=1) <= radii[met]
+    return result
+
+
+def seen_from_around(scene: Scene, points: np.ndarray, within: float) -> np.ndarray:
+    """Which points [n, 3] of the surface can be seen from somewhere far away, not from below, bool [n].
+
+    Args:
+        within: distance of a point behind the first surface that rounding may make.
+    """
+    result = np.zeros(len(points), bool)
+    for elevation in (0.1, 0.6, 1.2):
+        for azimuth in np.linspace(0, 2 * np.pi, 16, endpoint=False):
+            flat = np.cos(elevation)
+            away = np.array([flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(elevation)])
+            origins = points + FAR * away
+            triangles, _ = scene.cast(origins, -away)
+            met = np.flatnonzero(triangles >= 0)
+            reach = scene.reach(origins[met], -away, triangles[met])
+            result[met] |= np.abs(reach - FAR) <= within
     return result
 
 

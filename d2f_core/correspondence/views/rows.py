@@ -16,7 +16,7 @@ from PIL import Image
 from d2f_core.correspondence.views.cameras import ViewCamera, draw_camera
 from d2f_core.correspondence.views.categories import CATEGORIES, Model, make_model
 from d2f_core.correspondence.views.config import CategoryName, MakeViewsConfig, Split
-from d2f_core.correspondence.views.render import Scene, draw_look, render_depth, render_picture, seen
+from d2f_core.correspondence.views.render import Scene, draw_look, render_depth, render_picture, seen, seen_from_around
 from d2f_core.data.depth_files import encode_depth
 from d2f_core.data.schema import array_field
 from d2f_core.randomness import keyed_generator
@@ -58,10 +58,11 @@ VIEW_SCHEMA = pa.schema(
 """`image_id` is the SHA-256 of the image, a PNG file. Positions are (x, y) in pixels, the centre of the first pixel at
 (0.5, 0.5). The camera is that of `multiview.Camera`; azimuth and elevation are in degrees, from the object's front
 towards its left, and above the horizon. `depth` is a .npy file (`depth_files.decode_depth`): depth of the object at
-the pixels' centres, NaN elsewhere. `box` is x, y, width, height around the pixels of the object. All rows of a category
-have the same `keypoint_names` and `flip_partners` (the keypoint that a mirror image shows in its place, -1 for itself);
-the place of a keypoint that an object lacks is NaN. A keypoint that is not `visible` is hidden by the object.
-`surface_points` are the places of points spread evenly over the surface, the same ones in each view of a mesh, and
+the pixels' centres, NaN elsewhere. `box` is x, y, width, height around the pixels of the object.
+
+All rows of a category have the same `keypoint_names` and `flip_partners` (the keypoint that a mirror image shows in its
+place, -1 for itself). The place of a keypoint that an object lacks is NaN; one that is not `visible` is hidden by the
+object. `surface_points` are places of points spread evenly over what can be seen of the object from around it, and
 `surface_visible` says which the camera sees: point i of two rows of one mesh is one point, whatever its depth map."""
 
 
@@ -73,7 +74,7 @@ def make_rows(config: MakeViewsConfig, split: Split, category: CategoryName, num
     """
     model = make_model(config.seed, split, category, number)
     scene, corners = Scene(model), np.unique(model.triangles.reshape(-1, 3), axis=0).astype(np.float64)
-    surface = _surface_points(config.seed, model)
+    surface = _surface_points(config.seed, scene)
     for view in range(config.views_per_mesh):
         rng = keyed_generator(config.seed, f"{model.name}/{view}", "view")
         azimuth = 360 * (view + rng.random()) / config.views_per_mesh
@@ -87,15 +88,27 @@ def make_rows(config: MakeViewsConfig, split: Split, category: CategoryName, num
         yield {**about, **_image(image, config.size), **geometry, **points}
 
 
-def _surface_points(seed: int, model: Model) -> np.ndarray:
+def _surface_points(seed: int, scene: Scene) -> np.ndarray:
+    """Points [`SURFACE_POINTS`, 3] drawn evenly from the part of the surface that can be seen from around the object;
+    solids that reach into each other have much that cannot.
+    """
+    rng = keyed_generator(seed, scene.model.name, "surface points")
+    found = np.empty((0, 3))
+    while len(found) < SURFACE_POINTS:
+        drawn = _draw_points(rng, scene.model)
+        found = np.concatenate([found, drawn[seen_from_around(scene, drawn, SEEN_WITHIN)]])
+    return found[:SURFACE_POINTS]
+
+
+def _draw_points(rng: np.random.Generator, model: Model) -> np.ndarray:
     """Points [`SURFACE_POINTS`, 3] drawn evenly from the area of all triangles."""
-    rng = keyed_generator(seed, model.name, "surface points")
     a, b, c = model.triangles.astype(np.float64).transpose(1, 0, 2)
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     chosen = rng.choice(len(area), SURFACE_POINTS, p=area / area.sum())
     across, along = rng.random((2, SURFACE_POINTS, 1))
     # Outside the triangle, a point of the parallelogram is turned about its middle into the triangle.
-    across, along = (np.where(across + along > 1, 1 - share, share) for share in (across, along))
+    beyond = across + along > 1
+    across, along = (np.where(beyond, 1 - share, share) for share in (across, along))
     return a[chosen] + across * (b - a)[chosen] + along * (c - a)[chosen]
 
 
