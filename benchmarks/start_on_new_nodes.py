@@ -86,7 +86,7 @@ def main(options: Options) -> None:
                     seconds.append(seconds_to_first_step(at, f"s3://{path.BUCKET}/runs/{name}-{number}"))
                     print(f"round {number}  {name:5}  {seconds[-1]:.2f} s", flush=True)
             report = {**heading(options), "seconds": found}
-            options.results.write_text(json.dumps(report, indent=1))
+            options.results.write_text(json.dumps(report, indent=1, default=str))
     ratios = [new / there for new, there in zip(found["new"], found["there"], strict=True)]
     print(f"median of {len(ratios)} ratios {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 

@@ -133,4 +133,8 @@ def test_nodes_are_still_asked_for_after_ray_data_has_sent_its_own_requests(
     assert all(group for second, group, _ in seen if first <= second <= seconds - 5), "the group stays a demand"
     assert not any(requested for *_, requested in seen[-20:]), "the other is gone, or this shows nothing"
     waited = re.search(r"REFUSED .*; waited (\d+) s", text)
-    assert waited and seconds <= int(waited[1]) < seconds + 20 and "3 need 3 GPU (3 workers of 1 GPU), and the cluster has" in text
+    assert (
+        waited
+        and seconds <= int(waited[1]) < seconds + 20
+        and "3 need 3 GPU (3 workers of 1 GPU), and the cluster has" in text
+    )

@@ -1,0 +1,154 @@
+"""A student is distilled and refined on the rails: resumed exactly, evaluated, and kept with how it is used."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2f_core.correspondence.artifact import MatcherError, describe_matcher, load_matcher, load_student
+from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
+from d2f_core.correspondence.student import trained
+from d2f_core.data.table_plan import BucketError
+from d2f_core.tracking import RunHandle
+from d2f_core.train.checkpoint import CheckpointError
+from d2f_core.train.config import EmaConfig, TrainConfig
+from pipelines.distill_config import DistillConfig, PairsConfig
+from pipelines.distill_job import check_distill, groups
+from pipelines.training import train
+from tests.correspondence.features import write_features
+from tests.correspondence.made_views import write_views
+from tests.correspondence.test_student import write
+
+STEPS = TrainConfig(
+    num_steps=4, global_batch_size=8, micro_batch_size=4, learning_rate=1e-2, lanes=1, window_rows=4,
+    checkpoint_every=2, evaluate_every=4, evaluate_on="workers", ema=EmaConfig(decay=0.0),
+)  # fmt: skip
+
+
+def config(tmp_path: Path, **fields) -> DistillConfig:
+    student = StudentConfig(base=str(write(tmp_path / "base", "dinov2")), dropout=0.0)
+    made = DistillConfig(
+        matcher=MatcherConfig(student=student), features=write_features(str(tmp_path / "features")),
+        output=str(tmp_path / "run"), train=STEPS,
+    )  # fmt: skip
+    return replace(made, **fields)
+
+
+def test_things_share_a_micro_batch_by_groups_of_those_that_follow_one_another() -> None:
+    categories = ["a"] * 5 + ["b"] * 2
+    meshes = ["a0", "a1", "a1", "a2", "a3", "b0", "b0"]
+    assert groups(categories, meshes, 2) == ["a/0", "a/0", "a/0", "a/1", "a/1", "b/0", "b/0"]
+    assert groups(["a"] * 3, ["a0", "a1", "a2"], 2) == ["a/0"] * 3, "no group of one thing beside others"
+
+
+@pytest.mark.parametrize("bucket", ["category", "things"])
+def test_a_micro_batch_holds_images_of_one_bucket(tmp_path: Path, bucket) -> None:
+    plan = check_distill(config(tmp_path, bucket=bucket)).plan
+    for number in range(8):
+        rows = plan.micro_batch(number, 0, 1).rows
+        assert len(set(rows // 12)) == 1, "of one category"
+        if bucket == "things":
+            assert len(set(rows // 4)) <= 3 and plan.one_source_per == "micro_batch"
+
+
+def test_the_identity_tells_what_is_computed(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    other = replace(made.matcher, distillation=DistillationConfig(temperature=0.1))
+    same = replace(made, output=str(tmp_path / "other"), train=replace(STEPS, checkpoint_every=1))
+    (tmp_path / "copy").symlink_to(tmp_path / "base")
+    moved = replace(made.matcher, student=replace(made.matcher.student, base=str(tmp_path / "copy")))
+    identities = [
+        check_distill(each).identity
+        for each in (
+            made, same, replace(made, matcher=moved), replace(made, matcher=other), replace(made, bucket="things"),
+            replace(made, normalisation="none"), replace(made, train=replace(STEPS, micro_batch_size=8)),
+        )
+    ]  # fmt: skip
+    assert identities[0] == identities[1] == identities[2] and len(set(identities[2:])) == 5
+
+
+def multi_view(made: DistillConfig) -> DistillConfig:
+    return replace(made, matcher=replace(made.matcher, multi_view=MultiViewConfig(weight=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda c, _: replace(c, features=write_features(f"{c.features}-other", kind="latents")),
+            ValueError, "holds latents",
+        ),
+        (
+            lambda c, _: replace(c, train=replace(STEPS, micro_batch_size=16, global_batch_size=16)),
+            BucketError, "2 of 2 buckets .* 'c0' has 12. Lower it to 12",
+        ),
+        (
+            lambda c, _: replace(c, matcher=replace(c.matcher, distillation=DistillationConfig(shares=(1.0,)))),
+            ValueError, "not one for each teacher .*: features_a, features_b",
+        ),
+        (
+            lambda c, _: multi_view(replace(c, features=write_features(f"{c.features}-images", points=0))),
+            ValueError, "holds images, no views",
+        ),
+        (lambda c, path: replace(c, start=str(path / "nothing")), MatcherError, "holds no matcher.json"),
+    ],
+)  # fmt: skip
+def test_trainings_that_cannot_work_are_refused(tmp_path: Path, change, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_distill(change(config(tmp_path), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train": replace(STEPS, micro_batch_size=1)}, "pairs are made within a micro-batch"),
+        ({"things": 0}, "things=0"),
+        ({"pairs": PairsConfig(per_range=0)}, "per_range=0 must be at least 1"),
+    ],
+)
+def test_configs_that_mean_nothing_are_refused(tmp_path: Path, fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **fields)
+
+
+def test_a_student_is_distilled_then_refined_and_says_how_to_use_it(cluster: None, tmp_path: Path) -> None:
+    base = "s3://d2f/test-distill"
+    made = config(
+        tmp_path, output=f"{base}/run", features=write_features(f"{base}/features"),
+        pairs=PairsConfig(views=write_views(f"{base}/views"), per_range=2),
+    )  # fmt: skip
+    result = train(check_distill(made).job()).complete()
+    assert result.step == 4 and isinstance(result.run, RunHandle)
+    description = describe_matcher(result.model)
+    assert (description.preparation.size, description.preparation.normalisation) == (28, "imagenet")
+    assert description.training["step"] == 4 and set(description.training["teachers"]) == {"features_a", "features_b"}
+    student, _ = load_student(result.model)
+    assert any(value.abs().max() > 0 for name, value in trained(student) if "lora_B" in name)
+
+    refined = multi_view(replace(made, output=f"{base}/refined", start=result.model, bucket="things"))
+    again = train(check_distill(refined).job()).complete()
+    weights = [dict(trained(load_student(model)[0])) for model in (result.model, again.model)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(ValueError, match=r"student\.rank=8, this training 4"):
+        other = replace(refined.matcher, student=replace(refined.matcher.student, rank=4))
+        check_distill(replace(refined, matcher=other, output=f"{base}/other"))
+    with pytest.raises(CheckpointError):
+        check_distill(replace(refined, normalisation="none"))
+
+    image = torch.randint(0, 255, (30, 40, 3), dtype=torch.uint8).numpy()
+    matcher = load_matcher(again.model)
+    (embedded,) = matcher.embed([image])
+    found, cosine = matcher.match(embedded, embedded, torch.tensor([[10.0, 20.0]]))
+    assert cosine.item() > 0.99 and (found - torch.tensor([10.0, 20.0])).norm() < 15
+
+
+def test_a_stopped_distillation_ends_with_the_same_bits_on_more_workers(cluster: None, tmp_path: Path) -> None:
+    whole, parts = config(tmp_path, output=str(tmp_path / "whole")), config(tmp_path, output=str(tmp_path / "parts"))
+    wanted = train(check_distill(whole).job())
+    train(check_distill(replace(parts, train=replace(STEPS, num_steps=2))).job())
+    found = train(check_distill(replace(parts, train=replace(STEPS, num_workers=2))).job())
+    for (name, value), (_, other) in zip(
+        trained(load_student(wanted.model)[0]), trained(load_student(found.model)[0]), strict=True
+    ):
+        assert torch.equal(value, other), name
