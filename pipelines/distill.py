@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
+from d2f_core.correspondence.evaluate.config import ViewPairsConfig
 from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.cli import run_job
-from pipelines.distill_config import DistillConfig, PairsConfig
+from pipelines.distill_config import DistillConfig
 
 if TYPE_CHECKING:
     from pipelines.distill_job import CheckedDistill
@@ -32,7 +33,7 @@ PAPER = TrainConfig(
 DISTILL = {
     "distill-demo": DistillConfig(
         matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=(0.85, 0.15))),
-        features=FEATURES, output="s3://d2f/runs/distill-demo", pairs=PairsConfig(views=VIEWS), train=DEMO,
+        features=FEATURES, output="s3://d2f/runs/distill-demo", pairs=ViewPairsConfig(views=VIEWS), train=DEMO,
         name="distill-demo",
     ),
     "refine-demo": DistillConfig(
@@ -42,7 +43,7 @@ DISTILL = {
             multi_view=MultiViewConfig(weight=1.0),
         ),
         features=FEATURES, start="s3://d2f/runs/distill-demo/model", output="s3://d2f/runs/refine-demo",
-        bucket="things", pairs=PairsConfig(views=VIEWS), name="refine-demo",
+        bucket="things", pairs=ViewPairsConfig(views=VIEWS), name="refine-demo",
         train=replace(DEMO, num_steps=80, learning_rate=2e-3, evaluate_every=40, checkpoint_every=40),
     ),
     "distilldift": DistillConfig(

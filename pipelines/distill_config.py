@@ -4,19 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2f_core.correspondence.config import MatcherConfig
+from d2f_core.correspondence.evaluate.config import ViewPairsConfig
 from d2f_core.train.config import TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairsConfig:
-    """Pairs of views on which a training is evaluated."""
-
-    views: str = ""
-    """Table of views; empty: no evaluation."""
-    split: Literal["train", "val", "test"] = "val"
-    per_range: int = 10
-    """Most pairs of each category in each range of angles."""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +25,8 @@ class DistillConfig:
     """That share a micro-batch, with bucket='things'."""
     normalisation: str = "imagenet"
     """Of the student's input."""
-    pairs: PairsConfig = field(default_factory=PairsConfig)
+    pairs: ViewPairsConfig = field(default_factory=ViewPairsConfig)
+    """Pairs of views on which the training is evaluated."""
     train: TrainConfig = field(default_factory=TrainConfig)
     experiment: str = "distilldift"
     """MLflow experiment."""
@@ -44,8 +34,8 @@ class DistillConfig:
     """MLflow run name."""
 
     def __post_init__(self) -> None:
-        if self.things < 1 or self.pairs.per_range < 1:
-            raise ValueError(f"things={self.things} and pairs.per_range={self.pairs.per_range} must be at least 1.")
+        if self.things < 1:
+            raise ValueError(f"things={self.things} must be at least 1. Use 2.")
         if self.train.micro_batch_size < 2:
             raise ValueError(
                 f"train.micro_batch_size={self.train.micro_batch_size}: pairs are made within a micro-batch. Use 8."

@@ -46,9 +46,17 @@ class Measured:
     """[pairs]: angle between the views in degrees; NaN where it is not known."""
 
 
-def predict_by(matcher: Matcher) -> Predict:
-    """Predictions of a matcher, which embeds each image once as long as it is among the last `KEPT_IMAGES`."""
-    kept: OrderedDict[str, Embedded] = OrderedDict()
+Kept = OrderedDict[str, Embedded]
+"""Embedded images by id, the last used last."""
+
+
+def predict_by(matcher: Matcher, kept: Kept | None = None) -> Predict:
+    """Predictions of a matcher, which embeds each image once as long as it is among the last `KEPT_IMAGES`.
+
+    Args:
+        kept: shared by matchers that differ in their decoding alone.
+    """
+    kept = OrderedDict() if kept is None else kept
 
     def embedded(image: PairImage) -> Embedded:
         if image.image_id not in kept:

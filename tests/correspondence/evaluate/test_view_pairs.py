@@ -11,7 +11,7 @@ import pytest
 
 from d2f_core.correspondence.evaluate.view_pairs import angle_between, pairs_of_views, read_views
 from d2f_core.data.manifest import read_file, read_manifest
-from tests.correspondence.made_views import local_views
+from tests.correspondence.made_views import local_views, write_views
 
 
 def rows_of(uri: str) -> list[dict[str, Any]]:
@@ -28,8 +28,8 @@ def test_an_angle_is_the_shorter_way_around(first: float, second: float, apart: 
 
 
 def test_pairs_are_across_things_of_a_category_and_spread_over_angles(tmp_path: Path) -> None:
-    views = read_views(local_views(tmp_path / "views"), "val")
-    assert {view["split"] for view in views} == {"val"} and len(views) == 16
+    views = read_views(write_views(str(tmp_path / "views"), views=8), "val")
+    assert {view["split"] for view in views} == {"val"} and len(views) == 32
     pairs = pairs_of_views(views, per_range=3)
     counts = Counter(
         (pair.category, int(np.searchsorted((30, 60, 120), pair.viewpoint, side="right"))) for pair in pairs

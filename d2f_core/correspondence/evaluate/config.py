@@ -1,0 +1,93 @@
+"""Which matchers are compared on which pairs. Imports neither torch nor a model."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from d2f_core.batch.config import AwaitedPoolConfig
+from d2f_core.correspondence.embed.config import TeacherConfig
+from d2f_core.data.sources.config import PairSource
+
+
+class EvaluateMatchesError(ValueError):
+    """An evaluation cannot run as asked; the message gives the reason and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewPairsConfig:
+    """Pairs of rendered views: different things of one category."""
+
+    views: str = ""
+    """Table of views; empty: none."""
+    split: Literal["train", "val", "test"] = "val"
+    per_range: int = 10
+    """Most pairs of each category in each range of angles between the views."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_range < 1:
+            raise EvaluateMatchesError(f"per_range={self.per_range} must be at least 1. Use 10 to 40.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatcherChoice:
+    """One matcher to compare: a trained one, a vision transformer as it is, or teachers together."""
+
+    name: str
+    uri: str = ""
+    """A trained matcher, or a vision transformer in transformers' layout."""
+    size: int = 0
+    """Height and width of its input in pixels; 0: a trained matcher's own."""
+    layers: int = 0
+    """Of a vision transformer: the block that is read, counted from 1; 0: the last."""
+    normalisation: str = "imagenet"
+    """Of a vision transformer's input."""
+    teachers: tuple[TeacherConfig, ...] = ()
+    shares: tuple[float, ...] = ()
+    """Of the teachers; empty: equal."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w .+-]{1,60}", self.name):
+            raise EvaluateMatchesError(f"name={self.name!r} of a matcher must be letters, digits, spaces and . + - _.")
+        if bool(self.uri) == bool(self.teachers):
+            raise EvaluateMatchesError(f"matcher {self.name!r} needs either a uri or teachers.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchesWork:
+    """The matchers, the pairs, and what is made of them."""
+
+    matchers: tuple[MatcherChoice, ...] = ()
+    pairs: PairSource = field(default_factory=PairSource)
+    """Pairs of images with keypoints: SPair-71k or one's own."""
+    views: ViewPairsConfig = field(default_factory=ViewPairsConfig)
+    """In place of `pairs`."""
+    output: str = ""
+    """Where points.parquet, scores.json and report.html are written."""
+    alphas: tuple[float, ...] = (0.1, 0.05, 0.01)
+    replicates: int = 1000
+    """Resampled sets of pairs for the 95 % intervals."""
+    shown: int = 6
+    """Pairs that the report shows, and as many of the worst."""
+    seed: int = 0
+    experiment: str = "distilldift"
+    """MLflow experiment; empty: no run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateMatchesConfig(AwaitedPoolConfig, MatchesWork):
+    """Matchers compared on pairs of images, in every protocol at once, beside floors."""
+
+    num_actors: int = 1
+
+    def __post_init__(self) -> None:
+        self.check_counts("replicates", "shown", error=EvaluateMatchesError)
+        names = [matcher.name for matcher in self.matchers]
+        if not names or len(set(names)) < len(names):
+            raise EvaluateMatchesError(f"matchers are called {names}. Give at least one, each with a name of its own.")
+        if bool(self.pairs.uri) == bool(self.views.views):
+            raise EvaluateMatchesError("give either pairs.uri or views.views: pairs of images, or a table of views.")
+        if not self.output:
+            raise EvaluateMatchesError("output is empty. Give --output URI.")
+        if not self.alphas or not all(0 < alpha <= 1 for alpha in self.alphas):
+            raise EvaluateMatchesError(f"alphas={self.alphas} must lie above 0 and at most at 1. Use 0.1 0.05 0.01.")

@@ -1,0 +1,61 @@
+r"""Compare matchers on pairs of images with keypoints.
+
+    python -m pipelines.evaluate_matches distill-demo
+    python -m pipelines.evaluate_matches spair --pairs.uri /data/SPair-71k --output s3://BUCKET/evaluations/spair
+
+Writes points.parquet, scores.json and report.html, and a run in MLflow.
+"""
+
+from d2f_core.correspondence.evaluate.config import EvaluateMatchesConfig, MatcherChoice, ViewPairsConfig
+from d2f_core.data.sources.config import PairSource
+from pipelines.cli import run_job
+from pipelines.cluster import connect
+from pipelines.embed_images import DINO, DINO_B, DINO_S, LITE0
+
+RUNS = "s3://d2f/runs"
+
+EVALUATE_MATCHES = {
+    "distill-demo": EvaluateMatchesConfig(
+        matchers=(
+            MatcherChoice(name="teacher EfficientNet-Lite0", teachers=(LITE0,)),
+            MatcherChoice(name="teacher DINOv2-S", teachers=(DINO,)),
+            MatcherChoice(name="both teachers", teachers=(LITE0, DINO), shares=(0.7, 0.3)),
+            MatcherChoice(name="untrained, 224 px", uri=DINO_S, layers=11, size=224),
+            MatcherChoice(name="distilled, 224 px", uri=f"{RUNS}/distill-demo/model", size=224),
+            MatcherChoice(name="refined, 224 px", uri=f"{RUNS}/refine-demo/model", size=224),
+        ),
+        views=ViewPairsConfig(views="s3://d2f/datasets/views", split="test", per_range=40),
+        output="s3://d2f/evaluations/distill-demo",
+    ),
+    "spair": EvaluateMatchesConfig(
+        matchers=(
+            MatcherChoice(name="DINOv2-B", uri=DINO_B.uri, size=434),
+            MatcherChoice(name="student", uri="s3://BUCKET/runs/distilldift/model"),
+        ),
+        pairs=PairSource(uri="/data/SPair-71k", splits=("test",)),
+        output="s3://BUCKET/evaluations/spair", gpus_per_actor=1, num_actors=2,
+    ),
+}  # fmt: skip
+
+
+def check(config: EvaluateMatchesConfig) -> None:
+    from d2f_core.storage import check_reachable
+
+    check_reachable(config.views.views or config.pairs.uri)
+    for matcher in config.matchers:
+        if matcher.uri:
+            check_reachable(matcher.uri)
+    check_reachable(config.output, write=True)
+
+
+def main(config: EvaluateMatchesConfig) -> None:
+    from d2f_core.correspondence.evaluate.job import evaluate_matches
+
+    check(config)
+    reads = {f"matchers.{matcher.name}.uri": matcher.uri for matcher in config.matchers if matcher.uri}
+    connect(reads={"pairs": config.views.views or config.pairs.uri, **reads}, writes={"output": config.output})
+    evaluate_matches(config)
+
+
+if __name__ == "__main__":
+    run_job("evaluate_matches", EVALUATE_MATCHES, main, check)
