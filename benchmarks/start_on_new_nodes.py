@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import tyro
 from benchmarks.streaming import heading
 from d2f_core import storage
 from tests import test_cluster_path as path
-from tests.fake_cluster import FakeCluster
 from tests.image_tables import write_images
 from tests.model.tiny_sd import write_tiny
 from tests.own_servers import own_servers
