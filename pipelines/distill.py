@@ -46,6 +46,12 @@ DISTILL = {
         bucket="things", pairs=ViewPairsConfig(views=VIEWS), name="refine-demo",
         train=replace(DEMO, num_steps=80, learning_rate=2e-3, evaluate_every=40, checkpoint_every=40),
     ),
+    "control-demo": DistillConfig(
+        matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=(0.85, 0.15))),
+        features=FEATURES, start="s3://d2f/runs/distill-demo/model", output="s3://d2f/runs/control-demo",
+        pairs=ViewPairsConfig(views=VIEWS), name="control-demo",
+        train=replace(DEMO, num_steps=80, learning_rate=2e-3, evaluate_every=40, checkpoint_every=40),
+    ),
     "distilldift": DistillConfig(
         matcher=MatcherConfig(
             student=StudentConfig(base="/models/dinov2-with-registers-base"),

@@ -22,6 +22,7 @@ EVALUATE_MATCHES = {
             MatcherChoice(name="both teachers", teachers=(LITE0, DINO), shares=(0.7, 0.3)),
             MatcherChoice(name="untrained at 224 px", uri=DINO_S, layers=11, size=224),
             MatcherChoice(name="distilled at 224 px", uri=f"{RUNS}/distill-demo/model", size=224),
+            MatcherChoice(name="control at 224 px", uri=f"{RUNS}/control-demo/model", size=224),
             MatcherChoice(name="refined at 224 px", uri=f"{RUNS}/refine-demo/model", size=224),
         ),
         views=ViewPairsConfig(views="s3://d2f/datasets/views", split="test", per_range=40),

@@ -4,21 +4,11 @@ Nothing is done when it is there.
 """
 
 import logging
-from dataclasses import dataclass
 
 from pipelines.cli import run_job
+from pipelines.unpack_config import UnpackConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnpackConfig:
-    output: str = "s3://d2f/models/dinov2-s"
-    """Where the model is written: s3://bucket/key or a local path."""
-
-    def __post_init__(self) -> None:
-        if not self.output:
-            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
 
 
 UNPACK = {"dinov2-s": UnpackConfig()}

@@ -1,14 +1,14 @@
 """All stages in one Ray job: `ray job submit --working-dir . -- python -m pipelines.workflow quickstart`.
 
 make_dataset -> encode_latents -> finetune -> register -> generate -> contact_sheet, as pipelines/text_to_image.py
-describes; or `depth` and `reflow`: pipelines/depth.py and pipelines/reflow.py. A stage whose output is complete for the
-same config and inputs is skipped; after a kill, the same command resumes.
+describes; or `depth`, `reflow` and `distill`: pipelines/depth.py, reflow.py and distillation.py. A stage whose output
+is complete for the same config and inputs is skipped; after a kill, the same command resumes.
 """
 
 from pipelines.cli import run_job
-from pipelines.workflow_config import DepthConfig, ReflowConfig, WorkflowConfig
+from pipelines.workflow_config import DepthConfig, DistillWorkflowConfig, ReflowConfig, WorkflowConfig
 
-Config = WorkflowConfig | ReflowConfig | DepthConfig
+Config = WorkflowConfig | ReflowConfig | DepthConfig | DistillWorkflowConfig
 
 
 def check(config: Config) -> None:
@@ -21,6 +21,10 @@ def check(config: Config) -> None:
         from pipelines import depth
 
         depth.check(config)
+    elif isinstance(config, DistillWorkflowConfig):
+        from pipelines import distillation
+
+        distillation.check(config)
     else:
         from pipelines import text_to_image
 
@@ -36,6 +40,10 @@ def main(config: Config) -> None:
         from pipelines import depth
 
         depth.main(config)
+    elif isinstance(config, DistillWorkflowConfig):
+        from pipelines import distillation
+
+        distillation.main(config)
     else:
         from pipelines import text_to_image
 
@@ -43,6 +51,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.workflow_recipes import DEPTH, REFLOW, WORKFLOW
+    from pipelines.workflow_recipes import DEPTH, DISTILLATION, REFLOW, WORKFLOW
 
-    run_job("workflow", {**WORKFLOW, "reflow": REFLOW, "depth": DEPTH}, main, check)
+    run_job("workflow", {**WORKFLOW, "reflow": REFLOW, "depth": DEPTH, "distill": DISTILLATION}, main, check)

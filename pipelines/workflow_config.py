@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 
+from d2f_core.correspondence.embed.config import EmbedConfig
+from d2f_core.correspondence.evaluate.config import EvaluateMatchesConfig
+from d2f_core.correspondence.views.config import MakeViewsConfig
 from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
 from d2f_core.flow.depth.config import EvaluateDepthConfig, PredictDepthConfig
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
@@ -10,7 +13,9 @@ from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.storage import join
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
+from pipelines.distill_config import DistillConfig
 from pipelines.names import CAPTIONS
+from pipelines.unpack_config import UnpackConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +153,23 @@ class ReflowConfig:
                 raise ValueError(f"{name} is empty. Give --{name} URI.")
         if self.num_pairs < 1 or self.rounds < 1:
             raise ValueError(f"num_pairs={self.num_pairs} and rounds={self.rounds} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillWorkflowConfig:
+    """From rendered views to a distilled, refined and measured student."""
+
+    output: str
+    """Where stage records and summary.json are written."""
+    views: MakeViewsConfig
+    base: UnpackConfig
+    embed: EmbedConfig
+    distill: DistillConfig
+    refine: DistillConfig
+    """`start` is the distilled student."""
+    control: DistillConfig
+    """As many steps as `refine`, of distillation alone; `start` is the distilled student."""
+    evaluate: EvaluateMatchesConfig
 
 
 def require_same(name: str, value: str, other: str, expected: str) -> None:

@@ -9,13 +9,18 @@ from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.model.config import LoraConfig, SamplingDefaults
 from d2f_core.train.config import EmaConfig
+from pipelines.distill import DISTILL
+from pipelines.embed_images import EMBED_IMAGES
 from pipelines.encode_depth import ENCODE_DEPTH
 from pipelines.evaluate import EVALUATE
+from pipelines.evaluate_matches import EVALUATE_MATCHES
 from pipelines.make_dataset import MAKE_DATASET
+from pipelines.make_views import MAKE_VIEWS
 from pipelines.names import DEPTH_MODEL, EVALUATIONS, FLOW_MODEL, QUICKSTART, SHOWN_EMOJI
 from pipelines.predict_depth import PREDICT_DEPTH
 from pipelines.recipes import AUTOENCODER, FINETUNE
-from pipelines.workflow_config import DepthConfig, ReflowConfig, WorkflowConfig
+from pipelines.unpack_dinov2 import UNPACK
+from pipelines.workflow_config import DepthConfig, DistillWorkflowConfig, ReflowConfig, WorkflowConfig
 
 
 def new_resolution(edge: int) -> WorkflowConfig:
@@ -105,3 +110,15 @@ DEPTH = DepthConfig(
     evaluate=EvaluateDepthConfig(),
 )
 """emoji-sd learns to predict depth from rendered scenes."""
+
+DISTILLATION = DistillWorkflowConfig(
+    output="s3://d2f/workflows/distill",
+    views=MAKE_VIEWS["views"],
+    base=UNPACK["dinov2-s"],
+    embed=EMBED_IMAGES["views"],
+    distill=DISTILL["distill-demo"],
+    refine=DISTILL["refine-demo"],
+    control=DISTILL["control-demo"],
+    evaluate=EVALUATE_MATCHES["distill-demo"],
+)
+"""Two teachers distilled into DINOv2-S, on rendered views."""
