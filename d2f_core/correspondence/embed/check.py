@@ -1,6 +1,7 @@
 """Checks an embedding job and makes its specification before it starts; no weights are loaded."""
 
 import dataclasses
+import json
 from typing import Any
 
 import torch
@@ -76,4 +77,5 @@ def _reading(config: TeacherConfig) -> dict[str, Any]:
         "efficientnet-lite0": ("blocks",),
     }[config.kind]
     values = dataclasses.asdict(config)
-    return {name: values[name] for name in ("kind", "size", "normalisation", *own)}
+    chosen = {name: values[name] for name in ("kind", "size", "normalisation", *own)}
+    return json.loads(json.dumps(chosen))  # as a manifest that is read again has it
