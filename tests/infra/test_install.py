@@ -106,6 +106,16 @@ def test_a_lock_is_installed_from_the_users_own_index_and_nothing_else(python: P
     assert subprocess.check_output([str(python), "-c", code], text=True).split() == ["0", "1", "2"]
 
 
+def test_a_missing_dependency_is_told_unless_only_data_are_read(
+    python: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+):
+    install.install(Pip(python), write_wheel(index, "lacking", ""), with_torch=False)
+    with pytest.raises(InstallError, match=r"lacking 1\.0 requires missing"):
+        Pip(python).check()
+    monkeypatch.setattr(install, "DATA_ONLY", {"lacking", "one", "two", "three"})
+    Pip(python).check()
+
+
 def test_a_file_whose_hash_is_not_in_the_lock_is_refused_with_the_packages_name(python: Path, index: Path):
     good = write_wheel(index, "good", "")
     changed = write_wheel(index, "changed", "")
