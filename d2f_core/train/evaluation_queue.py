@@ -63,6 +63,15 @@ class EvaluationQueue(ABC):
         """Whether an evaluation can only run while all workers pause."""
         return False
 
+    def run_first(self, *, untrained: bool = False) -> None:
+        """Run the first evaluation, while all workers pause; called where `waits_for_pause` says so.
+
+        Args:
+            untrained: no step was made yet.
+        """
+        del untrained
+        raise RuntimeError(f"{type(self).__name__} waits for no pause.")
+
     @abstractmethod
     def poll(self, seconds: float = 0.0) -> None:
         """Collect what was found.

@@ -161,7 +161,7 @@ class Training:
         """
         self.heartbeat.doing("evaluating" if self.first else "waiting for the evaluation")
         with self.pause.until_first_is_done():
-            if isinstance(self.evaluations, EvaluationsBetweenSteps) and self.evaluations.waits_for_pause:
+            if self.evaluations.waits_for_pause:
                 self.evaluations.run_first(untrained=untrained)
 
     def evaluate_what_is_missing(self) -> None:
