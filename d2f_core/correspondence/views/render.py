@@ -168,7 +168,7 @@ def render_picture(scene: Scene, camera: ViewCamera, look: Look, size: int) -> n
     directions = camera.rays(_samples(size, SAMPLES))
     colours = look.background.reshape(-1, 3).copy()
     if look.floor is not None:
-        _paint_floor(scene, camera, look, directions, colours)
+        _paint_floor(scene, camera, look, look.floor, directions, colours)
     triangles, weights = scene.cast(camera.centre, directions)
     met = np.flatnonzero(triangles >= 0)
     colours[met] = _shade(scene, camera, look, directions[met], triangles[met], weights[met])
@@ -203,7 +203,9 @@ def _shade(
     return base * diffuse[:, None] + specular[:, None]
 
 
-def _paint_floor(scene: Scene, camera: ViewCamera, look: Look, directions: np.ndarray, colours: np.ndarray) -> None:
+def _paint_floor(
+    scene: Scene, camera: ViewCamera, look: Look, floor: np.ndarray, directions: np.ndarray, colours: np.ndarray
+) -> None:
     """Draw the floor under the object over the background's colours [n, 3], with the object's shadow."""
     bottom = scene.model.triangles[..., 2].min()
     falling = np.flatnonzero(directions[:, 2] < -1e-3)
@@ -212,8 +214,7 @@ def _paint_floor(scene: Scene, camera: ViewCamera, look: Look, directions: np.nd
     near, far = FLOOR_ENDS
     away = np.sqrt((points[:, :2] ** 2).sum(1))
     index, points, away = falling[away < far], points[away < far], away[away < far]
-    assert look.floor is not None
     texel = (points[:, :2] * TEXTURE_SIZE).astype(int) % TEXTURE_SIZE
     light = look.ambient + look.diffuse * look.light[2] * _lit(scene, look, points)
     fade = np.clip((away - near) / (far - near), 0, 1)[:, None]
-    colours[index] += (look.floor[texel[:, 1], texel[:, 0]] * light[:, None] - colours[index]) * (1 - fade)
+    colours[index] += (floor[texel[:, 1], texel[:, 0]] * light[:, None] - colours[index]) * (1 - fade)
