@@ -125,7 +125,7 @@ def nearest_partners(
     Memory beside the embeddings: as much as they take in float32, and `SCORE_BYTES`.
 
     Args:
-        embeddings: [images, width], floats of any size, on the CPU.
+        embeddings: [images, width], floats of any size.
         ids: [images] text or numbers. An image under the id of another is the same, and never its partner.
         partners: most of each image.
         groups: [images], what near-duplicates share, such as the id of the video that they are frames of: of its own
@@ -136,7 +136,7 @@ def nearest_partners(
         ValueError: shapes that do not fit, an embedding that is zero or not finite, less than one partner.
     """
     given, names = torch.as_tensor(embeddings), np.asarray(ids)
-    given = given.float() if given.dtype == torch.bfloat16 else given.detach()
+    given = (given.float() if given.dtype == torch.bfloat16 else given).detach().cpu()  # as numpy takes it
     own = None if groups is None else np.asarray(groups)
     if given.ndim != 2 or not given.is_floating_point() or not 0 < len(given) == len(names):
         shapes = f"embeddings are {given.dtype} {tuple(given.shape)}, for {len(names)} ids"
@@ -185,14 +185,14 @@ def _candidates(scores: Tensor, partners: int, doubt: float) -> tuple[Tensor, Te
     compared: the best columns are in the chunks whose largest is among the largest.
     """
     chunks = scores.view(len(scores), -1, CHUNK)
-    tops, where = chunks.amax(2).topk(min(partners + SPARE, chunks.shape[1]), dim=1)
+    where = chunks.amax(2).topk(min(partners + SPARE, chunks.shape[1]), dim=1).indices
     looked_at = chunks.gather(1, where[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
     values, places = looked_at.topk(min(partners + SPARE, looked_at.shape[1]), dim=1)
     columns = where.gather(1, places // CHUNK) * CHUNK + places % CHUNK
     least = values[:, min(partners, values.shape[1]) - 1] - doubt
-    # Of fewer allowed columns than partners the least is -inf, and nothing is below it.
-    others_are_less = (tops[:, -1] < least) | (where.shape[1] == chunks.shape[1])
-    return columns, values >= least[:, None], (values[:, -1] < least) & others_are_less
+    # Each chunk looked at has a value of its own, so that those left out are no larger than the last value. Of fewer
+    # allowed columns than partners the least is -inf, and nothing is below it.
+    return columns, values >= least[:, None], values[:, -1] < least
 
 
 def _all_near(scores: Tensor, partners: int, doubt: float) -> Tensor:

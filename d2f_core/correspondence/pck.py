@@ -269,7 +269,7 @@ def side_confusion(matches: Matches, partner: Tensor, scoring: Scoring, alpha: f
     """
     own, other = errors(matches, scoring), errors(matches, scoring, to=partner)
     correct, near = (within(error, (alpha,), scoring)[:, 0] for error in (own, other))
-    return ~correct & near & (other < own)  # a comparison with NaN is false
+    return ~correct & near  # and so nearer to the partner's; a comparison with NaN is false
 
 
 def random_in_box(box: Tensor, uniform: Tensor) -> Tensor:

@@ -72,6 +72,8 @@ def test_the_length_of_an_embedding_does_not_count_and_any_floats_will_do():
     scaled = embeddings.astype(np.float32) * 2.0 ** np.arange(-50, 50).repeat(2)[:, None]
     for given in (embeddings, torch.from_numpy(embeddings), embeddings.astype(np.float64), scaled):
         assert nearest_partners(given, ids).rows.tolist() == expected.tolist()
+    short = torch.from_numpy(embeddings).bfloat16()
+    assert nearest_partners(short, ids).rows.tolist() == brute_force(short.float().numpy(), ids, 10).tolist()
 
 
 def test_an_image_is_no_partner_of_itself_nor_of_its_group():
