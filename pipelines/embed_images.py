@@ -23,7 +23,7 @@ DINO_B = TeacherConfig(name="dino", uri="/models/dinov2-with-registers-base", si
 EMBED_IMAGES = {
     "views": EmbedConfig(
         source=ImageSource(uri="s3://d2f/datasets/views"), split="train", output="s3://d2f/features/views",
-        teachers=(LITE0, DINO), size=168,
+        teachers=(LITE0, DINO), size=168, num_actors=2,
     ),
     "distilldift": EmbedConfig(
         source=ImageSource(uri="s3://BUCKET/images"), output="s3://BUCKET/features",

@@ -91,9 +91,10 @@ def make_table(job: TableJob) -> Manifest:
 
 def _progress(job: TableJob, records: Sequence[ChunkRecord], todo: Mapping[int, Any]) -> Progress:
     spec, source = job.spec, job.source
-    if source.num_rows is None:  # the number of samples in a tar is not known in advance
+    if source.num_rows is None:  # the number of samples in a tar, or of chosen rows, is not known in advance
         total = len(source.shards)
-        return Progress(spec.NAME, total, "tars", done=total - len(todo))
+        unit = "tars" if source.kind == "webdataset" else "parts"
+        return Progress(spec.NAME, total, unit, done=total - len(todo))
     return Progress(spec.NAME, source.num_rows, spec.UNIT, done=sum(record.read for record in records))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2f_core.file_systems import read_or_map
 from d2f_core.model.base import described_copy, local_copy
-from d2f_core.model.fit import transformers_on_meta
+from d2f_core.model.fit import silent_transformers, transformers_on_meta
 from d2f_core.model.model_files import ModelFiles
 
 
@@ -106,14 +106,15 @@ def _loaded(directory: Path) -> tuple[Any, Iterable[str]]:
     """The network in a directory, and the names of the weights that its files lack."""
     from transformers import AutoModel
 
-    network, info = cast(Any, AutoModel).from_pretrained(
-        directory,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        **read_or_map(directory),
-    )
+    with silent_transformers():
+        network, info = cast(Any, AutoModel).from_pretrained(
+            directory,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **read_or_map(directory),
+        )
     return network, info["missing_keys"]
 
 
