@@ -52,7 +52,7 @@ class Preparation:
         """The image in numbers from 0 to 255, [3, size, size]."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ValueError(f"an image is {image.dtype} {image.shape}; it must be uint8 [h, w, 3]. Decode it as RGB.")
-        whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+        whole = torch.tensor(image).permute(2, 0, 1).float()
         if self.fit == "pad":
             height, width = image.shape[:2]
             side = max(height, width)

@@ -94,10 +94,10 @@ class MatcherTask:
         """Rows of a micro-batch -> what the loss needs, on the device."""
         names = [*self.columns, *(("epoch", "row") if self._config.multi_view.weight else ())]
         arrays = table_to_arrays(table, names)
-        pixels = torch.from_numpy(np.ascontiguousarray(arrays[PIXELS])).permute(0, 3, 1, 2).float()
+        pixels = torch.tensor(arrays[PIXELS]).permute(0, 3, 1, 2).float()
         batch: dict[str, Any] = {"pixels": ((pixels / 255 - self._mean) / self._std).to(self._device)}
         if self._config.distillation.weight:
-            batch["features"] = [torch.from_numpy(arrays[each.name]).to(self._device) for each in self._teachers]
+            batch["features"] = [torch.tensor(arrays[each.name]).to(self._device) for each in self._teachers]
         if self._config.multi_view.weight:
             batch["views"] = self._views(arrays)
         return batch
@@ -110,8 +110,8 @@ class MatcherTask:
         things = np.unique(np.asarray(arrays["mesh"], dtype=str), return_inverse=True)[1]
         return Views(
             things=torch.from_numpy(things),
-            points=torch.from_numpy(arrays["surface_points"]).to(self._device),
-            seen=torch.from_numpy(arrays["surface_visible"]).to(self._device),
+            points=torch.tensor(arrays["surface_points"]).to(self._device),
+            seen=torch.tensor(arrays["surface_visible"]).to(self._device),
             order=torch.from_numpy(np.stack(order)).to(self._device),
         )
 
