@@ -44,7 +44,8 @@ class ConvolutionTeacher:
             )
         self.name, self._preparation, self._network, self._device = name, preparation, network, device
         self._blocks = blocks
-        self.grid: Grid = (preparation.size // STRIDE,) * 2
+        side = preparation.size // STRIDE
+        self.grid: Grid = (side, side)
         self.channels = sum(_channels(network._blocks[block]) for block in blocks)
 
     @torch.inference_mode()

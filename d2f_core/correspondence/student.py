@@ -1,6 +1,6 @@
 """The student: a vision transformer whose attention is adapted by LoRA, so that it starts as the network itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,7 +114,7 @@ def add_adapters(network: nn.Module, config: StudentConfig, *, seed: int) -> Pef
         return cast(PeftModel, get_peft_model(cast(Any, network), lora))
 
 
-def tokens(network: nn.Module, pixels: Tensor, patch: int) -> tuple[Tensor, Grid]:
+def tokens(network: Callable[..., Any], pixels: Tensor, patch: int) -> tuple[Tensor, Grid]:
     """Features [images, tokens, channels] of prepared images [images, 3, h, w], and their grid.
 
     Class and register tokens, which come first, are left out.

@@ -71,7 +71,8 @@ class TransformerTeacher:
                 f"size={preparation.size} of {name!r} is no multiple of its patch of {self._patch} pixels. "
                 f"Use {preparation.size // self._patch * self._patch}."
             )
-        self.grid = (preparation.size // self._patch,) * 2
+        side = preparation.size // self._patch
+        self.grid: Grid = (side, side)
         self.channels = int(cast(Any, self._network).config.hidden_size)
 
     @torch.inference_mode()

@@ -144,7 +144,8 @@ def shown_pairs(
     rows = {number: np.flatnonzero(model.matches.pair.numpy() == number) for number in range(len(pairs))}
     share = np.array([float(right[rows[number]].double().mean()) for number in range(len(pairs))])
     drawn = np.random.default_rng(seed).permutation(len(pairs))[:count].tolist()
-    worst = np.lexsort((np.arange(len(pairs)), [-float(error[rows[number]].mean()) for number in rows], share))
+    mean = np.array([float(error[rows[number]].mean()) for number in range(len(pairs))])
+    worst = np.lexsort((np.arange(len(pairs)), -mean, share))
     found: dict[str, list[Shown]] = {}
     for title, chosen in (("Some pairs", drawn), ("The worst pairs", worst[:count].tolist())):
         found[title] = []
