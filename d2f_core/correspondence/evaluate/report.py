@@ -12,7 +12,11 @@ import markupsafe
 from PIL import Image
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-COLOURS = ("#1f6feb", "#c2571a", "#17713f", "#8250df", "#b3261e", "#0e7c86", "#9a6700", "#6b7280")
+COLOURS = (
+    "#9aa4af", "#6b7280", "#3d444d", "#1f6feb", "#c2571a", "#17713f", "#8250df", "#b3261e", "#0e7c86", "#9a6700",
+    "#cf222e", "#5b3a29",
+)  # fmt: skip
+"""The first three are the floors'."""
 PLOT = (640, 300)
 MARGIN = (46, 12, 34, 34)
 """Left, right, top, bottom."""
