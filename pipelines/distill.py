@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipelines.distill_job import CheckedDistill
     from pipelines.training import TrainingResult
 
+SHARES = {"lite0": 0.85, "dino": 0.15}
 VIEWS, FEATURES = "s3://d2f/datasets/views", "s3://d2f/features/views"
 SMALL = StudentConfig(base="s3://d2f/models/dinov2-s", layers=11, first_block=5, dropout=0.0)
 DEMO = TrainConfig(
@@ -32,14 +33,14 @@ PAPER = TrainConfig(
 
 DISTILL = {
     "distill-demo": DistillConfig(
-        matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=(0.85, 0.15))),
+        matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=SHARES)),
         features=FEATURES, output="s3://d2f/runs/distill-demo", pairs=ViewPairsConfig(views=VIEWS), train=DEMO,
         name="distill-demo",
     ),
     "refine-demo": DistillConfig(
         matcher=MatcherConfig(
             student=SMALL,
-            distillation=DistillationConfig(weight=2.0, shares=(0.85, 0.15)),
+            distillation=DistillationConfig(weight=2.0, shares=SHARES),
             multi_view=MultiViewConfig(weight=1.0),
         ),
         features=FEATURES, start="s3://d2f/runs/distill-demo/model", output="s3://d2f/runs/refine-demo",
@@ -47,7 +48,7 @@ DISTILL = {
         train=replace(DEMO, num_steps=80, learning_rate=2e-3, evaluate_every=40, checkpoint_every=40),
     ),
     "control-demo": DistillConfig(
-        matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=(0.85, 0.15))),
+        matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=SHARES)),
         features=FEATURES, start="s3://d2f/runs/distill-demo/model", output="s3://d2f/runs/control-demo",
         pairs=ViewPairsConfig(views=VIEWS), name="control-demo",
         train=replace(DEMO, num_steps=80, learning_rate=2e-3, evaluate_every=40, checkpoint_every=40),

@@ -12,8 +12,7 @@ from d2f_core.correspondence import pck
 from d2f_core.correspondence.artifact import (
     MatcherDescription,
     describe_matcher,
-    load_student,
-    set_weights,
+    set_adapters,
     upload_matcher,
 )
 from d2f_core.correspondence.evaluate.measure import by_viewpoint, measure, predict_by
@@ -21,8 +20,8 @@ from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_vie
 from d2f_core.correspondence.matcher import transformer_matcher
 from d2f_core.correspondence.matching import Decoding
 from d2f_core.correspondence.preparation import Preparation
-from d2f_core.correspondence.student import load_network, patch_size, trained
-from d2f_core.correspondence.task import MatcherTask, TeacherColumn, columns_of
+from d2f_core.correspondence.student import load_network, patch_size
+from d2f_core.correspondence.task import MatcherTask, TeacherColumn, columns_of, shares_of
 from d2f_core.data.manifest import Buckets, Manifest, bucket_runs, read_manifest
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_plan import BucketError, OrderConfig, plan_tables
@@ -38,6 +37,7 @@ from pipelines.distill_config import DistillConfig
 from pipelines.training import TrainingJob
 
 FEATURES = "features"
+START_FIELDS = ("layers", "rank", "alpha", "first_block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,20 @@ class DistillJob(TrainingJob):
     @property
     def tags(self) -> Mapping[str, str]:
         base = self.config.matcher.student.base
-        return {"d2f.base": base, "d2f.base_sha256": self.base_hash, "d2f.features_digest": self.manifest.digest}
+        return {
+            "d2f.base": base,
+            "d2f.base_sha256": self.base_hash,
+            "d2f.features_digest": self.manifest.digest,
+            **self._pairs(),
+        }
+
+    def _pairs(self) -> dict[str, str]:
+        """What the PCK of this run is measured on."""
+        pairs = self.config.pairs
+        if not pairs.views:
+            return {}
+        what = f"{pairs.views} {pairs.split}, {pairs.per_range} per range, seed {pairs.seed}"
+        return {"d2f.pairs": what, "d2f.pairs_digest": read_manifest(pairs.views).digest}
 
     def export(self, last: Checkpoint) -> str:
         kind = "ema" if self.config.train.ema.decay else "weights"
@@ -85,11 +98,11 @@ def preparation(config: DistillConfig, manifest: Manifest) -> Preparation:
 
 
 def teachers_of(manifest: Manifest) -> list[TeacherColumn]:
-    """The teachers' columns of a table of features, in its order."""
+    """The teachers' columns of a table of features."""
     found = []
-    for name, (tokens, _) in manifest.fingerprint["shapes"].items():
+    for column, (tokens, _) in manifest.fingerprint["shapes"].items():
         side = round(tokens**0.5)
-        found.append(TeacherColumn(name=name, grid=(side, side)))
+        found.append(TeacherColumn(name=column.removeprefix("features_"), grid=(side, side)))
     return found
 
 
@@ -129,8 +142,12 @@ def groups(categories: Sequence[str], meshes: Sequence[str], things: int) -> lis
     ]
 
 
-def build_task(config: DistillConfig, base_hash: str, device: str) -> Task:
+def build_task(config: DistillConfig, base_hash: str, start_hash: str, device: str) -> Task:
     """What a worker trains; called once on each.
+
+    Args:
+        base_hash: content hash of the student's base where the training started.
+        start_hash: of the matcher that it starts with; empty: none.
 
     Raises:
         ValueError: this node has another base, or the start is of another student.
@@ -146,7 +163,12 @@ def build_task(config: DistillConfig, base_hash: str, device: str) -> Task:
         dtype=DTYPES[config.train.precision], device=device,
     )  # fmt: skip
     if config.start:
-        set_weights(task.module, dict(trained(load_student(config.start)[0])))
+        if (found := described_copy(config.start).hash()) != start_hash:
+            raise ValueError(
+                f"start={config.start!r} has the hash {found} on this node, and {start_hash} where the training "
+                "started: it was trained anew, or is another directory here. Give another output for this training."
+            )
+        set_adapters(task.module, config.start)
     evaluates = functools.partial(evaluate, config, manifest, task) if config.pairs.views else None
     return Task(module=task.module, to_batch=task.to_batch, loss_fn=task.loss, evaluate=evaluates)
 
@@ -180,6 +202,8 @@ class CheckedDistill:
     manifest: Manifest
     plan: StreamPlan
     base_hash: str
+    start_hash: str
+    """Of the matcher to start with; empty: none."""
 
     @property
     def identity(self) -> str:
@@ -189,14 +213,14 @@ class CheckedDistill:
         matcher["student"] = {name: value for name, value in matcher["student"].items() if name != "base"}
         fixed = {
             "matcher": matcher, "base": self.base_hash, "features": self.manifest.digest,
-            "normalisation": config.normalisation, "start": config.start,
+            "normalisation": config.normalisation, "start": self.start_hash,
         }  # fmt: skip
         return identity_hash({**fixed, **order(config).identity()})
 
     def job(self) -> DistillJob:
         return DistillJob(
             config=self.config,
-            build_task=functools.partial(build_task, self.config, self.base_hash),
+            build_task=functools.partial(build_task, self.config, self.base_hash, self.start_hash),
             plan=self.plan,
             identity=self.identity,
             manifest=self.manifest,
@@ -229,15 +253,15 @@ def check_distill(config: DistillConfig) -> CheckedDistill:
         )
     columns = columns_of(config.matcher, teachers_of(manifest))
     _check_losses(config, manifest)
-    if config.start:
-        _check_start(config)
+    base_hash = described_copy(config.matcher.student.base).hash()
+    start_hash = _check_start(config, base_hash) if config.start else ""
+    _check_pairs(config)
     plan = plan_tables(
         [config.features], [manifest], columns, order(config), holdout_rows=0,
         num_steps=config.train.num_steps, buckets=[buckets_of(config, manifest)],
     )  # fmt: skip
     check_tracking()
-    base_hash = described_copy(config.matcher.student.base).hash()
-    checked = CheckedDistill(config=config, manifest=manifest, plan=plan, base_hash=base_hash)
+    checked = CheckedDistill(config=config, manifest=manifest, plan=plan, base_hash=base_hash, start_hash=start_hash)
     if list_checkpoints(config.output):
         candidates(config.output, checked.identity)  # raises if the output holds another training
     return checked
@@ -245,15 +269,16 @@ def check_distill(config: DistillConfig) -> CheckedDistill:
 
 def _check_losses(config: DistillConfig, manifest: Manifest) -> None:
     """Raise ValueError when the table lacks what a loss needs."""
-    teachers, shares = teachers_of(manifest), config.matcher.distillation.shares
+    teachers, both = teachers_of(manifest), config.matcher.distillation.weight and config.matcher.multi_view.weight
     if config.matcher.distillation.weight and not teachers:
         raise ValueError(
             f"{config.features!r} holds no teacher's features. Set distillation.weight to 0, or embed again."
         )
-    if shares and len(shares) != len(teachers):
+    shares_of(teachers, config.matcher.distillation)
+    if both and config.bucket == "things" and config.things == 1:
         raise ValueError(
-            f"distillation.shares={shares} are not one for each teacher of {config.features!r}: "
-            f"{', '.join(teacher.name for teacher in teachers)}."
+            "things=1: all images of a micro-batch show one thing, and teachers teach pairs of two. Use 2, or set "
+            "distillation.weight to 0."
         )
     views = manifest.fingerprint.get("points")
     if (config.matcher.multi_view.weight or config.bucket == "things") and not views:
@@ -263,16 +288,29 @@ def _check_losses(config: DistillConfig, manifest: Manifest) -> None:
         )
 
 
-def _check_start(config: DistillConfig) -> None:
-    """Raise ValueError when the matcher to start with is another student's."""
+def _check_start(config: DistillConfig, base_hash: str) -> str:
+    """The hash of the matcher to start with; raises ValueError when it is another student's."""
     storage.check_reachable(config.start)
-    there, asked = describe_matcher(config.start).student, config.matcher.student
-    changed = [
-        name for name in ("layers", "rank", "alpha", "first_block") if getattr(there, name) != getattr(asked, name)
-    ]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"start={config.start!r} has student.{name}={getattr(there, name)}, this training {getattr(asked, name)}. "
-            "Use the same student."
-        )
+    there, asked = describe_matcher(config.start), config.matcher.student
+    for name, value, other in (
+        *((f"student.{name}", getattr(there.student, name), getattr(asked, name)) for name in START_FIELDS),
+        ("base", there.base_hash[:12], base_hash[:12]),
+        ("normalisation", there.preparation.normalisation, config.normalisation),
+    ):
+        if value != other:
+            raise ValueError(f"start={config.start!r} has {name}={value}, this training {other}. Use the same student.")
+    return described_copy(config.start).hash()
+
+
+def _check_pairs(config: DistillConfig) -> None:
+    """Raise ValueError when a training could not be evaluated on its pairs of views."""
+    views = config.pairs.views
+    if not views:
+        return
+    storage.check_reachable(views)
+    manifest = read_manifest(views)
+    if manifest.kind != "views":
+        raise ValueError(f"pairs.views={views!r} holds {manifest.kind}. Give a table that make_views wrote.")
+    splits = RowReader(views, manifest, ("split",)).read(np.arange(manifest.num_rows)).column("split").to_pylist()
+    if config.pairs.split not in splits:
+        raise ValueError(f"pairs.split={config.pairs.split!r} is not in {views!r}. Use one of {sorted(set(splits))}.")

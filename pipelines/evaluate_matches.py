@@ -26,7 +26,7 @@ EVALUATE_MATCHES = {
             MatcherChoice(name="refined at 224 px", uri=f"{RUNS}/refine-demo/model", size=224),
         ),
         views=ViewPairsConfig(views="s3://d2f/datasets/views", split="test", per_range=40),
-        output="s3://d2f/evaluations/distill-demo",
+        output="s3://d2f/evaluations/distill-demo", num_actors=2,
     ),
     "spair": EvaluateMatchesConfig(
         matchers=(
@@ -46,6 +46,9 @@ def check(config: EvaluateMatchesConfig) -> None:
     for matcher in config.matchers:
         if matcher.uri:
             check_reachable(matcher.uri)
+        for teacher in matcher.teachers:
+            if teacher.uri:
+                check_reachable(teacher.uri)
     check_reachable(config.output, write=True)
 
 
@@ -54,6 +57,7 @@ def main(config: EvaluateMatchesConfig) -> None:
 
     check(config)
     reads = {f"matchers.{matcher.name}.uri": matcher.uri for matcher in config.matchers if matcher.uri}
+    reads |= {f"{each.name}.uri": each.uri for matcher in config.matchers for each in matcher.teachers if each.uri}
     connect(reads={"pairs": config.views.views or config.pairs.uri, **reads}, writes={"output": config.output})
     evaluate_matches(config)
 

@@ -126,11 +126,24 @@ def load_student(uri: str, device: str | torch.device = "cpu") -> tuple[PeftMode
             f"{description.student.base!r} is {found[:12]}. Put the first one back."
         )
     network = add_adapters(load_network(description.student, device), description.student, seed=0)
-    saved = load_file(local_copy(uri) / ADAPTER / ADAPTER_NAME)
-    if (own := get_peft_model_state_dict(cast(Any, network)).keys()) != saved.keys():
-        raise MatcherError(f"the adapters of {uri!r} are not those that its {DESCRIPTION} tells of ({len(own)}).")
-    set_peft_model_state_dict(cast(Any, network), saved)
+    set_adapters(network, uri)
     return network.to(device).eval(), description
+
+
+def set_adapters(network: nn.Module, uri: str) -> None:
+    """Set a student's adapters to those of the matcher at a URI, whatever has become of that one's base.
+
+    Raises:
+        MatcherError: they are of other layers, or of another rank.
+    """
+    saved = load_file(local_copy(uri) / ADAPTER / ADAPTER_NAME)
+    own = get_peft_model_state_dict(cast(Any, network))
+    wanted, found = ({(name, tuple(value.shape)) for name, value in each.items()} for each in (own, saved))
+    if odd := sorted(name for name, _ in wanted ^ found):
+        raise MatcherError(
+            f"{len(odd)} adapters of {uri!r} are not this student's, such as {odd[0]!r}. Use its config."
+        )
+    set_peft_model_state_dict(cast(Any, network), saved)
 
 
 def load_matcher(uri: str, device: str | torch.device = "cpu", decoding: Decoding | None = None) -> Matcher:

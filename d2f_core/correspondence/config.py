@@ -1,6 +1,7 @@
 """Configs of a distillation. Imports neither torch nor a model, so that a command's help is quick."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -44,8 +45,8 @@ class DistillationConfig:
     """The teachers' distribution is made on a grid so many times as fine, and summed to the student's."""
     cycle: bool = True
     """Whether a token counts by the probability that the teachers find it again on the way back."""
-    shares: tuple[float, ...] = ()
-    """Of the teachers in their fusion, in the table's order; empty: equal."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of the teachers in their fusion, by their names; empty: equal."""
 
     def __post_init__(self) -> None:
         check_weight("distillation.weight", self.weight)
@@ -58,8 +59,10 @@ class DistillationConfig:
                 "distillation.loss='reference_double_softmax' gives a number per target token, and cycle weighs source "
                 "tokens. Give --no-distillation.cycle with it."
             )
-        if any(not share > 0 for share in self.shares):
-            raise ValueError(f"distillation.shares={self.shares} must each be above 0. Leave a teacher out instead.")
+        if any(not share > 0 for share in self.shares.values()):
+            raise ValueError(
+                f"distillation.shares={self.shares} must each be above 0. Embed without that teacher instead."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

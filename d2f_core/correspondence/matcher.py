@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from d2f_core.correspondence.matching import Decoding, Grid, Size, match_points
 from d2f_core.correspondence.preparation import Preparation
-from d2f_core.correspondence.student import patch_size, tokens
+from d2f_core.correspondence.student import StudentError, patch_size, tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,8 +56,17 @@ class Matcher:
 def transformer_matcher(
     name: str, network: nn.Module, preparation: Preparation, decoding: Decoding | None = None
 ) -> Matcher:
-    """The matcher of a vision transformer, such as a student with or without its adapters merged."""
+    """The matcher of a vision transformer, such as a student with or without its adapters merged.
+
+    Raises:
+        StudentError: it has no patches, or they do not divide the input.
+    """
     patch = patch_size(network, name)
+    if preparation.size % patch:
+        raise StudentError(
+            f"size={preparation.size} of {name!r} is no multiple of its patch of {patch} pixels. "
+            f"Use {preparation.size // patch * patch}."
+        )
 
     @torch.inference_mode()
     def features(images: Sequence[np.ndarray]) -> Tensor:

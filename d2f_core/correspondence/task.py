@@ -1,11 +1,12 @@
 """The training task: a micro-batch of images and their teachers' features -> the loss of all its pairs.
 
 One forward pass of n images gives the n (n - 1) / 2 pairs between them, in both directions, so the micro-batch's size
-is part of what is computed. The loss of an image is the mean over the pairs that it is in; the mean over images is the
-mean over pairs.
+is part of what is computed. The loss of an image is the mean over the pairs that it is in, 0 for one in none; where all
+images are in equally many pairs, the mean over images is the mean over pairs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from d2f_core.correspondence.preparation import NORMALISATIONS
 from d2f_core.correspondence.student import add_adapters, load_network, patch_size, tokens
 from d2f_core.correspondence.teachers import fuse, resample
 from d2f_core.data.arrays import table_to_arrays
+from d2f_core.data.plan_reader import EPOCH, REASON, ROW
 from d2f_core.randomness import keyed_generator
 
 PIXELS = "pixels"
@@ -35,8 +37,13 @@ class TeacherColumn:
     """Where a table holds the features of a teacher."""
 
     name: str
-    """Of the column: float16 [tokens, channels]."""
+    """Of the teacher."""
     grid: Grid
+
+    @property
+    def column(self) -> str:
+        """Name of the column: float16 [tokens, channels]."""
+        return f"features_{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +62,44 @@ class Views:
 
 def columns_of(config: MatcherConfig, teachers: Sequence[TeacherColumn]) -> tuple[str, ...]:
     """Columns of a table of features that a training reads: none for a loss without weight."""
-    names = [teacher.name for teacher in teachers] if config.distillation.weight else []
+    names = [teacher.column for teacher in teachers] if config.distillation.weight else []
     return (PIXELS, *names, *(VIEW_COLUMNS if config.multi_view.weight else ()))
+
+
+def shares_of(teachers: Sequence[TeacherColumn], config: DistillationConfig) -> list[float]:
+    """Each teacher's share in the fusion.
+
+    Raises:
+        ValueError: shares are given, and not one for each teacher.
+    """
+    names = [teacher.name for teacher in teachers]
+    if config.shares and set(config.shares) != set(names):
+        raise ValueError(
+            f"distillation.shares={dict(config.shares)} are not one for each of the table's teachers, "
+            f"{', '.join(names)}. Name each, or none."
+        )
+    return [config.shares.get(name, 1.0) for name in names]
+
+
+def sample_keys(arrays: Mapping[str, Any]) -> list[str]:
+    """Keys that seed each row's random numbers."""
+    return [f"{epoch}/{row}" for epoch, row in zip(arrays[EPOCH], arrays[ROW], strict=True)]
+
+
+def _usable(table: pa.Table) -> Tensor:
+    """Which rows are themselves, bool [rows]."""
+    if REASON not in table.column_names:
+        return torch.ones(table.num_rows, dtype=torch.bool)
+    return torch.tensor(table.column(REASON).is_null().to_pylist())
+
+
+@contextmanager
+def _dropout_of(key: int, device: torch.device) -> Iterator[None]:
+    """What torch draws within depends on the key alone: a micro-batch has the same dropout on any worker, and after any
+    restart."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(key)
+        yield
 
 
 class MatcherTask:
@@ -75,7 +118,7 @@ class MatcherTask:
         """Build the student.
 
         Args:
-            teachers: their columns in the table, in the order of the distillation's `shares`.
+            teachers: their columns in the table.
             normalisation: of the table's pixels, a name in `preparation.NORMALISATIONS`.
             dtype: that the student computes in.
         """
@@ -92,12 +135,15 @@ class MatcherTask:
 
     def to_batch(self, table: pa.Table) -> dict[str, Any]:
         """Rows of a micro-batch -> what the loss needs, on the device."""
-        names = [*self.columns, *(("epoch", "row") if self._config.multi_view.weight else ())]
-        arrays = table_to_arrays(table, names)
+        arrays = table_to_arrays(table, [*self.columns, EPOCH, ROW])
         pixels = torch.tensor(arrays[PIXELS]).permute(0, 3, 1, 2).float()
-        batch: dict[str, Any] = {"pixels": ((pixels / 255 - self._mean) / self._std).to(self._device)}
+        batch: dict[str, Any] = {
+            "pixels": ((pixels / 255 - self._mean) / self._std).to(self._device),
+            "usable": _usable(table),
+            "dropout": int(keyed_generator(self._seed, sample_keys(arrays)[0], "dropout").integers(2**62)),
+        }
         if self._config.distillation.weight:
-            batch["features"] = [torch.tensor(arrays[each.name]).to(self._device) for each in self._teachers]
+            batch["features"] = [torch.tensor(arrays[each.column]).to(self._device) for each in self._teachers]
         if self._config.multi_view.weight:
             batch["views"] = self._views(arrays)
         return batch
@@ -105,8 +151,7 @@ class MatcherTask:
     def _views(self, arrays: Mapping[str, Any]) -> Views:
         """What is known of the micro-batch's views; the order of points is drawn for each row by its key."""
         count = arrays["surface_points"].shape[1]
-        keys = [f"{epoch}/{row}" for epoch, row in zip(arrays["epoch"], arrays["row"], strict=True)]
-        order = [keyed_generator(self._seed, key, "points").permutation(count) for key in keys]
+        order = [keyed_generator(self._seed, key, "points").permutation(count) for key in sample_keys(arrays)]
         things = np.unique(np.asarray(arrays["mesh"], dtype=str), return_inverse=True)[1]
         return Views(
             things=torch.from_numpy(things),
@@ -117,20 +162,24 @@ class MatcherTask:
 
     def loss(self, network: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         """The loss of each image, float32 [micro-batch]."""
-        found, grid = tokens(network, batch["pixels"].to(self._dtype), self.patch)
+        pixels, usable = batch["pixels"].to(self._dtype), batch["usable"]
+        with _dropout_of(batch["dropout"], pixels.device):
+            found, grid = tokens(network, pixels, self.patch)
         first, second = distillation.all_pairs(len(found))
+        both = usable[first] & usable[second]  # another row stands in for one that cannot be used
+        pairs = first[both], second[both]
         total = found[:, 0, 0].float() * 0  # part of the graph: a micro-batch without a pair has gradients of zero
         if weight := self._config.multi_view.weight:
             views: Views = batch["views"]
-            size = batch["pixels"].shape[3], batch["pixels"].shape[2]
-            total = total + weight * multi_view_loss(found, grid, size, views, self._config.multi_view)
-            apart = views.things[first] != views.things[second]  # where the truth is known, teachers only know less
-            first, second = first[apart], second[apart]
+            size = pixels.shape[3], pixels.shape[2]
+            together = views.things[pairs[0]] == views.things[pairs[1]]
+            same, pairs = ((pairs[0][chosen], pairs[1][chosen]) for chosen in (together, ~together))
+            total = total + weight * multi_view_loss(found, grid, size, views, same, self._config.multi_view)
+            # Where the truth is known, teachers only know less: they teach the other pairs.
         if weight := self._config.distillation.weight:
             teachers = [(each, column.grid) for each, column in zip(batch["features"], self._teachers, strict=True)]
-            total = total + weight * distillation_loss(
-                found, grid, teachers, (first, second), self._config.distillation
-            )
+            shares, config = shares_of(self._teachers, self._config.distillation), self._config.distillation
+            total = total + weight * distillation_loss(found, grid, teachers, pairs, shares, config)
         return total
 
 
@@ -139,6 +188,7 @@ def distillation_loss(
     grid: Grid,
     teachers: Sequence[tuple[Tensor, Grid]],
     pairs: tuple[Tensor, Tensor],
+    shares: Sequence[float],
     config: DistillationConfig,
 ) -> Tensor:
     """The distillation loss of each image of a micro-batch, float32 [images].
@@ -147,9 +197,10 @@ def distillation_loss(
         student: features [images, tokens, channels] on `grid`.
         teachers: features [images, tokens, channels] of each teacher, with its grid.
         pairs: first and second image of each pair that is compared.
+        shares: of the teachers in their fusion.
     """
     with torch.no_grad():
-        source, target = fused(teachers, grid, config)
+        source, target = fused(teachers, grid, shares, config)
     first, second = pairs
     measure = loss_of(config, grid)
     losses = []
@@ -168,19 +219,22 @@ def distillation_loss(
     return per_image(losses, first, second, student)
 
 
-def multi_view_loss(student: Tensor, grid: Grid, size: Size, views: Views, config: MultiViewConfig) -> Tensor:
+def multi_view_loss(
+    student: Tensor, grid: Grid, size: Size, views: Views, pairs: tuple[Tensor, Tensor], config: MultiViewConfig
+) -> Tensor:
     """The cross-entropy of matches with the true ones, float32 [images]: over pairs of views of one thing, the mean of
     both directions; 0 for an image in no such pair.
 
     Args:
         student: features [images, tokens, channels] on `grid`.
         size: width and height in the pixels that `views.points` are given in.
+        pairs: first and second image of each pair of views of one thing.
     """
     features = unit(student)
     first, second, losses = [], [], []
-    for one, other in zip(*(each.tolist() for each in distillation.all_pairs(len(student))), strict=True):
+    for one, other in zip(*(each.tolist() for each in pairs), strict=True):
         shared = views.seen[one] & views.seen[other]
-        if views.things[one] != views.things[other] or int(shared.sum()) < config.least_points:
+        if int(shared.sum()) < config.least_points:
             continue
         chosen = views.order[one][shared[views.order[one]]][: config.points]
         ways = []
@@ -195,12 +249,13 @@ def multi_view_loss(student: Tensor, grid: Grid, size: Size, views: Views, confi
     return per_image(losses, torch.tensor(first).long(), torch.tensor(second).long(), student)
 
 
-def fused(teachers: Sequence[tuple[Tensor, Grid]], grid: Grid, config: DistillationConfig) -> tuple[Tensor, Tensor]:
+def fused(
+    teachers: Sequence[tuple[Tensor, Grid]], grid: Grid, shares: Sequence[float], config: DistillationConfig
+) -> tuple[Tensor, Tensor]:
     """The teachers' features on the student's grid, and on the grid `finer` times as fine; [images, tokens, channels].
 
     Each teacher is brought to the finer grid from its own, which may be finer than the student's.
     """
-    shares = config.shares or (1.0,) * len(teachers)
     fine = (grid[0] * config.finer, grid[1] * config.finer)
     coarse, finer = (
         fuse([resample(features.float(), own, to) for features, own in teachers], shares) for to in (grid, fine)

@@ -10,6 +10,7 @@ import torch
 from d2f_core.batch.table_job import make_table
 from d2f_core.correspondence.embed.check import check_embed
 from d2f_core.correspondence.embed.config import EmbedConfig, EmbedError, TeacherConfig
+from d2f_core.correspondence.embed.source import category_of
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.teachers import Picture, TransformerTeacher
 from d2f_core.data.arrays import table_to_arrays
@@ -17,6 +18,7 @@ from d2f_core.data.images import decode_image
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.sample import Sample
 from d2f_core.data.table_reader import RowReader
 from tests.correspondence.evaluate.test_view_pairs import rows_of
 from tests.correspondence.made_views import POINTS, SIDE, local_views
@@ -58,6 +60,7 @@ def test_the_uri_of_a_teacher_is_free_and_its_reading_is_not(tmp_path: Path) -> 
     ("fields", "message"),
     [
         ({"split": "train"}, "is no table of views"),
+        ({"categories": ("cats",)}, "is no table of views"),
         ({"size": 5}, "from 14 to 2048"),
         ({"teachers": (LITE0, LITE0)}, "a name of its own"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
@@ -67,6 +70,15 @@ def test_jobs_that_cannot_run_are_refused(tmp_path: Path, fields: dict, message:
     source = write_folder(str(tmp_path / "images"), pictures(3))
     with pytest.raises(EmbedError, match=message):
         check_embed(replace(config(tmp_path, source), **fields))
+
+
+def test_only_an_image_file_has_a_directory_for_its_category() -> None:
+    places = {
+        "s3://photos/cats/1.jpg": "cats", "/d/c#1/x.jpg": "c#1", "s3://b/train-1.tar#cat/0001.jpg": "",
+        "/images/part-0.parquet#row=7": "",
+    }  # fmt: skip
+    for place, wanted in places.items():
+        assert category_of(Sample(source_uri=place, image=b"", caption=None)) == wanted
 
 
 @pytest.mark.parametrize(

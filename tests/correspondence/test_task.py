@@ -14,7 +14,15 @@ from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, Mu
 from d2f_core.correspondence.matching import enlarge, sample, similarity, unit
 from d2f_core.correspondence.multiview import soft_targets
 from d2f_core.correspondence.student import tokens
-from d2f_core.correspondence.task import PIXELS, MatcherTask, TeacherColumn, distillation_loss, loss_of, per_image
+from d2f_core.correspondence.task import (
+    PIXELS,
+    MatcherTask,
+    TeacherColumn,
+    distillation_loss,
+    loss_of,
+    per_image,
+    shares_of,
+)
 from d2f_core.correspondence.teachers import fuse
 from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.schema import array_field
@@ -22,8 +30,8 @@ from tests.correspondence.test_student import write
 
 IMAGES, SIDE = 4, 42
 GRID, OTHER = (3, 3), (6, 6)
-TEACHERS = (TeacherColumn(name="features_a", grid=OTHER), TeacherColumn(name="features_b", grid=GRID))
-CONFIG = DistillationConfig(shares=(3.0, 1.0))
+TEACHERS = (TeacherColumn(name="a", grid=OTHER), TeacherColumn(name="b", grid=GRID))
+CONFIG = DistillationConfig(shares={"b": 1.0, "a": 3.0})
 
 
 def table(seed: int = 0) -> pa.Table:
@@ -34,7 +42,8 @@ def table(seed: int = 0) -> pa.Table:
         "features_b": draw.standard_normal((IMAGES, 9, 7)).astype(np.float16),
     }
     fields = [array_field(name, str(values.dtype), values.shape[1:]) for name, values in arrays.items()]
-    return arrays_to_table(arrays, pa.schema(fields))
+    made = arrays_to_table(arrays, pa.schema(fields))
+    return made.append_column("epoch", pa.array([0] * IMAGES)).append_column("row", pa.array(range(IMAGES)))
 
 
 def task(tmp_path: Path, config: DistillationConfig = CONFIG) -> MatcherTask:
@@ -94,7 +103,7 @@ def test_only_adapters_have_gradients_and_a_step_lowers_the_loss(tmp_path: Path)
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn() -> None:
     student = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(0))
     config = DistillationConfig(loss="kl", temperature=0.05, teacher_temperature=0.05, finer=1)
-    assert distillation_loss(student, GRID, [(student, GRID)], d.all_pairs(3), config).abs().max() < 1e-6
+    assert distillation_loss(student, GRID, [(student, GRID)], d.all_pairs(3), [1.0], config).abs().max() < 1e-6
 
 
 def test_an_images_loss_is_the_mean_over_its_pairs() -> None:
@@ -116,8 +125,6 @@ def views(seed: int = 0) -> pa.Table:
         "mesh": ["chair-0", "chair-1", "chair-0", "chair-1"],
         "surface_points": draw.uniform(0, SIDE, (IMAGES, POINTS, 2)).astype(np.float32),
         "surface_visible": draw.random((IMAGES, POINTS)) < 0.8,
-        "epoch": [0] * IMAGES,
-        "row": list(range(IMAGES)),
     }
     whole = table(seed)
     for name, values in arrays.items():
@@ -164,7 +171,7 @@ def test_views_of_one_thing_are_not_distilled_beside_the_truth(tmp_path: Path) -
     student, grid = tokens(both.module, batch["pixels"], 14)
     pairs = torch.tensor([0, 0, 1, 2]), torch.tensor([1, 3, 2, 3])
     teachers = [(each, column.grid) for each, column in zip(batch["features"], TEACHERS, strict=True)]
-    taught = distillation_loss(student, grid, teachers, pairs, CONFIG)
+    taught = distillation_loss(student, grid, teachers, pairs, [3.0, 1.0], CONFIG)
     assert_close(both.loss(both.module, batch), alone.loss(alone.module, batch) + 2 * taught)
 
 
@@ -184,6 +191,45 @@ def test_a_micro_batch_without_a_pair_of_views_can_be_stepped_on(tmp_path: Path)
     assert all(not value.grad.any() for value in made.module.parameters() if value.grad is not None)
 
 
+def test_shares_go_by_name() -> None:
+    assert shares_of(TEACHERS, CONFIG) == [3.0, 1.0]
+    assert shares_of(TEACHERS[::-1], CONFIG) == [1.0, 3.0]
+    assert shares_of(TEACHERS, DistillationConfig()) == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"not one for each of the table's teachers, a, b\. Name each"):
+        shares_of(TEACHERS, DistillationConfig(shares={"a": 1.0}))
+
+
+def test_dropout_is_the_micro_batchs_own(tmp_path: Path) -> None:
+    """The same on any worker and after any restart, whatever was drawn before."""
+    student = StudentConfig(base=str(write(tmp_path / "base", "dinov2")), dropout=0.5)
+    made = MatcherTask(MatcherConfig(student=student, distillation=CONFIG), TEACHERS, normalisation="imagenet", seed=0)
+    for name, value in made.module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(0))
+    made.module.train()
+    batch, other = made.to_batch(table()), made.to_batch(table().take([1, 0, 2, 3]))
+    first = made.loss(made.module, batch)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(made.loss(made.module, batch), first)
+    assert torch.equal(torch.rand(1), expected)
+    assert batch["dropout"] != other["dropout"]
+    made.module.eval()
+    assert not torch.equal(made.loss(made.module, batch), first)
+
+
+def test_a_row_that_stands_in_for_another_is_in_no_pair(tmp_path: Path) -> None:
+    made = task(tmp_path)
+    whole = table()
+    reasons = pa.array([None, None, "damaged", None], pa.string())
+    copied = whole.take([0, 1, 0, 3]).append_column("reason", reasons)
+    found = made.loss(made.module, made.to_batch(copied))
+    wanted = made.loss(made.module, made.to_batch(whole.take([0, 1, 3])))
+    assert_close(found[[0, 1, 3]], wanted, rtol=1e-5, atol=1e-6)
+    assert found[2] == 0
+
+
 def test_pixels_are_normalised_like_those_of_every_other_job(tmp_path: Path) -> None:
     made = task(tmp_path)
     pixels = made.to_batch(table())["pixels"]
@@ -201,7 +247,7 @@ def test_pixels_are_normalised_like_those_of_every_other_job(tmp_path: Path) -> 
         (lambda: DistillationConfig(temperature=0.0), r"distillation\.temperature=0\.0 must be above 0"),
         (lambda: DistillationConfig(teacher_temperature=float("nan")), "teacher_temperature=nan must be above 0"),
         (lambda: DistillationConfig(finer=0), r"finer=0 must be at least 1"),
-        (lambda: DistillationConfig(shares=(1.0, 0.0)), "must each be above 0"),
+        (lambda: DistillationConfig(shares={"a": 1.0, "b": 0.0}), "must each be above 0"),
         (lambda: DistillationConfig(weight=-1.0), "from 0 on"),
         (lambda: MultiViewConfig(points=0), r"points=0 must be at least multi_view\.least_points=8"),
         (

@@ -6,11 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2f_core.correspondence.artifact import MatcherError, describe_matcher, load_matcher, load_student
+from d2f_core.correspondence.artifact import (
+    MatcherDescription,
+    MatcherError,
+    describe_matcher,
+    load_matcher,
+    load_student,
+    save_matcher,
+)
 from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
 from d2f_core.correspondence.evaluate.config import ViewPairsConfig
-from d2f_core.correspondence.student import trained
+from d2f_core.correspondence.matching import Decoding
+from d2f_core.correspondence.preparation import Preparation
+from d2f_core.correspondence.student import add_adapters, load_network, trained
 from d2f_core.data.table_plan import BucketError
+from d2f_core.model.base import described_copy
 from d2f_core.tracking import RunHandle
 from d2f_core.train.checkpoint import CheckpointError
 from d2f_core.train.config import EmaConfig, TrainConfig
@@ -29,7 +39,7 @@ STEPS = TrainConfig(
 
 
 def config(tmp_path: Path, **fields) -> DistillConfig:
-    student = StudentConfig(base=str(write(tmp_path / "base", "dinov2")), dropout=0.0)
+    student = StudentConfig(base=str(write(tmp_path / "base", "dinov2")), dropout=0.1)
     made = DistillConfig(
         matcher=MatcherConfig(student=student), features=write_features(str(tmp_path / "features")),
         output=str(tmp_path / "run"), train=STEPS,
@@ -76,6 +86,34 @@ def test_the_identity_tells_what_is_computed(untracked: None, tmp_path: Path) ->
     assert identities[0] == identities[1] == identities[2] and len(set(identities[2:])) == 5
 
 
+def started(made: DistillConfig, path: Path, **changes) -> str:
+    """A matcher to start with, as a training would leave it."""
+    student = made.matcher.student
+    network = add_adapters(load_network(student), student, seed=changes.pop("seed", 0))
+    described = MatcherDescription(
+        student=student, base_hash=described_copy(student.base).hash(), preparation=Preparation(size=28),
+        decoding=Decoding(), training={},
+    )  # fmt: skip
+    path.mkdir(exist_ok=True)
+    save_matcher(path, network, replace(described, **changes))
+    return str(path)
+
+
+def test_a_start_counts_by_what_it_holds(untracked: None, tmp_path: Path) -> None:
+    made = config(tmp_path)
+    first, same = (started(made, tmp_path / name) for name in ("first", "same"))
+    identities = [check_distill(replace(made, start=start)).identity for start in ("", first, same)]
+    assert identities[0] != identities[1] == identities[2]
+    started(made, tmp_path / "first", seed=1)
+    assert check_distill(replace(made, start=first)).identity != identities[1], "trained anew at the same place"
+    for change, message in (
+        ({"base_hash": "another"}, "has base=another"),
+        ({"preparation": Preparation(size=28, normalisation="none")}, "has normalisation=none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_distill(replace(made, start=started(made, tmp_path / "other", **change)))
+
+
 def multi_view(made: DistillConfig) -> DistillConfig:
     return replace(made, matcher=replace(made.matcher, multi_view=MultiViewConfig(weight=1.0)))
 
@@ -92,14 +130,23 @@ def multi_view(made: DistillConfig) -> DistillConfig:
             BucketError, "2 of 2 buckets .* 'c0' has 12. Lower it to 12",
         ),
         (
-            lambda c, _: replace(c, matcher=replace(c.matcher, distillation=DistillationConfig(shares=(1.0,)))),
-            ValueError, "not one for each teacher .*: features_a, features_b",
+            lambda c, _: replace(c, matcher=replace(c.matcher, distillation=DistillationConfig(shares={"a": 1.0}))),
+            ValueError, "not one for each of the table's teachers, a, b",
         ),
         (
             lambda c, _: multi_view(replace(c, features=write_features(f"{c.features}-images", points=0))),
             ValueError, "holds images, no views",
         ),
         (lambda c, path: replace(c, start=str(path / "nothing")), MatcherError, "holds no matcher.json"),
+        (
+            lambda c, _: multi_view(replace(c, bucket="things", things=1, train=replace(STEPS, micro_batch_size=2))),
+            ValueError, "all images of a micro-batch show one thing",
+        ),
+        (lambda c, _: replace(c, pairs=ViewPairsConfig(views=c.features)), ValueError, "holds features"),
+        (
+            lambda c, path: replace(c, pairs=ViewPairsConfig(views=write_views(str(path / "views")), split="test")),
+            ValueError, r"pairs.split='test' is not in .*Use one of \['train', 'val'\]",
+        ),
     ],
 )  # fmt: skip
 def test_trainings_that_cannot_work_are_refused(tmp_path: Path, change, error, message: str) -> None:
@@ -137,7 +184,7 @@ def test_a_student_is_distilled_then_refined_and_says_how_to_use_it(cluster: Non
     again = train(check_distill(refined).job()).complete()
     weights = [dict(trained(load_student(model)[0])) for model in (result.model, again.model)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    with pytest.raises(ValueError, match=r"student\.rank=8, this training 4"):
+    with pytest.raises(ValueError, match=r"has student\.rank=8, this training 4"):
         other = replace(refined.matcher, student=replace(refined.matcher.student, rank=4))
         check_distill(replace(refined, matcher=other, output=f"{base}/other"))
     with pytest.raises(CheckpointError):

@@ -9,10 +9,11 @@ import torch
 from d2f_core.batch.chunks import TableActor
 from d2f_core.batch.table_spec import TableJobError
 from d2f_core.correspondence.embed.config import TeacherConfig
-from d2f_core.correspondence.embed.spec import EmbedSpec, unpacked
+from d2f_core.correspondence.embed.spec import EmbedSpec
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.teachers import Picture, Teacher
 from d2f_core.data.arrays import arrays_to_table, table_to_arrays
+from d2f_core.data.images import decode_image
 from d2f_core.device import reserved_device
 
 
@@ -28,7 +29,7 @@ class Embedder(TableActor):
 
     def make(self, prepared: pa.Table) -> pa.Table:
         columns: dict[str, Any] = table_to_arrays(prepared)
-        images = [unpacked(data) for data in columns.pop("rgb")]
+        images = [np.asarray(decode_image(data, self._spec.config.rules)) for data in columns.pop("image")]
         pictures = [
             Picture(pixels=image, key=key, category=category)
             for image, key, category in zip(images, columns["sample_id"], columns["category"], strict=True)

@@ -34,8 +34,8 @@ class TeacherConfig:
     """diffusion: module path in the UNet."""
     timesteps: tuple[int, ...] = (261,)
     """diffusion: levels of noise, over which features are averaged."""
-    prompt: Literal["empty", "generic", "category", "caption"] = "empty"
-    """diffusion: what the network is told; `category` and `caption` use labels."""
+    prompt: Literal["empty", "generic", "category"] = "empty"
+    """diffusion: what the network is told; `category` uses a label."""
     micro_conditioning: bool = False
     """diffusion: whether SDXL is told the image's size."""
     seed: int = 0
@@ -67,7 +67,7 @@ class EmbedWork:
     split: Literal["", "train", "val", "test"] = ""
     """Of a table of views; empty: all."""
     categories: tuple[str, ...] = ()
-    """Only these; empty: all."""
+    """Of a table of views, only these; empty: all."""
     output: str = ""
     """Where the table is written; repeating the command resumes the job, and does nothing once it is complete."""
     teachers: tuple[TeacherConfig, ...] = ()

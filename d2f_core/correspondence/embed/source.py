@@ -1,6 +1,7 @@
 """The images of an embedding job: those of a table of views with what is known of them, or any images."""
 
 import posixpath
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from d2f_core.data.sources.parquet_rows import DamagedFileError, RowRun, plan_ro
 from d2f_core.data.sources.sample import Sample, SourceKind
 
 VIEWS = "views"
+MEMBER = re.compile(r"\.(tar|parquet)#")
+"""In the origin of an image that is no file of its own."""
 COLUMNS = ("image", "category", "mesh", "split", "surface_points", "surface_visible")
 """Of a table of views, that a training uses."""
 
@@ -66,13 +69,21 @@ def plan(config: EmbedConfig) -> tuple[SourcePlan, int]:
     """The source, cut into shards, and the number of surface points that each view has; 0: the images are no views.
 
     Raises:
-        EmbedError: a split of images that have none.
+        EmbedError: a split or categories of images that have none, or a prompt that needs a category.
         SourceError: the source is empty, mixes layouts, or lacks columns.
     """
     if not is_views(config.source.uri):
-        if config.split:
-            raise EmbedError(f"split={config.split!r}, and {config.source.uri!r} is no table of views. Leave it out.")
-        return plan_images(config.source, rows_per_shard=config.rows_per_part, captions=False), 0
+        for name in ("split", "categories"):
+            if value := getattr(config, name):
+                raise EmbedError(f"{name}={value!r}, and {config.source.uri!r} is no table of views. Leave it out.")
+        planned = plan_images(config.source, rows_per_shard=config.rows_per_part, captions=False)
+        asking = [teacher.name for teacher in config.teachers if teacher.prompt == "category"]
+        if asking and planned.kind != "folder":
+            raise EmbedError(
+                f"teacher {asking[0]!r} has prompt='category', and images of a {planned.kind} have none. Use a folder "
+                "with a directory for each category, or prompt='generic'."
+            )
+        return planned, 0
     points = set()
 
     def columns(uri: str, schema: pa.Schema) -> list[str]:
@@ -93,7 +104,9 @@ def plan(config: EmbedConfig) -> tuple[SourcePlan, int]:
 
 
 def category_of(sample: Sample) -> str:
-    """A view's category, or the name of the directory that holds an image; empty when there is none."""
+    """A view's category, or the name of the directory that holds an image file; empty for members of tars and rows."""
     if isinstance(sample, ViewSample):
         return sample.category
-    return posixpath.basename(posixpath.dirname(sample.source_uri.partition("#")[0]))
+    if MEMBER.search(sample.source_uri):
+        return ""
+    return posixpath.basename(posixpath.dirname(sample.source_uri))

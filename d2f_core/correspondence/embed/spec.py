@@ -1,6 +1,5 @@
 """Everything that determines a table of features. Imports no torch."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,7 +41,7 @@ class EmbedSpec(TableSpec):
         ]
 
     def prepared_schema(self) -> pa.Schema:
-        picture = [pa.field("rgb", pa.binary(), nullable=False)]
+        picture = [pa.field("image", pa.binary(), nullable=False)]
         return pa.schema([*TEXTS, *self._views(), *picture])
 
     def schema(self) -> pa.Schema:
@@ -63,10 +62,14 @@ class EmbedSpec(TableSpec):
         return sample_id(sample.image, "")
 
     def prepare(self, sample: Sample) -> dict[str, Any]:
-        """The decoded image, and a view's points in pixels of the student's input."""
+        """The image's file, and a view's points in pixels of the student's input.
+
+        The image is decoded here, so that a damaged one goes to the ledger, and again by the actor: decoded, a chunk of
+        photographs would be larger than what can be passed on in one piece.
+        """
         assert sample.image is not None  # checked by `identify`
         image = decode_image(sample.image, self.config.rules)
-        row: dict[str, Any] = {"category": category_of(sample), "mesh": "", "rgb": packed(np.asarray(image))}
+        row: dict[str, Any] = {"category": category_of(sample), "mesh": "", "image": sample.image}
         if isinstance(sample, ViewSample):
             points = np.frombuffer(sample.surface_points, np.float32).reshape(-1, 2)
             scale = self.config.size / np.array(image.size)
@@ -74,15 +77,3 @@ class EmbedSpec(TableSpec):
             row["surface_points"] = (points * scale).astype(np.float32)
             row["surface_visible"] = np.frombuffer(sample.surface_visible, bool)
         return row
-
-
-def packed(image: np.ndarray) -> bytes:
-    """An image of any size as bytes, for a column."""
-    file = io.BytesIO()
-    np.lib.format.write_array(file, image, allow_pickle=False)
-    return file.getvalue()
-
-
-def unpacked(data: bytes) -> np.ndarray:
-    """The reverse of `packed`."""
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

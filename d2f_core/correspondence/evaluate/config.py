@@ -51,6 +51,12 @@ class MatcherChoice:
             raise EvaluateMatchesError(f"name={self.name!r} of a matcher must be letters, digits, spaces and . + - _.")
         if bool(self.uri) == bool(self.teachers):
             raise EvaluateMatchesError(f"matcher {self.name!r} needs either a uri or teachers.")
+        if self.shares and (len(self.shares) != len(self.teachers) or not all(share > 0 for share in self.shares)):
+            raise EvaluateMatchesError(f"shares={self.shares} of {self.name!r}: give one above 0 for each teacher.")
+        if any(teacher.prompt == "category" for teacher in self.teachers):
+            raise EvaluateMatchesError(
+                f"a teacher of {self.name!r} has prompt='category', and here nothing tells it one. Use 'generic'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

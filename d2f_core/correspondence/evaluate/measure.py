@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from d2f_core.correspondence import pck
+from d2f_core.correspondence.evaluate.config import EvaluateMatchesError
 from d2f_core.correspondence.matcher import Embedded, Matcher
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
-from d2f_core.data.images import decode_image
+from d2f_core.data.images import BadImageError, decode_image
 from d2f_core.data.sources.pair_sample import NO_PARTNER, PairImage, PairSample
 
 RULES = ImageRules(resolution=1, min_side=1, max_pixels=MAX_PIXELS_LIMIT)
@@ -60,7 +61,7 @@ def predict_by(matcher: Matcher, kept: Kept | None = None) -> Predict:
 
     def embedded(image: PairImage) -> Embedded:
         if image.image_id not in kept:
-            (kept[image.image_id],) = matcher.embed([np.asarray(decode_image(image.read(), RULES))])
+            (kept[image.image_id],) = matcher.embed([read_image(image)])
         kept.move_to_end(image.image_id)
         if len(kept) > KEPT_IMAGES:
             kept.popitem(last=False)
@@ -71,6 +72,22 @@ def predict_by(matcher: Matcher, kept: Kept | None = None) -> Predict:
         return matcher.match(source, target, points)
 
     return predict
+
+
+def read_image(image: PairImage) -> np.ndarray:
+    """The decoded image, uint8 [h, w, 3].
+
+    Raises:
+        EvaluateMatchesError: it is damaged, or of another size than its keypoints were marked in.
+    """
+    place = image.uri or image.image_id
+    try:
+        decoded = decode_image(image.read(), RULES)
+    except BadImageError as error:
+        raise EvaluateMatchesError(f"{place!r}: {error}. Mend the file, or leave its pairs out.") from None
+    if decoded.size != tuple(image.size):
+        raise EvaluateMatchesError(f"{place!r} is {decoded.size}, its pairs say {tuple(image.size)}. Mark it again.")
+    return np.asarray(decoded)
 
 
 def both(pair: PairSample) -> tuple[PairImage, PairImage]:

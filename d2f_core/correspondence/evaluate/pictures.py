@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from d2f_core.correspondence.evaluate.measure import RULES, both
-from d2f_core.data.images import decode_image
+from d2f_core.correspondence.evaluate.measure import both, read_image
 from d2f_core.data.sources.pair_sample import PairSample
 
 HEIGHT, GAP = 320, 16
@@ -33,7 +32,7 @@ def draw_pair(pair: PairSample, lines: Sequence[Line]) -> Image.Image:
     dot where the floor guessed."""
     images, scales = [], []
     for image in both(pair):
-        picture = decode_image(image.read(), RULES)
+        picture = Image.fromarray(read_image(image))
         scale = HEIGHT / picture.height
         images.append(picture.resize((max(1, round(picture.width * scale)), HEIGHT), Image.Resampling.LANCZOS))
         scales.append(scale)

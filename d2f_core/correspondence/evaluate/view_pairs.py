@@ -95,5 +95,7 @@ def _image(view: Mapping[str, Any]) -> PairImage:
         data=view["image"],
         size=(view["width"], view["height"]),
         box=tuple(box.tolist()),
-        keypoints=np.array(view["keypoints"], np.float32).reshape(-1, 2),
+        keypoints=np.where(
+            np.array(view["visible"])[:, None], np.array(view["keypoints"], np.float32).reshape(-1, 2), np.nan
+        ),  # as readers of photographs have it: nobody marks what is hidden
     )

@@ -26,6 +26,7 @@ from d2f_core.correspondence.evaluate.matchers import build_matcher
 from d2f_core.correspondence.evaluate.measure import floors, measure, predict_by
 from d2f_core.correspondence.evaluate.pictures import HEIGHT, Line, draw_pair
 from d2f_core.correspondence.evaluate.scores import point_table, scores
+from d2f_core.correspondence.student import StudentError
 from d2f_core.data.sources.config import PairSource
 from tests.correspondence.evaluate.test_measure import BACK, PAIR, matcher
 from tests.correspondence.made_views import local_views, write_views
@@ -99,6 +100,8 @@ def test_teachers_together_match_on_the_finest_of_their_grids(tmp_path: Path) ->
     assert fused.features([image]).shape == (1, 16, 304 + 24) and plain.features([image]).shape == (1, 9, 24)
     with pytest.raises(EvaluateMatchesError, match="give its size in pixels"):
         build_matcher(replace(made.matchers[1], size=0))
+    with pytest.raises(StudentError, match=r"size=41 of 'dino' is no multiple of its patch of 14 pixels\. Use 28"):
+        build_matcher(replace(made.matchers[1], size=41))
 
 
 def test_pairs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
@@ -120,7 +123,8 @@ def test_pairs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 def test_settings_that_mean_nothing_are_refused(tmp_path: Path, fields: dict, message: str) -> None:
     with pytest.raises(EvaluateMatchesError, match=message):
         replace(config(tmp_path, "views"), **fields)
-    for wrong in ({"name": "a/b", "uri": "x"}, {"name": "a"}, {"name": "a", "uri": "x", "teachers": (LITE0,)}):
+    twice = {"name": "a", "teachers": (LITE0,), "shares": (1.0, 2.0)}
+    for wrong in ({"name": "a/b", "uri": "x"}, {"name": "a"}, {"name": "a", "uri": "x", "teachers": (LITE0,)}, twice):
         with pytest.raises(EvaluateMatchesError):
             MatcherChoice(**wrong)  # type: ignore[arg-type]
 

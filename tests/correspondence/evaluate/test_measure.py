@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from d2f_core.correspondence import pck
 from d2f_core.correspondence.evaluate import measure as m
+from d2f_core.correspondence.evaluate.config import EvaluateMatchesError
 from d2f_core.correspondence.matcher import Matcher
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.data.sources.pair_sample import PairImage, PairSample
@@ -97,6 +98,13 @@ def test_pairs_fall_into_ranges_of_the_angle_between_the_views() -> None:
         "60-120": [False] * 3,
         "120-180": [False, True, False],
     }
+
+
+def test_a_damaged_image_or_one_of_another_size_is_named() -> None:
+    cut = replace(SECOND, data=(SECOND.data or b"")[:200])
+    for wrong, message in ((cut, "'b': undecodable"), (replace(SECOND, size=(50, 70)), "'b' is .*its pairs say")):
+        with pytest.raises(EvaluateMatchesError, match=message):
+            m.measure(m.predict_by(matcher()), [replace(PAIR, target=wrong)])
 
 
 def test_pairs_without_a_visible_point_are_refused() -> None:
