@@ -188,7 +188,7 @@ def test_a_student_is_distilled_then_refined_and_says_how_to_use_it(cluster: Non
         other = replace(refined.matcher, student=replace(refined.matcher.student, rank=4))
         check_distill(replace(refined, matcher=other, output=f"{base}/other"))
     with pytest.raises(CheckpointError):
-        check_distill(replace(refined, normalisation="none"))
+        check_distill(replace(made, normalisation="none"))
 
     image = torch.randint(0, 255, (30, 40, 3), dtype=torch.uint8).numpy()
     matcher = load_matcher(again.model)
