@@ -5,7 +5,7 @@ in any order, after any restart, and no generator state has to be saved.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -27,3 +27,8 @@ def keyed_normal(seed: int, keys: Sequence[str | int], shape: tuple[int, ...], p
 def keyed_uniform(seed: int, keys: Sequence[str | int], purpose: str) -> np.ndarray:
     """Uniform numbers in [0, 1), float32 [len(keys)]; entry i depends only on (seed, keys[i], purpose)."""
     return np.array([keyed_generator(seed, key, purpose).random(dtype=np.float32) for key in keys], dtype=np.float32)
+
+
+def sample_keys(epochs: Iterable[int], rows: Iterable[int]) -> list[str]:
+    """Keys that seed each sample's random numbers."""
+    return [f"{epoch}/{row}" for epoch, row in zip(epochs, rows, strict=True)]

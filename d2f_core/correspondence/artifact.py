@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from d2f_core import storage
@@ -22,11 +21,11 @@ from d2f_core.correspondence.config import StudentConfig
 from d2f_core.correspondence.matcher import Matcher, transformer_matcher
 from d2f_core.correspondence.matching import Decoding
 from d2f_core.correspondence.preparation import Preparation
-from d2f_core.correspondence.student import add_adapters, load_network, merge
+from d2f_core.correspondence.student import add_adapters, load_network, merge, trained
 from d2f_core.model.base import described_copy, local_copy
+from d2f_core.model.lora import read_adapter
 
 DESCRIPTION, ADAPTER = "matcher.json", "adapter"
-ADAPTER_NAME = "adapter_model.safetensors"
 FORMAT = 1
 
 
@@ -91,7 +90,7 @@ def set_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         MatcherError: their names are not those of the network's trained parameters.
     """
-    own = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    own = dict(trained(network))
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
         raise MatcherError(f"{len(odd)} trained weights belong to another student, such as {odd[0]!r}. Use its config.")
@@ -136,7 +135,7 @@ def set_adapters(network: nn.Module, uri: str) -> None:
     Raises:
         MatcherError: they are of other layers, or of another rank.
     """
-    saved = load_file(local_copy(uri) / ADAPTER / ADAPTER_NAME)
+    saved = read_adapter(local_copy(uri) / ADAPTER)
     own = get_peft_model_state_dict(cast(Any, network))
     wanted, found = ({(name, tuple(value.shape)) for name, value in each.items()} for each in (own, saved))
     if odd := sorted(name for name, _ in wanted ^ found):

@@ -25,6 +25,12 @@ NORMALISATIONS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 SMALLEST, LARGEST = 14, 2048
 
 
+def normalise(pixels: Tensor, normalisation: str) -> Tensor:
+    """Pixels from 0 to 255, [..., 3, height, width], as a network takes them; one of `NORMALISATIONS`."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in NORMALISATIONS[normalisation])
+    return (pixels / 255 - mean) / std
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
     size: int
@@ -45,8 +51,7 @@ class Preparation:
 
     def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         """The input, float32 [images, 3, size, size], of uint8 images [h, w, 3] of any sizes."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in NORMALISATIONS[self.normalisation])
-        return torch.stack([(self._square(image) / 255 - mean) / std for image in images])
+        return torch.stack([normalise(self._square(image), self.normalisation) for image in images])
 
     def _square(self, image: np.ndarray) -> Tensor:
         """The image in numbers from 0 to 255, [3, size, size]."""

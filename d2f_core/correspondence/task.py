@@ -20,12 +20,12 @@ from d2f_core.correspondence import distillation
 from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig
 from d2f_core.correspondence.matching import Grid, Size, sample, similarity, to_grid, unit
 from d2f_core.correspondence.multiview import soft_targets
-from d2f_core.correspondence.preparation import NORMALISATIONS
+from d2f_core.correspondence.preparation import normalise
 from d2f_core.correspondence.student import add_adapters, load_network, patch_size, tokens
 from d2f_core.correspondence.teachers import fuse, resample
 from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.plan_reader import EPOCH, REASON, ROW
-from d2f_core.randomness import keyed_generator
+from d2f_core.randomness import keyed_generator, sample_keys
 
 PIXELS = "pixels"
 VIEW_COLUMNS = ("mesh", "surface_points", "surface_visible")
@@ -81,11 +81,6 @@ def shares_of(teachers: Sequence[TeacherColumn], config: DistillationConfig) -> 
     return [config.shares.get(name, 1.0) for name in names]
 
 
-def sample_keys(arrays: Mapping[str, Any]) -> list[str]:
-    """Keys that seed each row's random numbers."""
-    return [f"{epoch}/{row}" for epoch, row in zip(arrays[EPOCH], arrays[ROW], strict=True)]
-
-
 def _usable(table: pa.Table) -> Tensor:
     """Which rows are themselves, bool [rows]."""
     if REASON not in table.column_names:
@@ -126,7 +121,7 @@ class MatcherTask:
         self.patch = patch_size(network, config.student.base)
         self.module: nn.Module = add_adapters(network, config.student, seed=seed)
         self._config, self._teachers, self._seed, self._dtype, self._device = config, teachers, seed, dtype, device
-        self._mean, self._std = (torch.tensor(values)[:, None, None] for values in NORMALISATIONS[normalisation])
+        self._normalisation = normalisation
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -136,22 +131,23 @@ class MatcherTask:
     def to_batch(self, table: pa.Table) -> dict[str, Any]:
         """Rows of a micro-batch -> what the loss needs, on the device."""
         arrays = table_to_arrays(table, [*self.columns, EPOCH, ROW])
+        keys = sample_keys(arrays[EPOCH], arrays[ROW])
         pixels = torch.tensor(arrays[PIXELS]).permute(0, 3, 1, 2).float()
         batch: dict[str, Any] = {
-            "pixels": ((pixels / 255 - self._mean) / self._std).to(self._device),
+            "pixels": normalise(pixels, self._normalisation).to(self._device),
             "usable": _usable(table),
-            "dropout": int(keyed_generator(self._seed, sample_keys(arrays)[0], "dropout").integers(2**62)),
+            "dropout": int(keyed_generator(self._seed, keys[0], "dropout").integers(2**62)),
         }
         if self._config.distillation.weight:
             batch["features"] = [torch.tensor(arrays[each.column]).to(self._device) for each in self._teachers]
         if self._config.multi_view.weight:
-            batch["views"] = self._views(arrays)
+            batch["views"] = self._views(arrays, keys)
         return batch
 
-    def _views(self, arrays: Mapping[str, Any]) -> Views:
+    def _views(self, arrays: Mapping[str, Any], keys: Sequence[str]) -> Views:
         """What is known of the micro-batch's views; the order of points is drawn for each row by its key."""
         count = arrays["surface_points"].shape[1]
-        order = [keyed_generator(self._seed, key, "points").permutation(count) for key in sample_keys(arrays)]
+        order = [keyed_generator(self._seed, key, "points").permutation(count) for key in keys]
         things = np.unique(np.asarray(arrays["mesh"], dtype=str), return_inverse=True)[1]
         return Views(
             things=torch.from_numpy(things),

@@ -11,10 +11,9 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from d2f_core.correspondence.config import StudentConfig
-from d2f_core.correspondence.matching import Grid, as_map, unit
+from d2f_core.correspondence.matching import Grid, as_map, enlarge, unit
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import load_network, patch_size, tokens
 
@@ -83,9 +82,7 @@ class TransformerTeacher:
 
 def resample(features: Tensor, grid: Grid, to: Grid) -> Tensor:
     """Features [images, tokens, channels] of a grid on another grid over the same image, bilinear."""
-    if grid == to:
-        return features
-    return interpolate(as_map(features, grid), to, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    return features if grid == to else enlarge(features, grid, to)
 
 
 def fuse(features: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -26,7 +26,7 @@ from d2f_core.model.text_encoder import describe_text_encoder, load_text_encoder
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.loss import LOSSES, flow_validation_loss
 from d2f_core.objective.path import resolution_shift
-from d2f_core.randomness import keyed_normal, keyed_uniform
+from d2f_core.randomness import keyed_normal, keyed_uniform, sample_keys
 
 VALIDATION_TIMES = 10
 
@@ -112,11 +112,6 @@ def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> Non
         set_adapter(cast(PeftModel, network), directory / "adapter")
     else:
         network.load_state_dict(load_model(config.start).network.state_dict())
-
-
-def sample_keys(epochs: Sequence[int], rows: Sequence[int]) -> list[str]:
-    """Keys that seed each sample's random numbers."""
-    return [f"{epoch}/{row}" for epoch, row in zip(epochs, rows, strict=True)]
 
 
 class LatentTask(abc.ABC):

@@ -6,6 +6,7 @@ import logging
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,7 @@ class MatchScorer:
         kept: Any = OrderedDict()
         found = {}
         for name, decoding in ((EXACT, matcher.decoding), (AS_PUBLISHED, PUBLISHED)):
-            decoded = type(matcher)(**{**vars(matcher), "decoding": decoding})
-            found[name] = measure(predict_by(decoded, kept), self._pairs)
+            found[name] = measure(predict_by(replace(matcher, decoding=decoding), kept), self._pairs)
         return {"number": [number], "measured": [pickle.dumps(found)]}
 
 
@@ -89,7 +89,7 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         measured[name, FLOOR] = measure(guess, pairs)
     items = [{"number": number} for number in range(len(config.matchers))]
     rows = map_items(items, MatchScorer, (config,), config, node_wait_seconds=config.node_wait_seconds)
-    results = {int(row["number"]): pickle.loads(row["measured"]) for row in rows}
+    results = {int(row["number"]): pickle.loads(row["measured"]) for row in rows}  # pickled by this job's actors
     for number, matcher in enumerate(config.matchers):
         for decoding in (EXACT, AS_PUBLISHED):
             measured[matcher.name, decoding] = results[number][decoding]

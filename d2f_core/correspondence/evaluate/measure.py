@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2f_core.correspondence import pck
 from d2f_core.correspondence.evaluate.config import EvaluateMatchesError
+from d2f_core.correspondence.evaluate.view_pairs import EDGES
 from d2f_core.correspondence.matcher import Embedded, Matcher
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
 from d2f_core.data.images import BadImageError, decode_image
@@ -169,7 +170,7 @@ def floors(seed: int = 0) -> dict[str, Predict]:
     return {"random": sure(random), "same pixel": sure(same_pixel), "box copy": sure(box_copy)}
 
 
-def by_viewpoint(measured: Measured, edges: Sequence[float] = (0, 30, 60, 120, 180)) -> Iterator[tuple[str, Tensor]]:
+def by_viewpoint(measured: Measured, edges: Sequence[float] = EDGES) -> Iterator[tuple[str, Tensor]]:
     """Names of ranges of the angle between views, such as `30-60`, and which pairs fall in each, bool [pairs].
 
     A range holds its lower edge, the last one both; pairs whose angle is not known are in none.

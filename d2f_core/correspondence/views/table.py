@@ -1,6 +1,5 @@
 """The table of rendered views, written by a Ray Data job; each part holds the views of a few objects."""
 
-import importlib.metadata
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -9,7 +8,7 @@ import pyarrow as pa
 
 from d2f_core.correspondence.views.config import MakeViewsConfig
 from d2f_core.correspondence.views.rows import VIEW_SCHEMA, make_rows
-from d2f_core.data.datasets.generated_table import GeneratedTable, generate_table, part_name
+from d2f_core.data.datasets.generated_table import GeneratedTable, generate_table, package_versions, part_name
 from d2f_core.data.manifest import Manifest, TableFile, rows_per_group, write_part
 
 KIND = "views"
@@ -22,10 +21,7 @@ def view_inputs(config: MakeViewsConfig) -> dict[str, Any]:
     Raises:
         ValueError: embreex is not installed.
     """
-    try:
-        packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"Views need {error.name}. Install this project with [correspondence].") from None
+    packages = package_versions(PACKAGES, "Views", extra="correspondence")
     names = ("size", "train_meshes", "val_meshes", "test_meshes", "views_per_mesh", "seed", "meshes_per_part")
     values = {name: getattr(config, name) for name in names}
     return {**values, "categories": list(config.categories), "packages": packages}

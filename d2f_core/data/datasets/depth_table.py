@@ -1,6 +1,5 @@
 """Rendered scenes as a depth table; its part N holds the scenes from N * rows_per_part on."""
 
-import importlib.metadata
 import io
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ import pyarrow as pa
 from PIL import Image
 
 from d2f_core.data.datasets.config import MakeDepthConfig
-from d2f_core.data.datasets.generated_table import GeneratedTable, generate_table, part_name
+from d2f_core.data.datasets.generated_table import GeneratedTable, generate_table, package_versions, part_name
 from d2f_core.data.datasets.scenes import make_scene, render
 from d2f_core.data.depth import DEPTH_SCHEMA
 from d2f_core.data.depth_files import encode_depth
@@ -28,10 +27,7 @@ def depth_inputs(config: MakeDepthConfig) -> dict[str, Any]:
     Raises:
         ValueError: pybullet is not installed.
     """
-    try:
-        packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"Scenes need {error.name}. Install this project with [demo].") from None
+    packages = package_versions(PACKAGES, "Scenes", extra="demo")
     names = ("split", "num_scenes", "size", "seed", "rows_per_part", *["mirrored"] * config.mirrored)
     return {**{name: getattr(config, name) for name in names}, "packages": packages}
 

@@ -7,8 +7,9 @@
 Repeating the command keeps the parts that exist, and the finished table is the same byte for byte.
 """
 
+import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -49,6 +50,22 @@ class GeneratedTable:
     """Parts made at once, one logical CPU each."""
     parts_per_process: int = 0
     """Parts that one process makes before it is replaced; 0: any number."""
+
+
+def package_versions(packages: Sequence[str], what: str, *, extra: str) -> dict[str, str]:
+    """The installed versions, which belong to the inputs of what is generated.
+
+    Args:
+        what: is generated, in the plural, for the message.
+        extra: of this project, that brings the packages along.
+
+    Raises:
+        ValueError: one is not installed.
+    """
+    try:
+        return {name: importlib.metadata.version(name) for name in packages}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(f"{what} need {error.name}. Install this project with [{extra}].") from None
 
 
 def part_name(number: int) -> str:
