@@ -34,8 +34,8 @@ PAPER = TrainConfig(
 DISTILL = {
     "distill-demo": DistillConfig(
         matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=SHARES)),
-        features=FEATURES, output="s3://d2f/runs/distill-demo", pairs=ViewPairsConfig(views=VIEWS), train=DEMO,
-        name="distill-demo",
+        features=FEATURES, output="s3://d2f/runs/distill-demo", matching_size=224,
+        pairs=ViewPairsConfig(views=VIEWS), train=DEMO, name="distill-demo",
     ),
     "refine-demo": DistillConfig(
         matcher=MatcherConfig(
@@ -44,13 +44,13 @@ DISTILL = {
             multi_view=MultiViewConfig(weight=1.0),
         ),
         features=FEATURES, start="s3://d2f/runs/distill-demo/model", output="s3://d2f/runs/refine-demo",
-        bucket="things", pairs=ViewPairsConfig(views=VIEWS), name="refine-demo",
+        bucket="things", matching_size=224, pairs=ViewPairsConfig(views=VIEWS), name="refine-demo",
         train=replace(DEMO, num_steps=80, learning_rate=2e-3, evaluate_every=40, checkpoint_every=40),
     ),
     "control-demo": DistillConfig(
         matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=SHARES)),
         features=FEATURES, start="s3://d2f/runs/distill-demo/model", output="s3://d2f/runs/control-demo",
-        pairs=ViewPairsConfig(views=VIEWS), name="control-demo",
+        matching_size=224, pairs=ViewPairsConfig(views=VIEWS), name="control-demo",
         train=replace(DEMO, num_steps=80, learning_rate=2e-3, evaluate_every=40, checkpoint_every=40),
     ),
     "distilldift": DistillConfig(

@@ -25,6 +25,8 @@ class DistillConfig:
     """That share a micro-batch, with bucket='things'."""
     normalisation: str = "imagenet"
     """Of the student's input."""
+    matching_size: int = 0
+    """Height and width in pixels of the input at which the matcher is evaluated, and used later; 0: as in training."""
     pairs: ViewPairsConfig = field(default_factory=ViewPairsConfig)
     """Pairs of views on which the training is evaluated."""
     train: TrainConfig = field(default_factory=TrainConfig)

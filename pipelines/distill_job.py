@@ -1,8 +1,9 @@
 """A checked distillation: its data, its identity, and the export of its last checkpoint."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from d2f_core.correspondence.artifact import (
     set_adapters,
     upload_matcher,
 )
+from d2f_core.correspondence.embed.config import teacher_of
 from d2f_core.correspondence.evaluate.measure import by_viewpoint, measure, predict_by
 from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_views
 from d2f_core.correspondence.matcher import transformer_matcher
@@ -66,6 +68,10 @@ class DistillJob(TrainingJob):
             **self._pairs(),
         }
 
+    def _teachers(self) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        """Each teacher's column, and what is known of its weights and settings."""
+        return self.manifest.fingerprint["teachers"].items()
+
     def _pairs(self) -> dict[str, str]:
         """What the PCK of this run is measured on."""
         pairs = self.config.pairs
@@ -83,8 +89,9 @@ class DistillJob(TrainingJob):
             decoding=Decoding(),
             training={
                 "step": last.manifest.step,
+                "checkpoint": last.uri,
                 "features": self.manifest.digest,
-                "teachers": self.manifest.fingerprint["teachers"],
+                "teachers": {teacher_of(column): facts for column, facts in self._teachers()},
                 "distillation": asdict(self.config.matcher.distillation),
                 "multi_view": asdict(self.config.matcher.multi_view),
             },
@@ -93,8 +100,9 @@ class DistillJob(TrainingJob):
 
 
 def preparation(config: DistillConfig, manifest: Manifest) -> Preparation:
-    """How the student's images were prepared in its table."""
-    return Preparation(size=int(manifest.fingerprint["size"]), normalisation=config.normalisation)
+    """How images are prepared for the trained matcher: as in its table, at the size at which it is used."""
+    size = config.matching_size or int(manifest.fingerprint["size"])
+    return Preparation(size=size, normalisation=config.normalisation)
 
 
 def teachers_of(manifest: Manifest) -> list[TeacherColumn]:
@@ -102,7 +110,7 @@ def teachers_of(manifest: Manifest) -> list[TeacherColumn]:
     found = []
     for column, (tokens, _) in manifest.fingerprint["shapes"].items():
         side = round(tokens**0.5)
-        found.append(TeacherColumn(name=column.removeprefix("features_"), grid=(side, side)))
+        found.append(TeacherColumn(name=teacher_of(column), grid=(side, side)))
     return found
 
 
@@ -246,10 +254,14 @@ def check_distill(config: DistillConfig) -> CheckedDistill:
     if manifest.kind != FEATURES:
         raise ValueError(f"features={config.features!r} holds {manifest.kind}. Give a table that embed_images wrote.")
     network = load_network(config.matcher.student, "meta")
-    patch, size = patch_size(network), preparation(config, manifest).size
+    patch, size = patch_size(network), int(manifest.fingerprint["size"])
     if size % patch:
         raise ValueError(
             f"{config.features!r} holds images of {size} pixels, no multiple of the student's patch {patch}."
+        )
+    if (used := preparation(config, manifest).size) % patch:
+        raise ValueError(
+            f"matching_size={used} is no multiple of the student's patch {patch}. Use {used // patch * patch}."
         )
     columns = columns_of(config.matcher, teachers_of(manifest))
     _check_losses(config, manifest)

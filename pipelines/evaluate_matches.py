@@ -21,9 +21,9 @@ EVALUATE_MATCHES = {
             MatcherChoice(name="teacher DINOv2-S", teachers=(DINO,)),
             MatcherChoice(name="both teachers", teachers=(LITE0, DINO), shares=(0.7, 0.3)),
             MatcherChoice(name="untrained at 224 px", uri=DINO_S, layers=11, size=224),
-            MatcherChoice(name="distilled at 224 px", uri=f"{RUNS}/distill-demo/model", size=224),
-            MatcherChoice(name="control at 224 px", uri=f"{RUNS}/control-demo/model", size=224),
-            MatcherChoice(name="refined at 224 px", uri=f"{RUNS}/refine-demo/model", size=224),
+            MatcherChoice(name="distilled at 224 px", uri=f"{RUNS}/distill-demo/model"),
+            MatcherChoice(name="control at 224 px", uri=f"{RUNS}/control-demo/model"),
+            MatcherChoice(name="refined at 224 px", uri=f"{RUNS}/refine-demo/model"),
         ),
         views=ViewPairsConfig(views="s3://d2f/datasets/views", split="test", per_range=40),
         output="s3://d2f/evaluations/distill-demo", num_actors=2,
@@ -40,8 +40,10 @@ EVALUATE_MATCHES = {
 
 
 def check(config: EvaluateMatchesConfig) -> None:
+    from d2f_core.correspondence.evaluate.gate import pinned
     from d2f_core.storage import check_reachable
 
+    pinned(config)
     check_reachable(config.views.views or config.pairs.uri)
     for matcher in config.matchers:
         if matcher.uri:

@@ -2,13 +2,14 @@ r"""Write a trained model in another tool's layout, or export a model from a tra
 
 python -m pipelines.export diffusers --model models:/emoji-flow@candidate --output /data/emoji-flow
 python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
+python -m pipelines.export transformers --model models:/matcher@candidate --output /data/matcher
 python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 --output s3://d2f/models/emoji-200
 """
 
 import logging
 
 from pipelines.cli import run_job
-from pipelines.export_config import CheckpointExportConfig, ExportConfig
+from pipelines.export_config import CheckpointExportConfig, ExportConfig, MatcherExportConfig
 
 logger = logging.getLogger(__name__)
 
@@ -17,11 +18,13 @@ RECIPES = {
     "diffusers": ExportConfig(),
     "peft": ExportConfig(layout="peft"),
     "single-file": ExportConfig(layout="single-file"),
+    "transformers": MatcherExportConfig(),
     "checkpoint": CheckpointExportConfig(),
 }
+Config = ExportConfig | MatcherExportConfig | CheckpointExportConfig
 
 
-def check(config: ExportConfig | CheckpointExportConfig) -> None:
+def check(config: Config) -> None:
     """Check the config; raises ValueError if the export cannot work."""
     if isinstance(config, CheckpointExportConfig):
         from pipelines.checkpoint_export import check_checkpoint
@@ -31,7 +34,7 @@ def check(config: ExportConfig | CheckpointExportConfig) -> None:
         _model_files(config)
 
 
-def _model_files(config: ExportConfig) -> str:
+def _model_files(config: ExportConfig | MatcherExportConfig) -> str:
     """Location of the model's files."""
     from d2f_core.storage import check_reachable
     from d2f_core.tracking import resolve_model
@@ -43,11 +46,16 @@ def _model_files(config: ExportConfig) -> str:
     return resolve_model(config.model)
 
 
-def main(config: ExportConfig | CheckpointExportConfig) -> None:
+def main(config: Config) -> None:
     if isinstance(config, CheckpointExportConfig):
         from pipelines.checkpoint_export import export_checkpoint
 
         logger.info("wrote %s", export_checkpoint(config))
+        return
+    if isinstance(config, MatcherExportConfig):
+        from d2f_core.correspondence.publish.job import export_transformers
+
+        logger.info("wrote %s", export_transformers(_model_files(config), config.output, base_uri=config.base or None))
         return
     from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
 

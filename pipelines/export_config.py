@@ -38,3 +38,13 @@ class CheckpointExportConfig:
     def __post_init__(self) -> None:
         if self.step not in ("newest", "best") and int(self.step) < 0:
             raise ValueError(f"step={self.step} must be at least 0, or 'newest' or 'best'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatcherExportConfig:
+    model: str = "models:/matcher@candidate"
+    """models:/NAME@ALIAS, or the directory of a trained matcher (s3:// or local)."""
+    output: str = ""
+    """Directory for the vision transformer with its adapters merged, which stock transformers opens; s3:// or local."""
+    base: str = ""
+    """Present location of the base, if it has moved; empty: as recorded in the matcher."""

@@ -17,12 +17,13 @@ from PIL import Image
 
 from d2f_core import storage
 from d2f_core.flow.generate.sampler import ImageSampler, fill_request
-from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig, RegisterError
+from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig
 from d2f_core.flow.publish.job import check_register, move_alias, register
 from d2f_core.hashing import hash_directory
 from d2f_core.model.artifact import load_model
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.description import write_description
+from d2f_core.registration import RegisterError
 from d2f_core.tracking import (
     ModelVersionInfo,
     NewVersion,

@@ -7,7 +7,7 @@ adapter/        as PEFT saves it
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import add_adapters, load_network, merge, trained
 from d2f_core.model.base import described_copy, local_copy
 from d2f_core.model.lora import read_adapter
+from d2f_core.tracking import resolve_model
 
 DESCRIPTION, ADAPTER = "matcher.json", "adapter"
 FORMAT = 1
@@ -67,36 +68,37 @@ class MatcherDescription:
             ) from None
 
 
-def save_matcher(directory: Path, network: PeftModel, description: MatcherDescription) -> None:
-    """Write a student's adapters with their description."""
-    network.save_pretrained(str(directory / ADAPTER))
+def save_matcher(
+    directory: Path,
+    network: PeftModel,
+    description: MatcherDescription,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a student's adapters with their description.
+
+    Args:
+        weights: of the adapters by their names in the network, which may then be on "meta"; None: the network's own.
+    """
+    # No embedding is adapted, and looking for one would ask the hub.
+    network.save_pretrained(str(directory / ADAPTER), state_dict=weights, save_embedding_layers=False)
     (directory / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's unfilled template, with this machine's paths
     (directory / DESCRIPTION).write_text(description.to_json())
 
 
 def upload_matcher(target: str, weights: Mapping[str, Tensor], description: MatcherDescription) -> str:
-    """Write a matcher to a URI, from the trained weights by their names in the network; returns the URI."""
-    network = add_adapters(load_network(description.student), description.student, seed=0)
-    set_weights(network, weights)
-    with tempfile.TemporaryDirectory() as directory:
-        save_matcher(Path(directory), network, description)
-        storage.upload_tree(Path(directory), target, last=DESCRIPTION)
-    return target
-
-
-def set_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Set the trained parameters of a network to these values.
+    """Write a matcher to a URI, from the trained weights by their names in the network; returns the URI.
 
     Raises:
-        MatcherError: their names are not those of the network's trained parameters.
+        MatcherError: their names are not those of the student's trained parameters.
     """
+    network = add_adapters(load_network(description.student, "meta"), description.student, seed=0)
     own = dict(trained(network))
-    if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())
+    if odd := sorted(own.keys() ^ weights.keys()):
         raise MatcherError(f"{len(odd)} trained weights belong to another student, such as {odd[0]!r}. Use its config.")
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(weights[name])
+    with tempfile.TemporaryDirectory() as directory:
+        save_matcher(Path(directory), network, description, dict(weights))
+        storage.upload_tree(Path(directory), target, last=DESCRIPTION)
+    return target
 
 
 def describe_matcher(uri: str) -> MatcherDescription:
@@ -105,26 +107,33 @@ def describe_matcher(uri: str) -> MatcherDescription:
     Raises:
         MatcherError: there is none.
     """
-    place = storage.join(uri, DESCRIPTION)
+    place = storage.join(resolve_model(uri), DESCRIPTION)
     try:
         return MatcherDescription.from_json(storage.read_bytes(place).decode(), place)
     except FileNotFoundError:
         raise MatcherError(f"{uri!r} holds no {DESCRIPTION}. Give the directory of a trained matcher.") from None
 
 
-def load_student(uri: str, device: str | torch.device = "cpu") -> tuple[PeftModel, MatcherDescription]:
+def load_student(
+    uri: str, device: str | torch.device = "cpu", *, base_uri: str | None = None
+) -> tuple[PeftModel, MatcherDescription]:
     """The student with its trained adapters, in evaluation mode.
+
+    Args:
+        uri: the matcher's directory, or models:/NAME@ALIAS.
+        base_uri: where its base is now; None: as recorded.
 
     Raises:
         MatcherError: there is none, or its base is another than it was trained on.
     """
     description = describe_matcher(uri)
-    if (found := described_copy(description.student.base).hash()) != description.base_hash:
+    student = replace(description.student, base=base_uri or description.student.base)
+    if (found := described_copy(student.base).hash()) != description.base_hash:
         raise MatcherError(
             f"{uri!r} was trained on a base with the hash {description.base_hash[:12]}; that of "
-            f"{description.student.base!r} is {found[:12]}. Put the first one back."
+            f"{student.base!r} is {found[:12]}. Put the first one back, or say where it is now."
         )
-    network = add_adapters(load_network(description.student, device), description.student, seed=0)
+    network = add_adapters(load_network(student, device), student, seed=0)
     set_adapters(network, uri)
     return network.to(device).eval(), description
 
@@ -135,7 +144,7 @@ def set_adapters(network: nn.Module, uri: str) -> None:
     Raises:
         MatcherError: they are of other layers, or of another rank.
     """
-    saved = read_adapter(local_copy(uri) / ADAPTER)
+    saved = read_adapter(local_copy(resolve_model(uri)) / ADAPTER)
     own = get_peft_model_state_dict(cast(Any, network))
     wanted, found = ({(name, tuple(value.shape)) for name, value in each.items()} for each in (own, saved))
     if odd := sorted(name for name, _ in wanted ^ found):
@@ -145,11 +154,16 @@ def set_adapters(network: nn.Module, uri: str) -> None:
     set_peft_model_state_dict(cast(Any, network), saved)
 
 
-def load_matcher(uri: str, device: str | torch.device = "cpu", decoding: Decoding | None = None) -> Matcher:
+def load_matcher(
+    uri: str, device: str | torch.device = "cpu", decoding: Decoding | None = None, *, base_uri: str | None = None
+) -> Matcher:
     """The matcher at a URI, with its adapters merged.
+
+    Args:
+        base_uri: see `load_student`.
 
     Raises:
         MatcherError: see `load_student`.
     """
-    student, description = load_student(uri, device)
+    student, description = load_student(uri, device, base_uri=base_uri)
     return transformer_matcher(uri, merge(student), description.preparation, decoding or description.decoding)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from d2f_core.correspondence import distillation
 from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig
+from d2f_core.correspondence.embed.config import column_of
 from d2f_core.correspondence.matching import Grid, Size, sample, similarity, to_grid, unit
 from d2f_core.correspondence.multiview import soft_targets
 from d2f_core.correspondence.preparation import normalise
@@ -43,7 +44,7 @@ class TeacherColumn:
     @property
     def column(self) -> str:
         """Name of the column: float16 [tokens, channels]."""
-        return f"features_{self.name}"
+        return column_of(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,16 +102,43 @@ def _compare(
     metric, candidate, reference = _find(name, metrics, against)
     if candidate is None or reference is None:
         return _unmeasured(name, metric, "candidate" if candidate is None else against)
-    sign = -1 if metric.higher_is_better else 1
+    return compare(
+        name, candidate, reference, metric=metric.name, against=against, slack=slack,
+        higher_is_better=metric.higher_is_better, confident=config.confident,
+    )  # fmt: skip
+
+
+def compare(
+    name: str,
+    candidate: Estimate,
+    reference: Estimate,
+    *,
+    metric: str,
+    against: str,
+    slack: float,
+    higher_is_better: bool,
+    confident: bool,
+    strictly: bool = False,
+) -> RuleResult:
+    """Whether the candidate is worse than the reference by at most `slack` times the reference's size.
+
+    Args:
+        name: of the metric in the rule's words; `metric` in full.
+        against: what the reference is.
+        confident: ask it of the worst end of the paired difference's interval, not of the value.
+        strictly: the candidate must be better than the bound; as good does not hold.
+    """
+    sign = -1 if higher_is_better else 1
     allowed = slack * abs(reference.value)
     low, high = _difference(candidate, reference)
-    worst = max(sign * low, sign * high) if config.confident else sign * (candidate.value - reference.value)
+    worst = max(sign * low, sign * high) if confident else sign * (candidate.value - reference.value)
     bound = reference.value + sign * allowed
+    words = ("above" if sign < 0 else "below") if strictly else ("at least" if sign < 0 else "at most")
     return RuleResult(
-        rule=f"{name} of the candidate is {'at least' if sign < 0 else 'at most'} {bound:.4g} "
-        f"({against} {reference.value:.4g}{', with confidence' if config.confident else ''})",
-        holds=math.isfinite(worst) and worst <= allowed,
-        metric=metric.name,
+        rule=f"{name} of the candidate is {words} {bound:.4g} "
+        f"({against} {reference.value:.4g}{', with confidence' if confident else ''})",
+        holds=math.isfinite(worst) and (worst < allowed if strictly else worst <= allowed),
+        metric=metric,
         candidate=candidate.value,
         reference=reference.value,
         bound=bound,

@@ -9,8 +9,7 @@ from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.tracking.model_files import resolve_model
 from d2f_core.tracking.pyfunc_files import Loader
 from d2f_core.tracking.registry import ModelVersionInfo, NewVersion, model_version, pin_model, register_model
-from d2f_core.tracking.run_records import run_file, run_metrics, run_tags
-from d2f_core.tracking.runs import RunHandle, ending, find_run, start_run
+from d2f_core.tracking.runs import RunHandle, ending, find_run, run_file, run_metrics, run_tags, start_run
 from d2f_core.tracking.server import TrackingError, check_tracking, tracking_uri
 
 __all__ = [

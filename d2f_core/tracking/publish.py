@@ -11,14 +11,15 @@ from typing import Any
 
 from d2f_core.storage import exists, join, read_bytes
 from d2f_core.tracking.pyfunc_files import Loader
-from d2f_core.tracking.registry import ModelVersionInfo, NewVersion, register_model
-from d2f_core.tracking.run_records import run_file, run_metrics, run_tags
-from d2f_core.tracking.runs import RunHandle, find_run
+from d2f_core.tracking.registry import MAX_DESCRIPTION_CHARS, ModelVersionInfo, NewVersion, register_model
+from d2f_core.tracking.runs import RunHandle, find_run, run_file, run_metrics, run_tags
 from d2f_core.tracking.server import TrackingError
 
 EVALUATION = "evaluation.json"
 """A checkpoint's metrics, inside its directory."""
 CARD, CONFIG, SAMPLES = "README.md", "config.yaml", "samples.png"
+POINTER_CHARS = 200
+"""Characters of a version's description reserved for the line that refers to the files for the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,3 +132,43 @@ def checkpoint_metrics(handle: RunHandle, training: Mapping[str, Any]) -> dict[s
         return {name: float(value) for name, value in json.loads(read_bytes(place))["metrics"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrackingError(f"{place} is damaged ({error}). Delete it, and resume the training.") from None
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """A table of names and values; a row without a value is left out."""
+    plain = {name: " ".join(str(value).replace("|", " ").split()) for name, value in rows.items()}
+    lines = [f"| {name} | {value} |\n" for name, value in plain.items() if value]
+    return "".join(["| | |\n|---|---|\n", *lines]) if lines else ""
+
+
+def metrics_table(record: TrainingRecord) -> str:
+    """The metrics of the checkpoint that the model was made from."""
+    found = table({name: f"{value:.6g}" for name, value in record.metrics.items()})
+    return found or "None were logged at its step."
+
+
+def metric_tags(record: TrainingRecord) -> dict[str, str]:
+    """The same as tags of a version."""
+    return {f"metric.{name}": f"{value:.6g}" for name, value in record.metrics.items()}
+
+
+def config_section(record: TrainingRecord) -> str:
+    """The training's config; empty when it was not logged."""
+    return f"\n## Config of the training\n\n```yaml\n{record.config_yaml}```\n" if record.config_yaml else ""
+
+
+def version_page(summary: str, parts: Mapping[str, str]) -> str:
+    """The card, cut to the length that MLflow stores, with a pointer to the files for what was left out.
+
+    Args:
+        summary: beginning of the card.
+        parts: the rest, by where else it stands in the version's files.
+    """
+    text, left_out = summary, []
+    for name, part in parts.items():
+        if len(text) + len(part) <= MAX_DESCRIPTION_CHARS - POINTER_CHARS:
+            text += part
+        else:
+            left_out.append(name)
+    pointer = f"\nIn this version's files, artifacts/model/: {', '.join(left_out)}.\n" if left_out else ""
+    return text[: MAX_DESCRIPTION_CHARS - len(pointer)] + pointer

@@ -15,7 +15,7 @@ MODEL_PART = "artifacts/model"
 class Loader:
     """How MLflow loads a model: by models-from-code, so that nothing is pickled.
 
-    Types are MLflow's: string, long, double, binary.
+    Types are MLflow's: string, long, double, binary, and with [] behind it a list, as in double[][].
     """
 
     script: Path
@@ -74,13 +74,21 @@ def _signature(loader: Loader) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    required = [ColSpec(type=kind, name=name) for name, kind in loader.inputs.items()]
-    optional = [ColSpec(type=kind, name=name, required=False) for name, kind in loader.optional.items()]
+    required = [ColSpec(type=_type(kind), name=name) for name, kind in loader.inputs.items()]
+    optional = [ColSpec(type=_type(kind), name=name, required=False) for name, kind in loader.optional.items()]
     return ModelSignature(
         inputs=Schema([*required, *optional]),
-        outputs=Schema([ColSpec(type=kind, name=name) for name, kind in loader.outputs.items()]),
+        outputs=Schema([ColSpec(type=_type(kind), name=name) for name, kind in loader.outputs.items()]),
         params=ParamSchema([ParamSpec(name, kind, None) for name, kind in loader.optional.items()]),
     )
+
+
+def _type(name: str) -> Any:
+    """MLflow's type of this name."""
+    from mlflow.types import DataType
+    from mlflow.types.schema import Array
+
+    return Array(_type(name.removesuffix("[]"))) if name.endswith("[]") else DataType[name]
 
 
 def _pinned(package: str) -> str:

@@ -21,10 +21,11 @@ from d2f_core.flow.evaluate.job import read_reference
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.flow.generate.contact_sheet import check_contact_sheet
 from d2f_core.flow.generate.job import check_generate
-from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig, RegisterError
+from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig
 from d2f_core.flow.publish.job import check_register, exported_model, move_alias
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.description import read_description, write_description
+from d2f_core.registration import RegisterError
 from d2f_core.tracking import TrackingError
 from tests.depth_tables import true_depth, write_depth_table
 from tests.flow.tiny_base import write_tiny_base

@@ -10,7 +10,8 @@ from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig, EncodeE
 from d2f_core.flow.estimate.config import EstimateConfig
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig, GenerateError
-from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig, RegisterError
+from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig
+from d2f_core.registration import RegisterError
 
 ERRORS = {
     GenerateConfig: (GenerateError, ""), PredictDepthConfig: (PredictDepthError, ""), EncodeConfig: (EncodeError, ""),

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from d2f_core.flow.publish.model_card import MAX_DESCRIPTION_CHARS, write_card
+from d2f_core.flow.publish.model_card import write_card
 from d2f_core.model.artifact import describe
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import SamplingDefaults
 from d2f_core.tracking.publish import TrainingRecord
+from d2f_core.tracking.registry import MAX_DESCRIPTION_CHARS
 from tests.flow.tiny_base import write_tiny_base
 
 URI = "models:/m@candidate"

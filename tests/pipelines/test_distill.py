@@ -176,7 +176,7 @@ def test_a_student_is_distilled_then_refined_and_says_how_to_use_it(cluster: Non
     assert result.step == 4 and isinstance(result.run, RunHandle)
     description = describe_matcher(result.model)
     assert (description.preparation.size, description.preparation.normalisation) == (28, "imagenet")
-    assert description.training["step"] == 4 and set(description.training["teachers"]) == {"features_a", "features_b"}
+    assert description.training["step"] == 4 and set(description.training["teachers"]) == {"a", "b"}
     student, _ = load_student(result.model)
     assert any(value.abs().max() > 0 for name, value in trained(student) if "lora_B" in name)
 

@@ -15,6 +15,19 @@ class EmbedError(ValueError):
     """An embedding job cannot run as asked; the message gives the reason and the fix."""
 
 
+PREFIX = "features_"
+
+
+def column_of(teacher: str) -> str:
+    """Name of the column with a teacher's features."""
+    return PREFIX + teacher
+
+
+def teacher_of(column: str) -> str:
+    """Name of the teacher whose features a column holds."""
+    return column.removeprefix(PREFIX)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """One teacher, and where it is read. The fields of another kind than its own have no effect."""
@@ -54,7 +67,7 @@ class TeacherConfig:
 
     @property
     def column(self) -> str:
-        return f"features_{self.name}"
+        return column_of(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

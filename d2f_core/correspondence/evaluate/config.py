@@ -59,6 +59,45 @@ class MatcherChoice:
             )
 
 
+CHAMPION = "champion"
+"""Name of the champion among the matchers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatcherGateConfig:
+    """When a registered matcher becomes the champion; every rule is paired over pairs of images."""
+
+    candidate: str = ""
+    """Name of the matcher that is judged; empty: none is. It must beat every floor."""
+    champion: str = "auto"
+    """URI of the matcher that it may not be worse than; auto: the version that the champion's alias names, if there is
+    one; empty: none."""
+    must_beat: tuple[str, ...] = ()
+    """Names of further matchers that it must beat, such as its untrained base."""
+    tolerance: float = 0.0
+    """By which share of the champion's PCK it may be worse."""
+    alpha: float = 0.1
+    average: Literal["point", "image", "category"] = "image"
+    confident: bool = True
+    """Ask it of the lower end of the paired difference's 95 % interval, not only of the value."""
+    promote: bool = True
+    """Move the champion's alias to a candidate that passes, when it is a registered version."""
+    champion_alias: str = "champion"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            raise EvaluateMatchesError(f"gate.tolerance={self.tolerance} must lie from 0 to below 1. Use 0.")
+        if not 0 < self.alpha <= 1:
+            raise EvaluateMatchesError(f"gate.alpha={self.alpha} must lie above 0 and at most at 1. Use 0.1.")
+        if not self.champion_alias:
+            raise EvaluateMatchesError("gate.champion_alias is empty. Use 'champion'.")
+
+    @property
+    def metric(self) -> str:
+        """Name of what is compared."""
+        return f"pck_{self.alpha:g}_by_{self.average}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class MatchesWork:
     """The matchers, the pairs, and what is made of them."""
@@ -76,6 +115,7 @@ class MatchesWork:
     shown: int = 6
     """Pairs that the report shows, and as many of the worst."""
     seed: int = 0
+    gate: MatcherGateConfig = field(default_factory=MatcherGateConfig)
     experiment: str = "distilldift"
     """MLflow experiment; empty: no run."""
 
@@ -91,9 +131,23 @@ class EvaluateMatchesConfig(AwaitedPoolConfig, MatchesWork):
         names = [matcher.name for matcher in self.matchers]
         if not names or len(set(names)) < len(names):
             raise EvaluateMatchesError(f"matchers are called {names}. Give at least one, each with a name of its own.")
+        self._check_gate(names)
         if bool(self.pairs.uri) == bool(self.views.views):
             raise EvaluateMatchesError("give either pairs.uri or views.views: pairs of images, or a table of views.")
         if not self.output:
             raise EvaluateMatchesError("output is empty. Give --output URI.")
         if not self.alphas or not all(0 < alpha <= 1 for alpha in self.alphas):
             raise EvaluateMatchesError(f"alphas={self.alphas} must lie above 0 and at most at 1. Use 0.1 0.05 0.01.")
+
+    def _check_gate(self, names: list[str]) -> None:
+        gate = self.gate
+        if not gate.candidate:
+            return
+        wanted = {"gate.candidate": [gate.candidate], "gate.must_beat": list(gate.must_beat)}
+        for field_name, given in wanted.items():
+            if unknown := sorted(set(given) - set(names)):
+                raise EvaluateMatchesError(f"{field_name} names {unknown[0]!r}, which is none of the matchers {names}.")
+        if gate.candidate in gate.must_beat:
+            raise EvaluateMatchesError(f"gate.must_beat holds the candidate {gate.candidate!r} itself. Leave it out.")
+        if not next(each for each in self.matchers if each.name == gate.candidate).uri:
+            raise EvaluateMatchesError(f"gate.candidate={gate.candidate!r} has no uri: teachers cannot be promoted.")

@@ -17,7 +17,8 @@ import torch
 from d2f_core import storage
 from d2f_core.batch.actor_pool import map_items
 from d2f_core.correspondence import pck
-from d2f_core.correspondence.evaluate.config import EvaluateMatchesConfig, EvaluateMatchesError
+from d2f_core.correspondence.evaluate.config import CHAMPION, EvaluateMatchesConfig, EvaluateMatchesError
+from d2f_core.correspondence.evaluate.gate import judge, pinned
 from d2f_core.correspondence.evaluate.matchers import build_matcher
 from d2f_core.correspondence.evaluate.measure import Measured, both, floors, measure, predict_by
 from d2f_core.correspondence.evaluate.pictures import Line, draw_pair
@@ -28,6 +29,7 @@ from d2f_core.correspondence.matching import PUBLISHED
 from d2f_core.data.sources.pair_sample import PairSample
 from d2f_core.data.sources.pairs import read_pairs
 from d2f_core.device import reserved_device
+from d2f_core.evaluation.pins import Pins, keep_pins, promote_candidate, registered_name
 from d2f_core.evaluation.record import log_evaluation, write_files
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,10 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
     Raises:
         ValueError: no pair can be used, a matcher is refused, or the cluster is too small.
     """
+    config, pins = pinned(config)
     pairs, bad = load_pairs(config)
+    if pins:
+        keep_pins(config.output, pins)
     measured: dict[tuple[str, str], Measured] = {}
     for name, guess in floors(config.seed).items():
         measured[name, FLOOR] = measure(guess, pairs)
@@ -103,8 +108,36 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         for (name, decoding), each in measured.items()
     ]
     result = {"alphas": list(config.alphas), "pairs": len(pairs), "left_out": bad, "rows": table}
+    if pins:
+        result["gate"] = gate(config, pins, measured)
     write(config, result, pairs, measured)
+    if pins and result["gate"]["promotion"]:
+        promote_candidate(pins, champion=config.gate.champion, champion_alias=config.gate.champion_alias)
     return result
+
+
+def gate(config: EvaluateMatchesConfig, pins: Pins, measured: Mapping[tuple[str, str], Measured]) -> dict[str, Any]:
+    """The gate's verdict on the candidate, and which alias it moves."""
+    rules = config.gate
+    names = [*([CHAMPION] if (CHAMPION, EXACT) in measured else []), *rules.must_beat]
+    verdict = judge(
+        rules,
+        measured[rules.candidate, EXACT],
+        {name: measured[name, EXACT] for name in names},
+        {name: each for (name, decoding), each in measured.items() if decoding == FLOOR},
+        replicates=config.replicates,
+        seed=config.seed,
+    )
+    if pins.champion == pins.candidate:
+        verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
+    moves = verdict.passed and rules.promote and bool(registered_name(pins.candidate))
+    logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
+    return {
+        "candidate": pins.candidate,
+        "champion": pins.champion,
+        "verdict": verdict.to_json(),
+        "promotion": f"{pins.candidate} becomes @{rules.champion_alias}" if moves else None,
+    }
 
 
 def write(

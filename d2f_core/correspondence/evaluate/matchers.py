@@ -16,6 +16,7 @@ from d2f_core.correspondence.matcher import Matcher, transformer_matcher
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import load_network, merge
 from d2f_core.correspondence.teachers import Picture, Teacher, fuse, resample
+from d2f_core.tracking import resolve_model
 
 
 def build_matcher(choice: MatcherChoice, device: str | torch.device = "cpu") -> Matcher:
@@ -27,15 +28,16 @@ def build_matcher(choice: MatcherChoice, device: str | torch.device = "cpu") -> 
     if choice.teachers:
         teachers = [build_teacher(teacher, device) for teacher in choice.teachers]
         return fused_matcher(choice.name, teachers, choice.shares or (1.0,) * len(teachers))
-    if storage.file_exists(storage.join(choice.uri, DESCRIPTION)):
-        student, description = load_student(choice.uri, device)
+    uri = resolve_model(choice.uri)
+    if storage.file_exists(storage.join(uri, DESCRIPTION)):
+        student, description = load_student(uri, device)
         own = description.preparation
         size = choice.size or own.size
         preparation = Preparation(size=size, normalisation=own.normalisation, fit=own.fit)
         return transformer_matcher(choice.name, merge(student), preparation, description.decoding)
     if not choice.size:
         raise EvaluateMatchesError(f"matcher {choice.name!r} is no trained one: give its size in pixels, such as 434.")
-    network = load_network(StudentConfig(base=choice.uri, layers=choice.layers), device).to(device).eval()
+    network = load_network(StudentConfig(base=uri, layers=choice.layers), device).to(device).eval()
     return transformer_matcher(choice.name, network, Preparation(size=choice.size, normalisation=choice.normalisation))
 
 

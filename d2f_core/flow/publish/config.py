@@ -2,28 +2,17 @@
 
 from dataclasses import dataclass
 
-
-class RegisterError(ValueError):
-    """A model cannot be registered; the message gives the reason and the fix."""
+from d2f_core.registration import RegisterError, RegistrationConfig, check_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegisterConfig:
-    run: str = ""
-    """Output URI of the training, which is also the key of its MLflow run."""
-    model: str = ""
-    """Model directory; empty: the model that the training exported."""
+class RegisterConfig(RegistrationConfig):
+    """Which training's flow model becomes a version of which registered model."""
+
     name: str = "emoji-flow"
     """Name of the registered model; each call adds a version, unless one with the same content exists."""
-    alias: str = "candidate"
-    """Alias to point at this version."""
     experiment: str = "diff2flow"
     """MLflow experiment of the training's run."""
-
-    def __post_init__(self) -> None:
-        _check_name(self.name)
-        if not self.alias:
-            raise RegisterError("alias is empty. Use 'candidate'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +27,10 @@ class PromoteConfig:
     """Point the alias back at its previous version; repeating it goes back further."""
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         if not self.alias:
             raise RegisterError("alias is empty. Use 'champion'.")
         if self.version and not self.version.isdecimal():
             raise RegisterError(f"version={self.version!r} is no number. Give one that the registry shows, such as 3.")
         if self.version and self.rollback:
             raise RegisterError(f"version={self.version!r} with rollback: the alias remembers its versions. Give one.")
-
-
-def _check_name(name: str) -> None:
-    if not name or any(character in name for character in "/@:'.%\""):
-        raise RegisterError(f"name={name!r} must not be empty or hold any of / @ : ' . % \". Choose another.")

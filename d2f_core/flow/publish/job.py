@@ -9,10 +9,11 @@ from typing import Any
 from PIL import Image
 
 from d2f_core import tracking
-from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig, RegisterError
+from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig
 from d2f_core.flow.publish.model_card import write_card
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import described_copy, local_copy
+from d2f_core.registration import RegisterError
 from d2f_core.storage import exists, join
 from d2f_core.tracking import Loader, ModelVersionInfo, RunHandle, check_tracking
 from d2f_core.tracking.publish import publish, training_run

@@ -4,14 +4,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from d2f_core.tracking.publish import ModelCard, TrainingRecord
+from d2f_core.tracking.publish import (
+    ModelCard,
+    TrainingRecord,
+    config_section,
+    metric_tags,
+    metrics_table,
+    table,
+    version_page,
+)
 
 DIGEST_TAG = "d2f.latents_digest"
 """Tag of a training's run with the digests of its latent tables' manifests."""
-MAX_DESCRIPTION_CHARS = 5000
-"""Longest description of a version that MLflow stores."""
-POINTER_CHARS = 200
-"""Characters reserved for the line that refers to the files for the rest."""
 MAX_SCHEDULE_CHARS = 1500
 TAGGED = frozenset(
     {"task", "objective", "method", "prediction_type", "solver", "steps", "guidance", "shift", "resolution", "base_uri"}
@@ -28,7 +32,10 @@ def write_card(description: Mapping[str, Any], record: TrainingRecord, uri: str)
     """
     return ModelCard(
         text=model_card(description, record, uri),
-        description=version_description(description, record, uri),
+        description=version_page(
+            _summary(description, record, uri),
+            {"the scheduler config (diff2flow.json)": _schedule(description), "config.yaml": config_section(record)},
+        ),
         tags=model_tags(description, record),
     )
 
@@ -36,7 +43,7 @@ def write_card(description: Mapping[str, Any], record: TrainingRecord, uri: str)
 def model_tags(description: Mapping[str, Any], record: TrainingRecord) -> dict[str, str]:
     """Tags for filtering in the registry; few, because MLflow shows all of them in each row. The card has the rest."""
     tags = {name: value for name, value in _rows(description, record).items() if name in TAGGED}
-    return tags | {f"metric.{name}": f"{value:.6g}" for name, value in record.metrics.items()}
+    return tags | metric_tags(record)
 
 
 def model_card(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> str:
@@ -44,33 +51,18 @@ def model_card(description: Mapping[str, Any], record: TrainingRecord, uri: str)
     picture = (
         "\n## Samples\n\n![samples of the training's last evaluation](samples.png)\n" if record.has_samples else ""
     )
-    return _summary(description, record, uri) + picture + _schedule(description) + _config(record)
-
-
-def version_description(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> str:
-    """The card, cut to the length that MLflow stores, with a pointer to the files for the rest."""
-    text = _summary(description, record, uri)
-    parts = {"the scheduler config (diff2flow.json)": _schedule(description), "config.yaml": _config(record)}
-    left_out = []
-    for name, part in parts.items():
-        if len(text) + len(part) <= MAX_DESCRIPTION_CHARS - POINTER_CHARS:
-            text += part
-        else:
-            left_out.append(name)
-    pointer = f"\nIn this version's files, artifacts/model/: {', '.join(left_out)}.\n" if left_out else ""
-    return text[: MAX_DESCRIPTION_CHARS - len(pointer)] + pointer
+    return _summary(description, record, uri) + picture + _schedule(description) + config_section(record)
 
 
 def _summary(description: Mapping[str, Any], record: TrainingRecord, uri: str) -> str:
-    metrics = _table({name: f"{value:.6g}" for name, value in record.metrics.items()})
     return (
         f"A {description['objective']} model on the base `{description['base']['uri']}`, trained at `{record.run}` "
         f"([run]({record.run_url})). Time convention: {description['time_convention']}.\n\n"
         f"## Use\n\n{_use(description['task'], uri)}"
         'It needs the base at the place named here, or `model_config={"base_model": DIRECTORY}`, and the package\n'
         "diff2flow-ray installed, which is not among its pip requirements.\n\n"
-        f"## What it is\n\n{_table(_rows(description, record))}\n"
-        f"## Metrics of its checkpoint\n\n{metrics or 'None were logged at its step.'}\n"
+        f"## What it is\n\n{table(_rows(description, record))}\n"
+        f"## Metrics of its checkpoint\n\n{metrics_table(record)}\n"
     )
 
 
@@ -102,18 +94,8 @@ def _use(task: str, uri: str) -> str:
     return f"```\n{command}\n```\n\n```python\n{call}\n```\n\n"
 
 
-def _table(rows: Mapping[str, Any]) -> str:
-    plain = {name: " ".join(str(value).replace("|", " ").split()) for name, value in rows.items()}
-    lines = [f"| {name} | {value} |\n" for name, value in plain.items() if value]
-    return "".join(["| | |\n|---|---|\n", *lines]) if lines else ""
-
-
 def _schedule(description: Mapping[str, Any]) -> str:
     text = json.dumps(description["schedule"], sort_keys=True)
     if len(text) > MAX_SCHEDULE_CHARS:  # a table of betas
         return ""
     return f"\n## Scheduler config of the base\n\n```json\n{text}\n```\n"
-
-
-def _config(record: TrainingRecord) -> str:
-    return f"\n## Config of the training\n\n```yaml\n{record.config_yaml}```\n" if record.config_yaml else ""

@@ -1,0 +1,1 @@
+"""Trained matchers as versions of a registered model."""

@@ -1,0 +1,137 @@
+"""The matcher's gate: floors must be beaten, the champion not be worse, and chance decides nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2f_core.correspondence.evaluate import job
+from d2f_core.correspondence.evaluate.config import (
+    EvaluateMatchesConfig,
+    EvaluateMatchesError,
+    MatcherChoice,
+    MatcherGateConfig,
+    ViewPairsConfig,
+)
+from d2f_core.correspondence.evaluate.gate import judge, pinned
+from d2f_core.correspondence.evaluate.measure import Measured, floors, measure
+from d2f_core.evaluation.gate import Verdict
+from d2f_core.evaluation.pins import PinError
+from d2f_core.tracking import get_alias, start_run
+from pipelines import register_matcher
+from tests.correspondence.evaluate.test_measure import PAIR
+from tests.correspondence.made_views import local_views
+from tests.correspondence.test_publish import CONFIG, EXPERIMENT, upload
+
+PAIRS = [replace(PAIR, pair_id=f"pair {number}") for number in range(120)]
+NAME = "gate-tests"
+
+
+def right(share: float, seed: int) -> Measured:
+    """A matcher that finds so large a share of the points, drawn anew for each; the others lie far off."""
+    draw = np.random.default_rng(seed)
+
+    def predict(pair, points):
+        truth = torch.from_numpy(pair.target.keypoints[np.flatnonzero(pair.visible)]).double()
+        hit = torch.from_numpy(draw.random(len(points)) < share)
+        return torch.where(hit[:, None], truth, truth + 50), torch.ones(len(points))
+
+    return measure(predict, PAIRS)
+
+
+def verdict(candidate: Measured, champion: Measured | None = None, **fields) -> Verdict:
+    config = MatcherGateConfig(candidate="a", **fields)
+    others = {"champion": champion} if champion else {}
+    return judge(config, candidate, others, {"copy": right(0.3, 99)}, replicates=200, seed=0)
+
+
+def test_a_floor_must_be_beaten_with_confidence() -> None:
+    assert verdict(right(0.5, 1)).passed
+    same = verdict(right(0.3, 99))
+    assert not same.passed and "is above 0." in same.reason and "(copy 0." in same.reason
+    close = verdict(right(0.36, 4))
+    (rule,) = close.rules
+    assert rule.candidate is not None and rule.reference is not None and rule.interval is not None
+    assert rule.candidate > rule.reference and rule.interval[0] < 0 and not close.passed, "better by chance"
+    assert verdict(right(0.36, 4), confident=False).passed
+
+
+def test_the_champion_may_be_equalled_within_the_tolerance() -> None:
+    champion = right(0.5, 3)
+    assert verdict(champion, champion).passed, "the same on every pair"
+    assert verdict(right(0.8, 4), champion).passed and not verdict(right(0.42, 5), champion).passed
+    worse = right(0.47, 6)
+    assert not verdict(worse, champion).passed and verdict(worse, champion, tolerance=0.3).passed
+    assert verdict(champion, champion).against == "champion" and verdict(champion).against is None
+
+
+def test_of_equal_matchers_few_pass() -> None:
+    """One in forty is what the interval promises."""
+    passed = sum(verdict(right(0.5, 10 + n), right(0.5, 1000 + n)).passed for n in range(100))
+    assert passed <= 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"candidate": "c"}, "gate.candidate names 'c', which is none of the matchers"),
+        ({"candidate": "a", "must_beat": ("b", "d")}, "gate.must_beat names 'd'"),
+        ({"candidate": "a", "must_beat": ("a",)}, "holds the candidate 'a' itself"),
+        ({"tolerance": 1.0}, "gate.tolerance=1.0 must lie"),
+        ({"alpha": 0.0}, "gate.alpha=0.0 must lie"),
+        ({"champion_alias": ""}, "champion_alias is empty"),
+    ],
+)
+def test_gates_that_judge_nothing_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(EvaluateMatchesError, match=message):
+        made("out", "a", uri="x", gate=MatcherGateConfig(**fields))
+    with pytest.raises(EvaluateMatchesError, match="a matcher is called 'champion'"):
+        pinned(made("out", "champion", uri="x", gate=MatcherGateConfig(candidate="champion")))
+
+
+def made(output: str, name: str, *, uri: str, views: str = "views", gate: MatcherGateConfig) -> EvaluateMatchesConfig:
+    return EvaluateMatchesConfig(
+        matchers=(MatcherChoice(name="b", uri="y", size=28), MatcherChoice(name=name, uri=uri)),
+        views=ViewPairsConfig(views=views, per_range=4), output=output, replicates=50, shown=1, gate=gate,
+        experiment="",
+    )  # fmt: skip
+
+
+def register(directory: Path, number: int, seed: int) -> str:
+    run = f"s3://d2f/tests/{NAME}-{number}"
+    upload(directory / "base", f"{run}/model", seed=seed, size=84)
+    start_run(experiment=EXPERIMENT, run_key=run, name="run", config_yaml="", params={}, tags={})
+    return register_matcher.main(replace(CONFIG, run=run, name=NAME)).version
+
+
+def test_a_first_candidate_is_promoted_and_the_next_is_compared_with_it(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views, gate = local_views(tmp_path / "views"), MatcherGateConfig(candidate="a")
+    asked: Callable[..., EvaluateMatchesConfig] = lambda name: made(  # noqa: E731
+        str(tmp_path / name), "a", uri=f"models:/{NAME}@candidate", views=views, gate=gate
+    )
+    assert register(tmp_path, 1, seed=0) == "1"
+    config = replace(asked("all"), matchers=asked("all").matchers[1:])
+    refused = job.evaluate_matches(config)["gate"]
+    assert refused["candidate"] == f"models:/{NAME}/1" and refused["promotion"] is None, (
+        "copying the box is perfect here"
+    )
+    assert "box copy" in refused["verdict"]["reason"] and get_alias(NAME, "champion") is None
+
+    monkeypatch.setattr(job, "floors", lambda seed: dict.fromkeys(("random", "box copy"), floors(seed)["random"]))
+    config = replace(config, output=str(tmp_path / "first"))
+    first = job.evaluate_matches(config)
+    assert first["gate"]["promotion"] == f"models:/{NAME}/1 becomes @champion" and get_alias(NAME, "champion") == "1"
+    page = (tmp_path / "first/report.html").read_text()
+    assert ">passed</span>" in page and f"models:/{NAME}/1 becomes @champion" in page
+
+    assert register(tmp_path, 2, seed=1) == "2"
+    second = job.evaluate_matches(replace(config, output=str(tmp_path / "second")))
+    assert [row["name"] for row in second["rows"] if row["decoding"] == "exact"] == ["champion", "a"]
+    assert second["gate"]["champion"] == f"models:/{NAME}/1"
+    with pytest.raises(PinError, match="evaluates the candidate"):
+        job.evaluate_matches(config)
