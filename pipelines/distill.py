@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
+from d2f_core.correspondence.estimate.config import EstimateDistillConfig
 from d2f_core.correspondence.evaluate.config import ViewPairsConfig
 from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.cli import run_job
 from pipelines.distill_config import DistillConfig
+from pipelines.embed_images import EMBED_IMAGES
 
 if TYPE_CHECKING:
     from pipelines.distill_job import CheckedDistill
@@ -61,6 +63,21 @@ DISTILL = {
         features="s3://BUCKET/features", output="s3://BUCKET/runs/distilldift", normalisation="none", train=PAPER,
         name="distilldift",
     ),
+}  # fmt: skip
+
+ARCHITECTURES = {"sdxl_turbo": "sdxl", "dino": "dinov2-b"}
+"""What the teachers of real weights are built like."""
+ESTIMATE_DISTILL = {
+    "distilldift": EstimateDistillConfig(
+        matcher=replace(
+            DISTILL["distilldift"].matcher,
+            student=replace(DISTILL["distilldift"].matcher.student, base=ARCHITECTURES["dino"]),
+        ),
+        teachers=tuple(
+            replace(each, uri=ARCHITECTURES[each.name]) for each in EMBED_IMAGES["distilldift"].teachers
+        ),
+        size=EMBED_IMAGES["distilldift"].size, train=PAPER,
+    )
 }  # fmt: skip
 
 

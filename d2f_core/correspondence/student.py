@@ -29,8 +29,15 @@ def load_network(config: StudentConfig, device: str | torch.device = "cpu") -> n
         StudentError: it has no blocks of its own, fewer than are asked for, or no patches.
         VisionModelError: see `d2f_core.model.vision.VisionModel`.
     """
-    model = VisionModel(config.base, device)
-    network = cast(nn.Module, model.network)
+    return cut(cast(nn.Module, VisionModel(config.base, device).network), config)
+
+
+def cut(network: nn.Module, config: StudentConfig) -> nn.Module:
+    """A whole vision transformer without the blocks that are not computed; it is changed in place.
+
+    Raises:
+        StudentError: as `load_network`.
+    """
     patch_size(network, config.base)
     blocks = _blocks(network, config.base)
     layers = config.layers or len(blocks)

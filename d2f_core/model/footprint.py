@@ -107,13 +107,15 @@ def count_pass(
     network = copy.deepcopy(network)
     unet = next(module for module in network.modules() if isinstance(module, UNet2DConditionModel))
     with FakeTensorMode():
-        _materialize(network, dtype)
+        materialize(network, dtype)
         if checkpointing:
             unet.enable_gradient_checkpointing()
         return measure_pass(network.train(), unet_inputs(unet, batch, side), dtype)
 
 
-def _materialize(network: nn.Module, dtype: torch.dtype) -> None:
+def materialize(network: nn.Module, dtype: torch.dtype) -> None:
+    """Give a network on "meta" empty weights of a type, inside a FakeTensorMode."""
+
     def empty(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
 
@@ -137,16 +139,24 @@ def unet_inputs(unet: UNet2DConditionModel, batch: int, side: int) -> dict[str, 
 
 
 def measure_pass(network: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype) -> PassCount:
-    """Count one pass while it runs, on real or fake tensors. Gradients are dropped when they are finished."""
+    """Count one pass of a denoiser while it runs, on real or fake tensors."""
+    denoiser, rest = as_denoiser(network, dtype), dict(inputs)
+    x_dm, timestep = rest.pop("x_dm"), rest.pop("timestep")
+    return measure(network, lambda: denoiser(x_dm, timestep, **rest).float())
+
+
+def measure(network: nn.Module, forward: Callable[[], Tensor]) -> PassCount:
+    """Count a forward pass of a network, given as a function, and the backward pass from its output.
+
+    Gradients are dropped when they are finished.
+    """
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
         for parameter in network.parameters()
         if parameter.requires_grad
     ]
-    denoiser, rest = as_denoiser(network, dtype), dict(inputs)
-    x_dm, timestep = rest.pop("x_dm"), rest.pop("timestep")
     with _little_garbage(), PeakMemory() as memory, _flop_counter() as flops:
-        prediction = denoiser(x_dm, timestep, **rest).float()
+        prediction = forward()
         held, forward = memory.live, flops.get_total_flops()
         # Activation checkpointing leaves reference cycles; when Python collects them is random, and must not count.
         memory.collects = True
@@ -171,28 +181,29 @@ def _little_garbage() -> Iterator[None]:
 
 def text_flops(encoders: Sequence[nn.Module]) -> int:
     """FLOPs of one caption through all text encoders."""
-    return sum(_forward_flops(one, lambda net: net(torch.zeros(1, TOKENS, dtype=torch.long))) for one in encoders)
+    return sum(forward_flops(one, lambda net: net(torch.zeros(1, TOKENS, dtype=torch.long))) for one in encoders)
 
 
 def encode_flops(vae: AutoencoderKL, resolution: int) -> int:
     """FLOPs of encoding one image to latents."""
-    return _forward_flops(vae, lambda net: net.encode(torch.zeros(1, 3, resolution, resolution)))
+    return forward_flops(vae, lambda net: net.encode(torch.zeros(1, 3, resolution, resolution)))
 
 
 def decode_bytes(vae: AutoencoderKL, side: int) -> int:
     """Peak bytes of decoding one image from latents of `side` by `side`, in fp32 and without the weights."""
     vae = copy.deepcopy(vae)
     with FakeTensorMode(), torch.no_grad():
-        _materialize(vae, torch.float32)
+        materialize(vae, torch.float32)
         with PeakMemory() as memory:
             vae.decode(cast(Any, torch.zeros(1, int(cast(Any, vae.config).latent_channels), side, side)))
     return memory.peak
 
 
-def _forward_flops(network: nn.Module, run: Callable[[Any], Any]) -> int:
+def forward_flops(network: nn.Module, run: Callable[[Any], Any]) -> int:
+    """FLOPs of what `run` does with the network, on tensors without contents."""
     network = copy.deepcopy(network)
     with FakeTensorMode(), torch.no_grad(), _flop_counter() as flops:
-        _materialize(network, torch.float32)
+        materialize(network, torch.float32)
         run(network)
     return flops.get_total_flops()
 

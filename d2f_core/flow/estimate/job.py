@@ -4,7 +4,6 @@ cluster.
 Bytes and operations are counted on the architecture; the share of a GPU's peak that is reached is an assumption.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from d2f_core.data.schema import array_field, is_array
-from d2f_core.flow.estimate.config import GPUS, EstimateConfig
+from d2f_core.flow.estimate.config import EstimateConfig
 from d2f_core.flow.latents import depth_latent_schema, latent_schema
 from d2f_core.model import footprint
 from d2f_core.model.architectures import Architecture, read_architecture
@@ -24,7 +23,8 @@ from d2f_core.model.config import ModelConfig
 from d2f_core.model.denoiser import extend_input_channels
 from d2f_core.model.lora import add_lora
 from d2f_core.train.config import TrainConfig
-from d2f_core.train.memory import RUNTIME_BYTES, Memory, host_bytes, memory_per_worker
+from d2f_core.train.memory import RUNTIME_BYTES, host_bytes, memory_per_worker
+from d2f_core.train.memory_table import ByStage, memory_by_stage, memory_table
 from d2f_core.train.precision import DTYPES
 
 TEXT_BYTES = 400
@@ -36,8 +36,7 @@ class Estimate:
     total: int
     """Parameters of the network."""
     trained: int
-    memory: dict[int, Memory | str]
-    """Memory by ZeRO stage, or the reason why the stage is refused."""
+    memory: ByStage
     train_hours: float
     encode_hours: float
     """Hours in which all workers together encode the images."""
@@ -81,13 +80,13 @@ def estimate(config: EstimateConfig) -> Estimate:
     trained, frozen = footprint.sizes(network, trained=True), footprint.sizes(network, trained=False)
     others = RUNTIME_BYTES * train.use_gpu + _text_bytes(architecture, encoders, config)
     drawn = max(counted.peak_bytes, footprint.decode_bytes(vae, side))
-    samples, rate = train.num_steps * train.global_batch_size, _flops_per_hour(config)
+    samples, rate = train.num_steps * train.global_batch_size, config.flops_per_hour(train.num_workers)
     per_sample = counted.flops / train.micro_batch_size
     row_bytes = _row_bytes(config, (int(vae.config["latent_channels"]), side, side))
     return Estimate(
         total=sum(trained) + sum(frozen),
         trained=sum(trained),
-        memory=_by_stage(
+        memory=memory_by_stage(
             train,
             trained,
             frozen,
@@ -118,23 +117,6 @@ def worker_bytes(base: Path, model: ModelConfig, train: TrainConfig) -> int:
     return host_bytes(memory, use_gpu=train.use_gpu) + text
 
 
-def _flops_per_hour(config: EstimateConfig) -> float:
-    peak = config.tflops or GPUS[config.gpu].tflops
-    return 3600 * config.train.num_workers * peak * 1e12 * config.utilization
-
-
-def _by_stage(train: TrainConfig, trained: list[int], frozen: list[int], **more: int) -> dict[int, Memory | str]:
-    found: dict[int, Memory | str] = {}
-    for stage in (0, 1, 2, 3):
-        try:
-            config = dataclasses.replace(train, zero_stage=stage)
-        except ValueError as refused:
-            found[stage] = str(refused)
-            continue
-        found[stage] = memory_per_worker(config, trained, frozen, **more)
-    return found
-
-
 def _evaluation_bytes(train: TrainConfig, vae: nn.Module, passes: int) -> int:
     """Bytes of an evaluation between steps: the autoencoder in fp32, and its passes.
 
@@ -163,39 +145,23 @@ def _row_bytes(config: EstimateConfig, latent: tuple[int, int, int]) -> int:
 
 def report(config: EstimateConfig, found: Estimate) -> str:
     """The estimate as Markdown; 1 GB is 1e9 bytes."""
-    train, gpu = config.train, GPUS[config.gpu]
+    train = config.train
     on = "on" if train.activation_checkpointing else "off"
-    lines = [
+    title = (
         f"{config.architecture}: {found.trained / 1e6:.1f} M of {found.total / 1e6:.1f} M parameters are trained; "
         f"{train.precision}, {config.resolution} px, micro-batch {train.micro_batch_size}, {train.num_workers} "
-        f"workers, offload {train.offload}, activation checkpointing {on}",
-        "",
-        f"| ZeRO | weights | copies, moments | averages | gradients, bucket | activations | text, CUDA | peak GB | "
-        f"{config.gpu} | host GB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for stage, memory in found.memory.items():
-        name = f"**{stage}**" if stage == train.zero_stage else str(stage)
-        if isinstance(memory, str):
-            lines.append(f"| {name} | refused: {memory} | | | | | | | | |")
-            continue
-        parts = (
-            memory.weights, memory.master + memory.moments, memory.averages, memory.gradients + memory.bucket,
-            memory.activations, memory.others, memory.peak,
-        )  # fmt: skip
-        fits = "fits" if memory.peak <= 0.95 * gpu.memory else "too large"
-        cells = " | ".join(f"{part / 1e9:.1f}" for part in parts)
-        lines.append(f"| {name} | {cells} | {fits} | {memory.host / 1e9:.1f} |")
-    peak = config.tflops or gpu.tflops
-    return "\n".join([*lines, "", *_times(config, found, peak)])
+        f"workers, offload {train.offload}, activation checkpointing {on}"
+    )
+    table = memory_table(found.memory, chosen=train.zero_stage, gpu=config.gpu)
+    return "\n".join([title, "", *table, "", *_times(config, found)])
 
 
-def _times(config: EstimateConfig, found: Estimate, peak: float) -> list[str]:
+def _times(config: EstimateConfig, found: Estimate) -> list[str]:
     train = config.train
     kept = train.keep_checkpoints + train.keep_best
     return [
-        f"Reckoned with {config.utilization:.0%} of {peak:g} TFLOP/s per GPU (assumed) and nothing lost to exchange or "
-        "reading:",
+        f"Reckoned with {config.utilization:.0%} of {config.peak:g} TFLOP/s per GPU (assumed) and nothing lost to "
+        "exchange or reading:",
         f"- {found.flops_per_sample / 1e12:.2f} TFLOP per sample; {train.num_steps} steps of "
         f"{train.global_batch_size}: {found.train_hours:.1f} h. Encoding {config.rows} images before: "
         f"{found.encode_hours:.1f} h.",

@@ -1,0 +1,1 @@
+"""What a distillation needs, before anything is started."""
