@@ -2,8 +2,9 @@ r"""Compare matchers on pairs of images with keypoints.
 
     python -m pipelines.evaluate_matches distill-demo
     python -m pipelines.evaluate_matches spair --pairs.uri /data/SPair-71k --output s3://BUCKET/evaluations/spair
+    python -m pipelines.evaluate_matches views --uris s3://d2f/runs/a/model s3://d2f/runs/b/model --output s3://d2f/ab
 
-Writes points.parquet, scores.json and report.html, and a run in MLflow.
+Writes points.parquet, scores.json and report.html, and a run in MLflow. The same command resumes a killed job.
 """
 
 from d2f_core.correspondence.evaluate.config import EvaluateMatchesConfig, MatcherChoice, ViewPairsConfig
@@ -34,33 +35,38 @@ EVALUATE_MATCHES = {
             MatcherChoice(name="student", uri="s3://BUCKET/runs/distilldift/model"),
         ),
         pairs=PairSource(uri="/data/SPair-71k", splits=("test",)),
-        output="s3://BUCKET/evaluations/spair", gpus_per_actor=1, num_actors=2,
+        output="s3://BUCKET/evaluations/spair", gpus_per_actor=1, num_actors=2, batch_size=16,
+    ),
+    "views": EvaluateMatchesConfig(
+        uris=(f"{RUNS}/distill-demo/model", f"{RUNS}/refine-demo/model"), size=224,
+        views=ViewPairsConfig(views="s3://d2f/datasets/views", split="test", per_range=40),
+        output="s3://d2f/evaluations/views", num_actors=2,
     ),
 }  # fmt: skip
 
 
 def check(config: EvaluateMatchesConfig) -> None:
     from d2f_core.correspondence.evaluate.gate import pinned
+    from d2f_core.correspondence.evaluate.job import check_matches
     from d2f_core.storage import check_reachable
 
-    pinned(config)
-    check_reachable(config.views.views or config.pairs.uri)
-    for matcher in config.matchers:
-        if matcher.uri:
-            check_reachable(matcher.uri)
-        for teacher in matcher.teachers:
-            if teacher.uri:
-                check_reachable(teacher.uri)
+    for uri in (config.views.views or config.pairs.uri, *reads(config).values()):
+        check_reachable(uri)
     check_reachable(config.output, write=True)
+    check_matches(pinned(config)[0])
+
+
+def reads(config: EvaluateMatchesConfig) -> dict[str, str]:
+    """The URIs of matchers and teachers, by what they are called in messages."""
+    found = {f"matchers.{matcher.name}.uri": matcher.uri for matcher in config.compared if matcher.uri}
+    return found | {f"{each.name}.uri": each.uri for choice in config.compared for each in choice.teachers if each.uri}
 
 
 def main(config: EvaluateMatchesConfig) -> None:
     from d2f_core.correspondence.evaluate.job import evaluate_matches
 
     check(config)
-    reads = {f"matchers.{matcher.name}.uri": matcher.uri for matcher in config.matchers if matcher.uri}
-    reads |= {f"{each.name}.uri": each.uri for matcher in config.matchers for each in matcher.teachers if each.uri}
-    connect(reads={"pairs": config.views.views or config.pairs.uri, **reads}, writes={"output": config.output})
+    connect(reads={"pairs": config.views.views or config.pairs.uri, **reads(config)}, writes={"output": config.output})
     evaluate_matches(config)
 
 

@@ -48,6 +48,16 @@ def mutual(cosines: Tensor) -> Tensor:
     return back == torch.arange(cosines.shape[-2], device=cosines.device)
 
 
+def mutual_distance(cosines: Tensor) -> Tensor:
+    """Mean distance [rows] of unit features that are each other's most similar ones: `|a - b|^2 = 2 - 2 cos(a, b)`.
+
+    Source: what pose alignment compares, Zhang et al., 2024, arXiv:2311.17034.
+    """
+    near = mutual(cosines)
+    distance = (2 - 2 * cosines.amax(dim=-1)).clamp(min=0).sqrt()
+    return (distance * near).sum(dim=-1) / near.sum(dim=-1)
+
+
 def to_grid(points: Tensor, grid: Grid, size: Size) -> Tensor:
     """Positions in pixels [..., 2] -> positions on the grid: `x / W * width - 1/2`, and the same in y."""
     return points * points.new_tensor([grid[1] / size[0], grid[0] / size[1]]) - 0.5

@@ -14,6 +14,7 @@ from d2f_core.correspondence.matching import (
     match_distribution,
     match_points,
     mutual,
+    mutual_distance,
     nearest,
     sample,
     similarity,
@@ -53,6 +54,15 @@ def test_nearest_and_mutual_neighbours() -> None:
     cosines = torch.tensor([[[0.9, 0.1, 0.2], [0.8, 0.3, 0.1]]])
     assert nearest(cosines).tolist() == [[0, 0]]
     assert mutual(cosines).tolist() == [[True, False]], "the first target token is more like the first source token"
+
+
+def test_the_distance_of_mutual_neighbours_is_the_mean_of_theirs() -> None:
+    """Two pairs are mutual, with cosines 1 and 1/2: distances 0 and 1; the third token's nearest prefers another."""
+    cosines = torch.tensor([[[1.0, 0.2, 0.0], [0.3, 0.5, 0.1], [0.9, 0.1, 0.2]]])
+    assert mutual(cosines).tolist() == [[True, True, False]]
+    assert_close(mutual_distance(cosines), torch.tensor([0.5]))
+    source, target = torch.eye(3)[None], torch.eye(3)[None, [2, 0, 1]] * 5
+    assert_close(mutual_distance(similarity(source, target)), torch.zeros(1))
 
 
 def test_the_first_pixel_and_the_first_token_have_their_centres_where_they_should() -> None:

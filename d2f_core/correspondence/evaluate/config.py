@@ -1,12 +1,21 @@
 """Which matchers are compared on which pairs. Imports neither torch nor a model."""
 
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.correspondence.embed.config import TeacherConfig
 from d2f_core.data.sources.config import PairSource
+from d2f_core.identity import since
+
+FLOORS = ("random", "same pixel", "box copy", "HOG")
+"""What every matcher is compared with."""
+MODEL = "model"
+"""What a training calls the directory of its matcher."""
+LONGEST_NAME = 60
 
 
 class EvaluateMatchesError(ValueError):
@@ -47,7 +56,7 @@ class MatcherChoice:
     """Of the teachers; empty: equal."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w .+-]{1,60}", self.name):
+        if not re.fullmatch(rf"[\w .+-]{{1,{LONGEST_NAME}}}", self.name):
             raise EvaluateMatchesError(f"name={self.name!r} of a matcher must be letters, digits, spaces and . + - _.")
         if bool(self.uri) == bool(self.teachers):
             raise EvaluateMatchesError(f"matcher {self.name!r} needs either a uri or teachers.")
@@ -103,12 +112,24 @@ class MatchesWork:
     """The matchers, the pairs, and what is made of them."""
 
     matchers: tuple[MatcherChoice, ...] = ()
+    uris: tuple[str, ...] = since((), before=())
+    """Trained matchers to compare beside `matchers`; each is named by the part of its URI that tells it apart."""
+    size: int = since(0, before=0)
+    """Height and width in pixels of what the matchers of `uris` are given; 0: each one's own."""
     pairs: PairSource = field(default_factory=PairSource)
     """Pairs of images with keypoints: SPair-71k or one's own."""
     views: ViewPairsConfig = field(default_factory=ViewPairsConfig)
     """In place of `pairs`."""
     output: str = ""
-    """Where points.parquet, scores.json and report.html are written."""
+    """Where points.parquet, scores.json and report.html are written. Repeating the command goes on with what is
+    missing; another comparison is refused there."""
+    pose_align: bool = since(False, before=False)
+    """Whether each matcher is also asked with its source mirrored where that is nearer to the target. This uses labels:
+    which keypoints a mirror swaps."""
+    batch_size: int = since(1, before=1)
+    """Images per forward pass. On a GPU 16; on CPUs more than 1 gain nothing, and slow a convolutional network down."""
+    chunk_size: int = since(256, before=256)
+    """Most pairs per unit of work, the most that is lost when an actor is killed."""
     alphas: tuple[float, ...] = (0.1, 0.05, 0.01)
     replicates: int = 1000
     """Resampled sets of pairs for the 95 % intervals."""
@@ -127,10 +148,13 @@ class EvaluateMatchesConfig(AwaitedPoolConfig, MatchesWork):
     num_actors: int = 1
 
     def __post_init__(self) -> None:
-        self.check_counts("replicates", "shown", error=EvaluateMatchesError)
-        names = [matcher.name for matcher in self.matchers]
-        if not names or len(set(names)) < len(names):
-            raise EvaluateMatchesError(f"matchers are called {names}. Give at least one, each with a name of its own.")
+        self.check_counts("replicates", "shown", "batch_size", "chunk_size", error=EvaluateMatchesError)
+        names = [matcher.name for matcher in self.compared]
+        if not names or len({*names, *FLOORS}) < len(names) + len(FLOORS):
+            raise EvaluateMatchesError(
+                f"matchers are called {names}. Give at least one, each with a name of its own, and none of "
+                f"{', '.join(FLOORS)}."
+            )
         self._check_gate(names)
         if bool(self.pairs.uri) == bool(self.views.views):
             raise EvaluateMatchesError("give either pairs.uri or views.views: pairs of images, or a table of views.")
@@ -138,6 +162,15 @@ class EvaluateMatchesConfig(AwaitedPoolConfig, MatchesWork):
             raise EvaluateMatchesError("output is empty. Give --output URI.")
         if not self.alphas or not all(0 < alpha <= 1 for alpha in self.alphas):
             raise EvaluateMatchesError(f"alphas={self.alphas} must lie above 0 and at most at 1. Use 0.1 0.05 0.01.")
+
+    @property
+    def compared(self) -> tuple[MatcherChoice, ...]:
+        """`matchers`, then those of `uris`."""
+        names = names_of(self.uris)
+        return (
+            *self.matchers,
+            *(MatcherChoice(name=name, uri=uri, size=self.size) for name, uri in zip(names, self.uris, strict=True)),
+        )
 
     def _check_gate(self, names: list[str]) -> None:
         gate = self.gate
@@ -149,5 +182,26 @@ class EvaluateMatchesConfig(AwaitedPoolConfig, MatchesWork):
                 raise EvaluateMatchesError(f"{field_name} names {unknown[0]!r}, which is none of the matchers {names}.")
         if gate.candidate in gate.must_beat:
             raise EvaluateMatchesError(f"gate.must_beat holds the candidate {gate.candidate!r} itself. Leave it out.")
-        if not next(each for each in self.matchers if each.name == gate.candidate).uri:
+        if not next(each for each in self.compared if each.name == gate.candidate).uri:
             raise EvaluateMatchesError(f"gate.candidate={gate.candidate!r} has no uri: teachers cannot be promoted.")
+
+
+def names_of(uris: Sequence[str]) -> list[str]:
+    """A name for each URI: the parts of its path that tell it from the others, such as `seed-1 refined` of
+    `s3://runs/seed-1/refined/model`; of a single one the last part.
+
+    Raises:
+        EvaluateMatchesError: one is empty, or given twice.
+    """
+    parts = [re.split("/+", re.sub(f"/{MODEL}/*$", "", uri).rstrip("/")) for uri in uris]
+    if not all(part[-1] for part in parts) or len(set(map(tuple, parts))) < len(parts):
+        raise EvaluateMatchesError(f"uris={list(uris)} must each name another directory. Leave out what is twice.")
+    first, last = _alike(parts), _alike([each[::-1] for each in parts]) if len(parts) > 1 else 0
+    chosen = [each[min(max(first, 1), len(each) - 1) :][: max(1, len(each) - first - last)] for each in parts]
+    return [" ".join(re.sub(r"[^\w.+-]", "-", part) for part in each)[-LONGEST_NAME:] for each in chosen]
+
+
+def _alike(lists: Sequence[Sequence[str]]) -> int:
+    """In how many entries the lists begin alike."""
+    columns = zip(*lists, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

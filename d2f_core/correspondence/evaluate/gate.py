@@ -37,18 +37,22 @@ def pinned(config: EvaluateMatchesConfig) -> tuple[EvaluateMatchesConfig, Pins |
     gate = config.gate
     if not gate.candidate:
         return config, None
-    if CHAMPION in [each.name for each in config.matchers]:
+    compared = config.compared
+    if CHAMPION in [each.name for each in compared]:
         raise EvaluateMatchesError(f"a matcher is called {CHAMPION!r}, as the gate calls its own. Rename it.")
-    judged = next(each for each in config.matchers if each.name == gate.candidate)
+    judged = next(each for each in compared if each.name == gate.candidate)
     pins = pin_models(
         config.output, candidate=judged.uri, champion=gate.champion, champion_alias=gate.champion_alias, base=""
     )
-    matchers = [replace(each, uri=pins.candidate) if each is judged else each for each in config.matchers]
-    if pins.champion and pins.champion != pins.candidate:
-        matchers.insert(
-            matchers.index(replace(judged, uri=pins.candidate)), MatcherChoice(name=CHAMPION, uri=pins.champion)
-        )
-    return replace(config, matchers=tuple(matchers)), pins
+    matchers = []
+    for each in compared:
+        if each is not judged:
+            matchers.append(each)
+            continue
+        if pins.champion not in ("", pins.candidate):
+            matchers.append(MatcherChoice(name=CHAMPION, uri=pins.champion, size=judged.size))
+        matchers.append(replace(judged, uri=pins.candidate))
+    return replace(config, matchers=tuple(matchers), uris=()), pins
 
 
 def judge(

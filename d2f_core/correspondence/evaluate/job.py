@@ -3,8 +3,6 @@
 import io
 import json
 import logging
-import pickle
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,29 +10,34 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+import ray
 
 from d2f_core import storage
 from d2f_core.batch.actor_pool import map_items
 from d2f_core.correspondence import pck
+from d2f_core.correspondence.artifact import describe_matcher
+from d2f_core.correspondence.evaluate.actor import MatchScorer, groups
+from d2f_core.correspondence.evaluate.answers import ALIGNED, EXACT, FLOOR, claim_output, missing, read_answers
+from d2f_core.correspondence.evaluate.chunks import cut
 from d2f_core.correspondence.evaluate.config import CHAMPION, EvaluateMatchesConfig, EvaluateMatchesError
+from d2f_core.correspondence.evaluate.floors import floors
 from d2f_core.correspondence.evaluate.gate import judge, pinned
-from d2f_core.correspondence.evaluate.matchers import build_matcher
-from d2f_core.correspondence.evaluate.measure import Measured, both, floors, measure, predict_by
+from d2f_core.correspondence.evaluate.hog import NAME as HOG
+from d2f_core.correspondence.evaluate.matchers import describe_choice
+from d2f_core.correspondence.evaluate.measure import Measured, both, measure
 from d2f_core.correspondence.evaluate.pictures import Line, draw_pair
+from d2f_core.correspondence.evaluate.pose_align import LABELS
 from d2f_core.correspondence.evaluate.report import Shown, render_report
 from d2f_core.correspondence.evaluate.scores import point_table, scores
 from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_views
-from d2f_core.correspondence.matching import PUBLISHED
 from d2f_core.data.sources.pair_sample import PairSample
 from d2f_core.data.sources.pairs import read_pairs
-from d2f_core.device import reserved_device
 from d2f_core.evaluation.pins import Pins, keep_pins, promote_candidate, registered_name
 from d2f_core.evaluation.record import log_evaluation, write_files
+from d2f_core.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-EXACT, AS_PUBLISHED, FLOOR = "exact", "published", "floor"
 POINTS, SCORES, REPORT = "points.parquet", "scores.json", "report.html"
 
 
@@ -61,44 +64,34 @@ def load_pairs(config: EvaluateMatchesConfig) -> tuple[list[PairSample], int]:
     return used, bad
 
 
-class MatchScorer:
-    """Ray Data actor: the number of a matcher -> its points on all pairs, exactly decoded and as published."""
+def check_matches(config: EvaluateMatchesConfig) -> dict[str, dict[str, Any]]:
+    """What determines the answers of each matcher, by its name; no weights are loaded.
 
-    def __init__(self, config: EvaluateMatchesConfig) -> None:
-        torch.set_num_threads(config.cpus_per_actor)
-        self._config, self._device = config, reserved_device()
-        self._pairs = load_pairs(config)[0]
-
-    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        number = int(batch["number"][0])
-        matcher = build_matcher(self._config.matchers[number], self._device)
-        kept: Any = OrderedDict()
-        found = {}
-        for name, decoding in ((EXACT, matcher.decoding), (AS_PUBLISHED, PUBLISHED)):
-            found[name] = measure(predict_by(replace(matcher, decoding=decoding), kept), self._pairs)
-        return {"number": [number], "measured": [pickle.dumps(found)]}
+    Raises:
+        ValueError: one cannot be what is asked for.
+    """
+    for uri in config.uris:
+        describe_matcher(uri)
+    return {choice.name: describe_choice(choice) for choice in config.compared}
 
 
 def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
     """Measure all matchers, and write points, scores and the report; returns the scores. Needs a running Ray.
 
+    Answers that are at the output already are kept.
+
     Raises:
-        ValueError: no pair can be used, a matcher is refused, or the cluster is too small.
+        ValueError: no pair can be used, a matcher is refused, the output holds another comparison, or the cluster is
+            too small.
     """
     config, pins = pinned(config)
+    matchers = check_matches(config)
     pairs, bad = load_pairs(config)
+    sizes = {name: getattr(config, name) for name in ("batch_size", "chunk_size", "pose_align")}
+    claim_output(config.output, matchers, pairs, **sizes)
     if pins:
         keep_pins(config.output, pins)
-    measured: dict[tuple[str, str], Measured] = {}
-    for name, guess in floors(config.seed).items():
-        measured[name, FLOOR] = measure(guess, pairs)
-    items = [{"number": number} for number in range(len(config.matchers))]
-    rows = map_items(items, MatchScorer, (config,), config, node_wait_seconds=config.node_wait_seconds)
-    results = {int(row["number"]): pickle.loads(row["measured"]) for row in rows}  # pickled by this job's actors
-    for number, matcher in enumerate(config.matchers):
-        for decoding in (EXACT, AS_PUBLISHED):
-            measured[matcher.name, decoding] = results[number][decoding]
-        logger.info("%s: measured on %d pairs", matcher.name, len(pairs))
+    measured = measure_all(config, pairs)
     table = [
         {
             "name": name,
@@ -107,7 +100,10 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         }
         for (name, decoding), each in measured.items()
     ]
-    result = {"alphas": list(config.alphas), "pairs": len(pairs), "left_out": bad, "rows": table}
+    result: dict[str, Any] = {
+        "alphas": list(config.alphas), "pairs": len(pairs), "left_out": bad,
+        "labels": {ALIGNED: LABELS} if config.pose_align else {}, "rows": table,
+    }  # fmt: skip
     if pins:
         result["gate"] = gate(config, pins, measured)
     write(config, result, pairs, measured)
@@ -140,6 +136,25 @@ def gate(config: EvaluateMatchesConfig, pins: Pins, measured: Mapping[tuple[str,
     }
 
 
+def measure_all(config: EvaluateMatchesConfig, pairs: Sequence[PairSample]) -> dict[tuple[str, str], Measured]:
+    """The answers of floors, then of matchers, by name and decoding."""
+    measured = {(name, FLOOR): measure(guess, pairs) for name, guess in floors(config.seed).items()}
+    chunks = cut(pairs, chunk_size=config.chunk_size, batch_size=config.batch_size)
+    size = len(groups(config.compared)), len(chunks)
+    items = [{"group": group, "chunk": chunk} for group, chunk in missing(config.output, *size)]
+    progress = Progress("match", size[0] * size[1], "chunks", done=size[0] * size[1] - len(items))
+    if items:
+        needed = {item["chunk"] for item in items}
+        placed = [ray.put(chunk) if number in needed else None for number, chunk in enumerate(chunks)]
+        arguments = (config, placed)
+        for _ in map_items(items, MatchScorer, arguments, config, node_wait_seconds=config.node_wait_seconds):
+            progress.advance(1)
+    answers = read_answers(config.output, *size, pairs)
+    names = [choice.name for choice in config.compared]
+    measured[HOG, FLOOR] = answers.pop((len(names), FLOOR))
+    return measured | {(names[number], decoding): each for (number, decoding), each in answers.items()}
+
+
 def write(
     config: EvaluateMatchesConfig,
     result: Mapping[str, Any],
@@ -150,7 +165,7 @@ def write(
     points = pa.concat_tables([point_table(name, decoding, each) for (name, decoding), each in measured.items()])
     sink = io.BytesIO()
     pq.write_table(points, sink, compression="zstd")
-    last = config.matchers[-1].name
+    last = config.compared[-1].name
     shown = shown_pairs(pairs, measured[last, EXACT], measured["box copy", FLOOR], config.shown, config.seed)
     page = render_report(result, shown, source=config.views.views or config.pairs.uri, model=last)
     files = {SCORES: json.dumps(result, indent=1).encode(), REPORT: page.encode()}

@@ -5,9 +5,8 @@ No map of features is ever enlarged to an image's own size, so a pair takes litt
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from d2f_core.data.sources.pair_sample import NO_PARTNER, PairImage, PairSample
 
 RULES = ImageRules(resolution=1, min_side=1, max_pixels=MAX_PIXELS_LIMIT)
 """Every image that can be decoded is matched, at any size."""
-KEPT_IMAGES = 256
+KEPT_IMAGES = 128
 """Embedded images that are kept for the pairs that follow."""
 
 Predict = Callable[[PairSample, Tensor], tuple[Tensor, Tensor]]
@@ -46,30 +45,49 @@ class Measured:
     """Names, by the numbers in `matches.category`."""
     viewpoint: Tensor
     """[pairs]: angle between the views in degrees; NaN where it is not known."""
+    flipped: Tensor
+    """bool [pairs]: whose source was mirrored to be matched."""
 
 
-Kept = OrderedDict[str, Embedded]
-"""Embedded images by id, the last used last."""
+class EmbeddedImages:
+    """A matcher's features of images; an image is embedded once as long as it is among the last `KEPT_IMAGES`."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher = matcher
+        self._kept: OrderedDict[tuple[str, bool], Embedded] = OrderedDict()
+
+    def get(self, image: PairImage, batch: Sequence[PairImage] = (), *, flipped: bool = False) -> Embedded:
+        """The features of an image.
+
+        Args:
+            batch: the images that are embedded with it, itself among them; it alone by default.
+            flipped: of its mirror image, left and right exchanged.
+        """
+        key = image.image_id, flipped
+        if key not in self._kept:
+            together = batch or (image,)
+            pixels = [np.ascontiguousarray(read_image(each)[:, :: -1 if flipped else 1]) for each in together]
+            names = [(each.image_id, flipped) for each in together]
+            self._kept |= zip(names, self._matcher.embed(pixels), strict=True)
+        self._kept.move_to_end(key)
+        while len(self._kept) > max(KEPT_IMAGES, len(batch)):
+            self._kept.popitem(last=False)
+        return self._kept[key]
 
 
-def predict_by(matcher: Matcher, kept: Kept | None = None) -> Predict:
-    """Predictions of a matcher, which embeds each image once as long as it is among the last `KEPT_IMAGES`.
+def predict_by(
+    matcher: Matcher, images: EmbeddedImages | None = None, batches: Mapping[str, Sequence[PairImage]] | None = None
+) -> Predict:
+    """Predictions of a matcher.
 
     Args:
-        kept: shared by matchers that differ in their decoding alone.
+        images: shared by matchers that differ in their decoding alone.
+        batches: by an image's id the images that are embedded with it; each alone by default.
     """
-    kept = OrderedDict() if kept is None else kept
-
-    def embedded(image: PairImage) -> Embedded:
-        if image.image_id not in kept:
-            (kept[image.image_id],) = matcher.embed([read_image(image)])
-        kept.move_to_end(image.image_id)
-        if len(kept) > KEPT_IMAGES:
-            kept.popitem(last=False)
-        return kept[image.image_id]
+    known, together = images or EmbeddedImages(matcher), batches or {}
 
     def predict(pair: PairSample, points: Tensor) -> tuple[Tensor, Tensor]:
-        source, target = (embedded(image) for image in both(pair))
+        source, target = (known.get(image, together.get(image.image_id, ())) for image in both(pair))
         return matcher.match(source, target, points)
 
     return predict
@@ -106,68 +124,57 @@ def measure(predict: Predict, pairs: Iterable[PairSample]) -> Measured:
     used = [pair for pair in pairs if pair.visible.any()]
     if not used:
         raise ValueError("No pair has a keypoint that is visible in both images. Check the source of pairs.")
-    names = sorted({pair.category for pair in used})
-    points = [_points(predict, pair) for pair in used]
-    gathered = {name: torch.cat([each[name] for each in points]) for name in points[0]}
-    targets = [both(pair)[1] for pair in used]
+    found = [predict(pair, asked_points(pair)) for pair in used]
+    predicted, confidence = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return gather(used, predicted, confidence)
+
+
+def asked_points(pair: PairSample) -> Tensor:
+    """The visible keypoints of a pair in its source, float32 [points, 2]."""
+    return torch.from_numpy(both(pair)[0].keypoints[pair.visible])
+
+
+def gather(
+    pairs: Sequence[PairSample], predicted: Tensor, confidence: Tensor, flipped: Tensor | None = None
+) -> Measured:
+    """The predictions of all visible keypoints of pairs, one pair after another, beside what is true.
+
+    Args:
+        predicted: [points, 2].
+        confidence: [points].
+        flipped: bool [pairs]; none by default.
+    """
+    names = sorted({pair.category for pair in pairs})
+    number = {name: place for place, name in enumerate(names)}
+    points = [_truth(pair) for pair in pairs]
+    truth, partner, keypoint = (torch.cat(parts) for parts in zip(*points, strict=True))
+    targets = [both(pair)[1] for pair in pairs]
     matches = pck.Matches(
-        predicted=gathered["predicted"],
-        truth=gathered["truth"],
-        pair=torch.arange(len(used)).repeat_interleave(torch.tensor([len(each["truth"]) for each in points])),
+        predicted=predicted.double(),
+        truth=truth,
+        pair=torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(each[0]) for each in points])),
         size=torch.tensor([target.size for target in targets], dtype=torch.float64),
         box=torch.tensor([target.box for target in targets], dtype=torch.float64),
-        category=torch.tensor([names.index(pair.category) for pair in used]),
+        category=torch.tensor([number[pair.category] for pair in pairs]),
     )
     return Measured(
         matches=matches,
-        confidence=gathered["confidence"],
-        partner=gathered["partner"],
-        keypoint=gathered["keypoint"],
-        pair_ids=tuple(str(pair.pair_id) for pair in used),
+        confidence=confidence.float(),
+        partner=partner,
+        keypoint=keypoint,
+        pair_ids=tuple(str(pair.pair_id) for pair in pairs),
         categories=tuple(names),
-        viewpoint=torch.tensor([np.nan if pair.viewpoint is None else pair.viewpoint for pair in used]),
+        viewpoint=torch.tensor([np.nan if pair.viewpoint is None else pair.viewpoint for pair in pairs]),
+        flipped=torch.zeros(len(pairs), dtype=torch.bool) if flipped is None else flipped,
     )
 
 
-def _points(predict: Predict, pair: PairSample) -> dict[str, Tensor]:
-    """The visible points of a pair, [points, ...] each."""
-    source, target = both(pair)
-    seen = np.flatnonzero(pair.visible)
-    found, confidence = predict(pair, torch.from_numpy(source.keypoints[seen]))
+def _truth(pair: PairSample) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a pair's visible points: their true places [points, 2], their flip partners' [points, 2], their numbers."""
+    target, seen = both(pair)[1], np.flatnonzero(pair.visible)
     partners = pair.flip[seen]
     places = np.where((partners != NO_PARTNER)[:, None], target.keypoints[partners], np.nan)
-    return {
-        "predicted": found.double(),
-        "truth": torch.from_numpy(target.keypoints[seen]).double(),
-        "confidence": confidence.float(),
-        "partner": torch.from_numpy(places).double(),
-        "keypoint": torch.from_numpy(seen),
-    }
-
-
-def floors(seed: int = 0) -> dict[str, Predict]:
-    """Predictions without a look at the images, by name: what a matcher must beat."""
-    draw = np.random.default_rng(seed)
-
-    def rows(values: Any, count: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).expand(count, -1)
-
-    def random(pair: PairSample, points: Tensor) -> Tensor:
-        box = rows(both(pair)[1].box, len(points))
-        return pck.random_in_box(box, torch.from_numpy(draw.random((len(points), 2))))
-
-    def same_pixel(pair: PairSample, points: Tensor) -> Tensor:
-        source, target = both(pair)
-        return pck.same_pixel(points.double(), rows(source.size, len(points)), rows(target.size, len(points)))
-
-    def box_copy(pair: PairSample, points: Tensor) -> Tensor:
-        source, target = both(pair)
-        return pck.box_copy(points.double(), rows(source.box, len(points)), rows(target.box, len(points)))
-
-    def sure(guess: Callable[[PairSample, Tensor], Tensor]) -> Predict:
-        return lambda pair, points: (guess(pair, points), torch.ones(len(points)))
-
-    return {"random": sure(random), "same pixel": sure(same_pixel), "box copy": sure(box_copy)}
+    return torch.from_numpy(target.keypoints[seen]).double(), torch.from_numpy(places).double(), torch.from_numpy(seen)
 
 
 def by_viewpoint(measured: Measured, edges: Sequence[float] = EDGES) -> Iterator[tuple[str, Tensor]]:

@@ -19,10 +19,11 @@ SIDES_ALPHA = 0.1
 
 def scores(measured: Measured, alphas: Sequence[float], *, replicates: int, seed: int) -> dict[str, Any]:
     """Scores by protocol: {protocol: {average: [{alpha, value, low, high}, ...]}}, beside `by_viewpoint`,
-    `by_category`, `sides` and `curve` of the protocol `original`."""
+    `by_category`, `categories`, `sides` and `curve` of the protocol `original`; `flipped` counts pairs."""
     pairs = len(measured.pair_ids)
     draws = torch.from_numpy(bootstrap_counts(pairs, replicates, seed))
     found: dict[str, Any] = {"pairs": pairs, "points": len(measured.matches.pair), "protocols": {}}
+    found["flipped"] = int(measured.flipped.sum())
     for name, protocol in pck.PROTOCOLS.items():
         once = pck.pck(measured.matches, protocol.scoring, alphas)
         drawn = pck.pck(measured.matches, protocol.scoring, alphas, draws=draws)
@@ -36,6 +37,7 @@ def scores(measured: Measured, alphas: Sequence[float], *, replicates: int, seed
     original = pck.PROTOCOLS["original"].scoring
     once = pck.pck(measured.matches, original, alphas)
     found["by_category"] = dict(zip(measured.categories, once.by_category[0, :, 0].tolist(), strict=True))
+    found["categories"] = _by_category(measured, pck.pck(measured.matches, original, alphas, draws=draws), once)
     found["by_viewpoint"] = _by_viewpoint(measured, alphas)
     found["sides"] = _sides(measured)
     found["curve"] = curve(measured)
@@ -45,6 +47,24 @@ def scores(measured: Measured, alphas: Sequence[float], *, replicates: int, seed
 def _estimate(alpha: float, value: Tensor, drawn: Tensor, pairs: int) -> dict[str, float]:
     estimate = Estimate.of(float(value), drawn[~drawn.isnan()].numpy(), pairs)
     return {"alpha": alpha, "value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def _by_category(measured: Measured, drawn: pck.Pck, once: pck.Pck) -> dict[str, dict[str, Any]]:
+    """Of each category its pairs, its points, and its PCK at each alpha."""
+    category = measured.matches.category
+    pairs = category.bincount(minlength=len(measured.categories)).tolist()
+    points = category[measured.matches.pair].bincount(minlength=len(measured.categories)).tolist()
+    return {
+        name: {
+            "pairs": pairs[place],
+            "points": points[place],
+            "pck": [
+                _estimate(alpha, once.by_category[0, place, column], drawn.by_category[:, place, column], pairs[place])
+                for column, alpha in enumerate(once.alphas)
+            ],
+        }
+        for place, name in enumerate(measured.categories)
+    }
 
 
 def _by_viewpoint(measured: Measured, alphas: Sequence[float]) -> dict[str, float]:

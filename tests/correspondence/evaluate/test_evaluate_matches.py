@@ -13,21 +13,33 @@ import pytest
 import torch
 
 from d2f_core import storage
+from d2f_core.batch.output import OutputError
 from d2f_core.correspondence import pck
+from d2f_core.correspondence.artifact import MatcherDescription, MatcherError, upload_matcher
+from d2f_core.correspondence.config import StudentConfig
+from d2f_core.correspondence.convolution_teacher import ConvolutionTeacher
 from d2f_core.correspondence.embed.config import TeacherConfig
+from d2f_core.correspondence.evaluate.actor import MatchScorer, groups
+from d2f_core.correspondence.evaluate.answers import claim_output, digest, missing, read_answers
+from d2f_core.correspondence.evaluate.chunks import cut
 from d2f_core.correspondence.evaluate.config import (
     EvaluateMatchesConfig,
     EvaluateMatchesError,
     MatcherChoice,
     ViewPairsConfig,
+    names_of,
 )
-from d2f_core.correspondence.evaluate.job import evaluate_matches, load_pairs
-from d2f_core.correspondence.evaluate.matchers import build_matcher
-from d2f_core.correspondence.evaluate.measure import floors, measure, predict_by
+from d2f_core.correspondence.evaluate.floors import floors
+from d2f_core.correspondence.evaluate.job import check_matches, evaluate_matches, load_pairs
+from d2f_core.correspondence.evaluate.matchers import build_matcher, build_matchers
+from d2f_core.correspondence.evaluate.measure import measure, predict_by
 from d2f_core.correspondence.evaluate.pictures import HEIGHT, Line, draw_pair
 from d2f_core.correspondence.evaluate.scores import point_table, scores
-from d2f_core.correspondence.student import StudentError
+from d2f_core.correspondence.matching import Decoding
+from d2f_core.correspondence.preparation import Preparation
+from d2f_core.correspondence.student import StudentError, add_adapters, load_network, trained
 from d2f_core.data.sources.config import PairSource
+from d2f_core.model.base import described_copy
 from tests.correspondence.evaluate.test_measure import BACK, PAIR, matcher
 from tests.correspondence.made_views import local_views, write_views
 from tests.correspondence.test_student import write
@@ -92,6 +104,19 @@ def config(tmp_path: Path, views: str, **fields) -> EvaluateMatchesConfig:
     )  # fmt: skip
 
 
+def trained_matcher(tmp_path: Path) -> str:
+    """As a training leaves it, its adapters drawn."""
+    student = StudentConfig(base=str(tmp_path / "dino"), rank=2)
+    network = add_adapters(load_network(student), student, seed=0)
+    draw = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(value.shape, generator=draw) * 0.1 for name, value in trained(network)}
+    description = MatcherDescription(
+        student=student, base_hash=described_copy(student.base).hash(), preparation=Preparation(size=28),
+        decoding=Decoding(), training={},
+    )  # fmt: skip
+    return upload_matcher(str(tmp_path / "student/model"), weights, description)
+
+
 def test_teachers_together_match_on_the_finest_of_their_grids(tmp_path: Path) -> None:
     made = config(tmp_path, local_views(tmp_path / "views"))
     fused, plain = (build_matcher(choice) for choice in made.matchers)
@@ -129,18 +154,133 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Path, fields: dict, me
             MatcherChoice(**wrong)  # type: ignore[arg-type]
 
 
+def test_matchers_that_share_a_teacher_are_asked_one_after_another() -> None:
+    other, third = (replace(LITE0, name=name) for name in ("other", "third"))
+    choices = [
+        MatcherChoice(name=str(number), teachers=teachers)
+        for number, teachers in enumerate([(LITE0,), (third,), (other,), (LITE0, other)])
+    ]
+    assert groups(choices) == [[1], [0, 2, 3, 4]], "the last number is the floor's"
+    assert groups(choices[:2]) == [[0], [1, 2]]
+
+
+def test_a_teacher_is_asked_once_by_matchers_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    features = ConvolutionTeacher.features
+    monkeypatch.setattr(
+        ConvolutionTeacher, "features", lambda self, images: asked.append(len(images)) or features(self, images)
+    )
+    choices = [MatcherChoice(name=name, teachers=(LITE0,)) for name in ("a", "b")]
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    first, second = (matcher.features([image]) for matcher in build_matchers(choices))
+    assert asked == [1] and torch.equal(first, second)
+    assert torch.equal(first, build_matcher(choices[0]).features([image]))
+
+
+@pytest.mark.parametrize(
+    ("uris", "names"),
+    [
+        (["s3://d2f/runs/distill-demo/model"], ["distill-demo"]),
+        (["s3://r/seed1/distill/model", "s3://r/seed2/distill/model/"], ["seed1", "seed2"]),
+        (["s3://r/seed1/distill/model", "s3://r/seed2/refine/model"], ["seed1 distill", "seed2 refine"]),
+        (["/runs/a b", "/runs/c"], ["a-b", "c"]),
+    ],
+)
+def test_matchers_are_named_by_what_tells_their_uris_apart(uris: list[str], names: list[str]) -> None:
+    assert names_of(uris) == names
+
+
+def test_uris_that_name_no_trained_matchers_are_refused(tmp_path: Path) -> None:
+    made = config(tmp_path, local_views(tmp_path / "views"))
+    for wrong in (("/a/model", "/a"), ("",)):
+        with pytest.raises(EvaluateMatchesError, match=r"must each name another directory"):
+            replace(made, uris=wrong)
+    with pytest.raises(EvaluateMatchesError, match=r"a name of its own, and none of random, same pixel, box copy, HOG"):
+        replace(made, uris=("/runs/dino/model",))
+    bare = made.matchers[1].uri
+    with pytest.raises(MatcherError, match=r"holds no matcher\.json\. Give the directory of a trained matcher"):
+        check_matches(replace(made, matchers=(), uris=(bare,)))
+
+
+def test_what_decides_a_matchers_answers_is_described(tmp_path: Path) -> None:
+    made = config(tmp_path, local_views(tmp_path / "views"))
+    found = check_matches(made)
+    assert list(found) == ["lite0 + dino", "dino"] and found["dino"]["size"] == 42
+    larger = replace(made, matchers=(made.matchers[0], replace(made.matchers[1], size=28)))
+    assert check_matches(larger)["lite0 + dino"] == found["lite0 + dino"]
+    assert check_matches(larger)["dino"] != found["dino"]
+    with pytest.raises(EvaluateMatchesError, match="give its size in pixels"):
+        check_matches(replace(made, matchers=(replace(made.matchers[1], size=0),)))
+
+
+def test_pairs_have_a_digest_of_all_that_decides() -> None:
+    other = replace(PAIR, visible=np.array([True, True, False, False]))
+    assert PAIR.target is not None
+    moved = replace(PAIR, target=replace(PAIR.target, keypoints=PAIR.target.keypoints + np.float32(0.5)))
+    assert digest([PAIR]) == digest([replace(PAIR)])
+    assert len({digest(each) for each in ([PAIR], [BACK], [PAIR, BACK], [BACK, PAIR], [other], [moved])}) == 6
+
+
+def files(output: str) -> dict[str, bytes]:
+    return {name: storage.read_bytes(f"{output}/{name}") for name in ("points.parquet", "scores.json", "report.html")}
+
+
 def test_matchers_are_compared_on_views(cluster: None, tmp_path: Path) -> None:
-    made = config(tmp_path, local_views(tmp_path / "views"), experiment="matches")
+    """By two actors, by one alone, and by one that finds all parts but the last: the files are the same."""
+    write(tmp_path / "dino", "dinov2")
+    sizes = {"chunk_size": 8, "batch_size": 3, "num_actors": 2}
+    uris, views = (trained_matcher(tmp_path),), local_views(tmp_path / "views")
+    made = config(tmp_path, views, experiment="matches", uris=uris, pose_align=True, **sizes)
     result = evaluate_matches(made)
     names = [(row["name"], row["decoding"]) for row in result["rows"]]
+    ways = ("exact", "published", "exact, pose-aligned")
     assert names == [
-        *((floor, "floor") for floor in ("random", "same pixel", "box copy")),
-        *((name, how) for name in ("lite0 + dino", "dino") for how in ("exact", "published")),
+        *((floor, "floor") for floor in ("random", "same pixel", "box copy", "HOG")),
+        *((name, how) for name in ("lite0 + dino", "dino", "student") for how in ways),
     ]
     assert json.loads(storage.read_bytes(f"{made.output}/scores.json")) == result
+    assert "flip partners" in result["labels"]["exact, pose-aligned"]
+    flipped = {row["decoding"] for row in result["rows"] if row["flipped"]}
+    assert flipped == {"exact, pose-aligned"}
     points = pq.read_table(io.BytesIO(storage.read_bytes(f"{made.output}/points.parquet")))
     assert len(points) == sum(row["points"] for row in result["rows"])
     page = storage.read_bytes(f"{made.output}/report.html").decode()
     assert page.count("<img") == 4 and "http" not in re.sub(r'"data:[^"]*"', "", page)
+    assert "flip partners" in page
     (run,) = mlflow.search_runs(experiment_names=["matches"], output_format="list")
     assert "box_copy/floor/pck_0.1" in run.data.metrics and "lite0_and_dino/exact/pck_0.1" in run.data.metrics
+
+    first, parts = files(made.output), storage.list_names(f"{made.output}/answers")
+    assert len(parts) == 3 * 2, "three groups of matchers, a chunk for each category"
+    alone = replace(made, output=str(tmp_path / "alone"), num_actors=1, experiment="")
+    assert evaluate_matches(alone) == result and files(alone.output) == first
+
+    gone = Path(made.output, "answers", parts[-1])
+    gone.unlink()
+    there = {name: Path(made.output, "answers", name).stat().st_mtime_ns for name in parts[:-1]}
+    assert evaluate_matches(replace(made, experiment="")) == result and files(made.output) == first
+    assert gone.exists() and there == {
+        name: Path(made.output, "answers", name).stat().st_mtime_ns for name in parts[:-1]
+    }
+    with pytest.raises(
+        OutputError, match=r"holds the results of another job \(matcher 1 dino was .*Give another output"
+    ):
+        evaluate_matches(replace(made, matchers=(made.matchers[0], replace(made.matchers[1], size=28))))
+
+
+def test_a_complete_evaluation_is_scored_anew_without_an_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cluster, because none is asked for."""
+    made = config(tmp_path, local_views(tmp_path / "views"), experiment="", chunk_size=8)
+    pairs, _ = load_pairs(made)
+    chunks = cut(pairs, chunk_size=8, batch_size=1)
+    monkeypatch.setattr("ray.get", lambda chunk: chunk)
+    claim_output(made.output, check_matches(made), pairs, batch_size=1, chunk_size=8, pose_align=False)
+    scorer = MatchScorer(made, chunks)  # type: ignore[arg-type]
+    for group, chunk in missing(made.output, len(groups(made.compared)), len(chunks)):
+        scorer({"group": np.array([group]), "chunk": np.array([chunk])})
+    result = evaluate_matches(replace(made, alphas=(0.2,)))
+    assert result["alphas"] == [0.2] and evaluate_matches(made)["alphas"] == [0.1, 0.05, 0.01]
+    exact = measure(predict_by(build_matcher(made.matchers[1])), pairs)
+    found = read_answers(made.output, len(groups(made.compared)), len(chunks), pairs)[1, "exact"]
+    assert torch.equal(found.matches.predicted, exact.matches.predicted), "in the order of the pairs"
+    assert torch.equal(found.confidence, exact.confidence) and found.pair_ids == exact.pair_ids

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from d2f_core.correspondence import pck
+from d2f_core.correspondence.evaluate import floors as f
 from d2f_core.correspondence.evaluate import measure as m
 from d2f_core.correspondence.evaluate.config import EvaluateMatchesError
 from d2f_core.correspondence.matcher import Matcher
@@ -77,8 +78,21 @@ def test_an_image_is_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(counted) == 2 + 3, "the source of the second pair is the target of the first"
 
 
+def test_images_of_a_batch_are_embedded_together_and_mirrored_ones_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    embed = Matcher.embed
+    monkeypatch.setattr(Matcher, "embed", lambda self, images: asked.append(len(images)) or embed(self, images))
+    images = m.EmbeddedImages(matcher())
+    first, again = images.get(FIRST, (FIRST, SECOND)), images.get(FIRST, (FIRST, SECOND))
+    images.get(SECOND, (FIRST, SECOND))
+    assert asked == [2] and first is again
+    mirrored = images.get(FIRST, (FIRST, SECOND), flipped=True)
+    assert asked == [2, 2] and mirrored.size == first.size
+    assert_close(mirrored.features.unflatten(0, GRID).flip(1).flatten(0, 1), first.features, rtol=0, atol=2e-2)
+
+
 def test_floors_are_what_their_names_say() -> None:
-    floors = m.floors()
+    floors = f.floors()
     copied = m.measure(floors["box copy"], [PAIR, BACK])
     assert_close(copied.matches.predicted, copied.matches.truth, rtol=0, atol=1e-4)
     same = m.measure(floors["same pixel"], [PAIR]).matches.predicted
@@ -86,7 +100,7 @@ def test_floors_are_what_their_names_say() -> None:
     random = m.measure(floors["random"], [PAIR] * 50).matches
     place = (random.predicted - torch.tensor([10.0, 40.0])) / 80
     assert 0 <= place.min() < 0.1 and 0.9 < place.max() <= 1 and abs(place.mean() - 0.5) < 0.1
-    assert torch.equal(m.measure(m.floors()["random"], [PAIR]).matches.predicted, random.predicted[:3])
+    assert torch.equal(m.measure(f.floors()["random"], [PAIR]).matches.predicted, random.predicted[:3])
 
 
 def test_pairs_fall_into_ranges_of_the_angle_between_the_views() -> None:

@@ -1,0 +1,67 @@
+"""Chunks hold every pair once, and an image goes through a network with the same others wherever it is asked for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from d2f_core.correspondence.evaluate import chunks as c
+from d2f_core.correspondence.evaluate.measure import both
+from d2f_core.data.sources.pair_sample import PairSample
+from tests.correspondence.evaluate.test_measure import FIRST, PAIR
+
+
+def pairs(count: int, images: int, categories: int = 2) -> list[PairSample]:
+    """Pairs of images drawn within categories, in no order."""
+    draw = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        category = f"c{draw.integers(categories)}"
+        names = [f"{category}-{place}" for place in draw.choice(images, 2, replace=False)]
+        source, target = (replace(FIRST, image_id=name) for name in names)
+        found.append(replace(PAIR, pair_id=str(number), category=category, source=source, target=target))
+    return found
+
+
+def images_of(chunk: c.Chunk) -> set[str]:
+    return {image.image_id for pair in chunk.pairs for image in both(pair)}
+
+
+@pytest.mark.parametrize(("chunk_size", "batch_size"), [(7, 1), (7, 4), (1000, 3)])
+def test_every_pair_is_in_one_chunk_of_its_category(chunk_size: int, batch_size: int) -> None:
+    every = pairs(60, 9)
+    cut = c.cut(every, chunk_size=chunk_size, batch_size=batch_size)
+    assert sorted(number for chunk in cut for number in chunk.numbers) == list(range(60))
+    for chunk in cut:
+        assert 1 <= len(chunk.pairs) <= chunk_size and len({pair.category for pair in chunk.pairs}) == 1
+        assert [every[number] for number in chunk.numbers] == list(chunk.pairs)
+    sizes = [len(chunk.pairs) for chunk in cut if chunk.pairs[0].category == "c0"]
+    assert max(sizes) - min(sizes) <= 1, "no chunk is a small rest"
+
+
+def test_an_image_is_in_one_batch_of_its_category() -> None:
+    every = pairs(60, 9)
+    odd = replace(every[0], pair_id="both", category="c9")  # its images are of another category too
+    of_image: dict[str, tuple[str, ...]] = {}
+    for size in (7, 1000):
+        for chunk in c.cut([*every, odd], chunk_size=size, batch_size=4):
+            assert set(chunk.batches) == images_of(chunk)
+            for name, batch in chunk.batches.items():
+                members = tuple(image.image_id for image in batch)
+                assert name in members and len(members) <= 4
+                assert of_image.setdefault(name, members) == members, "whatever the size of a chunk"
+    assert all({name[:2] for name in members} == {name[:2]} for name, members in of_image.items())
+
+
+def test_pairs_of_the_same_images_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = pairs(400, 40, categories=1)
+    monkeypatch.setattr(c, "TILE", 10)
+    cut = c.cut(every, chunk_size=25, batch_size=1)
+    assert max(len(images_of(chunk)) for chunk in cut) <= 40
+    mean = np.mean([len(images_of(chunk)) for chunk in cut])
+    as_given = np.mean([len(images_of(unsorted(every[at : at + 25]))) for at in range(0, 400, 25)])
+    assert mean < 0.75 * as_given
+
+
+def unsorted(some: list[PairSample]) -> c.Chunk:
+    return c.Chunk(numbers=(), pairs=tuple(some), batches={})
