@@ -63,6 +63,24 @@ DISTILL = {
         features="s3://BUCKET/features", output="s3://BUCKET/runs/distilldift", normalisation="none", train=PAPER,
         name="distilldift",
     ),
+    "distilldift-weak": DistillConfig(
+        matcher=MatcherConfig(
+            student=StudentConfig(base="/models/dinov2-with-registers-base"),
+            distillation=DistillationConfig(temperature=0.01, finer=1, cycle=False),
+        ),
+        features="s3://BUCKET/pairs", output="s3://BUCKET/runs/distilldift-weak", normalisation="none",
+        train=replace(PAPER, num_steps=8_334), name="distilldift-weak",
+    ),
+    "views-retrieval": DistillConfig(
+        matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=SHARES)),
+        features="s3://d2f/pairs/views-targets", output="s3://d2f/runs/views-retrieval",
+        pairs=ViewPairsConfig(views=VIEWS), train=DEMO, name="views-retrieval",
+    ),
+    "views-clusters": DistillConfig(
+        matcher=MatcherConfig(student=SMALL, distillation=DistillationConfig(shares=SHARES)),
+        features=FEATURES, bucket="retrieval", clusters="s3://d2f/pairs/views-retrieval/clusters",
+        output="s3://d2f/runs/views-clusters", pairs=ViewPairsConfig(views=VIEWS), train=DEMO, name="views-clusters",
+    ),
 }  # fmt: skip
 
 ARCHITECTURES = {"sdxl_turbo": "sdxl", "dino": "dinov2-b"}

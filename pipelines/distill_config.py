@@ -5,6 +5,7 @@ from typing import Literal
 
 from d2f_core.correspondence.config import MatcherConfig
 from d2f_core.correspondence.evaluate.config import ViewPairsConfig
+from d2f_core.identity import since
 from d2f_core.train.config import TrainConfig
 
 
@@ -14,13 +15,16 @@ class DistillConfig:
 
     matcher: MatcherConfig
     features: str
-    """Table of images and their teachers' features."""
+    """Table of images and their teachers' features, or of pairs and their match targets."""
     output: str
     """Where checkpoints and the resolved config are written; the same output resumes the training."""
     start: str = ""
     """A trained matcher whose adapters the student starts with; empty: from its base."""
-    bucket: Literal["category", "things"] = "category"
-    """What the images of a micro-batch have in common: their category, or also that they show one of a few things."""
+    bucket: Literal["category", "things", "retrieval"] = "category"
+    """What the images of a micro-batch have in common: their category, or also that they show one of a few things, or
+    that they look alike (one of `clusters`)."""
+    clusters: str = since("", before="")
+    """Table of clusters that `mine_pairs` wrote, with bucket='retrieval'."""
     things: int = 2
     """That share a micro-batch, with bucket='things'."""
     normalisation: str = "imagenet"
@@ -38,12 +42,10 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.things < 1:
             raise ValueError(f"things={self.things} must be at least 1. Use 2.")
-        if self.train.micro_batch_size < 2:
-            raise ValueError(
-                f"train.micro_batch_size={self.train.micro_batch_size}: pairs are made within a micro-batch. Use 8."
-            )
+        if (self.bucket == "retrieval") != bool(self.clusters):
+            raise ValueError(f"bucket={self.bucket!r} and clusters={self.clusters!r}: one goes with the other.")
 
     @property
     def bucket_column(self) -> str:
         """Name of the bucketing, for the run's identity."""
-        return self.bucket if self.bucket == "category" else f"{self.things} things"
+        return f"{self.things} things" if self.bucket == "things" else self.bucket

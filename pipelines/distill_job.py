@@ -1,12 +1,13 @@
 """A checked distillation: its data, its identity, and the export of its last checkpoint."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from d2f_core import storage
 from d2f_core.correspondence import pck
@@ -23,22 +24,19 @@ from d2f_core.correspondence.matcher import transformer_matcher
 from d2f_core.correspondence.matching import Decoding
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import load_network, patch_size
-from d2f_core.correspondence.task import MatcherTask, TeacherColumn, columns_of, shares_of
-from d2f_core.data.manifest import Buckets, Manifest, bucket_runs, read_manifest
+from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.stream_plan import StreamPlan
-from d2f_core.data.table_plan import BucketError, OrderConfig, plan_tables
+from d2f_core.data.table_plan import OrderConfig
 from d2f_core.data.table_reader import RowReader
 from d2f_core.identity import identity_hash, identity_values
 from d2f_core.model.base import described_copy
 from d2f_core.tracking import check_tracking
 from d2f_core.train.checkpoint import Checkpoint, candidates, list_checkpoints, read_tensors
-from d2f_core.train.precision import DTYPES
 from d2f_core.train.task import Evaluation, Task
-from pipelines.configs import order_of
 from pipelines.distill_config import DistillConfig
+from pipelines.distill_data import check_table, plan_of, task_of
 from pipelines.training import TrainingJob
 
-FEATURES = "features"
 START_FIELDS = ("layers", "rank", "alpha", "first_block")
 
 
@@ -105,51 +103,6 @@ def preparation(config: DistillConfig, manifest: Manifest) -> Preparation:
     return Preparation(size=size, normalisation=config.normalisation)
 
 
-def teachers_of(manifest: Manifest) -> list[TeacherColumn]:
-    """The teachers' columns of a table of features."""
-    found = []
-    for column, (tokens, _) in manifest.fingerprint["shapes"].items():
-        side = round(tokens**0.5)
-        found.append(TeacherColumn(name=teacher_of(column), grid=(side, side)))
-    return found
-
-
-def buckets_of(config: DistillConfig, manifest: Manifest) -> Buckets:
-    """The runs of rows that may share a micro-batch.
-
-    Raises:
-        ManifestError: the rows of a bucket do not follow one another.
-        BucketError: a bucket has fewer images than a micro-batch.
-    """
-    table = RowReader(config.features, manifest, ("category", "mesh")).read(np.arange(manifest.num_rows))
-    categories, meshes = (table.column(name).to_pylist() for name in ("category", "mesh"))
-    runs = bucket_runs(categories if config.bucket == "category" else groups(categories, meshes, config.things))
-    small = [(rows, name) for name, rows in runs if rows < config.train.micro_batch_size]
-    if small:
-        rows, name = min(small)
-        raise BucketError(
-            f"{len(small)} of {len(runs)} buckets of {config.features!r} have fewer images than "
-            f"train.micro_batch_size={config.train.micro_batch_size}: {name!r} has {rows}. Lower it to {rows}, or "
-            "leave these images out."
-        )
-    return runs
-
-
-def groups(categories: Sequence[str], meshes: Sequence[str], things: int) -> list[str]:
-    """For each image the name of its group: so many things of its category that follow one another.
-
-    A category's last things join the group before when they are too few for one of their own.
-    """
-    order: dict[str, dict[str, int]] = {}
-    for category, mesh in zip(categories, meshes, strict=True):
-        its = order.setdefault(category, {})
-        its.setdefault(mesh, len(its))
-    return [
-        f"{category}/{min(order[category][mesh] // things, max(1, len(order[category]) // things) - 1)}"
-        for category, mesh in zip(categories, meshes, strict=True)
-    ]
-
-
 def build_task(config: DistillConfig, base_hash: str, start_hash: str, device: str) -> Task:
     """What a worker trains; called once on each.
 
@@ -166,10 +119,7 @@ def build_task(config: DistillConfig, base_hash: str, start_hash: str, device: s
             f"{config.matcher.student.base!r} has the hash {found} on this node, and {base_hash} where the training "
             "started: it was replaced, or is another directory here. Give a URI that all nodes share."
         )
-    task = MatcherTask(
-        config.matcher, teachers_of(manifest), normalisation=config.normalisation, seed=config.train.seed,
-        dtype=DTYPES[config.train.precision], device=device,
-    )  # fmt: skip
+    task = task_of(config, manifest, device)
     if config.start:
         if (found := described_copy(config.start).hash()) != start_hash:
             raise ValueError(
@@ -177,22 +127,22 @@ def build_task(config: DistillConfig, base_hash: str, start_hash: str, device: s
                 "started: it was trained anew, or is another directory here. Give another output for this training."
             )
         set_adapters(task.module, config.start)
-    evaluates = functools.partial(evaluate, config, manifest, task) if config.pairs.views else None
+    evaluates = functools.partial(evaluate, config, manifest, task.module) if config.pairs.views else None
     return Task(module=task.module, to_batch=task.to_batch, loss_fn=task.loss, evaluate=evaluates)
 
 
-def evaluate(config: DistillConfig, manifest: Manifest, task: MatcherTask) -> Evaluation:
+def evaluate(config: DistillConfig, manifest: Manifest, module: nn.Module) -> Evaluation:
     """PCK on pairs of views whose things were not trained on."""
     pairs = pairs_of_views(
         read_views(config.pairs.views, config.pairs.split), per_range=config.pairs.per_range, seed=config.pairs.seed
     )
-    training = task.module.training
-    task.module.eval()
+    training = module.training
+    module.eval()
     try:
-        matcher = transformer_matcher(config.name, task.module, preparation(config, manifest))
+        matcher = transformer_matcher(config.name, module, preparation(config, manifest))
         measured = measure(predict_by(matcher), pairs)
     finally:
-        task.module.train(training)
+        module.train(training)
     ranges = list(by_viewpoint(measured))
     draws = torch.stack([torch.ones(len(measured.pair_ids), dtype=torch.bool), *(within for _, within in ranges)])
     found = pck.pck(measured.matches, pck.PROTOCOLS["original"].scoring, (0.1, 0.05), draws=draws)
@@ -209,6 +159,7 @@ class CheckedDistill:
     config: DistillConfig
     manifest: Manifest
     plan: StreamPlan
+    order: OrderConfig
     base_hash: str
     start_hash: str
     """Of the matcher to start with; empty: none."""
@@ -223,7 +174,7 @@ class CheckedDistill:
             "matcher": matcher, "base": self.base_hash, "features": self.manifest.digest,
             "normalisation": config.normalisation, "start": self.start_hash,
         }  # fmt: skip
-        return identity_hash({**fixed, **order(config).identity()})
+        return identity_hash({**fixed, **self.order.identity()})
 
     def job(self) -> DistillJob:
         return DistillJob(
@@ -236,11 +187,6 @@ class CheckedDistill:
         )
 
 
-def order(config: DistillConfig) -> OrderConfig:
-    """The sample order: each micro-batch holds images of one bucket."""
-    return replace(order_of(config.train), bucket_column=config.bucket_column)
-
-
 def check_distill(config: DistillConfig) -> CheckedDistill:
     """Refuse what cannot work, before anything is started; no weights are loaded.
 
@@ -251,53 +197,23 @@ def check_distill(config: DistillConfig) -> CheckedDistill:
     storage.check_reachable(config.matcher.student.base)
     storage.check_reachable(config.output, write=True)
     manifest = read_manifest(config.features)
-    if manifest.kind != FEATURES:
-        raise ValueError(f"features={config.features!r} holds {manifest.kind}. Give a table that embed_images wrote.")
-    network = load_network(config.matcher.student, "meta")
-    patch, size = patch_size(network), int(manifest.fingerprint["size"])
-    if size % patch:
-        raise ValueError(
-            f"{config.features!r} holds images of {size} pixels, no multiple of the student's patch {patch}."
-        )
+    patch = patch_size(load_network(config.matcher.student, "meta"))
+    check_table(config, manifest, patch)
     if (used := preparation(config, manifest).size) % patch:
         raise ValueError(
             f"matching_size={used} is no multiple of the student's patch {patch}. Use {used // patch * patch}."
         )
-    columns = columns_of(config.matcher, teachers_of(manifest))
-    _check_losses(config, manifest)
     base_hash = described_copy(config.matcher.student.base).hash()
     start_hash = _check_start(config, base_hash) if config.start else ""
     _check_pairs(config)
-    plan = plan_tables(
-        [config.features], [manifest], columns, order(config), holdout_rows=0,
-        num_steps=config.train.num_steps, buckets=[buckets_of(config, manifest)],
-    )  # fmt: skip
+    plan, order = plan_of(config, manifest)
     check_tracking()
-    checked = CheckedDistill(config=config, manifest=manifest, plan=plan, base_hash=base_hash, start_hash=start_hash)
+    checked = CheckedDistill(
+        config=config, manifest=manifest, plan=plan, order=order, base_hash=base_hash, start_hash=start_hash
+    )
     if list_checkpoints(config.output):
         candidates(config.output, checked.identity)  # raises if the output holds another training
     return checked
-
-
-def _check_losses(config: DistillConfig, manifest: Manifest) -> None:
-    """Raise ValueError when the table lacks what a loss needs."""
-    teachers, both = teachers_of(manifest), config.matcher.distillation.weight and config.matcher.multi_view.weight
-    if config.matcher.distillation.weight and not teachers:
-        raise ValueError(
-            f"{config.features!r} holds no teacher's features. Set distillation.weight to 0, or embed again."
-        )
-    shares_of(teachers, config.matcher.distillation)
-    if both and config.bucket == "things" and config.things == 1:
-        raise ValueError(
-            "things=1: all images of a micro-batch show one thing, and teachers teach pairs of two. Use 2, or set "
-            "distillation.weight to 0."
-        )
-    views = manifest.fingerprint.get("points")
-    if (config.matcher.multi_view.weight or config.bucket == "things") and not views:
-        raise ValueError(
-            f"{config.features!r} holds images, no views: multi_view.weight must be 0 and bucket 'category'. Embed a "
-            "table of views for that."
-        )
 
 
 def _check_start(config: DistillConfig, base_hash: str) -> str:

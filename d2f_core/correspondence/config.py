@@ -66,6 +66,33 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """How the teachers' matches of a pair are made, and what is stored of them."""
+
+    teacher_temperature: float = 0.01
+    """Of the teachers' match distribution."""
+    finer: int = 2
+    """The distribution is made on a grid so many times as fine, and summed to the student's."""
+    cycle: bool = True
+    """Whether the probability is stored that a token is found again on the way back, by which it counts."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of the teachers in their fusion, by their names; empty: equal."""
+    kept: int = 32
+    """Target tokens of each source token that are stored, the most probable; the probability of all others is dropped,
+    and how much that is, is stored too."""
+    probabilities: Literal["float16", "float32"] = "float16"
+    """How the kept ones are stored."""
+
+    def __post_init__(self) -> None:
+        check_temperature("targets.teacher_temperature", self.teacher_temperature)
+        for name in ("finer", "kept"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"targets.{name}={getattr(self, name)} must be at least 1.")
+        if any(not share > 0 for share in self.shares.values()):
+            raise ValueError(f"targets.shares={self.shares} must each be above 0. Embed without that teacher instead.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MultiViewConfig:
     """How the student's matches are compared with the true ones between views of one thing."""
 

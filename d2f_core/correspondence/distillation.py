@@ -159,9 +159,25 @@ def pair_loss(
         loss: of (cosines, distribution), a number per token.
         cycle: whether a token counts by its `cycle_probability`, or all alike.
     """
-    there = mean_over_tokens(loss(cosines, forward), cycle_probability(forward, backward) if cycle else None)
-    transposed = cosines.transpose(-1, -2)
-    back = mean_over_tokens(loss(transposed, backward), cycle_probability(backward, forward) if cycle else None)
+    weights = cycle_weights(forward, backward) if cycle else (None, None)
+    return weighted_pair_loss(cosines, forward, backward, loss, weights)
+
+
+def cycle_weights(forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
+    """The `cycle_probability` of the source's tokens, and that of the target's."""
+    return cycle_probability(forward, backward), cycle_probability(backward, forward)
+
+
+def weighted_pair_loss(
+    cosines: Tensor,
+    forward: Tensor,
+    backward: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    weights: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """`pair_loss` with given weights of the source's and of the target's tokens; None: all alike."""
+    there = mean_over_tokens(loss(cosines, forward), weights[0])
+    back = mean_over_tokens(loss(cosines.transpose(-1, -2), backward), weights[1])
     return (there + back) / 2
 
 

@@ -38,12 +38,14 @@ RETRIEVAL_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Partners:
-    """The partners of each image, the most similar first, of equals the one with the smaller id."""
+    """The partners of each source, the most similar first, of equals the one with the smaller id."""
 
     rows: np.ndarray
-    """int64 [images, partners]: their rows; -1 when an image has fewer."""
+    """int64 [sources, partners]: their rows; -1 when an image has fewer."""
     cosines: np.ndarray
-    """float64 [images, partners]; NaN there."""
+    """float64 [sources, partners]; NaN there."""
+    first: int = 0
+    """Row of the first source; the others follow it."""
 
 
 class _Labels:
@@ -119,6 +121,7 @@ def nearest_partners(
     partners: int = 10,
     groups: Sequence[object] | np.ndarray | None = None,
     block_rows: int | None = None,
+    sources: range | None = None,
 ) -> Partners:
     """The images whose embeddings have the largest cosines with each image's own.
 
@@ -131,6 +134,7 @@ def nearest_partners(
         groups: [images], what near-duplicates share, such as the id of the video that they are frames of: of its own
             group an image gets no partner. None: only equal ids are left out.
         block_rows: images of a block. None: as many as `SCORE_BYTES` hold. It changes nothing in the result.
+        sources: consecutive rows of the images whose partners are looked for, among all. None: all rows.
 
     Raises:
         ValueError: shapes that do not fit, an embedding that is zero or not finite, less than one partner.
@@ -146,14 +150,16 @@ def nearest_partners(
     if partners < 1 or (block_rows is not None and block_rows < 1):
         raise ValueError(f"partners={partners}, block_rows={block_rows}: both must be at least 1.")
     every = _Embeddings(given, names, own)
-    height = min(block_rows or max(1, SCORE_BYTES // (4 * len(every.unit))), len(given))
+    own_rows = sources or range(len(given))
+    height = min(block_rows or max(1, SCORE_BYTES // (4 * len(every.unit))), len(own_rows))
     buffer = torch.empty(height, len(every.unit))
-    rows, cosines = np.full((len(given), partners), NOBODY), np.full((len(given), partners), np.nan)
-    for start in range(0, len(given), height):
-        block = slice(start, min(start + height, len(given)))
+    rows, cosines = np.full((len(own_rows), partners), NOBODY), np.full((len(own_rows), partners), np.nan)
+    for start in range(own_rows.start, own_rows.stop, height):
+        block = slice(start, min(start + height, own_rows.stop))
         for where, found, values in _best(every, every.scores(block, buffer), block, partners):
-            rows[where, : found.shape[1]], cosines[where, : found.shape[1]] = found, values
-    return Partners(rows=rows, cosines=cosines)
+            place = where - own_rows.start
+            rows[place, : found.shape[1]], cosines[place, : found.shape[1]] = found, values
+    return Partners(rows=rows, cosines=cosines, first=own_rows.start)
 
 
 Best = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -210,6 +216,6 @@ def retrieval_table(ids: Sequence[str] | np.ndarray, found: Partners) -> pa.Tabl
     """The pairs as rows of `RETRIEVAL_SCHEMA`, by source in the order of `ids`, then by rank."""
     sources, ranks = (found.rows != NOBODY).nonzero()
     names = np.asarray([str(name) for name in ids], object)
-    first, second = names[sources], names[found.rows[sources, ranks]]
+    first, second = names[found.first + sources], names[found.rows[sources, ranks]]
     columns = (first + ":" + second, first, second, ranks.astype(np.int32), found.cosines[sources, ranks])
     return pa.table(list(columns), schema=RETRIEVAL_SCHEMA)

@@ -127,8 +127,17 @@ def tokens(network: Callable[..., Any], pixels: Tensor, patch: int) -> tuple[Ten
     Class and register tokens, which come first, are left out.
     """
     grid = pixels.shape[2] // patch, pixels.shape[3] // patch
-    found = network(pixel_values=pixels).last_hidden_state
-    return found[:, found.shape[1] - grid[0] * grid[1] :], grid
+    return patch_tokens(all_tokens(network, pixels), grid), grid
+
+
+def all_tokens(network: Callable[..., Any], pixels: Tensor) -> Tensor:
+    """A vision transformer's output [images, tokens, channels], class and register tokens included."""
+    return network(pixel_values=pixels).last_hidden_state
+
+
+def patch_tokens(found: Tensor, grid: Grid) -> Tensor:
+    """Those of `all_tokens` that are the grid's."""
+    return found[:, found.shape[1] - grid[0] * grid[1] :]
 
 
 def merge(network: PeftModel) -> nn.Module:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from d2f_core.correspondence import distillation
-from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig
-from d2f_core.correspondence.embed.config import column_of
+from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
 from d2f_core.correspondence.matching import Grid, Size, sample, similarity, to_grid, unit
 from d2f_core.correspondence.multiview import soft_targets
 from d2f_core.correspondence.preparation import normalise
 from d2f_core.correspondence.student import add_adapters, load_network, patch_size, tokens
-from d2f_core.correspondence.teachers import fuse, resample
+from d2f_core.correspondence.teacher_columns import TeacherColumn, fused, shares_of
 from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.plan_reader import EPOCH, REASON, ROW
 from d2f_core.randomness import keyed_generator, sample_keys
@@ -31,20 +30,6 @@ from d2f_core.randomness import keyed_generator, sample_keys
 PIXELS = "pixels"
 VIEW_COLUMNS = ("mesh", "surface_points", "surface_visible")
 """Of a view: the thing it shows, and places of points of its surface, the same ones in all its views."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherColumn:
-    """Where a table holds the features of a teacher."""
-
-    name: str
-    """Of the teacher."""
-    grid: Grid
-
-    @property
-    def column(self) -> str:
-        """Name of the column: float16 [tokens, channels]."""
-        return column_of(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +52,7 @@ def columns_of(config: MatcherConfig, teachers: Sequence[TeacherColumn]) -> tupl
     return (PIXELS, *names, *(VIEW_COLUMNS if config.multi_view.weight else ()))
 
 
-def shares_of(teachers: Sequence[TeacherColumn], config: DistillationConfig) -> list[float]:
-    """Each teacher's share in the fusion.
-
-    Raises:
-        ValueError: shares are given, and not one for each teacher.
-    """
-    names = [teacher.name for teacher in teachers]
-    if config.shares and set(config.shares) != set(names):
-        raise ValueError(
-            f"distillation.shares={dict(config.shares)} are not one for each of the table's teachers, "
-            f"{', '.join(names)}. Name each, or none."
-        )
-    return [config.shares.get(name, 1.0) for name in names]
-
-
-def _usable(table: pa.Table) -> Tensor:
+def usable_rows(table: pa.Table) -> Tensor:
     """Which rows are themselves, bool [rows]."""
     if REASON not in table.column_names:
         return torch.ones(table.num_rows, dtype=torch.bool)
@@ -90,12 +60,23 @@ def _usable(table: pa.Table) -> Tensor:
 
 
 @contextmanager
-def _dropout_of(key: int, device: torch.device) -> Iterator[None]:
+def dropout_of(key: int, device: torch.device) -> Iterator[None]:
     """What torch draws within depends on the key alone: a micro-batch has the same dropout on any worker, and after any
     restart."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(key)
         yield
+
+
+def dropout_key(seed: int, keys: Sequence[str]) -> int:
+    """What the dropout of a micro-batch is drawn from: the key of its first row."""
+    return int(keyed_generator(seed, keys[0], "dropout").integers(2**62))
+
+
+def build_student(config: StudentConfig, seed: int) -> tuple[nn.Module, int]:
+    """The student with new adapters, and the height and width of its patches in pixels."""
+    network = load_network(config)
+    return add_adapters(network, config, seed=seed), patch_size(network, config.base)
 
 
 class MatcherTask:
@@ -118,9 +99,7 @@ class MatcherTask:
             normalisation: of the table's pixels, a name in `preparation.NORMALISATIONS`.
             dtype: that the student computes in.
         """
-        network = load_network(config.student)
-        self.patch = patch_size(network, config.student.base)
-        self.module: nn.Module = add_adapters(network, config.student, seed=seed)
+        self.module, self.patch = build_student(config.student, seed)
         self._config, self._teachers, self._seed, self._dtype, self._device = config, teachers, seed, dtype, device
         self._normalisation = normalisation
 
@@ -136,8 +115,8 @@ class MatcherTask:
         pixels = torch.tensor(arrays[PIXELS]).permute(0, 3, 1, 2).float()
         batch: dict[str, Any] = {
             "pixels": normalise(pixels, self._normalisation).to(self._device),
-            "usable": _usable(table),
-            "dropout": int(keyed_generator(self._seed, keys[0], "dropout").integers(2**62)),
+            "usable": usable_rows(table),
+            "dropout": dropout_key(self._seed, keys),
         }
         if self._config.distillation.weight:
             batch["features"] = [torch.tensor(arrays[each.column]).to(self._device) for each in self._teachers]
@@ -160,7 +139,7 @@ class MatcherTask:
     def loss(self, network: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
         """The loss of each image, float32 [micro-batch]."""
         pixels, usable = batch["pixels"].to(self._dtype), batch["usable"]
-        with _dropout_of(batch["dropout"], pixels.device):
+        with dropout_of(batch["dropout"], pixels.device):
             found, grid = tokens(network, pixels, self.patch)
         first, second = distillation.all_pairs(len(found))
         both = usable[first] & usable[second]  # another row stands in for one that cannot be used
@@ -244,20 +223,6 @@ def multi_view_loss(
         second.append(other)
         losses.append((ways[0] + ways[1])[None] / 2)
     return per_image(losses, torch.tensor(first).long(), torch.tensor(second).long(), student)
-
-
-def fused(
-    teachers: Sequence[tuple[Tensor, Grid]], grid: Grid, shares: Sequence[float], config: DistillationConfig
-) -> tuple[Tensor, Tensor]:
-    """The teachers' features on the student's grid, and on the grid `finer` times as fine; [images, tokens, channels].
-
-    Each teacher is brought to the finer grid from its own, which may be finer than the student's.
-    """
-    fine = (grid[0] * config.finer, grid[1] * config.finer)
-    coarse, finer = (
-        fuse([resample(features.float(), own, to) for features, own in teachers], shares) for to in (grid, fine)
-    )
-    return coarse, finer
 
 
 def loss_of(config: DistillationConfig, grid: Grid) -> Callable[[Tensor, Tensor], Tensor]:

@@ -15,7 +15,10 @@ from torch import Tensor
 from d2f_core.correspondence.config import StudentConfig
 from d2f_core.correspondence.matching import Grid, as_map, enlarge, unit
 from d2f_core.correspondence.preparation import Preparation
-from d2f_core.correspondence.student import load_network, patch_size, tokens
+from d2f_core.correspondence.student import all_tokens, load_network, patch_size, patch_tokens
+
+CLASS_TOKENS = ("cls_token", "class_embedding")
+"""What transformers calls the parameter."""
 
 
 class TeacherError(ValueError):
@@ -74,10 +77,28 @@ class TransformerTeacher:
         self.grid: Grid = (side, side)
         self.channels = int(cast(Any, self._network).config.hidden_size)
 
-    @torch.inference_mode()
+    @property
+    def has_class_token(self) -> bool:
+        return any(name.endswith(CLASS_TOKENS) for name, _ in self._network.named_parameters())
+
     def features(self, pictures: Sequence[Picture]) -> Tensor:
+        return self.with_class_tokens(pictures)[0]
+
+    @torch.inference_mode()
+    def with_class_tokens(self, pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+        """Features, and the token [pictures, channels] that comes before those of patches: the class token of a network
+        that `has_class_token`.
+        """
         pixels = self._preparation.pixels([picture.pixels for picture in pictures]).to(self._device)
-        return tokens(self._network, pixels, self._patch)[0].float().cpu()
+        found = all_tokens(self._network, pixels).float().cpu()
+        return patch_tokens(found, self.grid), found[:, 0]
+
+
+def mean_token(features: Tensor) -> Tensor:
+    """An embedding [images, channels] of each image: the mean of its tokens [images, tokens, channels], each brought to
+    length 1.
+    """
+    return unit(features).mean(dim=1)
 
 
 def resample(features: Tensor, grid: Grid, to: Grid) -> Tensor:

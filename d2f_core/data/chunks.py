@@ -4,7 +4,8 @@ A chunk is a run of a worker's next micro-batches that are read and assembled to
 the sample order, a few rows in each window. There are two ways to get them:
 
     whole windows   Each is fetched once and stays until no chunk ahead needs it.
-    row groups      Where the windows of a chunk do not fit into the plan's buffer: of each row group with wanted rows
+    row groups      Where the windows of a chunk do not fit into the plan's buffer, or a source's rows lie apart in the
+                    table: of each row group with wanted rows
                     these rows stay and the others are dropped. The next chunk that wants other rows of it fetches it
                     again, so up to ROWS OF A ROW GROUP times as much is read as is used: 4 times with rows of 2 MB that
                     were written with `manifest.rows_per_group`, 64 times, at worst, with such rows in groups of 64.
@@ -146,6 +147,8 @@ class ChunkPlanner:
         micro_batches = [self._plan.micro_batch(one, self._rank, self._num_workers) for one in numbers]
         tables = groupby(micro_batches, key=lambda one: self._plan.table_of[one.source])
         by_table = [(table, list(ones)) for table, ones in tables]
+        if any(self._plan.sources[one.source].rows for one in micro_batches):
+            return Chunk([self._run(table, ones, self._row_groups) for table, ones in by_table])
         whole = Chunk([self._run(table, ones, self._windows) for table, ones in by_table])
         if sum(piece.size for piece in set(whole.pieces)) <= self._room:
             return whole

@@ -19,26 +19,42 @@ BUFFER_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A bucket: consecutive rows of a table, often all of them, that share batches."""
+    """A bucket: rows of a table, often all of them, that share batches."""
 
     uri: str
     order: SampleOrder
     """Sample order of the source's rows, numbered from its first row."""
     first_row: int = 0
-    """Where in the table they begin."""
+    """Rows of the table's sources before it, which is where in the table its own begin unless `rows` lists them."""
     digest: str = ""
     """Of the table, as it was when the run was planned; a reader refuses another one. Empty: any table will do."""
+    rows: tuple[int, ...] = ()
+    """Its rows in the table, where they lie apart; empty: they follow one another."""
+
+    def __post_init__(self) -> None:
+        if self.rows and len(self.rows) != self.order.num_rows:
+            raise ValueError(f"A source of {self.uri!r} lists {len(self.rows)} rows; its order has another number.")
+
+    def table_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Int64 row numbers in the table of rows that are numbered within the source."""
+        return self._listed[rows] if self.rows else rows + self.first_row
+
+    @cached_property
+    def _listed(self) -> np.ndarray:
+        return np.array(self.rows, np.int64)
 
     def holdout(self) -> np.ndarray:
         """Int64 row numbers of the table that training never sees."""
-        return self.order.holdout() + self.first_row
+        return self.table_rows(self.order.holdout())
 
     def window_of(self, rows: np.ndarray) -> np.ndarray:
-        """The window, int64, that each training row of the table belongs to."""
+        """The window, int64, that each training row of the table belongs to; of rows that follow one another."""
         return self.order.window_of(rows - self.first_row)
 
     def window_bounds(self, window: int) -> tuple[int, int]:
-        """First and one past the last row of a window, in the table; held-out rows may lie between."""
+        """First and one past the last row of a window, in the table; held-out rows may lie between. Of rows that follow
+        one another.
+        """
         first, end = self.order.window_bounds(window)
         return self.first_row + first, self.first_row + end
 
@@ -151,4 +167,4 @@ class StreamPlan:
         step, part = divmod(number, self.per_step(num_workers))
         source, positions = self.positions(step, part, rank, num_workers)
         epochs, rows = self.sources[source].order.at(positions)
-        return MicroBatch(source=source, epochs=epochs, rows=rows + self.sources[source].first_row)
+        return MicroBatch(source=source, epochs=epochs, rows=self.sources[source].table_rows(rows))

@@ -13,6 +13,8 @@ be, and each micro-batch comes from one of those:
                     one.
     held out        `holdout_rows` rows of each bucket, spread evenly over it.
 
+Rows of a bucket that follow one another are read fastest; where they lie apart, `RowBuckets` lists them.
+
 The buckets of consecutive micro-batches lie all over the table, so a row group is rarely wanted twice within a short
 time, and up to as many times the bytes are read as it has rows (see `chunks`). Write such a table with few rows to a
 row group, down to one where rows are megabytes.
@@ -22,7 +24,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2f_core.data.manifest import Buckets, Manifest
+import numpy as np
+
+from d2f_core.data.manifest import Buckets, Manifest, bucket_runs
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.stream_plan import Source, StreamPlan
 from d2f_core.randomness import keyed_generator
@@ -30,6 +34,23 @@ from d2f_core.randomness import keyed_generator
 
 class BucketError(ValueError):
     """A table whose buckets cannot be trained on as asked."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowBuckets:
+    """Buckets whose rows need not follow one another in the table."""
+
+    buckets: Buckets
+    """Value and number of rows of each bucket."""
+    rows: np.ndarray
+    """int64 [rows of the table]: each of its rows once, bucket after bucket."""
+
+
+def row_buckets(values: Sequence[str]) -> RowBuckets:
+    """The buckets of a table whose rows have these values, by value; the rows of each in the table's order."""
+    named = np.array(values)
+    rows = np.argsort(named, kind="stable")
+    return RowBuckets(buckets=bucket_runs(named[rows].tolist()), rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +91,7 @@ def plan_tables(
     *,
     holdout_rows: int,
     num_steps: int,
-    buckets: Sequence[Buckets] | None = None,
+    buckets: Sequence[Buckets | RowBuckets] | None = None,
 ) -> StreamPlan:
     """Plan the order of the training rows and the held-out rows.
 
@@ -98,17 +119,24 @@ def plan_tables(
     )
 
 
-def _sources(uri: str, manifest: Manifest, buckets: Buckets, order: OrderConfig, holdout_rows: int) -> Iterator[Source]:
+def _sources(
+    uri: str, manifest: Manifest, buckets: Buckets | RowBuckets, order: OrderConfig, holdout_rows: int
+) -> Iterator[Source]:
     """One source for the whole table, or one per bucket."""
     if not order.bucket_column:
         yield Source(uri=uri, order=_order(order, manifest.num_rows, holdout_rows, order.seed), digest=manifest.digest)
         return
-    _check_buckets(uri, buckets, order, holdout_rows)
+    listed = () if isinstance(buckets, tuple) else tuple(buckets.rows.tolist())
+    runs = buckets if isinstance(buckets, tuple) else buckets.buckets
+    if listed and sorted(listed) != list(range(manifest.num_rows)):
+        raise BucketError(f"The buckets of {uri!r} do not hold each of its {manifest.num_rows} rows once.")
+    _check_buckets(uri, runs, order, holdout_rows)
     first, digest = 0, manifest.digest
-    for value, rows in buckets:
+    for value, rows in runs:
         # Each bucket has its own seed, or buckets of equal size would all be shuffled alike.
         seed = int(keyed_generator(order.seed, value, "bucket").integers(2**62))
-        yield Source(uri=uri, order=_order(order, rows, holdout_rows, seed), first_row=first, digest=digest)
+        its, own = _order(order, rows, holdout_rows, seed), listed[first : first + rows]
+        yield Source(uri=uri, order=its, first_row=first, digest=digest, rows=own)
         first += rows
 
 

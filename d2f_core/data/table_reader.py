@@ -223,6 +223,28 @@ def _hold_no_number(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return found
 
 
+def read_rows(reader: TableReader, first: int, end: int) -> pa.Table:
+    """Rows `first` to `end` - 1, all of them.
+
+    Raises:
+        DamagedDataError: one of them cannot be used.
+    """
+    found = reader.read(first, end)
+    if found.reasons:
+        row, reason = min(found.reasons.items())
+        raise DamagedDataError(f"row {row}: {reason}. Write the table again.")
+    return found.table
+
+
+def read_columns(uri: str, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
+    """Small columns of a whole table, a file at a time.
+
+    Raises:
+        DamagedDataError: a row cannot be used.
+    """
+    return read_rows(TableReader(uri, manifest, columns), 0, manifest.num_rows)
+
+
 class RowReader:
     """Reads any rows of a table in any order."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
 from d2f_core.batch.table_job import make_table
 from d2f_core.correspondence.embed.check import check_embed
@@ -17,9 +18,11 @@ from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.images import decode_image
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.quarantine import read_quarantine
+from d2f_core.data.schema import array_kind
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.data.sources.sample import Sample
 from d2f_core.data.table_reader import RowReader
+from d2f_core.identity import identity_values, stage_key
 from tests.correspondence.evaluate.test_view_pairs import rows_of
 from tests.correspondence.made_views import POINTS, SIDE, local_views
 from tests.correspondence.test_student import write
@@ -56,10 +59,34 @@ def test_the_uri_of_a_teacher_is_free_and_its_reading_is_not(tmp_path: Path) -> 
     assert identities[0] == identities[1] != identities[2]
 
 
+def test_an_embedding_is_a_column_more_and_a_job_without_one_is_what_it_was(tmp_path: Path) -> None:
+    first = config(tmp_path, local_views(tmp_path / "views"))
+    plain, by_class, by_mean = (
+        check_embed(replace(first, **fields)).spec
+        for fields in ({}, {"embedding": "dino"}, {"embedding": "lite0", "pooling": "mean"})
+    )
+    assert by_class.schema().names == [*plain.schema().names, "embedding"]
+    assert [array_kind(spec.schema().field("embedding"))[0] for spec in (by_class, by_mean)] == [(24,), (304,)]
+    told = by_class.identity()["fingerprint"]
+    assert told.pop("embedding") == {"of": "features_dino", "pooling": "class"}
+    assert plain.identity()["fingerprint"] == told and stage_key(first, {}) == stage_key(
+        replace(first, pooling="class"), {}
+    )
+    assert not {"embedding", "pooling"} & identity_values(first).keys()
+
+
+def test_a_network_without_a_class_token_has_no_embedding_of_that_kind(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(TransformerTeacher, "has_class_token", False)
+    with pytest.raises(EmbedError, match="of teacher 'dino' has no class token"):
+        check_embed(config(tmp_path, local_views(tmp_path / "views"), embedding="dino"))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"split": "train"}, "is no table of views"),
+        ({"embedding": "clip"}, "embedding='clip' is no teacher's name. Use one of lite0, dino"),
+        ({"embedding": "lite0"}, "has no class token"),
         ({"categories": ("cats",)}, "is no table of views"),
         ({"size": 5}, "from 14 to 2048"),
         ({"teachers": (LITE0, LITE0)}, "a name of its own"),
@@ -95,7 +122,7 @@ def test_teachers_that_mean_nothing_are_refused(fields: dict, message: str) -> N
 
 
 def test_views_become_rows_with_features_and_points(cluster: None, tmp_path: Path) -> None:
-    job = check_embed(config(tmp_path, local_views(tmp_path / "views"), split="train"))
+    job = check_embed(config(tmp_path, local_views(tmp_path / "views"), split="train", embedding="dino"))
     manifest = make_table(job)
     views = [row for row in rows_of(str(tmp_path / "views")) if row["split"] == "train"]
     assert manifest.kind == "features" and manifest.num_rows == len(views) == 32
@@ -111,15 +138,25 @@ def test_views_become_rows_with_features_and_points(cluster: None, tmp_path: Pat
     teacher = TransformerTeacher("dino", str(tmp_path / "dino"), Preparation(size=42), layers=2)
     wanted = teacher.features([Picture(pixels=image)])[0]
     torch.testing.assert_close(torch.tensor(found["features_dino"][5]).float(), wanted, rtol=1e-3, atol=2e-3)
+    network = AutoModel.from_pretrained(tmp_path / "dino", num_hidden_layers=2).eval()
+    with torch.inference_mode():
+        seen = network(pixel_values=Preparation(size=42).pixels([image]))
+    torch.testing.assert_close(torch.tensor(found["embedding"][5]).float(), seen.pooler_output[0], rtol=1e-3, atol=2e-3)
     assert make_table(job) == manifest, "nothing is left to do"
 
 
 def test_a_folders_images_have_their_directory_as_category(cluster: None, tmp_path: Path) -> None:
     named = [(f"{'cats' if number % 2 else 'dogs'}/{name}", *rest) for number, (name, *rest) in enumerate(pictures(6))]
     source = write_folder(str(tmp_path / "images"), [*named, ("cats/broken.png", b"no image", "x")])
-    job = check_embed(config(tmp_path, source, max_quarantined_share=0.5))
+    job = check_embed(config(tmp_path, source, max_quarantined_share=0.5, embedding="lite0", pooling="mean"))
     manifest = make_table(job)
     found = RowReader(job.spec.config.output, manifest, ("category", "mesh")).read(np.arange(6)).to_pydict()
+    whole = table_to_arrays(
+        RowReader(job.spec.config.output, manifest, ("features_lite0", "embedding")).read(np.arange(6))
+    )
+    tokens = whole["features_lite0"].astype(np.float32)
+    mean = (tokens / np.linalg.norm(tokens, axis=2, keepdims=True)).mean(axis=1)
+    np.testing.assert_allclose(whole["embedding"].astype(np.float32), mean, atol=2e-3)
     assert found == {"category": ["cats"] * 3 + ["dogs"] * 3, "mesh": [""] * 6}
     assert [bad.code for bad in read_quarantine(job.spec.config.output)] == ["undecodable"]
     assert read_manifest(job.spec.config.output).fingerprint["points"] == 0

@@ -44,6 +44,16 @@ def test_the_size_of_a_block_changes_no_bit():
         assert np.array_equal(first.rows, other.rows) and np.array_equal(first.cosines, other.cosines)
 
 
+def test_some_sources_have_the_partners_that_they_have_among_all():
+    embeddings, ids, groups = draw(200, 12), [f"{row:03d}" for row in range(200)], np.arange(200) // 3
+    whole = nearest_partners(embeddings, ids, groups=groups)
+    parts = [nearest_partners(embeddings, ids, groups=groups, sources=range(a, a + 50), block_rows=7)
+             for a in range(0, 200, 50)]  # fmt: skip
+    assert np.array_equal(np.concatenate([part.rows for part in parts]), whole.rows)
+    assert np.array_equal(np.concatenate([part.cosines for part in parts]), whole.cosines)
+    assert pa.concat_tables([retrieval_table(ids, part) for part in parts]).equals(retrieval_table(ids, whole))
+
+
 @pytest.mark.parametrize("names", ["numbers", "text"])
 @pytest.mark.parametrize("block_rows", [5, 64, None])
 def test_among_equal_cosines_the_smaller_id_comes_first(names, block_rows):

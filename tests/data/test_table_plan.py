@@ -22,7 +22,7 @@ from d2f_core.data.manifest import (
 from d2f_core.data.plan_reader import PlanReader
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.stream_plan import MicroBatch, Source, StreamPlan
-from d2f_core.data.table_plan import BucketError, OrderConfig, plan_tables
+from d2f_core.data.table_plan import BucketError, OrderConfig, RowBuckets, plan_tables, row_buckets
 
 GLOBAL, MICRO = 16, 4
 checked = settings(deadline=None, derandomize=True)
@@ -171,6 +171,38 @@ def test_hundreds_of_buckets_are_planned_in_little_time():
     assert len(plan.sources) == 2000 and plan.micro_batch(100_000, 0, 1).rows.size == MICRO
 
 
+@checked
+@given(values=st.lists(st.sampled_from("abcd"), min_size=4, max_size=60), seed=st.integers(0, 4))
+def test_rows_of_a_bucket_that_lie_apart_come_once_per_epoch_of_it(values, seed):
+    found, order = (
+        row_buckets(values),
+        OrderConfig(seed=seed, global_batch_size=8, micro_batch_size=4, bucket_column="c"),
+    )
+    plan = plan_tables(["/t"], [table_of([len(values)])], (), order, holdout_rows=0, num_steps=1000, buckets=[found])
+    seen = defaultdict(Counter)
+    for number in range(60):
+        one = plan.micro_batch(number, 0, 1)
+        assert len({values[row] for row in one.rows.tolist()}) == 1
+        seen[values[one.rows[0]]].update(zip(one.epochs.tolist(), one.rows.tolist(), strict=True))
+        told = [plan.micro_batch(number // 2, number % 2, 2), one]
+        assert told[0].rows.tolist() == told[1].rows.tolist(), "the same on two workers"
+    for value, counts in seen.items():
+        first = {row for epoch, row in counts if epoch == 0}
+        assert set(counts.values()) == {1} and first <= {row for row, its in enumerate(values) if its == value}
+        assert max(epoch for epoch, _ in counts) == 0 or len(first) == values.count(value)
+    assert {source.first_row for source in plan.sources} == set(np.cumsum([0, *map(values.count, sorted(seen))])[:-1])
+
+
+def test_buckets_of_listed_rows_hold_each_row_once():
+    order = OrderConfig(global_batch_size=4, micro_batch_size=2, bucket_column="c")
+    for rows in ([0, 1, 1], [0, 1, 3], [0, 1]):
+        listed = RowBuckets(buckets=(("a", 3),), rows=np.array(rows))
+        with pytest.raises(BucketError, match="do not hold each of its 3 rows once"):
+            plan_tables(["/t"], [table_of([3])], (), order, holdout_rows=0, num_steps=1, buckets=[listed])
+    with pytest.raises(ValueError, match="lists 2 rows"):
+        Source(uri="/t", order=SampleOrder(num_rows=3, batch=1), rows=(0, 1))
+
+
 ROWS = [30, 3, 64, 7, 120, 1, 75]
 
 
@@ -244,3 +276,26 @@ def test_a_table_that_was_replaced_since_the_start_is_not_trained_on(tmp_path):
     write("other")
     with pytest.raises(ManifestError, match=r"has the digest [0-9a-f]{64} here, and [0-9a-f]{64} where the training"):
         PlanReader(plan, 0, 1, 0)
+
+
+def test_rows_that_lie_apart_are_read_as_planned_on_any_workers_and_from_any_step(table):
+    """Clusters that lie all over two files."""
+    uri, rows = str(table), sum(ROWS)
+    clusters = [f"{(row * row) % 11}" for row in range(rows)]
+    order = OrderConfig(
+        global_batch_size=GLOBAL, micro_batch_size=MICRO, lanes=2, window_rows=32, bucket_column="cluster", seed=5
+    )
+    plan = plan_tables(
+        [uri] * 2, [read_manifest(uri)] * 2, ("text",), order, holdout_rows=0, num_steps=60,
+        buckets=[row_buckets(clusters), row_buckets(clusters[::-1])],
+    )  # fmt: skip
+    alone = read(plan, 0, 1)
+    for number, (texts, _, seen) in enumerate(alone):
+        wanted = plan.micro_batch(number, 0, 1)
+        assert [int(text.split()[1]) for text in texts] == wanted.rows.tolist()
+        assert seen == (wanted.rows + plan.first_rows[wanted.source]).tolist()
+    assert {row for _, _, seen in alone for row in seen} == set(range(2 * rows)), "unique over both tables"
+    halves = [read(plan, rank, 2, first_step=7) for rank in range(2)]
+    per_step = plan.per_step(2)
+    together = [half[step * per_step : (step + 1) * per_step] for step in range(53) for half in halves]
+    assert [one for share in together for one in share] == alone[7 * GLOBAL // MICRO :]

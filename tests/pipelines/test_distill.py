@@ -3,9 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
+from d2f_core.batch.table_job import make_table
 from d2f_core.correspondence.artifact import (
     MatcherDescription,
     MatcherError,
@@ -14,11 +16,22 @@ from d2f_core.correspondence.artifact import (
     load_student,
     save_matcher,
 )
-from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
+from d2f_core.correspondence.config import (
+    DistillationConfig,
+    MatcherConfig,
+    MultiViewConfig,
+    StudentConfig,
+    TargetConfig,
+)
 from d2f_core.correspondence.evaluate.config import ViewPairsConfig
 from d2f_core.correspondence.matching import Decoding
+from d2f_core.correspondence.mine.config import MinePairsConfig
+from d2f_core.correspondence.mine.table import CLUSTER_SCHEMA, check_mine, mine_pairs
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import add_adapters, load_network, trained
+from d2f_core.correspondence.targets.check import check_embed_pairs
+from d2f_core.correspondence.targets.config import EmbedPairsConfig
+from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.table_plan import BucketError
 from d2f_core.model.base import described_copy
 from d2f_core.tracking import RunHandle
@@ -26,11 +39,13 @@ from d2f_core.train.checkpoint import CheckpointError
 from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines import distill_job
 from pipelines.distill_config import DistillConfig
-from pipelines.distill_job import check_distill, groups
+from pipelines.distill_data import groups
+from pipelines.distill_job import check_distill
 from pipelines.training import train
 from tests.correspondence.features import write_features
 from tests.correspondence.made_views import write_views
 from tests.correspondence.test_student import write
+from tests.correspondence.test_targets import here
 
 STEPS = TrainConfig(
     num_steps=4, global_batch_size=8, micro_batch_size=4, learning_rate=1e-2, lanes=1, window_rows=4,
@@ -68,6 +83,29 @@ def test_a_micro_batch_holds_images_of_one_bucket(untracked: None, tmp_path: Pat
         assert len(set(rows // 12)) == 1, "of one category"
         if bucket == "things":
             assert len(set(rows // 4)) <= 3 and plan.one_source_per == "micro_batch"
+
+
+def write_clusters(uri: str, ids: list[str], clusters: list[str]) -> str:
+    part = write_part(uri, "part-0.parquet", pa.table([ids, clusters], schema=CLUSTER_SCHEMA))
+    write_manifest(uri, Manifest(kind="clusters", files=(part,)))
+    return uri
+
+
+def test_a_micro_batch_may_hold_images_of_a_cluster_wherever_their_rows_lie(untracked: None, tmp_path: Path) -> None:
+    ids, numbers = [f"{row:032x}" for row in range(24)], [row * 7 % 24 // 6 for row in range(24)]
+    given = write_clusters(str(tmp_path / "a"), ids[::-1], [f"r{number}" for number in numbers[::-1]])
+    other = write_clusters(str(tmp_path / "b"), ids, [f"r{row // 6}" for row in range(24)])
+    made = config(tmp_path, bucket="retrieval", clusters=given)
+    checked = check_distill(made)
+    for number in range(12):
+        rows = checked.plan.micro_batch(number, 0, 1).rows.tolist()
+        assert len({numbers[row] for row in rows}) == 1 and len(set(rows)) == 4
+    identities = {checked.identity, check_distill(replace(made, clusters=other)).identity}
+    assert len(identities | {check_distill(config(tmp_path)).identity}) == 3, "clusters count by what they hold"
+    short = write_clusters(str(tmp_path / "c"), ids[1:], ["r"] * 23)
+    for clusters, message in ((short, "1 of 24 images of .* are in no cluster"), (made.features, "holds features")):
+        with pytest.raises(ValueError, match=message):
+            check_distill(replace(made, clusters=clusters))
 
 
 def test_the_identity_tells_what_is_computed(untracked: None, tmp_path: Path) -> None:
@@ -137,6 +175,10 @@ def multi_view(made: DistillConfig) -> DistillConfig:
             lambda c, _: multi_view(replace(c, features=write_features(f"{c.features}-images", points=0))),
             ValueError, "holds images, no views",
         ),
+        (
+            lambda c, _: replace(c, train=replace(STEPS, micro_batch_size=1)),
+            ValueError, "pairs are made within a micro-batch",
+        ),
         (lambda c, path: replace(c, start=str(path / "nothing")), MatcherError, "holds no matcher.json"),
         (
             lambda c, _: multi_view(replace(c, bucket="things", things=1, train=replace(STEPS, micro_batch_size=2))),
@@ -157,8 +199,9 @@ def test_trainings_that_cannot_work_are_refused(tmp_path: Path, change, error, m
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": replace(STEPS, micro_batch_size=1)}, "pairs are made within a micro-batch"),
         ({"things": 0}, "things=0"),
+        ({"bucket": "retrieval"}, "bucket='retrieval' and clusters='': one goes with the other"),
+        ({"clusters": "s3://x"}, "one goes with the other"),
     ],
 )
 def test_configs_that_mean_nothing_are_refused(tmp_path: Path, fields: dict, message: str) -> None:
@@ -195,6 +238,69 @@ def test_a_student_is_distilled_then_refined_and_says_how_to_use_it(cluster: Non
     (embedded,) = matcher.embed([image])
     found, cosine = matcher.match(embedded, embedded, torch.tensor([[10.0, 20.0]]))
     assert cosine.item() > 0.99 and (found - torch.tensor([10.0, 20.0])).norm() < 15
+
+
+def pairs_of(made: DistillConfig, uri: str, **targets) -> str:
+    """A table of all pairs of things of a category, without Ray."""
+    of = TargetConfig(kept=3, **targets)
+    job = EmbedPairsConfig(features=made.features, within_category=4, targets=of, output=uri, rows_per_part=16)
+    with here():
+        make_table(check_embed_pairs(job))
+    return uri
+
+
+def test_a_table_of_pairs_is_known_by_its_kind(untracked: None, tmp_path: Path) -> None:
+    images = config(tmp_path)
+    made = replace(images, features=pairs_of(images, str(tmp_path / "pairs")))
+    checked = check_distill(made)
+    assert checked.plan.one_source_per == "global_batch" and checked.plan.columns[:2] == (
+        "source_pixels",
+        "target_pixels",
+    )
+    equal = DistillationConfig(shares={"a": 3.0, "b": 3.0}, temperature=made.matcher.distillation.temperature)
+    same = [replace(made, output=str(tmp_path / "x")), replace(made, train=replace(STEPS, checkpoint_every=1))]
+    other = [replace(made, train=replace(STEPS, micro_batch_size=1)), images]
+    assert {check_distill(each).identity for each in same} == {checked.identity}
+    assert len({checked.identity, *(check_distill(each).identity for each in other)}) == 3
+    check_distill(replace(made, matcher=replace(made.matcher, distillation=equal)))
+    for change, message in (
+        ({"finer": 1}, r"were made with finer=2, not 1\. Train with the same"),
+        ({"teacher_temperature": 0.02}, "teacher_temperature=0.01, not 0.02"),
+        ({"cycle": False}, "cycle=True, not False"),
+        ({"shares": {"a": 3.0, "b": 1.0}}, r"shares=\{'a': 0.5, 'b': 0.5\}, not \{'a': 0.75, 'b': 0.25\}"),
+    ):
+        wrong = replace(made.matcher, distillation=replace(made.matcher.distillation, **change))
+        with pytest.raises(ValueError, match=message):
+            check_distill(replace(made, matcher=wrong))
+    for wrong in (multi_view(made), replace(made, bucket="things")):
+        with pytest.raises(ValueError, match=r"holds pairs: multi_view\.weight must be 0 and bucket 'category'"):
+            check_distill(wrong)
+
+
+def test_a_stopped_distillation_of_pairs_ends_with_the_same_bits_on_more_workers(cluster: None, tmp_path: Path) -> None:
+    """From features to a student, on a cluster: mined pairs, their targets, a training."""
+    base, images = "s3://d2f/test-distill-pairs", config(tmp_path)
+    mined = MinePairsConfig(
+        features=write_features(f"{base}/features"), column="features_a", apart="mesh", output=f"{base}/mined",
+        partners=3,
+    )  # fmt: skip
+    mine_pairs(mined, check_mine(mined))
+    asked = EmbedPairsConfig(
+        features=mined.features, mined=mined.output, output=f"{base}/pairs", targets=TargetConfig(kept=4),
+        rows_per_part=16, num_actors=2,
+    )  # fmt: skip
+    manifest = make_table(check_embed_pairs(asked))
+    assert manifest.counts["quarantined"] == 0 and 36 <= manifest.num_rows <= 72
+    whole = replace(images, features=asked.output, output=f"{base}/whole")
+    parts = replace(whole, output=f"{base}/parts")
+    wanted = train(check_distill(whole).job()).complete()
+    train(check_distill(replace(parts, train=replace(STEPS, num_steps=2))).job())
+    found = train(check_distill(replace(parts, train=replace(STEPS, num_workers=2))).job())
+    weights = [dict(trained(load_student(each.model)[0])) for each in (wanted, found)]
+    assert any(value.abs().max() > 0 for name, value in weights[0].items() if "lora_B" in name)
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    assert describe_matcher(found.model).training["features"] == manifest.digest
 
 
 def test_a_stopped_distillation_ends_with_the_same_bits_on_more_workers(cluster: None, tmp_path: Path) -> None:

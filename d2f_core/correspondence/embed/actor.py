@@ -1,17 +1,18 @@
 """The actor of an embedding job: holds the teachers."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from d2f_core.batch.chunks import TableActor
 from d2f_core.batch.table_spec import TableJobError
 from d2f_core.correspondence.embed.config import TeacherConfig
-from d2f_core.correspondence.embed.spec import EmbedSpec
+from d2f_core.correspondence.embed.spec import EMBEDDING, EmbedSpec
 from d2f_core.correspondence.preparation import Preparation
-from d2f_core.correspondence.teachers import Picture, Teacher
+from d2f_core.correspondence.teachers import Picture, Teacher, TransformerTeacher, mean_token
 from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.images import decode_image
 from d2f_core.device import reserved_device
@@ -39,18 +40,34 @@ class Embedder(TableActor):
         for row, image in zip(columns["pixels"], images, strict=True):
             row[:] = (self._student.pixels([image])[0] * 255).round().permute(1, 2, 0).numpy()
         for name, teacher in self._teachers.items():
-            columns[name] = self._features(name, teacher, pictures)
+            columns |= self._seen_by(name, teacher, pictures)
         return arrays_to_table(columns, self._spec.schema())
 
-    def _features(self, name: str, teacher: Teacher, pictures: list[Picture]) -> np.ndarray:
-        """float16 [images, tokens, channels]."""
-        found = np.empty((len(pictures), *self._spec.shapes[name]), np.float16)
-        size = self._spec.config.batch_size
-        for start in range(0, len(pictures), size):
-            found[start : start + size] = teacher.features(pictures[start : start + size]).numpy()
-        if not np.isfinite(found).all():
-            raise TableJobError(f"{name} are not finite in half precision. Check the teacher's weights and its dtype.")
+    def _seen_by(self, name: str, teacher: Teacher, pictures: list[Picture]) -> dict[str, np.ndarray]:
+        """A teacher's float16 features [images, tokens, channels], and with those of one the embeddings [images,
+        channels].
+        """
+        count, shape, size = len(pictures), self._spec.shapes[name], self._spec.config.batch_size
+        found: dict[str, np.ndarray] = {name: np.empty((count, *shape), np.float16)}
+        if name == self._spec.config.embedded_column:
+            found[EMBEDDING] = np.empty((count, shape[1]), np.float16)
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            for values, made in zip(found.values(), self._look(teacher, pictures[rows], len(found) > 1), strict=True):
+                values[rows] = made.numpy()
+        for column, values in found.items():
+            if not np.isfinite(values).all():
+                raise TableJobError(
+                    f"{column} of {name!r} are not finite in half precision. Check the teacher's weights and its dtype."
+                )
         return found
+
+    def _look(self, teacher: Teacher, pictures: list[Picture], embedded: bool) -> list[Tensor]:
+        """Features, and the embeddings where they are asked for, of one forward pass."""
+        if embedded and self._spec.config.pooling == "class":
+            return list(cast(TransformerTeacher, teacher).with_class_tokens(pictures))
+        features = teacher.features(pictures)
+        return [features, mean_token(features)] if embedded else [features]
 
 
 def build_teacher(config: TeacherConfig, device: str | torch.device) -> Teacher:
@@ -61,8 +78,6 @@ def build_teacher(config: TeacherConfig, device: str | torch.device) -> Teacher:
     """
     preparation = Preparation(size=config.size, normalisation=config.normalisation)
     if config.kind == "transformer":
-        from d2f_core.correspondence.teachers import TransformerTeacher
-
         return TransformerTeacher(config.name, config.uri, preparation, layers=config.layers, device=device)
     if config.kind == "efficientnet-lite0":
         from d2f_core.correspondence.convolution_teacher import ConvolutionTeacher

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,6 +12,7 @@ from d2f_core.correspondence.embed import source
 from d2f_core.correspondence.embed.actor import Embedder, build_teacher
 from d2f_core.correspondence.embed.config import EmbedConfig, EmbedError, TeacherConfig
 from d2f_core.correspondence.embed.spec import EmbedSpec
+from d2f_core.correspondence.teachers import TransformerTeacher
 from d2f_core.hashing import file_sha256
 from d2f_core.model.base import describe_base, described_copy
 from d2f_core.model.efficientnet import load_efficientnet_lite0
@@ -44,7 +45,10 @@ def check_embed(config: EmbedConfig) -> TableJob:
         "rows_per_part": config.rows_per_part,
     }
     shown = {name: list(shapes[name]) for name in shapes}
-    fingerprint = {"size": config.size, "teachers": teachers, "shapes": shown, "points": points}
+    fingerprint: dict[str, Any] = {"size": config.size, "teachers": teachers, "shapes": shown, "points": points}
+    if config.embedding:
+        _check_class_token(config)
+        fingerprint["embedding"] = {"of": config.embedded_column, "pooling": config.pooling}
     spec = EmbedSpec(config=config, fingerprint=fingerprint, inputs=inputs, shapes=shapes, points=points)
     return TableJob(spec=spec, source=planned, actor=Embedder)
 
@@ -67,6 +71,15 @@ def describe_teacher(config: TeacherConfig) -> tuple[tuple[int, int], str]:
         weights = file_sha256(load_efficientnet_lite0("meta")[1])
     teacher = build_teacher(config, torch.device("meta"))
     return (teacher.grid[0] * teacher.grid[1], teacher.channels), weights
+
+
+def _check_class_token(config: EmbedConfig) -> None:
+    """Raise EmbedError when the embedding is to be the class token of a network without one."""
+    chosen = next(teacher for teacher in config.teachers if teacher.name == config.embedding)
+    if config.pooling == "class":
+        teacher = build_teacher(chosen, torch.device("meta"))
+        if not cast(TransformerTeacher, teacher).has_class_token:
+            raise EmbedError(f"{chosen.uri!r} of teacher {chosen.name!r} has no class token. Give pooling='mean'.")
 
 
 def _reading(config: TeacherConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Literal
 from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
 from d2f_core.data.sources.config import ImageSource
+from d2f_core.identity import since
 
 
 class EmbedError(ValueError):
@@ -84,6 +85,12 @@ class EmbedWork:
     output: str = ""
     """Where the table is written; repeating the command resumes the job, and does nothing once it is complete."""
     teachers: tuple[TeacherConfig, ...] = ()
+    embedding: str = since("", before="")
+    """Name of the teacher whose embedding of each whole image is stored too, which `mine_pairs` compares; empty:
+    none."""
+    pooling: Literal["class", "mean"] = since("class", before="class")
+    """What the embedding is: a vision transformer's class token, or the mean of the tokens, each brought to length
+    1."""
     size: int = 434
     """Height and width in pixels of the student's input, which is stored beside the features."""
     max_pixels: int = 50_000_000
@@ -110,12 +117,26 @@ class EmbedConfig(AwaitedPoolConfig, EmbedWork):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise EmbedError(f"teachers are called {names}. Give each a name of its own.")
+        self._check_embedding()
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
             raise EmbedError(f"max_pixels={self.max_pixels} must be between 1 and {MAX_PIXELS_LIMIT}.")
         if not 0 <= self.max_quarantined_share <= 1:
             raise EmbedError(f"max_quarantined_share={self.max_quarantined_share} must lie in [0, 1]. Use 0.01.")
         if not 14 <= self.size <= 2048:
             raise EmbedError(f"size={self.size} must lie from 14 to 2048 pixels. Use the student's input size.")
+
+    def _check_embedding(self) -> None:
+        chosen = next((teacher for teacher in self.teachers if teacher.name == self.embedding), None)
+        if self.embedding and chosen is None:
+            names = ", ".join(teacher.name for teacher in self.teachers)
+            raise EmbedError(f"embedding={self.embedding!r} is no teacher's name. Use one of {names}.")
+        if chosen and self.pooling == "class" and chosen.kind != "transformer":
+            raise EmbedError(f"{chosen.name!r} of kind {chosen.kind!r} has no class token. Give pooling='mean'.")
+
+    @property
+    def embedded_column(self) -> str:
+        """The column of features that the embedding is made from; empty: none is stored."""
+        return column_of(self.embedding) if self.embedding else ""
 
     @property
     def rules(self) -> ImageRules:

@@ -15,6 +15,8 @@ from d2f_core.data.manifest import rows_per_group
 from d2f_core.data.schema import array_field, sample_id
 from d2f_core.data.sources.sample import Sample
 
+EMBEDDING = "embedding"
+"""Column of whole images' embeddings, float16 [channels]."""
 TEXTS = tuple(pa.field(name, pa.string(), nullable=False) for name in ("sample_id", "source_uri", "category", "mesh"))
 
 
@@ -48,7 +50,9 @@ class EmbedSpec(TableSpec):
         """Of the table."""
         pixels = array_field("pixels", "uint8", (self.config.size, self.config.size, 3))
         features = [array_field(name, "float16", shape) for name, shape in self.shapes.items()]
-        return pa.schema([*TEXTS, *self._views(), pixels, *features])
+        chosen = self.config.embedded_column
+        embedding = [array_field(EMBEDDING, "float16", self.shapes[chosen][1:])] if chosen else []
+        return pa.schema([*TEXTS, *self._views(), pixels, *features, *embedding])
 
     @property
     def row_group_rows(self) -> int:

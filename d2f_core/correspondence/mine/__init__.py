@@ -1,0 +1,1 @@
+"""Pairs and clusters of images that look alike."""

@@ -1,0 +1,78 @@
+"""Checks a job of pairs and makes its specification before it starts; no features are read."""
+
+from typing import Any
+
+from d2f_core.batch.table_job import TableJob
+from d2f_core.correspondence.targets.actor import PairEmbedder
+from d2f_core.correspondence.targets.config import EmbedPairsConfig, PairsError
+from d2f_core.correspondence.targets.source import plan
+from d2f_core.correspondence.targets.spec import PairsSpec
+from d2f_core.correspondence.teacher_columns import shares_of, teachers_of
+from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.storage import check_reachable
+
+FEATURES = "features"
+MOST_TOKENS = 2**16
+"""What an index of two bytes can name."""
+
+
+def check_embed_pairs(config: EmbedPairsConfig) -> TableJob:
+    """Check everything that can be checked before a cluster is used.
+
+    Raises:
+        ValueError: unusable storage, features or source; one line each.
+    """
+    for name in ("features", "output"):
+        if not getattr(config, name):
+            raise PairsError(f"{name} is empty. Give --{name} URI.")
+    check_reachable(config.features)
+    check_reachable(config.output, write=True)
+    manifest = read_manifest(config.features)
+    if manifest.kind != FEATURES:
+        raise PairsError(f"features={config.features!r} holds {manifest.kind}. Give a table that embed_images wrote.")
+    size = int(manifest.fingerprint["size"])
+    _check_targets(config, manifest, size)
+    planned = plan(config, manifest)
+    inputs = {
+        "source": config.mined or config.pairs.uri or config.features,
+        "source_kind": planned.kind,
+        "source_digest": planned.digest,
+        "features": config.features,
+        "features_digest": manifest.digest,
+        "rows_per_part": config.rows_per_part,
+    }
+    fingerprint = {
+        "size": size,
+        "patch": config.patch,
+        "teachers": manifest.fingerprint["teachers"],
+        "targets": _targets(config, manifest),
+    }
+    spec = PairsSpec(config=config, fingerprint=fingerprint, inputs=inputs, size=size)
+    return TableJob(spec=spec, source=planned, actor=PairEmbedder)
+
+
+def _check_targets(config: EmbedPairsConfig, manifest: Manifest, size: int) -> None:
+    """Raise ValueError when no targets can be made of these features for that student."""
+    if not (teachers := teachers_of(manifest)):
+        raise PairsError(f"{config.features!r} holds no teacher's features. Embed the images again.")
+    shares_of(teachers, config.targets)
+    if size % config.patch:
+        raise PairsError(
+            f"{config.features!r} holds images of {size} pixels, no multiple of patch={config.patch}. Give the patch "
+            "of the student, such as 14."
+        )
+    tokens = (size // config.patch) ** 2
+    if tokens > MOST_TOKENS or config.targets.kept > tokens:
+        raise PairsError(
+            f"a grid has {tokens} tokens; targets.kept={config.targets.kept} may be at most that, and they at most "
+            f"{MOST_TOKENS}. Lower kept, or give the student's own patch."
+        )
+
+
+def _targets(config: EmbedPairsConfig, manifest: Manifest) -> dict[str, Any]:
+    """What the targets are, the same for the same shares however they are given."""
+    of, teachers = config.targets, teachers_of(manifest)
+    shares = shares_of(teachers, of)
+    names = ("teacher_temperature", "finer", "cycle", "kept", "probabilities")
+    told = {name: getattr(of, name) for name in names}
+    return {**told, "shares": {one.name: share / sum(shares) for one, share in zip(teachers, shares, strict=True)}}
