@@ -1,7 +1,8 @@
 """Semantic correspondence, a workflow: `ray job submit --working-dir . -- python -m pipelines.workflow distill`.
 
 make_views -> unpack_dinov2 -> embed_images -> distill -> refine, and beside it as many more steps of distillation
-(control) -> evaluate_matches. Complete stages are skipped; after a kill, the same command resumes.
+(control) -> register -> evaluate_matches, whose gate may make the registered matcher the champion. Complete stages are
+skipped; after a kill, the same command resumes.
 """
 
 import json
@@ -15,12 +16,12 @@ from d2f_core.model.base import described_copy
 from d2f_core.stages import StageOutcome
 from d2f_core.storage import check_reachable, exists, join, write_bytes
 from d2f_core.tracking import check_tracking
-from pipelines import distill, embed_images, evaluate_matches, make_views, unpack_dinov2
+from pipelines import distill, embed_images, evaluate_matches, make_views, register_matcher, unpack_dinov2
 from pipelines.cluster import connect
 from pipelines.distill_config import DistillConfig
 from pipelines.unpack_config import UnpackConfig
 from pipelines.workflow_config import DistillWorkflowConfig
-from pipelines.workflow_stages import Outputs, Workflow
+from pipelines.workflow_stages import Outputs, Workflow, version_is_there
 
 TOLD = {
     "make_views": "render views of procedural things, with their geometry",
@@ -29,6 +30,7 @@ TOLD = {
     "distill": "train a student to match like its teachers",
     "refine": "train it on points that views of one thing share",
     "control": "train it on its teachers for as many steps instead",
+    "register": "register it in MLflow, with how to use it",
     "evaluate_matches": "compare them on things that none has seen",
 }
 """Description of each stage for the waiting user."""
@@ -55,9 +57,17 @@ def main(config: DistillWorkflowConfig) -> None:
         name: train_stage(flow, name, replace(its, start=first["uri"]), {**inputs, "start": first["digest"]})
         for name, its in (("refine", config.refine), ("control", config.control))
     }
+    version = register_stage(flow, config, made["refine"])
     digests = {name: each["digest"] for name, each in {"distill": first, **made}.items()}
-    evaluate_stage(flow, config.evaluate, {"views": views["digest"], **base, **digests})
-    summary = {"stages": [result.summary() for result in flow.results], "report": join(config.evaluate.output, REPORT)}
+    inputs = {"views": views["digest"], **base, **digests}
+    report = evaluate_stage(flow, config.wired_evaluate(version["uri"]), inputs)
+    summary = {
+        "stages": [result.summary() for result in flow.results],
+        "registered_model": version["name"],
+        "model_version": version["version"],
+        "gate": report["gate"],
+        "report": report["uri"],
+    }
     write_bytes(join(config.output, "summary.json"), json.dumps(summary, indent=2).encode())
 
 
@@ -83,10 +93,23 @@ def train_stage(flow: Workflow, name: str, config: DistillConfig, inputs: dict[s
     return flow.stage(name, key, "steps", run, lambda done: exists(join(done["uri"], DESCRIPTION)))
 
 
+def register_stage(flow: Workflow, config: DistillWorkflowConfig, model: Outputs) -> Outputs:
+    """Register the refined matcher."""
+    wired = replace(config.register, run=config.refine.output, model=model["uri"], experiment=config.refine.experiment)
+
+    def run() -> StageOutcome:
+        info = register_matcher.main(wired)
+        return StageOutcome(count=1, outputs={"uri": info.uri, "name": info.name, "version": info.version})
+
+    return flow.stage("register", stage_key(wired, {"model": model["digest"]}), "versions", run, version_is_there)
+
+
 def evaluate_stage(flow: Workflow, config: EvaluateMatchesConfig, inputs: dict[str, str]) -> Outputs:
     def run() -> StageOutcome:
-        evaluate_matches.main(config)
-        return StageOutcome(count=len(config.matchers), outputs={"uri": join(config.output, REPORT)})
+        result = evaluate_matches.main(config)
+        gate = result.get("gate", {}).get("verdict", {}).get("reason", "")
+        outputs = {"uri": join(config.output, REPORT), "gate": gate}
+        return StageOutcome(count=len(config.compared), outputs=outputs)
 
     key = stage_key(config, inputs)
     return flow.stage("evaluate_matches", key, "matchers", run, lambda done: exists(done["uri"]))

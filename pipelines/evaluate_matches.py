@@ -7,11 +7,19 @@ r"""Compare matchers on pairs of images with keypoints.
 Writes points.parquet, scores.json and report.html, and a run in MLflow. The same command resumes a killed job.
 """
 
-from d2f_core.correspondence.evaluate.config import EvaluateMatchesConfig, MatcherChoice, ViewPairsConfig
+from typing import Any
+
+from d2f_core.correspondence.evaluate.config import (
+    EvaluateMatchesConfig,
+    MatcherChoice,
+    MatcherGateConfig,
+    ViewPairsConfig,
+)
 from d2f_core.data.sources.config import PairSource
 from pipelines.cli import run_job
 from pipelines.cluster import connect
 from pipelines.embed_images import DINO, DINO_B, DINO_S, LITE0
+from pipelines.names import MATCHER
 
 RUNS = "s3://d2f/runs"
 
@@ -24,8 +32,9 @@ EVALUATE_MATCHES = {
             MatcherChoice(name="untrained at 224 px", uri=DINO_S, layers=11, size=224),
             MatcherChoice(name="distilled at 224 px", uri=f"{RUNS}/distill-demo/model"),
             MatcherChoice(name="control at 224 px", uri=f"{RUNS}/control-demo/model"),
-            MatcherChoice(name="refined at 224 px", uri=f"{RUNS}/refine-demo/model"),
+            MatcherChoice(name="refined at 224 px", uri=f"models:/{MATCHER}@candidate"),
         ),
+        gate=MatcherGateConfig(candidate="refined at 224 px", must_beat=("untrained at 224 px",)),
         views=ViewPairsConfig(views="s3://d2f/datasets/views", split="test", per_range=40),
         output="s3://d2f/evaluations/distill-demo", num_actors=2,
     ),
@@ -36,6 +45,10 @@ EVALUATE_MATCHES = {
         ),
         pairs=PairSource(uri="/data/SPair-71k", splits=("test",)),
         output="s3://BUCKET/evaluations/spair", gpus_per_actor=1, num_actors=2, batch_size=16,
+    ),
+    "own": EvaluateMatchesConfig(
+        uris=(f"models:/{MATCHER}@candidate",), pairs=PairSource(uri="s3://BUCKET/pairs.jsonl"),
+        output="s3://BUCKET/evaluations/own",
     ),
     "views": EvaluateMatchesConfig(
         uris=(f"{RUNS}/distill-demo/model", f"{RUNS}/refine-demo/model"), size=224,
@@ -62,12 +75,13 @@ def reads(config: EvaluateMatchesConfig) -> dict[str, str]:
     return found | {f"{each.name}.uri": each.uri for choice in config.compared for each in choice.teachers if each.uri}
 
 
-def main(config: EvaluateMatchesConfig) -> None:
+def main(config: EvaluateMatchesConfig) -> dict[str, Any]:
+    """Compare, and return what scores.json holds."""
     from d2f_core.correspondence.evaluate.job import evaluate_matches
 
     check(config)
     connect(reads={"pairs": config.views.views or config.pairs.uri, **reads(config)}, writes={"output": config.output})
-    evaluate_matches(config)
+    return evaluate_matches(config)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from d2f_core.flow.publish.config import PromoteConfig
 from pipelines.cli import run_job
+from pipelines.names import FLOW_MODEL, MATCHER
 
 if TYPE_CHECKING:
     from d2f_core.tracking import ModelVersionInfo
 
-RECIPES = {"emoji-flow": PromoteConfig(name="emoji-flow")}
+RECIPES = {"emoji-flow": PromoteConfig(name=FLOW_MODEL), "matcher": PromoteConfig(name=MATCHER)}
 
 
 def check(config: PromoteConfig) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from d2f_core.correspondence.embed.config import EmbedConfig
 from d2f_core.correspondence.evaluate.config import EvaluateMatchesConfig
+from d2f_core.correspondence.publish.config import RegisterMatcherConfig
 from d2f_core.correspondence.views.config import MakeViewsConfig
 from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
 from d2f_core.flow.depth.config import EvaluateDepthConfig, PredictDepthConfig
@@ -169,7 +170,24 @@ class DistillWorkflowConfig:
     """`start` is the distilled student."""
     control: DistillConfig
     """As many steps as `refine`, of distillation alone; `start` is the distilled student."""
+    register: RegisterMatcherConfig = field(default_factory=RegisterMatcherConfig)
+    """`run`, `model` and `experiment` are those of `refine`."""
     evaluate: EvaluateMatchesConfig
+    """The matcher that its gate judges is the registered version."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty. Give s3://bucket/key or a local path.")
+        for name in ("distill", "refine", "control"):
+            require_same(f"{name}.features", getattr(self, name).features, "embed.output", self.embed.output)
+        require_same("embed.source.uri", self.embed.source.uri, "views.output", self.views.output)
+        require_same("distill.matcher.student.base", self.distill.matcher.student.base, "base.output", self.base.output)
+
+    def wired_evaluate(self, version: str) -> EvaluateMatchesConfig:
+        """The evaluation, with a registered version as what the gate judges."""
+        judged = self.evaluate.gate.candidate
+        matchers = [replace(each, uri=version) if each.name == judged else each for each in self.evaluate.matchers]
+        return replace(self.evaluate, matchers=tuple(matchers))
 
 
 def require_same(name: str, value: str, other: str, expected: str) -> None:

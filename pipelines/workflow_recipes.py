@@ -19,6 +19,7 @@ from pipelines.make_views import MAKE_VIEWS
 from pipelines.names import DEPTH_MODEL, EVALUATIONS, FLOW_MODEL, QUICKSTART, SHOWN_EMOJI
 from pipelines.predict_depth import PREDICT_DEPTH
 from pipelines.recipes import AUTOENCODER, FINETUNE
+from pipelines.register_matcher import REGISTER_MATCHER
 from pipelines.unpack_dinov2 import UNPACK
 from pipelines.workflow_config import DepthConfig, DistillWorkflowConfig, ReflowConfig, WorkflowConfig
 
@@ -119,6 +120,7 @@ DISTILLATION = DistillWorkflowConfig(
     distill=DISTILL["distill-demo"],
     refine=DISTILL["refine-demo"],
     control=DISTILL["control-demo"],
+    register=REGISTER_MATCHER["matcher"],
     evaluate=EVALUATE_MATCHES["distill-demo"],
 )
 """Two teachers distilled into DINOv2-S, on rendered views."""

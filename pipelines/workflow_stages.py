@@ -86,7 +86,7 @@ def register_with(
         outputs = {"uri": info.uri, "digest": info.content_hash, "name": info.name, "version": info.version}
         return StageOutcome(count=1, outputs=outputs)
 
-    return flow.stage(name, stage_key(wired, {"model": model["digest"]}), "versions", run, _version_is_there)
+    return flow.stage(name, stage_key(wired, {"model": model["digest"]}), "versions", run, version_is_there)
 
 
 def evaluate_with(flow: Workflow, name: str, config: EvaluateConfig, model: Outputs) -> Outputs:
@@ -151,7 +151,8 @@ def _table_is_there(outputs: Outputs) -> bool:
     return manifest_exists(outputs["uri"]) and read_manifest(outputs["uri"]).digest == outputs["digest"]
 
 
-def _version_is_there(outputs: Outputs) -> bool:
+def version_is_there(outputs: Outputs) -> bool:
+    """Whether the registry still has the version of a stage's outputs."""
     try:
         return pin_model(outputs["uri"]) == outputs["uri"]
     except TrackingError:

@@ -77,7 +77,7 @@ class MatcherGateConfig:
     """When a registered matcher becomes the champion; every rule is paired over pairs of images."""
 
     candidate: str = ""
-    """Name of the matcher that is judged; empty: none is. It must beat every floor."""
+    """Name or URI of the matcher that is judged; empty: none is. It must beat every floor."""
     champion: str = "auto"
     """URI of the matcher that it may not be worse than; auto: the version that the champion's alias names, if there is
     one; empty: none."""
@@ -176,23 +176,35 @@ class EvaluateMatchesConfig(AwaitedPoolConfig, MatchesWork):
         gate = self.gate
         if not gate.candidate:
             return
-        wanted = {"gate.candidate": [gate.candidate], "gate.must_beat": list(gate.must_beat)}
-        for field_name, given in wanted.items():
-            if unknown := sorted(set(given) - set(names)):
-                raise EvaluateMatchesError(f"{field_name} names {unknown[0]!r}, which is none of the matchers {names}.")
-        if gate.candidate in gate.must_beat:
-            raise EvaluateMatchesError(f"gate.must_beat holds the candidate {gate.candidate!r} itself. Leave it out.")
-        if not next(each for each in self.compared if each.name == gate.candidate).uri:
+        judged = self.judged
+        unknown = sorted({*gate.must_beat} - {*names})
+        if judged is None or unknown:
+            what = f"gate.must_beat names {unknown[0]!r}" if unknown else f"gate.candidate names {gate.candidate!r}"
+            raise EvaluateMatchesError(f"{what}, which is none of the matchers {names}.")
+        if judged.name in gate.must_beat:
+            raise EvaluateMatchesError(f"gate.must_beat holds the candidate {judged.name!r} itself. Leave it out.")
+        if not judged.uri:
             raise EvaluateMatchesError(f"gate.candidate={gate.candidate!r} has no uri: teachers cannot be promoted.")
+
+    @property
+    def judged(self) -> MatcherChoice | None:
+        """The matcher that the gate judges."""
+        wanted = self.gate.candidate
+        return next((each for each in self.compared if wanted in (each.name, each.uri)), None) if wanted else None
 
 
 def names_of(uris: Sequence[str]) -> list[str]:
     """A name for each URI: the parts of its path that tell it from the others, such as `seed-1 refined` of
-    `s3://runs/seed-1/refined/model`; of a single one the last part.
+    `s3://runs/seed-1/refined/model`; of a single one the last part. `models:/NAME@ALIAS` is NAME ALIAS.
 
     Raises:
         EvaluateMatchesError: one is empty, or given twice.
     """
+    if registered := [uri for uri in uris if uri.startswith("models:/")]:
+        others = iter(names_of([uri for uri in uris if uri not in registered]))
+        return [
+            re.sub("[@/]", " ", uri.removeprefix("models:/")) if uri in registered else next(others) for uri in uris
+        ]
     parts = [re.split("/+", re.sub(f"/{MODEL}/*$", "", uri).rstrip("/")) for uri in uris]
     if not all(part[-1] for part in parts) or len(set(map(tuple, parts))) < len(parts):
         raise EvaluateMatchesError(f"uris={list(uris)} must each name another directory. Leave out what is twice.")

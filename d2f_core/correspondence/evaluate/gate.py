@@ -34,25 +34,24 @@ def pinned(config: EvaluateMatchesConfig) -> tuple[EvaluateMatchesConfig, Pins |
         PinError: the output judged another candidate.
         TrackingError: a version does not exist.
     """
-    gate = config.gate
-    if not gate.candidate:
+    gate, compared, judged = config.gate, config.compared, config.judged
+    if judged is None:
         return config, None
-    compared = config.compared
     if CHAMPION in [each.name for each in compared]:
         raise EvaluateMatchesError(f"a matcher is called {CHAMPION!r}, as the gate calls its own. Rename it.")
-    judged = next(each for each in compared if each.name == gate.candidate)
     pins = pin_models(
         config.output, candidate=judged.uri, champion=gate.champion, champion_alias=gate.champion_alias, base=""
     )
     matchers = []
     for each in compared:
-        if each is not judged:
+        if each.name != judged.name:
             matchers.append(each)
             continue
         if pins.champion not in ("", pins.candidate):
             matchers.append(MatcherChoice(name=CHAMPION, uri=pins.champion, size=judged.size))
         matchers.append(replace(judged, uri=pins.candidate))
-    return replace(config, matchers=tuple(matchers), uris=()), pins
+    named = replace(gate, candidate=judged.name)
+    return replace(config, matchers=tuple(matchers), uris=(), gate=named), pins
 
 
 def judge(

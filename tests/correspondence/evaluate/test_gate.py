@@ -16,8 +16,9 @@ from d2f_core.correspondence.evaluate.config import (
     MatcherGateConfig,
     ViewPairsConfig,
 )
+from d2f_core.correspondence.evaluate.floors import floors
 from d2f_core.correspondence.evaluate.gate import judge, pinned
-from d2f_core.correspondence.evaluate.measure import Measured, floors, measure
+from d2f_core.correspondence.evaluate.measure import Measured, measure
 from d2f_core.evaluation.gate import Verdict
 from d2f_core.evaluation.pins import PinError
 from d2f_core.tracking import get_alias, start_run
@@ -90,6 +91,16 @@ def test_gates_that_judge_nothing_are_refused(fields: dict, message: str) -> Non
         made("out", "a", uri="x", gate=MatcherGateConfig(**fields))
     with pytest.raises(EvaluateMatchesError, match="a matcher is called 'champion'"):
         pinned(made("out", "champion", uri="x", gate=MatcherGateConfig(candidate="champion")))
+
+
+def test_a_registered_candidate_may_be_named_by_its_uri() -> None:
+    gate = MatcherGateConfig(candidate="models:/m@candidate")
+    config = replace(
+        made("out", "a", uri="x", gate=MatcherGateConfig()), uris=("models:/m@candidate", "s3://runs/c/model")
+    )
+    assert [each.name for each in config.compared] == ["b", "a", "m candidate", "c"]
+    judged = replace(config, gate=gate).judged
+    assert judged is not None and judged.name == "m candidate" and config.judged is None
 
 
 def made(output: str, name: str, *, uri: str, views: str = "views", gate: MatcherGateConfig) -> EvaluateMatchesConfig:
