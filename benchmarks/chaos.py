@@ -1,6 +1,7 @@
 """Kill a training again and again, at random moments, and compare what it ends with.
 
     python -m benchmarks.chaos --kills 20 --outages 1 --fault-rate 0.02
+    python -m benchmarks.chaos --training distill --kills 10 --steps 2000
 
 A local stack trains a tiny model twice: once in peace, once while workers, reading actors, controllers and
 the job's driver are killed at random by SIGKILL, a share of S3's answers are 503 or cut, and S3 cannot be reached for a
@@ -19,15 +20,21 @@ import time
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from benchmarks.fault_proxy import FaultProxy
+from d2f_core.correspondence.config import MatcherConfig, MultiViewConfig, StudentConfig
+from d2f_core.data.manifest import manifest_exists
+from d2f_core.train.config import EmaConfig, TrainConfig
 from infra.local.stack import Stack
 from pipelines.cli import to_yaml
 from pipelines.configs import FinetuneConfig
-from tests.chaos.training import assert_same_run, make_config, newest_step
+from pipelines.distill_config import DistillConfig
+from tests.chaos.training import Training, assert_same_end, assert_same_run, make_config, newest_step
+from tests.correspondence.features import write_features
+from tests.correspondence.test_student import write as write_student
 from tests.flow.tiny_base import write_tiny_base
 from tests.ray_processes import processes
 
@@ -44,13 +51,16 @@ FRUITLESS = 5
 DRIVER = """
 import os, runpy, ray
 ray.init(runtime_env={"env_vars": {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"]}})
-runpy.run_module("pipelines.finetune", run_name="__main__", alter_sys=True)
+runpy.run_module("pipelines.{job}", run_name="__main__", alter_sys=True)
 """
-"""`python -m pipelines.finetune`, whose workers go by the driver's way to S3, not by that of Ray's head."""
+"""`python -m pipelines.finetune`, or another job, whose workers go by the driver's way to S3, not by that of Ray's
+head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChaosConfig:
+    training: Literal["finetune", "distill"] = "finetune"
+    """`distill`: a student that learns from teachers and views at once, with dropout."""
     kills: int = 20
     """As many of each kind of process, in an order that is drawn."""
     outages: int = 0
@@ -73,7 +83,7 @@ class ChaosConfig:
 class Job:
     """The training's driver, submitted again when it has ended too early."""
 
-    def __init__(self, config: FinetuneConfig, logs: Path, endpoint: str = "") -> None:
+    def __init__(self, config: Training, logs: Path, endpoint: str = "") -> None:
         self._config, self._endpoint = config, endpoint
         self.submissions, self._newest, self._fruitless = 0, -1, 0
         self._file = logs / f"{config.name}.yaml"
@@ -90,7 +100,8 @@ class Job:
             raise SystemExit(
                 f"{FRUITLESS} submissions ended before a new checkpoint. The end of {self.log}:\n{self.tail()}"
             )
-        command = [sys.executable, "-c", DRIVER, "--config", str(self._file)]
+        job = "distill" if isinstance(self._config, DistillConfig) else "finetune"
+        command = [sys.executable, "-c", DRIVER.replace("{job}", job), "--config", str(self._file)]
         environment = {**os.environ, "AWS_ENDPOINT_URL": self._endpoint or os.environ["AWS_ENDPOINT_URL"]}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -131,9 +142,24 @@ def happens(job: Job, event: str, chaos: ChaosConfig, proxy: FaultProxy) -> bool
     return True
 
 
-def run_troubled(
-    config: FinetuneConfig, chaos: ChaosConfig, logs: Path, proxy: FaultProxy
-) -> tuple[Job, dict[str, int]]:
+def make_distillation(directory: Path, name: str, **train: Any) -> DistillConfig:
+    """A tiny student and the features of tiny teachers, from the tests."""
+    features = "s3://d2f/test-chaos/features"
+    if not manifest_exists(features):
+        write_features(features)
+        write_student(directory, "dinov2")
+    student = StudentConfig(base=str(directory), dropout=0.1)
+    return DistillConfig(
+        matcher=MatcherConfig(student=student, multi_view=MultiViewConfig(weight=1.0)), features=features,
+        bucket="things", output=f"s3://d2f/test-chaos/{name}", experiment="test-chaos", name=name,
+        train=TrainConfig(
+            global_batch_size=8, micro_batch_size=4, num_workers=2, threads_per_worker=1, learning_rate=1e-2,
+            ema=EmaConfig(decay=0.9), evaluate_every=0, lanes=2, window_rows=4, **train,
+        ),
+    )  # fmt: skip
+
+
+def run_troubled(config: Training, chaos: ChaosConfig, logs: Path, proxy: FaultProxy) -> tuple[Job, dict[str, int]]:
     draw, happened = random.Random(chaos.seed), collections.Counter[str]()
     events = [*islice(cycle(VICTIMS), chaos.kills), *[OUTAGE] * chaos.outages]
     draw.shuffle(events)
@@ -167,14 +193,21 @@ def main() -> None:
         stack = Stack(directory, tied=True)
         os.environ.update(stack.up().variables)
         try:
-            base = str(write_tiny_base(Path(directory) / "base"))
+            base = Path(directory) / "base"
             values: dict[str, Any] = {
                 "num_steps": chaos.steps,
                 "checkpoint_every": 50,
                 "log_every": 4,
                 "max_failures": -1,
             }
-            peaceful, troubled = (make_config(base, name, **values) for name in ("peaceful", "troubled"))
+            if chaos.training == "finetune":
+                write_tiny_base(base)
+            peaceful, troubled = (
+                make_config(str(base), name, **values)
+                if chaos.training == "finetune"
+                else make_distillation(base, name, **values)
+                for name in ("peaceful", "troubled")
+            )
             began = time.monotonic()
             Job(peaceful, logs).wait()
             middle = time.monotonic()
@@ -191,7 +224,10 @@ def main() -> None:
                 "seconds": {"peace": round(middle - began), "trouble": round(time.monotonic() - middle)},
             }
             print(result, flush=True)
-            assert_same_run(troubled, peaceful)
+            if isinstance(troubled, FinetuneConfig) and isinstance(peaceful, FinetuneConfig):
+                assert_same_run(troubled, peaceful)
+            else:
+                assert_same_end(troubled, peaceful)
         finally:
             stack.down()
     if sum(happened.values()) < chaos.kills + chaos.outages:

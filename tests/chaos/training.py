@@ -22,6 +22,7 @@ from d2f_core.train import checkpoint
 from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.steps import consumed_digest
 from pipelines.configs import FinetuneConfig
+from pipelines.distill_config import DistillConfig
 from pipelines.finetune import main
 from pipelines.finetune_task import COLUMNS
 from tests.latent_tables import write_latents
@@ -32,6 +33,7 @@ LATENTS = "s3://d2f/test-chaos/latents"
 CUT_OFF = range(32, 64)
 """Rows of the file that is cut off."""
 EXPERIMENT = "test-chaos"
+Training = FinetuneConfig | DistillConfig
 
 
 def write_cut_off_latents(fingerprint: str) -> None:
@@ -68,6 +70,15 @@ def final(output: str) -> tuple[checkpoint.Checkpoint, dict[str, dict[str, torch
 
 def assert_same_run(config: FinetuneConfig, expected: FinetuneConfig) -> None:
     """Weights, moments and averages bit for bit, exactly the planned samples, one MLflow run without gap or double."""
+    last = assert_same_end(config, expected)
+    plan = config.plan([read_manifest(config.latents)], COLUMNS)
+    epochs, rows = plan.sources[0].order.at(np.arange(config.train.num_steps * config.train.global_batch_size))
+    assert int(last.manifest.state["consumed"]) == consumed_digest(epochs, rows)
+
+
+def assert_same_end(config: Training, expected: Training) -> checkpoint.Checkpoint:
+    """Two trainings of any system end with the same bits, samples, ledger and steps in MLflow; returns the last
+    checkpoint of the first."""
     last, tensors = final(config.output)
     wanted, unbroken = final(expected.output)
     assert last.manifest.step == wanted.manifest.step == config.train.num_steps
@@ -75,17 +86,16 @@ def assert_same_run(config: FinetuneConfig, expected: FinetuneConfig) -> None:
         assert named.keys() == tensors[kind].keys() and named
         for name, tensor in named.items():
             assert torch.equal(tensor, tensors[kind][name]), (kind, name)
-    plan = config.plan([read_manifest(config.latents)], COLUMNS)
-    epochs, rows = plan.sources[0].order.at(np.arange(config.train.num_steps * config.train.global_batch_size))
-    assert int(last.manifest.state["consumed"]) == consumed_digest(epochs, rows)
+    assert last.manifest.state["consumed"] == wanted.manifest.state["consumed"]
     assert read_quarantine(config.output) == read_quarantine(expected.output)
-    steps = [point.step for point in loss_points(config, status="FINISHED")]
-    assert sorted(steps) == list(range(4, config.train.num_steps + 1, 4))
+    steps, every = [point.step for point in loss_points(config, status="FINISHED")], config.train.log_every
+    assert sorted(steps) == list(range(every, config.train.num_steps + 1, every))
+    return last
 
 
-def loss_points(config: FinetuneConfig, status: str) -> list[Metric]:
+def loss_points(config: Training, status: str) -> list[Metric]:
     client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(EXPERIMENT)
+    experiment = client.get_experiment_by_name(config.experiment)
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`d2f.run_key` = '{config.output}'")
     assert run.info.status == status
     return client.get_metric_history(run.info.run_id, "loss")
