@@ -11,12 +11,14 @@ import jinja2
 import markupsafe
 from PIL import Image
 
+from d2f_core.correspondence.evaluate.answers import EXACT, FLOOR
+
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 COLOURS = (
-    "#9aa4af", "#6b7280", "#3d444d", "#1f6feb", "#c2571a", "#17713f", "#8250df", "#b3261e", "#0e7c86", "#9a6700",
-    "#cf222e", "#5b3a29",
+    "#b4bcc4", "#8d96a0", "#6b7280", "#3d444d", "#1f6feb", "#c2571a", "#17713f", "#8250df", "#b3261e", "#0e7c86",
+    "#9a6700", "#cf222e", "#5b3a29",
 )  # fmt: skip
-"""The first three are the floors'."""
+"""The first four are the floors'."""
 PLOT = (640, 300)
 MARGIN = (46, 12, 34, 34)
 """Left, right, top, bottom."""
@@ -37,13 +39,41 @@ def render_report(result: Mapping[str, Any], shown: Mapping[str, Sequence[Shown]
         model: name of the matcher in the drawings.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["percent"] = lambda value: "-" if value is None or value != value else f"{100 * value:.1f}"
-    ranges = list(dict.fromkeys(name for row in result["rows"] for name in row["by_viewpoint"]))
+    environment.filters |= {"percent": percent, "signed": lambda value: percent(value, sign="+")}
+    rows = result["rows"]
+    ranges = list(dict.fromkeys(name for row in rows for name in row["by_viewpoint"]))
     pictures = {title: [(_data_uri(each.picture), each.text) for each in some] for title, some in shown.items()}
+    others = list(dict.fromkeys(row["decoding"] for row in rows if row["decoding"] not in (EXACT, FLOOR)))
     return environment.from_string(TEMPLATE.read_text()).render(
-        result=result, source=source, model=model, ranges=ranges, pictures=pictures,
-        plot=markupsafe.Markup(curves([row for row in result["rows"] if row["decoding"] != "published"])),
+        result=result, source=source, model=model, ranges=ranges, pictures=pictures, others=others, gains=gains(rows),
+        plot=markupsafe.Markup(curves([row for row in rows if row["decoding"] in (EXACT, FLOOR)])),
     )  # fmt: skip
+
+
+def percent(value: float | None, sign: str = "") -> str:
+    """Of a share, with one decimal; a dash where there is none."""
+    if value is None or value != value:
+        return "-"
+    return f"{round(100 * value, 1) + 0.0:{sign}.1f}"  # -0.0 + 0.0 is 0.0
+
+
+def gains(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each matcher its PCK by point at each alpha with exact decoding, and what each other decoding adds to it."""
+    values = {(row["name"], row["decoding"]): [each["value"] for each in row["protocols"]["original"]["point"]]
+              for row in rows}  # fmt: skip
+    exact = {name: found for (name, decoding), found in values.items() if decoding == EXACT}
+    return [
+        {
+            "name": name,
+            "exact": found,
+            "added": {
+                decoding: [value - base for value, base in zip(other, found, strict=True)]
+                for (its, decoding), other in values.items()
+                if its == name and decoding != EXACT
+            },
+        }
+        for name, found in exact.items()
+    ]
 
 
 def _data_uri(image: Image.Image) -> str:

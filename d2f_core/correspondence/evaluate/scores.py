@@ -19,14 +19,17 @@ SIDES_ALPHA = 0.1
 
 def scores(measured: Measured, alphas: Sequence[float], *, replicates: int, seed: int) -> dict[str, Any]:
     """Scores by protocol: {protocol: {average: [{alpha, value, low, high}, ...]}}, beside `by_viewpoint`,
-    `by_category`, `categories`, `sides` and `curve` of the protocol `original`; `flipped` counts pairs."""
+    `viewpoint_pairs`, `by_category`, `categories`, `sides` and `curve` of the protocol `original`; `flipped` counts
+    pairs."""
     pairs = len(measured.pair_ids)
     draws = torch.from_numpy(bootstrap_counts(pairs, replicates, seed))
     found: dict[str, Any] = {"pairs": pairs, "points": len(measured.matches.pair), "protocols": {}}
+    every: dict[str, tuple[pck.Pck, pck.Pck]] = {}
     found["flipped"] = int(measured.flipped.sum())
     for name, protocol in pck.PROTOCOLS.items():
         once = pck.pck(measured.matches, protocol.scoring, alphas)
         drawn = pck.pck(measured.matches, protocol.scoring, alphas, draws=draws)
+        every[name] = once, drawn
         found["protocols"][name] = {
             average: [
                 _estimate(alpha, once.average(average)[0, column], drawn.average(average)[:, column], pairs)
@@ -34,11 +37,11 @@ def scores(measured: Measured, alphas: Sequence[float], *, replicates: int, seed
             ]
             for average in AVERAGES
         }
-    original = pck.PROTOCOLS["original"].scoring
-    once = pck.pck(measured.matches, original, alphas)
+    once, drawn = every["original"]
     found["by_category"] = dict(zip(measured.categories, once.by_category[0, :, 0].tolist(), strict=True))
-    found["categories"] = _by_category(measured, pck.pck(measured.matches, original, alphas, draws=draws), once)
+    found["categories"] = _by_category(measured, once, drawn)
     found["by_viewpoint"] = _by_viewpoint(measured, alphas)
+    found["viewpoint_pairs"] = {name: int(within.sum()) for name, within in by_viewpoint(measured)}
     found["sides"] = _sides(measured)
     found["curve"] = curve(measured)
     return found
@@ -49,7 +52,7 @@ def _estimate(alpha: float, value: Tensor, drawn: Tensor, pairs: int) -> dict[st
     return {"alpha": alpha, "value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
-def _by_category(measured: Measured, drawn: pck.Pck, once: pck.Pck) -> dict[str, dict[str, Any]]:
+def _by_category(measured: Measured, once: pck.Pck, drawn: pck.Pck) -> dict[str, dict[str, Any]]:
     """Of each category its pairs, its points, and its PCK at each alpha."""
     category = measured.matches.category
     pairs = category.bincount(minlength=len(measured.categories)).tolist()

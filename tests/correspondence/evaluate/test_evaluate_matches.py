@@ -34,6 +34,7 @@ from d2f_core.correspondence.evaluate.job import check_matches, evaluate_matches
 from d2f_core.correspondence.evaluate.matchers import build_matcher, build_matchers
 from d2f_core.correspondence.evaluate.measure import measure, predict_by
 from d2f_core.correspondence.evaluate.pictures import HEIGHT, Line, draw_pair
+from d2f_core.correspondence.evaluate.report import gains, percent
 from d2f_core.correspondence.evaluate.scores import point_table, scores
 from d2f_core.correspondence.matching import Decoding
 from d2f_core.correspondence.preparation import Preparation
@@ -57,9 +58,40 @@ def test_scores_are_those_of_pck_with_intervals_around_them() -> None:
             assert [each["value"] for each in values] == once.average(average)[0].tolist()
             assert all(each["low"] <= each["value"] <= each["high"] for each in values)
     assert found["by_viewpoint"] == {"30-60": 1.0, "120-180": 1.0} and found["by_category"] == {"patch": 1.0}
+    assert found["viewpoint_pairs"] == {"0-30": 0, "30-60": 1, "60-120": 0, "120-180": 1}
     assert found["sides"] == {"points": 4, "confused": 0}
+    category = found["categories"]["patch"]
+    assert (category["pairs"], category["points"]) == (2, 6) and category["pck"] == found["protocols"]["original"][
+        "point"
+    ]
     assert np.all(np.diff([value for _, value in found["curve"]]) >= 0)
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_category_that_was_held_out_has_a_score_of_its_own() -> None:
+    other = replace(BACK, category="unseen")
+
+    def only_the_first(pair, points):
+        right = torch.from_numpy(pair.target.keypoints[pair.visible]).double()
+        return (right if pair is PAIR else right + 40), torch.ones(len(points))
+
+    found = scores(measure(only_the_first, [PAIR, other]), (0.1, 0.05), replicates=20, seed=0)
+    values = {
+        name: [(each["alpha"], each["value"]) for each in its["pck"]] for name, its in found["categories"].items()
+    }
+    assert values == {"patch": [(0.1, 1.0), (0.05, 1.0)], "unseen": [(0.1, 0.0), (0.05, 0.0)]}
+    assert found["by_category"] == {"patch": 1.0, "unseen": 0.0}
+
+
+def test_the_report_tells_what_a_decoding_adds() -> None:
+    def row(name: str, decoding: str, *values: float) -> dict:
+        points = [{"value": value} for value in values]
+        return {"name": name, "decoding": decoding, "protocols": {"original": {"point": points}}}
+
+    rows = [row("HOG", "floor", 0.1, 0.1), row("a", "exact", 0.5, 0.25), row("a", "published", 0.375, 0.25)]
+    assert gains(rows) == [{"name": "a", "exact": [0.5, 0.25], "added": {"published": [-0.125, 0.0]}}]
+    assert [percent(value) for value in (0.1234, -0.0001, float("nan"), None)] == ["12.3", "0.0", "-", "-"]
+    assert [percent(value, "+") for value in (-0.125, 0.01)] == ["-12.5", "+1.0"]
 
 
 def test_a_matcher_that_takes_left_for_right_is_told() -> None:

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import Dinov2Config, Dinov2Model
 
 from d2f_core.correspondence import pck
 from d2f_core.correspondence.evaluate import floors as f
 from d2f_core.correspondence.evaluate import measure as m
 from d2f_core.correspondence.evaluate.config import EvaluateMatchesError
-from d2f_core.correspondence.matcher import Matcher
+from d2f_core.correspondence.matcher import Matcher, transformer_matcher
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.data.sources.pair_sample import PairImage, PairSample
+from tests.allocated import Allocated
 from tests.correspondence.pictures import PLACES, patch
 
 GRID = (24, 24)
@@ -89,6 +91,17 @@ def test_images_of_a_batch_are_embedded_together_and_mirrored_ones_apart(monkeyp
     mirrored = images.get(FIRST, (FIRST, SECOND), flipped=True)
     assert asked == [2, 2] and mirrored.size == first.size
     assert_close(mirrored.features.unflatten(0, GRID).flip(1).flatten(0, 1), first.features, rtol=0, atol=2e-2)
+
+
+def test_no_map_of_features_is_as_large_as_the_image() -> None:
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    asked = transformer_matcher("small", Dinov2Model(config).eval(), Preparation(size=98))
+    pair = replace(PAIR, source=image("a", (500, 375), (20, 15, 300, 300), PLACES), target=FIRST)
+    back = replace(pair, pair_id="back", source=FIRST, target=pair.source)
+    with Allocated(floor=0) as made:
+        m.measure(m.predict_by(asked), [pair, back])
+    assert max(made.large) == 500 * 375 * 3 * 4, "the decoded image in floating point; 24 channels are eight times that"
 
 
 def test_floors_are_what_their_names_say() -> None:
