@@ -35,7 +35,7 @@ def check_embed_pairs(config: EmbedPairsConfig) -> TableJob:
     planned = plan(config, manifest)
     inputs = {
         "source": config.mined or config.pairs.uri or config.features,
-        "source_kind": planned.kind,
+        "source_kind": "mined" if config.mined else "given" if config.pairs.uri else "category",
         "source_digest": planned.digest,
         "features": config.features,
         "features_digest": manifest.digest,
