@@ -20,7 +20,7 @@ from d2f_core.correspondence import distillation as d
 from d2f_core.correspondence.config import DistillationConfig, TargetConfig
 from d2f_core.correspondence.pairs import RETRIEVAL_SCHEMA
 from d2f_core.correspondence.targets import index
-from d2f_core.correspondence.targets.check import check_embed_pairs
+from d2f_core.correspondence.targets.check import check_embed_pairs, dropped_share
 from d2f_core.correspondence.targets.config import EmbedPairsConfig, PairsError
 from d2f_core.correspondence.targets.images import FeatureReader
 from d2f_core.correspondence.targets.index import image_index, planned_features
@@ -117,6 +117,8 @@ def test_a_row_holds_both_images_and_the_most_probable_matches_of_both_direction
             np.testing.assert_allclose(found[f"{way}_weights"][row], weight[0].numpy(), atol=1e-6)
         for side, image in (("source", source), ("target", target)):
             assert np.array_equal(found[f"{side}_pixels"][row], features["pixels"][image])
+    both = np.concatenate([found["forward_dropped"], found["backward_dropped"]])
+    assert dropped_share(made.output, manifest) == pytest.approx(both.mean()) and both.mean() > 1e-3
     assert make_table(job) == manifest, "nothing is left to do"
 
 
