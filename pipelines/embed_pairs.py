@@ -7,6 +7,8 @@ r"""Make a table of pairs of images with their teachers' match targets, for the 
 The same command resumes a killed job, and does nothing once the table is complete.
 """
 
+import logging
+
 from d2f_core.correspondence.config import TargetConfig
 from d2f_core.correspondence.targets.config import EmbedPairsConfig
 from d2f_core.data.sources.config import PairSource
@@ -31,6 +33,8 @@ EMBED_PAIRS = {
     ),
 }  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
 
 def check(config: EmbedPairsConfig) -> None:
     from d2f_core.correspondence.targets.check import check_embed_pairs
@@ -40,12 +44,14 @@ def check(config: EmbedPairsConfig) -> None:
 
 def main(config: EmbedPairsConfig) -> None:
     from d2f_core.batch.table_job import make_table
-    from d2f_core.correspondence.targets.check import check_embed_pairs
+    from d2f_core.correspondence.targets.check import check_embed_pairs, dropped_share
 
     job = check_embed_pairs(config)
     places = {"features": config.features, "mined": config.mined, "pairs.uri": config.pairs.uri}
     connect(reads={**places, "pairs.images": config.pairs.images or ""}, writes={"output": config.output})
-    make_table(job)
+    manifest = make_table(job)
+    share, kept = dropped_share(config.output, manifest), config.targets.kept
+    logger.info("%s: the %d kept of each token hold %.1f %% of the probability", config.output, kept, 100 * (1 - share))
 
 
 if __name__ == "__main__":

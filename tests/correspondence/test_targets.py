@@ -20,20 +20,22 @@ from d2f_core.correspondence import distillation as d
 from d2f_core.correspondence.config import DistillationConfig, TargetConfig
 from d2f_core.correspondence.pairs import RETRIEVAL_SCHEMA
 from d2f_core.correspondence.targets import index
-from d2f_core.correspondence.targets.check import check_embed_pairs
+from d2f_core.correspondence.targets.check import check_embed_pairs, dropped_share
 from d2f_core.correspondence.targets.config import EmbedPairsConfig, PairsError
 from d2f_core.correspondence.targets.images import FeatureReader
 from d2f_core.correspondence.targets.index import image_index, planned_features
 from d2f_core.correspondence.targets.source import pairs_within
+from d2f_core.correspondence.targets.spec import PairsSpec, row_bytes
 from d2f_core.correspondence.teacher_columns import fused, shares_of, teachers_of
 from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import Manifest, ManifestError, read_manifest, write_manifest, write_part
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.config import PairSource
+from d2f_core.data.sources.pairs import read_pairs
 from d2f_core.data.table_reader import RowReader
 from tests.correspondence.features import BROKEN, write_features
-from tests.data.pair_sources import own_row, write_images, write_lines
+from tests.data.pair_sources import images_of, own_row, write_images, write_lines, write_spair
 from tests.flow.here import prepared_rows
 
 IDS = [f"{row:032x}" for row in range(24)]
@@ -115,6 +117,8 @@ def test_a_row_holds_both_images_and_the_most_probable_matches_of_both_direction
             np.testing.assert_allclose(found[f"{way}_weights"][row], weight[0].numpy(), atol=1e-6)
         for side, image in (("source", source), ("target", target)):
             assert np.array_equal(found[f"{side}_pixels"][row], features["pixels"][image])
+    both = np.concatenate([found["forward_dropped"], found["backward_dropped"]])
+    assert dropped_share(made.output, manifest) == pytest.approx(both.mean()) and both.mean() > 1e-3
     assert make_table(job) == manifest, "nothing is left to do"
 
 
@@ -178,7 +182,25 @@ def test_images_of_given_pairs_are_found_by_file_or_else_by_their_bytes(tmp_path
     found = arrays(made.output, ["source_image_id", "target_image_id"])
     assert (found["source_image_id"].tolist(), found["target_image_id"].tolist()) == ([IDS[4]], [content])
     assert [bad.code for bad in read_quarantine(made.output)] == ["duplicate", "not_embedded", "damaged_json"]
-    assert manifest.counts["duplicates"] == 1
+    assert manifest.counts["duplicates"] == 1 and read_quarantine(made.output)[0].reason.endswith("own.jsonl#line=1")
+    assert check_embed_pairs(made).source.shards == (), "what is complete is not read again"
+
+
+def test_the_training_pairs_of_spair_become_rows(tmp_path: Path) -> None:
+    """Half of them are the reverse of others, as in SPair-71k."""
+    source = PairSource(uri=write_spair(str(tmp_path / "SPair-71k")), splits=("trn",))
+    pairs, _ = read_pairs(source)
+    files = sorted({str(image.uri) for pair in pairs for image in images_of(pair)})
+    features = write_features(str(tmp_path / "known"), known={row: (file, IDS[row]) for row, file in enumerate(files)})
+    made = replace(config(tmp_path, pairs=source), features=features, max_quarantined_share=0.0)
+    with here():
+        manifest = make_table(check_embed_pairs(made))
+    assert manifest.counts == {"read": 4, "written": 3, "quarantined": 1, "duplicates": 1}
+    found, wanted = arrays(made.output, ["source_uri", "source_image_id", "target_image_id"]), []
+    for pair in pairs[:3]:
+        names = [IDS[files.index(str(image.uri))] for image in images_of(pair)]
+        wanted.append((pair.source_uri, *names))
+    assert list(zip(*found.values(), strict=True)) == wanted
 
 
 def test_pairs_within_a_category_are_of_other_things_and_each_image_has_some(tmp_path: Path) -> None:
@@ -214,6 +236,13 @@ def test_a_table_that_was_replaced_is_refused(tmp_path: Path) -> None:
     index.image_index.cache_clear()
 
 
+def test_a_row_of_the_papers_sizes_is_mostly_its_two_images() -> None:
+    """What docs/correspondence.md states."""
+    spec = PairsSpec(config=EmbedPairsConfig(), fingerprint={}, inputs={}, size=434)
+    assert row_bytes(list(spec.schema())) == 6 * 434**2 + 8 * 961 * 32 + 16 * 961 == 1_391_528
+    assert spec.row_group_rows == 6
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -238,7 +267,7 @@ def test_tables_of_another_kind_are_refused(tmp_path: Path) -> None:
         with pytest.raises(PairsError, match=message):
             check_embed_pairs(replace(made, **change))
     none = write_mined(str(tmp_path / "none"))
-    with pytest.raises(PairsError, match="makes no pair"):
+    with pytest.raises(PairsError, match="There is no pair of two images"):
         check_embed_pairs(replace(made, mined=none))
 
 

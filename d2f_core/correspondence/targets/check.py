@@ -2,16 +2,21 @@
 
 from typing import Any
 
+import numpy as np
+
 from d2f_core.batch.table_job import TableJob
 from d2f_core.correspondence.targets.actor import PairEmbedder
 from d2f_core.correspondence.targets.config import EmbedPairsConfig, PairsError
 from d2f_core.correspondence.targets.source import plan
-from d2f_core.correspondence.targets.spec import PairsSpec
+from d2f_core.correspondence.targets.spec import WAYS, PairsSpec
 from d2f_core.correspondence.teacher_columns import shares_of, teachers_of
+from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.table_reader import TableReader, read_rows
 from d2f_core.storage import check_reachable
 
 FEATURES = "features"
+LOOKED_AT = 256
 MOST_TOKENS = 2**16
 """What an index of two bytes can name."""
 
@@ -35,7 +40,7 @@ def check_embed_pairs(config: EmbedPairsConfig) -> TableJob:
     planned = plan(config, manifest)
     inputs = {
         "source": config.mined or config.pairs.uri or config.features,
-        "source_kind": planned.kind,
+        "source_kind": "mined" if config.mined else "given" if config.pairs.uri else "category",
         "source_digest": planned.digest,
         "features": config.features,
         "features_digest": manifest.digest,
@@ -49,6 +54,13 @@ def check_embed_pairs(config: EmbedPairsConfig) -> TableJob:
     }
     spec = PairsSpec(config=config, fingerprint=fingerprint, inputs=inputs, size=size)
     return TableJob(spec=spec, source=planned, actor=PairEmbedder)
+
+
+def dropped_share(uri: str, manifest: Manifest) -> float:
+    """The mean probability that a table's first pairs have dropped, over their tokens and both directions."""
+    names = [f"{way}_dropped" for way in WAYS]
+    table = read_rows(TableReader(uri, manifest, names), 0, min(manifest.num_rows, LOOKED_AT))
+    return float(np.mean(list(table_to_arrays(table).values())))
 
 
 def _check_targets(config: EmbedPairsConfig, manifest: Manifest, size: int) -> None:

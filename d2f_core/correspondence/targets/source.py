@@ -2,13 +2,17 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import cast
 
 from d2f_core.correspondence.targets.config import EmbedPairsConfig, PairsError
 from d2f_core.correspondence.targets.index import ImageIndex, image_index
-from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.errors import BadSampleError
+from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
+from d2f_core.data.quarantine import DUPLICATE
 from d2f_core.data.sources.listing import SourcePlan
+from d2f_core.data.sources.pair_sample import PairSample
 from d2f_core.data.sources.pairs import plan_pairs
 from d2f_core.data.sources.sample import Sample
 from d2f_core.data.table_reader import read_columns
@@ -25,28 +29,26 @@ class IdPair(Sample):
     image: bytes | None = None
     caption: str | None = None
     """Both always None."""
-    source: str
-    target: str
+    source: str = ""
+    target: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IdPairs:
     """A shard of pairs that are known beforehand."""
 
-    uri: str
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[IdPair, ...]
 
     @property
     def num_rows(self) -> int:
-        return len(self.pairs)
+        return sum(pair.rows for pair in self.pairs)
 
     def read(self) -> Iterator[IdPair]:
-        for source, target in self.pairs:
-            yield IdPair(source_uri=f"{self.uri}#{source}:{target}", source=source, target=target)
+        yield from self.pairs
 
 
 def plan(config: EmbedPairsConfig, features: Manifest) -> SourcePlan:
-    """The pairs, cut into shards.
+    """The pairs, cut into shards; none where the table is complete.
 
     Raises:
         PairsError: no source is given, or more than one; or images have no categories to be paired within.
@@ -55,26 +57,58 @@ def plan(config: EmbedPairsConfig, features: Manifest) -> SourcePlan:
     if sum(map(bool, (config.mined, config.pairs.uri, config.within_category))) != 1:
         raise PairsError("give one of mined, pairs.uri and within_category: where the pairs come from.")
     if config.pairs.uri:
-        return plan_pairs(config.pairs, rows_per_shard=config.rows_per_part)
+        given = plan_pairs(config.pairs, rows_per_shard=config.rows_per_part)
+        return _cut(config, lambda: given_pairs(given, image_index(config.features, features.digest)), given.digest)
     if config.mined:
         manifest = read_manifest(config.mined)
         if manifest.kind != MINED:
             raise PairsError(f"mined={config.mined!r} holds {manifest.kind}. Give a table that mine_pairs wrote.")
-        return _cut(config, config.mined, mined_pairs(config.mined, manifest), manifest.digest)
-    pairs = pairs_within(image_index(config.features, features.digest), config.within_category)
+        return _cut(config, lambda: _named(config.mined, mined_pairs(config.mined, manifest)), manifest.digest)
     digest = identity_hash({"features": features.digest, "within_category": config.within_category})
-    return _cut(config, config.features, pairs, digest)
+    within = lambda: pairs_within(image_index(config.features, features.digest), config.within_category)  # noqa: E731
+    return _cut(config, lambda: _named(config.features, within()), digest)
 
 
-def _cut(config: EmbedPairsConfig, uri: str, pairs: Iterable[tuple[str, str]], digest: str) -> SourcePlan:
-    """Shards of pairs, each of which counts once whichever way round it comes."""
-    once = {frozenset(pair): pair for pair in reversed(list(pairs))}
-    found = list(reversed(once.values()))
-    if not found:
-        raise PairsError(f"{uri!r} makes no pair. Give more images, or more partners of each.")
+def _cut(config: EmbedPairsConfig, pairs: Callable[[], Iterable[IdPair]], digest: str) -> SourcePlan:
+    found = () if manifest_exists(config.output) else tuple(pairs())
     size = config.rows_per_part
-    shards = [IdPairs(uri=uri, pairs=tuple(found[start : start + size])) for start in range(0, len(found), size)]
-    return SourcePlan(kind="parquet", shards=tuple(shards), digest=digest)
+    shards = tuple(IdPairs(pairs=found[start : start + size]) for start in range(0, len(found), size))
+    if not shards and not manifest_exists(config.output):
+        raise PairsError("There is no pair of two images. Give more images, or more partners of each.")
+    return SourcePlan(kind="parquet", shards=shards, digest=digest)
+
+
+def _named(uri: str, pairs: Iterable[tuple[str, str]]) -> Iterator[IdPair]:
+    """Pairs that this project made itself, each once whichever way round it comes."""
+    seen = set[frozenset[str]]()
+    for source, target in pairs:
+        if (pair := frozenset((source, target))) not in seen:
+            seen.add(pair)
+            yield IdPair(source_uri=f"{uri}#{source}:{target}", source=source, target=target)
+
+
+def given_pairs(planned: SourcePlan, index: ImageIndex) -> Iterator[IdPair]:
+    """The pairs of someone else, in their order; with the reason for those that cannot be used, and for a pair that was
+    there before, whichever way round.
+    """
+    seen: dict[frozenset[str], str] = {}
+    for sample in (sample for shard in planned.shards for sample in shard.read()):
+        found = _by_ids(cast(PairSample, sample), index)
+        if found.problem is None:
+            first = seen.setdefault(frozenset((found.source, found.target)), found.source_uri)
+            if first != found.source_uri:
+                found = replace(found, problem=f"{DUPLICATE}: of {first}")
+        yield found
+
+
+def _by_ids(sample: PairSample, index: ImageIndex) -> IdPair:
+    try:
+        if sample.problem or sample.source is None or sample.target is None:
+            raise BadSampleError(str(sample.problem))
+        source, target = (index.ids[index.find(image)] for image in (sample.source, sample.target))
+        return IdPair(source_uri=sample.source_uri, source=source, target=target)
+    except BadSampleError as error:
+        return IdPair(source_uri=sample.source_uri, problem=str(error), rows=sample.rows)
 
 
 def mined_pairs(uri: str, manifest: Manifest) -> list[tuple[str, str]]:

@@ -14,7 +14,6 @@ from d2f_core.correspondence.targets.source import IdPair
 from d2f_core.data.errors import BadSampleError
 from d2f_core.data.manifest import rows_per_group
 from d2f_core.data.schema import array_field, array_kind, is_array
-from d2f_core.data.sources.pair_sample import PairSample
 
 PAIRS = "pairs"
 """Kind of the table."""
@@ -77,30 +76,16 @@ class PairsSpec(TableSpec):
     def row_group_rows(self) -> int:
         return rows_per_group(row_bytes(list(self.schema())))
 
-    def identify(self, sample: IdPair | PairSample) -> str:
+    def identify(self, sample: IdPair) -> str:
         """The same for a pair and its reverse: a row holds the targets of both directions."""
-        ids = image_index(self.config.features, self.inputs["features_digest"]).ids
-        rows = self.rows_of(sample)
-        if rows[0] == rows[1]:
-            raise BadSampleError(f"same_image: {ids[rows[0]]} is paired with itself")
-        return hashlib.sha256(":".join(sorted(ids[row] for row in rows)).encode()).hexdigest()[:32]
+        if sample.source == sample.target:
+            raise BadSampleError(f"same_image: {sample.source} is paired with itself")
+        return hashlib.sha256(":".join(sorted((sample.source, sample.target))).encode()).hexdigest()[:32]
 
-    def rows_of(self, sample: IdPair | PairSample) -> tuple[int, int]:
-        """The rows of both images in the table of features.
-
-        Raises:
-            BadSampleError: one is not there.
-        """
-        index = image_index(self.config.features, self.inputs["features_digest"])
-        if isinstance(sample, IdPair):
-            return index.by_id(sample.source), index.by_id(sample.target)
-        assert sample.source is not None and sample.target is not None  # it has no problem
-        return index.find(sample.source), index.find(sample.target)
-
-    def prepare(self, sample: IdPair | PairSample) -> dict[str, Any]:
+    def prepare(self, sample: IdPair) -> dict[str, Any]:
         """Which images: their features are read where the targets are made."""
-        ids = image_index(self.config.features, self.inputs["features_digest"]).ids
-        rows = dict(zip(SIDES, self.rows_of(sample), strict=True))
-        return {f"{side}_row": row for side, row in rows.items()} | {
-            f"{side}_image_id": ids[row] for side, row in rows.items()
+        index = image_index(self.config.features, self.inputs["features_digest"])
+        ids = dict(zip(SIDES, (sample.source, sample.target), strict=True))
+        return {f"{side}_row": index.by_id(name) for side, name in ids.items()} | {
+            f"{side}_image_id": name for side, name in ids.items()
         }
