@@ -4,7 +4,7 @@ The same command resumes a stopped training.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2f_core.correspondence.config import DistillationConfig, MatcherConfig, MultiViewConfig, StudentConfig
 from d2f_core.correspondence.estimate.config import EstimateDistillConfig
@@ -13,6 +13,7 @@ from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.cli import run_job
 from pipelines.distill_config import DistillConfig
 from pipelines.embed_images import EMBED_IMAGES
+from pipelines.embed_pairs import PUBLISHED
 
 if TYPE_CHECKING:
     from pipelines.distill_job import CheckedDistill
@@ -85,18 +86,22 @@ DISTILL = {
 
 ARCHITECTURES = {"sdxl_turbo": "sdxl", "dino": "dinov2-b"}
 """What the teachers of real weights are built like."""
+
+
+def _estimate(name: str, **fields: Any) -> EstimateDistillConfig:
+    matcher = DISTILL[name].matcher
+    return EstimateDistillConfig(
+        matcher=replace(matcher, student=replace(matcher.student, base=ARCHITECTURES["dino"])),
+        teachers=tuple(replace(each, uri=ARCHITECTURES[each.name]) for each in EMBED_IMAGES["distilldift"].teachers),
+        size=EMBED_IMAGES["distilldift"].size, train=DISTILL[name].train, **fields,
+    )  # fmt: skip
+
+
 ESTIMATE_DISTILL = {
-    "distilldift": EstimateDistillConfig(
-        matcher=replace(
-            DISTILL["distilldift"].matcher,
-            student=replace(DISTILL["distilldift"].matcher.student, base=ARCHITECTURES["dino"]),
-        ),
-        teachers=tuple(
-            replace(each, uri=ARCHITECTURES[each.name]) for each in EMBED_IMAGES["distilldift"].teachers
-        ),
-        size=EMBED_IMAGES["distilldift"].size, train=PAPER,
-    )
-}  # fmt: skip
+    "distilldift": _estimate("distilldift"),
+    # SPair-71k has 1,800 images, and 53,340 pairs to train on.
+    "distilldift-weak": _estimate("distilldift-weak", images=1_800, pairs=53_340, targets=PUBLISHED),
+}
 
 
 def check(config: DistillConfig) -> "CheckedDistill":

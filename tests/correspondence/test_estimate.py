@@ -21,6 +21,8 @@ from d2f_core.correspondence.estimate.counting import (
 )
 from d2f_core.correspondence.estimate.job import estimate, report
 from d2f_core.correspondence.student import load_network
+from d2f_core.correspondence.targets.config import EmbedPairsConfig
+from d2f_core.correspondence.targets.spec import PairsSpec, row_bytes
 from d2f_core.correspondence.task import distillation_loss
 from d2f_core.data.schema import is_array
 from d2f_core.model import footprint
@@ -63,7 +65,7 @@ def test_a_pass_without_contents_costs_what_a_real_one_costs(tmp_path: Path) -> 
 def test_the_losses_of_all_pairs_are_reckoned_from_two(loss) -> None:
     made = MatcherConfig(student=StudentConfig(base="x"), distillation=DistillationConfig(loss=loss))
     teachers = [TeacherCount(grid=(4, 4), channels=5, flops=0), TeacherCount(grid=(2, 2), channels=7, flops=0)]
-    counted = loss_pass(made, teachers, channels=6, grid=(3, 3), images=5)
+    counted = loss_pass(made, teachers, channels=6, grid=(3, 3), pairs=10)
     student = torch.randn(5, 9, 6, requires_grad=True)
     features = [(torch.randn(5, 16, 5).half(), (4, 4)), (torch.randn(5, 4, 7).half(), (2, 2))]
     real = footprint.measure(
@@ -86,9 +88,19 @@ def test_teachers_give_the_grids_and_bytes_that_embedding_stores(tmp_path: Path)
         if is_array(field)
     )
     found = estimate(made)
-    assert 0 < found.row_bytes - stored <= 200 and found.table_bytes == 100 * found.row_bytes
+    assert 0 < found.row_bytes - stored <= 200
     text = report(made, found)
     assert "micro-batch 4 (6 pairs)" in text and "- lite0: " in text and f"| **{CPU.zero_stage}** |" in text
+
+
+def test_given_pairs_are_two_images_each_and_stored_with_their_targets(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    images, pairs = estimate(made), estimate(replace(made, pairs=1000))
+    spec = PairsSpec(config=EmbedPairsConfig(targets=made.targets), size=28, fingerprint={}, inputs={})
+    assert 0 < pairs.pair_bytes - row_bytes(list(spec.schema())) <= 200 and images.pair_bytes == 0
+    assert pairs.pass_flops > 1.5 * images.pass_flops and pairs.forward_flops == images.forward_flops
+    assert "micro-batch 4 (4 pairs)" in report(replace(made, pairs=1000), pairs)
+    assert "GB the table of pairs" in report(replace(made, pairs=1000), pairs)
 
 
 def test_a_diffusion_teacher_is_counted_up_to_its_block_at_each_level_of_noise(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from d2f_core.correspondence.config import MatcherConfig
+from d2f_core.correspondence.config import MatcherConfig, TargetConfig
 from d2f_core.correspondence.embed.config import TeacherConfig
 from d2f_core.train.config import TrainConfig
 from d2f_core.train.gpus import GpuConfig
@@ -21,10 +21,29 @@ class EstimateDistillConfig(GpuConfig):
     """Height and width in pixels of the student's input."""
     images: int = 12_000
     """Images that are embedded."""
+    pairs: int = 0
+    """Rows of a table of given pairs, as `pipelines.embed_pairs` writes it; 0: pairs are made of the images of a
+    micro-batch."""
+    targets: TargetConfig = field(default_factory=TargetConfig)
+    """As for `pipelines.embed_pairs`."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """As for `pipelines.distill`; the estimate also shows the other ZeRO stages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.images < 1 or self.size < 14:
-            raise ValueError(f"images={self.images} must be at least 1, and size={self.size} at least 14.")
+        if self.images < 1 or self.size < 14 or self.pairs < 0:
+            raise ValueError(
+                f"images={self.images} must be at least 1, size={self.size} at least 14, and pairs={self.pairs} at "
+                "least 0."
+            )
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images of a micro-batch."""
+        return self.train.micro_batch_size * (2 if self.pairs else 1)
+
+    @property
+    def pairs_per_pass(self) -> int:
+        """Pairs of a micro-batch, each compared in both directions."""
+        batch = self.train.micro_batch_size
+        return batch if self.pairs else batch * (batch - 1) // 2

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from d2f_core.correspondence import distillation
 from d2f_core.correspondence.config import MatcherConfig, StudentConfig
 from d2f_core.correspondence.convolution_teacher import ConvolutionTeacher
 from d2f_core.correspondence.diffusion_teacher import read_block
 from d2f_core.correspondence.embed.config import TeacherConfig
-from d2f_core.correspondence.matching import Grid
+from d2f_core.correspondence.matching import Grid, similarity
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import add_adapters, cut, patch_size, tokens
-from d2f_core.correspondence.task import distillation_loss
+from d2f_core.correspondence.task import distillation_loss, loss_of
 from d2f_core.model import footprint
 from d2f_core.model.architectures import read_architecture
 from d2f_core.model.base import described_copy
@@ -82,23 +83,38 @@ class LossCount:
 
 
 def loss_pass(
-    config: MatcherConfig, teachers: list[TeacherCount], *, channels: int, grid: Grid, images: int
+    config: MatcherConfig, teachers: list[TeacherCount], *, channels: int, grid: Grid, pairs: int
 ) -> LossCount:
-    """The loss of all pairs of so many images, forward and backward.
-
-    One pair and two pairs are counted on real tensors of one image; bytes and operations are linear in the pairs.
-    """
+    """The loss of so many pairs of a micro-batch's images, with the teachers' distributions, forward and backward."""
     drawn = torch.Generator().manual_seed(0)
     features = [(torch.randn(1, t.grid[0] * t.grid[1], t.channels, generator=drawn).half(), t.grid) for t in teachers]
-    shares = [config.distillation.shares.get(name, 1.0) for name in config.distillation.shares] or [1.0] * len(teachers)
     student = torch.randn(1, grid[0] * grid[1], channels, generator=drawn, requires_grad=True)
 
-    def run(pairs: int) -> Callable[[], Tensor]:
-        both = (torch.zeros(pairs, dtype=torch.long),) * 2
-        return lambda: distillation_loss(student, grid, features, both, shares, config.distillation)
+    def run(count: int) -> Tensor:
+        both = (torch.zeros(count, dtype=torch.long),) * 2
+        return distillation_loss(student, grid, features, both, [1.0] * len(teachers), config.distillation)
 
-    one, two = (footprint.measure(nn.Identity(), run(pairs)) for pairs in (1, 2))
-    pairs = images * (images - 1) // 2
+    return _linear(run, pairs)
+
+
+def given_pairs_pass(config: MatcherConfig, *, channels: int, grid: Grid, pairs: int) -> LossCount:
+    """The loss of so many given pairs, whose distributions are stored with them, forward and backward."""
+    drawn, tokens_ = torch.Generator().manual_seed(0), grid[0] * grid[1]
+    student = torch.randn(1, tokens_, channels, generator=drawn, requires_grad=True)
+    stored = torch.randn(1, tokens_, tokens_, generator=drawn).softmax(-1)
+    measure = loss_of(config.distillation, grid)
+
+    def one() -> Tensor:
+        ways = stored.clone(), stored.clone()
+        return distillation.weighted_pair_loss(similarity(student, student), *ways, measure, (None, None))
+
+    return _linear(lambda count: torch.cat([one() for _ in range(count)]), pairs)
+
+
+def _linear(run: Callable[[int], Tensor], pairs: int) -> LossCount:
+    """What a loss costs for so many pairs: one and two are counted, on real tensors; the rest follows, for bytes and
+    operations are linear in the pairs."""
+    one, two = (footprint.measure(nn.Identity(), lambda count=count: run(count)) for count in (1, 2))
     return LossCount(
         peak_bytes=one.peak_bytes + (pairs - 1) * max(0, two.peak_bytes - one.peak_bytes),
         flops=one.flops + (pairs - 1) * (two.flops - one.flops),
