@@ -34,7 +34,7 @@ from pipelines.configs import FinetuneConfig
 from pipelines.distill_config import DistillConfig
 from tests.chaos.training import Training, assert_same_end, assert_same_run, make_config, newest_step
 from tests.correspondence.features import write_features
-from tests.correspondence.test_student import write as write_student
+from tests.correspondence.tiny_transformers import write as write_student
 from tests.flow.tiny_base import write_tiny_base
 from tests.ray_processes import processes
 

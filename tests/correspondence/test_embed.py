@@ -25,7 +25,7 @@ from d2f_core.data.table_reader import RowReader
 from d2f_core.identity import identity_values, stage_key
 from tests.correspondence.evaluate.test_view_pairs import rows_of
 from tests.correspondence.made_views import POINTS, SIDE, local_views
-from tests.correspondence.test_student import write
+from tests.correspondence.tiny_transformers import write
 from tests.data.pictures import pictures, write_folder
 
 LITE0 = TeacherConfig(name="lite0", kind="efficientnet-lite0", size=64, normalisation="efficientnet-lite")

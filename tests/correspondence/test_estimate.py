@@ -27,7 +27,7 @@ from d2f_core.correspondence.task import distillation_loss
 from d2f_core.data.schema import is_array
 from d2f_core.model import footprint
 from d2f_core.train.config import TrainConfig
-from tests.correspondence.test_student import write
+from tests.correspondence.tiny_transformers import write
 from tests.model.tiny_sd import write_tiny
 
 CPU = TrainConfig(num_steps=10, global_batch_size=8, micro_batch_size=4)

@@ -20,8 +20,8 @@ from d2f_core.correspondence.task import PIXELS as IMAGE
 from d2f_core.correspondence.task import MatcherTask
 from d2f_core.data.arrays import arrays_to_table, table_to_arrays
 from d2f_core.data.schema import array_field
-from tests.correspondence.test_student import write
 from tests.correspondence.test_task import CONFIG, GRID, IMAGES, SIDE, TEACHERS, table
+from tests.correspondence.tiny_transformers import write
 
 TOKENS = GRID[0] * GRID[1]
 ALL = TargetConfig(shares=CONFIG.shares, kept=TOKENS, probabilities="float32")

@@ -26,7 +26,7 @@ from infra.local.stack import StackEnv
 from pipelines import register_matcher
 from pipelines.export import main as export
 from pipelines.export_config import MatcherExportConfig
-from tests.correspondence.test_student import write
+from tests.correspondence.tiny_transformers import write
 
 RUN, EXPERIMENT = "s3://d2f/tests/matcher", "matcher tests"
 CONFIG = RegisterMatcherConfig(run=RUN, name="matcher-tests", experiment=EXPERIMENT)

@@ -26,7 +26,7 @@ from d2f_core.correspondence.task import (
 from d2f_core.correspondence.teachers import fuse
 from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.schema import array_field
-from tests.correspondence.test_student import write
+from tests.correspondence.tiny_transformers import write
 
 IMAGES, SIDE = 4, 42
 GRID, OTHER = (3, 3), (6, 6)

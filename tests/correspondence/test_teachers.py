@@ -27,7 +27,7 @@ from d2f_core.correspondence.teachers import (
     resample,
 )
 from d2f_core.model.base import resolve_base
-from tests.correspondence.test_student import write
+from tests.correspondence.tiny_transformers import write
 from tests.model.tiny_sd import write_tiny
 
 HALF = Preparation(size=64, normalisation="half")

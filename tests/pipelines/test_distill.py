@@ -44,8 +44,8 @@ from pipelines.distill_job import check_distill
 from pipelines.training import train
 from tests.correspondence.features import write_features
 from tests.correspondence.made_views import write_views
-from tests.correspondence.test_student import write
 from tests.correspondence.test_targets import here
+from tests.correspondence.tiny_transformers import write
 
 STEPS = TrainConfig(
     num_steps=4, global_batch_size=8, micro_batch_size=4, learning_rate=1e-2, lanes=1, window_rows=4,

@@ -43,7 +43,7 @@ from d2f_core.data.sources.config import PairSource
 from d2f_core.model.base import described_copy
 from tests.correspondence.evaluate.test_measure import BACK, PAIR, matcher
 from tests.correspondence.made_views import local_views, write_views
-from tests.correspondence.test_student import write
+from tests.correspondence.tiny_transformers import write
 
 LITE0 = TeacherConfig(name="lite0", kind="efficientnet-lite0", size=64, normalisation="efficientnet-lite")
 
