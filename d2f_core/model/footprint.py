@@ -157,14 +157,14 @@ def measure(network: nn.Module, forward: Callable[[], Tensor]) -> PassCount:
     ]
     with _little_garbage(), PeakMemory() as memory, _flop_counter() as flops:
         prediction = forward()
-        held, forward = memory.live, flops.get_total_flops()
+        held, until_here = memory.live, flops.get_total_flops()
         # Activation checkpointing leaves reference cycles; when Python collects them is random, and must not count.
         memory.collects = True
         prediction.square().mean().backward()
     for hook in hooks:
         hook.remove()
     return PassCount(
-        held_bytes=held, peak_bytes=memory.peak, forward_flops=forward, flops=flops.get_total_flops()
+        held_bytes=held, peak_bytes=memory.peak, forward_flops=until_here, flops=flops.get_total_flops()
     )  # fmt: skip
 
 

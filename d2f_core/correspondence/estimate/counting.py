@@ -91,8 +91,8 @@ def loss_pass(
     student = torch.randn(1, grid[0] * grid[1], channels, generator=drawn, requires_grad=True)
 
     def run(count: int) -> Tensor:
-        both = (torch.zeros(count, dtype=torch.long),) * 2
-        return distillation_loss(student, grid, features, both, [1.0] * len(teachers), config.distillation)
+        same = torch.zeros(count, dtype=torch.long)
+        return distillation_loss(student, grid, features, (same, same), [1.0] * len(teachers), config.distillation)
 
     return _linear(run, pairs)
 
