@@ -115,8 +115,8 @@ class AskedFloor:
     """A floor that looks at the images, asked like a matcher, but only once."""
 
     def __init__(self, matcher: Matcher) -> None:
-        self._predict, self._images = matcher, EmbeddedImages(matcher)
+        self._matcher, self._images = matcher, EmbeddedImages(matcher)
 
     def answers(self, pair: PairSample, chunk: Chunk) -> Iterator[Answer]:
-        found = predict_by(self._predict, self._images, chunk.batches)(pair, asked_points(pair))
+        found = predict_by(self._matcher, self._images, chunk.batches)(pair, asked_points(pair))
         yield Answer(decoding=FLOOR, positions=found[0], confidence=found[1])

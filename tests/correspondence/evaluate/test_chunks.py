@@ -50,6 +50,7 @@ def test_an_image_is_in_one_batch_of_its_category() -> None:
                 members = tuple(image.image_id for image in batch)
                 assert name in members and len(members) <= 4
                 assert of_image.setdefault(name, members) == members, "whatever the size of a chunk"
+    assert sorted(map(len, set(of_image.values()))) == [1, 1, 4, 4, 4, 4], "nine images of each category"
     assert all({name[:2] for name in members} == {name[:2]} for name, members in of_image.items())
 
 

@@ -304,7 +304,9 @@ def test_a_complete_evaluation_is_scored_anew_without_an_actor(tmp_path: Path, m
     """Without a cluster, because none is asked for."""
     made = config(tmp_path, local_views(tmp_path / "views"), experiment="", chunk_size=8)
     pairs, _ = load_pairs(made)
+    monkeypatch.setattr("d2f_core.correspondence.evaluate.chunks.TILE", 1)
     chunks = cut(pairs, chunk_size=8, batch_size=1)
+    assert [number for chunk in chunks for number in chunk.numbers] != list(range(len(pairs)))
     monkeypatch.setattr("ray.get", lambda chunk: chunk)
     claim_output(made.output, check_matches(made), pairs, batch_size=1, chunk_size=8, pose_align=False)
     scorer = MatchScorer(made, chunks)  # type: ignore[arg-type]
