@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ class PairImage:
     """One image of a pair, and the object in it."""
 
     image_id: str
-    """Equal for the same image in several pairs: its path relative to the directory of images, or a hash of `data`."""
+    """Its name in the source: its path relative to the directory of images, or a hash of `data`. Two files of pairs may
+    use one name for two images: `key` tells these apart."""
     uri: str | None = None
     """Its file; None when `data` holds it."""
     data: bytes | None = None
@@ -67,6 +69,11 @@ class PairImage:
     """x, y, width and height of the object in pixels."""
     keypoints: np.ndarray
     """float32 [keypoints, 2], NaN where the image has none."""
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for the same image in several pairs, and for no other: its file, or a hash of its bytes."""
+        return self.uri if self.uri is not None else content_id(self.data or b"")
 
     def read(self) -> bytes:
         """The bytes of the image's file. Raises FileNotFoundError when it is gone."""
