@@ -182,12 +182,20 @@ class DistillWorkflowConfig:
             require_same(f"{name}.features", getattr(self, name).features, "embed.output", self.embed.output)
         require_same("embed.source.uri", self.embed.source.uri, "views.output", self.views.output)
         require_same("distill.matcher.student.base", self.distill.matcher.student.base, "base.output", self.base.output)
+        made = {self.base.output, *(join(each.output, "model") for each in (self.distill, self.refine, self.control))}
+        for each in self.evaluate.matchers:
+            if each.uri and each != self.evaluate.judged and each.uri not in made:
+                raise ValueError(
+                    f"evaluate compares {each.name!r} at {each.uri!r}, which the workflow does not make: it makes "
+                    f"{', '.join(sorted(made))}. Give one of these."
+                )
 
     def wired_evaluate(self, version: str) -> EvaluateMatchesConfig:
         """The evaluation, with a registered version as what the gate judges."""
-        judged = self.evaluate.gate.candidate
-        matchers = [replace(each, uri=version) if each.name == judged else each for each in self.evaluate.matchers]
-        return replace(self.evaluate, matchers=tuple(matchers))
+        judged = self.evaluate.judged
+        matchers = [replace(each, uri=version) if each == judged else each for each in self.evaluate.matchers]
+        gate = replace(self.evaluate.gate, candidate=judged.name if judged else "")
+        return replace(self.evaluate, matchers=tuple(matchers), gate=gate)
 
 
 def require_same(name: str, value: str, other: str, expected: str) -> None:

@@ -86,6 +86,7 @@ def test_mlflow_finds_the_points_that_this_project_finds(model: str, version: Mo
     for change, message in (
         ({"image1": b"no image"}, "row 0: image1: "),
         ({"keypoints0": [[1.0], [2.0, 3.0]]}, "row 0: keypoints0 must be"),
+        ({"keypoints0": [[1.0, 2.0, 2.0], [2.0, 3.0, 2.0]]}, "row 0: keypoints0 must be"),
     ):
         with pytest.raises(Exception, match=message):
             opened.predict(pd.DataFrame([{**rows[0], **change}]))

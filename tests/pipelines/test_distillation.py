@@ -101,6 +101,7 @@ def test_one_job_makes_a_registered_and_judged_matcher_and_does_nothing_twice(cl
 
 def test_stages_that_do_not_fit_one_another_are_refused() -> None:
     config = workflow()
+    other = MatcherChoice(name="untrained", uri="s3://d2f/other/model")
     for change, message in (
         ({"output": ""}, "output is empty"),
         (
@@ -109,6 +110,10 @@ def test_stages_that_do_not_fit_one_another_are_refused() -> None:
         ),
         ({"base": UnpackConfig(output="s3://d2f/other")}, "distill.matcher.student.base="),
         ({"views": replace(config.views, output="s3://d2f/other")}, "embed.source.uri="),
+        (
+            {"evaluate": replace(config.evaluate, matchers=(other, config.evaluate.matchers[1]))},
+            "does not make",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             replace(config, **change)

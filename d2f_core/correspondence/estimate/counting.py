@@ -14,6 +14,7 @@ from d2f_core.correspondence import distillation
 from d2f_core.correspondence.config import MatcherConfig, StudentConfig
 from d2f_core.correspondence.convolution_teacher import ConvolutionTeacher
 from d2f_core.correspondence.diffusion_teacher import read_block
+from d2f_core.correspondence.distillation import all_pairs
 from d2f_core.correspondence.embed.config import TeacherConfig
 from d2f_core.correspondence.matching import Grid, similarity
 from d2f_core.correspondence.preparation import Preparation
@@ -76,49 +77,47 @@ def student_pass(student: nn.Module, *, batch: int, size: int, dtype: torch.dtyp
 
 @dataclass(frozen=True, kw_only=True)
 class LossCount:
-    """What the distillation loss of so many pairs adds to a pass."""
+    """What the distillation loss of a micro-batch adds to a pass, teachers' features included."""
 
     peak_bytes: int
     flops: float
 
 
 def loss_pass(
-    config: MatcherConfig, teachers: list[TeacherCount], *, channels: int, grid: Grid, pairs: int
+    config: MatcherConfig, teachers: list[TeacherCount], *, channels: int, grid: Grid, images: int
 ) -> LossCount:
-    """The loss of so many pairs of a micro-batch's images, with the teachers' distributions, forward and backward."""
-    drawn = torch.Generator().manual_seed(0)
-    features = [(torch.randn(1, t.grid[0] * t.grid[1], t.channels, generator=drawn).half(), t.grid) for t in teachers]
-    student = torch.randn(1, grid[0] * grid[1], channels, generator=drawn, requires_grad=True)
+    """The loss of all pairs of so many images, with the teachers' distributions, forward and backward."""
+    pairs = all_pairs(images)
 
-    def run(count: int) -> Tensor:
-        same = torch.zeros(count, dtype=torch.long)
-        return distillation_loss(student, grid, features, (same, same), [1.0] * len(teachers), config.distillation)
+    def run() -> Tensor:
+        features = [(torch.empty(images, t.grid[0] * t.grid[1], t.channels).half(), t.grid) for t in teachers]
+        student = torch.empty(images, grid[0] * grid[1], channels, requires_grad=True)
+        return distillation_loss(student, grid, features, pairs, [1.0] * len(teachers), config.distillation)
 
-    return _linear(run, pairs)
+    return _counted(run)
 
 
 def given_pairs_pass(config: MatcherConfig, *, channels: int, grid: Grid, pairs: int) -> LossCount:
     """The loss of so many given pairs, whose distributions are stored with them, forward and backward."""
-    drawn, tokens_ = torch.Generator().manual_seed(0), grid[0] * grid[1]
-    student = torch.randn(1, tokens_, channels, generator=drawn, requires_grad=True)
-    stored = torch.randn(1, tokens_, tokens_, generator=drawn).softmax(-1)
-    measure = loss_of(config.distillation, grid)
+    measure, tokens_ = loss_of(config.distillation, grid), grid[0] * grid[1]
 
-    def one() -> Tensor:
-        ways = stored.clone(), stored.clone()
-        return distillation.weighted_pair_loss(similarity(student, student), *ways, measure, (None, None))
+    def run() -> Tensor:
+        student = torch.empty(2 * pairs, tokens_, channels, requires_grad=True)
+        losses = []
+        for row in range(pairs):
+            ways = torch.empty(1, tokens_, tokens_), torch.empty(1, tokens_, tokens_)
+            cosines = similarity(student[row : row + 1], student[pairs + row : pairs + row + 1])
+            losses.append(distillation.weighted_pair_loss(cosines, *ways, measure, (None, None)))
+        return torch.cat(losses)
 
-    return _linear(lambda count: torch.cat([one() for _ in range(count)]), pairs)
+    return _counted(run)
 
 
-def _linear(run: Callable[[int], Tensor], pairs: int) -> LossCount:
-    """What a loss costs for so many pairs: one and two are counted, on real tensors; the rest follows, for bytes and
-    operations are linear in the pairs."""
-    one, two = (footprint.measure(nn.Identity(), lambda count=count: run(count)) for count in (1, 2))
-    return LossCount(
-        peak_bytes=one.peak_bytes + (pairs - 1) * max(0, two.peak_bytes - one.peak_bytes),
-        flops=one.flops + (pairs - 1) * (two.flops - one.flops),
-    )
+def _counted(run: Callable[[], Tensor]) -> LossCount:
+    """What a loss costs, counted on tensors without contents; those that it begins with are among its bytes."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = footprint.measure(nn.Identity(), run)
+    return LossCount(peak_bytes=found.peak_bytes, flops=found.flops)
 
 
 def count_teacher(config: TeacherConfig) -> TeacherCount:

@@ -66,11 +66,11 @@ def estimate(config: EstimateDistillConfig) -> DistillEstimate:
     passed = student_pass(student, batch=images, size=config.size, dtype=DTYPES[train.precision])
     teachers = {teacher.name: count_teacher(teacher) for teacher in config.teachers}
     feature_bytes = sum(each.feature_bytes for each in teachers.values())
-    shape = {"channels": width, "grid": (side, side), "pairs": config.pairs_per_pass}
+    grid = (side, side)
     loss = (
-        given_pairs_pass(config.matcher, **shape)
+        given_pairs_pass(config.matcher, channels=width, grid=grid, pairs=config.pairs_per_pass)
         if config.pairs
-        else loss_pass(config.matcher, list(teachers.values()), **shape)
+        else loss_pass(config.matcher, list(teachers.values()), channels=width, grid=grid, images=images)
     )
     rate, steps = config.flops_per_hour(train.num_workers), train.num_steps * train.global_batch_size
     row = (passed.flops + loss.flops) / train.micro_batch_size
@@ -81,7 +81,7 @@ def estimate(config: EstimateDistillConfig) -> DistillEstimate:
         teachers=teachers,
         memory=memory_by_stage(
             train, trained, frozen,
-            activations=passed.peak_bytes + loss.peak_bytes + (0 if config.pairs else images * feature_bytes),
+            activations=passed.peak_bytes + loss.peak_bytes,
             others=RUNTIME_BYTES * train.use_gpu,
         ),
         embed_hours=config.images * sum(each.flops for each in teachers.values()) / rate,

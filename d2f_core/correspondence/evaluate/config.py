@@ -74,17 +74,19 @@ CHAMPION = "champion"
 
 @dataclass(frozen=True, kw_only=True)
 class MatcherGateConfig:
-    """When a registered matcher becomes the champion; every rule is paired over pairs of images."""
+    """When a registered matcher becomes the champion; every rule is paired over images."""
 
     candidate: str = ""
     """Name or URI of the matcher that is judged; empty: none is. It must beat every floor."""
     champion: str = "auto"
-    """URI of the matcher that it may not be worse than; auto: the version that the champion's alias names, if there is
-    one; empty: none."""
+    """URI of the matcher that it must be better than, or answer like; auto: the version that the champion's alias
+    names, if there is one; empty: none."""
     must_beat: tuple[str, ...] = ()
     """Names of further matchers that it must beat, such as its untrained base."""
     tolerance: float = 0.0
-    """By which share of the champion's PCK it may be worse."""
+    """By which share of the champion's PCK it may be worse; 0: it must be better."""
+    least_pairs: int = 50
+    """Fewer pairs judge nobody: their intervals are too narrow."""
     alpha: float = 0.1
     average: Literal["point", "image", "category"] = "image"
     confident: bool = True
@@ -96,6 +98,8 @@ class MatcherGateConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
             raise EvaluateMatchesError(f"gate.tolerance={self.tolerance} must lie from 0 to below 1. Use 0.")
+        if self.least_pairs < 1:
+            raise EvaluateMatchesError(f"gate.least_pairs={self.least_pairs} must be at least 1. Use 50.")
         if not 0 < self.alpha <= 1:
             raise EvaluateMatchesError(f"gate.alpha={self.alpha} must lie above 0 and at most at 1. Use 0.1.")
         if not self.champion_alias:

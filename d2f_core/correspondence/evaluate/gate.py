@@ -1,15 +1,21 @@
 """The gate of a registered matcher: it must beat the floors and what else is named, and not be worse than the champion.
 
-Every rule compares PCK on the same pairs, and asks for it with the confidence of a bootstrap over the pairs that both
-share: which pairs happened to be asked cannot decide.
+Every rule compares PCK on the same pairs, and asks for it with the confidence of a bootstrap over images: pairs that
+share an image are right or wrong together, so that to resample pairs would promise more than they know. A pair counts
+as often as its source was drawn, times as often as its target was. Where pairs share no image, intervals are up to
+sqrt(3) times as wide as need be.
+
+Source: the pigeonhole bootstrap, Owen, 2007, https://doi.org/10.1214/07-AOAS122.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from d2f_core.correspondence import pck
+from d2f_core.correspondence.artifact import describe_matcher
 from d2f_core.correspondence.evaluate.config import (
     CHAMPION,
     EvaluateMatchesConfig,
@@ -22,36 +28,33 @@ from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.estimates import Estimate
 from d2f_core.evaluation.gate import RuleResult, Verdict, compare
 from d2f_core.evaluation.pins import Pins, pin_models
+from d2f_core.tracking import pin_model
 
 
 def pinned(config: EvaluateMatchesConfig) -> tuple[EvaluateMatchesConfig, Pins | None]:
-    """The config with the candidate's version in place of its alias, and the champion among the matchers.
-
-    Nothing is pinned without a candidate.
+    """The config with versions in place of aliases, and the champion among the matchers, if one of these is judged.
 
     Raises:
         EvaluateMatchesError: a matcher has the champion's name.
+        MatcherError: one of `uris` is no trained matcher.
         PinError: the output judged another candidate.
         TrackingError: a version does not exist.
     """
-    gate, compared, judged = config.gate, config.compared, config.judged
-    if judged is None:
-        return config, None
-    if CHAMPION in [each.name for each in compared]:
-        raise EvaluateMatchesError(f"a matcher is called {CHAMPION!r}, as the gate calls its own. Rename it.")
-    pins = pin_models(
-        config.output, candidate=judged.uri, champion=gate.champion, champion_alias=gate.champion_alias, base=""
-    )
-    matchers = []
-    for each in compared:
-        if each.name != judged.name:
-            matchers.append(each)
-            continue
+    for uri in config.uris:
+        describe_matcher(uri)
+    gate, judged, pins = config.gate, config.judged, None
+    matchers = [replace(each, uri=pin_model(each.uri)) if each.uri else each for each in config.compared]
+    if judged is not None:
+        if CHAMPION in [each.name for each in matchers]:
+            raise EvaluateMatchesError(f"a matcher is called {CHAMPION!r}, as the gate calls its own. Rename it.")
+        pins = pin_models(
+            config.output, candidate=judged.uri, champion=gate.champion, champion_alias=gate.champion_alias, base=""
+        )
         if pins.champion not in ("", pins.candidate):
-            matchers.append(MatcherChoice(name=CHAMPION, uri=pins.champion, size=judged.size))
-        matchers.append(replace(judged, uri=pins.candidate))
-    named = replace(gate, candidate=judged.name)
-    return replace(config, matchers=tuple(matchers), uris=(), gate=named), pins
+            place = [each.name for each in matchers].index(judged.name)
+            matchers.insert(place, MatcherChoice(name=CHAMPION, uri=pins.champion, size=judged.size))
+        gate = replace(gate, candidate=judged.name)
+    return replace(config, matchers=tuple(matchers), uris=(), gate=gate), pins
 
 
 def judge(
@@ -60,6 +63,7 @@ def judge(
     others: Mapping[str, Measured],
     floors: Mapping[str, Measured],
     *,
+    images: Sequence[tuple[str, str]],
     replicates: int,
     seed: int,
 ) -> Verdict:
@@ -68,12 +72,14 @@ def judge(
     Args:
         others: the champion, if there is one, and what the candidate must beat, by name.
         floors: by name.
-        replicates: resampled sets of pairs.
+        images: keys of source and target of each pair.
+        replicates: resampled sets of images.
     """
-    mine = estimate(candidate, config, replicates, seed)
+    draws = pair_draws(images, replicates, seed)
+    mine = estimate(candidate, config, draws)
     rules = [
-        _rule(config, mine, estimate(each, config, replicates, seed), name)
-        for name, each in {**floors, **others}.items()
+        _enough(config, len(images)),
+        *(_rule(config, mine, estimate(each, config, draws), name) for name, each in {**floors, **others}.items()),
     ]
     broken = [rule.rule for rule in rules if not rule.holds]
     reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold"
@@ -81,8 +87,16 @@ def judge(
     return Verdict(passed=not broken, reason=reason, against=against, rules=tuple(rules))
 
 
+def _enough(config: MatcherGateConfig, pairs: int) -> RuleResult:
+    """An interval of a few pairs is too narrow: of equal matchers, more pass than it promises."""
+    return RuleResult(
+        rule=f"at least {config.least_pairs} pairs are compared ({pairs})", holds=pairs >= config.least_pairs,
+        metric=config.metric,
+    )  # fmt: skip
+
+
 def _rule(config: MatcherGateConfig, candidate: Estimate, reference: Estimate, name: str) -> RuleResult:
-    """The champion may be equalled within the tolerance; all else must be beaten."""
+    """All must be beaten; the champion may be missed by the tolerance, or answered alike."""
     champion = name == CHAMPION
     return compare(
         f"pck@{config.alpha:g} by {config.average}", candidate, reference, metric=config.metric, against=name,
@@ -91,12 +105,29 @@ def _rule(config: MatcherGateConfig, candidate: Estimate, reference: Estimate, n
     )  # fmt: skip
 
 
-def estimate(measured: Measured, config: MatcherGateConfig, replicates: int, seed: int) -> Estimate:
-    """PCK with its replicates; those of two matchers on the same pairs share their draws."""
-    pairs, scoring = len(measured.pair_ids), pck.PROTOCOLS["original"].scoring
-    draws = torch.from_numpy(bootstrap_counts(pairs, replicates, seed))
+def pair_draws(images: Sequence[tuple[str, str]], replicates: int, seed: int) -> torch.Tensor:
+    """How often each pair counts in each resampled set of images, int64 [sets, pairs]; sets without a pair are left
+    out."""
+    names = sorted({name for pair in images for name in pair})
+    number = {name: place for place, name in enumerate(names)}
+    counts = bootstrap_counts(len(names), replicates, seed)
+    source, target = (np.array([number[pair[side]] for pair in images]) for side in (0, 1))
+    drawn = counts[:, source] * counts[:, target]
+    return torch.from_numpy(drawn[drawn.any(axis=1)])
+
+
+def estimate(measured: Measured, config: MatcherGateConfig, draws: torch.Tensor) -> Estimate:
+    """PCK with its replicates; those of two matchers on the same pairs share their draws.
+
+    Args:
+        draws: as `pair_draws` makes them.
+    """
+    scoring = pck.PROTOCOLS["original"].scoring
     once, drawn = (
         pck.pck(measured.matches, scoring, (config.alpha,), draws=each).average(config.average)[:, 0]
         for each in (None, draws)
     )
-    return Estimate.of(float(once[0]), drawn.numpy(), pairs)
+    value = float(once[0])
+    # Too few images to resample: nothing is known of the value's spread, and the rule about pairs refuses.
+    replicates = drawn.numpy() if len(drawn) else np.array([value])
+    return Estimate.of(value, replicates, measured.matches.size.shape[0])

@@ -105,15 +105,24 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         "labels": {ALIGNED: LABELS} if config.pose_align else {}, "rows": table,
     }  # fmt: skip
     if pins:
-        result["gate"] = gate(config, pins, measured)
+        result["gate"] = gate(config, pins, measured, [(image.key, other.key) for image, other in map(both, pairs)])
     write(config, result, pairs, measured)
     if pins and result["gate"]["promotion"]:
         promote_candidate(pins, champion=config.gate.champion, champion_alias=config.gate.champion_alias)
     return result
 
 
-def gate(config: EvaluateMatchesConfig, pins: Pins, measured: Mapping[tuple[str, str], Measured]) -> dict[str, Any]:
-    """The gate's verdict on the candidate, and which alias it moves."""
+def gate(
+    config: EvaluateMatchesConfig,
+    pins: Pins,
+    measured: Mapping[tuple[str, str], Measured],
+    images: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """The gate's verdict on the candidate, and which alias it moves.
+
+    Args:
+        images: keys of each pair's source and target.
+    """
     rules = config.gate
     names = [*([CHAMPION] if (CHAMPION, EXACT) in measured else []), *rules.must_beat]
     verdict = judge(
@@ -121,6 +130,7 @@ def gate(config: EvaluateMatchesConfig, pins: Pins, measured: Mapping[tuple[str,
         measured[rules.candidate, EXACT],
         {name: measured[name, EXACT] for name in names},
         {name: each for (name, decoding), each in measured.items() if decoding == FLOOR},
+        images=images,
         replicates=config.replicates,
         seed=config.seed,
     )

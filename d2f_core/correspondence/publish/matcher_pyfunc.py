@@ -48,22 +48,23 @@ class MatcherModel(PythonModel):
 
     def _row(self, number: int, row: dict[Any, Any], embedded: dict[bytes, Embedded]) -> dict[str, Any]:
         for name in ("image0", "image1"):
+            if not isinstance(row[name], bytes):
+                kind = type(row[name]).__name__
+                raise ValueError(f"row {number}: {name} is of type {kind}. Give the bytes of an image file.")
             if row[name] not in embedded:
                 embedded[row[name]] = self._embed(f"row {number}: {name}", row[name])
         try:
-            points = np.array([list(point) for point in row["keypoints0"]], dtype=np.float32).reshape(-1, 2)
+            points = np.array([list(point) for point in row["keypoints0"]] or np.empty((0, 2)), dtype=np.float32)
         except (TypeError, ValueError):
-            raise ValueError(
-                f"row {number}: keypoints0 must be points (x, y) in pixels, [[120.0, 80.0], ...]."
-            ) from None
+            points = np.empty(0)
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"row {number}: keypoints0 must be points (x, y), such as [[120.0, 80.0]].")
         found, confidence = self.matcher.match(
             embedded[row["image0"]], embedded[row["image1"]], torch.from_numpy(points)
         )
         return {"keypoints1": found.tolist(), "confidence": confidence.tolist()}
 
-    def _embed(self, what: str, image: Any) -> Embedded:
-        if not isinstance(image, bytes):
-            raise ValueError(f"{what} is of type {type(image).__name__}. Give the bytes of an image file.")
+    def _embed(self, what: str, image: bytes) -> Embedded:
         try:
             pixels = np.asarray(decode_image(image, RULES))
         except ValueError as error:

@@ -17,8 +17,9 @@ from d2f_core.correspondence.evaluate.config import (
     ViewPairsConfig,
 )
 from d2f_core.correspondence.evaluate.floors import floors
-from d2f_core.correspondence.evaluate.gate import judge, pinned
+from d2f_core.correspondence.evaluate.gate import judge, pair_draws, pinned
 from d2f_core.correspondence.evaluate.measure import Measured, measure
+from d2f_core.evaluation.bootstrap import percentile_interval
 from d2f_core.evaluation.gate import Verdict
 from d2f_core.evaluation.pins import PinError
 from d2f_core.tracking import get_alias, start_run
@@ -46,7 +47,8 @@ def right(share: float, seed: int) -> Measured:
 def verdict(candidate: Measured, champion: Measured | None = None, **fields) -> Verdict:
     config = MatcherGateConfig(candidate="a", **fields)
     others = {"champion": champion} if champion else {}
-    return judge(config, candidate, others, {"copy": right(0.3, 99)}, replicates=200, seed=0)
+    images = [(f"{number}", f"{number}'") for number in range(len(candidate.pair_ids))]
+    return judge(config, candidate, others, {"copy": right(0.3, 99)}, images=images, replicates=200, seed=0)
 
 
 def test_a_floor_must_be_beaten_with_confidence() -> None:
@@ -54,10 +56,35 @@ def test_a_floor_must_be_beaten_with_confidence() -> None:
     same = verdict(right(0.3, 99))
     assert not same.passed and "is above 0." in same.reason and "(copy 0." in same.reason
     close = verdict(right(0.36, 4))
-    (rule,) = close.rules
+    _, rule = close.rules
     assert rule.candidate is not None and rule.reference is not None and rule.interval is not None
     assert rule.candidate > rule.reference and rule.interval[0] < 0 and not close.passed, "better by chance"
     assert verdict(right(0.36, 4), confident=False).passed
+
+
+def test_pairs_that_share_images_are_drawn_together() -> None:
+    """Of equal matchers whose images are easy or hard as wholes, few are found better: resampled pairs found 18 %."""
+    draw, images = np.random.default_rng(0), 10
+    pairs = [(f"{one}", f"{other}") for one in range(images) for other in range(images) if one != other]
+    draws = pair_draws(pairs, 300, 1).double().numpy()
+    assert ((draws > 0).sum(1) < len(pairs)).all() and np.all(draws[:, 0] == draws[:, pairs.index(("1", "0"))])
+    source, target = (np.array([int(pair[side]) for pair in pairs]) for side in (0, 1))
+    better = 0
+    for _ in range(200):
+        one, other = (
+            (draw.random((len(pairs), 4)) < 1 / (1 + np.exp(-(ease[0][source] + ease[1][target])))[:, None]).mean(1)
+            for ease in draw.normal(size=(2, 2, images)) * 0.8
+        )
+        low, _ = percentile_interval(float((one - other).mean()), draws @ (one - other) / draws.sum(1))
+        better += low > 0
+    assert better <= 12
+
+
+def test_a_few_pairs_judge_nobody() -> None:
+    few = verdict(right(1.0, 1), least_pairs=200)
+    assert not few.passed and few.reason == "does not hold: at least 200 pairs are compared (120)"
+    one = [("a", "b")]
+    assert len(pair_draws(one, 100, 0)) < 100, "sets without a pair are left out"
 
 
 def test_the_champion_may_be_equalled_within_the_tolerance() -> None:
@@ -65,7 +92,7 @@ def test_the_champion_may_be_equalled_within_the_tolerance() -> None:
     assert verdict(champion, champion).passed, "the same on every pair"
     assert verdict(right(0.8, 4), champion).passed and not verdict(right(0.42, 5), champion).passed
     worse = right(0.47, 6)
-    assert not verdict(worse, champion).passed and verdict(worse, champion, tolerance=0.3).passed
+    assert not verdict(worse, champion).passed and verdict(worse, champion, tolerance=0.4).passed
     assert verdict(champion, champion).against == "champion" and verdict(champion).against is None
 
 
@@ -84,6 +111,7 @@ def test_of_equal_matchers_few_pass() -> None:
         ({"tolerance": 1.0}, "gate.tolerance=1.0 must lie"),
         ({"alpha": 0.0}, "gate.alpha=0.0 must lie"),
         ({"champion_alias": ""}, "champion_alias is empty"),
+        ({"least_pairs": 0}, "gate.least_pairs=0 must be at least 1"),
     ],
 )
 def test_gates_that_judge_nothing_are_refused(fields: dict, message: str) -> None:
@@ -121,7 +149,7 @@ def register(directory: Path, number: int, seed: int) -> str:
 def test_a_first_candidate_is_promoted_and_the_next_is_compared_with_it(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    views, gate = local_views(tmp_path / "views"), MatcherGateConfig(candidate="a")
+    views, gate = local_views(tmp_path / "views"), MatcherGateConfig(candidate="a", least_pairs=20)
     asked: Callable[..., EvaluateMatchesConfig] = lambda name: made(  # noqa: E731
         str(tmp_path / name), "a", uri=f"models:/{NAME}@candidate", views=views, gate=gate
     )
