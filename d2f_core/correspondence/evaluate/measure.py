@@ -63,11 +63,11 @@ class EmbeddedImages:
             batch: the images that are embedded with it, itself among them; it alone by default.
             flipped: of its mirror image, left and right exchanged.
         """
-        key = image.image_id, flipped
+        key = image.key, flipped
         if key not in self._kept:
             together = batch or (image,)
             pixels = [np.ascontiguousarray(read_image(each)[:, :: -1 if flipped else 1]) for each in together]
-            names = [(each.image_id, flipped) for each in together]
+            names = [(each.key, flipped) for each in together]
             self._kept |= zip(names, self._matcher.embed(pixels), strict=True)
         self._kept.move_to_end(key)
         while len(self._kept) > max(KEPT_IMAGES, len(batch)):
@@ -82,12 +82,12 @@ def predict_by(
 
     Args:
         images: shared by matchers that differ in their decoding alone.
-        batches: by an image's id the images that are embedded with it; each alone by default.
+        batches: by an image's key the images that are embedded with it; each alone by default.
     """
     known, together = images or EmbeddedImages(matcher), batches or {}
 
     def predict(pair: PairSample, points: Tensor) -> tuple[Tensor, Tensor]:
-        source, target = (known.get(image, together.get(image.image_id, ())) for image in both(pair))
+        source, target = (known.get(image, together.get(image.key, ())) for image in both(pair))
         return matcher.match(source, target, points)
 
     return predict

@@ -18,13 +18,13 @@ def pairs(count: int, images: int, categories: int = 2) -> list[PairSample]:
     for number in range(count):
         category = f"c{draw.integers(categories)}"
         names = [f"{category}-{place}" for place in draw.choice(images, 2, replace=False)]
-        source, target = (replace(FIRST, image_id=name) for name in names)
+        source, target = (replace(FIRST, image_id=name, uri=f"/{name}") for name in names)
         found.append(replace(PAIR, pair_id=str(number), category=category, source=source, target=target))
     return found
 
 
 def images_of(chunk: c.Chunk) -> set[str]:
-    return {image.image_id for pair in chunk.pairs for image in both(pair)}
+    return {image.key for pair in chunk.pairs for image in both(pair)}
 
 
 @pytest.mark.parametrize(("chunk_size", "batch_size"), [(7, 1), (7, 4), (1000, 3)])
@@ -47,11 +47,11 @@ def test_an_image_is_in_one_batch_of_its_category() -> None:
         for chunk in c.cut([*every, odd], chunk_size=size, batch_size=4):
             assert set(chunk.batches) == images_of(chunk)
             for name, batch in chunk.batches.items():
-                members = tuple(image.image_id for image in batch)
+                members = tuple(image.key for image in batch)
                 assert name in members and len(members) <= 4
                 assert of_image.setdefault(name, members) == members, "whatever the size of a chunk"
     assert sorted(map(len, set(of_image.values()))) == [1, 1, 4, 4, 4, 4], "nine images of each category"
-    assert all({name[:2] for name in members} == {name[:2]} for name, members in of_image.items())
+    assert all({name[:3] for name in members} == {name[:3]} for name, members in of_image.items())
 
 
 def test_pairs_of_the_same_images_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
