@@ -4,7 +4,8 @@ r"""Compare matchers on pairs of images with keypoints.
     python -m pipelines.evaluate_matches spair --pairs.uri /data/SPair-71k --output s3://BUCKET/evaluations/spair
     python -m pipelines.evaluate_matches views --uris s3://d2f/runs/a/model s3://d2f/runs/b/model --output s3://d2f/ab
 
-Writes points.parquet, scores.json and report.html, and a run in MLflow. The same command resumes a killed job.
+Writes points.parquet, scores.json, report.html and quarantine.parquet (which pairs were left out, and why), and a run
+in MLflow. The same command resumes a killed job.
 """
 
 from typing import Any

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from d2f_core.correspondence.evaluate.config import CHAMPION, EvaluateMatchesCon
 from d2f_core.correspondence.evaluate.floors import floors
 from d2f_core.correspondence.evaluate.gate import judge, pinned
 from d2f_core.correspondence.evaluate.hog import NAME as HOG
+from d2f_core.correspondence.evaluate.images import read_contents, split_usable
 from d2f_core.correspondence.evaluate.matchers import describe_choice
 from d2f_core.correspondence.evaluate.measure import Measured, both, measure
 from d2f_core.correspondence.evaluate.pictures import Line, draw_pair
@@ -30,6 +31,7 @@ from d2f_core.correspondence.evaluate.pose_align import LABELS
 from d2f_core.correspondence.evaluate.report import Shown, render_report
 from d2f_core.correspondence.evaluate.scores import point_table, scores
 from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_views
+from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.sources.pair_sample import PairSample
 from d2f_core.data.sources.pairs import read_pairs
 from d2f_core.evaluation.pins import Pins, keep_pins, promote_candidate, registered_name
@@ -39,29 +41,46 @@ from d2f_core.progress import Progress
 logger = logging.getLogger(__name__)
 
 POINTS, SCORES, REPORT = "points.parquet", "scores.json", "report.html"
+NAMED = 3
+"""Of the pairs that cannot be used so many are logged; all are in the ledger."""
 
 
-def load_pairs(config: EvaluateMatchesConfig) -> tuple[list[PairSample], int]:
-    """The pairs, and how many of the source cannot be used.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedPairs:
+    """The pairs of an evaluation."""
+
+    pairs: list[PairSample]
+    ledger: list[BadSample]
+    """What cannot be used."""
+
+    @property
+    def left_out(self) -> int:
+        return sum(entry.rows for entry in self.ledger)
+
+
+def load_pairs(config: EvaluateMatchesConfig) -> LoadedPairs:
+    """The pairs with a point that both images show; all their images were decoded, but none is kept.
 
     Raises:
         EvaluateMatchesError: there is none.
     """
+    ledger: list[BadSample] = []
     if config.views.views:
         views = read_views(config.views.views, config.views.split)
-        pairs, bad = pairs_of_views(views, per_range=config.views.per_range, seed=config.views.seed), 0
+        pairs = pairs_of_views(views, per_range=config.views.per_range, seed=config.views.seed)
     else:
         pairs, ledger = read_pairs(config.pairs)
-        bad = sum(entry.rows for entry in ledger)
-        for entry in ledger[:3]:
-            logger.warning("left out: %s: %s", entry.source_uri, entry.reason)
-    used = [pair for pair in pairs if pair.visible.any()]
+    shown = [pair for pair in pairs if pair.visible.any()]
+    used, damaged = split_usable(shown, read_contents(shown))
+    loaded = LoadedPairs(pairs=used, ledger=[*ledger, *damaged])
+    for entry in [*ledger[:NAMED], *damaged[:NAMED]]:
+        logger.warning("left out: %s: %s", entry.source_uri, entry.reason)
     if not used:
         raise EvaluateMatchesError(
-            f"{config.views.views or config.pairs.uri!r} has no pair with a keypoint that both images show ({bad} "
-            "cannot be used). Check the source."
+            f"{config.views.views or config.pairs.uri!r} has no pair with a keypoint that both images show "
+            f"({loaded.left_out} cannot be used). Check the source."
         )
-    return used, bad
+    return loaded
 
 
 def check_matches(config: EvaluateMatchesConfig) -> dict[str, dict[str, Any]]:
@@ -76,7 +95,8 @@ def check_matches(config: EvaluateMatchesConfig) -> dict[str, dict[str, Any]]:
 
 
 def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
-    """Measure all matchers, and write points, scores and the report; returns the scores. Needs a running Ray.
+    """Measure all matchers, and write points, scores, the report and the ledger of what was left out; returns the
+    scores. Needs a running Ray.
 
     Answers that are at the output already are kept.
 
@@ -86,7 +106,8 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
     """
     config, pins = pinned(config)
     matchers = check_matches(config)
-    pairs, bad = load_pairs(config)
+    loaded = load_pairs(config)
+    pairs = loaded.pairs
     sizes = {name: getattr(config, name) for name in ("batch_size", "chunk_size", "pose_align")}
     claim_output(config.output, matchers, pairs, **sizes)
     if pins:
@@ -101,11 +122,12 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         for (name, decoding), each in measured.items()
     ]
     result: dict[str, Any] = {
-        "alphas": list(config.alphas), "pairs": len(pairs), "left_out": bad,
+        "alphas": list(config.alphas), "pairs": len(pairs), "left_out": loaded.left_out,
         "labels": {ALIGNED: LABELS} if config.pose_align else {}, "rows": table,
     }  # fmt: skip
     if pins:
         result["gate"] = gate(config, pins, measured)
+    write_quarantine(config.output, loaded.ledger)
     write(config, result, pairs, measured)
     if pins and result["gate"]["promotion"]:
         promote_candidate(pins, champion=config.gate.champion, champion_alias=config.gate.champion_alias)

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlflow
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from d2f_core import storage
 from d2f_core.batch.output import OutputError
@@ -36,6 +37,7 @@ from d2f_core.correspondence.evaluate.measure import measure, predict_by
 from d2f_core.correspondence.evaluate.pictures import HEIGHT, Line, draw_pair
 from d2f_core.correspondence.evaluate.report import gains, percent
 from d2f_core.correspondence.evaluate.scores import point_table, scores
+from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views
 from d2f_core.correspondence.matching import Decoding
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import StudentError, add_adapters, load_network, trained
@@ -44,6 +46,7 @@ from d2f_core.model.base import described_copy
 from tests.correspondence.evaluate.test_measure import BACK, PAIR, matcher
 from tests.correspondence.made_views import local_views, write_views
 from tests.correspondence.tiny_transformers import write
+from tests.data.pair_sources import own_row, write_images, write_lines
 
 LITE0 = TeacherConfig(name="lite0", kind="efficientnet-lite0", size=64, normalisation="efficientnet-lite")
 
@@ -165,6 +168,29 @@ def test_pairs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     made = config(tmp_path, write_views(str(tmp_path / "views")))
     with pytest.raises(EvaluateMatchesError, match="has no pair with a keypoint"):
         load_pairs(replace(made, views=replace(made.views, split="test")))
+
+
+def test_pairs_of_a_damaged_image_are_left_out_and_named(tmp_path: Path) -> None:
+    """A JPEG that is cut in half tells its size; an image that is not decoded passes for a whole one."""
+    made = EvaluateMatchesConfig(
+        matchers=(MatcherChoice(name="a", uri="x"),), pairs=PairSource(uri=str(tmp_path)), output=str(tmp_path / "out")
+    )
+    write_images(tmp_path, "a.png", "b.png", "c.png", "sized.png")
+    sink = io.BytesIO()
+    Image.open(tmp_path / "a.png").save(sink, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(sink.getvalue()[: len(sink.getvalue()) * 2 // 3])
+    wrong = {"target_image_id": "sized.png", "target_size": [60, 60]}
+    rows = [own_row(), own_row(source_image_id="cut.jpg"), own_row(target_image_id="c.png"), own_row(**wrong)]
+    write_lines(tmp_path / "pairs.jsonl", *rows, own_row(category=1))
+    loaded = load_pairs(made)
+    assert [pair.pair_id for pair in loaded.pairs] == ["a.png:b.png", "a.png:c.png"]
+    assert loaded.left_out == 3 and [entry.code for entry in loaded.ledger] == [
+        "bad_annotation", "undecodable", "bad_annotation"
+    ]  # fmt: skip
+    assert [(entry.sample_id, str(tmp_path / name) in entry.reason) for entry, name in
+            zip(loaded.ledger[1:], ("cut.jpg", "sized.png"), strict=True)] == [
+        ("cut.jpg:b.png", True), ("a.png:sized.png", True)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -301,9 +327,16 @@ def test_matchers_are_compared_on_views(cluster: None, tmp_path: Path) -> None:
 
 
 def test_a_complete_evaluation_is_scored_anew_without_an_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a cluster, because none is asked for."""
+    """Without a cluster, because none is asked for; the first pair has a damaged image."""
     made = config(tmp_path, local_views(tmp_path / "views"), experiment="", chunk_size=8)
-    pairs, _ = load_pairs(made)
+
+    def one_damaged(views, **how):
+        first, *others = pairs_of_views(views, **how)
+        return [replace(first, source=replace(first.source, data=first.source.data[:60])), *others]
+
+    monkeypatch.setattr("d2f_core.correspondence.evaluate.job.pairs_of_views", one_damaged)
+    loaded = load_pairs(made)
+    pairs, (damaged,) = loaded.pairs, loaded.ledger
     monkeypatch.setattr("d2f_core.correspondence.evaluate.chunks.TILE", 1)
     chunks = cut(pairs, chunk_size=8, batch_size=1)
     assert [number for chunk in chunks for number in chunk.numbers] != list(range(len(pairs)))
@@ -313,6 +346,9 @@ def test_a_complete_evaluation_is_scored_anew_without_an_actor(tmp_path: Path, m
     for group, chunk in missing(made.output, len(groups(made.compared)), len(chunks)):
         scorer({"group": np.array([group]), "chunk": np.array([chunk])})
     result = evaluate_matches(replace(made, alphas=(0.2,)))
+    ledger = pq.read_table(f"{made.output}/quarantine.parquet").to_pylist()
+    assert ledger == [asdict(damaged)] and (result["left_out"], result["pairs"]) == (1, len(pairs))
+    assert "1 left out" in Path(made.output, "report.html").read_text()
     assert result["alphas"] == [0.2] and evaluate_matches(made)["alphas"] == [0.1, 0.05, 0.01]
     exact = measure(predict_by(build_matcher(made.matchers[1])), pairs)
     found = read_answers(made.output, len(groups(made.compared)), len(chunks), pairs)[1, "exact"]
