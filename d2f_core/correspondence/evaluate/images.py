@@ -1,8 +1,9 @@
-"""Which images of pairs can be used: each is read and decoded once, before a matcher is asked about any."""
+"""Which images of pairs can be used, and what they hold: each is read and decoded once, before a matcher is asked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 
 from d2f_core.correspondence.evaluate.measure import RULES, both
 from d2f_core.data.images import BadImageError, decode_image
@@ -16,6 +17,8 @@ THREADS = 8
 class ImageContent:
     """What was found in an image's file."""
 
+    sha256: str = ""
+    """Of the file's bytes, in hex digits."""
     size: tuple[int, int] = (0, 0)
     """Width and height in pixels, upright."""
     problem: str = ""
@@ -31,11 +34,18 @@ def read_contents(pairs: Sequence[PairSample]) -> dict[str, ImageContent]:
 
 def _content(image: PairImage) -> ImageContent:
     try:
-        return ImageContent(size=decode_image(image.read(), RULES).size)
+        data = image.read()
+        return ImageContent(sha256=sha256(data).hexdigest(), size=decode_image(data, RULES).size)
     except BadImageError as error:
         return ImageContent(problem=str(error))
     except FileNotFoundError:
         return ImageContent(problem="no_image: the file is gone")
+
+
+def images_digest(pairs: Sequence[PairSample], contents: Mapping[str, ImageContent]) -> str:
+    """Hash of what the images of pairs hold, in order: it changes with any of their bytes, and not with their place."""
+    every = (contents[image.key].sha256 for pair in pairs for image in both(pair))
+    return sha256(" ".join(every).encode()).hexdigest()[:16]
 
 
 def split_usable(

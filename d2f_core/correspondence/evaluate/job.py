@@ -23,7 +23,7 @@ from d2f_core.correspondence.evaluate.config import CHAMPION, EvaluateMatchesCon
 from d2f_core.correspondence.evaluate.floors import floors
 from d2f_core.correspondence.evaluate.gate import judge, pinned
 from d2f_core.correspondence.evaluate.hog import NAME as HOG
-from d2f_core.correspondence.evaluate.images import read_contents, split_usable
+from d2f_core.correspondence.evaluate.images import images_digest, read_contents, split_usable
 from d2f_core.correspondence.evaluate.matchers import describe_choice
 from d2f_core.correspondence.evaluate.measure import Measured, both, measure
 from d2f_core.correspondence.evaluate.pictures import Line, draw_pair
@@ -52,6 +52,8 @@ class LoadedPairs:
     pairs: list[PairSample]
     ledger: list[BadSample]
     """What cannot be used."""
+    images: str
+    """Hash of what their images hold."""
 
     @property
     def left_out(self) -> int:
@@ -71,8 +73,9 @@ def load_pairs(config: EvaluateMatchesConfig) -> LoadedPairs:
     else:
         pairs, ledger = read_pairs(config.pairs)
     shown = [pair for pair in pairs if pair.visible.any()]
-    used, damaged = split_usable(shown, read_contents(shown))
-    loaded = LoadedPairs(pairs=used, ledger=[*ledger, *damaged])
+    contents = read_contents(shown)
+    used, damaged = split_usable(shown, contents)
+    loaded = LoadedPairs(pairs=used, ledger=[*ledger, *damaged], images=images_digest(used, contents))
     for entry in [*ledger[:NAMED], *damaged[:NAMED]]:
         logger.warning("left out: %s: %s", entry.source_uri, entry.reason)
     if not used:
@@ -109,7 +112,7 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
     loaded = load_pairs(config)
     pairs = loaded.pairs
     sizes = {name: getattr(config, name) for name in ("batch_size", "chunk_size", "pose_align")}
-    claim_output(config.output, matchers, pairs, **sizes)
+    claim_output(config.output, matchers, pairs, images=loaded.images, **sizes)
     if pins:
         keep_pins(config.output, pins)
     measured = measure_all(config, pairs)

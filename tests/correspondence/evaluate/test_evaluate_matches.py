@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from d2f_core import storage
 from d2f_core.batch.output import OutputError
@@ -46,7 +45,6 @@ from d2f_core.model.base import described_copy
 from tests.correspondence.evaluate.test_measure import BACK, PAIR, matcher
 from tests.correspondence.made_views import local_views, write_views
 from tests.correspondence.tiny_transformers import write
-from tests.data.pair_sources import own_row, write_images, write_lines
 
 LITE0 = TeacherConfig(name="lite0", kind="efficientnet-lite0", size=64, normalisation="efficientnet-lite")
 
@@ -168,29 +166,6 @@ def test_pairs_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     made = config(tmp_path, write_views(str(tmp_path / "views")))
     with pytest.raises(EvaluateMatchesError, match="has no pair with a keypoint"):
         load_pairs(replace(made, views=replace(made.views, split="test")))
-
-
-def test_pairs_of_a_damaged_image_are_left_out_and_named(tmp_path: Path) -> None:
-    """A JPEG that is cut in half tells its size; an image that is not decoded passes for a whole one."""
-    made = EvaluateMatchesConfig(
-        matchers=(MatcherChoice(name="a", uri="x"),), pairs=PairSource(uri=str(tmp_path)), output=str(tmp_path / "out")
-    )
-    write_images(tmp_path, "a.png", "b.png", "c.png", "sized.png")
-    sink = io.BytesIO()
-    Image.open(tmp_path / "a.png").save(sink, "JPEG")
-    (tmp_path / "cut.jpg").write_bytes(sink.getvalue()[: len(sink.getvalue()) * 2 // 3])
-    wrong = {"target_image_id": "sized.png", "target_size": [60, 60]}
-    rows = [own_row(), own_row(source_image_id="cut.jpg"), own_row(target_image_id="c.png"), own_row(**wrong)]
-    write_lines(tmp_path / "pairs.jsonl", *rows, own_row(category=1))
-    loaded = load_pairs(made)
-    assert [pair.pair_id for pair in loaded.pairs] == ["a.png:b.png", "a.png:c.png"]
-    assert loaded.left_out == 3 and [entry.code for entry in loaded.ledger] == [
-        "bad_annotation", "undecodable", "bad_annotation"
-    ]  # fmt: skip
-    assert [(entry.sample_id, str(tmp_path / name) in entry.reason) for entry, name in
-            zip(loaded.ledger[1:], ("cut.jpg", "sized.png"), strict=True)] == [
-        ("cut.jpg:b.png", True), ("a.png:sized.png", True)
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -341,7 +316,9 @@ def test_a_complete_evaluation_is_scored_anew_without_an_actor(tmp_path: Path, m
     chunks = cut(pairs, chunk_size=8, batch_size=1)
     assert [number for chunk in chunks for number in chunk.numbers] != list(range(len(pairs)))
     monkeypatch.setattr("ray.get", lambda chunk: chunk)
-    claim_output(made.output, check_matches(made), pairs, batch_size=1, chunk_size=8, pose_align=False)
+    claim_output(
+        made.output, check_matches(made), pairs, images=loaded.images, batch_size=1, chunk_size=8, pose_align=False
+    )
     scorer = MatchScorer(made, chunks)  # type: ignore[arg-type]
     for group, chunk in missing(made.output, len(groups(made.compared)), len(chunks)):
         scorer({"group": np.array([group]), "chunk": np.array([chunk])})
