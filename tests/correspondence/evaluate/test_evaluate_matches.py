@@ -41,6 +41,7 @@ from d2f_core.correspondence.matching import Decoding
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import StudentError, add_adapters, load_network, trained
 from d2f_core.data.sources.config import PairSource
+from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.model.base import described_copy
 from tests.correspondence.evaluate.test_measure import BACK, PAIR, matcher
 from tests.correspondence.made_views import local_views, write_views
@@ -82,6 +83,15 @@ def test_a_category_that_was_held_out_has_a_score_of_its_own() -> None:
     }
     assert values == {"patch": [(0.1, 1.0), (0.05, 1.0)], "unseen": [(0.1, 0.0), (0.05, 0.0)]}
     assert found["by_category"] == {"patch": 1.0, "unseen": 0.0}
+
+
+def test_a_category_that_no_resampled_set_holds_has_its_value_as_interval() -> None:
+    other = replace(BACK, category="rare")
+    pairs = [replace(PAIR, pair_id=str(number)) for number in range(9)]
+    measured = measure(predict_by(matcher()), [*pairs, other])
+    seed = next(seed for seed in range(20) if not bootstrap_counts(10, 1, seed)[0, 9])
+    (rare,) = scores(measured, (0.1,), replicates=1, seed=seed)["categories"]["rare"]["pck"]
+    assert rare["low"] == rare["value"] == rare["high"] == 1.0
 
 
 def test_the_report_tells_what_a_decoding_adds() -> None:
