@@ -61,12 +61,13 @@ EVALUATE_MATCHES = {
 
 def check(config: EvaluateMatchesConfig) -> None:
     from d2f_core.correspondence.evaluate.gate import pinned
-    from d2f_core.correspondence.evaluate.job import check_matches
+    from d2f_core.correspondence.evaluate.job import check_matches, check_trained
     from d2f_core.storage import check_reachable
 
     for uri in (config.views.views or config.pairs.uri, *reads(config).values()):
         check_reachable(uri)
     check_reachable(config.output, write=True)
+    check_trained(config)
     check_matches(pinned(config)[0])
 
 

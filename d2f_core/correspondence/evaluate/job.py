@@ -86,14 +86,18 @@ def load_pairs(config: EvaluateMatchesConfig) -> LoadedPairs:
     return loaded
 
 
+def check_trained(config: EvaluateMatchesConfig) -> None:
+    """Raise MatcherError if one of `uris` holds no trained matcher; the config is as given, before `pinned`."""
+    for uri in config.uris:
+        describe_matcher(uri)
+
+
 def check_matches(config: EvaluateMatchesConfig) -> dict[str, dict[str, Any]]:
     """What determines the answers of each matcher, by its name; no weights are loaded.
 
     Raises:
         ValueError: one cannot be what is asked for.
     """
-    for uri in config.uris:
-        describe_matcher(uri)
     return {choice.name: describe_choice(choice) for choice in config.compared}
 
 
@@ -107,6 +111,7 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         ValueError: no pair can be used, a matcher is refused, the output holds another comparison, or the cluster is
             too small.
     """
+    check_trained(config)
     config, pins = pinned(config)
     matchers = check_matches(config)
     loaded = load_pairs(config)

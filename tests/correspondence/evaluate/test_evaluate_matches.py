@@ -26,11 +26,12 @@ from d2f_core.correspondence.evaluate.config import (
     EvaluateMatchesConfig,
     EvaluateMatchesError,
     MatcherChoice,
+    MatcherGateConfig,
     ViewPairsConfig,
     names_of,
 )
 from d2f_core.correspondence.evaluate.floors import floors
-from d2f_core.correspondence.evaluate.job import check_matches, evaluate_matches, load_pairs
+from d2f_core.correspondence.evaluate.job import check_matches, check_trained, evaluate_matches, load_pairs
 from d2f_core.correspondence.evaluate.matchers import build_matcher, build_matchers
 from d2f_core.correspondence.evaluate.measure import measure, predict_by
 from d2f_core.correspondence.evaluate.pictures import HEIGHT, Line, draw_pair
@@ -242,7 +243,10 @@ def test_uris_that_name_no_trained_matchers_are_refused(tmp_path: Path) -> None:
         replace(made, uris=("/runs/dino/model",))
     bare = made.matchers[1].uri
     with pytest.raises(MatcherError, match=r"holds no matcher\.json\. Give the directory of a trained matcher"):
-        check_matches(replace(made, matchers=(), uris=(bare,)))
+        check_trained(replace(made, matchers=(), uris=(bare,)))
+    gate = MatcherGateConfig(candidate=bare)
+    with pytest.raises(MatcherError, match=r"holds no matcher\.json"):
+        evaluate_matches(replace(made, matchers=(), uris=(bare,), size=28, gate=gate))
 
 
 def test_what_decides_a_matchers_answers_is_described(tmp_path: Path) -> None:
