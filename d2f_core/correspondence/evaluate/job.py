@@ -34,7 +34,7 @@ from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_vie
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.sources.pair_sample import PairSample
 from d2f_core.data.sources.pairs import read_pairs
-from d2f_core.evaluation.pins import Pins, keep_pins, promote_candidate, registered_name
+from d2f_core.evaluation.pins import PinError, Pins, keep_pins, promote_candidate, registered_name
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.progress import Progress
 
@@ -110,6 +110,7 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
     Raises:
         ValueError: no pair can be used, a matcher is refused, the output holds another comparison, or the cluster is
             too small.
+        PinError: the champion's alias moved meanwhile, so that the candidate was not promoted; the files say so too.
     """
     check_trained(config)
     config, pins = pinned(config)
@@ -133,17 +134,20 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         "alphas": list(config.alphas), "pairs": len(pairs), "left_out": loaded.left_out,
         "labels": {ALIGNED: LABELS} if config.pose_align else {}, "rows": table,
     }  # fmt: skip
+    refused = None
     if pins:
-        result["gate"] = gate(config, pins, measured)
+        result["gate"], refused = gate(config, pins, measured)
     write_quarantine(config.output, loaded.ledger)
     write(config, result, pairs, measured)
-    if pins and result["gate"]["promotion"]:
-        promote_candidate(pins, champion=config.gate.champion, champion_alias=config.gate.champion_alias)
+    if refused:
+        raise refused
     return result
 
 
-def gate(config: EvaluateMatchesConfig, pins: Pins, measured: Mapping[tuple[str, str], Measured]) -> dict[str, Any]:
-    """The gate's verdict on the candidate, and which alias it moves."""
+def gate(
+    config: EvaluateMatchesConfig, pins: Pins, measured: Mapping[tuple[str, str], Measured]
+) -> tuple[dict[str, Any], PinError | None]:
+    """The gate's verdict on the candidate, which is promoted if it passes; and why it was not although it passed."""
     rules = config.gate
     names = [*([CHAMPION] if (CHAMPION, EXACT) in measured else []), *rules.must_beat]
     verdict = judge(
@@ -158,12 +162,23 @@ def gate(config: EvaluateMatchesConfig, pins: Pins, measured: Mapping[tuple[str,
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
     moves = verdict.passed and rules.promote and bool(registered_name(pins.candidate))
     logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
-    return {
+    refused = _promote(config, pins) if moves else None
+    found = {
         "candidate": pins.candidate,
         "champion": pins.champion,
         "verdict": verdict.to_json(),
-        "promotion": f"{pins.candidate} becomes @{rules.champion_alias}" if moves else None,
+        "promotion": f"{pins.candidate} becomes @{rules.champion_alias}" if moves and not refused else None,
+        "refused": refused and str(refused),
     }
+    return found, refused
+
+
+def _promote(config: EvaluateMatchesConfig, pins: Pins) -> PinError | None:
+    """Move the champion's alias; before the files are written, so that they say what is. Returns what forbade it."""
+    try:
+        promote_candidate(pins, champion=config.gate.champion, champion_alias=config.gate.champion_alias)
+    except PinError as error:
+        return error
 
 
 def measure_all(config: EvaluateMatchesConfig, pairs: Sequence[PairSample]) -> dict[tuple[str, str], Measured]:
