@@ -228,6 +228,7 @@ def test_a_teacher_is_asked_once_by_matchers_that_share_it(monkeypatch: pytest.M
         (["s3://r/seed1/distill/model", "s3://r/seed2/distill/model/"], ["seed1", "seed2"]),
         (["s3://r/seed1/distill/model", "s3://r/seed2/refine/model"], ["seed1 distill", "seed2 refine"]),
         (["/runs/a b", "/runs/c"], ["a-b", "c"]),
+        (["models:/m@a", "models:/m/a", "/runs/c", "models:/m/3"], ["m a", "m version a", "c", "m version 3"]),
     ],
 )
 def test_matchers_are_named_by_what_tells_their_uris_apart(uris: list[str], names: list[str]) -> None:
