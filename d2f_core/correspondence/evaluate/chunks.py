@@ -13,9 +13,8 @@ import numpy as np
 from d2f_core.correspondence.evaluate.measure import KEPT_IMAGES, both
 from d2f_core.data.sources.pair_sample import PairImage, PairSample
 
-TILE = KEPT_IMAGES // 3
-"""Images of a block: pairs of two blocks follow one another, and an actor keeps the images of both, and the mirrored
-sources."""
+TILE = KEPT_IMAGES // 2
+"""Images of a block: pairs of two blocks follow one another, and an actor keeps the images of both."""
 
 Batch = tuple[PairImage, ...]
 
