@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from d2f_core.correspondence.evaluate.pictures import Line, draw_pair
 from d2f_core.correspondence.evaluate.pose_align import LABELS
 from d2f_core.correspondence.evaluate.report import Shown, render_report
 from d2f_core.correspondence.evaluate.scores import point_table, scores
+from d2f_core.correspondence.evaluate.shared_images import share_images
 from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_views
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.sources.pair_sample import PairSample
@@ -184,12 +186,13 @@ def _promote(config: EvaluateMatchesConfig, pins: Pins) -> PinError | None:
 def measure_all(config: EvaluateMatchesConfig, pairs: Sequence[PairSample]) -> dict[tuple[str, str], Measured]:
     """The answers of floors, then of matchers, by name and decoding."""
     measured = {(name, FLOOR): measure(guess, pairs) for name, guess in floors(config.seed).items()}
-    chunks = cut(pairs, chunk_size=config.chunk_size, batch_size=config.batch_size)
-    size = len(groups(config.compared)), len(chunks)
+    chunked = partial(cut, chunk_size=config.chunk_size, batch_size=config.batch_size)
+    size = len(groups(config.compared)), len(chunked(pairs))
     items = [{"group": group, "chunk": chunk} for group, chunk in missing(config.output, *size)]
     progress = Progress("match", size[0] * size[1], "chunks", done=size[0] * size[1] - len(items))
     if items:
         needed = {item["chunk"] for item in items}
+        chunks = chunked(share_images(pairs))
         placed = [ray.put(chunk) if number in needed else None for number, chunk in enumerate(chunks)]
         arguments = (config, placed)
         for _ in map_items(items, MatchScorer, arguments, config, node_wait_seconds=config.node_wait_seconds):
