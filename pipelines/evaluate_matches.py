@@ -4,7 +4,8 @@ r"""Compare matchers on pairs of images with keypoints.
     python -m pipelines.evaluate_matches spair --pairs.uri /data/SPair-71k --output s3://BUCKET/evaluations/spair
     python -m pipelines.evaluate_matches views --uris s3://d2f/runs/a/model s3://d2f/runs/b/model --output s3://d2f/ab
 
-Writes points.parquet, scores.json and report.html, and a run in MLflow. The same command resumes a killed job.
+Writes points.parquet, scores.json, report.html and quarantine.parquet (which pairs were left out, and why), and a run
+in MLflow. The same command resumes a killed job.
 """
 
 from typing import Any
@@ -60,12 +61,13 @@ EVALUATE_MATCHES = {
 
 def check(config: EvaluateMatchesConfig) -> None:
     from d2f_core.correspondence.evaluate.gate import pinned
-    from d2f_core.correspondence.evaluate.job import check_matches
+    from d2f_core.correspondence.evaluate.job import check_matches, check_trained
     from d2f_core.storage import check_reachable
 
     for uri in (config.views.views or config.pairs.uri, *reads(config).values()):
         check_reachable(uri)
     check_reachable(config.output, write=True)
+    check_trained(config)
     check_matches(pinned(config)[0])
 
 

@@ -19,8 +19,10 @@ def percentile_interval(value: float, replicates: Array, level: float = 0.95) ->
     """Percentile interval of a statistic, corrected for the bootstrap's bias.
 
     A resampled set has fewer distinct images, which raises distances; uncorrected, the interval of a small distance
-    would lie above the distance itself.
+    would lie above the distance itself. Without a replicate the interval is the value alone.
     """
+    if not len(replicates):
+        return value, value
     edge = (1 - level) / 2
     low, high = np.quantile(replicates, [edge, 1 - edge]) - (replicates.mean() - value)
     return float(low), float(high)

@@ -130,6 +130,20 @@ def test_a_mistake_in_a_line_costs_that_line(tmp_path):
         assert entry.reason.startswith(reason), entry.reason
 
 
+def test_pairs_of_files_that_call_their_images_alike_are_all_kept(tmp_path):
+    """Each folder has its own a.png and b.png; only the second pair of names that are taken already needs another."""
+    folders = [tmp_path / name for name in ("chairs", "desks")]
+    for folder in folders:
+        write_images(folder, "a.png", "b.png")
+    write_lines(folders[0] / "pairs.jsonl", own_row())
+    write_lines(folders[1] / "pairs.jsonl", own_row(), own_row(), own_row(pair_id="own"))
+    good, bad = read_pairs(PairSource(uri=str(tmp_path)))
+    named = f"{folders[1]}/a.png:{folders[1]}/b.png"
+    assert [sample.pair_id for sample in good] == ["a.png:b.png", named, "own"]
+    assert [images_of(sample)[0].uri for sample in good] == [f"{folders[n]}/a.png" for n in (0, 1, 1)]
+    assert [(entry.sample_id, entry.reason) for entry in bad] == [(named, "duplicate")]
+
+
 def test_a_damaged_table_delivers_what_is_whole(tmp_path):
     write_images(tmp_path, "a.png", "b.png")
     rows = [own_row(pair_id=f"{number:04d}") for number in range(2000)]

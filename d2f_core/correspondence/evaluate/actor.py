@@ -103,9 +103,9 @@ class AskedMatcher:
 
     def _aligned(self, pair: PairSample, chunk: Chunk, exact: tuple[Tensor, Tensor]) -> Answer:
         source, target = both(pair)
-        batch = chunk.batches[source.image_id]
+        batch = chunk.batches[source.key]
         mirrored = self._images.get(source, batch, flipped=True)
-        plain, there = self._images.get(source, batch), self._images.get(target, chunk.batches[target.image_id])
+        plain, there = self._images.get(source, batch), self._images.get(target, chunk.batches[target.key])
         if flipped := distance(mirrored, there) < distance(plain, there):
             exact = answer_mirrored(self._matcher, pair, mirrored, there, exact)
         return Answer(decoding=ALIGNED, positions=exact[0], confidence=exact[1], flipped=flipped)

@@ -70,18 +70,21 @@ def write_answers(output: str, group: int, chunk: int, answers: pa.Table) -> Non
     write_bytes(join(output, PARTS, part_name(group, chunk)), sink.getvalue())
 
 
-def claim_output(output: str, matchers: Mapping[str, Any], pairs: Sequence[PairSample], **sizes: Any) -> None:
+def claim_output(
+    output: str, matchers: Mapping[str, Any], pairs: Sequence[PairSample], *, images: str, **sizes: Any
+) -> None:
     """Write what decides the answers at the output, or check that it is the same there.
 
     Args:
         matchers: what determines each one's answers, as JSON values, by name.
+        images: hash of what the images of `pairs` hold.
         sizes: further values that decide.
 
     Raises:
         OutputError: the output belongs to another comparison; names what differs.
     """
     short = {f"matcher {number} {name}": _hash(each) for number, (name, each) in enumerate(matchers.items())}
-    identity = json.loads(json.dumps({"pairs": digest(pairs), **short, **sizes}))
+    identity = json.loads(json.dumps({"pairs": digest(pairs), "images": images, **short, **sizes}))
     claim(output, identity, matchers=json.loads(json.dumps(matchers)))
 
 
@@ -90,7 +93,7 @@ def _hash(values: Any) -> str:
 
 
 def digest(pairs: Sequence[PairSample]) -> str:
-    """Hash of what pairs ask and of what is true: ids, sizes, boxes, keypoints."""
+    """Hash of what pairs ask and of what is true: ids, sizes, boxes, keypoints; not of what the images hold."""
     found = sha256()
     for pair in pairs:
         found.update(repr((pair.pair_id, pair.category, pair.viewpoint)).encode())

@@ -13,9 +13,8 @@ import numpy as np
 from d2f_core.correspondence.evaluate.measure import KEPT_IMAGES, both
 from d2f_core.data.sources.pair_sample import PairImage, PairSample
 
-TILE = KEPT_IMAGES // 3
-"""Images of a block: pairs of two blocks follow one another, and an actor keeps the images of both, and the mirrored
-sources."""
+TILE = KEPT_IMAGES // 2
+"""Images of a block: pairs of two blocks follow one another, and an actor keeps the images of both."""
 
 Batch = tuple[PairImage, ...]
 
@@ -28,7 +27,7 @@ class Chunk:
     """Places of the pairs among all."""
     pairs: tuple[PairSample, ...]
     batches: Mapping[str, Batch]
-    """By an image's id the images that go through a network with it, itself among them."""
+    """By an image's key the images that go through a network with it, itself among them."""
 
 
 def cut(pairs: Sequence[PairSample], *, chunk_size: int, batch_size: int) -> list[Chunk]:
@@ -44,7 +43,7 @@ def cut(pairs: Sequence[PairSample], *, chunk_size: int, batch_size: int) -> lis
         Chunk(
             numbers=tuple(part),
             pairs=tuple(pairs[number] for number in part),
-            batches={each.image_id: batches[each.image_id] for number in part for each in both(pairs[number])},
+            batches={each.key: batches[each.key] for number in part for each in both(pairs[number])},
         )
         for run in _runs(pairs, block)
         for part in np.array_split(np.array(run), math.ceil(len(run) / chunk_size))
@@ -52,14 +51,14 @@ def cut(pairs: Sequence[PairSample], *, chunk_size: int, batch_size: int) -> lis
 
 
 def _images(pairs: Sequence[PairSample]) -> dict[str, dict[str, PairImage]]:
-    """The images by category and id, in order of appearance; one of several categories is in the first of these."""
+    """The images by category and key, in order of appearance; one of several categories is in the first of these."""
     found: dict[str, dict[str, PairImage]] = defaultdict(dict)
     seen: set[str] = set()
     for pair in sorted(pairs, key=lambda pair: pair.category):
         for image in both(pair):
-            if image.image_id not in seen:
-                seen.add(image.image_id)
-                found[pair.category][image.image_id] = image
+            if image.key not in seen:
+                seen.add(image.key)
+                found[pair.category][image.key] = image
     return found
 
 
@@ -69,7 +68,7 @@ def _batches(members: Mapping[str, Mapping[str, PairImage]], size: int) -> dict[
         every = tuple(images.values())
         for start in range(0, len(every), size):
             batch = every[start : start + size]
-            found |= {image.image_id: batch for image in batch}
+            found |= {image.key: batch for image in batch}
     return found
 
 
@@ -80,7 +79,7 @@ def _runs(pairs: Sequence[PairSample], block: Mapping[str, int]) -> list[list[in
     """
 
     def place(number: int) -> tuple[int, int, int]:
-        source, target = (block[image.image_id] for image in both(pairs[number]))
+        source, target = (block[image.key] for image in both(pairs[number]))
         return source, target if source % 2 == 0 else -target, number
 
     runs: dict[str, list[int]] = defaultdict(list)

@@ -199,22 +199,25 @@ class EvaluateMatchesConfig(AwaitedPoolConfig, MatchesWork):
 
 def names_of(uris: Sequence[str]) -> list[str]:
     """A name for each URI: the parts of its path that tell it from the others, such as `seed-1 refined` of
-    `s3://runs/seed-1/refined/model`; of a single one the last part. `models:/NAME@ALIAS` is NAME ALIAS.
+    `s3://runs/seed-1/refined/model`; of a single one the last part. `models:/NAME@ALIAS` is NAME ALIAS, and
+    `models:/NAME/3` NAME version 3.
 
     Raises:
         EvaluateMatchesError: one is empty, or given twice.
     """
     if registered := [uri for uri in uris if uri.startswith("models:/")]:
         others = iter(names_of([uri for uri in uris if uri not in registered]))
-        return [
-            re.sub("[@/]", " ", uri.removeprefix("models:/")) if uri in registered else next(others) for uri in uris
-        ]
+        return [_registered(uri) if uri in registered else next(others) for uri in uris]
     parts = [re.split("/+", re.sub(f"/{MODEL}/*$", "", uri).rstrip("/")) for uri in uris]
     if not all(part[-1] for part in parts) or len(set(map(tuple, parts))) < len(parts):
         raise EvaluateMatchesError(f"uris={list(uris)} must each name another directory. Leave out what is twice.")
     first, last = _alike(parts), _alike([each[::-1] for each in parts]) if len(parts) > 1 else 0
     chosen = [each[min(max(first, 1), len(each) - 1) :][: max(1, len(each) - first - last)] for each in parts]
     return [" ".join(re.sub(r"[^\w.+-]", "-", part) for part in each)[-LONGEST_NAME:] for each in chosen]
+
+
+def _registered(uri: str) -> str:
+    return uri.removeprefix("models:/").replace("/", " version ").replace("@", " ")
 
 
 def _alike(lists: Sequence[Sequence[str]]) -> int:

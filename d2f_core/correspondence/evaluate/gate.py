@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from d2f_core.correspondence import pck
-from d2f_core.correspondence.artifact import describe_matcher
 from d2f_core.correspondence.evaluate.config import (
     CHAMPION,
     EvaluateMatchesConfig,
@@ -36,12 +35,9 @@ def pinned(config: EvaluateMatchesConfig) -> tuple[EvaluateMatchesConfig, Pins |
 
     Raises:
         EvaluateMatchesError: a matcher has the champion's name.
-        MatcherError: one of `uris` is no trained matcher.
         PinError: the output judged another candidate.
         TrackingError: a version does not exist.
     """
-    for uri in config.uris:
-        describe_matcher(uri)
     gate, judged, pins = config.gate, config.judged, None
     matchers = [replace(each, uri=pin_model(each.uri)) if each.uri else each for each in config.compared]
     if judged is not None:

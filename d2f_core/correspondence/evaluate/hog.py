@@ -15,13 +15,13 @@ from torch.nn.functional import avg_pool2d, normalize, pad, unfold
 
 from d2f_core.correspondence.matcher import Matcher
 from d2f_core.correspondence.matching import Grid
-from d2f_core.correspondence.preparation import Preparation
+from d2f_core.correspondence.preparation import LARGEST, Preparation
 
 NAME = "HOG"
 BINS = 9
 """Of the gradient's direction, from 0 to 180 degrees."""
 CELL = 14
-"""Pixels to a side of a cell, of which each is a token."""
+"""Pixels to a side of a cell, of which each is a token; fewer on a grid so fine that an image would be too large."""
 CLIP = 0.2
 """Largest share of one number in a block's length."""
 AROUND = 1
@@ -61,10 +61,11 @@ def hog(images: Tensor, cell: int = CELL) -> Tensor:
 
 
 def hog_matcher(grid: Grid, fit: Literal["stretch", "pad"] = "stretch") -> Matcher:
-    """It answers on a grid as another matcher does; a cell is as large as a patch of DINOv2."""
-    preparation = Preparation(size=CELL * grid[0], normalisation="none", fit=fit)
+    """It answers on a grid as another matcher does; a cell is as large as a patch of DINOv2, if that can be."""
+    cell = min(CELL, LARGEST // grid[0])
+    preparation = Preparation(size=cell * grid[0], normalisation="none", fit=fit)
 
     def features(images: Sequence[np.ndarray]) -> Tensor:
-        return normalize(hog(preparation.pixels(images)), dim=-1)
+        return normalize(hog(preparation.pixels(images), cell), dim=-1)
 
     return Matcher(name=NAME, preparation=preparation, grid=grid, features=features)

@@ -4,7 +4,8 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,45 +24,74 @@ from d2f_core.correspondence.evaluate.config import CHAMPION, EvaluateMatchesCon
 from d2f_core.correspondence.evaluate.floors import floors
 from d2f_core.correspondence.evaluate.gate import judge, pinned
 from d2f_core.correspondence.evaluate.hog import NAME as HOG
+from d2f_core.correspondence.evaluate.images import images_digest, read_contents, split_usable
 from d2f_core.correspondence.evaluate.matchers import describe_choice
 from d2f_core.correspondence.evaluate.measure import Measured, both, measure
 from d2f_core.correspondence.evaluate.pictures import Line, draw_pair
 from d2f_core.correspondence.evaluate.pose_align import LABELS
 from d2f_core.correspondence.evaluate.report import Shown, render_report
 from d2f_core.correspondence.evaluate.scores import point_table, scores
+from d2f_core.correspondence.evaluate.shared_images import share_images
 from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_views
+from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.sources.pair_sample import PairSample
 from d2f_core.data.sources.pairs import read_pairs
-from d2f_core.evaluation.pins import Pins, keep_pins, promote_candidate, registered_name
+from d2f_core.evaluation.pins import PinError, Pins, keep_pins, promote_candidate, registered_name
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 POINTS, SCORES, REPORT = "points.parquet", "scores.json", "report.html"
+NAMED = 3
+"""Of the pairs that cannot be used so many are logged; all are in the ledger."""
 
 
-def load_pairs(config: EvaluateMatchesConfig) -> tuple[list[PairSample], int]:
-    """The pairs, and how many of the source cannot be used.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedPairs:
+    """The pairs of an evaluation."""
+
+    pairs: list[PairSample]
+    ledger: list[BadSample]
+    """What cannot be used."""
+    images: str
+    """Hash of what their images hold."""
+
+    @property
+    def left_out(self) -> int:
+        return sum(entry.rows for entry in self.ledger)
+
+
+def load_pairs(config: EvaluateMatchesConfig) -> LoadedPairs:
+    """The pairs with a point that both images show; all their images were decoded, but none is kept.
 
     Raises:
         EvaluateMatchesError: there is none.
     """
+    ledger: list[BadSample] = []
     if config.views.views:
         views = read_views(config.views.views, config.views.split)
-        pairs, bad = pairs_of_views(views, per_range=config.views.per_range, seed=config.views.seed), 0
+        pairs = pairs_of_views(views, per_range=config.views.per_range, seed=config.views.seed)
     else:
         pairs, ledger = read_pairs(config.pairs)
-        bad = sum(entry.rows for entry in ledger)
-        for entry in ledger[:3]:
-            logger.warning("left out: %s: %s", entry.source_uri, entry.reason)
-    used = [pair for pair in pairs if pair.visible.any()]
+    shown = [pair for pair in pairs if pair.visible.any()]
+    contents = read_contents(shown)
+    used, damaged = split_usable(shown, contents)
+    loaded = LoadedPairs(pairs=used, ledger=[*ledger, *damaged], images=images_digest(used, contents))
+    for entry in [*ledger[:NAMED], *damaged[:NAMED]]:
+        logger.warning("left out: %s: %s", entry.source_uri, entry.reason)
     if not used:
         raise EvaluateMatchesError(
-            f"{config.views.views or config.pairs.uri!r} has no pair with a keypoint that both images show ({bad} "
-            "cannot be used). Check the source."
+            f"{config.views.views or config.pairs.uri!r} has no pair with a keypoint that both images show "
+            f"({loaded.left_out} cannot be used). Check the source."
         )
-    return used, bad
+    return loaded
+
+
+def check_trained(config: EvaluateMatchesConfig) -> None:
+    """Raise MatcherError if one of `uris` holds no trained matcher; the config is as given, before `pinned`."""
+    for uri in config.uris:
+        describe_matcher(uri)
 
 
 def check_matches(config: EvaluateMatchesConfig) -> dict[str, dict[str, Any]]:
@@ -70,25 +100,27 @@ def check_matches(config: EvaluateMatchesConfig) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: one cannot be what is asked for.
     """
-    for uri in config.uris:
-        describe_matcher(uri)
     return {choice.name: describe_choice(choice) for choice in config.compared}
 
 
 def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
-    """Measure all matchers, and write points, scores and the report; returns the scores. Needs a running Ray.
+    """Measure all matchers, and write points, scores, the report and the ledger of what was left out; returns the
+    scores. Needs a running Ray.
 
     Answers that are at the output already are kept.
 
     Raises:
         ValueError: no pair can be used, a matcher is refused, the output holds another comparison, or the cluster is
             too small.
+        PinError: the champion's alias moved meanwhile, so that the candidate was not promoted; the files say so too.
     """
+    check_trained(config)
     config, pins = pinned(config)
     matchers = check_matches(config)
-    pairs, bad = load_pairs(config)
+    loaded = load_pairs(config)
+    pairs = loaded.pairs
     sizes = {name: getattr(config, name) for name in ("batch_size", "chunk_size", "pose_align")}
-    claim_output(config.output, matchers, pairs, **sizes)
+    claim_output(config.output, matchers, pairs, images=loaded.images, **sizes)
     if pins:
         keep_pins(config.output, pins)
     measured = measure_all(config, pairs)
@@ -101,14 +133,17 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         for (name, decoding), each in measured.items()
     ]
     result: dict[str, Any] = {
-        "alphas": list(config.alphas), "pairs": len(pairs), "left_out": bad,
+        "alphas": list(config.alphas), "pairs": len(pairs), "left_out": loaded.left_out,
         "labels": {ALIGNED: LABELS} if config.pose_align else {}, "rows": table,
     }  # fmt: skip
+    refused = None
     if pins:
-        result["gate"] = gate(config, pins, measured, [(image.key, other.key) for image, other in map(both, pairs)])
+        images = [(image.key, other.key) for image, other in map(both, pairs)]
+        result["gate"], refused = gate(config, pins, measured, images)
+    write_quarantine(config.output, loaded.ledger)
     write(config, result, pairs, measured)
-    if pins and result["gate"]["promotion"]:
-        promote_candidate(pins, champion=config.gate.champion, champion_alias=config.gate.champion_alias)
+    if refused:
+        raise refused
     return result
 
 
@@ -117,8 +152,8 @@ def gate(
     pins: Pins,
     measured: Mapping[tuple[str, str], Measured],
     images: Sequence[tuple[str, str]],
-) -> dict[str, Any]:
-    """The gate's verdict on the candidate, and which alias it moves.
+) -> tuple[dict[str, Any], PinError | None]:
+    """The gate's verdict on the candidate, which is promoted if it passes; and why it was not although it passed.
 
     Args:
         images: keys of each pair's source and target.
@@ -138,23 +173,35 @@ def gate(
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
     moves = verdict.passed and rules.promote and bool(registered_name(pins.candidate))
     logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
-    return {
+    refused = _promote(config, pins) if moves else None
+    found = {
         "candidate": pins.candidate,
         "champion": pins.champion,
         "verdict": verdict.to_json(),
-        "promotion": f"{pins.candidate} becomes @{rules.champion_alias}" if moves else None,
+        "promotion": f"{pins.candidate} becomes @{rules.champion_alias}" if moves and not refused else None,
+        "refused": refused and str(refused),
     }
+    return found, refused
+
+
+def _promote(config: EvaluateMatchesConfig, pins: Pins) -> PinError | None:
+    """Move the champion's alias; before the files are written, so that they say what is. Returns what forbade it."""
+    try:
+        promote_candidate(pins, champion=config.gate.champion, champion_alias=config.gate.champion_alias)
+    except PinError as error:
+        return error
 
 
 def measure_all(config: EvaluateMatchesConfig, pairs: Sequence[PairSample]) -> dict[tuple[str, str], Measured]:
     """The answers of floors, then of matchers, by name and decoding."""
     measured = {(name, FLOOR): measure(guess, pairs) for name, guess in floors(config.seed).items()}
-    chunks = cut(pairs, chunk_size=config.chunk_size, batch_size=config.batch_size)
-    size = len(groups(config.compared)), len(chunks)
+    chunked = partial(cut, chunk_size=config.chunk_size, batch_size=config.batch_size)
+    size = len(groups(config.compared)), len(chunked(pairs))
     items = [{"group": group, "chunk": chunk} for group, chunk in missing(config.output, *size)]
     progress = Progress("match", size[0] * size[1], "chunks", done=size[0] * size[1] - len(items))
     if items:
         needed = {item["chunk"] for item in items}
+        chunks = chunked(share_images(pairs))
         placed = [ray.put(chunk) if number in needed else None for number, chunk in enumerate(chunks)]
         arguments = (config, placed)
         for _ in map_items(items, MatchScorer, arguments, config, node_wait_seconds=config.node_wait_seconds):

@@ -23,7 +23,7 @@ from d2f_core.data.sources.pair_sample import NO_PARTNER, PairImage, PairSample
 RULES = ImageRules(resolution=1, min_side=1, max_pixels=MAX_PIXELS_LIMIT)
 """Every image that can be decoded is matched, at any size."""
 KEPT_IMAGES = 128
-"""Embedded images that are kept for the pairs that follow."""
+"""Embedded images that are kept for the pairs that follow, and as many mirrored ones."""
 
 Predict = Callable[[PairSample, Tensor], tuple[Tensor, Tensor]]
 """(pair, points [points, 2] of its source) -> positions [points, 2] in its target, and a confidence [points]."""
@@ -50,11 +50,13 @@ class Measured:
 
 
 class EmbeddedImages:
-    """A matcher's features of images; an image is embedded once as long as it is among the last `KEPT_IMAGES`."""
+    """A matcher's features of images; an image is embedded once as long as it is among the last `KEPT_IMAGES`, and its
+    mirror image among as many of these."""
 
     def __init__(self, matcher: Matcher) -> None:
         self._matcher = matcher
-        self._kept: OrderedDict[tuple[str, bool], Embedded] = OrderedDict()
+        self._plain: OrderedDict[str, Embedded] = OrderedDict()
+        self._mirrored: OrderedDict[str, Embedded] = OrderedDict()
 
     def get(self, image: PairImage, batch: Sequence[PairImage] = (), *, flipped: bool = False) -> Embedded:
         """The features of an image.
@@ -63,16 +65,15 @@ class EmbeddedImages:
             batch: the images that are embedded with it, itself among them; it alone by default.
             flipped: of its mirror image, left and right exchanged.
         """
-        key = image.image_id, flipped
-        if key not in self._kept:
+        kept = self._mirrored if flipped else self._plain
+        if image.key not in kept:
             together = batch or (image,)
             pixels = [np.ascontiguousarray(read_image(each)[:, :: -1 if flipped else 1]) for each in together]
-            names = [(each.image_id, flipped) for each in together]
-            self._kept |= zip(names, self._matcher.embed(pixels), strict=True)
-        self._kept.move_to_end(key)
-        while len(self._kept) > max(KEPT_IMAGES, len(batch)):
-            self._kept.popitem(last=False)
-        return self._kept[key]
+            kept |= zip([each.key for each in together], self._matcher.embed(pixels), strict=True)
+        kept.move_to_end(image.key)
+        while len(kept) > max(KEPT_IMAGES, len(batch)):
+            kept.popitem(last=False)
+        return kept[image.key]
 
 
 def predict_by(
@@ -82,12 +83,12 @@ def predict_by(
 
     Args:
         images: shared by matchers that differ in their decoding alone.
-        batches: by an image's id the images that are embedded with it; each alone by default.
+        batches: by an image's key the images that are embedded with it; each alone by default.
     """
     known, together = images or EmbeddedImages(matcher), batches or {}
 
     def predict(pair: PairSample, points: Tensor) -> tuple[Tensor, Tensor]:
-        source, target = (known.get(image, together.get(image.image_id, ())) for image in both(pair))
+        source, target = (known.get(image, together.get(image.key, ())) for image in both(pair))
         return matcher.match(source, target, points)
 
     return predict

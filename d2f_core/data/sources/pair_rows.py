@@ -30,6 +30,7 @@ from d2f_core.data.sources.pair_sample import (
     flip_by_pairs,
     needed,
     numbers_of,
+    pair_name,
     parse_object,
     points_of,
     upright_size,
@@ -77,7 +78,7 @@ class RowReader:
         viewpoint = record.get("viewpoint")
         return PairSample(
             source_uri=place,
-            pair_id=str(record.get("pair_id") or f"{source.image_id}:{target.image_id}"),
+            pair_id=str(record.get("pair_id") or pair_name(source, target)),
             category=category,
             split=split,
             source=source,

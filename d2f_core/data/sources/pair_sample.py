@@ -103,6 +103,11 @@ class PairSample(Sample):
     """What SPair-71k grades: viewpoint_variation, scale_variation, truncation, occlusion."""
 
 
+def pair_name(source: PairImage, target: PairImage) -> str:
+    """Id of a pair that has none of its own: what its images are called."""
+    return f"{source.image_id}:{target.image_id}"
+
+
 def upright_size(data: bytes) -> tuple[int, int]:
     """Width and height that an image file declares, upright.
 

@@ -1,7 +1,7 @@
 """Pairs of images with keypoints: SPair-71k, tables and lines of one's own, objects in COCO's format."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from d2f_core.data.errors import BadSampleError
 from d2f_core.data.quarantine import DUPLICATE, BadSample
@@ -9,7 +9,7 @@ from d2f_core.data.sources.coco import plan_coco
 from d2f_core.data.sources.config import PairSource
 from d2f_core.data.sources.listing import Listing, Sizes, SourcePlan, plan_source, summary
 from d2f_core.data.sources.pair_rows import RowRules, plan_pair_lines, plan_pair_tables
-from d2f_core.data.sources.pair_sample import PairSample, parse_object
+from d2f_core.data.sources.pair_sample import PairSample, pair_name, parse_object
 from d2f_core.data.sources.sample import Shard, SourceError, SourceKind
 from d2f_core.data.sources.spair import plan_spair
 from d2f_core.storage import read_bytes
@@ -44,6 +44,9 @@ def plan_pairs(source: PairSource, *, rows_per_shard: int = 256) -> SourcePlan:
 def read_pairs(source: PairSource) -> tuple[list[PairSample], list[BadSample]]:
     """All pairs of a source, in its order, and the ledger of what was left out; equal `pair_id`s count once.
 
+    Of pairs without an id of their own whose images are called alike and are not the same, the first is named after
+    what its images are called, the others after their images' keys.
+
     Raises:
         SourceError: as `plan_pairs`.
     """
@@ -51,6 +54,8 @@ def read_pairs(source: PairSource) -> tuple[list[PairSample], list[BadSample]]:
     bad: list[BadSample] = []
     for sample in (sample for shard in plan_pairs(source).shards for sample in shard.read()):
         assert isinstance(sample, PairSample)
+        if (namesake := good.get(sample.pair_id or "")) and _keys(sample) != _keys(namesake):
+            sample = _told_apart(sample)
         reason = sample.problem or (DUPLICATE if sample.pair_id in good else None)
         if reason or sample.pair_id is None:
             entry = BadSample(
@@ -60,6 +65,16 @@ def read_pairs(source: PairSource) -> tuple[list[PairSample], list[BadSample]]:
         else:
             good[sample.pair_id] = sample
     return list(good.values()), bad
+
+
+def _keys(sample: PairSample) -> tuple[str, ...]:
+    return tuple(image.key for image in (sample.source, sample.target) if image)
+
+
+def _told_apart(sample: PairSample) -> PairSample:
+    """The sample under the keys of its images, if its id is made of their names."""
+    named = sample.source and sample.target and sample.pair_id == pair_name(sample.source, sample.target)
+    return replace(sample, pair_id=":".join(_keys(sample))) if named else sample
 
 
 def read_flip_partners(uri: str) -> Mapping[str, list[list[str]]]:

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlflow
@@ -26,20 +26,23 @@ from d2f_core.correspondence.evaluate.config import (
     EvaluateMatchesConfig,
     EvaluateMatchesError,
     MatcherChoice,
+    MatcherGateConfig,
     ViewPairsConfig,
     names_of,
 )
 from d2f_core.correspondence.evaluate.floors import floors
-from d2f_core.correspondence.evaluate.job import check_matches, evaluate_matches, load_pairs
+from d2f_core.correspondence.evaluate.job import check_matches, check_trained, evaluate_matches, load_pairs
 from d2f_core.correspondence.evaluate.matchers import build_matcher, build_matchers
 from d2f_core.correspondence.evaluate.measure import measure, predict_by
 from d2f_core.correspondence.evaluate.pictures import HEIGHT, Line, draw_pair
 from d2f_core.correspondence.evaluate.report import gains, percent
 from d2f_core.correspondence.evaluate.scores import point_table, scores
+from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views
 from d2f_core.correspondence.matching import Decoding
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.student import StudentError, add_adapters, load_network, trained
 from d2f_core.data.sources.config import PairSource
+from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.model.base import described_copy
 from tests.correspondence.evaluate.test_measure import BACK, PAIR, matcher
 from tests.correspondence.made_views import local_views, write_views
@@ -81,6 +84,15 @@ def test_a_category_that_was_held_out_has_a_score_of_its_own() -> None:
     }
     assert values == {"patch": [(0.1, 1.0), (0.05, 1.0)], "unseen": [(0.1, 0.0), (0.05, 0.0)]}
     assert found["by_category"] == {"patch": 1.0, "unseen": 0.0}
+
+
+def test_a_category_that_no_resampled_set_holds_has_its_value_as_interval() -> None:
+    other = replace(BACK, category="rare")
+    pairs = [replace(PAIR, pair_id=str(number)) for number in range(9)]
+    measured = measure(predict_by(matcher()), [*pairs, other])
+    seed = next(seed for seed in range(20) if not bootstrap_counts(10, 1, seed)[0, 9])
+    (rare,) = scores(measured, (0.1,), replicates=1, seed=seed)["categories"]["rare"]["pck"]
+    assert rare["low"] == rare["value"] == rare["high"] == 1.0
 
 
 def test_the_report_tells_what_a_decoding_adds() -> None:
@@ -216,6 +228,7 @@ def test_a_teacher_is_asked_once_by_matchers_that_share_it(monkeypatch: pytest.M
         (["s3://r/seed1/distill/model", "s3://r/seed2/distill/model/"], ["seed1", "seed2"]),
         (["s3://r/seed1/distill/model", "s3://r/seed2/refine/model"], ["seed1 distill", "seed2 refine"]),
         (["/runs/a b", "/runs/c"], ["a-b", "c"]),
+        (["models:/m@a", "models:/m/a", "/runs/c", "models:/m/3"], ["m a", "m version a", "c", "m version 3"]),
     ],
 )
 def test_matchers_are_named_by_what_tells_their_uris_apart(uris: list[str], names: list[str]) -> None:
@@ -231,7 +244,10 @@ def test_uris_that_name_no_trained_matchers_are_refused(tmp_path: Path) -> None:
         replace(made, uris=("/runs/dino/model",))
     bare = made.matchers[1].uri
     with pytest.raises(MatcherError, match=r"holds no matcher\.json\. Give the directory of a trained matcher"):
-        check_matches(replace(made, matchers=(), uris=(bare,)))
+        check_trained(replace(made, matchers=(), uris=(bare,)))
+    gate = MatcherGateConfig(candidate=bare)
+    with pytest.raises(MatcherError, match=r"holds no matcher\.json"):
+        evaluate_matches(replace(made, matchers=(), uris=(bare,), size=28, gate=gate))
 
 
 def test_what_decides_a_matchers_answers_is_described(tmp_path: Path) -> None:
@@ -301,18 +317,30 @@ def test_matchers_are_compared_on_views(cluster: None, tmp_path: Path) -> None:
 
 
 def test_a_complete_evaluation_is_scored_anew_without_an_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a cluster, because none is asked for."""
+    """Without a cluster, because none is asked for; the first pair has a damaged image."""
     made = config(tmp_path, local_views(tmp_path / "views"), experiment="", chunk_size=8)
-    pairs, _ = load_pairs(made)
+
+    def one_damaged(views, **how):
+        first, *others = pairs_of_views(views, **how)
+        return [replace(first, source=replace(first.source, data=first.source.data[:60])), *others]
+
+    monkeypatch.setattr("d2f_core.correspondence.evaluate.job.pairs_of_views", one_damaged)
+    loaded = load_pairs(made)
+    pairs, (damaged,) = loaded.pairs, loaded.ledger
     monkeypatch.setattr("d2f_core.correspondence.evaluate.chunks.TILE", 1)
     chunks = cut(pairs, chunk_size=8, batch_size=1)
     assert [number for chunk in chunks for number in chunk.numbers] != list(range(len(pairs)))
     monkeypatch.setattr("ray.get", lambda chunk: chunk)
-    claim_output(made.output, check_matches(made), pairs, batch_size=1, chunk_size=8, pose_align=False)
+    claim_output(
+        made.output, check_matches(made), pairs, images=loaded.images, batch_size=1, chunk_size=8, pose_align=False
+    )
     scorer = MatchScorer(made, chunks)  # type: ignore[arg-type]
     for group, chunk in missing(made.output, len(groups(made.compared)), len(chunks)):
         scorer({"group": np.array([group]), "chunk": np.array([chunk])})
     result = evaluate_matches(replace(made, alphas=(0.2,)))
+    ledger = pq.read_table(f"{made.output}/quarantine.parquet").to_pylist()
+    assert ledger == [asdict(damaged)] and (result["left_out"], result["pairs"]) == (1, len(pairs))
+    assert "1 left out" in Path(made.output, "report.html").read_text()
     assert result["alphas"] == [0.2] and evaluate_matches(made)["alphas"] == [0.1, 0.05, 0.01]
     exact = measure(predict_by(build_matcher(made.matchers[1])), pairs)
     found = read_answers(made.output, len(groups(made.compared)), len(chunks), pairs)[1, "exact"]

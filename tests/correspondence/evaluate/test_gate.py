@@ -1,5 +1,6 @@
 """The matcher's gate: floors must be beaten, the champion not be worse, and chance decides nothing."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from d2f_core.correspondence.evaluate import job
+from d2f_core.correspondence.evaluate.answers import EXACT, FLOOR
 from d2f_core.correspondence.evaluate.config import (
     EvaluateMatchesConfig,
     EvaluateMatchesError,
@@ -19,9 +21,10 @@ from d2f_core.correspondence.evaluate.config import (
 from d2f_core.correspondence.evaluate.floors import floors
 from d2f_core.correspondence.evaluate.gate import judge, pair_draws, pinned
 from d2f_core.correspondence.evaluate.measure import Measured, measure
+from d2f_core.evaluation import pins
 from d2f_core.evaluation.bootstrap import percentile_interval
 from d2f_core.evaluation.gate import Verdict
-from d2f_core.evaluation.pins import PinError
+from d2f_core.evaluation.pins import PinError, Pins, promote_candidate
 from d2f_core.tracking import get_alias, start_run
 from pipelines import register_matcher
 from tests.correspondence.evaluate.test_measure import PAIR
@@ -174,3 +177,40 @@ def test_a_first_candidate_is_promoted_and_the_next_is_compared_with_it(
     assert second["gate"]["champion"] == f"models:/{NAME}/1"
     with pytest.raises(PinError, match="evaluates the candidate"):
         job.evaluate_matches(config)
+
+
+def test_the_files_say_whether_the_alias_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a command that was killed after it had moved the alias is repeated: the pinned champion stays."""
+    champion = [1]
+
+    def promote(pins: Pins, **how: str) -> None:
+        assert not (tmp_path / "report.html").exists(), "the files are written afterwards"
+        promote_candidate(pins, **how)
+
+    measured = {("random", FLOOR): right(0.2, 1), ("box copy", FLOOR): right(0.3, 2)}
+    measured |= {(name, EXACT): right(share, 3) for name, share in (("b", 0.4), ("champion", 0.5), ("a", 0.8))}
+    config = made(str(tmp_path), "a", uri="models:/m/2", gate=MatcherGateConfig(candidate="a"))
+    monkeypatch.setattr(pins, "get_alias", lambda name, alias: str(champion[-1]))
+    monkeypatch.setattr(pins, "pin_model", lambda uri: uri)
+    monkeypatch.setattr(pins, "promote", lambda name, version, alias: champion.append(int(version)))
+    monkeypatch.setattr(job, "check_matches", lambda config: {})
+    monkeypatch.setattr(job, "load_pairs", lambda config: job.LoadedPairs(pairs=PAIRS, ledger=[], images=""))
+    monkeypatch.setattr(job, "measure_all", lambda config, pairs: measured)
+    monkeypatch.setattr(job, "promote_candidate", promote)
+
+    def said() -> tuple[dict, str]:
+        page = (tmp_path / "report.html").read_text()
+        (tmp_path / "report.html").unlink()
+        return json.loads((tmp_path / "scores.json").read_text())["gate"], page
+
+    job.evaluate_matches(config)
+    gate, page = said()
+    assert champion == [1, 2] and gate["promotion"] == "models:/m/2 becomes @champion" and gate["refused"] is None
+    job.evaluate_matches(config)
+    assert champion == [1, 2] and said()[0] == gate
+    champion.append(3)
+    with pytest.raises(PinError, match=r"m@champion moved to version 3"):
+        job.evaluate_matches(config)
+    gate, page = said()
+    assert champion[-1] == 3 and gate["promotion"] is None and gate["refused"].startswith("m@champion moved")
+    assert "becomes" not in page and "Not promoted: m@champion moved to version 3" in page

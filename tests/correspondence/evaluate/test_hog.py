@@ -57,6 +57,14 @@ def test_a_token_has_the_cells_around_it() -> None:
     assert_close(found.unflatten(2, (36, 9))[0, 5, :, 3], middle[0, 4]), "to the left"
 
 
+def test_the_floor_answers_on_a_grid_of_small_patches_too() -> None:
+    """Such as that of a transformer with patches of 8 pixels at 1,184: 148 cells of 14 pixels would be an image of
+    2,072, more than any matcher is given."""
+    matcher = h.hog_matcher((148, 148))
+    assert matcher.preparation.size == 148 * 13
+    assert matcher.features([np.zeros((30, 50, 3), np.uint8)]).shape == (1, 148**2, 324)
+
+
 def test_the_floor_answers_on_a_given_grid() -> None:
     matcher = h.hog_matcher((16, 16), "pad")
     assert matcher.name == "HOG" and matcher.preparation.size == 224 and matcher.preparation.fit == "pad"

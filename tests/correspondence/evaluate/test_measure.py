@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 from d2f_core.correspondence import pck
 from d2f_core.correspondence.evaluate import floors as f
 from d2f_core.correspondence.evaluate import measure as m
+from d2f_core.correspondence.evaluate.chunks import cut
 from d2f_core.correspondence.evaluate.config import EvaluateMatchesError
 from d2f_core.correspondence.matcher import Matcher, transformer_matcher
 from d2f_core.correspondence.preparation import Preparation
@@ -91,6 +93,24 @@ def test_images_of_a_batch_are_embedded_together_and_mirrored_ones_apart(monkeyp
     mirrored = images.get(FIRST, (FIRST, SECOND), flipped=True)
     assert asked == [2, 2] and mirrored.size == first.size
     assert_close(mirrored.features.unflatten(0, GRID).flip(1).flatten(0, 1), first.features, rtol=0, atol=2e-2)
+
+
+def test_two_images_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """As when two files of pairs lie in folders of their own, each beside its `a.png`."""
+    files = []
+    for name, each in (("one", FIRST), ("two", SECOND)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(each.data or b"")
+        files.append(replace(each, image_id="a.png", uri=str(tmp_path / name / "a.png"), data=None))
+    pairs = [replace(PAIR, pair_id=each.uri, source=each, target=each) for each in files]
+    chunks = cut(pairs, chunk_size=2, batch_size=2)
+    assert [{image.uri for image in batch} for chunk in chunks for batch in chunk.batches.values()] == [
+        {each.uri for each in files}
+    ] * 2
+    (batches,) = (chunk.batches for chunk in chunks)
+    for together in (None, batches):
+        found = m.measure(m.predict_by(matcher(), batches=together), pairs)
+        assert (found.matches.predicted - found.matches.truth).norm(dim=1).max() < 3
 
 
 def test_no_map_of_features_is_as_large_as_the_image() -> None:

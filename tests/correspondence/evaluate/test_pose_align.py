@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from d2f_core.correspondence.evaluate import chunks as c
+from d2f_core.correspondence.evaluate import measure as m
 from d2f_core.correspondence.evaluate import pose_align as p
 from d2f_core.correspondence.evaluate.actor import AskedMatcher
 from d2f_core.correspondence.evaluate.answers import ALIGNED, AS_PUBLISHED, EXACT
-from d2f_core.correspondence.evaluate.chunks import cut
+from d2f_core.correspondence.evaluate.measure import both
 from d2f_core.correspondence.matcher import Matcher
 from d2f_core.data.sources.pair_sample import PairImage, PairSample
 from tests.correspondence.evaluate.test_measure import FIRST, GRID, PAIR, matcher
@@ -47,7 +50,7 @@ def handed() -> Matcher:
 
 
 def answers(pair: PairSample) -> dict:
-    (chunk,) = cut([pair], chunk_size=1, batch_size=1)
+    (chunk,) = c.cut([pair], chunk_size=1, batch_size=1)
     return {answer.decoding: answer for answer in AskedMatcher(handed(), pose_align=True).answers(pair, chunk)}
 
 
@@ -55,6 +58,29 @@ def error(pair: PairSample, positions: torch.Tensor) -> list[float]:
     assert pair.target is not None
     truth = torch.from_numpy(pair.target.keypoints[pair.visible])
     return (positions - truth).norm(dim=1).tolist()
+
+
+def test_as_many_images_as_are_kept_are_embedded_once_as_they_are_and_once_mirrored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An eighth of the images and pairs of a category of which 128 are kept."""
+    monkeypatch.setattr(m, "KEPT_IMAGES", 16)
+    monkeypatch.setattr(c, "TILE", c.TILE // 8)
+    draw, asked = np.random.default_rng(0), []
+    monkeypatch.setattr(m, "read_image", lambda image: np.zeros((2, 2, 3), np.uint8))
+    counted = replace(handed(), features=lambda images: asked.extend(images) or torch.ones(len(images), 576, 4))
+    names = [draw.choice(16, 2, replace=False) for _ in range(320)]
+    pairs = [
+        replace(PAIR, pair_id=str(number), source=replace(FIRST, uri=f"/{a}"), target=replace(FIRST, uri=f"/{b}"))
+        for number, (a, b) in enumerate(names)
+    ]
+    asker = AskedMatcher(counted, pose_align=True)
+    for chunk in c.cut(pairs, chunk_size=32, batch_size=1):
+        for pair in chunk.pairs:
+            source, target = both(pair)
+            for image, flipped in ((source, False), (target, False), (source, True)):
+                asker._images.get(image, chunk.batches[image.key], flipped=flipped)
+    assert len(asked) == 16 * 2
 
 
 def test_a_target_seen_from_the_other_side_is_matched_from_the_mirrored_source() -> None:
