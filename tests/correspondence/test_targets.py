@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -35,7 +36,8 @@ from d2f_core.data.sources.config import PairSource
 from d2f_core.data.sources.pairs import read_pairs
 from d2f_core.data.table_reader import RowReader
 from tests.correspondence.features import BROKEN, write_features
-from tests.data.pair_sources import images_of, own_row, write_images, write_lines, write_spair
+from tests.data.pair_sources import HEIGHT, WIDTH, images_of, own_row, write_images, write_lines, write_spair
+from tests.data.pictures import file_bytes, pixels
 from tests.flow.here import prepared_rows
 
 IDS = [f"{row:032x}" for row in range(24)]
@@ -184,6 +186,22 @@ def test_images_of_given_pairs_are_found_by_file_or_else_by_their_bytes(tmp_path
     assert [bad.code for bad in read_quarantine(made.output)] == ["duplicate", "not_embedded", "damaged_json"]
     assert manifest.counts["duplicates"] == 1 and read_quarantine(made.output)[0].reason.endswith("own.jsonl#line=1")
     assert check_embed_pairs(made).source.shards == (), "what is complete is not read again"
+
+
+def test_images_of_one_name_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    """As when tables of several annotators, who each begin at a.jpg, are joined."""
+    files = [file_bytes(pixels(number, HEIGHT, WIDTH)) for number in range(3)]
+    known = {row: (f"s3://elsewhere/{row}", sample_id(data, "")) for row, data in enumerate(files)}
+    features = write_features(str(tmp_path / "features"), known=known)
+    named = {"source_image_id": "a.jpg", "target_image_id": "b.jpg"}
+    ends = [(0, 1), (2, 1), (2, 0)]
+    rows = [own_row(**named) | {"source_image": files[a], "target_image": files[b]} for a, b in ends]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own.parquet")
+    made = replace(config(tmp_path / "x", pairs=PairSource(uri=str(tmp_path / "own.parquet"))), features=features)
+    with here():
+        make_table(check_embed_pairs(made))
+    found = arrays(made.output, ["source_image_id", "target_image_id"])
+    assert list(zip(*found.values(), strict=True)) == [(known[a][1], known[b][1]) for a, b in ends]
 
 
 def test_the_training_pairs_of_spair_become_rows(tmp_path: Path) -> None:
