@@ -53,6 +53,7 @@ class DistillJob(TrainingJob):
             "features": config.features,
             "matcher.student.base": config.matcher.student.base,
             "start": config.start,
+            "clusters": config.clusters,
             "pairs.views": config.pairs.views,
         }
 
@@ -196,6 +197,7 @@ def check_distill(config: DistillConfig) -> CheckedDistill:
         ValueError: unusable storage, table, student or start; one line each.
     """
     storage.check_reachable(config.features)
+    storage.check_reachable(config.clusters)
     storage.check_reachable(config.matcher.student.base)
     storage.check_reachable(config.output, write=True)
     manifest = read_manifest(config.features)

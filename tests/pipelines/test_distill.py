@@ -109,6 +109,17 @@ def test_a_micro_batch_may_hold_images_of_a_cluster_wherever_their_rows_lie(untr
             check_distill(replace(made, clusters=clusters))
 
 
+def test_clusters_are_probed_and_told_to_the_nodes(
+    untracked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like all that a training reads: an unreachable place is refused first, and a path that nodes do not share."""
+    probed = list[str]()
+    monkeypatch.setattr(distill_job.storage, "check_reachable", lambda uri, **_: probed.append(uri))
+    given = write_clusters(str(tmp_path / "a"), [f"{row:032x}" for row in range(24)], ["r"] * 24)
+    checked = check_distill(config(tmp_path, bucket="retrieval", clusters=given))
+    assert given in probed and checked.job().reads["clusters"] == given
+
+
 def test_the_identity_tells_what_is_computed(untracked: None, tmp_path: Path) -> None:
     made = config(tmp_path)
     other = replace(made.matcher, distillation=DistillationConfig(temperature=0.1))
