@@ -1,6 +1,7 @@
 """A table of pairs holds the targets that its images' features make, once for a pair, with bad pairs in the ledger."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -154,6 +155,20 @@ def test_the_identity_holds_what_decides_the_targets(tmp_path: Path) -> None:
         make_table(check_embed_pairs(made))
         with pytest.raises(OutputError, match="is a complete table of another job: targets was"):
             make_table(check_embed_pairs(others[0]))
+
+
+@pytest.mark.parametrize("fields", [{"within_category": 2}, {}])
+def test_tables_that_were_moved_are_the_same(tmp_path: Path, fields: dict) -> None:
+    made = config(tmp_path, **fields)
+    with here():
+        manifest = make_table(check_embed_pairs(made))
+        moved = replace(made, features=shutil.move(made.features, str(tmp_path / "other")))
+        if made.mined:
+            moved = replace(moved, mined=shutil.move(made.mined, str(tmp_path / "pairs-of-images")))
+        assert make_table(check_embed_pairs(moved)) == manifest, "complete already"
+        other = replace(moved, features=write_features(str(tmp_path / "more"), things=4))
+        with pytest.raises(OutputError, match=r"source_digest was|features_digest was"):
+            make_table(check_embed_pairs(other))
 
 
 def test_pairs_that_cannot_be_used_are_in_the_ledger(tmp_path: Path) -> None:
