@@ -35,6 +35,7 @@ from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.config import PairSource
 from d2f_core.data.sources.pairs import read_pairs
+from d2f_core.data.sources.sample import SourceError
 from d2f_core.data.table_reader import RowReader
 from tests.correspondence.features import BROKEN, write_features
 from tests.data.pair_sources import HEIGHT, WIDTH, images_of, own_row, write_images, write_lines, write_spair
@@ -201,6 +202,35 @@ def test_images_of_given_pairs_are_found_by_file_or_else_by_their_bytes(tmp_path
     assert [bad.code for bad in read_quarantine(made.output)] == ["duplicate", "not_embedded", "damaged_json"]
     assert manifest.counts["duplicates"] == 1 and read_quarantine(made.output)[0].reason.endswith("own.jsonl#line=1")
     assert check_embed_pairs(made).source.shards == (), "what is complete is not read again"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_list_of_pairs_needs_their_images_only(tmp_path: Path, kind: str) -> None:
+    """Points are not looked at where there are some, be they ever so wrong."""
+    write_images(tmp_path, "a.png", "b.png", "c.png")
+    places = {row: (str(tmp_path / name), IDS[row]) for row, name in enumerate(("a.png", "b.png", "c.png"))}
+    rows = [{"source_image_id": f"{a}.png", "target_image_id": f"{b}.png", "category": None} for a, b in ("ab", "bc")]
+    rows.append(own_row(target_image_id="c.png", source_box=[1.0], target_keypoints=[[1.0, 900.0]]))
+    if kind == "jsonl":
+        uri = write_lines(tmp_path / "own.jsonl", *rows)
+    else:
+        rows = rows[:2]
+        pq.write_table(pa.Table.from_pylist(rows), uri := str(tmp_path / "own.parquet"))
+    made = config(tmp_path / "x", pairs=PairSource(uri=uri), max_quarantined_share=0.0)
+    made = replace(made, features=write_features(str(tmp_path / "features"), known=places))
+    with here():
+        make_table(check_embed_pairs(made))
+    found = arrays(made.output, ["source_image_id", "target_image_id"])
+    assert list(zip(*found.values(), strict=True)) == numbered((0, 1), (1, 2), (0, 2))[: len(rows)]
+    if kind == "jsonl":
+        good, bad = read_pairs(made.pairs)
+        assert not good and len(bad) == 3, "an evaluation needs points"
+    else:
+        with pytest.raises(SourceError, match="It needs category, source_keypoints"):
+            read_pairs(made.pairs)
+        pq.write_table(pa.table({"source_image_id": ["a.png"]}), uri)
+        with pytest.raises(SourceError, match="It needs an image or image_id of source and target; its columns"):
+            check_embed_pairs(replace(made, output=str(tmp_path / "again")))
 
 
 def test_images_of_one_name_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
