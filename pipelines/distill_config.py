@@ -19,7 +19,8 @@ class DistillConfig:
     output: str
     """Where checkpoints and the resolved config are written; the same output resumes the training."""
     start: str = ""
-    """A trained matcher whose adapters the student starts with; empty: from its base."""
+    """A trained matcher whose adapters the student starts with: its directory, or models:/NAME@ALIAS; empty: from its
+    base."""
     bucket: Literal["category", "things", "retrieval"] = "category"
     """What the images of a micro-batch have in common: their category, or also that they show one of a few things, or
     that they look alike (one of `clusters`)."""

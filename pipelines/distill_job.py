@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from d2f_core.data.table_plan import OrderConfig
 from d2f_core.data.table_reader import RowReader
 from d2f_core.identity import identity_hash, identity_values
 from d2f_core.model.base import described_copy
-from d2f_core.tracking import check_tracking
+from d2f_core.tracking import check_tracking, pin_model, resolve_model
 from d2f_core.train.checkpoint import Checkpoint, candidates, list_checkpoints, read_tensors
 from d2f_core.train.task import Evaluation, Task
 from pipelines.distill_config import DistillConfig
@@ -53,6 +53,7 @@ class DistillJob(TrainingJob):
             "features": config.features,
             "matcher.student.base": config.matcher.student.base,
             "start": config.start,
+            "clusters": config.clusters,
             "pairs.views": config.pairs.views,
         }
 
@@ -121,7 +122,7 @@ def build_task(config: DistillConfig, base_hash: str, start_hash: str, device: s
         )
     task = task_of(config, manifest, device)
     if config.start:
-        if (found := described_copy(config.start).hash()) != start_hash:
+        if (found := _start_hash(config)) != start_hash:
             raise ValueError(
                 f"start={config.start!r} has the hash {found} on this node, and {start_hash} where the training "
                 "started: it was trained anew, or is another directory here. Give another output for this training."
@@ -190,10 +191,13 @@ class CheckedDistill:
 def check_distill(config: DistillConfig) -> CheckedDistill:
     """Refuse what cannot work, before anything is started; no weights are loaded.
 
+    A `start` given by an alias is pinned to the version that it names now.
+
     Raises:
         ValueError: unusable storage, table, student or start; one line each.
     """
     storage.check_reachable(config.features)
+    storage.check_reachable(config.clusters)
     storage.check_reachable(config.matcher.student.base)
     storage.check_reachable(config.output, write=True)
     manifest = read_manifest(config.features)
@@ -204,6 +208,7 @@ def check_distill(config: DistillConfig) -> CheckedDistill:
             f"matching_size={used} is no multiple of the student's patch {patch}. Use {used // patch * patch}."
         )
     base_hash = described_copy(config.matcher.student.base).hash()
+    config = replace(config, start=pin_model(config.start))
     start_hash = _check_start(config, base_hash) if config.start else ""
     _check_pairs(config)
     plan, order = plan_of(config, manifest)
@@ -227,7 +232,11 @@ def _check_start(config: DistillConfig, base_hash: str) -> str:
     ):
         if value != other:
             raise ValueError(f"start={config.start!r} has {name}={value}, this training {other}. Use the same student.")
-    return described_copy(config.start).hash()
+    return _start_hash(config)
+
+
+def _start_hash(config: DistillConfig) -> str:
+    return described_copy(resolve_model(config.start)).hash()
 
 
 def _check_pairs(config: DistillConfig) -> None:

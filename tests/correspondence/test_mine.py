@@ -52,6 +52,57 @@ def test_clusters_by_hand() -> None:
         clusters_of(nearest_partners(np.eye(3) + 1, list("abc"), partners=4), list("abc"), 5)
 
 
+def frames(videos: int = 6, each: int = 4, seed: int = 0, partners: int = 10):
+    """Ids, groups and partners of frames that look most like those of their own video."""
+    draw = np.random.default_rng(seed)
+    count = videos * each
+    groups = [f"v{row % videos}" for row in range(count)]
+    scenes = draw.standard_normal((videos, 6))
+    embeddings = scenes[[row % videos for row in range(count)]] + draw.standard_normal((count, 6)) / 2
+    ids = [f"{row:03d}" for row in draw.permutation(count)]
+    return ids, groups, nearest_partners(embeddings, ids, partners=partners, groups=groups)
+
+
+def within(found: np.ndarray, groups: list[str]) -> tuple[int, int]:
+    """Pairs within clusters, and those of them that are of one group."""
+    first, second = np.triu_indices(len(found), 1)
+    together, names = found[first] == found[second], np.array(groups)
+    return int(together.sum()), int((together & (names[first] == names[second])).sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_near_duplicates_are_apart_in_clusters_too(seed: int) -> None:
+    ids, groups, partners = frames(seed=seed, partners=20)
+    found = clusters_of(partners, ids, 4, groups)
+    assert np.bincount(found).min() >= 4 and within(found, groups)[1] == 0
+    assert within(clusters_of(partners, ids, 4), groups)[1] > 0, "which partners alone do not see to"
+    shuffled = np.random.default_rng(seed).permutation(len(ids)).tolist()
+    place = np.argsort(shuffled)
+    moved = np.where(partners.rows < 0, -1, place[partners.rows])[shuffled]
+    other = replace(partners, rows=moved, cosines=partners.cosines[shuffled])
+    again = clusters_of(other, [ids[row] for row in shuffled], 4, [groups[row] for row in shuffled])
+    assert np.array_equal(again, found[shuffled]), "whatever the order of the rows"
+
+
+def test_near_duplicates_share_clusters_where_others_are_too_few() -> None:
+    """Of two videos no cluster of four can hold one frame of each: all frames are in one all the same."""
+    ids, groups, partners = frames(videos=2, each=6, partners=5)
+    found = clusters_of(partners, ids, 4, groups)
+    assert np.bincount(found).min() >= 4 and within(found, groups)[1] > 0
+    for seed in range(20):
+        ids, groups, partners = frames(videos=5, each=9, seed=seed, partners=6)
+        counts = np.bincount(clusters_of(partners, ids, 5, groups))
+        assert counts.sum() == 45 and counts.min() >= 5 and len(counts) > 2
+
+
+@pytest.mark.parametrize(("partners", "plain", "apart"), [(10, (1032, 238), (1292, 108)), (30, (792, 183), (890, 0))])
+def test_more_partners_keep_more_near_duplicates_apart(partners: int, plain: tuple, apart: tuple) -> None:
+    """What docs/correspondence.md states."""
+    ids, groups, found = frames(videos=24, each=8, partners=partners)
+    assert within(clusters_of(found, ids, 8), groups) == plain
+    assert within(clusters_of(found, ids, 8, groups), groups) == apart
+
+
 def config(tmp_path: Path, **fields) -> MinePairsConfig:
     made = MinePairsConfig(
         features=write_features(str(tmp_path / "features"), embedding=True), output=str(tmp_path / "pairs"), partners=5,
@@ -75,7 +126,8 @@ def test_the_job_finds_the_pairs_and_clusters_of_a_plain_comparison(tmp_path: Pa
     assert [file.rows for file in manifest.files] == [50, 50, 20] and manifest.kind == "retrieval_pairs"
     assert np.array_equal(partners_of(ids, read_pairs(made.output, manifest), 5).rows, wanted.rows)
     clusters = read_clusters(made.clusters)
-    assert [int(clusters[name]) for name in ids] == clusters_of(wanted, ids, 4).tolist()
+    assert [int(clusters[name]) for name in ids] == clusters_of(wanted, ids, 4, meshes).tolist()
+    assert clusters_of(wanted, ids, 4).tolist() != clusters_of(wanted, ids, 4, meshes).tolist(), "so meshes were told"
     assert mine_pairs(made, of) == (manifest, False), "nothing is left to do"
     with pytest.raises(ManifestError, match=r"holds the clusters of .*'cluster_size': 4.* asked for .*3"):
         mine_pairs(replace(made, cluster_size=3), of)

@@ -11,8 +11,14 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from d2f_core.correspondence.artifact import MatcherDescription, MatcherError, load_matcher, upload_matcher
-from d2f_core.correspondence.config import StudentConfig
+from d2f_core.correspondence.artifact import (
+    MatcherDescription,
+    MatcherError,
+    load_matcher,
+    load_student,
+    upload_matcher,
+)
+from d2f_core.correspondence.config import MatcherConfig, StudentConfig
 from d2f_core.correspondence.matching import Decoding
 from d2f_core.correspondence.preparation import Preparation
 from d2f_core.correspondence.publish.config import RegisterMatcherConfig
@@ -22,10 +28,14 @@ from d2f_core.correspondence.student import add_adapters, load_network, trained
 from d2f_core.model.base import described_copy
 from d2f_core.registration import RegisterError
 from d2f_core.tracking import ModelVersionInfo, resolve_model, start_run
+from d2f_core.train.config import TrainConfig
 from infra.local.stack import StackEnv
 from pipelines import register_matcher
+from pipelines.distill_config import DistillConfig
+from pipelines.distill_job import check_distill
 from pipelines.export import main as export
 from pipelines.export_config import MatcherExportConfig
+from tests.correspondence.features import write_features
 from tests.correspondence.tiny_transformers import write
 
 RUN, EXPERIMENT = "s3://d2f/tests/matcher", "matcher tests"
@@ -112,6 +122,19 @@ def test_the_version_says_what_it_is_and_what_it_was_made_of(version: ModelVersi
     requirements = Path(mlflow.artifacts.download_artifacts(f"{version.uri}/requirements.txt")).read_text()
     assert "diff2flow" not in requirements and "transformers==" in requirements
     assert register(check_register(CONFIG)) == version, "a second time changes nothing"
+
+
+def test_a_training_starts_with_a_registered_matcher(model: str, version: ModelVersionInfo, tmp_path: Path) -> None:
+    student = StudentConfig(base=str(write(tmp_path / "base", "dinov2")), rank=2, dropout=0.0)
+    made = DistillConfig(
+        matcher=MatcherConfig(student=student), features=write_features(str(tmp_path / "features")),
+        output=str(tmp_path / "run"), start=f"models:/{CONFIG.name}@candidate",
+        train=TrainConfig(num_steps=1, global_batch_size=4, micro_batch_size=4, lanes=1, window_rows=4),
+    )  # fmt: skip
+    checked = check_distill(made)
+    assert checked.config.start == version.uri
+    wanted, found = dict(trained(load_student(model)[0])), dict(trained(checked.job().build_task("cpu").module))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def test_stock_transformers_opens_the_merged_network(model: str, version: ModelVersionInfo, tmp_path: Path) -> None:

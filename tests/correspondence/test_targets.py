@@ -1,6 +1,7 @@
 """A table of pairs holds the targets that its images' features make, once for a pair, with bad pairs in the ledger."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -33,9 +35,11 @@ from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.config import PairSource
 from d2f_core.data.sources.pairs import read_pairs
+from d2f_core.data.sources.sample import SourceError
 from d2f_core.data.table_reader import RowReader
 from tests.correspondence.features import BROKEN, write_features
-from tests.data.pair_sources import images_of, own_row, write_images, write_lines, write_spair
+from tests.data.pair_sources import HEIGHT, WIDTH, images_of, own_row, write_images, write_lines, write_spair
+from tests.data.pictures import file_bytes, pixels
 from tests.flow.here import prepared_rows
 
 IDS = [f"{row:032x}" for row in range(24)]
@@ -154,6 +158,20 @@ def test_the_identity_holds_what_decides_the_targets(tmp_path: Path) -> None:
             make_table(check_embed_pairs(others[0]))
 
 
+@pytest.mark.parametrize("fields", [{"within_category": 2}, {}])
+def test_tables_that_were_moved_are_the_same(tmp_path: Path, fields: dict) -> None:
+    made = config(tmp_path, **fields)
+    with here():
+        manifest = make_table(check_embed_pairs(made))
+        moved = replace(made, features=shutil.move(made.features, str(tmp_path / "other")))
+        if made.mined:
+            moved = replace(moved, mined=shutil.move(made.mined, str(tmp_path / "pairs-of-images")))
+        assert make_table(check_embed_pairs(moved)) == manifest, "complete already"
+        other = replace(moved, features=write_features(str(tmp_path / "more"), things=4))
+        with pytest.raises(OutputError, match=r"source_digest was|features_digest was"):
+            make_table(check_embed_pairs(other))
+
+
 def test_pairs_that_cannot_be_used_are_in_the_ledger(tmp_path: Path) -> None:
     pairs = [*numbered((0, 1), (2, 2)), (IDS[3], BROKEN), ("nobody", IDS[4]), *numbered((5, 6))]
     made = config(tmp_path, mined=write_mined(str(tmp_path / "mined"), *pairs))
@@ -184,6 +202,51 @@ def test_images_of_given_pairs_are_found_by_file_or_else_by_their_bytes(tmp_path
     assert [bad.code for bad in read_quarantine(made.output)] == ["duplicate", "not_embedded", "damaged_json"]
     assert manifest.counts["duplicates"] == 1 and read_quarantine(made.output)[0].reason.endswith("own.jsonl#line=1")
     assert check_embed_pairs(made).source.shards == (), "what is complete is not read again"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_list_of_pairs_needs_their_images_only(tmp_path: Path, kind: str) -> None:
+    """Points are not looked at where there are some, be they ever so wrong."""
+    write_images(tmp_path, "a.png", "b.png", "c.png")
+    places = {row: (str(tmp_path / name), IDS[row]) for row, name in enumerate(("a.png", "b.png", "c.png"))}
+    rows = [{"source_image_id": f"{a}.png", "target_image_id": f"{b}.png", "category": None} for a, b in ("ab", "bc")]
+    rows.append(own_row(target_image_id="c.png", source_box=[1.0], target_keypoints=[[1.0, 900.0]]))
+    if kind == "jsonl":
+        uri = write_lines(tmp_path / "own.jsonl", *rows)
+    else:
+        rows = rows[:2]
+        pq.write_table(pa.Table.from_pylist(rows), uri := str(tmp_path / "own.parquet"))
+    made = config(tmp_path / "x", pairs=PairSource(uri=uri), max_quarantined_share=0.0)
+    made = replace(made, features=write_features(str(tmp_path / "features"), known=places))
+    with here():
+        make_table(check_embed_pairs(made))
+    found = arrays(made.output, ["source_image_id", "target_image_id"])
+    assert list(zip(*found.values(), strict=True)) == numbered((0, 1), (1, 2), (0, 2))[: len(rows)]
+    if kind == "jsonl":
+        good, bad = read_pairs(made.pairs)
+        assert not good and len(bad) == 3, "an evaluation needs points"
+    else:
+        with pytest.raises(SourceError, match="It needs category, source_keypoints"):
+            read_pairs(made.pairs)
+        pq.write_table(pa.table({"source_image_id": ["a.png"]}), uri)
+        with pytest.raises(SourceError, match="It needs an image or image_id of source and target; its columns"):
+            check_embed_pairs(replace(made, output=str(tmp_path / "again")))
+
+
+def test_images_of_one_name_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    """As when tables of several annotators, who each begin at a.jpg, are joined."""
+    files = [file_bytes(pixels(number, HEIGHT, WIDTH)) for number in range(3)]
+    known = {row: (f"s3://elsewhere/{row}", sample_id(data, "")) for row, data in enumerate(files)}
+    features = write_features(str(tmp_path / "features"), known=known)
+    named = {"source_image_id": "a.jpg", "target_image_id": "b.jpg"}
+    ends = [(0, 1), (2, 1), (2, 0)]
+    rows = [own_row(**named) | {"source_image": files[a], "target_image": files[b]} for a, b in ends]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own.parquet")
+    made = replace(config(tmp_path / "x", pairs=PairSource(uri=str(tmp_path / "own.parquet"))), features=features)
+    with here():
+        make_table(check_embed_pairs(made))
+    found = arrays(made.output, ["source_image_id", "target_image_id"])
+    assert list(zip(*found.values(), strict=True)) == [(known[a][1], known[b][1]) for a, b in ends]
 
 
 def test_the_training_pairs_of_spair_become_rows(tmp_path: Path) -> None:

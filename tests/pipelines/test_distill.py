@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from d2f_core.batch.table_job import make_table
+from d2f_core.correspondence import artifact
 from d2f_core.correspondence.artifact import (
     MatcherDescription,
     MatcherError,
@@ -108,6 +109,17 @@ def test_a_micro_batch_may_hold_images_of_a_cluster_wherever_their_rows_lie(untr
             check_distill(replace(made, clusters=clusters))
 
 
+def test_clusters_are_probed_and_told_to_the_nodes(
+    untracked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like all that a training reads: an unreachable place is refused first, and a path that nodes do not share."""
+    probed = list[str]()
+    monkeypatch.setattr(distill_job.storage, "check_reachable", lambda uri, **_: probed.append(uri))
+    given = write_clusters(str(tmp_path / "a"), [f"{row:032x}" for row in range(24)], ["r"] * 24)
+    checked = check_distill(config(tmp_path, bucket="retrieval", clusters=given))
+    assert given in probed and checked.job().reads["clusters"] == given
+
+
 def test_the_identity_tells_what_is_computed(untracked: None, tmp_path: Path) -> None:
     made = config(tmp_path)
     other = replace(made.matcher, distillation=DistillationConfig(temperature=0.1))
@@ -150,6 +162,23 @@ def test_a_start_counts_by_what_it_holds(untracked: None, tmp_path: Path) -> Non
     ):
         with pytest.raises(ValueError, match=message):
             check_distill(replace(made, start=started(made, tmp_path / "other", **change)))
+
+
+def test_a_start_by_its_registered_name_is_pinned_and_counts_by_what_it_holds(
+    untracked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, place = config(tmp_path), started(config(tmp_path), tmp_path / "version", seed=3)
+    versions = {"models:/m@candidate": "models:/m/1", "models:/m/1": "models:/m/1"}
+    files = {**dict.fromkeys(versions, place), place: place}
+    monkeypatch.setattr(distill_job, "pin_model", lambda uri: versions.get(uri, uri))
+    for module in (distill_job, artifact):
+        monkeypatch.setattr(module, "resolve_model", files.__getitem__)
+    checked = check_distill(replace(made, start="models:/m@candidate"))
+    assert checked.config.start == "models:/m/1", "the workers load the version that was checked"
+    assert checked.identity == check_distill(replace(made, start=place)).identity
+    wanted = dict(trained(load_student(place)[0]))
+    found = dict(trained(checked.job().build_task("cpu").module))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def multi_view(made: DistillConfig) -> DistillConfig:

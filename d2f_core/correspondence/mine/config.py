@@ -22,7 +22,8 @@ class MinePairsConfig:
     averaged."""
     apart: Literal["", "category", "mesh"] = ""
     """Column whose equal values tell near-duplicates, which are never paired: `mesh`, the thing that views show;
-    `category`, the directory of images, where each holds the frames of a video. Empty: all images may be paired."""
+    `category`, the directory of images, where each holds the frames of a video. Empty: all images may be paired.
+    They share a cluster only where an image's partners are of too few things or videos for another: raise partners."""
     partners: int = 10
     """Most of each image."""
     cluster_size: int = 0

@@ -115,9 +115,9 @@ def write_clusters(config: MinePairsConfig, of: Manifest, pairs: Manifest) -> bo
                 f"{config.clusters!r} holds the clusters of {there.inputs}; asked for {inputs}. Use another output."
             )
         return False
-    ids = read_columns(config.features, of, ("sample_id",)).column(0).to_pylist()
+    ids, groups = _texts(config, read_columns(config.features, of, _text_columns(config)))
     found = partners_of(ids, read_pairs(config.output, pairs), config.partners)
-    names = [f"{cluster:06d}" for cluster in clusters_of(found, ids, config.cluster_size).tolist()]
+    names = [f"{cluster:06d}" for cluster in clusters_of(found, ids, config.cluster_size, groups).tolist()]
     file = write_part(config.clusters, part_name(0), pa.table([ids, names], schema=CLUSTER_SCHEMA))
     fingerprint = {"features": of.digest, "size": config.cluster_size}
     write_manifest(config.clusters, Manifest(kind=CLUSTERED, files=(file,), fingerprint=fingerprint, inputs=inputs))
@@ -126,15 +126,24 @@ def write_clusters(config: MinePairsConfig, of: Manifest, pairs: Manifest) -> bo
 
 def read_embeddings(config: MinePairsConfig, of: Manifest) -> tuple[list[str], np.ndarray, list[str] | None]:
     """Ids [images], embeddings [images, width], and what near-duplicates share."""
-    names = ["sample_id", config.column, *([config.apart] if config.apart else [])]
+    names = [config.column, *_text_columns(config)]
     reader, pieces, texts = TableReader(config.features, of, names), [], []
     for first in range(0, of.num_rows, READ_ROWS):
         table = read_rows(reader, first, min(first + READ_ROWS, of.num_rows))
         pieces.append(_pooled(table, config.column))
         texts.append(table.drop_columns([config.column]))
-    known = pa.concat_tables(texts)
+    ids, groups = _texts(config, pa.concat_tables(texts))
+    return ids, np.concatenate(pieces), groups
+
+
+def _text_columns(config: MinePairsConfig) -> list[str]:
+    return ["sample_id", *([config.apart] if config.apart else [])]
+
+
+def _texts(config: MinePairsConfig, known: pa.Table) -> tuple[list[str], list[str] | None]:
+    """Ids, and what near-duplicates share."""
     groups = known.column(config.apart).to_pylist() if config.apart else None
-    return known.column("sample_id").to_pylist(), np.concatenate(pieces), groups
+    return known.column("sample_id").to_pylist(), groups
 
 
 def _pooled(table: pa.Table, name: str) -> np.ndarray:

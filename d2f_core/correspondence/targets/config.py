@@ -22,8 +22,8 @@ class PairsWork:
     mined: str = ""
     """Table of pairs that `mine_pairs` wrote."""
     pairs: PairSource = field(default_factory=PairSource)
-    """In place of `mined`: SPair-71k or pairs of one's own. Their keypoints are not used. An image is found by its
-    file, or else by its bytes."""
+    """In place of `mined`: SPair-71k or pairs of one's own. Their keypoints and boxes are not used, and rows or lines
+    may be without. An image is found by its file, or else by its bytes."""
     within_category: int = 0
     """In place of both: pairs of each image with so many others of its category, drawn by a hash of their ids; of views
     with those of other things."""

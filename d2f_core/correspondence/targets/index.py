@@ -24,7 +24,7 @@ class ImageIndex:
     row_of: Mapping[str, int]
     """By id."""
     row_at: dict[str, int]
-    """By file; those found by their bytes join as they are asked for."""
+    """By file, or the hash of an image's bytes (`PairImage.key`), which joins as it is asked for."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Id or file of an image in the table's ledger -> why."""
 
@@ -44,12 +44,11 @@ class ImageIndex:
         Raises:
             BadSampleError: as `by_id`.
         """
-        place = image.uri or image.image_id
-        if place not in self.row_at:
-            if place in self.left_out:
-                raise self._missing(place)
-            self.row_at[place] = self.by_id(sample_id(image.read(), ""))
-        return self.row_at[place]
+        if image.key not in self.row_at:
+            if image.key in self.left_out:
+                raise self._missing(image.key)
+            self.row_at[image.key] = self.by_id(sample_id(image.read(), ""))
+        return self.row_at[image.key]
 
     def _missing(self, name: str) -> BadSampleError:
         if name in self.left_out:

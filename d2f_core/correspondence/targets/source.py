@@ -57,7 +57,7 @@ def plan(config: EmbedPairsConfig, features: Manifest) -> SourcePlan:
     if sum(map(bool, (config.mined, config.pairs.uri, config.within_category))) != 1:
         raise PairsError("give one of mined, pairs.uri and within_category: where the pairs come from.")
     if config.pairs.uri:
-        given = plan_pairs(config.pairs, rows_per_shard=config.rows_per_part)
+        given = plan_pairs(config.pairs, rows_per_shard=config.rows_per_part, points=False)
         return _cut(config, lambda: given_pairs(given, image_index(config.features, features.digest)), given.digest)
     if config.mined:
         manifest = read_manifest(config.mined)

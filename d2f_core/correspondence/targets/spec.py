@@ -44,7 +44,9 @@ class PairsSpec(TableSpec):
     NAME: ClassVar[str] = "embed_pairs"
     KIND: ClassVar[str] = PAIRS
     UNIT: ClassVar[str] = "pairs"
-    FREE: ClassVar[frozenset[str]] = frozenset({"features"})
+    FREE: ClassVar[frozenset[str]] = frozenset({"features", "source"})
+    """Where the tables are: their digests decide, and a table that was moved is the same. Of its rows only `source_uri`
+    says where the pairs were read."""
 
     config: EmbedPairsConfig
     size: int

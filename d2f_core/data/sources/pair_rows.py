@@ -8,6 +8,8 @@ Those are what a pair needs, names aside. Keypoints lie where `pair_sample` says
 adds 0.5. What is missing is taken as follows. `pair_id`: the ids of both images. `split`: empty. `visible`: the
 keypoints that both images have. `flip`: by the names. Sizes: as the images' files declare. Images are files named by
 their ids, or in parquet the bytes of `source_image` and `target_image`, whose ids may then be missing.
+
+Where points are not asked for (`RowRules.points`), a pair needs its two images only, and its points are not looked at.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -41,6 +43,7 @@ from d2f_core.data.sources.tar import CLIMBS, climbs
 from d2f_core.storage import file_exists, join, read_bytes
 
 NEEDED = ("category", "source_keypoints", "target_keypoints", "source_box", "target_box")
+POINTS = ("source_keypoints", "target_keypoints", "source_box", "target_box", "visible", "flip", "keypoint_names")
 TEXTS = ("pair_id", "category", "split", "source_image_id", "target_image_id")
 
 
@@ -52,6 +55,9 @@ class RowRules:
     categories: tuple[str, ...]
     splits: tuple[str, ...]
     flip_partners: Mapping[str, list[list[str]]]
+    points: bool = True
+    """Whether keypoints, boxes and categories are needed. False: a pair has no keypoints, its boxes are whole images,
+    and its category is empty where none is given."""
 
 
 class RowReader:
@@ -73,6 +79,9 @@ class RowReader:
             return PairSample(source_uri=place, pair_id=None, split=str(split), problem=str(error))
 
     def _pair(self, place: str, split: str, record: Mapping[str, Any]) -> PairSample:
+        if not self.rules.points:
+            kept = {name: value for name, value in record.items() if name not in POINTS and value is not None}
+            record = {"category": ""} | kept
         source, target = (self._image(record, side) for side in ("source", "target"))
         category, names = needed(record, "category", str), record.get("keypoint_names")
         viewpoint = record.get("viewpoint")
@@ -114,13 +123,15 @@ class RowReader:
             uri, declared = None, upright_size(data)
         if size not in (None, declared):
             raise BadSampleError(f"bad_annotation: {side}_size is {told}, its file is {declared[0]}x{declared[1]} px")
+        width, height = int(declared[0]), int(declared[1])
+        whole, points = (0.0, 0.0, float(width), float(height)), self.rules.points
         return PairImage(
             image_id=str(name) if name else content_id(data or b""),
             uri=uri,
             data=data,
-            size=(int(declared[0]), int(declared[1])),
-            box=numbers_of(record.get(f"{side}_box"), 4, f"{side}_box"),
-            keypoints=points_of(record.get(f"{side}_keypoints"), f"{side}_keypoints"),
+            size=(width, height),
+            box=numbers_of(record.get(f"{side}_box"), 4, f"{side}_box") if points else whole,
+            keypoints=points_of(record.get(f"{side}_keypoints") if points else (), f"{side}_keypoints"),
         )
 
     def _uri(self, name: str) -> str:
@@ -209,15 +220,17 @@ def plan_pair_tables(files: Collection[str], rules: RowRules, rows_per_shard: in
     Raises:
         SourceError: a file lacks a column that every pair needs.
     """
+    wanted, unread = (NEEDED, ()) if rules.points else ((), POINTS)
 
     def columns(uri: str, schema: pa.Schema) -> list[str]:
         images = [{f"{side}_image", f"{side}_image_id"} & set(schema.names) for side in ("source", "target")]
-        if not (set(NEEDED) <= set(schema.names) and all(images)):
+        if not (set(wanted) <= set(schema.names) and all(images)):
+            named = f"{', '.join(wanted)}, and " if wanted else ""
             raise SourceError(
-                f"{uri!r} is no table of pairs. It needs {', '.join(NEEDED)}, and an image or image_id of source and "
-                f"target; its columns: {describe(schema)}."
+                f"{uri!r} is no table of pairs. It needs {named}an image or image_id of source and target; its "
+                f"columns: {describe(schema)}."
             )
-        return [name for name in PAIR_SCHEMA.names if name in schema.names and name != "source_uri"]
+        return [name for name in PAIR_SCHEMA.names if name in schema.names and name not in ("source_uri", *unread)]
 
     return [PairTableShard(run=run, rules=rules) for run in plan_rows(files, columns, rows_per_shard)]
 

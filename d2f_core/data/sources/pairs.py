@@ -18,10 +18,13 @@ SPAIR_MARK = "/PairAnnotation/"
 SUFFIXES: dict[SourceKind, str] = {"parquet": ".parquet", "jsonl": ".jsonl", "coco": ".json"}
 
 
-def plan_pairs(source: PairSource, *, rows_per_shard: int = 256) -> SourcePlan:
+def plan_pairs(source: PairSource, *, rows_per_shard: int = 256, points: bool = True) -> SourcePlan:
     """List the source and cut it into shards of about `rows_per_shard` pairs, which yield `PairSample`s.
 
     A file of JSON lines or in COCO's format is always one shard.
+
+    Args:
+        points: whether pairs in rows or lines need keypoints, boxes and a category. False: those there are not read.
 
     Raises:
         SourceError: the source is empty, mixes layouts, or lacks files or columns.
@@ -29,7 +32,9 @@ def plan_pairs(source: PairSource, *, rows_per_shard: int = 256) -> SourcePlan:
     flips = read_flip_partners(source.flip_partners) if source.flip_partners else {}
 
     def cut(kind: SourceKind, sizes: Sizes) -> Collection[Shard]:
-        rules = RowRules(images=source.images, categories=source.categories, splits=source.splits, flip_partners=flips)
+        rules = RowRules(
+            images=source.images, categories=source.categories, splits=source.splits, flip_partners=flips, points=points
+        )
         plain = {uri: size for uri, size in sizes.items() if size is not None}
         if kind == "spair":
             return plan_spair(sizes, source, flips, rows_per_shard)
