@@ -143,6 +143,22 @@ def test_features_are_compared_by_the_mean_of_their_tokens(tmp_path: Path) -> No
     assert len(ids) == 24 and groups is None
 
 
+@pytest.mark.parametrize(("limit", "most"), [(1000, 8), (200, 1), (111, 1)])
+def test_features_are_read_by_bytes_to_the_same_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, most: int
+) -> None:
+    """However large an image's features are: here 4 tokens of 7 channels, 112 bytes in float32."""
+    made = config(tmp_path, column="features_b")
+    of, pooled, rows = check_mine(made), table._pooled, list[int]()
+    wanted = table.read_embeddings(made, of)[1]
+    monkeypatch.setattr(table, "READ_BYTES", limit)
+    monkeypatch.setattr(table, "_pooled", lambda part, name: rows.append(part.num_rows) or pooled(part, name))
+    assert np.array_equal(table.read_embeddings(made, of)[1], wanted) and sum(rows) == 24 and max(rows) == most
+    rows.clear()
+    table.read_embeddings(replace(made, column="embedding"), of)
+    assert rows == [24], "embeddings are small"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

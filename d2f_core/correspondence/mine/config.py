@@ -19,7 +19,7 @@ class MinePairsConfig:
     """Table that `embed_images` wrote."""
     column: str = "embedding"
     """Its column that is compared: embeddings, or a teacher's features, whose tokens are brought to length 1 and
-    averaged."""
+    averaged. Every part reads the whole column: of many images compare embeddings (`embed_images --embedding`)."""
     apart: Literal["", "category", "mesh"] = ""
     """Column whose equal values tell near-duplicates, which are never paired: `mesh`, the thing that views show;
     `category`, the directory of images, where each holds the frames of a video. Empty: all images may be paired.

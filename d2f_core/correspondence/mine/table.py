@@ -1,5 +1,6 @@
 """The table of retrieval pairs, written by a Ray Data job, each part for some of the images; and that of clusters."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,7 +31,8 @@ CLUSTER_SCHEMA = pa.schema(
     [pa.field("image_id", pa.string(), nullable=False), pa.field("cluster", pa.string(), nullable=False)]
 )
 """One row per image, in the order of the table of features."""
-READ_ROWS = 256
+READ_ROWS, READ_BYTES = 256, 64e6
+"""Most rows that are read at once, and most bytes of their features in float32, in which these are averaged."""
 SIDES = ("source", "target")
 
 
@@ -128,8 +130,9 @@ def read_embeddings(config: MinePairsConfig, of: Manifest) -> tuple[list[str], n
     """Ids [images], embeddings [images, width], and what near-duplicates share."""
     names = [config.column, *_text_columns(config)]
     reader, pieces, texts = TableReader(config.features, of, names), [], []
-    for first in range(0, of.num_rows, READ_ROWS):
-        table = read_rows(reader, first, min(first + READ_ROWS, of.num_rows))
+    step = _rows_at_once(config, of)
+    for first in range(0, of.num_rows, step):
+        table = read_rows(reader, first, min(first + step, of.num_rows))
         pieces.append(_pooled(table, config.column))
         texts.append(table.drop_columns([config.column]))
     ids, groups = _texts(config, pa.concat_tables(texts))
@@ -144,6 +147,12 @@ def _texts(config: MinePairsConfig, known: pa.Table) -> tuple[list[str], list[st
     """Ids, and what near-duplicates share."""
     groups = known.column(config.apart).to_pylist() if config.apart else None
     return known.column("sample_id").to_pylist(), groups
+
+
+def _rows_at_once(config: MinePairsConfig, of: Manifest) -> int:
+    """An image's features may be megabytes: 961 tokens of 1,280 channels are 4.9 MB."""
+    shape = of.fingerprint["shapes"].get(config.column, ())
+    return max(1, min(READ_ROWS, int(READ_BYTES // (4 * math.prod(shape)))))
 
 
 def _pooled(table: pa.Table, name: str) -> np.ndarray:
