@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from d2f_core.correspondence.evaluate import gate as evaluate_gate
 from d2f_core.correspondence.evaluate import job
 from d2f_core.correspondence.evaluate.answers import EXACT, FLOOR
 from d2f_core.correspondence.evaluate.config import (
@@ -191,7 +192,8 @@ def test_the_files_say_whether_the_alias_moved(tmp_path: Path, monkeypatch: pyte
     measured |= {(name, EXACT): right(share, 3) for name, share in (("b", 0.4), ("champion", 0.5), ("a", 0.8))}
     config = made(str(tmp_path), "a", uri="models:/m/2", gate=MatcherGateConfig(candidate="a"))
     monkeypatch.setattr(pins, "get_alias", lambda name, alias: str(champion[-1]))
-    monkeypatch.setattr(pins, "pin_model", lambda uri: uri)
+    for module in (pins, evaluate_gate):
+        monkeypatch.setattr(module, "pin_model", lambda uri: uri)
     monkeypatch.setattr(pins, "promote", lambda name, version, alias: champion.append(int(version)))
     monkeypatch.setattr(job, "check_matches", lambda config: {})
     monkeypatch.setattr(job, "load_pairs", lambda config: job.LoadedPairs(pairs=PAIRS, ledger=[], images=""))
