@@ -53,11 +53,8 @@ class MatcherModel(PythonModel):
                 raise ValueError(f"row {number}: {name} is of type {kind}. Give the bytes of an image file.")
             if row[name] not in embedded:
                 embedded[row[name]] = self._embed(f"row {number}: {name}", row[name])
-        try:
-            points = np.array([list(point) for point in row["keypoints0"]] or np.empty((0, 2)), dtype=np.float32)
-        except (TypeError, ValueError):
-            points = np.empty(0)
-        if points.ndim != 2 or points.shape[1] != 2:
+        points = _points(row["keypoints0"])
+        if points is None:
             raise ValueError(f"row {number}: keypoints0 must be points (x, y), such as [[120.0, 80.0]].")
         found, confidence = self.matcher.match(
             embedded[row["image0"]], embedded[row["image1"]], torch.from_numpy(points)
@@ -70,6 +67,15 @@ class MatcherModel(PythonModel):
         except ValueError as error:
             raise ValueError(f"{what}: {error}. Give the bytes of a PNG, JPEG or WebP file.") from None
         return self.matcher.embed([pixels])[0]
+
+
+def _points(values: Any) -> np.ndarray | None:
+    """Points, float32 [points, 2]; None for anything else."""
+    try:
+        points = np.array([list(point) for point in values] or np.empty((0, 2)), dtype=np.float32)
+    except (TypeError, ValueError):
+        return None
+    return points if points.ndim == 2 and points.shape[1] == 2 else None
 
 
 set_model(MatcherModel())
