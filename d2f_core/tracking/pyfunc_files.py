@@ -1,6 +1,7 @@
 """The files with which MLflow's own tools load a model: MLmodel, a script of this project, signature and example."""
 
 import importlib.metadata
+import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,15 @@ class Loader:
     """Settings that `mlflow.pyfunc.load_model(..., model_config=...)` can change, with their defaults."""
     requirements: Sequence[str] = ()
     """Required packages; they are pinned to the installed releases."""
+
+
+def grey_png() -> bytes:
+    """An image file for an example of input."""
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.new("RGB", (16, 16), (128, 128, 128)).save(sink, format="PNG")
+    return sink.getvalue()
 
 
 def write_pyfunc(

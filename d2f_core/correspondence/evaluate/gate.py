@@ -1,4 +1,4 @@
-"""The gate of a registered matcher: it must beat the floors and what else is named, and not be worse than the champion.
+"""The gate of a registered matcher: it must beat the floors, what else is named, and the champion.
 
 Every rule compares PCK on the same pairs, and asks for it with the confidence of a bootstrap over images: pairs that
 share an image are right or wrong together, so that to resample pairs would promise more than they know. A pair counts

@@ -1,11 +1,8 @@
 """Registers a trained matcher as a version with a card, and writes its network for stock transformers."""
 
-import io
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
 
 from d2f_core import storage
 from d2f_core.correspondence.artifact import DESCRIPTION, MatcherDescription, describe_matcher, load_student
@@ -17,6 +14,7 @@ from d2f_core.model.base import local_copy
 from d2f_core.registration import RegisterError
 from d2f_core.tracking import Loader, ModelVersionInfo, RunHandle, check_tracking
 from d2f_core.tracking.publish import publish, training_run
+from d2f_core.tracking.pyfunc_files import grey_png
 
 MODEL = "model"
 """Directory in a training's output to which it exports its matcher, the description last."""
@@ -79,17 +77,10 @@ def loader() -> Loader:
         script=Path(__file__).with_name("matcher_pyfunc.py"),
         inputs={"image0": "binary", "image1": "binary", "keypoints0": "double[][]"},
         outputs={"keypoints1": "double[][]", "confidence": "double[]"},
-        example={"image0": _grey_png(), "image1": _grey_png(), "keypoints0": [[8.0, 8.0], [4.5, 12.5]]},
+        example={"image0": grey_png(), "image1": grey_png(), "keypoints0": [[8.0, 8.0], [4.5, 12.5]]},
         settings={"base_model": "", "device": ""},
         requirements=REQUIREMENTS,
     )
-
-
-def _grey_png() -> bytes:
-    """An example of an input image."""
-    sink = io.BytesIO()
-    Image.new("RGB", (16, 16), (128, 128, 128)).save(sink, format="PNG")
-    return sink.getvalue()
 
 
 def export_transformers(model: str, output: str, *, base_uri: str | None = None) -> str:

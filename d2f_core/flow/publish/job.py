@@ -1,12 +1,9 @@
 """Registers a finished training's model as a version with a card, and moves aliases."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from d2f_core import tracking
 from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig
@@ -17,6 +14,7 @@ from d2f_core.registration import RegisterError
 from d2f_core.storage import exists, join
 from d2f_core.tracking import Loader, ModelVersionInfo, RunHandle, check_tracking
 from d2f_core.tracking.publish import publish, training_run
+from d2f_core.tracking.pyfunc_files import grey_png
 
 MODEL = "model"
 """Directory in a training's output to which it exports its model, the description last."""
@@ -81,7 +79,7 @@ def loader_of(task: str) -> Loader:
                 "shift": "double",
             },
             outputs={"depth": "binary", "depth_png": "binary", "uncertainty": "binary"},
-            example={"image": _grey_png(), "num_inference_steps": 2},
+            example={"image": grey_png(), "num_inference_steps": 2},
             settings=SETTINGS,
             requirements=(*REQUIREMENTS, "matplotlib"),
         )  # fmt: skip
@@ -98,13 +96,6 @@ def loader_of(task: str) -> Loader:
         settings=SETTINGS,
         requirements=REQUIREMENTS,
     )  # fmt: skip
-
-
-def _grey_png() -> bytes:
-    """An example of an input image."""
-    sink = io.BytesIO()
-    Image.new("RGB", (16, 16), (128, 128, 128)).save(sink, format="PNG")
-    return sink.getvalue()
 
 
 def exported_model(config: RegisterConfig) -> str:
