@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from d2f_core.correspondence.embed.config import FEATURES
 from d2f_core.correspondence.mine.table import read_clusters
 from d2f_core.correspondence.pair_task import PairTask, pair_columns
 from d2f_core.correspondence.targets.spec import PAIRS
@@ -16,8 +17,6 @@ from d2f_core.data.table_reader import read_columns
 from d2f_core.train.precision import DTYPES
 from pipelines.configs import order_of
 from pipelines.distill_config import DistillConfig
-
-FEATURES = "features"
 
 
 def check_table(config: DistillConfig, manifest: Manifest, patch: int) -> None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from d2f_core.correspondence.config import DistillationConfig, TargetConfig
-from d2f_core.correspondence.embed.config import column_of, teacher_of
+from d2f_core.correspondence.embed.config import FEATURES, column_of, teacher_of
 from d2f_core.correspondence.matching import Grid
 from d2f_core.correspondence.teachers import fuse, resample
-from d2f_core.data.manifest import Manifest
+from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.storage import check_reachable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,23 @@ class TeacherColumn:
     def column(self) -> str:
         """Name of the column: float16 [tokens, channels]."""
         return column_of(self.name)
+
+
+def checked_features(features: str, output: str, error: type[ValueError]) -> Manifest:
+    """The manifest of a table of features that a job reads, after it was found that the job can read and write.
+
+    Raises:
+        ValueError: as `error`, a place is empty or the table is of another kind; unusable storage.
+    """
+    for name, uri in (("features", features), ("output", output)):
+        if not uri:
+            raise error(f"{name} is empty. Give --{name} URI.")
+    check_reachable(features)
+    check_reachable(output, write=True)
+    manifest = read_manifest(features)
+    if manifest.kind != FEATURES:
+        raise error(f"features={features!r} holds {manifest.kind}. Give a table that embed_images wrote.")
+    return manifest
 
 
 def teachers_of(manifest: Manifest) -> list[TeacherColumn]:

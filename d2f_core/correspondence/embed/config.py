@@ -16,6 +16,8 @@ class EmbedError(ValueError):
     """An embedding job cannot run as asked; the message gives the reason and the fix."""
 
 
+FEATURES = "features"
+"""Kind of the table that an embedding job writes."""
 PREFIX = "features_"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2f_core.batch.table_spec import TableSpec
-from d2f_core.correspondence.embed.config import EmbedConfig
+from d2f_core.correspondence.embed.config import FEATURES, EmbedConfig
 from d2f_core.correspondence.embed.source import ViewSample, category_of
 from d2f_core.data.images import BadImageError, decode_image
 from d2f_core.data.manifest import rows_per_group
@@ -25,7 +25,7 @@ class EmbedSpec(TableSpec):
     """Specification of a table of features: one row per image."""
 
     NAME: ClassVar[str] = "embed_images"
-    KIND: ClassVar[str] = "features"
+    KIND: ClassVar[str] = FEATURES
     UNIT: ClassVar[str] = "images"
 
     config: EmbedConfig

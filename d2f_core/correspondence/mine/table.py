@@ -11,6 +11,7 @@ import torch
 from d2f_core.correspondence.mine.clusters import clusters_of
 from d2f_core.correspondence.mine.config import MineError, MinePairsConfig
 from d2f_core.correspondence.pairs import NOBODY, Partners, nearest_partners, retrieval_table
+from d2f_core.correspondence.teacher_columns import checked_features
 from d2f_core.correspondence.teachers import mean_token
 from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.datasets.generated_table import GeneratedTable, generate_table, part_name
@@ -24,9 +25,8 @@ from d2f_core.data.manifest import (
     write_part,
 )
 from d2f_core.data.table_reader import TableReader, read_columns, read_rows
-from d2f_core.storage import check_reachable
 
-FEATURES, PAIRS, CLUSTERED = "features", "retrieval_pairs", "clusters"
+PAIRS, CLUSTERED = "retrieval_pairs", "clusters"
 CLUSTER_SCHEMA = pa.schema(
     [pa.field("image_id", pa.string(), nullable=False), pa.field("cluster", pa.string(), nullable=False)]
 )
@@ -43,14 +43,7 @@ def check_mine(config: MinePairsConfig) -> Manifest:
         MineError: a field is missing, or the table lacks a column.
         ValueError: it is no table of features.
     """
-    for name in ("features", "output"):
-        if not getattr(config, name):
-            raise MineError(f"{name} is empty. Give --{name} URI.")
-    check_reachable(config.features)
-    check_reachable(config.output, write=True)
-    manifest = read_manifest(config.features)
-    if manifest.kind != FEATURES:
-        raise MineError(f"features={config.features!r} holds {manifest.kind}. Give a table that embed_images wrote.")
+    manifest = checked_features(config.features, config.output, MineError)
     embedded = ["embedding"] if "embedding" in manifest.fingerprint else []
     if config.column not in (known := [*embedded, *manifest.fingerprint["shapes"]]):
         raise MineError(

@@ -9,13 +9,11 @@ from d2f_core.correspondence.targets.actor import PairEmbedder
 from d2f_core.correspondence.targets.config import EmbedPairsConfig, PairsError
 from d2f_core.correspondence.targets.source import plan
 from d2f_core.correspondence.targets.spec import WAYS, PairsSpec
-from d2f_core.correspondence.teacher_columns import shares_of, teachers_of
+from d2f_core.correspondence.teacher_columns import checked_features, shares_of, teachers_of
 from d2f_core.data.arrays import table_to_arrays
-from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.manifest import Manifest
 from d2f_core.data.table_reader import TableReader, read_rows
-from d2f_core.storage import check_reachable
 
-FEATURES = "features"
 LOOKED_AT = 256
 MOST_TOKENS = 2**16
 """What an index of two bytes can name."""
@@ -27,14 +25,7 @@ def check_embed_pairs(config: EmbedPairsConfig) -> TableJob:
     Raises:
         ValueError: unusable storage, features or source; one line each.
     """
-    for name in ("features", "output"):
-        if not getattr(config, name):
-            raise PairsError(f"{name} is empty. Give --{name} URI.")
-    check_reachable(config.features)
-    check_reachable(config.output, write=True)
-    manifest = read_manifest(config.features)
-    if manifest.kind != FEATURES:
-        raise PairsError(f"features={config.features!r} holds {manifest.kind}. Give a table that embed_images wrote.")
+    manifest = checked_features(config.features, config.output, PairsError)
     size = int(manifest.fingerprint["size"])
     _check_targets(config, manifest, size)
     planned = plan(config, manifest)
