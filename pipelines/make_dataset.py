@@ -20,6 +20,13 @@ MAKE_DATASET = {
         output="s3://d2f/datasets/openmoji-starter", style="openmoji", subset="starter", fit="drawing"
     ),
     "openmoji-few": MakeDatasetConfig(output=OPENMOJI_FEW, style="openmoji", subset="few", fit="drawing"),
+    # Every drawing, in two parts without one in common: to train on, and to judge what was trained.
+    **{
+        f"openmoji-{split}": MakeDatasetConfig(
+            output=f"s3://d2f/datasets/openmoji-{split}", style="openmoji", subset="all", fit="drawing", split=split
+        )
+        for split in ("train", "test")
+    },
     "both": MakeDatasetConfig(output="s3://d2f/datasets/emoji-both", style="both"),
     "depth": MakeDepthConfig(output="s3://d2f/datasets/depth", split="train", num_scenes=16_384, mirrored=True),
     "depth-test": MakeDepthConfig(output="s3://d2f/datasets/depth-test", split="test", num_scenes=400),

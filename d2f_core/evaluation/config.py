@@ -33,20 +33,33 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """When a candidate passes: it is better by the deciding metric, and no other is worse than tolerated."""
+    """When a candidate passes: it is better by the deciding metric, fails on no prompt, and is nowhere else worse than
+    tolerated. Every comparison is paired over the prompts that both models made.
+    """
 
     metric: str = "frechet@4"
-    """Deciding metric as NAME@EVALUATIONS, with the names frechet, kernel, precision, recall, clip_score and failed;
-    or, without a number, straightness or flow_loss, the held-out loss from each model's training."""
+    """Deciding metric as NAME@EVALUATIONS, with the names frechet, kernel, precision, recall and clip_score; or,
+    without a number, straightness or flow_loss."""
     max_ratio: float = 1.0
     """Largest ratio of candidate to champion (of champion to candidate if more is better); 0.95 requires 5 % better."""
-    must_not_regress: tuple[str, ...] = ()
-    """Further metrics that may not get worse by more than `tolerance`. flow_loss here refuses a model that only
-    memorised its training images; compare trainings with the same held-out rows."""
+    must_not_regress: tuple[str, ...] = (FLOW_LOSS,)
+    """Further metrics that may not get worse by more than `tolerance`. flow_loss, measured on the reference's images,
+    refuses a model that only memorised its training images."""
     tolerance: float = 0.05
     """Largest regression of `must_not_regress` metrics, as a share of the champion's value."""
-    confident: bool = False
-    """Require the upper end of the paired difference's confidence interval to keep the bound, not only the value."""
+    confident: bool = True
+    """Ask it of the end of the paired difference's confidence interval; false: of the value alone, by which every
+    second of two equal models passes."""
+    confidence: float = 0.99
+    """One-sided confidence of each comparison: of equal models, the share 1 - confidence passes."""
+    detect: float = 0.1
+    """Difference, as a share of the champion's value, for which the evaluation says how many prompts it takes to see
+    it in nine of ten evaluations."""
+    most_failed: float = 0.0
+    """Largest share of prompts without an image of the candidate, at each number of evaluations. Always a rule."""
+    memorised: float = 0.01
+    """The candidate is refused when more of its images lie nearest to a training image than chance explains, with a
+    p-value below this. Applied where the training's images are given."""
     limits: tuple[Limit, ...] = ()
     """Absolute bounds on metrics."""
     without_champion: Literal["beat_base", "limits"] = "beat_base"
@@ -56,9 +69,16 @@ class GateConfig:
         for name in (self.metric, *self.must_not_regress):
             parse_metric(name)
         if self.max_ratio <= 0:
-            raise GateError(f"max_ratio={self.max_ratio} must be above 0. 1 asks for no worse.")
+            raise GateError(f"max_ratio={self.max_ratio} must be above 0. 1 asks for better.")
         if self.tolerance < 0:
             raise GateError(f"tolerance={self.tolerance} must be at least 0.")
+        if not 0.5 < self.confidence < 1:
+            raise GateError(f"confidence={self.confidence} must lie between 0.5 and 1. 0.99 is usual.")
+        if self.detect <= 0:
+            raise GateError(f"detect={self.detect} must be above 0. 0.1 is a tenth of the champion's value.")
+        for name in ("most_failed", "memorised"):
+            if not 0 <= (share := getattr(self, name)) < 1:
+                raise GateError(f"{name}={share} must lie from 0 to below 1.")
 
     @property
     def metrics(self) -> tuple[str, ...]:

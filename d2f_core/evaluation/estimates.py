@@ -41,7 +41,9 @@ class Metric:
     values: Mapping[str, Mapping[int, Estimate]]
     """Values by role (candidate, champion, base), then by number of network evaluations."""
     floor: Estimate | None = None
-    """Value between two halves of the real images, which is due to sampling noise alone."""
+    """Value that images from the reference's own distribution would have, which is due to sampling noise alone."""
+    missing: str = ""
+    """Why there are no values."""
 
     def to_json(self) -> dict[str, Any]:
         return {

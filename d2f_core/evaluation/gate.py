@@ -1,17 +1,27 @@
-"""The promotion gate: whether a candidate may become the champion, with the numbers behind each rule."""
+"""The promotion gate: whether a candidate may become the champion, with the numbers behind each rule.
+
+A comparison is a one-sided test at the config's confidence: the paired difference, plus so many standard deviations of
+its bootstrap replicates, must keep the bound. So of equal models the share 1 - confidence passes. The smallest
+difference that such a test sees in nine of ten evaluations stands beside it.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy.stats import norm
 
-from d2f_core.evaluation.bootstrap import percentile_interval
-from d2f_core.evaluation.config import FLOW_LOSS, PER_MODEL, GateConfig, GateError, Limit, parse_metric
+from d2f_core.evaluation.config import PER_MODEL, GateConfig, GateError, Limit, parse_metric
 from d2f_core.evaluation.estimates import Estimate, Metric
 
 Against = Literal["champion", "base"]
+FAILED = "failed"
+POWER = 0.9
+"""Share of evaluations in which a difference of the detectable size is seen."""
+ENOUGH_PROMPTS = 1000
+"""Below this, only large differences are seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +37,11 @@ class RuleResult:
     reference: float | None = None
     """The value of the champion or base."""
     interval: tuple[float, float] | None = None
-    """Confidence interval of the paired difference candidate - reference."""
+    """Interval of the paired difference candidate - reference, each end at the gate's one-sided confidence."""
+    detectable: float | None = None
+    """Smallest difference that this comparison sees in nine of ten evaluations; None if its spread is unknown."""
+    applied: bool = True
+    """False: the rule was not applied, for the reason in its words; it then holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +53,10 @@ class Verdict:
     """The reason in one line."""
     against: Against | None
     rules: tuple[RuleResult, ...] = ()
+    power: str = ""
+    """What the evaluation can see, and how many prompts a smaller difference takes, in one line."""
+    notes: tuple[str, ...] = ()
+    """What else a reader has to know to trust the comparison."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,36 +81,72 @@ def check_gate(config: GateConfig, measured: set[str], evaluations: tuple[int, .
         raise GateError("gate: without_champion='limits' needs limits, or any first candidate would pass. Add one.")
 
 
-def judge(config: GateConfig, metrics: Mapping[str, Metric], roles: set[str]) -> Verdict:
+def judge(
+    config: GateConfig,
+    metrics: Mapping[str, Metric],
+    roles: set[str],
+    *,
+    also: Sequence[RuleResult] = (),
+    notes: Sequence[str] = (),
+) -> Verdict:
     """Apply every rule to the measured values.
 
     Args:
         metrics: metrics by short name (`frechet`), each with values by role and number of evaluations.
         roles: roles of the measured models, including `candidate`.
+        also: results of rules that are not comparisons of metrics.
+        notes: kept in the verdict.
     """
     against: Against | None = "champion" if "champion" in roles else None
     if against is None and config.without_champion == "beat_base":
         if "base" not in roles:
             return Verdict(passed=False, reason="there is no champion yet, and no base to beat", against=None)
         against = "base"
-    rules = []
+    rules, power = _failures(config, metrics), ""
     if against is not None:
         better = metrics[parse_metric(config.metric)[0]].higher_is_better
         # Share of the reference by which the candidate may be worse; below 0, it must be better.
         slack = 1 - 1 / config.max_ratio if better else config.max_ratio - 1
-        rules.append(_compare(config, config.metric, slack, metrics, against))
-        # An unchanged base has no held-out loss, because this project did not train it.
-        kept = [name for name in config.must_not_regress if against == "champion" or name != FLOW_LOSS]
-        rules += [_compare(config, name, config.tolerance, metrics, against) for name in kept]
-    rules += [_limit(limit, metrics) for limit in config.limits]
+        decisive = _compare(config, config.metric, slack, metrics, against, decides=True)
+        power = _seen(config, decisive, _find(config.metric, metrics, against)[1])
+        rules.append(decisive)
+        rules += [_compare(config, name, config.tolerance, metrics, against) for name in config.must_not_regress]
+    rules += [*(_limit(limit, metrics) for limit in config.limits), *also]
     broken = [rule.rule for rule in rules if not rule.holds]
     compared = f"the {against}" if against else "absolute limits"
-    reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold against {compared}"
-    return Verdict(passed=not broken, reason=reason, against=against, rules=tuple(rules))
+    applied = sum(rule.applied for rule in rules)
+    reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {applied} rules hold against {compared}"
+    return Verdict(
+        passed=not broken, reason=reason, against=against, rules=tuple(rules), power=power, notes=tuple(notes)
+    )
+
+
+def _failures(config: GateConfig, metrics: Mapping[str, Metric]) -> list[RuleResult]:
+    """The candidate makes an image of every prompt, at each number of evaluations."""
+    if FAILED not in metrics:
+        return []
+    metric = metrics[FAILED]
+    return [
+        RuleResult(
+            rule=f"at {count} evaluations the candidate fails on at most {config.most_failed:.4g} of the prompts "
+            f"({share.value:.4g})",
+            holds=share.value <= config.most_failed,
+            metric=metric.name,
+            candidate=share.value,
+            bound=config.most_failed,
+        )
+        for count, share in sorted(metric.values.get("candidate", {}).items())
+    ]
 
 
 def _compare(
-    config: GateConfig, name: str, slack: float, metrics: Mapping[str, Metric], against: Against
+    config: GateConfig,
+    name: str,
+    slack: float,
+    metrics: Mapping[str, Metric],
+    against: Against,
+    *,
+    decides: bool = False,
 ) -> RuleResult:
     """Whether the candidate is worse than the reference by at most `slack` times the reference's size.
 
@@ -100,11 +154,14 @@ def _compare(
     For positive values both are equivalent.
     """
     metric, candidate, reference = _find(name, metrics, against)
+    if metric.missing and not decides:
+        return RuleResult(rule=f"{name}: not applied, {metric.missing}", holds=True, metric=metric.name, applied=False)
     if candidate is None or reference is None:
         return _unmeasured(name, metric, "candidate" if candidate is None else against)
     return compare(
         name, candidate, reference, metric=metric.name, against=against, slack=slack,
-        higher_is_better=metric.higher_is_better, confident=config.confident,
+        higher_is_better=metric.higher_is_better, confident=config.confident, confidence=config.confidence,
+        strictly=decides,
     )  # fmt: skip
 
 
@@ -118,6 +175,7 @@ def compare(
     slack: float,
     higher_is_better: bool,
     confident: bool,
+    confidence: float = 0.99,
     strictly: bool = False,
 ) -> RuleResult:
     """Whether the candidate is worse than the reference by at most `slack` times the reference's size.
@@ -125,33 +183,63 @@ def compare(
     Args:
         name: of the metric in the rule's words; `metric` in full.
         against: what the reference is.
-        confident: ask it of the worst end of the paired difference's interval, not of the value.
+        confident: ask it of the worse end of the paired difference's interval, not of the value.
+        confidence: one-sided, of that interval.
         strictly: the candidate must be better than the bound; as good does not hold.
     """
     sign = -1 if higher_is_better else 1
     allowed = slack * abs(reference.value)
-    low, high = _difference(candidate, reference)
-    worst = max(sign * low, sign * high) if confident else sign * (candidate.value - reference.value)
+    difference, spread = candidate.value - reference.value, paired_spread(candidate, reference)
+    reach = float(norm.ppf(confidence)) * (spread or 0.0)
+    worst = sign * difference + (reach if confident else 0.0)
     bound = reference.value + sign * allowed
     words = ("above" if sign < 0 else "below") if strictly else ("at least" if sign < 0 else "at most")
     return RuleResult(
         rule=f"{name} of the candidate is {words} {bound:.4g} "
-        f"({against} {reference.value:.4g}{', with confidence' if confident else ''})",
+        f"({against} {reference.value:.4g}{f', with {100 * confidence:g} % confidence' if confident else ''})",
         holds=math.isfinite(worst) and (worst < allowed if strictly else worst <= allowed),
         metric=metric,
         candidate=candidate.value,
         reference=reference.value,
         bound=bound,
-        interval=(low, high),
+        interval=(difference - reach, difference + reach),
+        detectable=None if spread is None else detectable_difference(spread, confidence if confident else 0.5),
     )
 
 
-def _difference(candidate: Estimate, reference: Estimate) -> tuple[float, float]:
-    """Confidence interval of candidate - reference, from replicates that drew the same prompts."""
-    difference = candidate.value - reference.value
-    if not len(candidate.replicates) or len(candidate.replicates) != len(reference.replicates):
-        return difference, difference
-    return percentile_interval(difference, np.asarray(candidate.replicates) - np.asarray(reference.replicates))
+def paired_spread(candidate: Estimate, reference: Estimate) -> float | None:
+    """Standard deviation of candidate - reference, from replicates that drew the same prompts; None without such."""
+    if len(candidate.replicates) < 2 or len(candidate.replicates) != len(reference.replicates):
+        return None
+    return float(np.std(np.asarray(candidate.replicates) - np.asarray(reference.replicates), ddof=1))
+
+
+def detectable_difference(spread: float, confidence: float) -> float:
+    """Smallest difference, by which a model is better, that is seen in nine of ten evaluations.
+
+    Args:
+        spread: standard deviation of the measured difference.
+    """
+    return float(norm.ppf(confidence) + norm.ppf(POWER)) * spread
+
+
+def prompts_needed(prompts: int, detectable: float, wanted: float) -> int:
+    """Prompts for which the difference `wanted` is detectable where `detectable` is with `prompts` of them: the spread
+    falls with their root.
+    """
+    return math.ceil(prompts * (detectable / wanted) ** 2)
+
+
+def _seen(config: GateConfig, rule: RuleResult, candidate: Estimate | None) -> str:
+    if candidate is None or not rule.detectable or not math.isfinite(rule.detectable) or not rule.reference:
+        return ""
+    share, wanted = rule.detectable / abs(rule.reference), config.detect * abs(rule.reference)
+    needed = prompts_needed(candidate.count, rule.detectable, wanted)
+    return (
+        f"{candidate.count} prompts see a difference of {rule.detectable:.3g} in {config.metric} ({100 * share:.0f} % "
+        f"of the {rule.reference:.4g} compared with) in {100 * POWER:.0f} of 100 evaluations; one of "
+        f"{100 * config.detect:g} % takes {needed:,} prompts"
+    )
 
 
 def _limit(limit: Limit, metrics: Mapping[str, Metric]) -> RuleResult:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ from d2f_core.data.manifest import Manifest, ManifestError, write_manifest, writ
 from d2f_core.flow.depth.actor import DEPTH_INDEX_SCHEMA
 from d2f_core.flow.depth.config import DepthEvaluationError, EvaluateDepthConfig
 from d2f_core.flow.depth.evaluation import check_evaluate_depth, evaluate_depth
-from d2f_core.flow.evaluate import compared_models
-from d2f_core.flow.evaluate.compared_models import make_compared_model, validation_loss
+from d2f_core.flow.evaluate.compared_models import make_compared_model
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.extract_features import extract_features
 from d2f_core.flow.evaluate.job import read_reference
@@ -24,9 +22,7 @@ from d2f_core.flow.generate.job import check_generate
 from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig
 from d2f_core.flow.publish.job import check_register, exported_model, move_alias
 from d2f_core.model.config import LoraConfig
-from d2f_core.model.description import read_description, write_description
 from d2f_core.registration import RegisterError
-from d2f_core.tracking import TrackingError
 from tests.depth_tables import true_depth, write_depth_table
 from tests.flow.tiny_base import write_tiny_base
 from tests.image_tables import write_images
@@ -111,44 +107,18 @@ def test_a_compared_model_makes_so_many_steps_that_evaluations_are_equal(model: 
     assert found.images == f"{config.output}/generations/candidate"
 
 
-def test_a_validation_loss_that_cannot_be_read_is_missing_and_said(
-    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked: list[int] = []
-
-    def metrics(_: Any, step: int) -> dict[str, float]:
-        asked.append(step)
-        if step == 9:
-            raise TrackingError("MLflow refused to read")
-        return {"validation_flow_loss": 0.25}
-
-    version = SimpleNamespace(run_id="f00")
-    monkeypatch.setattr(compared_models, "model_version", lambda _: version)
-    monkeypatch.setattr(compared_models, "resolve_model", lambda _: str(model))
-    monkeypatch.setattr(compared_models, "tracking_uri", lambda: "http://mlflow")
-    monkeypatch.setattr(compared_models, "run_metrics", metrics)
-    description = read_description(model)
-    assert validation_loss(str(model)) is None and validation_loss("models:/m/1") is None and not asked
-    try:
-        for step, expected in ((3, 0.25), (9, None)):
-            write_description(model, {**description, "training": {"step": step}})
-            assert validation_loss("models:/m/1") == expected
-        version.run_id = ""
-        assert validation_loss("models:/m/1") is None, "another program registered it"
-    finally:
-        write_description(model, description)
-    assert asked == [3, 9] and "models:/m/1: no validation_flow_loss: MLflow refused to read" in caplog.text
-
-
 def test_real_images_must_be_images_and_enough_for_the_neighbours(tmp_path: Path) -> None:
     measure = MeasureConfig(neighbours=3)
     few = write_images(str(tmp_path / "few"), 15)
     with pytest.raises(EvaluateError, match=r"few' has 15 images. Give more"):
-        read_reference(EvaluateConfig(reference=few, measure=measure))
-    assert read_reference(EvaluateConfig(reference=write_images(str(tmp_path / "enough"), 16))).num_rows == 16
+        read_reference(EvaluateConfig(reference=few, training="", measure=measure))
+    enough = write_images(str(tmp_path / "enough"), 16)
+    assert read_reference(EvaluateConfig(reference=enough, training="")).num_rows == 16
     write_depth_table(str(tmp_path / "depth"), 2)
     with pytest.raises(EvaluateError, match=r"is a table of depth\. Give real images"):
-        read_reference(EvaluateConfig(reference=str(tmp_path / "depth")))
+        read_reference(EvaluateConfig(reference=str(tmp_path / "depth"), training=""))
+    with pytest.raises(EvaluateError, match=r"depth' is a table of depth\. Give the images trained on"):
+        read_reference(EvaluateConfig(reference=few, training=str(tmp_path / "depth")))
 
 
 def test_features_of_other_networks_are_not_taken_for_these(tmp_path: Path) -> None:

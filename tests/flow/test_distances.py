@@ -19,7 +19,14 @@ from d2f_core.flow.evaluate.distances import (
     normalised_distances,
     precision_recall,
 )
-from d2f_core.flow.evaluate.image_metrics import FeaturePart, gather, measure, model_distance
+from d2f_core.flow.evaluate.image_metrics import (
+    FeaturePart,
+    failed_share,
+    gather,
+    measure,
+    model_distance,
+    noise_floor,
+)
 
 GENERATOR = np.random.default_rng(0)
 
@@ -187,7 +194,7 @@ def gathered(features: np.ndarray, sizes: list[int] = (), draws: int = 1, missin
 def test_values_and_intervals_do_not_depend_on_the_split_into_parts() -> None:
     real, made = gathered(drawn(120), draws=2), drawn(100, mean=0.3, seed=1)
     one, many = measure(real, gathered(made), CONFIG), measure(real, gathered(made, [7, 40, 13]), CONFIG)
-    assert set(one) == {"frechet", "kernel", "precision", "recall", "clip_score", "failed"}
+    assert set(one) == {"frechet", "kernel", "precision", "recall", "clip_score"}
     for name, estimate in one.items():
         assert estimate.value == pytest.approx(many[name].value, abs=1e-10)
         np.testing.assert_allclose(estimate.replicates, many[name].replicates, atol=1e-8)
@@ -202,14 +209,14 @@ def test_differences_of_models_are_paired() -> None:
     assert spread < 0.01 * first["frechet"].replicates.std()
 
 
-def test_failed_images_are_counted_and_the_others_stay_paired() -> None:
+def test_images_without_a_counterpart_are_left_out_and_the_others_stay_paired() -> None:
     real, features = gathered(drawn(60), draws=2), drawn(50, mean=0.5, seed=1)
     whole, holed = gathered(features), gathered(features, missing=(3, 20))
     found = measure(real, holed, CONFIG)
-    assert found["failed"].value == pytest.approx(2 / 50) and found["frechet"].count == 48
+    assert found["frechet"].count == 48
     apart = model_distance(whole, holed)
     assert apart is not None and apart.value == pytest.approx(0, abs=1e-15) and apart.count == 48
-    assert set(measure(real, gathered(features, missing=tuple(range(48))), CONFIG)) == {"failed"}
+    assert not measure(real, gathered(features, missing=tuple(range(48))), CONFIG)
 
 
 def test_models_without_an_image_in_common_have_no_distance_and_chosen_rows_alone_count() -> None:
@@ -219,7 +226,7 @@ def test_models_without_an_image_in_common_have_no_distance_and_chosen_rows_alon
         gather(parts, total=20, dimensions=6, config=config, only=(np.arange(20) < 10) == left)
         for left in (True, False)
     )
-    assert (first.total, first.kept.rows.tolist()) == (10, list(range(10)))
+    assert (first.count, first.kept.rows.tolist()) == (10, list(range(10)))
     assert second.kept.rows.tolist() == list(range(10, 20)) and model_distance(first, second) is None
     whole = model_distance(first, gather(parts, total=20, dimensions=6, config=config))
     assert whole is not None and whole.count == 10 and whole.value == 0
@@ -241,8 +248,46 @@ def test_a_model_that_fails_most_images_is_measured_or_not_but_ends_no_evaluatio
         part = FeaturePart(np.arange(100 - usable, 100), drawn(usable, seed=1), None)
         made = gather([part], total=100, dimensions=6, config=config, draws=draws)
         found.append(measure(real, made, config))
-    assert all(each["failed"].value == pytest.approx(1 - usable / 100) for each in found)
     measured = sum("kernel" in each for each in found)
     assert {1: measured == 0, 4: measured == 0, 30: measured == 12}.get(usable, True)
     few = gather([FeaturePart(np.arange(4), drawn(4), None)], total=4, dimensions=6, config=config)
-    assert set(measure(few, real, config)) == {"failed"}, "nor does a reference of few images"
+    assert not measure(few, real, config), "nor does a reference of few images"
+
+
+def test_sets_with_the_same_rows_share_their_draws_wherever_these_lie() -> None:
+    """Models that failed on some prompts are compared on those that all made, in pairs."""
+    rows = np.array([3, 5, 8, 20, 21, 40, 41, 42, 60, 61])
+    only = np.isin(np.arange(100), rows)
+    made = [
+        gather([FeaturePart(rows, drawn(10, seed=seed), None)], total=100, dimensions=6, config=CONFIG, only=only)
+        for seed in (1, 2)
+    ]
+    assert (made[0].kept_draws == made[1].kept_draws).all() and made[0].kept_draws.sum(1).tolist() == [10] * 40
+
+
+def test_the_share_of_failures_is_exact() -> None:
+    found = failed_share(np.arange(200) != 7)
+    assert (found.value, found.low, found.high, found.count) == (pytest.approx(0.005), found.value, found.value, 200)
+
+
+@pytest.mark.parametrize(("total", "made"), [(400, 400), (400, 100), (120, 480)])
+def test_the_floor_is_what_a_fresh_set_would_measure(total: int, made: int) -> None:
+    """Two halves alone would be 2, 0.8 and 1.6 times as far apart."""
+    floors, fresh = [], []
+    for seed in range(12):
+        features = drawn(total + made, seed=seed)
+        real, new = features[:total], features[total:]
+        part = FeaturePart(np.arange(total), real, None)
+        floors.append(noise_floor([part], total=total, made=made, config=MeasureConfig())["frechet"].value)
+        fresh.append(frechet_distance(FeatureMoments.of(real), FeatureMoments.of(new)))
+    error = np.std(fresh) / len(fresh) ** 0.5
+    assert np.mean(floors) == pytest.approx(np.mean(fresh), abs=3 * error + 0.02 * np.mean(fresh))
+    assert error < 0.1 * np.mean(fresh)
+
+
+def test_the_floor_of_the_kernel_distance_is_nought_and_few_images_have_none() -> None:
+    part = FeaturePart(np.arange(200), drawn(200), None)
+    kernel = noise_floor([part], total=200, made=200, config=MeasureConfig())["kernel"]
+    assert kernel.low < 0 < kernel.high and abs(kernel.value) < 0.1
+    few = FeaturePart(np.arange(7), drawn(7), None)
+    assert noise_floor([few], total=7, made=200, config=MeasureConfig()) == {}

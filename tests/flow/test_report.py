@@ -29,17 +29,58 @@ def metric(title: str, name: str, start: float, slope: float, *, higher: bool = 
 
 def example() -> dict[str, Any]:
     rules = [
-        {"rule": "frechet@4 of the candidate is at most 21.37 (champion 21.37)", "holds": True, "interval": (-6, -3),
-         "metric": "frechet_efficientnet-lite0_64d", "candidate": 16.44, "reference": 21.37, "bound": 21.37},
-        {"rule": "recall@10 of the candidate is at least 0.4513 (champion 0.475)", "holds": False, "interval": (-1, 0),
-         "metric": "recall_efficientnet-lite0_64d", "candidate": 0.4123, "reference": 0.475, "bound": 0.4513},
-        {"rule": "failed@4 of the candidate is at most 0", "holds": True, "interval": None, "metric": "failed",
-         "candidate": 0.0, "reference": None, "bound": 0.0},
-    ]  # fmt: skip
-    verdict = {"passed": False, "against": "champion", "rules": rules, "reason": f"does not hold: {rules[1]['rule']}"}
+        {
+            "rule": "frechet@4 of the candidate is at most 21.37 (champion 21.37)",
+            "holds": True,
+            "interval": (-6, -3),
+            "metric": "frechet_efficientnet-lite0_64d",
+            "candidate": 16.44,
+            "reference": 21.37,
+            "bound": 21.37,
+            "detectable": 2.345,
+        },
+        {
+            "rule": "recall@10 of the candidate is at least 0.4513 (champion 0.475)",
+            "holds": False,
+            "interval": (-1, 0),
+            "metric": "recall_efficientnet-lite0_64d",
+            "candidate": 0.4123,
+            "reference": 0.475,
+            "bound": 0.4513,
+        },
+        {
+            "rule": "failed@4 of the candidate is at most 0",
+            "holds": True,
+            "interval": None,
+            "metric": "failed",
+            "candidate": 0.0,
+            "reference": None,
+            "bound": 0.0,
+        },
+        {
+            "rule": "memorisation: not applied, no table",
+            "holds": True,
+            "applied": False,
+            "metric": "nearest_training",
+            "candidate": None,
+            "reference": None,
+            "bound": None,
+            "interval": None,
+        },
+    ]
+    for rule in rules:
+        rule.setdefault("detectable", None)  # fmt: skip
+    verdict = {
+        "passed": False,
+        "against": "champion",
+        "rules": rules,
+        "reason": f"does not hold: {rules[1]['rule']}",
+        "power": "943 prompts see a difference of 2.3",
+        "notes": ["guidance differs: candidate 2, base 3"],
+    }
     models = [
         {"role": role, "uri": uri, "sha256": "9f2c" * 16, "solver": solver, "guidance": 2.0, "shift": 1.0,
-         "size": [64, 64], "straightness": estimate(0.2), "validation_flow_loss": loss}
+         "size": [64, 64], "straightness": estimate(0.2), "flow_loss": loss and estimate(loss)}
         for role, uri, solver, loss in (
             ("candidate", "models:/emoji-flow/4", "euler", 0.2871),
             ("champion", "models:/emoji-flow/3", "euler", 0.3012),
@@ -68,7 +109,7 @@ def example() -> dict[str, Any]:
             "name": f"distance_{suffix}",
             "values": {"base": {str(count): estimate(0.3) for count in COUNTS}},
         },
-        "gate": {"metric": "frechet@4", "verdict": verdict},
+        "gate": {"metric": "frechet@4", "confidence": 0.99, "verdict": verdict},
         "promotion": None,
     }
 
@@ -138,8 +179,18 @@ def test_every_number_is_there(html: str) -> None:
                 assert number(each["value"]) in text
                 assert each["low"] == each["high"] or f"{number(each['low'])} to {number(each['high'])}" in text
     for rule in example()["gate"]["verdict"]["rules"]:
-        assert rule["rule"] in text and number(rule["candidate"]) in text and number(rule["bound"]) in text
-    for fact in ("models:/emoji-flow/4", "943 prompts, seed 7", "Gate not passed", "0.2871", "the bias is large"):
+        assert rule["rule"] in text
+        assert all(number(rule[name]) in text for name in ("candidate", "bound", "detectable") if rule.get(name))
+    assert text.count("not applied") == 2, "in its words, and in place of holds"
+    for fact in (
+        "Mind: guidance differs: candidate 2, base 3",
+        "943 prompts see a difference of 2.3",
+        "models:/emoji-flow/4",
+        "943 prompts, seed 7",
+        "Gate not passed",
+        "0.2871",
+        "the bias is large",
+    ):
         assert fact in text
     assert html.count("<svg") == 4 and html.count("data:image/png") == 2 * 3 * 3
 

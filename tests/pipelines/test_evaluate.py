@@ -23,6 +23,7 @@ from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.evaluation.config import GateConfig, Limit
 from d2f_core.evaluation.gate import Verdict
 from d2f_core.evaluation.pins import PinError
+from d2f_core.flow.evaluate.compared_models import unequal
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.job import check_evaluate, evaluate
 from d2f_core.flow.generate.config import GenerateConfig
@@ -59,7 +60,7 @@ def moved(base: str, target: Path, *, seed: int, scale: float, resolution: int |
 def models(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
-        "bad": moved(base, root / "bad", seed=1, scale=0.1),
+        "bad": moved(base, root / "bad", seed=1, scale=0.3),
         "good": moved(base, root / "good", seed=2, scale=0.02),
     }
 
@@ -67,7 +68,6 @@ def models(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def register(model: Path, key: str) -> str:
     """A version of NAME, aliased @candidate, whose training measured a validation loss; returns its number."""
     run = start_run(experiment=EXPERIMENT, run_key=key, name=key, config_yaml="", params={}, tags={})
-    run.log_metrics(2, {"validation_flow_loss": 9.0})
     run.log_metrics(3, {"validation_flow_loss": 0.25})
     return register_model(
         run, NewVersion(model_dir=model, name=NAME, model_type="diff2flow", tags={}, description="")
@@ -107,7 +107,7 @@ def config(models: dict[str, Path], reference: str, tmp_path_factory) -> Evaluat
         chunk_size=8,
         score=ScoreConfig(features=str(vit), dimensions=8, num_actors=1),
         measure=MeasureConfig(replicates=20, neighbours=2),
-        gate=GateConfig(metric="frechet@2", must_not_regress=("failed@2",), without_champion="limits",
+        gate=GateConfig(metric="frechet@2", must_not_regress=("failed@2", "flow_loss"), without_champion="limits",
                         limits=(Limit(metric="failed@2", at_most=0),)),
         straightness_prompts=0,
         straightness_steps=3,
@@ -152,7 +152,12 @@ def test_a_better_candidate_is_measured_reported_and_promoted(
     assert [(model["role"], model["uri"].split("/")[-1]) for model in found["models"][:2]] == [
         ("candidate", "2"), ("champion", "1")
     ]  # fmt: skip
-    assert [model["validation_flow_loss"] for model in found["models"]] == [0.25, 0.25, None]
+    assert [model["flow_loss"] for model in found["models"]] == [None] * 3, "the reference is a generation"
+    assert [(rule["rule"].split(":")[0], rule["applied"]) for rule in found["gate"]["verdict"]["rules"][-1:]] == [
+        ("memorisation", False)
+    ]
+    assert found["gate"]["verdict"]["notes"] == ["24 prompts, fewer than 1,000, see large differences only"]
+    assert "24 prompts see a difference of" in found["gate"]["verdict"]["power"]
     assert all(model["straightness"]["value"] > 0 for model in found["models"])
     frechet = found["metrics"]["frechet"]
     assert frechet["name"] == "frechet_vit_8d" and set(frechet["values"]) == {"candidate", "champion", "base"}
@@ -209,7 +214,7 @@ def test_a_worse_candidate_is_not_promoted(config: EvaluateConfig, second: tuple
     worse = dataclasses.replace(config, candidate=f"models:/{NAME}/1", output=f"{HOME}/third")
     with here():
         verdict = evaluate(check_evaluate(worse))
-    assert not verdict.passed and "frechet@2 of the candidate is at most" in verdict.reason
+    assert not verdict.passed and "frechet@2 of the candidate is below" in verdict.reason
     assert get_alias(NAME, "champion") == "2" and results(worse)["promotion"] is None
 
 
@@ -259,10 +264,24 @@ def test_an_unregistered_model_is_compared_with_an_image_table_and_captions(
     assert not verdict.passed and "clip_score@2 of the candidate is at least 101" in verdict.reason
     scores = found["metrics"]["clip_score"]
     assert scores["name"] == "clip_score_clip" and 0 <= scores["values"]["candidate"]["4"]["value"] <= 100
-    assert found["metrics"]["frechet"]["floor"]["count"] == 15 and found["reference"]["count"] == 30
+    assert found["metrics"]["frechet"]["floor"]["count"] == 24 and found["reference"]["count"] == 30
     assert [(model["solver"], model["straightness"]) for model in found["models"]] == [("midpoint", None)]
+    assert found["models"][0]["flow_loss"]["value"] > 0 and found["models"][0]["flow_loss"]["count"] == 30
     made = read_index(join(alone.output, "generations/candidate")).to_pylist()
     assert {(row["steps"], row["num_evaluations"]) for row in made} == {(1, 2), (2, 4)}
+
+
+def test_all_models_draw_at_the_guidance_of_the_candidate_unless_each_is_to_keep_its_own(
+    config: EvaluateConfig, base: str, models: dict[str, Path]
+) -> None:
+    """The base by itself would draw at another guidance than the models, which were made for 1."""
+    chosen = {"candidate": str(models["bad"]), "champion": str(models["good"]), "base": base, "guidance": None}
+    equal = check_evaluate(dataclasses.replace(config, **chosen, output=f"{HOME}/equal"))
+    assert {each.job.plan.guidance for each in equal.compared} == {1.0} and unequal(equal.compared) == []
+    own = check_evaluate(dataclasses.replace(config, **chosen, output=f"{HOME}/own", own_guidance=True))
+    found = {each.role: each.job.plan.guidance for each in own.compared}
+    assert found["base"] != found["candidate"] == found["champion"] == 1.0
+    assert unequal(own.compared) == [f"guidance differs: candidate 1, champion 1, base {found['base']:g}"]
 
 
 def test_all_models_draw_images_of_the_size_that_the_candidate_was_made_for(

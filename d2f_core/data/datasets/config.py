@@ -6,6 +6,7 @@ from typing import Literal
 Style = Literal["twemoji", "openmoji"]
 Fit = Literal["canvas", "drawing"]
 Subset = Literal["few", "starter", "core", "all"]
+Split = Literal["whole", "train", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class MakeDatasetConfig:
     subset: Subset = "core"
     """`core`: 297 pictures chosen for being drawable from their name. `starter`: 120 of these, for a finetuning that
     takes minutes. `few`: 32 of those, for one that takes a minute. `all`: every emoji without skin tones."""
+    split: Split = "whole"
+    """`test`: every eighth row of the whole table. `train`: the others, so that no drawing is in both."""
 
     def __post_init__(self) -> None:
         if not self.output:

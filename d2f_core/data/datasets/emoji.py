@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from d2f_core.data.datasets.config import Fit, MakeDatasetConfig, Style, Subset
+from d2f_core.data.datasets.config import Fit, MakeDatasetConfig, Split, Style, Subset
 from d2f_core.data.datasets.emoji_names import core_names, few_names, starter_names
 from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
@@ -31,6 +31,8 @@ STYLES: dict[Style, tuple[str, str, str]] = {
 
 SKIN_TONES = frozenset(f"{code:x}" for code in range(0x1F3FB, 0x1F400))
 ROWS_PER_PART = 256
+TEST_EVERY = 8
+"""Of the rows in their order, each one of so many is in the split `test`."""
 MEASURED_AT = 256
 """Height and width in pixels of the rendering from which a drawing's extent is measured."""
 INK = 8
@@ -128,11 +130,20 @@ def render_rows(config: MakeDatasetConfig) -> Iterator[dict[str, Any]]:
             yield {"sample_id": sample_id(image, caption), "caption": caption, "image": image, "source_uri": source}
 
 
+def split_rows(rows: list[dict[str, Any]], split: Split) -> list[dict[str, Any]]:
+    """The rows of a split of the whole table's rows, in their order."""
+    if split == "whole":
+        return rows
+    return [row for number, row in enumerate(rows) if (number % TEST_EVERY == 0) == (split == "test")]
+
+
 def table_inputs(config: MakeDatasetConfig) -> dict[str, Any]:
     """Everything that determines the table's content: the manifest's `inputs`."""
     packages = ["emoji", "resvg-py", *(STYLES[style][0] for style in config.styles)]
     versions = {package: importlib.metadata.version(package) for package in packages}
-    drawn = {"style": config.style, "size": config.size, "fit": config.fit, "subset": config.subset}
+    drawn: dict[str, Any] = {"style": config.style, "size": config.size, "fit": config.fit, "subset": config.subset}
+    if config.split != "whole":  # tables from before there were splits keep their inputs
+        drawn["split"] = config.split
     return {**drawn, "packages": versions}
 
 
@@ -153,7 +164,7 @@ def make_dataset(config: MakeDatasetConfig) -> tuple[Manifest, bool]:
                 f"{config.output!r} is a complete table of {manifest.inputs}; asked for {inputs}. Use another output."
             )
         return manifest, False
-    rows = sorted(render_rows(config), key=lambda row: row["sample_id"])
+    rows = split_rows(sorted(render_rows(config), key=lambda row: row["sample_id"]), config.split)
     files = []
     for first in range(0, len(rows), ROWS_PER_PART):
         table = pa.Table.from_pylist(rows[first : first + ROWS_PER_PART], IMAGE_SCHEMA)

@@ -1,11 +1,11 @@
-"""The models of an evaluation: how each generates its images, and the loss that its training measured."""
+"""The models of an evaluation, and how each generates its images."""
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from d2f_core.data.manifest import Manifest
-from d2f_core.evaluation.pins import REGISTERED, Pins
+from d2f_core.evaluation.pins import Pins
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import GenerateJob, check_generate
@@ -13,20 +13,11 @@ from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import described_copy
 from d2f_core.model.sampling import DDIM, SCHEDULERS
 from d2f_core.storage import join
-from d2f_core.tracking import (
-    RunHandle,
-    TrackingError,
-    model_version,
-    resolve_model,
-    run_metrics,
-    tracking_uri,
-)
+from d2f_core.tracking import resolve_model
 
-logger = logging.getLogger(__name__)
-
+ROLES = ("candidate", "champion", "base")
 EVALUATIONS_PER_STEP = {**dict.fromkeys(SCHEDULERS, 1), "euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}
 """Network evaluations per step of the solvers with fixed steps; only these can use a given number of evaluations."""
-VALIDATION_LOSS = "validation_flow_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +53,37 @@ class EvaluateJob:
     fingerprint: dict[str, Any]
     """The values that must be equal for features to be comparable."""
     reference: Manifest
+
+    @property
+    def rival(self) -> str | None:
+        """The role that the candidate is judged against; None: it is judged by limits alone."""
+        roles = {each.role for each in self.compared}
+        return next((role for role in ("champion", "base") if role in roles), None)
+
+
+def compared_models(config: EvaluateConfig, pins: Pins) -> tuple[ComparedModel, ...]:
+    """The models to compare, the candidate first. All draw at the candidate's size and, unless each is to keep its own,
+    at the candidate's guidance: a guidance of three is worth more than most trainings.
+
+    Raises:
+        ValueError: a model, prompt file or setting cannot be used.
+    """
+    wanted = {role: getattr(pins, role) for role in ROLES if getattr(pins, role)}
+    if pins.champion == pins.candidate:
+        del wanted["champion"]
+    edge = config.resolution or carried_sampling(pins.candidate).get("resolution")
+    candidate = make_compared_model(config, "candidate", wanted.pop("candidate"), edge)
+    if config.guidance is None and not config.own_guidance:
+        config = replace(config, guidance=candidate.job.model.sampling.guidance)
+    return candidate, *(make_compared_model(config, role, uri, edge) for role, uri in wanted.items())
+
+
+def unequal(compared: Sequence[ComparedModel]) -> list[str]:
+    """What differs between the models besides themselves and their solvers, in words."""
+    guidance = {each.role: each.job.plan.guidance for each in compared}
+    if len(set(guidance.values())) < 2:
+        return []
+    return [f"guidance differs: {', '.join(f'{role} {scale:g}' for role, scale in guidance.items())}"]
 
 
 def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution: int | None) -> ComparedModel:
@@ -108,25 +130,3 @@ def carried_sampling(uri: str) -> dict[str, Any]:
     """The default sampling settings of a trained model; empty for a base model."""
     directory = described_copy(resolve_model(uri)).path
     return read_description(directory)["sampling"] if (directory / DESCRIPTION).is_file() else {}
-
-
-def validation_loss(uri: str) -> float | None:
-    """The flow loss on held-out rows that the training of a registered model measured at its last step.
-
-    None if the model is not registered, or the loss was not measured. The loss is read, not recomputed, because only
-    the training knows which rows were held out.
-    """
-    if not uri.startswith(REGISTERED):
-        return None
-    version, directory = model_version(uri), described_copy(resolve_model(uri)).path
-    if not version.run_id or not (directory / DESCRIPTION).is_file():
-        return None
-    step = read_description(directory)["training"].get("step")
-    if step is None:
-        return None
-    run = RunHandle(tracking_uri=tracking_uri(), experiment_id="", run_id=version.run_id)
-    try:
-        return run_metrics(run, int(step)).get(VALIDATION_LOSS)
-    except TrackingError as error:
-        logger.warning("%s: no %s: %s", uri, VALIDATION_LOSS, error)
-        return None

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.evaluation.config import GateConfig
 
+AUTO = "auto"
+
 
 class EvaluateError(ValueError):
     """An evaluation cannot run as asked; the message gives the reason and the fix."""
@@ -46,9 +48,11 @@ class MeasureConfig:
     pairwise_rows: int = 2000
     """Most images of each set, chosen at random, for metrics over all pairs: kernel distance, precision and recall, and
     the distance between two models. At least 30: of fewer, some resampled set holds a single image."""
+    paired_rows: int = 50_000
+    """Most images of each set, chosen at random, that the compared metrics and their intervals are made of."""
 
     def __post_init__(self) -> None:
-        for name, least in (("replicates", 20), ("neighbours", 1), ("pairwise_rows", 30)):
+        for name, least in (("replicates", 20), ("neighbours", 1), ("pairwise_rows", 30), ("paired_rows", 30)):
             if getattr(self, name) < least:
                 raise ValueError(f"measure: {name}={getattr(self, name)} must be at least {least}.")
         if self.neighbours >= self.pairwise_rows:
@@ -64,9 +68,14 @@ class EvaluateConfig:
     base: str = ""
     """The unchanged base model as a further comparison; empty: none."""
     prompts: str = ""
-    """Prompt file, as for generate; all models sample each prompt from the same noise."""
+    """Prompt file, as for generate; all models sample each prompt from the same noise. Empty: the reference's captions.
+    Give prompts that no training saw; below some 1,000, only large differences are seen."""
     reference: str = ""
-    """Real images: an image table, or an output of generate (its largest number of steps)."""
+    """Real images: an image table, or an output of generate (its largest number of steps). Empty: the images that the
+    candidate's training held out."""
+    training: str = AUTO
+    """Image table that the candidate was trained on, for the rule about memorised images; auto: as its training says;
+    empty: that rule is not applied."""
     output: str = ""
     """Where generations/, features/, metrics.json and report.html go."""
     evaluations: tuple[int, ...] = (2, 4, 10, 25)
@@ -76,7 +85,10 @@ class EvaluateConfig:
     base_solver: str = "ddim"
     """Solver of the base model; euler evaluates it as an untrained flow model."""
     guidance: float | None = None
-    """Guidance scale of all models; None: each model's default."""
+    """Guidance scale of all models; None: the candidate's default, for all of them."""
+    own_guidance: bool = False
+    """Sample each model at its own default guidance instead, for models with guidance in their weights, such as
+    reflowed ones; the verdict then says what differs."""
     resolution: int | None = None
     """Height and width of all models' images in pixels; None: the candidate's default."""
     seed: int = 0
@@ -96,6 +108,8 @@ class EvaluateConfig:
     """Number of prompts, from the first one on, whose paths are measured; 0: none."""
     straightness_steps: int = 25
     """Euler steps of such a path."""
+    loss_rows: int = 128
+    """Most images of the reference, chosen at random, on which each model's flow loss is measured; 0: none."""
     shown_prompts: int = 6
     """Number of prompts, from the first one on, whose images the report shows."""
     experiment: str = "diff2flow-evaluate"
@@ -105,16 +119,18 @@ class EvaluateConfig:
         counts = self.evaluations
         if not counts or len(set(counts)) != len(counts) or min(counts) < 1:
             raise EvaluateError(f"evaluations={counts} must be different numbers of at least 1.")
-        for name in ("straightness_prompts", "shown_prompts"):
+        for name in ("straightness_prompts", "shown_prompts", "loss_rows"):
             if getattr(self, name) < 0:
                 raise EvaluateError(f"{name}={getattr(self, name)} must be at least 0.")
         if self.straightness_steps < 2:
             raise EvaluateError(f"straightness_steps={self.straightness_steps} must be at least 2.")
+        if self.own_guidance and self.guidance is not None:
+            raise EvaluateError(f"guidance={self.guidance} and own_guidance exclude each other. Give one.")
         if not self.champion_alias:
             raise EvaluateError("champion_alias is empty. Use 'champion'.")
 
     def check_complete(self) -> None:
         """Raise EvaluateError when a URI is missing."""
-        for name in ("candidate", "prompts", "reference", "output"):
+        for name in ("candidate", "output"):
             if not getattr(self, name):
                 raise EvaluateError(f"{name} is empty. Give --{name} URI.")

@@ -7,8 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2f_core.data.manifest import Manifest, read_file
+from d2f_core.evaluation.estimates import Estimate
 from d2f_core.flow.evaluate.config import MeasureConfig
-from d2f_core.flow.evaluate.image_metrics import FeaturePart, ImageSet, gather
+from d2f_core.flow.evaluate.image_metrics import FeaturePart, ImageSet, gather, noise_floor
+from d2f_core.flow.evaluate.memorisation import Memorisation, nearest_training
 
 
 def feature_schema(dimensions: int) -> pa.Schema:
@@ -36,7 +38,59 @@ def read_features(uri: str, manifest: Manifest, steps: int) -> Iterator[FeatureP
             rows=table["row"].to_numpy(),
             features=features.flatten().to_numpy().reshape(-1, width),
             caption_scores=None if scores.null_count else scores.to_numpy(),
+            sample_ids=table["sample_id"].to_numpy(),
         )
+
+
+def usable_rows(uri: str, manifest: Manifest, steps: int) -> np.ndarray:
+    """Bool [images in the set]: which have features at one number of steps (0: real images)."""
+    usable = np.zeros(manifest.counts["set"], bool)
+    for file in manifest.files:
+        table = pq.read_table(pa.BufferReader(read_file(uri, file)), columns=["row", "steps"])
+        usable[table["row"].to_numpy()[table["steps"].to_numpy() == steps]] = True
+    return usable
+
+
+def floor_of(uri: str, manifest: Manifest, steps: int, made: int, config: MeasureConfig) -> dict[str, Estimate]:
+    """`image_metrics.noise_floor` of a table's images at one number of steps (0: real images)."""
+    return noise_floor(read_features(uri, manifest, steps), total=manifest.counts["set"], made=made, config=config)
+
+
+Place = tuple[str, Manifest, int]
+"""URI and manifest of a feature table, and the number of steps (0: real images)."""
+
+
+def memorised(made: Place, training: Place, reference: Place, config: MeasureConfig) -> tuple[Memorisation | str, int]:
+    """Whether generated images repeat those of a training table, and how many of the reference's are in that table.
+
+    Images that are in both tables count as training images. Without a held-out one left, the first result says so.
+    """
+    (_, drawn), (trained, known), (held, unseen) = (
+        _sampled(place, most) for place, most in zip((made, training, reference), _most(config), strict=True)
+    )
+    both = np.isin(held, trained)
+    if both.all():
+        return "all images of the reference were trained on", int(both.sum())
+    if not len(drawn) or not len(known):
+        return "there is no image to compare", int(both.sum())
+    return nearest_training(drawn, known, unseen[~both]), int(both.sum())
+
+
+def _most(config: MeasureConfig) -> tuple[int, int, int]:
+    return config.pairwise_rows, config.paired_rows, config.paired_rows
+
+
+def _sampled(place: Place, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ids and features of at most `most` of a table's images, chosen at random."""
+    uri, manifest, steps = place
+    chosen = np.random.Generator(np.random.Philox(0)).permutation(manifest.counts["set"]) < most
+    ids, features = [np.empty(0, object)], [np.empty((0, 1))]
+    for part in read_features(uri, manifest, steps):
+        mask = chosen[part.rows]
+        assert part.sample_ids is not None  # `read_features` gives them
+        ids.append(part.sample_ids[mask])
+        features.append(part.features[mask])
+    return np.concatenate(ids), np.concatenate(features[1:] or features)
 
 
 def gather_features(

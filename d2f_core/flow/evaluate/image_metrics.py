@@ -20,6 +20,8 @@ from d2f_core.flow.evaluate.distances import (
 
 MADE_DRAWS, REAL_DRAWS = 1, 2
 """Seeds of the bootstrap: all models share the draws, real images have their own."""
+FLOOR_SPLITS, FEWEST_FOR_FLOOR = 40, 8
+"""Random halves of the real images that the floor is a mean of, and the fewest images that are halved."""
 
 
 class FeaturePart(NamedTuple):
@@ -32,14 +34,14 @@ class FeaturePart(NamedTuple):
     """float64 [n, d]."""
     caption_scores: np.ndarray | None
     """float64 [n]."""
+    sample_ids: np.ndarray | None = None
+    """Strings [n]; not kept by what is gathered."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet:
     """The statistics of a set of images that metrics need."""
 
-    total: int
-    """Number of images in the set, including failed ones, which have no features."""
     moments: FeatureMoments
     resampled: tuple[FeatureMoments, ...]
     """Moments of each bootstrap replicate."""
@@ -71,42 +73,43 @@ def gather(
     Args:
         total: images in the whole set, failed ones included.
         draws: seed of the resampling.
-        only: bool [total]: rows to use; None: all.
+        only: bool [total]: rows to use; None: all. Sets with the same rows share their draws.
     """
     chosen = np.ones(total, bool) if only is None else only
-    shuffled = np.random.Generator(np.random.Philox(draws)).permutation(np.flatnonzero(chosen))
-    keep = np.zeros(total, bool)
-    keep[shuffled[: config.pairwise_rows]] = True
-    counts = np.zeros((config.replicates, total), np.int64)
-    counts[:, chosen] = bootstrap_counts(int(chosen.sum()), config.replicates, draws)
+    rows = np.flatnonzero(chosen)
+    place = np.cumsum(chosen) - 1
+    keep = np.zeros(len(rows), bool)
+    keep[np.random.Generator(np.random.Philox(draws)).permutation(len(rows))[: config.pairwise_rows]] = True
+    counts = bootstrap_counts(len(rows), config.replicates, draws)
     moments = FeatureMoments.none(dimensions)
     resampled = [moments] * config.replicates
     kept: list[FeaturePart] = []
     scores: list[tuple[np.ndarray, np.ndarray]] = []
     for part in parts:
-        part = _subset(part, chosen[part.rows])
+        part = subset(part, chosen[part.rows])
         if not len(part.rows):
             continue
+        places = place[part.rows]
         moments = moments.merge(FeatureMoments.of(part.features))
-        for number, drawn in enumerate(counts[:, part.rows]):
+        for number, drawn in enumerate(counts[:, places]):
             if drawn.any():
                 resampled[number] = resampled[number].merge(FeatureMoments.of(part.features, drawn))
-        kept.append(_subset(part, keep[part.rows]))
+        kept.append(subset(part, keep[places]))
         if part.caption_scores is not None:
-            scores.append((part.rows, part.caption_scores))
+            scores.append((places, part.caption_scores))
     pairwise = _sorted(kept, dimensions)
     return ImageSet(
-        total=int(chosen.sum()),
         moments=moments,
         resampled=tuple(resampled),
         kept=pairwise,
-        kept_draws=counts[:, pairwise.rows],
+        kept_draws=counts[:, place[pairwise.rows]],
         caption_scores=np.concatenate([each for _, each in scores]) if scores else np.empty(0),
         caption_draws=counts[:, np.concatenate([rows for rows, _ in scores])] if scores else np.empty((0, 0), np.int64),
     )
 
 
-def _subset(part: FeaturePart, mask: np.ndarray) -> FeaturePart:
+def subset(part: FeaturePart, mask: np.ndarray) -> FeaturePart:
+    """The rows of a part where `mask` is true."""
     scores = None if part.caption_scores is None else part.caption_scores[mask]
     return FeaturePart(part.rows[mask], part.features[mask], scores)
 
@@ -125,10 +128,8 @@ def enough(images: ImageSet, config: MeasureConfig) -> bool:
 
 
 def measure(real: ImageSet, made: ImageSet, config: MeasureConfig) -> dict[str, Estimate]:
-    """Every metric of a generated set against the real one, by short name; only `failed` if too few images are
-    usable.
-    """
-    found = {"failed": _failed(made)}
+    """Every metric of a generated set against the real one, by short name; none if too few images are usable."""
+    found: dict[str, Estimate] = {}
     if not all(enough(images, config) for images in (made, real)):
         return found
     value = frechet_distance(made.moments, real.moments)
@@ -165,7 +166,44 @@ def _share(values: np.ndarray, draws: np.ndarray) -> Estimate:
     return Estimate.of(float(values.mean()), replicates, len(values))
 
 
-def _failed(made: ImageSet) -> Estimate:
-    """The share of images that could not be generated; exact, so without an interval."""
-    share = 1 - made.count / made.total
-    return Estimate(value=share, low=share, high=share, count=made.total)
+def failed_share(usable: np.ndarray) -> Estimate:
+    """The share of prompts without an image; exact, so without an interval.
+
+    Args:
+        usable: bool [prompts].
+    """
+    share = 1 - float(usable.mean())
+    return Estimate(value=share, low=share, high=share, count=len(usable))
+
+
+def noise_floor(real: Iterable[FeaturePart], *, total: int, made: int, config: MeasureConfig) -> dict[str, Estimate]:
+    """What `made` images from the reference's own distribution would measure against it, by short name: Frechet and
+    kernel distance; none if there are too few images.
+
+    A Frechet distance of equal distributions is due to sampling alone, and grows with the sum of the inverse numbers of
+    images. So the distance between two halves of the real images, times (1 / made + 1 / total) / (4 / total), is what a
+    fresh set would have. The kernel distance has no such bias. Both are means over random halves; the intervals hold 95
+    of 100 splits.
+    """
+    rows = np.zeros(total, bool)
+    generator = np.random.Generator(np.random.Philox(REAL_DRAWS))
+    rows[generator.permutation(total)[: config.pairwise_rows]] = True
+    parts = [subset(part, rows[part.rows]).features for part in real]
+    features = np.concatenate([part for part in parts if len(part)] or [np.empty((0, 1))])
+    if len(features) < FEWEST_FOR_FLOOR:
+        return {}
+    scale = (1 / made + 1 / total) / (4 / len(features))
+    kernel = KernelDistance(features, features)
+    distances, kernels = [], []
+    for _ in range(FLOOR_SPLITS):
+        left = generator.permutation(len(features)) < len(features) // 2
+        halves = FeatureMoments.of(features[left]), FeatureMoments.of(features[~left])
+        distances.append(scale * frechet_distance(*halves))
+        kernels.append(kernel((left.astype(int), (~left).astype(int))))
+    return {
+        name: Estimate(
+            value=float(np.mean(found)), low=float(np.quantile(found, 0.025)), high=float(np.quantile(found, 0.975)),
+            count=made,
+        )
+        for name, found in (("frechet", distances), ("kernel", kernels))
+    }  # fmt: skip

@@ -10,7 +10,6 @@ judged.
 Every step is resumable: a second run continues where a killed one stopped. The champion's alias moves last.
 """
 
-import datetime
 import json
 import logging
 from dataclasses import asdict, replace
@@ -18,22 +17,19 @@ from typing import Any
 
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.evaluation.config import FLOW_LOSS
-from d2f_core.evaluation.estimates import Estimate, Metric
+from d2f_core.evaluation.estimates import Metric
 from d2f_core.evaluation.gate import Verdict, check_gate, judge
 from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_models, promote_candidate, registered_name
 from d2f_core.evaluation.record import log_evaluation, write_files
-from d2f_core.flow.evaluate.compared_models import (
-    VALIDATION_LOSS,
-    ComparedModel,
-    EvaluateJob,
-    carried_sampling,
-    make_compared_model,
-    validation_loss,
-)
+from d2f_core.flow.evaluate.compared_models import EvaluateJob, compared_models
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
 from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
+from d2f_core.flow.evaluate.held_out import filled
+from d2f_core.flow.evaluate.held_out_loss import held_out_loss
+from d2f_core.flow.evaluate.memorisation import memorisation_rule
 from d2f_core.flow.evaluate.metrics import measure_all, measured_names
 from d2f_core.flow.evaluate.report import render_report, shown_images
+from d2f_core.flow.evaluate.results import Outcome, notes, results_of
 from d2f_core.flow.evaluate.straightness import follow_all
 from d2f_core.flow.generate.job import generate_all
 from d2f_core.storage import check_reachable
@@ -58,7 +54,6 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         check_tracking()
     per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())
     check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations)
-    reference = read_reference(config)
     features = load_features(config.score.features, dimensions=config.score.dimensions, device="meta")
     clip = CaptionScorer(config.score.clip, "meta").model.files.hash() if config.score.clip else ""
     pins = pin_models(
@@ -68,15 +63,13 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         champion_alias=config.champion_alias,
         base=config.base,
     )
-    wanted = {role: uri for role, uri in asdict(pins).items() if uri}
-    if pins.champion == pins.candidate:
-        del wanted["champion"]
-    # Images of different sizes cannot be compared: all models generate the candidate's size.
-    edge = config.resolution or carried_sampling(pins.candidate).get("resolution")
+    config = filled(config, pins.candidate)
+    reference = read_reference(config)
+    compared = compared_models(config, pins)
     return EvaluateJob(
         config=config,
         pins=pins,
-        compared=tuple(make_compared_model(config, role, uri, edge) for role, uri in wanted.items()),
+        compared=compared,
         feature_name=features.name,
         dimensions=features.dimensions,
         fingerprint={"features": features.name, "network": features.network.fingerprint, "clip": clip},
@@ -88,10 +81,16 @@ def read_reference(config: EvaluateConfig) -> Manifest:
     """The manifest of the real images.
 
     Raises:
-        ValueError: the reference is not reachable, is no table of images, or has too few images.
+        ValueError: the reference (or the training's table) is not reachable, is no table of images, or has too few.
     """
     check_reachable(config.reference)
     reference = read_manifest(config.reference)
+    if config.training:
+        check_reachable(config.training)
+        if (kind := read_manifest(config.training).kind) != "images":
+            raise EvaluateError(
+                f"training={config.training!r} is a table of {kind}. Give the images trained on, or ''."
+            )
     if reference.kind not in ("images", "generations"):
         raise EvaluateError(f"reference={config.reference!r} is a table of {reference.kind}. Give real images.")
     if reference.num_rows < 4 * (config.measure.neighbours + 1):
@@ -110,86 +109,47 @@ def evaluate(job: EvaluateJob) -> Verdict:
     for compared in job.compared:
         logger.info("the %s is %s", compared.role, compared.uri)
     generate_all([compared.job for compared in job.compared])
-    metrics, distances = measure_all(job)
-    paths = follow_all(job)
-    losses = {each.role: loss for each in job.compared if (loss := validation_loss(each.uri)) is not None}
-    verdict = judge(config.gate, metrics | per_model(paths, losses), {compared.role for compared in job.compared})
+    outcome = _judged(job)
+    results = results_of(job, outcome)
+    promotes = outcome.verdict.passed and config.promote and bool(registered_name(job.pins.candidate))
+    results["promotion"] = f"{job.pins.candidate} becomes @{config.champion_alias}" if promotes else None
+    _store(job, results, outcome)
+    if promotes:
+        promote_candidate(job.pins, champion=config.champion, champion_alias=config.champion_alias)
+    _log(outcome.verdict)
+    return outcome.verdict
+
+
+def _judged(job: EvaluateJob) -> Outcome:
+    """Measure everything, and apply the gate's rules."""
+    measured, paths, losses = measure_all(job), follow_all(job), held_out_loss(job)
+    straightness = Metric(
+        name="straightness",
+        title="straightness",
+        higher_is_better=False,
+        values={role: {0: each} for role, each in paths.items()},
+    )
+    verdict = judge(
+        job.config.gate,
+        measured.metrics | {"straightness": straightness, FLOW_LOSS: losses},
+        {compared.role for compared in job.compared},
+        also=[memorisation_rule(measured.memorisation, job.config.gate)],
+        notes=notes(job, measured),
+    )
     if job.pins.champion == job.pins.candidate:
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
-    results = _results(job, metrics, distances, paths, losses, verdict)
-    _store(job, results, metrics)
-    if verdict.passed and config.promote and registered_name(job.pins.candidate):
-        promote_candidate(job.pins, champion=config.champion, champion_alias=config.champion_alias)
+    return Outcome(measured=measured, paths=paths, losses=losses, verdict=verdict)
+
+
+def _log(verdict: Verdict) -> None:
     logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
-    return verdict
+    if verdict.power:
+        logger.info("gate: %s", verdict.power)
+    for line in (*verdict.notes, *(rule.rule for rule in verdict.rules if not rule.applied)):
+        logger.info("gate: note: %s", line)
 
 
-def per_model(paths: dict[str, Estimate], losses: dict[str, float]) -> dict[str, Metric]:
-    """Metrics for the gate that do not depend on the number of evaluations."""
-    measured = {
-        "straightness": paths,
-        FLOW_LOSS: {role: Estimate(value=loss, low=loss, high=loss, count=0) for role, loss in losses.items()},
-    }
-    return {
-        name: Metric(
-            name=name,
-            title=name.replace("_", " "),
-            higher_is_better=False,
-            values={role: {0: each} for role, each in values.items()},
-        )
-        for name, values in measured.items()
-    }
-
-
-def _results(
-    job: EvaluateJob,
-    metrics: dict[str, Metric],
-    distances: dict[str, dict[int, Estimate]],
-    paths: dict[str, Estimate],
-    losses: dict[str, float],
-    verdict: Verdict,
-) -> dict[str, Any]:
-    """The contents of metrics.json."""
-    config = job.config
-    name = registered_name(job.pins.candidate)
-    promotes = verdict.passed and config.promote and bool(name)
-    return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "models": [_model(compared, paths, losses) for compared in job.compared],
-        "features": {**job.fingerprint, "uri": config.score.features},
-        "prompts": {"uri": config.prompts, "count": job.compared[0].job.prompts.num_rows, "seed": config.seed},
-        "reference": {"uri": config.reference, "count": job.reference.num_rows},
-        "evaluations": sorted(config.evaluations),
-        "intervals": f"95 %, bootstrap over images, {config.measure.replicates} replicates",
-        "metrics": {short: metric.to_json() for short, metric in metrics.items()},
-        "distance_to_candidate": {
-            "name": f"distance_{job.feature_name}",
-            "values": {
-                role: {str(count): each.to_json() for count, each in values.items()}
-                for role, values in distances.items()
-            },
-        },
-        "gate": {**asdict(config.gate), "verdict": verdict.to_json()},
-        "promotion": f"{job.pins.candidate} becomes @{config.champion_alias}" if promotes else None,
-    }
-
-
-def _model(compared: ComparedModel, paths: dict[str, Estimate], losses: dict[str, float]) -> dict[str, Any]:
-    plan, path = compared.job.plan, paths.get(compared.role)
-    return {
-        "role": compared.role,
-        "uri": compared.uri,
-        "sha256": plan.model_hash,
-        "solver": plan.solver,
-        "guidance": plan.guidance,
-        "shift": plan.shift,
-        "size": [plan.height, plan.width],
-        "straightness": path and path.to_json(),
-        VALIDATION_LOSS: losses.get(compared.role),
-    }
-
-
-def _store(job: EvaluateJob, results: dict[str, Any], metrics: dict[str, Metric]) -> None:
+def _store(job: EvaluateJob, results: dict[str, Any], outcome: Outcome) -> None:
     """Write results and report to the output and to a new MLflow run."""
     config = job.config
     shown = shown_images({each.role: each.images for each in job.compared}, config.shown_prompts)
@@ -202,8 +162,11 @@ def _store(job: EvaluateJob, results: dict[str, Any], metrics: dict[str, Metric]
         config,
         name=f"evaluate {job.pins.candidate.removeprefix(REGISTERED)}",
         tags={"d2f.kind": "evaluation", **{f"d2f.{role}": uri for role, uri in asdict(job.pins).items() if uri}},
-        metrics=metrics,
+        metrics=outcome.measured.metrics,
         counts=config.evaluations,
         files={**files, PINS_NAME: job.pins.to_json()},
-        values={"gate_passed": float(results["gate"]["verdict"]["passed"])},
+        values={
+            "gate_passed": float(outcome.verdict.passed),
+            **{f"{role}/{FLOW_LOSS}": values[0].value for role, values in outcome.losses.values.items()},
+        },
     )

@@ -1,5 +1,6 @@
 """All metrics of all models of an evaluation, computed on the cluster."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -8,14 +9,17 @@ import numpy as np
 import ray
 
 from d2f_core.data.manifest import Manifest
+from d2f_core.evaluation.config import parse_metric
 from d2f_core.evaluation.estimates import Estimate, Metric
 from d2f_core.flow.evaluate.compared_models import EvaluateJob
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.extract_features import extract_features, score_key
-from d2f_core.flow.evaluate.feature_table import gather_features
-from d2f_core.flow.evaluate.image_metrics import MADE_DRAWS, REAL_DRAWS, measure, model_distance
+from d2f_core.flow.evaluate.feature_table import Place, floor_of, gather_features, memorised, usable_rows
+from d2f_core.flow.evaluate.image_metrics import MADE_DRAWS, REAL_DRAWS, failed_share, measure, model_distance
+from d2f_core.flow.evaluate.memorisation import Memorisation
 from d2f_core.storage import join
 
+TRAINING = "training"
 TITLES = {
     "frechet": ("Fréchet distance", False),
     "kernel": ("Kernel distance", False),
@@ -32,22 +36,42 @@ def measured_names(config: EvaluateConfig) -> set[str]:
     return set(TITLES) - (set() if config.score.clip else {"clip_score"})
 
 
-def measure_all(job: EvaluateJob) -> tuple[dict[str, Metric], dict[str, dict[int, Estimate]]]:
-    """All metrics by short name, and the other models' distance to the candidate by role and number of evaluations."""
-    config = job.config
-    measured, distance = cast(Any, ray.remote(measure)), cast(Any, ray.remote(model_distance))
-    tables = _features(job)
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What an evaluation measured on its images."""
+
+    metrics: dict[str, Metric]
+    """By short name."""
+    distances: dict[str, dict[int, Estimate]]
+    """The other models' distance to the candidate, by role and number of evaluations."""
+    compared: dict[int, int]
+    """By number of evaluations: prompts that both the candidate and the model that it is judged against made."""
+    memorisation: Memorisation | str
+    """Whether the candidate repeats its training images; or why that was not tested."""
+    overlap: int
+    """Images of the reference that the candidate was trained on, where these are known."""
+
+
+def measure_all(job: EvaluateJob) -> Measured:
+    """Every metric of every model; the candidate and the model that it is judged against on the prompts that both
+    made. Needs a running Ray.
+    """
+    config, tables = job.config, _features(job)
     real = tables["reference"]
     real_steps = max(job.reference.fingerprint["steps"]) if job.reference.kind == "generations" else 0
-    real_set = real.gather(job, real_steps, REAL_DRAWS)
-    made: dict[tuple[str, int], Any] = {}
-    for compared in job.compared:
-        for count in config.evaluations:
-            made[compared.role, count] = tables[compared.role].gather(job, compared.steps(count), MADE_DRAWS)
-    total = real.manifest.counts["set"]
-    half = np.random.Generator(np.random.Philox(0)).permutation(total) < total // 2
-    halves = [real.gather(job, real_steps, draws, only) for draws, only in ((REAL_DRAWS, half), (MADE_DRAWS, ~half))]
-    floor = measured.remote(*halves, config.measure)
+    points = {(compared.role, count): compared for compared in job.compared for count in config.evaluations}
+    seen = {point: tables[each.role].usable(each.steps(point[1])) for point, each in points.items()}
+    usable: dict[tuple[str, int], np.ndarray] = dict(zip(seen, ray.get(list(seen.values())), strict=True))
+    chosen = chosen_rows(usable, job.rival, config.measure.paired_rows)
+    real_only = at_random(np.ones(real.manifest.counts["set"], bool), config.measure.paired_rows, REAL_DRAWS)
+    real_set = real.gather(job, real_steps, REAL_DRAWS, real_only)
+    made = {
+        point: tables[each.role].gather(job, each.steps(point[1]), MADE_DRAWS, chosen[point])
+        for point, each in points.items()
+    }
+    measured, distance = cast(Any, ray.remote(measure)), cast(Any, ray.remote(model_distance))
+    copies = _memorised(job, tables)
+    floor = real.floor(job, real_steps, int(next(iter(chosen.values())).sum()))
     pending = [measured.remote(real_set, each, config.measure) for each in made.values()]
     apart = {
         (role, count): distance.remote(made["candidate", count], each)
@@ -58,7 +82,58 @@ def measure_all(job: EvaluateJob) -> tuple[dict[str, Metric], dict[str, dict[int
     for (role, count), estimate in zip(apart, ray.get(list(apart.values())), strict=True):
         if estimate is not None:
             distances.setdefault(role, {})[count] = estimate
-    return _by_metric(job, dict(zip(made, ray.get(pending), strict=True)), ray.get(floor)), distances
+    found = dict(zip(made, ray.get(pending), strict=True))
+    for point, mask in usable.items():
+        found[point]["failed"] = failed_share(mask)
+    memorisation, overlap = ray.get(copies) if copies else ("no table of training images is given", 0)
+    return Measured(
+        memorisation=memorisation,
+        overlap=overlap,
+        metrics=_by_metric(job, found, ray.get(floor)),
+        distances=distances,
+        compared={count: int(chosen["candidate", count].sum()) for count in config.evaluations},
+    )
+
+
+def _memorised(job: EvaluateJob, tables: Mapping[str, "_FeatureTable"]) -> Any:
+    """The test for repeated training images, as a Ray object reference; None without a table of these.
+
+    The images are those at the deciding metric's number of evaluations.
+    """
+    training = tables.get(TRAINING)
+    if training is None:
+        return None
+    if job.reference.kind == "generations":
+        return ray.put(("the reference is a generation, not held-out images", 0))
+    count = parse_metric(job.config.gate.metric)[1] or max(job.config.evaluations)
+    made, reference = tables["candidate"], tables["reference"]
+    steps = job.compared[0].steps(count)
+    drawn, known, held = made.place(steps), training.place(), reference.place()
+    return ray.remote(memorised).remote(drawn, known, held, job.config.measure)
+
+
+def chosen_rows(
+    usable: Mapping[tuple[str, int], np.ndarray], rival: str | None, most: int
+) -> dict[tuple[str, int], np.ndarray]:
+    """Bool [prompts] by role and number of evaluations: the prompts on which each is measured.
+
+    The candidate and its rival are measured on those that both made, another role on those of these that it made.
+    """
+    chosen = {}
+    for (role, count), mask in usable.items():
+        both = usable["candidate", count] & usable.get((rival or "candidate", count), mask)
+        chosen[role, count] = at_random(both, most, MADE_DRAWS) & mask
+    return chosen
+
+
+def at_random(mask: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """`mask` with at most `most` of its true places, chosen at random."""
+    places = np.flatnonzero(mask)
+    if len(places) <= most:
+        return mask
+    kept = np.zeros_like(mask)
+    kept[np.random.Generator(np.random.Philox(seed)).permutation(places)[:most]] = True
+    return kept
 
 
 def _by_metric(
@@ -75,8 +150,7 @@ def _by_metric(
             name = f"{short}_{Path(job.config.score.clip.rstrip('/')).name}"
         else:
             name = short if short == "failed" else f"{short}_{job.feature_name}"
-        kept = floor.get(short) if short not in ("failed", "clip_score") else None
-        metrics[short] = Metric(name=name, title=title, higher_is_better=higher, values=values, floor=kept)
+        metrics[short] = Metric(name=name, title=title, higher_is_better=higher, values=values, floor=floor.get(short))
     return metrics
 
 
@@ -90,10 +164,24 @@ class _FeatureTable:
         config = job.config.measure
         return ray.remote(gather_features).remote(self.uri, self.manifest, steps, job.dimensions, config, draws, only)
 
+    def place(self, steps: int = 0) -> Place:
+        """Where the images of one number of steps (0: real images) are read."""
+        return self.uri, self.manifest, steps
+
+    def usable(self, steps: int) -> Any:
+        """Which images there are, as a Ray object reference."""
+        return ray.remote(usable_rows).remote(self.uri, self.manifest, steps)
+
+    def floor(self, job: EvaluateJob, steps: int, made: int) -> Any:
+        """What `made` images of the table's own distribution would measure, as a Ray object reference."""
+        return ray.remote(floor_of).remote(self.uri, self.manifest, steps, made, job.config.measure)
+
 
 def _features(job: EvaluateJob) -> dict[str, _FeatureTable]:
-    """The feature tables of the real images and of every role's images."""
+    """The feature tables of the real images, of the training's, and of every role's."""
     sources = {"reference": job.config.reference, **{each.role: each.images for each in job.compared}}
+    if job.config.training:
+        sources[TRAINING] = job.config.training
     places = {
         name: join(job.config.output, "features", f"{name}-{score_key(source, job.fingerprint)}")
         for name, source in sources.items()

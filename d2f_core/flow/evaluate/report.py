@@ -119,8 +119,7 @@ def note(results: Mapping[str, Any]) -> str:
     """Note on how to read the figures."""
     text = (
         "A Fréchet distance is biased upward by few images and depends on the feature network: compare figures of this "
-        "page with each other, and with the floor between two halves of the real images (of half the size, so a "
-        "little high)."
+        "page with each other, and with the floor, what fresh images of the reference's own distribution would have."
     )
     fewest = min(results["prompts"]["count"], results["reference"]["count"])
     if fewest < ENOUGH_IMAGES:

@@ -1,0 +1,92 @@
+"""What an evaluation found, as the contents of metrics.json."""
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from d2f_core.evaluation.config import FLOW_LOSS
+from d2f_core.evaluation.estimates import Estimate, Metric
+from d2f_core.evaluation.gate import ENOUGH_PROMPTS, Verdict
+from d2f_core.flow.evaluate.compared_models import ComparedModel, EvaluateJob, unequal
+from d2f_core.flow.evaluate.memorisation import Memorisation
+from d2f_core.flow.evaluate.metrics import Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Everything that an evaluation found."""
+
+    measured: Measured
+    paths: Mapping[str, Estimate]
+    """Straightness by role."""
+    losses: Metric
+    """Flow loss of the reference's images."""
+    verdict: Verdict
+
+
+def notes(job: EvaluateJob, measured: Measured) -> list[str]:
+    """What a reader has to know to trust the comparison, one line each."""
+    found = unequal(job.compared)
+    count = job.compared[0].job.prompts.num_rows
+    if count < ENOUGH_PROMPTS:
+        found.append(f"{count:,} prompts, fewer than {ENOUGH_PROMPTS:,}, see large differences only")
+    if measured.overlap:
+        found.append(
+            f"{measured.overlap:,} of the {job.reference.num_rows:,} reference images were trained on, which favours a "
+            "model that knows them by heart"
+        )
+    for evaluations, compared in sorted(measured.compared.items()):
+        if compared < count:
+            found.append(f"at {evaluations} evaluations, {compared:,} of {count:,} prompts are compared")
+    return found
+
+
+def results_of(job: EvaluateJob, outcome: Outcome) -> dict[str, Any]:
+    """The contents of metrics.json, but for the promotion."""
+    config, measured = job.config, outcome.measured
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "models": [_model(compared, outcome) for compared in job.compared],
+        "features": {**job.fingerprint, "uri": config.score.features},
+        "prompts": {
+            "uri": config.prompts,
+            "count": job.compared[0].job.prompts.num_rows,
+            "digest": job.compared[0].job.prompts.digest,
+            "seed": config.seed,
+            "compared": {str(count): rows for count, rows in measured.compared.items()},
+        },
+        "reference": {"uri": config.reference, "count": job.reference.num_rows, "digest": job.reference.digest},
+        "training": {"uri": config.training, "memorisation": _memorisation(measured.memorisation)},
+        "evaluations": sorted(config.evaluations),
+        "intervals": f"95 %, bootstrap over images, {config.measure.replicates} replicates",
+        "metrics": {short: metric.to_json() for short, metric in measured.metrics.items()},
+        "distance_to_candidate": {
+            "name": f"distance_{job.feature_name}",
+            "values": {
+                role: {str(count): each.to_json() for count, each in values.items()}
+                for role, values in measured.distances.items()
+            },
+        },
+        "gate": {**asdict(config.gate), "verdict": outcome.verdict.to_json()},
+    }
+
+
+def _memorisation(found: Memorisation | str) -> dict[str, Any]:
+    return {"not_applied": found} if isinstance(found, str) else asdict(found)
+
+
+def _model(compared: ComparedModel, outcome: Outcome) -> dict[str, Any]:
+    plan, path = compared.job.plan, outcome.paths.get(compared.role)
+    loss = outcome.losses.values.get(compared.role, {}).get(0)
+    return {
+        "role": compared.role,
+        "uri": compared.uri,
+        "sha256": plan.model_hash,
+        "solver": plan.solver,
+        "guidance": plan.guidance,
+        "shift": plan.shift,
+        "size": [plan.height, plan.width],
+        "straightness": path and path.to_json(),
+        FLOW_LOSS: loss and loss.to_json(),
+    }

@@ -1,0 +1,151 @@
+"""What an evaluation compares when it is told nothing: the rows that the candidate's training held out."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from d2f_core.data.manifest import MANIFEST_NAME, read_manifest, write_manifest, write_part
+from d2f_core.data.table_reader import read_columns
+from d2f_core.evaluation.pins import Pins
+from d2f_core.flow.evaluate.compared_models import EvaluateJob, compared_models
+from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
+from d2f_core.flow.evaluate.held_out import filled
+from d2f_core.flow.evaluate.held_out_loss import losses_of, not_comparable
+from d2f_core.flow.evaluate.metrics import chosen_rows
+from d2f_core.model.artifact import describe, save_artifact
+from d2f_core.model.base import resolve_base
+from d2f_core.model.config import SamplingDefaults
+from d2f_core.model.denoiser import load_unet
+from tests.flow.tiny_base import write_tiny_base
+from tests.image_tables import write_images
+from tests.latent_tables import write_latents
+
+IMAGES, HELD = 40, 5
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """images, and latents that say that they were made of these."""
+    root = tmp_path_factory.mktemp("tables")
+    write_images(str(root / "images"), IMAGES)
+    write_latents(str(root / "latents"), "f", rows=IMAGES, rows_per_file=16, captions=3)
+    latents = str(root / "latents")
+    # The same samples, in another order.
+    inputs = {"source": str(root / "images"), "source_kind": "parquet"}
+    rename(latents, [f"{IMAGES - 1 - row:032d}" for row in range(IMAGES)], inputs=inputs)
+    return root
+
+
+def rename(uri: str, names: list[str], **changes: object) -> None:
+    """Give the rows of a table other sample ids."""
+    manifest, files, first = read_manifest(uri), [], 0
+    for file in manifest.files:
+        table = pq.read_table(Path(uri, file.path))
+        its = pa.array(names[first : first + file.rows])
+        files.append(write_part(uri, file.path, table.set_column(0, table.schema.field(0), its)))
+        first += file.rows
+    Path(uri, MANIFEST_NAME).unlink()
+    write_manifest(uri, dataclasses.replace(manifest, files=tuple(files), **changes))
+
+
+def model(base: Path, target: Path, **training: object) -> str:
+    resolved = resolve_base(str(base))
+    sampling = SamplingDefaults(guidance=1.0, steps=2)
+    description = describe(resolved, objective="diff2flow", method="full", sampling=sampling, training=training)
+    save_artifact(target, load_unet(resolved), description)
+    return str(target)
+
+
+def test_held_out_rows_are_the_reference_and_their_captions_the_prompts(
+    base: Path, tables: Path, tmp_path: Path
+) -> None:
+    candidate = model(base, tmp_path / "model", latents=str(tables / "latents"), holdout_rows=HELD)
+    config = filled(EvaluateConfig(candidate=candidate, output=str(tmp_path / "out")), candidate)
+    assert config.training == str(tables / "images")
+    expected = [f"{IMAGES - 1 - row:032d}" for row in range(0, IMAGES, IMAGES // HELD)]
+    found = read_columns(config.reference, read_manifest(config.reference), ("sample_id", "image"))
+    assert found.column("sample_id").to_pylist() == expected
+    real = read_columns(config.training, read_manifest(config.training), ("image",)).column("image").to_pylist()
+    assert found.column("image").to_pylist() == [real[int(name)] for name in expected]
+    prompts = pq.read_table(config.prompts).to_pydict()
+    assert prompts == {"sample_id": expected, "prompt": ["x"] * HELD}
+    assert filled(EvaluateConfig(candidate=candidate, output=str(tmp_path / "out")), candidate) == config
+
+
+def test_what_cannot_be_known_is_asked_for(base: Path, tables: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(output=str(tmp_path / "out"))
+    with pytest.raises(EvaluateError, match=r"held out no rows, or does not say which\. Give --reference"):
+        filled(config, str(base))
+    unheld = model(base, tmp_path / "unheld", latents=str(tables / "latents"), holdout_rows=0)
+    with pytest.raises(EvaluateError, match=r"held out no rows, or does not say which\. Give --reference"):
+        filled(config, unheld)
+    write_latents(str(tmp_path / "alone"), "f", rows=20, rows_per_file=16, captions=3)
+    photos = model(base, tmp_path / "photos", latents=str(tmp_path / "alone"), holdout_rows=4)
+    with pytest.raises(EvaluateError, match=r"was not on a table of images\. Give --reference"):
+        filled(config, photos)
+    given = dataclasses.replace(config, reference=str(tables / "images"), prompts="p.jsonl")
+    assert filled(given, photos) == dataclasses.replace(given, training=""), "the rule is then not applied"
+
+
+def test_prompts_whose_images_have_no_usable_name_are_named_by_their_rows(
+    base: Path, tables: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "odd"
+    write_images(str(table), 20)
+    rename(str(table), ["a name with blanks", *(f"{number}" for number in range(19))])
+    config = EvaluateConfig(reference=str(table), output=str(tmp_path / "out"), training="")
+    assert pq.read_table(filled(config, str(base)).prompts).column_names == ["prompt"]
+
+
+def test_the_loss_is_that_of_the_same_images_noises_and_times_for_each_model(
+    base: Path, tables: Path, tmp_path: Path
+) -> None:
+    images, rows = str(tables / "images"), np.arange(6)
+    manifest = read_manifest(images)
+    whole = losses_of(str(base), images, manifest, rows, 16, batch=6)
+    assert whole.shape == (6,) and (whole > 0).all()
+    np.testing.assert_allclose(losses_of(str(base), images, manifest, rows, 16, batch=4), whole, rtol=1e-5)
+    same = model(base, tmp_path / "same")
+    np.testing.assert_allclose(losses_of(same, images, manifest, rows, 16, batch=6), whole, rtol=1e-5)
+
+
+def test_losses_are_compared_where_they_can_be(base: Path, tables: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "cat"}))
+    candidate = model(base, tmp_path / "model")
+    config = EvaluateConfig(
+        candidate=candidate, base=str(base), reference=str(tables / "images"), output=str(tmp_path / "out"),
+        prompts=str(tmp_path / "prompts.jsonl"), evaluations=(2,),
+    )  # fmt: skip
+    pins = Pins(candidate=candidate, champion="", base=str(base))
+    job = EvaluateJob(
+        config=config, pins=pins, compared=compared_models(config, pins), feature_name="", dimensions=1, fingerprint={},
+        reference=read_manifest(config.reference),
+    )  # fmt: skip
+    assert job.rival == "base" and not_comparable(job) == ""
+    without = dataclasses.replace(job, config=dataclasses.replace(config, loss_rows=0))
+    assert not_comparable(without) == "loss_rows is 0"
+    generated = dataclasses.replace(job.reference, kind="generations")
+    assert "is a generation" in not_comparable(dataclasses.replace(job, reference=generated))
+
+
+def test_models_are_compared_on_the_prompts_that_both_made() -> None:
+    mask = {name: np.ones(10, bool) for name in ("candidate", "champion", "base")}
+    mask["candidate"][2] = mask["champion"][3] = mask["base"][4] = False
+    usable = {(role, 4): each for role, each in mask.items()}
+    found = chosen_rows(usable, "champion", most=100)
+    assert np.flatnonzero(~found["candidate", 4]).tolist() == np.flatnonzero(~found["champion", 4]).tolist() == [2, 3]
+    assert np.flatnonzero(~found["base", 4]).tolist() == [2, 3, 4]
+    few = chosen_rows(usable, "champion", most=5)
+    assert (few["candidate", 4] == few["champion", 4]).all() and few["champion", 4].sum() == 5
+    alone = chosen_rows({("candidate", 4): mask["candidate"]}, None, most=100)
+    assert (alone["candidate", 4] == mask["candidate"]).all()
