@@ -11,15 +11,22 @@ from d2f_core.flow.evaluate.config import MeasureConfig
 from d2f_core.flow.evaluate.image_metrics import FeaturePart, ImageSet, gather
 
 
-def feature_schema(dimensions: int) -> pa.Schema:
+def feature_schema(width: int) -> pa.Schema:
+    """The columns of a feature table.
+
+    Args:
+        width: features per image.
+    """
     return pa.schema(
         [
             pa.field("row", pa.int64(), nullable=False),
             pa.field("sample_id", pa.string(), nullable=False),
             # Number of solver steps; 0 for real images.
             pa.field("steps", pa.int32(), nullable=False),
-            pa.field("features", pa.list_(pa.float64(), dimensions), nullable=False),
+            pa.field("features", pa.list_(pa.float32(), width), nullable=False),
             pa.field("caption_score", pa.float64()),
+            # CLIP's embedding of the image, not normalised; null without CLIP.
+            pa.field("clip_features", pa.list_(pa.float32())),
         ]
     )
 
