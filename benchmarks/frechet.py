@@ -12,19 +12,21 @@ from torch import Tensor
 
 from d2f_core.flow.evaluate.distances import FeatureMoments, frechet_distance
 from d2f_core.flow.evaluate.feature_networks import EFFICIENTNET, load_features
+from d2f_core.flow.evaluate.projection import project
 
 NAME = "frechet_efficientnet_lite0_64d"
-CHUNK = 128
+CHUNK, DIMENSIONS = 128, 64
 
 
 class Features:
     """uint8 images [n, h, w, 3] -> float64 features [n, 64]."""
 
     def __init__(self) -> None:
-        self._features = load_features(EFFICIENTNET, dimensions=64)
+        self._features = load_features(EFFICIENTNET)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(np.concatenate([self._features(chunk.numpy()) for chunk in images.split(CHUNK)]))
+        found = np.concatenate([self._features(chunk.numpy()) for chunk in images.split(CHUNK)])
+        return torch.from_numpy(project(found, DIMENSIONS))
 
 
 def distance(first: Tensor, second: Tensor) -> float:

@@ -17,10 +17,14 @@ class ScoreWork:
     """The networks from which features are extracted."""
 
     features: str = "efficientnet-lite0"
-    """efficientnet-lite0, inception, or the directory of a vision model (local or s3://)."""
+    """efficientnet-lite0, the file of Inception-v3's weights as FID uses them (.pth or .safetensors), or the directory
+    of a vision model; files and directories local or s3://."""
+    resize: str = ""
+    """How images are resized for Inception-v3: clean-fid or torch-fidelity; empty: clean-fid, of other networks their
+    own way."""
     dimensions: int = 64
-    """Number of fixed random directions that features are projected to; 0: all of the network's features. A covariance
-    from fewer than about 30 images per dimension is mostly noise."""
+    """Number of fixed random directions that features are projected to for what is compared; 0: all of the network's
+    features. A covariance from fewer than about 30 images per dimension is mostly noise."""
     clip: str = ""
     """Directory of a CLIP model that scores images against their prompts; empty: no such score."""
     batch_size: int = 32

@@ -1,8 +1,9 @@
 """Extracts features as a Ray Data job: from tables of images or generations to tables of features.
 
-    OUTPUT/part-*.parquet    row, sample_id, steps, features, caption_score; one part per file of the source
+    OUTPUT/part-*.parquet    row, sample_id, steps, features, caption_score, clip_features; one per file of the source
     OUTPUT/manifest.json     written last
 
+Features are all of the network's, in float32; they are projected when they are measured (`projection.project`).
 `row` is the image's place in its set: the same for the same prompt in generations of one prompt file. A part is done
 when its file exists, so a killed job resumes with the missing parts.
 """
@@ -121,7 +122,7 @@ class FeatureExtractor:
         # Set even for a single actor: with another number of threads sums come out in another order.
         torch.set_num_threads(config.cpus_per_actor)
         self._batch = config.batch_size
-        self._features = load_features(config.features, dimensions=config.dimensions, device=device)
+        self._features = load_features(config.features, resize=config.resize, device=device)
         self._scorer = CaptionScorer(config.clip, device) if config.clip else None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -132,22 +133,23 @@ class FeatureExtractor:
             for start in range(0, len(rows), self._batch):
                 some = rows[start : start + self._batch]
                 self._score(some, list(pool.map(_pixels, some)))
-        columns = feature_schema(self._features.dimensions)
+        columns = feature_schema(self._features.width)
         made = [{name: row[name] for name in columns.names} for row in rows]
         write_part(str(item["output"]), _part_name(int(item["part"])), pa.Table.from_pylist(made, schema=columns))
         return {"part": [int(item["part"])]}
 
     def _score(self, rows: list[dict[str, Any]], pixels: list[np.ndarray]) -> None:
-        """Add features (and caption scores) to rows; images of one size share a forward pass."""
+        """Add features (and what CLIP says) to rows; images of one size share a forward pass."""
         sizes: dict[tuple[int, ...], list[int]] = {}
         for number, each in enumerate(pixels):
             sizes.setdefault(each.shape, []).append(number)
         for numbers in sizes.values():
             images = np.stack([pixels[number] for number in numbers])
-            scores = self._scorer(images, [rows[number]["caption"] for number in numbers]) if self._scorer else None
+            told = self._scorer(images, [rows[number]["caption"] for number in numbers]) if self._scorer else None
             for place, (number, found) in enumerate(zip(numbers, self._features(images), strict=True)):
                 rows[number]["features"] = found
-                rows[number]["caption_score"] = None if scores is None else float(scores[place])
+                rows[number]["caption_score"] = None if told is None else float(told.scores[place])
+                rows[number]["clip_features"] = None if told is None else told.features[place]
 
 
 def _image_rows(data: pa.BufferReader, first: int) -> list[dict[str, Any]]:

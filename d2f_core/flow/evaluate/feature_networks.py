@@ -1,33 +1,40 @@
-"""Feature networks by name or URI: from uint8 images to float64 features, with a name for use in metric names.
+"""Feature networks by name or URI: from uint8 images to float32 features, with a name for use in metric names.
 
-| `features`         | network                                                                                        |
-|--------------------|------------------------------------------------------------------------------------------------|
-| efficientnet-lite0 | EfficientNet-Lite0 as two wheels ship it; images are scaled to 96 pixels                       |
-| inception          | Inception-v3 as FID uses it; needs torch-fidelity and its weights                              |
-| a directory, s3:// | a vision model in transformers' layout, in safetensors: CLIP, DINOv2, ViT, ConvNeXt, ...       |
+| `features`           | network                                                     | resize filter               |
+|----------------------|-------------------------------------------------------------|-----------------------------|
+| efficientnet-lite0   | EfficientNet-Lite0 as two wheels ship it                    | bilinear-antialias-96       |
+| .pth or .safetensors | Inception-v3 as FID uses it; see `d2f_core.model.inception` | clean-fid or torch-fidelity |
+| a directory          | a vision model of transformers: CLIP, DINOv2, ...           | image-processor: its own    |
 
-Values from different networks are not comparable, so the network's name, and the dimensions that its features were
-projected to, are part of every metric's name.
+Files and directories are local or on S3.
+Values from different networks, resize filters or dimensions are not comparable, so these are part of every metric's
+name.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from d2f_core.flow.evaluate.projection import features_name
+from d2f_core.flow.evaluate.resize_filters import CLEAN_FID, RESIZE_FILTERS
 from d2f_core.hashing import file_sha256
+from d2f_core.model import inception
 from d2f_core.model.efficientnet import MEAN, NAME, SCALE, load_efficientnet_lite0
 from d2f_core.model.vision import VisionModel, projected
 
-EFFICIENTNET, INCEPTION = NAME, "inception"
+EFFICIENTNET, INCEPTION = NAME, "inception-v3"
 EFFICIENTNET_SIZE = 96
 """Height and width in pixels of the network's input: enough for small images; for large ones use a larger network."""
-EFFICIENTNET_WIDTH, INCEPTION_WIDTH = 1280, 2048
+EFFICIENTNET_RESIZE, PROCESSOR_RESIZE = f"bilinear-antialias-{EFFICIENTNET_SIZE}", "image-processor"
+EFFICIENTNET_WIDTH = 1280
+SIGLIP_TYPES = ("siglip", "siglip2")
+"""Values of model_type in a config.json."""
 
 
 class FeatureError(ValueError):
@@ -39,8 +46,10 @@ class FeatureNetwork:
     """A frozen network that extracts features from images."""
 
     name: str
-    """Name of the network in metric names."""
-    fingerprint: str
+    """Name of the network in metric names; where there is a choice of resize filters, the filter is part of it."""
+    resize: str
+    """Name of the resize filter."""
+    weights_hash: str
     """Hash of the network's weights and config."""
     width: int
     """Features per image."""
@@ -49,55 +58,58 @@ class FeatureNetwork:
 
 
 class Features:
-    """uint8 images [n, h, w, 3] -> float64 features [n, dimensions].
+    """uint8 images [n, h, w, 3] -> all of the network's features, float32 [n, width]."""
 
-    Args:
-        dimensions: number of fixed random directions that features are projected to, so that a covariance from few
-            images is well determined; 0, or at least the network's width: no projection.
-    """
-
-    def __init__(self, network: FeatureNetwork, dimensions: int = 64) -> None:
-        if dimensions < 0:
-            raise FeatureError(f"dimensions={dimensions} must be at least 1, or 0 for all of the network's.")
+    def __init__(self, network: FeatureNetwork) -> None:
         self.network = network
-        self.dimensions = min(dimensions or network.width, network.width)
-        self._projection: Tensor | None = None
-        if self.dimensions < network.width:
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randn(network.width, self.dimensions, generator=generator, dtype=torch.float64)
-            self._projection = torch.linalg.qr(drawn)[0]
+
+    @property
+    def width(self) -> int:
+        """Features per image."""
+        return self.network.width
 
     @property
     def name(self) -> str:
-        """The network and the dimensions: a suffix for metric names."""
-        return f"{self.network.name}_{self.dimensions}d"
+        """The network and its features per image; of projected ones, see `projection.features_name`."""
+        return features_name(self.network.name, self.width)
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be equal for stored features to be comparable: weights, resize filter, and how they are stored."""
+        return f"{self.network.weights_hash}-{self.network.resize}-float32"
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise FeatureError(f"images are {images.dtype} {images.shape}; they must be uint8 [n, height, width, 3].")
-        found = self.network.extract(images).double().cpu()
-        return (found if self._projection is None else found @ self._projection).numpy()
+        return self.network.extract(images).float().cpu().numpy()
 
 
-def load_features(uri: str, *, dimensions: int = 64, device: str | torch.device = "cpu") -> Features:
+def load_features(uri: str, *, resize: str = "", device: str | torch.device = "cpu") -> Features:
     """Load the feature network with a name or at a URI.
 
     Args:
+        resize: name of the resize filter; empty: the network's own, of Inception-v3 clean-fid.
         device: where it computes; "meta": name, width and fingerprint are right, and no weights of a name in the table
             or a directory are loaded.
 
     Raises:
-        FeatureError: a package is missing.
+        FeatureError: a package is missing, or the network has no such resize filter.
+        InceptionError: the file holds no Inception-v3 as FID uses it.
         VisionModelError: the directory holds no vision model.
     """
-    if uri == EFFICIENTNET:
-        network = _efficientnet(device)
-    elif uri == INCEPTION:
-        network = _inception(device)
-    else:
-        network = vision_network(VisionModel(uri, device))
-    return Features(network, dimensions)
+    if uri == "inception":
+        raise FeatureError(
+            "features='inception' names no file. Give the path or s3:// URI of Inception-v3's weights as FID uses "
+            "them: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, weights-inception-2015-12-05-6726825d.pth of "
+            "torch-fidelity, or the same tensors in a .safetensors file."
+        )
+    if uri.endswith(inception.SUFFIXES):
+        return Features(_inception(uri, resize or CLEAN_FID, device))
+    network = _efficientnet(device) if uri == EFFICIENTNET else vision_network(VisionModel(uri, device))
+    if resize not in ("", network.resize):
+        raise FeatureError(f"resize={resize!r} is for Inception-v3. Leave it out: {uri!r} uses {network.resize!r}.")
+    return Features(network)
 
 
 def _to_nchw(images: np.ndarray, device: str | torch.device) -> Tensor:
@@ -119,26 +131,26 @@ def _efficientnet(device: str | torch.device) -> FeatureNetwork:
         pixels = functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
         return network.extract_features(pixels).mean((2, 3))
 
-    fingerprint = f"{file_sha256(path)}-{EFFICIENTNET_SIZE}px"
-    return FeatureNetwork(name=EFFICIENTNET, fingerprint=fingerprint, width=EFFICIENTNET_WIDTH, extract=extract)
-
-
-def _inception(device: str | torch.device) -> FeatureNetwork:
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
-    try:
-        network = NoTrainInceptionV3(name="inception-v3-compat", features_list=[str(INCEPTION_WIDTH)])
-    except (ImportError, OSError) as error:
-        raise FeatureError(
-            f"features='{INCEPTION}' needs torch-fidelity and its weights ({error}). Run pip install torch-fidelity "
-            f"and let it fetch them once, or use '{EFFICIENTNET}' or the directory of a vision model."
-        ) from None
-    network.to(device)
     return FeatureNetwork(
-        name=INCEPTION,
-        fingerprint="torch-fidelity inception-v3-compat",
-        width=INCEPTION_WIDTH,
-        extract=lambda images: network(_to_nchw(images, device)),
+        name=EFFICIENTNET,
+        resize=EFFICIENTNET_RESIZE,
+        weights_hash=file_sha256(path),
+        width=EFFICIENTNET_WIDTH,
+        extract=extract,
+    )
+
+
+def _inception(uri: str, resize: str, device: str | torch.device) -> FeatureNetwork:
+    if resize not in RESIZE_FILTERS:
+        raise FeatureError(f"resize={resize!r} must be one of {', '.join(RESIZE_FILTERS)}.")
+    file = inception.weights_file(uri)
+    network, scaled = inception.load_inception(file, device), RESIZE_FILTERS[resize]
+    return FeatureNetwork(
+        name=f"{INCEPTION}-{resize}",
+        resize=resize,
+        weights_hash=file_sha256(file),
+        width=inception.WIDTH,
+        extract=lambda images: network(scaled(images, inception.INPUT_SIZE).to(device)),
     )
 
 
@@ -146,8 +158,22 @@ def vision_network(model: VisionModel) -> FeatureNetwork:
     """The pooled features of a vision model; their width is determined from one grey image."""
     with torch.inference_mode():
         width = model.pooled(np.full((1, 64, 64, 3), 128, np.uint8)).shape[1]
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model.uri.rstrip("/").rsplit("/", 1)[-1])
-    return FeatureNetwork(name=name, fingerprint=model.files.hash(), width=width, extract=model.pooled)
+    return FeatureNetwork(
+        name=re.sub(r"[^A-Za-z0-9.-]+", "-", model.uri.rstrip("/").rsplit("/", 1)[-1]),
+        resize=PROCESSOR_RESIZE,
+        weights_hash=model.files.hash(),
+        width=width,
+        extract=model.pooled,
+    )
+
+
+class CaptionScores(NamedTuple):
+    """How well images match their captions, and their embeddings."""
+
+    scores: np.ndarray
+    """float64 [n], from 0 to 100."""
+    features: np.ndarray
+    """float32 [n, width]: the embeddings of the images, not normalised."""
 
 
 class CaptionScorer:
@@ -174,11 +200,19 @@ class CaptionScorer:
             raise FeatureError(f"clip={uri!r} has no tokenizer ({' '.join(str(error).split())[:200]}).") from None
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Scores of images with their captions, float64 [n], from 0 to 100."""
+    def __call__(self, images: np.ndarray, captions: Sequence[str]) -> CaptionScores:
+        """The scores of images with their captions."""
         network: Any = self.model.network
-        limit = network.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(list(captions), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        texts = projected(network.get_text_features(**tokens.to(self.model.device)))
-        cosines = functional.cosine_similarity(self.model.pooled(images).double(), texts.double())
-        return (100 * cosines.clamp(min=0)).cpu().numpy()
+        texts = projected(network.get_text_features(**self._tokens(captions, network.config)))
+        features = self.model.pooled(images)
+        cosines = functional.cosine_similarity(features.double(), texts.double())
+        return CaptionScores((100 * cosines.clamp(min=0)).cpu().numpy(), features.float().cpu().numpy())
+
+    def _tokens(self, captions: Sequence[str], config: Any) -> dict[str, Tensor]:
+        """The arguments of the text tower. SigLIP's reads the last position and was trained on captions that were
+        padded to one length, without a mask; CLIP's ignores what follows a caption's end."""
+        siglip = config.model_type in SIGLIP_TYPES
+        limit = config.text_config.max_position_embeddings
+        padding = "max_length" if siglip else True
+        found = self._tokenizer(list(captions), padding=padding, truncation=True, max_length=limit, return_tensors="pt")
+        return {name: found[name].to(self.model.device) for name in (["input_ids"] if siglip else found)}

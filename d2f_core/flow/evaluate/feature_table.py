@@ -11,23 +11,38 @@ from d2f_core.evaluation.estimates import Estimate
 from d2f_core.flow.evaluate.config import MeasureConfig
 from d2f_core.flow.evaluate.image_metrics import FeaturePart, ImageSet, gather, noise_floor
 from d2f_core.flow.evaluate.memorisation import Memorisation, nearest_training
+from d2f_core.flow.evaluate.projection import project
+
+Place = tuple[str, Manifest, int]
+"""URI and manifest of a feature table, and the number of steps (0: real images)."""
 
 
-def feature_schema(dimensions: int) -> pa.Schema:
+def feature_schema(width: int) -> pa.Schema:
+    """The columns of a feature table.
+
+    Args:
+        width: features per image.
+    """
     return pa.schema(
         [
             pa.field("row", pa.int64(), nullable=False),
             pa.field("sample_id", pa.string(), nullable=False),
             # Number of solver steps; 0 for real images.
             pa.field("steps", pa.int32(), nullable=False),
-            pa.field("features", pa.list_(pa.float64(), dimensions), nullable=False),
+            pa.field("features", pa.list_(pa.float32(), width), nullable=False),
             pa.field("caption_score", pa.float64()),
+            # CLIP's embedding of the image, not normalised; null without CLIP.
+            pa.field("clip_features", pa.list_(pa.float32())),
         ]
     )
 
 
-def read_features(uri: str, manifest: Manifest, steps: int) -> Iterator[FeaturePart]:
-    """The parts of a finished feature table for one number of steps (0: real images)."""
+def read_features(uri: str, manifest: Manifest, steps: int, dimensions: int = 0) -> Iterator[FeaturePart]:
+    """The parts of a finished feature table for one number of steps (0: real images).
+
+    Args:
+        dimensions: features are projected onto so many directions; 0: all of the network's.
+    """
     for file in manifest.files:
         table = pq.read_table(pa.BufferReader(read_file(uri, file)))
         table = table.filter(pa.array(table["steps"].to_numpy() == steps))
@@ -36,7 +51,7 @@ def read_features(uri: str, manifest: Manifest, steps: int) -> Iterator[FeatureP
         scores = table["caption_score"]
         yield FeaturePart(
             rows=table["row"].to_numpy(),
-            features=features.flatten().to_numpy().reshape(-1, width),
+            features=project(features.flatten().to_numpy().reshape(-1, width), dimensions),
             caption_scores=None if scores.null_count else scores.to_numpy(),
             sample_ids=table["sample_id"].to_numpy(),
         )
@@ -51,22 +66,22 @@ def usable_rows(uri: str, manifest: Manifest, steps: int) -> np.ndarray:
     return usable
 
 
-def floor_of(uri: str, manifest: Manifest, steps: int, made: int, config: MeasureConfig) -> dict[str, Estimate]:
-    """`image_metrics.noise_floor` of a table's images at one number of steps (0: real images)."""
-    return noise_floor(read_features(uri, manifest, steps), total=manifest.counts["set"], made=made, config=config)
+def floor_of(place: Place, dimensions: int, made: int, config: MeasureConfig) -> dict[str, Estimate]:
+    """`image_metrics.noise_floor` of a table's images."""
+    parts = read_features(*place, dimensions)
+    return noise_floor(parts, total=place[1].counts["set"], made=made, config=config)
 
 
-Place = tuple[str, Manifest, int]
-"""URI and manifest of a feature table, and the number of steps (0: real images)."""
-
-
-def memorised(made: Place, training: Place, reference: Place, config: MeasureConfig) -> tuple[Memorisation | str, int]:
+def memorised(
+    made: Place, training: Place, reference: Place, dimensions: int, config: MeasureConfig
+) -> tuple[Memorisation | str, int]:
     """Whether generated images repeat those of a training table, and how many of the reference's are in that table.
 
     Images that are in both tables count as training images. Without a held-out one left, the first result says so.
     """
     (_, drawn), (trained, known), (held, unseen) = (
-        _sampled(place, most) for place, most in zip((made, training, reference), _most(config), strict=True)
+        _sampled(place, dimensions, most)
+        for place, most in zip((made, training, reference), _most(config), strict=True)
     )
     both = np.isin(held, trained)
     if both.all():
@@ -76,16 +91,11 @@ def memorised(made: Place, training: Place, reference: Place, config: MeasureCon
     return nearest_training(drawn, known, unseen[~both]), int(both.sum())
 
 
-def _most(config: MeasureConfig) -> tuple[int, int, int]:
-    return config.pairwise_rows, config.paired_rows, config.paired_rows
-
-
-def _sampled(place: Place, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _sampled(place: Place, dimensions: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample ids and features of at most `most` of a table's images, chosen at random."""
-    uri, manifest, steps = place
-    chosen = np.random.Generator(np.random.Philox(0)).permutation(manifest.counts["set"]) < most
+    chosen = np.random.Generator(np.random.Philox(0)).permutation(place[1].counts["set"]) < most
     ids, features = [np.empty(0, object)], [np.empty((0, 1))]
-    for part in read_features(uri, manifest, steps):
+    for part in read_features(*place, dimensions):
         mask = chosen[part.rows]
         assert part.sample_ids is not None  # `read_features` gives them
         ids.append(part.sample_ids[mask])
@@ -94,14 +104,8 @@ def _sampled(place: Place, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gather_features(
-    uri: str,
-    manifest: Manifest,
-    steps: int,
-    dimensions: int,
-    config: MeasureConfig,
-    draws: int,
-    only: np.ndarray | None,
+    place: Place, dimensions: int, config: MeasureConfig, draws: int, only: np.ndarray | None
 ) -> ImageSet:
-    """`image_metrics.gather` over a table's images at one number of steps (0: real images)."""
-    parts, total = read_features(uri, manifest, steps), manifest.counts["set"]
+    """`image_metrics.gather` over a table's images."""
+    parts, total = read_features(*place, dimensions), place[1].counts["set"]
     return gather(parts, total=total, dimensions=dimensions, config=config, draws=draws, only=only)

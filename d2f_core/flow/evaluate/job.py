@@ -28,6 +28,7 @@ from d2f_core.flow.evaluate.held_out import filled
 from d2f_core.flow.evaluate.held_out_loss import held_out_loss
 from d2f_core.flow.evaluate.memorisation import memorisation_rule
 from d2f_core.flow.evaluate.metrics import measure_all, measured_names
+from d2f_core.flow.evaluate.projection import features_name, projected_width
 from d2f_core.flow.evaluate.report import render_report, shown_images
 from d2f_core.flow.evaluate.results import Outcome, notes, results_of
 from d2f_core.flow.evaluate.straightness import follow_all
@@ -54,7 +55,7 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         check_tracking()
     per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())
     check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations)
-    features = load_features(config.score.features, dimensions=config.score.dimensions, device="meta")
+    features = load_features(config.score.features, resize=config.score.resize, device="meta")
     clip = CaptionScorer(config.score.clip, "meta").model.files.hash() if config.score.clip else ""
     pins = pin_models(
         config.output,
@@ -70,9 +71,9 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         config=config,
         pins=pins,
         compared=compared,
-        feature_name=features.name,
-        dimensions=features.dimensions,
-        fingerprint={"features": features.name, "network": features.network.fingerprint, "clip": clip},
+        feature_name=features_name(features.network.name, features.width, config.score.dimensions),
+        dimensions=projected_width(features.width, config.score.dimensions),
+        fingerprint={"features": features.name, "network": features.fingerprint, "clip": clip},
         reference=reference,
     )
 

@@ -109,7 +109,7 @@ def _memorised(job: EvaluateJob, tables: Mapping[str, "_FeatureTable"]) -> Any:
     made, reference = tables["candidate"], tables["reference"]
     steps = job.compared[0].steps(count)
     drawn, known, held = made.place(steps), training.place(), reference.place()
-    return ray.remote(memorised).remote(drawn, known, held, job.config.measure)
+    return ray.remote(memorised).remote(drawn, known, held, job.dimensions, job.config.measure)
 
 
 def chosen_rows(
@@ -161,8 +161,7 @@ class _FeatureTable:
 
     def gather(self, job: EvaluateJob, steps: int, draws: int, only: np.ndarray | None = None) -> Any:
         """The image set at one number of steps (0: real images), as a Ray object reference."""
-        config = job.config.measure
-        return ray.remote(gather_features).remote(self.uri, self.manifest, steps, job.dimensions, config, draws, only)
+        return ray.remote(gather_features).remote(self.place(steps), job.dimensions, job.config.measure, draws, only)
 
     def place(self, steps: int = 0) -> Place:
         """Where the images of one number of steps (0: real images) are read."""
@@ -174,7 +173,7 @@ class _FeatureTable:
 
     def floor(self, job: EvaluateJob, steps: int, made: int) -> Any:
         """What `made` images of the table's own distribution would measure, as a Ray object reference."""
-        return ray.remote(floor_of).remote(self.uri, self.manifest, steps, made, job.config.measure)
+        return ray.remote(floor_of).remote(self.place(steps), job.dimensions, made, job.config.measure)
 
 
 def _features(job: EvaluateJob) -> dict[str, _FeatureTable]:

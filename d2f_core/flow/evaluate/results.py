@@ -48,7 +48,7 @@ def results_of(job: EvaluateJob, outcome: Outcome) -> dict[str, Any]:
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "models": [_model(compared, outcome) for compared in job.compared],
-        "features": {**job.fingerprint, "uri": config.score.features},
+        "features": {**job.fingerprint, "uri": config.score.features, "measured": job.feature_name},
         "prompts": {
             "uri": config.prompts,
             "count": job.compared[0].job.prompts.num_rows,
