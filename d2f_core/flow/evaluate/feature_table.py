@@ -81,7 +81,11 @@ def memorised(
     """
     (_, drawn), (trained, known), (held, unseen) = (
         _sampled(place, dimensions, most)
-        for place, most in zip((made, training, reference), _most(config), strict=True)
+        for place, most in (
+            (made, config.pairwise_rows),
+            (training, config.paired_rows),
+            (reference, config.paired_rows),
+        )
     )
     both = np.isin(held, trained)
     if both.all():
