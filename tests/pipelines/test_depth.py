@@ -65,6 +65,7 @@ def config(model: str) -> PredictDepthConfig:
         steps=(1, 2),
         ensemble=2,
         batch_size=3,
+        min_side=9,
         rows_per_part=4,
         num_actors=1,
         experiment="test-depth-jobs",
@@ -106,13 +107,13 @@ def test_every_image_and_step_has_its_files_or_a_reason(config: PredictDepthConf
         data = read_bytes(row["depth_uri"])
         depth = np.load(io.BytesIO(data), allow_pickle=False)
         assert hashlib.sha256(data).hexdigest() == row["depth_sha256"]
-        assert depth.shape == (16, 16) and depth.dtype == np.float32 and 0 <= depth.min() <= depth.max() <= 1
+        assert depth.shape == (12, 16) and depth.dtype == np.float32 and 0 <= depth.min() <= depth.max() <= 1
         levels = np.asarray(Image.open(io.BytesIO(read_bytes(row["png_uri"]))))
         np.testing.assert_allclose(levels / 65535, depth, atol=1e-5)
         spread = np.load(io.BytesIO(read_bytes(row["uncertainty_uri"])), allow_pickle=False)
         assert spread.mean() == pytest.approx(row["uncertainty"], rel=1e-4) and spread.max() > 0
-        assert Image.open(io.BytesIO(read_bytes(row["preview_uri"]))).size == (32, 16)
-        assert (row["width"], row["height"], row["crop"]) == (20, 16, [2, 0, 18, 16])
+        assert Image.open(io.BytesIO(read_bytes(row["preview_uri"]))).size == (32, 12)
+        assert (row["width"], row["height"], row["crop"]) == (20, 16, [0, 0, 20, 16])
         assert (row["ensemble"], row["num_evaluations"], row["solver"]) == (2, row["steps"], "euler")
     with pytest.raises(OutputError, match=r"another job \(ensemble was 2, now 3\)"):
         predict_depth(check_predict_depth(dataclasses.replace(config, ensemble=3)))

@@ -1,10 +1,12 @@
 """Configs of depth prediction and its evaluation. Imports neither torch nor a model."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT
 from d2f_core.data.sources.config import ImageSource
+from d2f_core.identity import since
 
 FLOORS = ("constant", "vertical ramp", "mean depth")
 """Baseline predictions that do not depend on the image; made by `errors.floor_maps`."""
@@ -34,11 +36,14 @@ class PredictDepthWork:
     ensemble: int = 4
     """Maps per image, from seeds `seed`, `seed` + 1, ...; their median is the result, their spread the uncertainty."""
     seed: int = 0
+    crop: Literal["whole", "square"] | None = since(None, before=None)
+    """whole: every image keeps its aspect, as published evaluations of depth do. square: its centre square alone. None:
+    whole; where the output was begun before whole images were known, square, so that it can be completed."""
     resolution: int | None = None
-    """Height and width in pixels of the square that every image is cropped and resized to; None: the model's
-    default."""
+    """Long side in pixels that every image is resized to (of a square, both sides); None: the model's default."""
     min_side: int | None = None
-    """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
+    """Smallest accepted short side in pixels; None: of squares the resolution, so that none is enlarged; of whole
+    images any, for published evaluations enlarge small images too."""
     max_pixels: int = 50_000_000
     """Largest accepted width x height of an image file."""
     batch_size: int = 16
