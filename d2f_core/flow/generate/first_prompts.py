@@ -21,7 +21,7 @@ def first_prompts(output: str, count: int) -> dict[str, str]:
             if len(found) == count:
                 return found
             if name.as_py() not in found:
-                found[name.as_py()] = part["prompt"][pc.index(part["sample_id"], name).as_py()].as_py()
+                found[name.as_py()] = part["prompt"][part["sample_id"].index(name).as_py()].as_py()
     return found
 
 
@@ -34,7 +34,7 @@ def rows_of(output: str, sample_ids: Sequence[str], columns: Sequence[str]) -> p
     rows = len(sample_ids) * len(read_manifest(output).fingerprint["steps"])
     key, wanted, found = ["sample_id", "steps"], pa.array(sample_ids, pa.string()), []
     for part in stream_index(output, list(dict.fromkeys([*key, *columns]))):
-        found.append(part.filter(pc.is_in(part["sample_id"], wanted)))
+        found.append(part.filter(pc.field("sample_id").isin(wanted)))
         there = pa.concat_tables(found)
         if there.select(key).group_by(key).aggregate([]).num_rows == rows:
             return there
