@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,14 @@ def write_predictions(
     *,
     model_uri: str = "a/model",
     rows_per_part: int = 4,
+    evaluations: Mapping[str, int] = MappingProxyType({}),
     **fingerprint: Any,
 ) -> str:
     """A finished output of predict_depth.
 
     Args:
         maps: by sample id and number of steps; None: it failed.
+        evaluations: network evaluations by sample id, where they are not the number of steps.
         fingerprint: settings of the output beside its task; without `crop`, maps are of centre squares.
     """
     settings = {"solver": "euler", "shift": 1.0, "ensemble": 1, "seed": 0, "crop": "square", **fingerprint}
@@ -74,7 +77,7 @@ def write_predictions(
             for name in names[start : start + rows_per_part]:
                 depth = maps[name][steps]
                 row = {"sample_id": name, "source_uri": "x", "resolution": 16, "steps": steps, "model_uri": model_uri}
-                row |= {"model_hash": "h", "num_evaluations": steps, **settings}
+                row |= {"model_hash": "h", "num_evaluations": evaluations.get(name, steps), **settings}
                 del row["crop"]
                 if depth is None:
                     rows.append(row | {"error": "the depth is not finite"})

@@ -34,8 +34,8 @@ INDEX = "index"
 KIND = "generations"
 """Kind of the index table in its manifest, whatever the job makes."""
 READ_THREADS = 16
-AHEAD_BYTES = 256 * 2**20
-"""Parts of an index that are read ahead are together at most about as large."""
+AHEAD_BYTES = 16 * 2**20
+"""Files that are read ahead are together about as large; what is decoded of them takes several times as much."""
 
 
 class OutputError(ValueError):
@@ -179,8 +179,14 @@ def stream_index(output: str, columns: Sequence[str] | None = None) -> Iterator[
     return map_ahead(
         lambda file: pq.read_table(pa.BufferReader(read_file(output, file)), columns=chosen),
         files,
-        max(1, min(READ_THREADS, AHEAD_BYTES // largest)),
+        threads_for(largest),
     )
+
+
+def threads_for(file_bytes: int) -> int:
+    """How many files of this size are read at once: many small ones, whose time is the storage's answer, few large
+    ones."""
+    return max(1, min(READ_THREADS, AHEAD_BYTES // max(1, file_bytes)))
 
 
 def map_ahead(function: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:

@@ -17,7 +17,7 @@ def bootstrap_counts(images: int, replicates: int, seed: int) -> Array:
     return generator.multinomial(images, np.full(images, 1 / images), size=replicates)
 
 
-def bootstrap_blocks(images: int, replicates: int, seed: int, *, most: int = 2**22) -> Iterator[Array]:
+def bootstrap_blocks(images: int, replicates: int, seed: int, *, most: int = 2**20) -> Iterator[Array]:
     """The rows of `bootstrap_counts` in blocks of at most `most` numbers (but at least one row), for sets of millions
     of images, whose counts together would not fit into memory."""
     generator = np.random.Generator(np.random.Philox(seed))

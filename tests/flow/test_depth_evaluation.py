@@ -130,6 +130,10 @@ def test_maps_are_found_by_their_images_and_counted_by_their_steps(tmp_path: Pat
     # Rows: a 1, b 1, a 2, b 2, then c 1, c 2.
     assert one.find(["c", "b", "nobody", "a"]).tolist() == [4, -1, -1, 0]
     assert two.find(["a", "b", "c"]).tolist() == [2, 3, 5]
+    evaluations = {"a": 38, "b": 99, "c": 44}
+    maps = {"a": {1: depth}, "b": {1: None}, "c": {1: depth}}
+    _, (adaptive,) = read_maps(write_predictions(str(tmp_path / "adaptive"), maps, evaluations=evaluations), {})
+    assert adaptive.evaluations == 41, "the mean of what an adaptive solver took"
     broken = write_predictions(str(tmp_path / "broken"), {"a": {1: depth, 2: None}, "b": {1: depth, 2: None}})
     with pytest.raises(DepthEvaluationError, match="has no map at 2 steps: all 2 failed, the first with 'the depth is"):
         read_maps(broken, {})

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2f_core.batch.output import READ_THREADS, claim, map_ahead
+from d2f_core.batch.output import claim, map_ahead, threads_for
 from d2f_core.flow.depth.metrics import METRICS
 from d2f_core.flow.depth.protocol import Protocol
 from d2f_core.identity import identity_hash
@@ -26,6 +26,7 @@ Array = np.ndarray
 MEASURED, ERRORS, SUMS, MEAN = "measured", "errors", "mean", "mean_depth.npy"
 NO_MAP = "no map"
 SUMS_AHEAD = 4
+ROW_BYTES = 8 * len(METRICS)
 ERROR_SCHEMA = pa.schema(
     [
         # Row of the truth.
@@ -119,7 +120,8 @@ class ErrorParts:
             data = pa.BufferReader(read_bytes(join(self.errors, part_name(number))))
             return pq.read_table(data, columns=[name])[name].to_numpy()
 
-        parts = list(map_ahead(read, range(self.chunks(self.rows)), READ_THREADS))
+        threads = threads_for(ROW_BYTES * predictors * self.rows_per_part)
+        parts = list(map_ahead(read, range(self.chunks(self.rows)), threads))
         return np.concatenate(parts).reshape(-1, predictors)
 
 
