@@ -33,8 +33,9 @@ from d2f_core.data.manifest import read_manifest
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.table_reader import RowReader
 from d2f_core.flow.depth.config import FLOORS
-from d2f_core.flow.depth.errors import depth_errors, estimates, floor_maps, mean_depth, square
+from d2f_core.flow.depth.errors import depth_errors, depth_sums, estimate_metric, floor_maps, mean_depth, square
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
+from d2f_core.flow.depth.metrics import METRICS
 from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 from d2f_core.flow.latents import check_fingerprint
 from d2f_core.model.autoencoder import autoencoder_fingerprint
@@ -208,8 +209,8 @@ def main() -> None:
     size = max(resolve_base(config.base).default_size)
     images, real = judged_images(config, size), real_image(size)
     shown = [*images[: config.shown - bool(real)], *([real] if real else [])]
-    mean = mean_depth((decode_depth(row["depth"]) for row in read_all(config.train, ("depth",))), size)
-    floors = floor_maps(mean)
+    truths = (decode_depth(row["depth"]) for row in read_all(config.train, ("depth",)))
+    floors = floor_maps(mean_depth(depth_sums(truths, size, squares=True)))
     errors: dict[str, Any] = {
         name: {0: [depth_errors(values, image.truth) for image in images]} for name, values in floors.items()
     }
@@ -235,7 +236,16 @@ def _claim(config: Config) -> None:
 
 
 def _write(config: Config, errors: Any, maps: Any, shown: list[JudgedImage], facts: dict[str, Any]) -> None:
-    metrics = estimates(errors)
+    metrics = {
+        name: estimate_metric(
+            name,
+            {
+                role: {count: np.array([one[name] for one in each]) for count, each in by_count.items()}
+                for role, by_count in errors.items()
+            },
+        )
+        for name in METRICS
+    }
     best = min(metrics["abs_rel"].values[floor][0].value for floor in FLOORS)
     real = facts.pop("real")
     results = {

@@ -1,8 +1,12 @@
 """Small depth tables and depth latent tables, for tests that train on them or compare with them."""
 
 import io
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from d2f_core.data.arrays import arrays_to_table
@@ -10,7 +14,9 @@ from d2f_core.data.depth import DEPTH_SCHEMA
 from d2f_core.data.depth_files import encode_depth
 from d2f_core.data.manifest import Manifest, write_manifest, write_part
 from d2f_core.data.schema import sample_id
+from d2f_core.flow.depth.actor import DEPTH_INDEX_SCHEMA
 from d2f_core.flow.latents import DEPTH_TASK, depth_latent_schema
+from d2f_core.storage import join, write_bytes
 
 
 def picture(seed: int, height: int = 16, width: int = 20) -> bytes:
@@ -45,6 +51,53 @@ def write_depth_table(uri: str, rows: int, *, first_seed: int = 0, depth: np.nda
     part = write_part(uri, "part-000000.parquet", arrays_to_table(columns, DEPTH_SCHEMA))
     write_manifest(uri, Manifest(kind="depth", files=(part,)))
     return names
+
+
+def write_predictions(
+    uri: str,
+    maps: Mapping[str, Mapping[int, np.ndarray | None]],
+    *,
+    model_uri: str = "a/model",
+    rows_per_part: int = 4,
+    evaluations: Mapping[str, int] = MappingProxyType({}),
+    **fingerprint: Any,
+) -> str:
+    """A finished output of predict_depth.
+
+    Args:
+        maps: by sample id and number of steps; None: it failed.
+        evaluations: network evaluations by sample id, where they are not the number of steps.
+        fingerprint: settings of the output beside its task; without `crop`, maps are of centre squares.
+    """
+    settings = {"solver": "euler", "shift": 1.0, "ensemble": 1, "seed": 0, "crop": "square", **fingerprint}
+    parts, names = [], list(maps)
+    for number, start in enumerate(range(0, len(names), rows_per_part)):
+        rows = []
+        for steps in sorted({steps for by_steps in maps.values() for steps in by_steps}):
+            for name in names[start : start + rows_per_part]:
+                depth = maps[name][steps]
+                row = {"sample_id": name, "source_uri": "x", "resolution": 16, "steps": steps, "model_uri": model_uri}
+                row |= {"model_hash": "h", "num_evaluations": evaluations.get(name, steps), **settings}
+                del row["crop"]
+                if depth is None:
+                    rows.append(row | {"error": "the depth is not finite"})
+                    continue
+                place = join(uri, f"depth/{name}-{steps}.npy")
+                write_bytes(place, encode_map(depth))
+                rows.append(row | {"depth_uri": place})
+        schema = pa.schema([field for field in DEPTH_INDEX_SCHEMA if field.name in {*rows[0], "depth_uri", "error"}])
+        parts.append(write_part(uri, f"index/part-{number:06d}.parquet", pa.Table.from_pylist(rows, schema)))
+    fingerprint = {"task": "image_to_depth", **settings}
+    if fingerprint["crop"] == "square":
+        del fingerprint["crop"]
+    write_manifest(uri, Manifest(kind="generations", files=tuple(parts), fingerprint=fingerprint))
+    return uri
+
+
+def encode_map(depth: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, depth.astype(np.float32))
+    return sink.getvalue()
 
 
 def write_depth_latents(uri: str, fingerprint: str, *, rows: int, shape: tuple[int, int, int] = (4, 8, 8)) -> None:

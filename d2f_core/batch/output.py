@@ -6,10 +6,11 @@ OUTPUT/manifest.json           written last
 """
 
 import json
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,11 +27,15 @@ from d2f_core.data.manifest import (
 from d2f_core.identity import differences
 from d2f_core.storage import join, list_names, read_bytes, write_bytes
 
+S = TypeVar("S")
+T = TypeVar("T")
 PLAN_NAME = "plan.json"
 INDEX = "index"
 KIND = "generations"
 """Kind of the index table in its manifest, whatever the job makes."""
 READ_THREADS = 16
+AHEAD_BYTES = 16 * 2**20
+"""Files that are read ahead are together about as large; what is decoded of them takes several times as much."""
 
 
 class OutputError(ValueError):
@@ -158,8 +163,42 @@ def table_file(text: str) -> Any:
 
 
 def read_index(output: str) -> pa.Table:
-    """The whole index of a finished job, in the order of its parts."""
+    """The whole index of a finished job, in the order of its parts; a column that a part lacks is null there."""
+    return pa.concat_tables(stream_index(output), promote_options="default")
+
+
+def stream_index(output: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The index of a finished job, one part after the other; whoever stops early has read little more than was needed.
+
+    Args:
+        columns: their names; None: all.
+    """
     files = read_manifest(output).files
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        parts = pool.map(lambda file: pq.read_table(pa.BufferReader(read_file(output, file))), files)
-        return pa.concat_tables(parts)
+    chosen = None if columns is None else list(columns)
+    largest = max((file.size for file in files), default=1)
+    return map_ahead(
+        lambda file: pq.read_table(pa.BufferReader(read_file(output, file)), columns=chosen),
+        files,
+        threads_for(largest),
+    )
+
+
+def threads_for(file_bytes: int) -> int:
+    """How many files of this size are read at once: many small ones, whose time is the storage's answer, few large
+    ones."""
+    return max(1, min(READ_THREADS, AHEAD_BYTES // max(1, file_bytes)))
+
+
+def map_ahead(function: Callable[[S], T], items: Iterable[S], threads: int) -> Iterator[T]:
+    """`map` in threads: the results in the order of the items, of which at most `threads` are begun and not yet given.
+
+    An executor's own `map` begins all at once, and so holds the results of the fast ones until the slow ones are done.
+    """
+    pending: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -14,14 +14,30 @@ class ImageRules:
     """Which images are accepted, and how they are resized."""
 
     resolution: int
-    """Height and width of the result in pixels."""
+    """Height and width of the result in pixels; with `whole`, of its long side."""
     min_side: int
     """Smallest accepted short side in pixels."""
     max_pixels: int
     """Largest accepted width x height; checked before decoding, so that a decompression bomb is never unpacked."""
-    fit: Literal["crop", "pad"] = since("crop", before="crop")
-    """How an image becomes square. `crop`: its centre square. `pad`: the whole image, with black bars on two sides."""
+    fit: Literal["crop", "pad", "whole"] = since("crop", before="crop")
+    """How an image becomes square. `crop`: its centre square. `pad`: the whole image, with black bars on two sides.
+    `whole`: not at all, it keeps its aspect."""
+    multiple: int = since(1, before=1)
+    """With `whole`: what both sides of the result are multiples of, in pixels; the aspect is rounded to it."""
 
     def __post_init__(self) -> None:
-        if self.fit not in ("crop", "pad"):
-            raise ValueError(f"fit={self.fit!r} is not a way to make a square. Use 'crop' or 'pad'.")
+        if self.fit not in ("crop", "pad", "whole"):
+            raise ValueError(
+                f"fit={self.fit!r} is not a way to make a square. Use 'crop' or 'pad', or 'whole' for none."
+            )
+        if self.multiple < 1 or self.resolution % self.multiple:
+            raise ValueError(
+                f"resolution={self.resolution} must be a multiple of {self.multiple} pixels, as both sides of a whole "
+                f"image are. Nearest below: {self.resolution // max(self.multiple, 1) * self.multiple}."
+            )
+
+    def whole_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of a whole image after resizing: its long side has the resolution."""
+        longer, unit = max(width, height), self.multiple
+        sides = (max(1, round(side * self.resolution / longer / unit)) * unit for side in (width, height))
+        return next(sides), next(sides)

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> square RGB pixels, or the reason why not; and the mapping between their coordinates."""
+"""Bytes of an image file -> RGB pixels of a fixed size, or the reason why not; and the mapping of coordinates."""
 
 import io
 import re
@@ -75,12 +75,15 @@ def _moved(points: np.ndarray, source: Box, target: Box) -> np.ndarray:
 
 
 def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
-    """Decode, make upright, crop or pad to a square as the rules say, resize; transparency becomes white.
+    """Decode, make upright, crop or pad to a square or keep whole as the rules say, resize; transparency becomes white.
 
     Raises:
         BadImageError: with the reason.
     """
-    return (_cropped if rules.fit == "crop" else _padded)(decode_image(data, rules), rules.resolution)
+    image = decode_image(data, rules)
+    if rules.fit == "whole":
+        return _whole(image, rules.whole_size(*image.size))
+    return (_cropped if rules.fit == "crop" else _padded)(image, rules.resolution)
 
 
 def decode_image(data: bytes, rules: ImageRules) -> Image.Image:
@@ -129,6 +132,14 @@ def _padded(image: Image.Image, size: int) -> PreparedImage:
     square.paste(image, (left, top))
     box = (left, top, left + inner_width, top + inner_height)
     return PreparedImage(pixels=np.asarray(square), width=width, height=height, crop=(0, 0, width, height), box=box)
+
+
+def _whole(image: Image.Image, size: tuple[int, int]) -> PreparedImage:
+    """The whole image at a width and height."""
+    width, height = image.size
+    resized = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+    crop = (0, 0, width, height)
+    return PreparedImage(pixels=np.asarray(resized), width=width, height=height, crop=crop, box=(0, 0, *size))
 
 
 def _check_declared(data: bytes, rules: ImageRules) -> Declared:

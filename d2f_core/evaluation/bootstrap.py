@@ -4,6 +4,8 @@ A bootstrap is a matrix of counts [replicates, n] (how often each image was draw
 images can share the draws and be compared in pairs.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 Array = np.ndarray
@@ -13,6 +15,15 @@ def bootstrap_counts(images: int, replicates: int, seed: int) -> Array:
     """How often each image is drawn, int64 [replicates, images]; depends only on the arguments."""
     generator = np.random.Generator(np.random.Philox(seed))
     return generator.multinomial(images, np.full(images, 1 / images), size=replicates)
+
+
+def bootstrap_blocks(images: int, replicates: int, seed: int, *, most: int = 2**20) -> Iterator[Array]:
+    """The rows of `bootstrap_counts` in blocks of at most `most` numbers (but at least one row), for sets of millions
+    of images, whose counts together would not fit into memory."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    shares, step = np.full(images, 1 / images), max(1, most // images)
+    for start in range(0, replicates, step):
+        yield generator.multinomial(images, shares, size=min(step, replicates - start))
 
 
 def percentile_interval(value: float, replicates: Array, level: float = 0.95) -> tuple[float, float]:

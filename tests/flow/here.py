@@ -18,6 +18,7 @@ from d2f_core.batch.chunks import prepare_shards, work_item, write_row
 from d2f_core.data.datasets import generated_table
 from d2f_core.data.datasets.generated_table import GeneratedTable, make_or_keep
 from d2f_core.data.manifest import TableFile
+from d2f_core.flow.depth import evaluation as depth_evaluation
 from d2f_core.flow.depth import job as depth_job
 from d2f_core.flow.depth.actor import DepthActor
 from d2f_core.flow.depth.actor import work_item as depth_item
@@ -70,6 +71,16 @@ def predict_here(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:
         yield {name: values[0] for name, values in made.items()}
 
 
+def measure_here(
+    config: Any, actor: type, items: Sequence[dict[str, int]], arguments: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
+    """As `depth_evaluation._results_of`."""
+    del config
+    measuring = actor(*arguments)
+    for item in items:
+        yield measuring({name: np.array([value]) for name, value in item.items()})
+
+
 def make_here(table: GeneratedTable) -> Iterator[tuple[int, TableFile]]:
     """As `generated_table._make_parts`."""
     there = frozenset(list_names(table.output))
@@ -101,7 +112,8 @@ class TaskHere:
 
 @contextlib.contextmanager
 def here() -> Iterator[None]:
-    """Scenes are rendered, images encoded, drawn and scored, depth is seen in this process; it keeps its threads."""
+    """Scenes are rendered, images encoded, drawn and scored, depth is seen and measured in this process; it keeps
+    its threads."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generated_table, "_make_parts", make_here)
@@ -109,6 +121,8 @@ def here() -> Iterator[None]:
         patch.setattr(generate, "_run", draw_here)
         patch.setattr(extract_features, "_run", score_here)
         patch.setattr(depth_job, "_run", predict_here)
+        patch.setattr(depth_evaluation, "_results_of", measure_here)
+        patch.setattr(depth_evaluation, "shared", tuple)
         for module in (metrics, straightness):
             patch.setattr(module, "ray", TasksHere())
         try:

@@ -24,6 +24,7 @@ from d2f_core.flow.publish.job import check_register, exported_model, move_alias
 from d2f_core.model.config import LoraConfig
 from d2f_core.registration import RegisterError
 from tests.depth_tables import true_depth, write_depth_table
+from tests.flow.here import here
 from tests.flow.tiny_base import write_tiny_base
 from tests.image_tables import write_images
 from tests.model.artifacts import trained
@@ -207,16 +208,21 @@ def test_images_without_a_map_of_every_model_are_left_out_and_counted(tmp_path: 
     names = write_depth_table(str(tmp_path / "truth"), 4)
     one = write_predictions(tmp_path / "one", names)
     other = write_predictions(tmp_path / "other", names[:3], error="not finite")
-    found = evaluate_depth(check_evaluate_depth(depth_config(tmp_path, one, other, titles=("one", "other"))))
+    with here():
+        found = evaluate_depth(check_evaluate_depth(depth_config(tmp_path, one, other, titles=("one", "other"))))
     assert found["images"] == 2 and found["left_out"] == 2
     assert set(found["metrics"]["abs_rel"]["values"]) == {"one", "other", "constant", "vertical ramp", "mean depth"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "depth.png",
         "depth_sheet.png",
         "depth_metrics.json",
+        "measured",
     }
     stranger = write_predictions(tmp_path / "stranger", ["another image"])
-    with pytest.raises(
-        DepthEvaluationError, match=r"has a map by every model \(4 have not\). Predict the depth of this"
+    with (
+        here(),
+        pytest.raises(
+            DepthEvaluationError, match=r"has a map by every model \(4 have not\). Predict the depth of this"
+        ),
     ):
         evaluate_depth(check_evaluate_depth(depth_config(tmp_path, one, stranger, titles=("one", "other"))))

@@ -3,9 +3,20 @@
 import numpy as np
 import pytest
 
+from d2f_core.evaluation.bootstrap import bootstrap_blocks, bootstrap_counts
 from d2f_core.flow.depth.config import FLOORS
-from d2f_core.flow.depth.errors import depth_errors, estimates, floor_maps, mean_depth, resized, square
+from d2f_core.flow.depth.errors import (
+    depth_errors,
+    depth_sums,
+    estimate_metric,
+    floor_maps,
+    mean_depth,
+    resized,
+    square,
+)
 from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
+from d2f_core.flow.depth.metrics import METRICS
+from d2f_core.flow.depth.protocol import Protocol
 from tests.depth_tables import true_depth
 
 TRUTH = square(true_depth(0))
@@ -27,7 +38,8 @@ def test_a_map_of_another_size_is_brought_to_the_truths() -> None:
 
 def test_floors_are_the_constant_the_ramp_and_the_mean_of_what_was_seen() -> None:
     truths = [square(true_depth(seed)) for seed in range(6)]
-    mean = mean_depth(truths, 16)
+    parts = [depth_sums(truths[:2], 16, squares=True), depth_sums(truths[2:], 16, squares=True)]
+    mean = mean_depth(parts[0] + parts[1])
     seen = np.ma.masked_invalid(np.stack(truths)).mean(0).filled(np.nan)
     known = np.isfinite(seen)
     np.testing.assert_allclose(mean[known], seen[known], rtol=1e-5)
@@ -44,9 +56,9 @@ def test_floors_are_the_constant_the_ramp_and_the_mean_of_what_was_seen() -> Non
 def test_intervals_hold_the_mean_and_images_are_resampled_alike() -> None:
     generator = np.random.default_rng(0)
     values = generator.uniform(0.1, 0.3, 40)
-    rows = [depth_errors(TRUTH, TRUTH) | {"abs_rel": float(value)} for value in values]
-    shifted = [row | {"abs_rel": row["abs_rel"] + 0.1} for row in rows]
-    metrics = estimates({"a": {2: rows, 4: rows}, "b": {2: shifted}, "constant": {0: shifted}})
+    shifted = values + 0.1
+    found = {"a": {2: values, 4: values}, "b": {2: shifted}, "constant": {0: shifted}}
+    metrics = {name: estimate_metric(name, found) for name in METRICS}
     a, b = metrics["abs_rel"].values["a"][2], metrics["abs_rel"].values["b"][2]
     assert a.low < a.value < a.high and a.value == pytest.approx(values.mean()) and a.count == 40
     np.testing.assert_allclose(b.replicates - a.replicates, 0.1, atol=1e-12)
@@ -59,3 +71,26 @@ def test_a_sheet_shows_maps_of_any_size() -> None:
         image=np.zeros((16, 16, 3), np.uint8), truth=TRUTH, predictions={"2": np.zeros((8, 8)), "4": TRUTH}
     )
     assert draw_maps([shown] * 2, "maps").startswith(b"\x89PNG")
+
+
+def test_blocks_of_draws_are_the_draws_of_one_whole() -> None:
+    whole = bootstrap_counts(50, 23, 3)
+    for most in (1, 120, 10_000):
+        np.testing.assert_array_equal(np.concatenate(list(bootstrap_blocks(50, 23, 3, most=most))), whole)
+
+
+def test_the_mean_depth_of_whole_images_is_stretched_over_them() -> None:
+    """A ramp from left to right is its own mean at any width; a square would cut its ends off."""
+    ramps = [np.linspace(1, 3, width, dtype=np.float32)[None].repeat(30, 0) for width in (60, 90)]
+    mean = mean_depth(depth_sums(ramps, 30, squares=False))
+    np.testing.assert_allclose(mean[0], np.linspace(1, 3, 30), atol=0.05)
+    assert mean_depth(depth_sums(ramps, 30, squares=True))[0, 0] > 1.4
+    assert depth_errors(mean, ramps[0])["abs_rel"] < 0.01
+
+
+def test_floors_are_in_metres_so_that_they_need_no_shift() -> None:
+    mean = np.linspace(6, 2, 16, dtype=np.float32)[:, None].repeat(16, 1) + np.linspace(0, 1, 16, dtype=np.float32)
+    for alignment in ("none", "median", "scale"):
+        protocol = Protocol(alignment=alignment)
+        errors = {name: depth_errors(values, mean, protocol)["abs_rel"] for name, values in floor_maps(mean).items()}
+        assert errors["mean depth"] < 1e-6 < errors["vertical ramp"] < 0.1 < errors["constant"] < 0.5

@@ -1,16 +1,22 @@
 """Depth errors against values worked out by hand."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from d2f_core.flow.depth.config import Alignment
 from d2f_core.flow.depth.metrics import (
+    ALIGNMENTS,
     METRICS,
     DepthError,
     DepthShapeError,
     NonPositiveDepthError,
     NoValidPixelsError,
+    align_median,
+    align_none,
+    align_scale,
     align_scale_shift,
     depth_metrics,
 )
@@ -110,3 +116,27 @@ def test_an_alignment_needs_two_finite_pixels() -> None:
         align_scale_shift(TARGET, TARGET, one)
     with pytest.raises(DepthError, match="prediction is not finite"):
         align_scale_shift(TARGET * np.nan, TARGET)
+
+
+def test_alignments_by_one_number_against_values_worked_out_by_hand() -> None:
+    """Of 1, 2, 4, 8 and the prediction 1, 1, 1, 5: least squares give (1 + 2 + 4 + 40) / 28, medians 3 / 1."""
+    prediction = np.array([[[1.0, 1.0], [1.0, 5.0]]])
+    np.testing.assert_allclose(align_scale(prediction, TARGET), prediction * 47 / 28)
+    np.testing.assert_allclose(align_median(prediction, TARGET), prediction * 3)
+    np.testing.assert_array_equal(align_none(prediction, TARGET), prediction)
+    np.testing.assert_allclose(align_scale(TARGET / 7, TARGET), TARGET)
+    valid = np.array([[[True, True], [True, False]]])
+    np.testing.assert_allclose(align_scale(prediction, TARGET, valid), prediction * 7 / 3)
+    assert set(ALIGNMENTS) == set(get_args(Alignment))
+
+
+def test_a_scale_needs_something_to_scale() -> None:
+    with pytest.raises(DepthError, match=r"the median of the predicted depth is -2; .* by scale_shift"):
+        align_median(np.full_like(TARGET, -2), TARGET)
+    np.testing.assert_array_equal(align_scale(np.zeros_like(TARGET), TARGET), 0)
+
+
+def test_a_ceiling_lowers_what_lies_above_the_cap() -> None:
+    prediction = TARGET.copy()
+    prediction[0, 1, 1] = 30
+    assert depth_metrics(prediction, TARGET, ceiling=10)["abs_rel"].item() == pytest.approx(0.25 / 4)

@@ -9,7 +9,6 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -18,7 +17,7 @@ from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.depth.config import DepthEvaluationError, EvaluateDepthConfig, PredictDepthConfig, PredictDepthError
-from d2f_core.flow.depth.evaluation import _predictors, check_evaluate_depth
+from d2f_core.flow.depth.evaluation import check_evaluate_depth
 from d2f_core.flow.depth.job import check_predict_depth, predict_depth
 from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.flow.publish.job import check_register, register
@@ -65,6 +64,7 @@ def config(model: str) -> PredictDepthConfig:
         steps=(1, 2),
         ensemble=2,
         batch_size=3,
+        min_side=9,
         rows_per_part=4,
         num_actors=1,
         experiment="test-depth-jobs",
@@ -75,6 +75,12 @@ def config(model: str) -> PredictDepthConfig:
 def predicted(config: PredictDepthConfig) -> Manifest:
     with here():
         return predict_depth(check_predict_depth(config))
+
+
+def files_below(uri: str) -> dict[str, str]:
+    """SHA-256 by name."""
+    fs, path = filesystem(uri)
+    return {name.removeprefix(path): hashlib.sha256(fs.cat_file(name)).hexdigest() for name in fs.find(path)}
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -106,13 +112,13 @@ def test_every_image_and_step_has_its_files_or_a_reason(config: PredictDepthConf
         data = read_bytes(row["depth_uri"])
         depth = np.load(io.BytesIO(data), allow_pickle=False)
         assert hashlib.sha256(data).hexdigest() == row["depth_sha256"]
-        assert depth.shape == (16, 16) and depth.dtype == np.float32 and 0 <= depth.min() <= depth.max() <= 1
+        assert depth.shape == (12, 16) and depth.dtype == np.float32 and 0 <= depth.min() <= depth.max() <= 1
         levels = np.asarray(Image.open(io.BytesIO(read_bytes(row["png_uri"]))))
         np.testing.assert_allclose(levels / 65535, depth, atol=1e-5)
         spread = np.load(io.BytesIO(read_bytes(row["uncertainty_uri"])), allow_pickle=False)
         assert spread.mean() == pytest.approx(row["uncertainty"], rel=1e-4) and spread.max() > 0
-        assert Image.open(io.BytesIO(read_bytes(row["preview_uri"]))).size == (32, 16)
-        assert (row["width"], row["height"], row["crop"]) == (20, 16, [2, 0, 18, 16])
+        assert Image.open(io.BytesIO(read_bytes(row["preview_uri"]))).size == (32, 12)
+        assert (row["width"], row["height"], row["crop"]) == (20, 16, [0, 0, 20, 16])
         assert (row["ensemble"], row["num_evaluations"], row["solver"]) == (2, row["steps"], "euler")
     with pytest.raises(OutputError, match=r"another job \(ensemble was 2, now 3\)"):
         predict_depth(check_predict_depth(dataclasses.replace(config, ensemble=3)))
@@ -143,13 +149,19 @@ def test_predictions_are_measured_beside_floors_and_logged(config: PredictDepthC
         output=f"{HOME}/evaluation",
         replicates=20,
         shown=2,
+        rows_per_part=4,
         experiment="test-depth-evaluations",
     )
     results = evaluate_depth.main(wanted)
+    with here():
+        alone = evaluate_depth.main(dataclasses.replace(wanted, output=f"{HOME}/evaluated-here", experiment=""))
+    by_two, by_one = (files_below(f"{HOME}/{name}/measured") for name in ("evaluation", "evaluated-here"))
+    assert by_two == by_one and len([name for name in by_two if name.endswith(".parquet")]) == 3
+    assert {**alone, "errors": ""} == {**results, "errors": ""}
     values = results["metrics"]["abs_rel"]["values"]
     assert set(values) == {"toy", "constant", "vertical ramp", "mean depth"} and set(values["toy"]) == {"1", "2"}
     assert values["vertical ramp"]["0"]["value"] < values["constant"]["0"]["value"]
-    assert results["images"] == IMAGES and results["left_out"] == 0
+    assert results["images"] == IMAGES and results["left_out"] == 0 and results["aspect"] == "whole images"
     assert json.loads(read_bytes(f"{wanted.output}/depth_metrics.json")) == results
     for name in ("depth.png", "depth_sheet.png"):
         assert read_bytes(f"{wanted.output}/{name}").startswith(b"\x89PNG")
@@ -163,22 +175,10 @@ def test_predictions_are_measured_beside_floors_and_logged(config: PredictDepthC
         check_evaluate_depth(dataclasses.replace(wanted, truth=config.output))
     nobody = np.full((16, 16), np.nan, np.float32)
     write_depth_table(f"{HOME}/hidden", 1, depth=nobody)
-    with pytest.raises(DepthEvaluationError, match=r"of 's3://\S+/hidden' has 0 pixels with a depth"):
-        evaluate_depth.main(dataclasses.replace(wanted, truth=f"{HOME}/hidden"))
+    with pytest.raises(DepthEvaluationError, match=r"of 's3://\S+/hidden': it has 0 pixels with a depth"):
+        evaluate_depth.main(dataclasses.replace(wanted, truth=f"{HOME}/hidden", num_actors=1))
     with pytest.raises(DepthEvaluationError, match=r"titles=.* one for each"):
         dataclasses.replace(wanted, titles=("a", "b"))
-
-
-def test_an_adaptive_solver_counts_by_its_mean_and_a_model_without_maps_is_refused() -> None:
-    def row(number: int, steps: int, evaluations: int, error: str | None = None) -> dict[str, Any]:
-        made = {"depth_uri": f"s3://x/{number}.npy", "resolution": 16, "num_evaluations": evaluations, "error": error}
-        return {"sample_id": f"{number}", "steps": steps, **made}
-
-    (found,) = _predictors("m", "s3://x", pa.Table.from_pylist([row(0, 1, 38), row(1, 1, 44), row(2, 1, 0, "bad")]))
-    assert found.evaluations == 41 and set(found.maps) == {"0", "1"}
-    index = pa.Table.from_pylist([row(0, 1, 1), row(0, 2, 0, "not finite"), row(1, 2, 0, "other")])
-    with pytest.raises(DepthEvaluationError, match="'s3://x' has no map at 2 steps: all 2 failed, the first with 'not"):
-        _predictors("m", "s3://x", index)
 
 
 def test_another_training_at_its_output_is_refused_before_anything_is_written(

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from d2f_core.batch.output import part_name
+from d2f_core.data.image_rules import ImageRules
 from d2f_core.data.images import BadImageError, PreparedImage, prepare_image
 from d2f_core.data.manifest import write_part
 from d2f_core.data.schema import sample_id
@@ -26,6 +27,8 @@ from d2f_core.model.artifact import load_model
 from d2f_core.storage import join, write_bytes
 from d2f_core.tracking import resolve_model
 
+Prepared = tuple[str | None, PreparedImage | str]
+"""Sample id, and the prepared pixels or the reason why there are none."""
 DEPTH_INDEX_SCHEMA = pa.schema(
     [
         # Hash of the image's bytes; null when the source could not deliver them.
@@ -36,8 +39,11 @@ DEPTH_INDEX_SCHEMA = pa.schema(
         pa.field("height", pa.int32()),
         # Left, top, right, bottom of the part of the original that the map covers, in pixels.
         pa.field("crop", pa.list_(pa.int32())),
-        # Height and width of the map in pixels.
+        # Long side of the map in pixels.
         pa.field("resolution", pa.int32(), nullable=False),
+        # Size of the map in pixels; in older parts the columns are missing, and the map is a square.
+        pa.field("map_width", pa.int32()),
+        pa.field("map_height", pa.int32()),
         pa.field("solver", pa.string(), nullable=False),
         pa.field("steps", pa.int32(), nullable=False),
         pa.field("shift", pa.float64(), nullable=False),
@@ -82,6 +88,7 @@ class DepthActor:
             )
         device = reserved_device()
         self.predictor = DepthPredictor(model, uri=plan.model_uri, device=device)
+        self.rules = plan.rules(model.base.pixels_per_latent)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         (number,), (work,) = (int(value) for value in batch["shard"]), batch["work"]
@@ -96,23 +103,33 @@ class DepthActor:
 
     def _predict(self, shard: int, samples: list[Sample]) -> Iterator[dict[str, Any]]:
         """Predict some samples and yield their index rows: per number of steps, in the samples' order."""
-        prepared = [_prepare(sample, self.plan) for sample in samples]
-        good = [row for row, found in enumerate(prepared) if isinstance(found[1], PreparedImage)]
-        pixels = [found[1].pixels for found in prepared if isinstance(found[1], PreparedImage)]
-        names = [prepared[row][0] or "" for row in good]
+        prepared = [_prepare(sample, self.rules) for sample in samples]
         for settings in self.plan.settings:
-            made = self.predictor.predict(np.stack(pixels), names, settings) if good else []
-            by_row = dict(zip(good, made, strict=True))
+            made = self._maps(prepared, settings)
             for row, (sample, (name, found)) in enumerate(zip(samples, prepared, strict=True)):
                 index = self._row(sample, name, settings)
                 if isinstance(found, PreparedImage):
-                    one = by_row[row]
-                    sizes = {"width": found.width, "height": found.height, "crop": list(found.crop)}
-                    index |= sizes | {"num_evaluations": one.num_evaluations, "error": one.error}
+                    one, (height, width) = made[row], found.pixels.shape[:2]
+                    index |= {"width": found.width, "height": found.height, "crop": list(found.crop)}
+                    index |= {"map_width": width, "map_height": height}
+                    index |= {"num_evaluations": one.num_evaluations, "error": one.error}
                     index |= self._write(f"{shard:06d}/{name}-{settings.steps}", found.pixels, one)
                 else:
                     index["error"] = found
                 yield index
+
+    def _maps(self, prepared: Sequence[Prepared], settings: DepthSettings) -> dict[int, DepthMade]:
+        """The maps by row; images of one size share a forward pass."""
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for row, (_, found) in enumerate(prepared):
+            if isinstance(found, PreparedImage):
+                sizes.setdefault(found.pixels.shape, []).append(row)
+        made: dict[int, DepthMade] = {}
+        for rows in sizes.values():
+            pixels = [found.pixels for row in rows if isinstance(found := prepared[row][1], PreparedImage)]
+            names = [prepared[row][0] or "" for row in rows]
+            made |= zip(rows, self.predictor.predict(np.stack(pixels), names, settings), strict=True)
+        return made
 
     def _row(self, sample: Sample, name: str | None, settings: DepthSettings) -> dict[str, Any]:
         return {
@@ -142,12 +159,11 @@ class DepthActor:
         return {**uris, "depth_sha256": digest, "uncertainty": float(made.uncertainty.mean())}
 
 
-def _prepare(sample: Sample, plan: DepthPlan) -> tuple[str | None, PreparedImage | str]:
-    """Sample id, and the prepared pixels or the reason why there are none."""
+def _prepare(sample: Sample, rules: ImageRules) -> Prepared:
     if sample.image is None:
         return None, sample.problem or "no_image: none found"
     name = sample_id(sample.image, "")
     try:
-        return name, prepare_image(sample.image, plan.rules)
+        return name, prepare_image(sample.image, rules)
     except BadImageError as error:
         return name, str(error)

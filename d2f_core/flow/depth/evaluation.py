@@ -1,51 +1,44 @@
-"""Compare finished depth predictions with a depth table: errors with intervals, floors, a figure and a sheet.
+"""Compare finished depth predictions with a depth table: errors with intervals, floors, a gate, a figure and a sheet.
 
-OUTPUT/depth_metrics.json    every value with its interval
-OUTPUT/depth.png             errors against network evaluations
-OUTPUT/depth_sheet.png       image, truth and predictions of the first images
+OUTPUT/depth_metrics.json       every value with its interval, how it was measured, and the gate's verdict
+OUTPUT/depth.png                errors against network evaluations
+OUTPUT/depth_sheet.png          image, truth and predictions of the first images
+OUTPUT/measured/KEY/        every error of every image, in parts; a killed evaluation goes on with what is missing
 """
 
-import io
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from PIL import Image
+import ray
 
-from d2f_core.batch.output import read_index
-from d2f_core.data.depth import crop_and_resize
-from d2f_core.data.depth_files import decode_depth, decode_npy
-from d2f_core.data.images import to_rgb
+from d2f_core.batch.actor_pool import map_items
+from d2f_core.batch.refusals import RefusedError
 from d2f_core.data.manifest import Manifest, read_manifest
-from d2f_core.data.table_reader import RowReader
 from d2f_core.evaluation.estimates import Metric
+from d2f_core.evaluation.pins import PinError
 from d2f_core.evaluation.record import log_evaluation, write_files
-from d2f_core.flow.depth.config import DepthEvaluationError, EvaluateDepthConfig
-from d2f_core.flow.depth.errors import depth_errors, estimates, floor_maps, mean_depth, square
-from d2f_core.flow.depth.figures import ShownDepth, draw_errors, draw_maps
-from d2f_core.flow.depth.metrics import NoValidPixelsError
-from d2f_core.storage import check_reachable, read_bytes
+from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, EvaluateDepthConfig
+from d2f_core.flow.depth.error_parts import ErrorParts, place_of
+from d2f_core.flow.depth.errors import estimate_metric, mean_depth
+from d2f_core.flow.depth.figures import draw_errors, draw_maps
+from d2f_core.flow.depth.gate import GatePlan, gate, plan_gate
+from d2f_core.flow.depth.map_index import MapIndex, read_maps
+from d2f_core.flow.depth.metrics import METRICS
+from d2f_core.flow.depth.protocol import Protocol
+from d2f_core.flow.depth.scorer import DepthScorer, DepthSummer
+from d2f_core.flow.depth.shown import shown_maps
+from d2f_core.progress import Progress
+from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking
 
+logger = logging.getLogger(__name__)
+
 METRICS_NAME, FIGURE_NAME, SHEET_NAME = "depth_metrics.json", "depth.png", "depth_sheet.png"
-ROWS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class _Predictor:
-    """A model's predictions at one number of network evaluations."""
-
-    role: str
-    evaluations: int
-    maps: Mapping[str, tuple[str, int]]
-    """Sample id -> (URI of the map, its height and width in pixels)."""
-
-    def read(self, sample_id: str) -> np.ndarray:
-        uri, edge = self.maps[sample_id]
-        return decode_npy(read_bytes(uri), edge * edge).reshape(edge, edge)
+DIGEST_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +47,44 @@ class EvaluateDepthJob:
 
     config: EvaluateDepthConfig
     truth: Manifest
+    trained_on: Manifest
     models: Mapping[str, Mapping[str, Any]]
     """By title: the model's URI and hash, and its sampling settings."""
-    predictors: tuple[_Predictor, ...]
+    maps: tuple[MapIndex, ...]
+    protocol: Protocol
+    identity: dict[str, Any]
+    """What decides the errors, as JSON values."""
+    gate: GatePlan | None
+
+    @property
+    def predictors(self) -> list[tuple[str, int]]:
+        """Role and network evaluations of everything that is measured: floors, then predictions."""
+        return measured(self.maps)
+
+    @property
+    def parts(self) -> ErrorParts:
+        return ErrorParts(
+            uri=place_of(self.config.output, self.identity),
+            truth=self.config.truth,
+            trained_on=self.config.train or self.config.truth,
+            rows=self.truth.num_rows,
+            trained_rows=self.trained_on.num_rows,
+            rows_per_part=self.config.rows_per_part,
+            resolution=self.identity["resolution"],
+            protocol=self.protocol,
+        )
+
+
+def measured(maps: Sequence[MapIndex]) -> list[tuple[str, int]]:
+    return [*((floor, 0) for floor in FLOORS), *((one.role, one.evaluations) for one in maps)]
 
 
 def check_evaluate_depth(config: EvaluateDepthConfig) -> EvaluateDepthJob:
     """Read the outputs' index tables and check them.
 
     Raises:
-        ValueError: a setting is missing, a table has another kind, or storage is unusable.
+        ValueError: a setting is missing, a table has another kind, the gate's rules cannot be applied, or storage is
+            unusable.
     """
     for name in ("predictions", "truth", "output"):
         if not getattr(config, name):
@@ -72,20 +93,28 @@ def check_evaluate_depth(config: EvaluateDepthConfig) -> EvaluateDepthJob:
     if config.experiment:
         check_tracking()
     truth = _depth_table(config.truth)
-    if config.train:
-        _depth_table(config.train)
-    predictors, models = [], {}
+    trained_on = _depth_table(config.train) if config.train else truth
+    maps, models, digests = [], {}, []
     for number, uri in enumerate(config.predictions):
-        fingerprint = read_manifest(uri).fingerprint
-        if fingerprint.get("task") != "image_to_depth":
+        manifest = read_manifest(uri)
+        if manifest.fingerprint.get("task") != "image_to_depth":
             raise DepthEvaluationError(f"{uri!r} holds no depth maps. Give an output of pipelines.predict_depth.")
-        index = read_index(uri)
-        title = config.titles[number] if config.titles else index["model_uri"][0].as_py()
-        if title in models:
+        model_uri, found = read_maps(uri, manifest.fingerprint, config.titles[number] if config.titles else "")
+        if (title := found[0].role) in models:
             raise DepthEvaluationError(f"{uri!r} is a second output of {title!r}. Tell them apart: --titles A B.")
-        models[title] = {"uri": index["model_uri"][0].as_py(), **fingerprint}
-        predictors += _predictors(title, uri, index)
-    return EvaluateDepthJob(config=config, truth=truth, models=models, predictors=tuple(predictors))
+        models[title] = {"uri": model_uri, **manifest.fingerprint}
+        digests.append(manifest.digest)
+        maps += found
+    protocol = Protocol.of(config, square=any(one.of_squares for one in maps))
+    identity = {
+        "truth": truth.digest, "mean_depth_of": trained_on.digest, "predictions": digests,
+        "predictors": [list(each) for each in measured(maps)], **asdict(protocol),
+        "resolution": max(one.resolution for one in maps), "rows_per_part": config.rows_per_part,
+    }  # fmt: skip
+    return EvaluateDepthJob(
+        config=config, truth=truth, trained_on=trained_on, models=models, maps=tuple(maps), protocol=protocol,
+        identity=identity, gate=plan_gate(config, place_of(config.output, identity), models, maps),
+    )  # fmt: skip
 
 
 def _depth_table(uri: str) -> Manifest:
@@ -95,104 +124,82 @@ def _depth_table(uri: str) -> Manifest:
     return manifest
 
 
-def _predictors(role: str, uri: str, index: pa.Table) -> list[_Predictor]:
-    """One predictor per number of steps. An adaptive solver's evaluations vary between batches: their mean is used."""
-    by_steps: dict[int, list[dict[str, Any]]] = {}
-    for row in index.to_pylist():
-        by_steps.setdefault(row["steps"], []).append(row)
-    found = []
-    for steps, rows in sorted(by_steps.items()):
-        good = [row for row in rows if row["error"] is None]
-        if not good:
-            raise DepthEvaluationError(
-                f"{uri!r} has no map at {steps} steps: all {len(rows)} failed, the first with {rows[0]['error']!r}. "
-                "Predict again with a model and settings that work."
-            )
-        evaluations = round(sum(row["num_evaluations"] for row in good) / len(good))
-        maps = {row["sample_id"]: (row["depth_uri"], row["resolution"]) for row in good}
-        found.append(_Predictor(role, evaluations, maps))
-    return found
-
-
 def evaluate_depth(job: EvaluateDepthJob) -> dict[str, Any]:
-    """Measure, draw, write and log; returns the contents of the JSON file.
+    """Measure, judge, draw, write and log; returns the contents of the JSON file. Needs a running Ray.
 
     Raises:
-        DepthEvaluationError: no image has both ground truth and a prediction of every model.
+        DepthEvaluationError: no image has both ground truth and a prediction of every model, or one has too little
+            depth that counts.
+        PinError: the champion's alias moved meanwhile, so that the candidate was not promoted; the files say so too.
     """
-    config = job.config
-    trained_on = config.train or config.truth
-    truths = (decode_depth(row["depth"]) for row in _rows(trained_on, read_manifest(trained_on), ("depth",)))
-    floors = floor_maps(mean_depth(truths, _edge(job)))
-    errors: dict[str, dict[int, list[dict[str, float]]]] = {name: {0: []} for name in floors}
-    shown: list[ShownDepth] = []
-    left_out = 0
-    for row in _rows(config.truth, job.truth, ("sample_id", "image", "depth")):
-        name, truth = row["sample_id"], square(decode_depth(row["depth"]))
-        if any(name not in predictor.maps for predictor in job.predictors):
-            left_out += 1
-            continue
-        maps = [predictor.read(name) for predictor in job.predictors]
-        try:
-            for floor, values in floors.items():
-                errors[floor][0].append(depth_errors(values, truth))
-            for predictor, values in zip(job.predictors, maps, strict=True):
-                by_count = errors.setdefault(predictor.role, {})
-                by_count.setdefault(predictor.evaluations, []).append(depth_errors(values, truth))
-        except NoValidPixelsError:
-            raise DepthEvaluationError(
-                f"{name} of {config.truth!r} has {int(np.isfinite(truth).sum())} pixels with a depth in its centre "
-                "square; the fit needs 2. Leave it out of the table."
-            ) from None
-        if len(shown) < config.shown:
-            shown.append(_shown(row["image"], truth, job, maps))
-    if not shown:
+    parts = measure(job)
+    complete = np.asarray(np.isfinite(parts.column("abs_rel", len(job.predictors))).all(axis=1))
+    left_out = int((~complete).sum())
+    if not complete.any():
         raise DepthEvaluationError(
-            f"No image of {config.truth!r} has a map by every model ({left_out} have not). Predict the depth of this "
-            "table's images first."
+            f"No image of {job.config.truth!r} has a map by every model ({left_out} have not). Predict the depth of "
+            "this table's images first."
         )
-    metrics = estimates(errors, replicates=config.replicates)
-    results = _results(job, metrics, left_out)
-    _store(job, results, metrics, shown)
+    metrics = {name: _estimated(job, parts, name, complete) for name in METRICS}
+    results = {**_results(job, metrics, int(complete.sum()), left_out), "errors": parts.errors}
+    refused: PinError | None = None
+    if job.gate:
+        values = parts.column(job.gate.metric, len(job.predictors))
+        results["gate"], refused = gate(job.config, job.gate, parts.uri, values, job.predictors)
+    _store(job, results, metrics, np.flatnonzero(complete)[: job.config.shown])
+    if refused:
+        raise refused
     return results
 
 
-def _edge(job: EvaluateDepthJob) -> int:
-    return max(edge for predictor in job.predictors for _, edge in predictor.maps.values())
+def measure(job: EvaluateDepthJob) -> ErrorParts:
+    """Make the missing parts of the errors, on the cluster; the driver holds no map and no row."""
+    parts = job.parts
+    parts.begin(job.identity)
+    if missing := parts.missing_sums():
+        _run(job.config, "mean_depth", DepthSummer, missing, parts)
+    if not parts.has_mean:
+        parts.write_mean(mean_depth(parts.read_sums()))
+    if missing := parts.missing_parts():
+        _run(job.config, "depth_errors", DepthScorer, missing, parts, shared(job.maps))
+    return parts
 
 
-def _rows(uri: str, manifest: Manifest, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    reader = RowReader(uri, manifest, columns)
-    for start in range(0, manifest.num_rows, ROWS_AT_ONCE):
-        yield from reader.read(np.arange(start, min(start + ROWS_AT_ONCE, manifest.num_rows))).to_pylist()
+def shared(maps: Sequence[MapIndex]) -> Any:
+    """The maps' places once on each node, and not once in each actor."""
+    return ray.put(tuple(maps))
 
 
-def _shown(image: bytes, truth: np.ndarray, job: EvaluateDepthJob, maps: list[np.ndarray]) -> ShownDepth:
-    pixels = np.asarray(to_rgb(Image.open(io.BytesIO(image))))
-    channels = [square(pixels[..., channel]) for channel in range(3)]
-    side = len(truth)
-    whole = (0, 0, len(channels[0]), len(channels[0]))
-    several = len({predictor.role for predictor in job.predictors}) > 1
-    headings = [
-        f"{predictor.role}\n{predictor.evaluations}"
-        if several
-        else f"{predictor.evaluations} evaluation{'s' * (predictor.evaluations != 1)}"
-        for predictor in job.predictors
-    ]
-    return ShownDepth(
-        image=np.stack([crop_and_resize(channel, whole, side) for channel in channels], axis=2),
-        truth=truth,
-        predictions=dict(zip(headings, maps, strict=True)),
-    )
+def _run(config: EvaluateDepthConfig, name: str, actor: type, chunks: Sequence[int], *arguments: Any) -> None:
+    progress = Progress(name, len(chunks), "parts")
+    try:
+        for _ in _results_of(config, actor, [{"chunk": number} for number in chunks], arguments):
+            progress.advance(1)
+    except RefusedError as error:
+        raise DepthEvaluationError(str(error)) from None
 
 
-def _results(job: EvaluateDepthJob, metrics: Mapping[str, Metric], left_out: int) -> dict[str, Any]:
-    images = next(iter(next(iter(metrics["abs_rel"].values.values())).values())).count
+def _results_of(
+    config: EvaluateDepthConfig, actor: type, items: Sequence[dict[str, int]], arguments: Sequence[Any]
+) -> Iterator[Any]:
+    return map_items(items, actor, arguments, config, node_wait_seconds=config.node_wait_seconds)
+
+
+def _estimated(job: EvaluateDepthJob, parts: ErrorParts, name: str, complete: np.ndarray) -> Metric:
+    """One metric of all predictors; metrics are read one after the other, since together they may be large."""
+    columns = parts.column(name, len(job.predictors))[complete].T
+    values: dict[str, dict[int, np.ndarray]] = {}
+    for (role, evaluations), column in zip(job.predictors, columns, strict=True):
+        values.setdefault(role, {})[evaluations] = column
+    return estimate_metric(name, values, replicates=job.config.replicates)
+
+
+def _results(job: EvaluateDepthJob, metrics: Mapping[str, Metric], images: int, left_out: int) -> dict[str, Any]:
     return {
         "truth": {"uri": job.config.truth, "digest": job.truth.digest},
         "images": images,
         "left_out": left_out,
-        "alignment": "scale and shift per image, least squares on the valid pixels",
+        **job.protocol.to_json(),
         "intervals": f"95 %, bootstrap over images, {job.config.replicates} replicates",
         "floor_mean_of": job.config.train or job.config.truth,
         "models": dict(job.models),
@@ -200,23 +207,30 @@ def _results(job: EvaluateDepthJob, metrics: Mapping[str, Metric], left_out: int
     }
 
 
-def _store(
-    job: EvaluateDepthJob, results: dict[str, Any], metrics: Mapping[str, Metric], shown: list[ShownDepth]
-) -> None:
+def in_words(results: Mapping[str, Any]) -> str:
+    """How and on what an evaluation measured, in a line."""
+    truth = results["truth"]["digest"][:DIGEST_SHOWN]
+    left_out = f", {results['left_out']} left out" if results["left_out"] else ""
+    return f"{results['images']} images{left_out}, truth {truth}; {results['protocol']}"
+
+
+def _store(job: EvaluateDepthJob, results: dict[str, Any], metrics: Mapping[str, Metric], rows: np.ndarray) -> None:
     """Write results and pictures to the output and to a new MLflow run."""
-    config = job.config
-    title = f"{results['images']} images"
+    config, title = job.config, in_words(results)
+    shown = shown_maps(config.truth, job.truth, rows, job.maps, job.protocol)
     files = {
         METRICS_NAME: json.dumps(results, indent=1, allow_nan=False).encode(),
         FIGURE_NAME: draw_errors(metrics, title),
-        SHEET_NAME: draw_maps(shown, title),
+        SHEET_NAME: draw_maps(shown, title, job.protocol),
     }
     write_files(config.output, files)
+    verdict = results["gate"]["verdict"] if job.gate else None
     log_evaluation(
         config,
         name=f"depth {' '.join(job.models)}",
-        tags={"d2f.kind": "depth evaluation", "d2f.truth": config.truth},
+        tags={"d2f.kind": "depth evaluation", "d2f.truth": config.truth, "d2f.protocol": results["protocol"]},
         metrics=metrics,
-        counts=sorted({predictor.evaluations for predictor in job.predictors} | {0}),
+        counts=sorted({evaluations for _, evaluations in job.predictors}),
         files=files,
+        values=verdict and {"gate_passed": float(verdict["passed"])},
     )

@@ -1,6 +1,7 @@
 """Two pictures of a depth evaluation: errors against network evaluations, and a contact sheet of maps."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from d2f_core.evaluation.estimates import Metric
 from d2f_core.flow.depth.config import FLOORS
 from d2f_core.flow.depth.ensemble import coloured
 from d2f_core.flow.depth.errors import aligned
+from d2f_core.flow.depth.protocol import Protocol
 
 PLOTTED = ("abs_rel", "delta1", "rmse", "silog")
 COLOURS = ("#0b6e4f", "#3b5b92", "#b5651d", "#7b3f8c")
@@ -47,7 +49,7 @@ def _png(figure: Any) -> bytes:
 def draw_errors(metrics: Mapping[str, Metric], title: str) -> bytes:
     """A PNG of the errors: each model's curve with its intervals, the baselines as lines."""
     figure = _figure(11, 7)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     for number, name in enumerate(PLOTTED):
         metric, axes = metrics[name], figure.add_subplot(2, 2, number + 1)
         models = [role for role in metric.values if role not in FLOORS]
@@ -71,15 +73,15 @@ def draw_errors(metrics: Mapping[str, Metric], title: str) -> bytes:
     return _png(figure)
 
 
-def draw_maps(rows: Sequence[ShownDepth], title: str) -> bytes:
+def draw_maps(rows: Sequence[ShownDepth], title: str, protocol: Protocol | None = None) -> bytes:
     """A PNG with image, truth and predictions per row; all maps of a row share the colour scale of the truth."""
     headings = ["image", "truth", *rows[0].predictions]
     figure = _figure(1.6 * len(headings), 1.6 * len(rows) + 0.8)
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 18 * len(headings)), fontsize=9)
     for number, row in enumerate(rows):
         truth = row.truth
         low, high = np.nanmin(truth), np.nanmax(truth)
-        fitted = [np.clip(aligned(values, truth), low, high) for values in row.predictions.values()]
+        fitted = [np.clip(aligned(values, truth, protocol), low, high) for values in row.predictions.values()]
         # Every map contains the ends of the truth's scale, so that all are coloured by the same scale.
         maps = [coloured(np.concatenate([values, np.full_like(values[:1], low), np.full_like(values[:1], high)]))[:-2]
                 for values in (truth, *fitted)]  # fmt: skip

@@ -30,6 +30,10 @@ class NonPositiveDepthError(DepthError):
     """A valid depth is not finite or not above 0, as logarithms and ratios require."""
 
 
+Fit = tuple[float, float, float]
+"""Scale, centre and level: a fitted map is `level + scale * (prediction - centre)`."""
+
+
 def align_scale_shift(prediction: Array, target: Array, valid: Array | None = None) -> Array:
     """`scale * prediction + shift` per image, with the least squares fit to the target's valid pixels.
 
@@ -40,18 +44,70 @@ def align_scale_shift(prediction: Array, target: Array, valid: Array | None = No
         DepthShapeError, NoValidPixelsError: an image has fewer than 2 valid pixels.
         DepthError: a valid pixel is not finite.
     """
-    prediction, target, valid = _checked(prediction, target, valid, least=2)
+    return _fitted(prediction, target, valid, _scale_shift, least=2)
+
+
+def align_scale(prediction: Array, target: Array, valid: Array | None = None) -> Array:
+    """`scale * prediction` per image, with the least squares fit to the target's valid pixels; errors as above, from 1
+    pixel on."""
+    return _fitted(prediction, target, valid, _scale, least=1)
+
+
+def align_median(prediction: Array, target: Array, valid: Array | None = None) -> Array:
+    """`scale * prediction` per image, with the ratio of the medians over the target's valid pixels; errors as above.
+
+    Raises:
+        DepthError: a prediction's median is not above 0 either.
+
+    Source: Zhou et al., "Unsupervised Learning of Depth and Ego-Motion from Video", CVPR 2017, arXiv:1704.07813.
+    """
+    return _fitted(prediction, target, valid, _median, least=1)
+
+
+def align_none(prediction: Array, target: Array, valid: Array | None = None) -> Array:
+    """The prediction as it is, in the target's unit."""
+    return _fitted(prediction, target, valid, lambda x, y: (1.0, 0.0, 0.0), least=1)
+
+
+ALIGNMENTS: Mapping[str, Callable[[Array, Array, Array | None], Array]] = MappingProxyType(
+    {"scale_shift": align_scale_shift, "scale": align_scale, "median": align_median, "none": align_none}
+)
+
+
+def _scale_shift(x: Array, y: Array) -> Fit:
+    centre, level = float(x.mean()), float(y.mean())
+    spread = float(np.square(x - centre).sum())
+    # A constant prediction has no structure to fit: its best fit is the target's mean.
+    return float((x - centre) @ (y - level)) / spread if spread else 0.0, centre, level
+
+
+def _scale(x: Array, y: Array) -> Fit:
+    length = float(x @ x)
+    return float(x @ y) / length if length else 0.0, 0.0, 0.0
+
+
+def _median(x: Array, y: Array) -> Fit:
+    middle = float(np.median(x))
+    if middle <= 0:
+        raise DepthError(
+            f"the median of the predicted depth is {middle:g}; the ratio of medians needs one above 0. Align maps that "
+            "are known up to a shift by scale_shift."
+        )
+    return float(np.median(y)) / middle, 0.0, 0.0
+
+
+def _fitted(
+    prediction: Array, target: Array, valid: Array | None, fit: Callable[[Array, Array], Fit], *, least: int
+) -> Array:
+    """Every image's prediction by its own fit of valid predicted to valid target pixels."""
+    prediction, target, valid = _checked(prediction, target, valid, least=least)
     for name, values in (("prediction", prediction), ("target", target)):
         if not np.isfinite(values[valid]).all():
             raise DepthError(f"{name} is not finite at a valid pixel. Mask that pixel.")
     aligned = np.empty_like(prediction)
     for number, mask in enumerate(valid):
-        x, y = prediction[number][mask], target[number][mask]
-        centre = x.mean()
-        spread = np.square(x - centre).sum()
-        # A constant prediction has no structure to fit: its best fit is the target's mean.
-        scale = (x - centre) @ (y - y.mean()) / spread if spread else 0.0
-        aligned[number] = y.mean() + scale * (prediction[number] - centre)
+        scale, centre, level = fit(prediction[number][mask], target[number][mask])
+        aligned[number] = level + scale * (prediction[number] - centre)
     return aligned
 
 
@@ -102,13 +158,19 @@ better."""
 
 
 def depth_metrics(
-    prediction: Array, target: Array, valid: Array | None = None, *, floor: float | None = None
+    prediction: Array,
+    target: Array,
+    valid: Array | None = None,
+    *,
+    floor: float | None = None,
+    ceiling: float | None = None,
 ) -> dict[str, Array]:
     """Every metric of `METRICS`, float64 [n] each.
 
     Args:
         floor: smallest depth; predictions below it are raised to it, as published evaluations do after an alignment
             (1e-3 m). None refuses them.
+        ceiling: largest depth; predictions above it are lowered to it, as where a data set's depth is capped.
 
     Raises:
         DepthShapeError, NoValidPixelsError: as named.
@@ -117,6 +179,8 @@ def depth_metrics(
     prediction, target, valid = _checked(prediction, target, valid, least=1)
     if floor is not None:
         prediction = np.maximum(prediction, floor)
+    if ceiling is not None:
+        prediction = np.minimum(prediction, ceiling)
     for name, values in (("prediction", prediction), ("target", target)):
         wrong = valid & ~(np.isfinite(values) & (values > 0))
         if wrong.any():

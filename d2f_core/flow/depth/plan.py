@@ -4,17 +4,22 @@ The source is cut into shards (runs of files or rows, or one tar). A shard is do
 that was killed resumes with the missing ones, and the size of the cluster does not affect any map.
 """
 
+import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from d2f_core.batch.output import PLAN_NAME
 from d2f_core.data.image_rules import ImageRules
 from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.depth.config import PredictDepthConfig, PredictDepthError
 from d2f_core.flow.depth.predictor import DepthSettings, fill_settings
-from d2f_core.identity import identity_values
+from d2f_core.identity import identity_values, since
 from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
 from d2f_core.objective.solver import ADAPTIVE
+from d2f_core.storage import join, read_bytes
+
+Crop = Literal["whole", "square"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +41,16 @@ class DepthPlan:
     max_pixels: int
     batch_size: int
     rows_per_part: int
+    crop: Literal["whole", "square"] = since("square", before="square")
 
-    @property
-    def rules(self) -> ImageRules:
-        return ImageRules(resolution=self.resolution, min_side=self.min_side, max_pixels=self.max_pixels)
+    def rules(self, multiple: int) -> ImageRules:
+        """Which images are accepted, and how they are resized.
+
+        Args:
+            multiple: pixels that both sides of a whole image are multiples of: the autoencoder's downsampling. The
+                UNet takes latents of any size.
+        """
+        return image_rules(self.crop, self.resolution, self.min_side, self.max_pixels, multiple)
 
     @property
     def settings(self) -> list[DepthSettings]:
@@ -53,6 +64,22 @@ class DepthPlan:
         return {"task": "image_to_depth", **values}
 
 
+def image_rules(crop: Crop, resolution: int, min_side: int, max_pixels: int, multiple: int) -> ImageRules:
+    limits: dict[str, Any] = {"resolution": resolution, "min_side": min_side, "max_pixels": max_pixels}
+    return ImageRules(**limits) if crop == "square" else ImageRules(**limits, fit="whole", multiple=multiple)
+
+
+def chosen_crop(config: PredictDepthConfig) -> Crop:
+    """As the config says; otherwise as the output was begun, where plans that do not say are of squares; otherwise
+    whole."""
+    if config.crop:
+        return config.crop
+    try:
+        return json.loads(read_bytes(join(config.output, PLAN_NAME))).get("crop", "square")
+    except FileNotFoundError:
+        return "whole"
+
+
 def make_depth_plan(config: PredictDepthConfig, source: SourcePlan, model: DescribedModel, model_uri: str) -> DepthPlan:
     """Make the plan, with the model's defaults for unset fields.
 
@@ -60,6 +87,7 @@ def make_depth_plan(config: PredictDepthConfig, source: SourcePlan, model: Descr
         ValueError: the solver is unknown, or the resolution is not a multiple of the autoencoder's downsampling.
     """
     resolution = max(model.default_size) if config.resolution is None else config.resolution
+    crop = chosen_crop(config)
     try:
         model.base.latent_shape(resolution, resolution)
     except BaseModelError as error:
@@ -86,8 +114,9 @@ def make_depth_plan(config: PredictDepthConfig, source: SourcePlan, model: Descr
         ensemble=config.ensemble,
         seed=config.seed,
         resolution=resolution,
-        min_side=resolution if config.min_side is None else config.min_side,
+        min_side=config.min_side or (resolution if crop == "square" else 1),
         max_pixels=config.max_pixels,
         batch_size=config.batch_size,
         rows_per_part=config.rows_per_part,
+        crop=crop,
     )

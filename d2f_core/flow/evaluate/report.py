@@ -11,8 +11,8 @@ import jinja2
 import markupsafe
 from PIL import Image
 
-from d2f_core.batch.output import read_index
 from d2f_core.data.images import to_rgb
+from d2f_core.flow.generate.first_prompts import first_prompts, rows_of
 from d2f_core.storage import read_bytes
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -35,27 +35,30 @@ class ShownPrompt:
 
 
 def shown_images(generations: Mapping[str, str], prompts: int) -> list[ShownPrompt]:
-    """The images of the first prompts.
+    """The images of the first prompts; of the outputs no more is read than these need.
 
     Args:
         generations: outputs of generate by role, made from one prompt file.
+
+    Raises:
+        ValueError: an output lacks one of the prompts.
     """
-    tables = {role: read_index(uri).to_pylist() for role, uri in generations.items()}
-    order = list(dict.fromkeys((row["sample_id"], row["prompt"]) for row in next(iter(tables.values()))))[:prompts]
-    found: dict[str, dict[str, dict[int, str | None]]] = {role: {} for role in tables}
-    for role, rows in tables.items():
-        for row in rows:
-            found[role].setdefault(row["sample_id"], {})[row["steps"]] = row["image_uri"]
+    shown = first_prompts(next(iter(generations.values())), prompts)
+    by_role = {role: _images_of(role, uri, list(shown)) for role, uri in generations.items()}
     return [
-        ShownPrompt(
-            prompt=prompt,
-            images={
-                role: tuple(_data_uri(uri) for _, uri in sorted(by_sample[name].items()))
-                for role, by_sample in found.items()
-            },
-        )
-        for name, prompt in order
+        ShownPrompt(prompt=prompt, images={role: images[name] for role, images in by_role.items()})
+        for name, prompt in shown.items()
     ]
+
+
+def _images_of(role: str, output: str, sample_ids: list[str]) -> dict[str, tuple[str | None, ...]]:
+    """Data URIs by sample id, in increasing number of steps."""
+    found: dict[str, dict[int, str | None]] = {name: {} for name in sample_ids}
+    for row in rows_of(output, sample_ids, ("image_uri",)).to_pylist():
+        found[row["sample_id"]][row["steps"]] = row["image_uri"]
+    if missing := [name for name, images in found.items() if not images]:
+        raise ValueError(f"{role}: {output!r} has no row of sample {missing[0]!r}. Generate from one prompt file.")
+    return {name: tuple(_data_uri(uri) for _, uri in sorted(images.items())) for name, images in found.items()}
 
 
 def _data_uri(uri: str | None) -> str | None:

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
-from d2f_core.batch.output import read_index
 from d2f_core.flow.generate.config import ContactSheetConfig
+from d2f_core.flow.generate.first_prompts import first_prompts, rows_of
 from d2f_core.storage import check_reachable, read_bytes, write_bytes
 from d2f_core.tracking import RunHandle, find_run
 
@@ -24,6 +24,7 @@ GROUP_GAP = 36
 MARGIN = 28
 TITLE_SIZE, HEADER_SIZE, TEXT_SIZE, SMALL_SIZE = 32, 24, 22, 18
 LINE_GAP = 8
+COLUMNS = ("num_evaluations", "image_uri", "model_uri", "solver")
 INK, MUTED, PAPER, RULE = (25, 25, 25), (105, 105, 105), (255, 255, 255), (200, 200, 200)
 
 
@@ -32,8 +33,10 @@ class ContactSheetJob:
     """A sheet whose parts were found, and are ready to be drawn."""
 
     config: ContactSheetConfig
+    captions: Mapping[str, str]
+    """The shown prompts by sample id."""
     tables: Sequence[pa.Table]
-    """Index of each generation."""
+    """Index rows of these prompts, of each generation."""
     run: RunHandle | None
     """Run in MLflow that gets the sheet."""
 
@@ -47,11 +50,18 @@ def check_contact_sheet(config: ContactSheetConfig) -> ContactSheetJob:
     if not config.generations or not config.output:
         raise ValueError("generations or output is empty. Give --generations URI URI and --output FILE.png.")
     check_reachable(config.output.rpartition("/")[0], write=True)
-    tables = [read_index(uri) for uri in config.generations]
+    captions = first_prompts(config.generations[0], config.max_rows)
+    tables = [rows_of(uri, list(captions), COLUMNS) for uri in config.generations]
+    for uri, table in zip(config.generations, tables, strict=True):
+        if captions and not table.num_rows:
+            raise ValueError(
+                f"{uri!r} has none of the first prompts of {config.generations[0]!r}. Compare generations that were "
+                "made from the same prompt file."
+            )
     run = find_run(experiment=config.experiment, run_key=config.run) if config.run else None
     if config.run and run is None:
         raise ValueError(f"MLflow has no run of {config.run!r} in {config.experiment!r}. Correct one of them.")
-    return ContactSheetJob(config=config, tables=tables, run=run)
+    return ContactSheetJob(config=config, captions=captions, tables=tables, run=run)
 
 
 def make_contact_sheet(job: ContactSheetJob) -> str:
@@ -61,11 +71,9 @@ def make_contact_sheet(job: ContactSheetJob) -> str:
         ValueError: generations of different prompts.
     """
     config, tables = job.config, job.tables
-    captions = {row["sample_id"]: row["prompt"] for row in tables[0].to_pylist()}
-    shown = list(captions)[: config.max_rows]
     titles = config.titles or [f"{table['model_uri'][0]}, {table['solver'][0]}" for table in tables]
-    groups = [group_from_table(title, table, shown) for title, table in zip(titles, tables, strict=True)]
-    sheet = contact_sheet(config.title, [captions[name] for name in shown], groups, cell=config.cell)
+    groups = [group_from_table(title, table, list(job.captions)) for title, table in zip(titles, tables, strict=True)]
+    sheet = contact_sheet(config.title, list(job.captions.values()), groups, cell=config.cell)
     sink = io.BytesIO()
     sheet.save(sink, format="PNG")
     write_bytes(config.output, sink.getvalue())

@@ -14,9 +14,10 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from d2f_core.data.images import ImageRules, prepare_image
+from d2f_core.data.images import prepare_image
 from d2f_core.data.schema import sample_id
 from d2f_core.flow.depth.ensemble import depth_npy, depth_png
+from d2f_core.flow.depth.plan import image_rules
 from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
 from d2f_core.model.artifact import load_model
 
@@ -39,7 +40,7 @@ class DepthModel(PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row per image: `depth` and `uncertainty` (.npy, float32, 0 near, 1 far) and `depth_png` (16 bits).
 
-        Every image is cropped to its centre square and resized to the model's resolution.
+        Every image keeps its aspect; its long side is resized to the model's resolution.
 
         Raises:
             ValueError: the bytes are no image, a setting is invalid, or a map is not finite.
@@ -56,12 +57,13 @@ class DepthModel(PythonModel):
             raise ValueError(f"row {number} has image of type {type(image).__name__}. Give the bytes of an image file.")
         settings = {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
         settings |= {name: int(settings[name]) for name in WHOLE.values() if name in settings}
-        resolution = max(self.predictor.model.default_size)
+        model = self.predictor.model
+        rules = image_rules("whole", max(model.default_size), 1, MAX_PIXELS, model.base.pixels_per_latent)
         try:
-            prepared = prepare_image(image, ImageRules(resolution=resolution, min_side=1, max_pixels=MAX_PIXELS))
+            prepared = prepare_image(image, rules)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}. Give the bytes of a PNG, JPEG or WebP file.") from None
-        filled = fill_settings(self.predictor.model, **settings)
+        filled = fill_settings(model, **settings)
         (made,) = self.predictor.predict(prepared.pixels[None], [sample_id(image, "")], filled)
         if made.depth is None or made.uncertainty is None:
             raise ValueError(f"row {number}: {made.error}. Take another solver or more steps.")

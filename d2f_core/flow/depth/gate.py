@@ -1,0 +1,219 @@
+"""The gate of a registered depth model: it must beat the floors, what else is named, and the champion.
+
+Every rule compares one metric on the images that both have a map of, and asks for it with the confidence of a bootstrap
+whose draws of images both share. Images without a map are a rule of their own.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from d2f_core.evaluation.config import parse_metric
+from d2f_core.evaluation.gate import RuleResult, Verdict, compare
+from d2f_core.evaluation.pins import AUTO, PinError, Pins, keep_pins, pin_models, promote_candidate, registered_name
+from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, DepthGateConfig, EvaluateDepthConfig
+from d2f_core.flow.depth.errors import higher_is_better, mean_estimates
+from d2f_core.flow.depth.map_index import MapIndex
+from d2f_core.flow.depth.metrics import METRICS
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray
+SETTINGS = ("solver", "shift", "ensemble", "seed", "resolution", "crop")
+"""What two models may have been asked for differently, by its name in an output's fingerprint."""
+POWER_Z = 1.645 + 0.842
+"""Standard deviations of a difference that a one-sided test at 5 % finds in 80 of 100 evaluations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatePlan:
+    """What is judged by what; checked before anything is measured."""
+
+    candidate: str
+    """Title, as the others."""
+    champion: str
+    """Empty: there is none."""
+    must_beat: tuple[str, ...]
+    metric: str
+    evaluations: int
+    pins: Pins
+    different: tuple[str, ...]
+    """Settings in which candidate and champion differ, in words."""
+
+
+def plan_gate(
+    config: EvaluateDepthConfig, place: str, models: Mapping[str, Mapping[str, Any]], maps: Sequence[MapIndex]
+) -> GatePlan | None:
+    """The gate's plan; None if nothing is judged.
+
+    Args:
+        place: of the comparison's errors, where its models are pinned.
+
+    Raises:
+        DepthEvaluationError: a title, a metric or a number of evaluations is not there, or the champion's predictions.
+        TrackingError: a version does not exist.
+    """
+    rules = config.gate
+    if not rules.candidate:
+        return None
+    metric, evaluations = parse_metric(rules.metric)
+    if metric not in METRICS:
+        raise DepthEvaluationError(f"gate.metric={rules.metric!r} is not measured here. Known: {', '.join(METRICS)}.")
+    candidate = _titled("candidate", rules.candidate, models)
+    named = "" if rules.champion in ("", AUTO) else _titled("champion", rules.champion, models)
+    must_beat = tuple(_titled("must_beat", title, models) for title in rules.must_beat)
+    if candidate in (named, *must_beat):
+        raise DepthEvaluationError(f"gate: the candidate {candidate!r} is to beat itself. Leave it out.")
+    pins = pin_models(
+        place, candidate=models[candidate]["uri"], champion=models[named]["uri"] if named else rules.champion,
+        champion_alias=rules.champion_alias, base="",
+    )  # fmt: skip
+    champion = named or _champion(pins, candidate, models, rules)
+    by_place = {(one.role, one.evaluations): one for one in maps}
+    for title in dict.fromkeys((candidate, *must_beat, *([champion] if champion else []))):
+        if (title, evaluations) not in by_place:
+            counts = [count for role, count in by_place if role == title]
+            raise DepthEvaluationError(
+                f"gate.metric={rules.metric!r}, but {title!r} was predicted at {counts} evaluations. Give one of them: "
+                f"--gate.metric {metric}@{counts[-1]}."
+            )
+    steps = [by_place[title, evaluations].steps for title in (candidate, champion or candidate)]
+    return GatePlan(
+        candidate=candidate, champion=champion, must_beat=must_beat, metric=metric, evaluations=evaluations, pins=pins,
+        different=_different(models, candidate, champion or candidate, steps),
+    )  # fmt: skip
+
+
+def _titled(what: str, title: str, models: Mapping[str, Mapping[str, Any]]) -> str:
+    """The title of predictions that are given by title or model URI."""
+    for each, about in models.items():
+        if title in (each, about["uri"]):
+            return each
+    raise DepthEvaluationError(f"gate.{what} names {title!r}, which is none of the predictions {list(models)}.")
+
+
+def _champion(
+    pins: Pins, candidate: str, models: Mapping[str, Mapping[str, Any]], rules: DepthGateConfig
+) -> str:  # fmt: skip
+    """Title of the predictions by the pinned champion; empty if there is none, or if it is the candidate."""
+    if pins.champion in ("", pins.candidate):
+        return ""
+    for title, about in models.items():
+        if about["uri"] == pins.champion and title != candidate:
+            return title
+    raise DepthEvaluationError(
+        f"{pins.champion} is @{rules.champion_alias}, and none of the predictions is by it. Predict the same images "
+        f"with it (python -m pipelines.predict_depth ... --model {pins.champion}) and give both outputs."
+    )
+
+
+def _different(
+    models: Mapping[str, Mapping[str, Any]], candidate: str, champion: str, steps: Sequence[int]
+) -> tuple[str, ...]:
+    mine, theirs = ({"crop": "square", **models[title]} for title in (candidate, champion))
+    found = [f"steps {steps[0]}, the champion's {steps[1]}"] if steps[0] != steps[1] else []
+    return (*found, *(f"{name} {mine.get(name)}, the champion's {theirs.get(name)}"
+                      for name in SETTINGS if mine.get(name) != theirs.get(name)))  # fmt: skip
+
+
+def gate(
+    config: EvaluateDepthConfig, plan: GatePlan, place: str, values: Array, predictors: Sequence[tuple[str, int]]
+) -> tuple[dict[str, Any], PinError | None]:
+    """The gate's verdict on the candidate, which is promoted if it passes; and why it was not although it passed.
+
+    Args:
+        place: as for `plan_gate`.
+        values: the deciding metric, [images, predictors]; NaN where there is no map.
+    """
+    keep_pins(place, plan.pins)
+    verdict, detectable = judge(config, plan, values, predictors)
+    if plan.pins.champion == plan.pins.candidate:
+        verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
+    moves = verdict.passed and config.gate.promote and bool(registered_name(plan.pins.candidate))
+    logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
+    refused = _promote(config, plan) if moves else None
+    found = {
+        "metric": config.gate.metric,
+        "candidate": plan.pins.candidate,
+        "champion": plan.pins.champion,
+        "titles": {"candidate": plan.candidate, "champion": plan.champion or None},
+        "different_settings": list(plan.different),
+        "detectable_difference": detectable,
+        "verdict": verdict.to_json(),
+        "promotion": f"{plan.pins.candidate} becomes @{config.gate.champion_alias}" if moves and not refused else None,
+        "refused": refused and str(refused),
+    }
+    return found, refused
+
+
+def _promote(config: EvaluateDepthConfig, plan: GatePlan) -> PinError | None:
+    """Move the champion's alias; before the files are written, so that they say what is. Returns what forbade it."""
+    champion = AUTO if config.gate.champion == AUTO else plan.pins.champion
+    try:
+        promote_candidate(plan.pins, champion=champion, champion_alias=config.gate.champion_alias)
+    except PinError as error:
+        return error
+
+
+def judge(
+    config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors: Sequence[tuple[str, int]]
+) -> tuple[Verdict, dict[str, float]]:
+    """Apply every rule; arguments as for `gate`. Also the difference to each other that would be found, by its name."""
+    rules, detectable = config.gate, dict[str, float]()
+    column = {place: values[:, number] for number, place in enumerate(predictors)}
+    mine = column[plan.candidate, plan.evaluations]
+    failed = int(np.isnan(mine).sum())
+    others = {floor: column[floor, 0] for floor in FLOORS}
+    others |= {title: column[title, plan.evaluations] for title in plan.must_beat}
+    if plan.champion:
+        others["champion"] = column[plan.champion, plan.evaluations]
+    shared = min(int(np.isfinite(mine + each).sum()) for each in others.values())
+    found = [
+        RuleResult(
+            rule=f"at most {rules.most_failed} of {len(mine)} images have no map by the candidate ({failed})",
+            holds=failed <= rules.most_failed, metric="failed", candidate=failed, bound=rules.most_failed,
+        ),
+        RuleResult(
+            rule=f"at least {rules.least_images} images are compared ({shared})", holds=shared >= rules.least_images,
+            metric=plan.metric,
+        ),
+    ]  # fmt: skip
+    for name, theirs in others.items():
+        rule, spread = _compared(config, plan, mine, theirs, name)
+        found.append(rule)
+        detectable[name] = POWER_Z * spread
+    return _verdict(plan, found, detectable, shared), detectable
+
+
+def _compared(
+    config: EvaluateDepthConfig, plan: GatePlan, mine: Array, theirs: Array, name: str
+) -> tuple[RuleResult, float]:
+    """One rule, and the standard deviation of the difference over resampled sets of images."""
+    both = np.isfinite(mine) & np.isfinite(theirs)
+    if not both.any():
+        return RuleResult(
+            rule=f"candidate and {name} have maps of the same images", holds=False, metric=plan.metric
+        ), 0.0
+    candidate, reference = mean_estimates(np.stack([mine[both], theirs[both]]), replicates=config.replicates)
+    rule = compare(
+        config.gate.metric, candidate, reference, metric=plan.metric, against=name,
+        slack=config.gate.tolerance if name == "champion" else 0.0, higher_is_better=higher_is_better(plan.metric),
+        confident=config.gate.confident, strictly=True,
+    )  # fmt: skip
+    return rule, float((candidate.replicates - reference.replicates).std(ddof=1))
+
+
+def _verdict(plan: GatePlan, rules: Sequence[RuleResult], detectable: Mapping[str, float], images: int) -> Verdict:
+    broken = [rule.rule for rule in rules if not rule.holds]
+    reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold"
+    against = "champion" if plan.champion else max(FLOORS, key=lambda floor: detectable[floor])
+    reason += (
+        f". {images} images find a difference of {detectable[against]:.2g} in {plan.metric} to the {against} in 8 of "
+        "10 evaluations"
+    )
+    if plan.different:
+        reason += f". Predicted differently: {'; '.join(plan.different)}"
+    return Verdict(passed=not broken, reason=reason, against="champion" if plan.champion else None, rules=tuple(rules))
