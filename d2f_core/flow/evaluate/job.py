@@ -7,7 +7,8 @@ judged.
     OUTPUT/metrics.json       every value with its interval, and the gate's verdict
     OUTPUT/report.html        the same to look at
 
-Every step is resumable: a second run continues where a killed one stopped. The champion's alias moves last.
+Every step is resumable: a second run continues where a killed one stopped. The champion's alias moves when all is
+measured, before metrics and report are written: they say what came of it.
 """
 
 import datetime
@@ -20,7 +21,8 @@ from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.evaluation.config import FLOW_LOSS
 from d2f_core.evaluation.estimates import Estimate, Metric
 from d2f_core.evaluation.gate import Verdict, check_gate, judge
-from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_models, promote_candidate, registered_name
+from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_models, registered_name
+from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.evaluate.compared_models import (
     VALIDATION_LOSS,
@@ -68,7 +70,9 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         champion_alias=config.champion_alias,
         base=config.base,
     )
-    wanted = {role: uri for role, uri in asdict(pins).items() if uri}
+    if config.promote:
+        check_may_promote(pins, config.output, alias=config.champion_alias)
+    wanted = pins.models
     if pins.champion == pins.candidate:
         del wanted["champion"]
     # Images of different sizes cannot be compared: all models generate the candidate's size.
@@ -100,10 +104,11 @@ def read_reference(config: EvaluateConfig) -> Manifest:
 
 
 def evaluate(job: EvaluateJob) -> Verdict:
-    """Generate, score, judge, report; then move the champion's alias when the gate passes. Needs a running Ray.
+    """Generate, score, judge; move the champion's alias when the gate passes; report. Needs a running Ray.
 
     Raises:
-        ValueError: the output belongs to another evaluation, or a cluster or server cannot be used.
+        ValueError: the output belongs to another evaluation, a cluster or server cannot be used, or a candidate that
+            passed was not promoted; then metrics and report are written, and say why.
     """
     config = job.config
     keep_pins(config.output, job.pins)
@@ -116,11 +121,13 @@ def evaluate(job: EvaluateJob) -> Verdict:
     verdict = judge(config.gate, metrics | per_model(paths, losses), {compared.role for compared in job.compared})
     if job.pins.champion == job.pins.candidate:
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
-    results = _results(job, metrics, distances, paths, losses, verdict)
-    _store(job, results, metrics)
-    if verdict.passed and config.promote and registered_name(job.pins.candidate):
-        promote_candidate(job.pins, champion=config.champion, champion_alias=config.champion_alias)
     logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
+    promotion = None
+    if verdict.passed and config.promote and registered_name(job.pins.candidate):
+        promotion = promote_candidate(job.pins, config.output, alias=config.champion_alias)
+    _store(job, _results(job, metrics, distances, paths, losses, verdict), metrics, promotion)
+    if promotion and promotion.error:
+        raise promotion.error
     return verdict
 
 
@@ -149,10 +156,8 @@ def _results(
     losses: dict[str, float],
     verdict: Verdict,
 ) -> dict[str, Any]:
-    """The contents of metrics.json."""
+    """The contents of metrics.json, but for the promotion."""
     config = job.config
-    name = registered_name(job.pins.candidate)
-    promotes = verdict.passed and config.promote and bool(name)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "models": [_model(compared, paths, losses) for compared in job.compared],
@@ -170,7 +175,6 @@ def _results(
             },
         },
         "gate": {**asdict(config.gate), "verdict": verdict.to_json()},
-        "promotion": f"{job.pins.candidate} becomes @{config.champion_alias}" if promotes else None,
     }
 
 
@@ -189,19 +193,26 @@ def _model(compared: ComparedModel, paths: dict[str, Estimate], losses: dict[str
     }
 
 
-def _store(job: EvaluateJob, results: dict[str, Any], metrics: dict[str, Metric]) -> None:
-    """Write results and report to the output and to a new MLflow run."""
+def _store(job: EvaluateJob, results: dict[str, Any], metrics: dict[str, Metric], promotion: Promotion | None) -> None:
+    """Write results and report to the output and to a new MLflow run.
+
+    Raises:
+        UnreachableError: what the promotion ended in, once the files are written; MLflow would be asked in vain.
+    """
     config = job.config
+    results = {**results, "promotion": promotion and promotion.text}
     shown = shown_images({each.role: each.images for each in job.compared}, config.shown_prompts)
     files = {
         METRICS_NAME: json.dumps(results, indent=1, allow_nan=False).encode(),
         REPORT_NAME: render_report(results, shown).encode(),
     }
     write_files(config.output, files)
+    if promotion and promotion.error and promotion.unknown:
+        raise promotion.error
     log_evaluation(
         config,
         name=f"evaluate {job.pins.candidate.removeprefix(REGISTERED)}",
-        tags={"d2f.kind": "evaluation", **{f"d2f.{role}": uri for role, uri in asdict(job.pins).items() if uri}},
+        tags={"d2f.kind": "evaluation", **{f"d2f.{role}": uri for role, uri in job.pins.models.items()}},
         metrics=metrics,
         counts=config.evaluations,
         files={**files, PINS_NAME: job.pins.to_json()},
