@@ -1,15 +1,10 @@
-"""The models that an evaluation compares: versions pinned once and stored at the output; the champion's alias moves
-last.
-"""
+"""The models that an evaluation compares: versions pinned once and stored at the output."""
 
 import json
-import logging
 from dataclasses import asdict, dataclass
 
 from d2f_core.storage import join, read_bytes, write_bytes
-from d2f_core.tracking import get_alias, pin_model, promote
-
-logger = logging.getLogger(__name__)
+from d2f_core.tracking import get_alias, pin_model
 
 PINS_NAME = "models.json"
 REGISTERED = "models:/"
@@ -18,7 +13,7 @@ AUTO = "auto"
 
 
 class PinError(ValueError):
-    """The output evaluates other models, or the alias moved during the evaluation."""
+    """The output evaluates other models, or the gate may not replace what the alias names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +23,19 @@ class Pins:
     candidate: str
     champion: str
     base: str
+    champion_at_start: str | None = None
+    """The version that the champion's alias named when these were pinned, whatever is compared; "" if it named none.
+    None: an older program pinned them, and did not say."""
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The compared models' URIs by role."""
+        roles = {"candidate": self.candidate, "champion": self.champion, "base": self.base}
+        return {role: uri for role, uri in roles.items() if uri}
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(known, indent=1).encode()
 
 
 def registered_name(uri: str) -> str:
@@ -49,10 +54,16 @@ def pin_models(output: str, *, candidate: str, champion: str, champion_alias: st
         PinError: the output evaluates another candidate or base, or its record of them is damaged.
         TrackingError: a version does not exist.
     """
+    at_start = _aliased(candidate, champion_alias)
+    if champion == AUTO:
+        compared = at_start
+    else:
+        compared = pin_model(champion) if champion else ""
     pinned = Pins(
         candidate=pin_model(candidate),
-        champion=_champion(candidate, champion, champion_alias),
+        champion=compared,
         base=pin_model(base) if base else "",
+        champion_at_start=at_start,
     )
     try:
         there = _read_pins(join(output, PINS_NAME))
@@ -75,39 +86,25 @@ def _read_pins(place: str) -> Pins:
         ) from None
 
 
-def _champion(candidate: str, champion: str, alias: str) -> str:
-    if champion != AUTO:
-        return pin_model(champion) if champion else ""
+def _aliased(candidate: str, alias: str) -> str:
+    """The version that the alias of the candidate's name names; "" if there is none."""
     name = registered_name(candidate)
     version = get_alias(name, alias) if name else None
     return f"{REGISTERED}{name}/{version}" if version is not None else ""
 
 
 def keep_pins(output: str, pins: Pins) -> None:
-    """Write the pinned URIs at the output, unless an earlier run already did."""
-    try:
-        write_bytes(join(output, PINS_NAME), pins.to_json(), exclusive=True)
-    except FileExistsError:
-        return
-
-
-def promote_candidate(pins: Pins, *, champion: str, champion_alias: str) -> None:
-    """Move the alias to the candidate, a registered version, unless it has moved since the evaluation began.
-
-    Args:
-        champion: as given to `pin_models`.
+    """Write the pinned URIs at the output, unless an earlier run already did.
 
     Raises:
-        PinError: the alias now names a version other than the one compared.
+        PinError: another job that began there at the same time has pinned others.
     """
-    name, version = registered_name(pins.candidate), pins.candidate.rsplit("/", 1)[-1]
-    now = get_alias(name, champion_alias)
-    if now == version:
-        return
-    if champion == AUTO and now != (pins.champion.rsplit("/", 1)[-1] or None):
-        raise PinError(
-            f"{name}@{champion_alias} moved to version {now} while this evaluation ran against "
-            f"{pins.champion or 'none'}. Evaluate again at another output."
-        )
-    promote(name, version, champion_alias)
-    logger.info("%s@%s is now version %s", name, champion_alias, version)
+    place = join(output, PINS_NAME)
+    try:
+        write_bytes(place, pins.to_json(), exclusive=True)
+    except FileExistsError:
+        if (there := _read_pins(place)) != pins:
+            raise PinError(
+                f"{output!r} was begun by another job at the same time, with {there.models}, not {pins.models}. Run "
+                "this command again: it goes on with those, or says why it cannot."
+            ) from None

@@ -3,7 +3,17 @@
 The only package that imports mlflow, and only inside functions. The server is named by `MLFLOW_TRACKING_URI`.
 """
 
-from d2f_core.tracking.aliases import complete_version, earlier_version, get_alias, promote, rollback, set_alias
+from d2f_core.tracking.aliases import (
+    HeldAlias,
+    check_leases,
+    complete_version,
+    earlier_version,
+    get_alias,
+    holding,
+    promote,
+    rollback,
+    rolled_back_to,
+)
 from d2f_core.tracking.logged_models import log_checkpoint_model
 from d2f_core.tracking.metric_log import MetricLog
 from d2f_core.tracking.model_files import resolve_model
@@ -13,18 +23,21 @@ from d2f_core.tracking.runs import RunHandle, ending, find_run, run_file, run_me
 from d2f_core.tracking.server import TrackingError, check_tracking, tracking_uri
 
 __all__ = [
+    "HeldAlias",
     "Loader",
     "MetricLog",
     "ModelVersionInfo",
     "NewVersion",
     "RunHandle",
     "TrackingError",
+    "check_leases",
     "check_tracking",
     "complete_version",
     "earlier_version",
     "ending",
     "find_run",
     "get_alias",
+    "holding",
     "log_checkpoint_model",
     "model_version",
     "pin_model",
@@ -32,10 +45,10 @@ __all__ = [
     "register_model",
     "resolve_model",
     "rollback",
+    "rolled_back_to",
     "run_file",
     "run_metrics",
     "run_tags",
-    "set_alias",
     "start_run",
     "tracking_uri",
 ]

@@ -1,12 +1,21 @@
-"""Aliases of registered versions, with the history that rollbacks need."""
+"""Aliases of registered versions, moved by one job at a time, with the history that rollbacks need.
 
+Every step can be killed: the history is written before a promotion and after a rollback moves the alias, and whoever
+reads it passes over entries that equal the version which the alias names.
+"""
+
+import contextlib
 import logging
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
+from d2f_core.lease import Lease
+from d2f_core.storage import check_reachable
+from d2f_core.tracking.lease_places import alone, find_leases
 from d2f_core.tracking.logged_models import READY
 from d2f_core.tracking.registry import ModelVersionInfo, find_version, version_info
-from d2f_core.tracking.server import TrackingError, attempt, client_for, tracking_uri
+from d2f_core.tracking.server import TrackingError, UnreachableTrackingError, attempt, client_for, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -14,10 +23,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 CHAMPION = "champion"
 PREVIOUS_TAG = "d2f.previous."
 """Prefix of a registered model's tag, followed by the alias; the tag lists the alias's previous versions, oldest
 first."""
+ROLLED_BACK_TAG = "d2f.rolled_back."
+"""Prefix of a version's tag, followed by the alias; its value is the version that the alias went back to."""
 KEPT = 100
 LOGGED_MODEL = re.compile(r"models:/(m-[^/@]+)")
 """Source URI of a version whose files belong to a LoggedModel."""
@@ -27,14 +40,6 @@ def get_alias(name: str, alias: str) -> str | None:
     """The version that an alias names; None when there is no such alias or model."""
     model = _registered(client_for(tracking_uri()), name)
     return None if model is None else _named(model, alias)
-
-
-def set_alias(name: str, alias: str, version: str) -> None:
-    """Point an alias at a version, without a record for `rollback`. Raises TrackingError when there is no such
-    version.
-    """
-    client = client_for(tracking_uri())
-    attempt(f"set {name}@{alias}", lambda: client.set_registered_model_alias(name, alias, version))
 
 
 def complete_version(name: str, version: str) -> ModelVersionInfo:
@@ -53,39 +58,150 @@ def complete_version(name: str, version: str) -> ModelVersionInfo:
     return version_info(client.tracking_uri, found)
 
 
-def promote(name: str, version: str, alias: str = CHAMPION) -> ModelVersionInfo:
-    """Point `alias` at a complete version, and keep the one that it named for `rollback`.
+def rolled_back_to(version: ModelVersionInfo, alias: str) -> str:
+    """The version that `alias` went back to from this one; "" if it did not, or this one was promoted by hand since."""
+    return version.tags.get(ROLLED_BACK_TAG + alias, "")
+
+
+def check_leases(name: str, *, output: str = "", leases: str = "") -> None:
+    """Refuse a place of leases that cannot be used, before any work; arguments as of `holding`.
+
+    Raises:
+        TrackingError: there is no such model, or no place.
+        StorageError: the place cannot be written to.
+    """
+    client = client_for(tracking_uri())
+    model = attempt(f"read {name}", lambda: client.get_registered_model(name))
+    check_reachable(find_leases(client, model, output, leases), write=True)
+
+
+class HeldAlias:
+    """An alias that nobody else moves: its model's lease is held. `holding` makes it."""
+
+    def __init__(self, client: "MlflowClient", name: str, alias: str, lease: Lease) -> None:
+        self._client, self._name, self._alias, self._lease = client, name, alias, lease
+
+    def current(self) -> str | None:
+        """The version that it names now; None when it names none."""
+        return _named(self._read(), self._alias)
+
+    def promote(self, version: str) -> None:
+        """Point it at a version, and keep the one that it named for rollbacks. Repeated, it changes nothing more.
+
+        Raises:
+            TrackingError: MLflow refuses, or somebody who does not keep to leases moves the alias meanwhile.
+            UnreachableTrackingError: MLflow stays away; the alias is moved or not.
+            LeaseLostError: likewise.
+        """
+        model = self._read()
+        current, previous = _named(model, self._alias), _previous(model, self._alias)
+        if current == version:
+            return
+        if current is not None and (kept := [*_without_end(previous, current), current]) != previous:
+            self._remember(kept)
+        self._point_at(version)
+        logger.info("%s@%s is now version %s (before: %s)", self._name, self._alias, version, current)
+
+    def forgive(self, version: ModelVersionInfo) -> None:
+        """Let a gate promote this version again, although it was rolled back from."""
+        if rolled_back_to(version, self._alias):
+            key = ROLLED_BACK_TAG + self._alias
+            self._write("forgive", lambda: self._client.delete_model_version_tag(self._name, version.version, key))
+
+    def rollback(self) -> ModelVersionInfo:
+        """Point it at the version before the one that it names, which a gate does not promote again.
+
+        Raises:
+            TrackingError: there is no such alias, no earlier version still exists, or as of `promote`.
+        """
+        current, info, remaining = _before(self._client, self._name, self._alias)
+        key = ROLLED_BACK_TAG + self._alias
+        self._write(
+            f"mark version {current}",
+            lambda: self._client.set_model_version_tag(self._name, current, key, info.version),
+        )
+        self.forgive(info)
+        self._point_at(info.version)
+        self._remember(remaining)
+        logger.info("%s@%s is version %s again (before: %s)", self._name, self._alias, info.version, current)
+        return info
+
+    def _read(self) -> "RegisteredModel":
+        return attempt(f"read {self._name}", lambda: self._client.get_registered_model(self._name))
+
+    def _write(self, what: str, call: Callable[[], T]) -> T:
+        """A request that changes the registry; nobody else holds the lease when it is sent."""
+
+        def once() -> T:
+            self._lease.check()
+            return call()
+
+        return attempt(what, once)
+
+    def _remember(self, previous: list[str]) -> None:
+        value, key = " ".join(previous[-KEPT:]), PREVIOUS_TAG + self._alias
+        self._write("keep the way back", lambda: self._client.set_registered_model_tag(self._name, key, value))
+
+    def _point_at(self, version: str) -> None:
+        self._write(
+            f"set {self._name}@{self._alias}",
+            lambda: self._client.set_registered_model_alias(self._name, self._alias, version),
+        )
+        if (now := self.current()) != version:
+            raise TrackingError(
+                f"{self._name}@{self._alias} was set to version {version}, and is {now}: somebody moves it who does "
+                "not use pipelines.promote. Look who does, then repeat this command."
+            )
+
+
+@contextlib.contextmanager
+def holding(name: str, alias: str, purpose: str, *, output: str = "", leases: str = "") -> Iterator[HeldAlias]:
+    """Let nobody else move the aliases of a registered model while the context lasts.
+
+    Args:
+        purpose: shown to whoever waits for it.
+        output: of the job that asks; it tells the place of leases for a model of which nothing else does.
+        leases: the directory of leases; empty: the model's own.
+
+    Raises:
+        TrackingError: there is no such model, or no place for its lease.
+        LeaseError: another job holds the lease for too long, or it cannot be written.
+    """
+    client = client_for(tracking_uri())
+    with alone(client, name, purpose, output=output, given=leases) as lease:
+        yield HeldAlias(client, name, alias, lease)
+
+
+def promote(name: str, version: str, alias: str = CHAMPION, *, leases: str = "") -> ModelVersionInfo:
+    """Point `alias` at a complete version by hand, also at one that was rolled back from.
 
     Repeated, or continued after it was killed, it changes nothing more.
 
+    Args:
+        leases: as of `holding`.
+
     Raises:
-        TrackingError: no such version, or one whose files are not all uploaded.
+        TrackingError: no such version, or one whose files are not all uploaded; or as of `HeldAlias.promote`.
+        LeaseError: as of `holding`.
     """
-    client, info = client_for(tracking_uri()), complete_version(name, version)
-    model = _registered(client, name)
-    assert model is not None, "it has a version"
-    current, previous = _named(model, alias), _previous(model, alias)
-    if current == info.version:
-        return info
-    if current is not None and previous[-1:] != [current]:  # equal: a promotion was killed before it set the alias
-        _remember(client, name, alias, [*previous, current])
-    set_alias(name, alias, info.version)
-    logger.info("%s@%s is now version %s (before: %s)", name, alias, info.version, current)
+    complete_version(name, version)
+    with holding(name, alias, f"promote {name}@{alias} to version {version}", leases=leases) as held:
+        info = complete_version(name, version)
+        held.forgive(info)
+        held.promote(info.version)
     return info
 
 
-def rollback(name: str, alias: str = CHAMPION) -> ModelVersionInfo:
-    """Point `alias` back at its previous version; each further call goes back one more promotion.
+def rollback(name: str, alias: str = CHAMPION, *, leases: str = "") -> ModelVersionInfo:
+    """Point `alias` back at the version before; each further call goes back one more promotion.
 
     Raises:
-        TrackingError: there is no such alias, or no earlier version still exists.
+        TrackingError: there is no such alias, or no earlier version still exists; or as of `HeldAlias.promote`.
+        LeaseError: as of `holding`.
     """
-    client = client_for(tracking_uri())
-    current, info, remaining = _before(client, name, alias)
-    set_alias(name, alias, info.version)
-    _remember(client, name, alias, remaining)
-    logger.info("%s@%s is version %s again (before: %s)", name, alias, info.version, current)
-    return info
+    earlier_version(name, alias)
+    with holding(name, alias, f"roll {name}@{alias} back", leases=leases) as held:
+        return held.rollback()
 
 
 def earlier_version(name: str, alias: str = CHAMPION) -> ModelVersionInfo:
@@ -99,19 +215,30 @@ def _before(client: "MlflowClient", name: str, alias: str) -> tuple[str, ModelVe
     current = None if model is None else _named(model, alias)
     if model is None or current is None:
         raise TrackingError(f"There is no {name}@{alias}. Promote a version first.")
-    previous = _previous(model, alias)
+    previous = _without_end(_previous(model, alias), current)
     while previous:
         version = previous[-1]
         try:
             found = find_version(client, f"models:/{name}/{version}")
             usable = _status(client, found) == READY
+        except UnreachableTrackingError:
+            raise
         except TrackingError as error:
             logger.warning("passing over version %s: %s", version, error)
             usable = False
-        previous = previous[:-1]
+        previous = _without_end(previous[:-1], current)
         if usable:
             return current, version_info(client.tracking_uri, found), previous
     raise TrackingError(f"{name}@{alias} is version {current}, and there is no earlier one to return to. Promote one.")
+
+
+def _without_end(previous: list[str], current: str) -> list[str]:
+    """Without the last entries that equal the current version: a promotion was killed before it moved the alias, or a
+    rollback after it.
+    """
+    while previous[-1:] == [current]:
+        previous = previous[:-1]
+    return previous
 
 
 def _registered(client: "MlflowClient", name: str) -> "RegisteredModel | None":
@@ -129,11 +256,6 @@ def _named(model: "RegisteredModel", alias: str) -> str | None:
 
 def _previous(model: "RegisteredModel", alias: str) -> list[str]:
     return model.tags.get(PREVIOUS_TAG + alias, "").split()
-
-
-def _remember(client: "MlflowClient", name: str, alias: str, previous: list[str]) -> None:
-    value = " ".join(previous[-KEPT:])
-    attempt("keep the way back", lambda: client.set_registered_model_tag(name, PREVIOUS_TAG + alias, value))
 
 
 def _status(client: "MlflowClient", version: "ModelVersion") -> str:

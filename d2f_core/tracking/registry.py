@@ -19,10 +19,18 @@ from typing import TYPE_CHECKING
 
 from d2f_core.hashing import HASHED_SUFFIXES, hash_directory
 from d2f_core.storage import download_tree, is_s3
+from d2f_core.tracking.lease_places import LEASES_TAG, leases_beside, trained_at
 from d2f_core.tracking.logged_models import READY, complete, logged_model, upload
 from d2f_core.tracking.pyfunc_files import MODEL_PART, Loader, write_pyfunc
 from d2f_core.tracking.runs import RunHandle
-from d2f_core.tracking.server import TrackingError, attempt, client_for, tag_equals, tracking_uri
+from d2f_core.tracking.server import (
+    TrackingError,
+    UnreachableTrackingError,
+    attempt,
+    client_for,
+    tag_equals,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -115,7 +123,7 @@ def register_model(handle: RunHandle, new: NewVersion, *, alias: str = "candidat
 
 def _create_version(client: "MlflowClient", handle: RunHandle, new: NewVersion) -> "ModelVersion":
     model = _uploaded(client, handle, new)
-    _ensure_registered_model(client, new.name)
+    _ensure_registered_model(client, handle, new.name)
     return attempt(
         "create the model version",
         lambda: client.create_model_version(
@@ -192,6 +200,8 @@ def find_version(client: "MlflowClient", uri: str) -> "ModelVersion":
         if alias is not None:
             return attempt(f"find {uri}", lambda: client.get_model_version_by_alias(name, alias))
         return attempt(f"find {uri}", lambda: client.get_model_version(name, version))
+    except UnreachableTrackingError:
+        raise
     except TrackingError as error:
         raise TrackingError(f"{error}. What there is: {client.tracking_uri}/#/models") from None
 
@@ -206,11 +216,18 @@ def _find_version(client: "MlflowClient", handle: RunHandle, name: str, content_
     return found[0] if found else None
 
 
-def _ensure_registered_model(client: "MlflowClient", name: str) -> None:
+def _ensure_registered_model(client: "MlflowClient", handle: RunHandle, name: str) -> None:
+    """Create it with the place of its lease; of several jobs that do so, MLflow takes the first one's."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise TrackingError(f"MLflow refused to create the registered model {name!r}: {error}") from error
+    output = trained_at(client, handle.run_id)
+    tags = {LEASES_TAG: leases_beside(output)} if output else {}
+
+    def create() -> None:
+        try:
+            client.create_registered_model(name, tags)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    attempt(f"create the registered model {name!r}", create)

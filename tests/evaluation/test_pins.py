@@ -1,10 +1,11 @@
-"""Pinned models are read again as they were stored, and a damaged record is named."""
+"""Pinned models are read again as they were stored, by older programs too, and a damaged record is named."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from d2f_core.evaluation import pins
 from d2f_core.evaluation.pins import PINS_NAME, PinError, Pins, keep_pins, pin_models
 
 STORED = {"candidate": "/models/a", "champion": "", "base": "/models/base"}
@@ -24,6 +25,32 @@ def test_the_champion_stays_the_one_that_the_evaluation_began_with(tmp_path: Pat
     assert (tmp_path / PINS_NAME).read_text() == text
     with pytest.raises(PinError, match="evaluates the base '/models/base', not ''"):
         pinned(tmp_path, base="")
+
+
+def test_the_version_that_the_alias_names_is_pinned_whatever_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"m": "3"}
+    monkeypatch.setattr(pins, "get_alias", lambda name, alias: names.get(name))
+    monkeypatch.setattr(pins, "pin_model", lambda uri: uri)
+    for champion, compared in (("auto", "models:/m/3"), ("", ""), ("/other", "/other")):
+        output = tmp_path / str(len(compared))
+        found = pinned(output, candidate="models:/m/4", champion=champion)
+        assert (found.champion, found.champion_at_start) == (compared, "models:/m/3")
+        assert set(found.models) == {"candidate", "base", *(["champion"] if compared else [])}
+        keep_pins(str(output), found)
+        names["m"] = "5"
+        assert pinned(output, candidate="models:/m/4", champion=champion) == found
+        names["m"] = "3"
+    assert pinned(tmp_path / "new", candidate="models:/n/1", champion="auto").champion_at_start == ""
+
+
+def test_of_two_jobs_that_begin_at_one_output_the_second_is_refused_if_it_pinned_others(tmp_path: Path) -> None:
+    first = Pins(candidate="models:/m/2", champion="models:/m/1", base="", champion_at_start="models:/m/1")
+    keep_pins(str(tmp_path), first)
+    keep_pins(str(tmp_path), first)
+    with pytest.raises(PinError, match=r"was begun by another job at the same time.*Run this command again"):
+        keep_pins(str(tmp_path), Pins(candidate="models:/m/2", champion="", base="", champion_at_start=""))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"candidate": "/models/a"}', json.dumps({**STORED, "teacher": "/t"})])

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2f_core.evaluation import pins
+from d2f_core.evaluation.promotion import Promotion
 from d2f_core.flow.depth import evaluation, gate
 from d2f_core.flow.depth.config import DepthEvaluationError, DepthGateConfig, EvaluateDepthConfig
 from d2f_core.flow.depth.error_parts import ERROR_SCHEMA
@@ -157,7 +158,13 @@ def promoted(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
     moved: list[tuple[str, str, str]] = []
     monkeypatch.setattr(pins, "pin_model", lambda uri: uri)
     monkeypatch.setattr(pins, "get_alias", lambda name, alias: "champion")
-    monkeypatch.setattr(pins, "promote", lambda *arguments: moved.append(arguments))
+    monkeypatch.setattr(gate, "check_may_promote", lambda *arguments, **more: None)
+
+    def promote(its: pins.Pins, output: str, *, alias: str, flags: str) -> Promotion:
+        moved.append((its.candidate, alias, flags))
+        return Promotion(text=f"{its.candidate} is @{alias} now")
+
+    monkeypatch.setattr(gate, "promote_candidate", promote)
     return moved
 
 
@@ -168,15 +175,19 @@ def test_a_candidate_that_beats_floors_and_champion_is_promoted(tmp_path, names,
     )
     found = judged(tmp_path, *outputs, champion="auto")
     verdict = found["verdict"]
-    assert verdict["passed"] and verdict["against"] == "champion" and promoted == [("depth", "new", "champion")]
+    assert (
+        verdict["passed"]
+        and verdict["against"] == "champion"
+        and promoted == [("models:/depth/new", "champion", "gate.")]
+    )
     assert [rule["rule"].split(" ")[0] for rule in verdict["rules"]] == ["at", "at", *["abs_rel@4"] * 4]
     assert all(rule["interval"] for rule in verdict["rules"][2:])
     assert (found["candidate"], found["champion"]) == ("models:/depth/new", "models:/depth/champion")
-    assert found["promotion"] == "models:/depth/new becomes @champion" and found["refused"] is None
+    assert found["promotion"] == "models:/depth/new is @champion now" and found["refused"] is None
     assert found["different_settings"] == ["ensemble 1, the champion's 4"]
-    assert verdict["reason"].endswith("Predicted differently: ensemble 1, the champion's 4")
-    assert 0 < found["detectable_difference"]["champion"] < 0.1
-    assert "12 images find a difference of" in verdict["reason"]
+    assert verdict["notes"] == ("predicted differently: ensemble 1, the champion's 4",)
+    assert 0 < verdict["rules"][-1]["detectable"] < 0.1
+    assert "12 images see a difference of" in verdict["power"]
     assert json.loads(Path(tmp_path, "out/depth_metrics.json").read_bytes())["gate"] == json.loads(json.dumps(found))
 
 
@@ -222,14 +233,18 @@ def test_deltas_are_better_when_higher(tmp_path, names, promoted) -> None:
 def test_a_promotion_that_is_refused_is_said_in_the_files_and_by_the_job(
     tmp_path, names, promoted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: Any, **more: Any) -> None:
-        raise pins.PinError("depth@champion moved")
+    def refuse(*arguments: Any, **more: Any) -> Promotion:
+        return Promotion(text="Not promoted: moved", error=pins.PinError("depth@champion moved"))
 
     monkeypatch.setattr(gate, "promote_candidate", refuse)
     with pytest.raises(pins.PinError, match="depth@champion moved"):
         judged(tmp_path, predictions(tmp_path, "new", names, crop="whole"))
     said = json.loads(Path(tmp_path, "out/depth_metrics.json").read_bytes())["gate"]
-    assert said["refused"] == "depth@champion moved" and said["promotion"] is None and said["verdict"]["passed"]
+    assert (
+        said["refused"] == "depth@champion moved"
+        and said["promotion"] == "Not promoted: moved"
+        and said["verdict"]["passed"]
+    )
 
 
 @pytest.mark.parametrize(

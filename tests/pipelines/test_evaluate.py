@@ -17,12 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.fault_proxy import FaultProxy
 from d2f_core.batch.output import read_index
 from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.evaluation.config import GateConfig, Limit
 from d2f_core.evaluation.gate import Verdict
 from d2f_core.evaluation.pins import PinError
+from d2f_core.flow.evaluate import job as evaluate_job
 from d2f_core.flow.evaluate.compared_models import unequal
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.job import check_evaluate, evaluate
@@ -33,7 +35,9 @@ from d2f_core.model.base import resolve_base
 from d2f_core.model.config import SamplingDefaults
 from d2f_core.model.denoiser import load_unet
 from d2f_core.storage import filesystem, join, list_names, read_bytes, write_bytes
-from d2f_core.tracking import NewVersion, find_run, get_alias, promote, register_model, start_run
+from d2f_core.tracking import NewVersion, find_run, get_alias, promote, register_model, rollback, server, start_run
+from d2f_core.tracking.server import UnreachableTrackingError
+from infra.local.stack import StackEnv
 from pipelines.evaluate import main
 from tests.flow.here import here
 from tests.flow.tiny_vision import write_tiny_clip, write_tiny_vit
@@ -149,6 +153,7 @@ def test_a_better_candidate_is_measured_reported_and_promoted(
     assert verdict.passed and verdict.against == "champion", verdict.reason
     assert get_alias(NAME, "champion") == version == "2"
     found = results(config)
+    assert found["promotion"] == f"{NAME}@champion moved to version 2 (before: version 1)"
     assert [(model["role"], model["uri"].split("/")[-1]) for model in found["models"][:2]] == [
         ("candidate", "2"), ("champion", "1")
     ]  # fmt: skip
@@ -166,6 +171,7 @@ def test_a_better_candidate_is_measured_reported_and_promoted(
     assert values["candidate"]["count"] == PROMPTS and values["candidate"]["low"] <= values["candidate"]["high"]
     assert found["distance_to_candidate"]["values"]["champion"]["1"]["value"] > 0
     html = read_bytes(join(config.output, "report.html")).decode()
+    assert found["promotion"] in html
     assert "Gate passed" in html and f"{values['candidate']['value']:.4g}" in html
     assert html.count("data:image/webp") == 2 * 3 * 2
 
@@ -205,7 +211,8 @@ def test_a_second_run_goes_on_and_changes_nothing(second: tuple[EvaluateConfig, 
         again = evaluate(check_evaluate(config))
     assert read_manifest(features).digest == digest
     assert again == verdict and get_alias(NAME, "champion") == version
-    assert {**results(config), "created": ""} == {**before, "created": ""}
+    promotion = f"{NAME}@champion is version {version} already"
+    assert {**results(config), "created": ""} == {**before, "created": "", "promotion": promotion}
     with pytest.raises(PinError, match=f"evaluates the candidate 'models:/{NAME}/2', not 'models:/{NAME}/1'"):
         check_evaluate(dataclasses.replace(config, candidate=f"models:/{NAME}/1"))
 
@@ -218,10 +225,11 @@ def test_a_worse_candidate_is_not_promoted(config: EvaluateConfig, second: tuple
     assert get_alias(NAME, "champion") == "2" and results(worse)["promotion"] is None
 
 
-def test_a_champion_that_moved_meanwhile_is_not_overwritten(
+def test_a_champion_that_moved_meanwhile_is_not_overwritten_and_the_report_says_so(
     config: EvaluateConfig, second: tuple[EvaluateConfig, str, Verdict]
 ) -> None:
-    """The first evaluation, run again: it passed when there was no champion, and now there is one."""
+    """The first evaluation, run again: it passed when there was no champion, and now there is one. Its pins are those
+    of an older program."""
     promote(NAME, "2")
     write_bytes(join(config.output, "models.json"), json.dumps(
         {"candidate": f"models:/{NAME}/1", "champion": "", "base": ""}).encode())  # fmt: skip
@@ -229,6 +237,52 @@ def test_a_champion_that_moved_meanwhile_is_not_overwritten(
     with here(), pytest.raises(PinError, match=f"{NAME}@champion moved to version 2 while this evaluation ran"):
         evaluate(check_evaluate(stale))
     assert get_alias(NAME, "champion") == "2"
+    assert results(stale)["promotion"].startswith(f"Not promoted: {NAME}@champion moved to version 2 while")
+    html = read_bytes(join(stale.output, "report.html")).decode()
+    assert f"Not promoted: {NAME}@champion moved to version 2" in html and "moved to version 1" not in html
+
+
+def test_a_registry_that_does_not_answer_loses_no_results_and_the_same_command_goes_on(
+    second: tuple[EvaluateConfig, str, Verdict], stack: StackEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes away when all is measured; then the version is one that was rolled back from, and then it is not."""
+    config, version, verdict = second
+    output = join(config.output, "metrics.json")
+    assert rollback(NAME).version == "1"
+    with FaultProxy.before(stack.variables["MLFLOW_TRACKING_URI"]) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+        monkeypatch.setattr(server, "RETRY_SECONDS", 1.0)
+        judge = evaluate_job.judge
+
+        def judge_and_cut(*args: Any, **kwargs: Any) -> Verdict:
+            proxy.outage = True
+            return judge(*args, **kwargs)
+
+        monkeypatch.setattr(evaluate_job, "judge", judge_and_cut)
+        before = json.loads(read_bytes(output))
+        with here(), pytest.raises(UnreachableTrackingError, match="the same command goes on from there"):
+            evaluate(check_evaluate(config))
+        found = json.loads(read_bytes(output))
+        assert found["promotion"].startswith(f"Unknown whether {NAME}@champion moved to version 2: MLflow could not")
+        assert found["metrics"] == before["metrics"] and found["gate"]["verdict"]["passed"]
+    monkeypatch.undo()
+    with here(), pytest.raises(PinError, match="was rolled back from"):
+        evaluate(check_evaluate(config))
+    assert results(config)["promotion"].startswith("Not promoted: version 2 of") and get_alias(NAME, "champion") == "1"
+    promote(NAME, version)
+    with here():
+        assert evaluate(check_evaluate(config)) == verdict
+    assert results(config)["promotion"] == f"{NAME}@champion is version {version} already"
+
+
+def test_a_gate_that_compares_another_model_than_the_champion_is_refused_unless_it_promotes_nothing(
+    config: EvaluateConfig, models: dict[str, Path], second: tuple[EvaluateConfig, str, Verdict]
+) -> None:
+    for champion in ("", str(models["good"])):
+        chosen = {"candidate": f"models:/{NAME}/1", "champion": champion, "output": f"{HOME}/other"}
+        with pytest.raises(PinError, match=rf"{NAME}@champion is version 2, .* Give --champion auto, or --no-promote"):
+            check_evaluate(dataclasses.replace(config, **chosen))
+        check_evaluate(dataclasses.replace(config, **chosen, promote=False))
 
 
 def test_an_unregistered_model_is_compared_with_an_image_table_and_captions(

@@ -36,13 +36,16 @@ from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_vie
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.sources.pair_sample import PairSample
 from d2f_core.data.sources.pairs import read_pairs
-from d2f_core.evaluation.pins import PinError, Pins, keep_pins, promote_candidate, registered_name
+from d2f_core.evaluation.pins import Pins, keep_pins, registered_name
+from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 POINTS, SCORES, REPORT = "points.parquet", "scores.json", "report.html"
+FLAGS = "gate."
+"""Prefix of the gate's flags."""
 NAMED = 3
 """Of the pairs that cannot be used so many are logged; all are in the ledger."""
 
@@ -112,10 +115,13 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
     Raises:
         ValueError: no pair can be used, a matcher is refused, the output holds another comparison, or the cluster is
             too small.
-        PinError: the champion's alias moved meanwhile, so that the candidate was not promoted; the files say so too.
+        PinError: the gate could not promote the candidate whatever it judged; or the champion's alias moved meanwhile,
+            so that the candidate was not promoted: then the files are written, and say so too.
     """
     check_trained(config)
     config, pins = pinned(config)
+    if pins and config.gate.promote:
+        check_may_promote(pins, config.output, alias=config.gate.champion_alias, flags=FLAGS)
     matchers = check_matches(config)
     loaded = load_pairs(config)
     pairs = loaded.pairs
@@ -136,14 +142,14 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
         "alphas": list(config.alphas), "pairs": len(pairs), "left_out": loaded.left_out,
         "labels": {ALIGNED: LABELS} if config.pose_align else {}, "rows": table,
     }  # fmt: skip
-    refused = None
+    promotion = None
     if pins:
         images = [(image.key, other.key) for image, other in map(both, pairs)]
-        result["gate"], refused = gate(config, pins, measured, images)
+        result["gate"], promotion = gate(config, pins, measured, images)
     write_quarantine(config.output, loaded.ledger)
-    write(config, result, pairs, measured)
-    if refused:
-        raise refused
+    write(config, result, pairs, measured, promotion)
+    if promotion and promotion.error:
+        raise promotion.error
     return result
 
 
@@ -152,8 +158,8 @@ def gate(
     pins: Pins,
     measured: Mapping[tuple[str, str], Measured],
     images: Sequence[tuple[str, str]],
-) -> tuple[dict[str, Any], PinError | None]:
-    """The gate's verdict on the candidate, which is promoted if it passes; and why it was not although it passed.
+) -> tuple[dict[str, Any], Promotion | None]:
+    """The gate's verdict on the candidate, which is promoted if it passes; and what came of that.
 
     Args:
         images: keys of each pair's source and target.
@@ -173,23 +179,18 @@ def gate(
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
     moves = verdict.passed and rules.promote and bool(registered_name(pins.candidate))
     logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
-    refused = _promote(config, pins) if moves else None
+    # Before the files are written, so that they say what is.
+    promotion = None
+    if moves:
+        promotion = promote_candidate(pins, config.output, alias=rules.champion_alias, flags=FLAGS)
     found = {
         "candidate": pins.candidate,
         "champion": pins.champion,
         "verdict": verdict.to_json(),
-        "promotion": f"{pins.candidate} becomes @{rules.champion_alias}" if moves and not refused else None,
-        "refused": refused and str(refused),
+        "promotion": promotion and promotion.text,
+        "refused": str(promotion.error) if promotion and promotion.error else None,
     }
-    return found, refused
-
-
-def _promote(config: EvaluateMatchesConfig, pins: Pins) -> PinError | None:
-    """Move the champion's alias; before the files are written, so that they say what is. Returns what forbade it."""
-    try:
-        promote_candidate(pins, champion=config.gate.champion, champion_alias=config.gate.champion_alias)
-    except PinError as error:
-        return error
+    return found, promotion
 
 
 def measure_all(config: EvaluateMatchesConfig, pairs: Sequence[PairSample]) -> dict[tuple[str, str], Measured]:
@@ -217,8 +218,13 @@ def write(
     result: Mapping[str, Any],
     pairs: Sequence[PairSample],
     measured: Mapping[tuple[str, str], Measured],
+    promotion: Promotion | None,
 ) -> None:
-    """Write the files, and log the run."""
+    """Write the files, and log the run.
+
+    Raises:
+        UnreachableError: what the promotion ended in, once the files are written; MLflow would be asked in vain.
+    """
     points = pa.concat_tables([point_table(name, decoding, each) for (name, decoding), each in measured.items()])
     sink = io.BytesIO()
     pq.write_table(points, sink, compression="zstd")
@@ -227,6 +233,8 @@ def write(
     page = render_report(result, shown, source=config.views.views or config.pairs.uri, model=last)
     files = {SCORES: json.dumps(result, indent=1).encode(), REPORT: page.encode()}
     write_files(config.output, {POINTS: sink.getvalue(), **files})
+    if promotion and promotion.error and promotion.unknown:
+        raise promotion.error
     values = {
         f"{row['name']}/{row['decoding']}/pck_{each['alpha']:g}": each["value"]
         for row in result["rows"]

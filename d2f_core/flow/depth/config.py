@@ -107,12 +107,16 @@ class DepthGateConfig:
     both have a map of, so that an image on which a model fails would otherwise cost it nothing."""
     confident: bool = True
     """Ask it of the worse end of the paired difference's interval, not only of the value."""
+    confidence: float = 0.99
+    """One-sided confidence of each comparison: of equal models, the share 1 - confidence passes."""
     promote: bool = True
     """Move the champion's alias to a candidate that passes, when it is a registered version."""
     champion_alias: str = "champion"
 
     def __post_init__(self) -> None:
         parse_metric(self.metric)
+        if not 0.5 < self.confidence < 1:
+            raise DepthEvaluationError(f"gate.confidence={self.confidence} must lie between 0.5 and 1. Use 0.99.")
         if not 0 <= self.tolerance < 1:
             raise DepthEvaluationError(f"gate.tolerance={self.tolerance} must lie from 0 to below 1. Use 0.")
         if self.least_images < 1 or self.most_failed < 0:

@@ -19,7 +19,7 @@ from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.refusals import RefusedError
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.evaluation.estimates import Metric
-from d2f_core.evaluation.pins import PinError
+from d2f_core.evaluation.promotion import Promotion
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, EvaluateDepthConfig
 from d2f_core.flow.depth.error_parts import ErrorParts, place_of
@@ -142,13 +142,13 @@ def evaluate_depth(job: EvaluateDepthJob) -> dict[str, Any]:
         )
     metrics = {name: _estimated(job, parts, name, complete) for name in METRICS}
     results = {**_results(job, metrics, int(complete.sum()), left_out), "errors": parts.errors}
-    refused: PinError | None = None
+    promotion: Promotion | None = None
     if job.gate:
         values = parts.column(job.gate.metric, len(job.predictors))
-        results["gate"], refused = gate(job.config, job.gate, parts.uri, values, job.predictors)
-    _store(job, results, metrics, np.flatnonzero(complete)[: job.config.shown])
-    if refused:
-        raise refused
+        results["gate"], promotion = gate(job.config, job.gate, parts.uri, values, job.predictors)
+    _store(job, results, metrics, np.flatnonzero(complete)[: job.config.shown], promotion)
+    if promotion and promotion.error:
+        raise promotion.error
     return results
 
 
@@ -214,8 +214,18 @@ def in_words(results: Mapping[str, Any]) -> str:
     return f"{results['images']} images{left_out}, truth {truth}; {results['protocol']}"
 
 
-def _store(job: EvaluateDepthJob, results: dict[str, Any], metrics: Mapping[str, Metric], rows: np.ndarray) -> None:
-    """Write results and pictures to the output and to a new MLflow run."""
+def _store(
+    job: EvaluateDepthJob,
+    results: dict[str, Any],
+    metrics: Mapping[str, Metric],
+    rows: np.ndarray,
+    promotion: Promotion | None,
+) -> None:
+    """Write results and pictures to the output and to a new MLflow run.
+
+    Raises:
+        UnreachableError: what the promotion ended in, once the files are written; MLflow would be asked in vain.
+    """
     config, title = job.config, in_words(results)
     shown = shown_maps(config.truth, job.truth, rows, job.maps, job.protocol)
     files = {
@@ -224,6 +234,8 @@ def _store(job: EvaluateDepthJob, results: dict[str, Any], metrics: Mapping[str,
         SHEET_NAME: draw_maps(shown, title, job.protocol),
     }
     write_files(config.output, files)
+    if promotion and promotion.error and promotion.unknown:
+        raise promotion.error
     verdict = results["gate"]["verdict"] if job.gate else None
     log_evaluation(
         config,

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from d2f_core.evaluation.config import parse_metric
-from d2f_core.evaluation.gate import RuleResult, Verdict, compare
-from d2f_core.evaluation.pins import AUTO, PinError, Pins, keep_pins, pin_models, promote_candidate, registered_name
+from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare
+from d2f_core.evaluation.pins import AUTO, Pins, keep_pins, pin_models, registered_name
+from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, DepthGateConfig, EvaluateDepthConfig
 from d2f_core.flow.depth.errors import higher_is_better, mean_estimates
 from d2f_core.flow.depth.map_index import MapIndex
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray
 SETTINGS = ("solver", "shift", "ensemble", "seed", "resolution", "crop")
 """What two models may have been asked for differently, by its name in an output's fingerprint."""
-POWER_Z = 1.645 + 0.842
-"""Standard deviations of a difference that a one-sided test at 5 % finds in 80 of 100 evaluations."""
+FLAGS = "gate."
+"""What stands before the names of the gate's flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ def plan_gate(
         place, candidate=models[candidate]["uri"], champion=models[named]["uri"] if named else rules.champion,
         champion_alias=rules.champion_alias, base="",
     )  # fmt: skip
+    if rules.promote:
+        check_may_promote(pins, place, alias=rules.champion_alias, flags=FLAGS)
     champion = named or _champion(pins, candidate, models, rules)
     by_place = {(one.role, one.evaluations): one for one in maps}
     for title in dict.fromkeys((candidate, *must_beat, *([champion] if champion else []))):
@@ -121,48 +124,38 @@ def _different(
 
 def gate(
     config: EvaluateDepthConfig, plan: GatePlan, place: str, values: Array, predictors: Sequence[tuple[str, int]]
-) -> tuple[dict[str, Any], PinError | None]:
-    """The gate's verdict on the candidate, which is promoted if it passes; and why it was not although it passed.
+) -> tuple[dict[str, Any], Promotion | None]:
+    """The gate's verdict on the candidate, which is promoted if it passes; and what came of that.
 
     Args:
         place: as for `plan_gate`.
         values: the deciding metric, [images, predictors]; NaN where there is no map.
     """
     keep_pins(place, plan.pins)
-    verdict, detectable = judge(config, plan, values, predictors)
+    verdict = judge(config, plan, values, predictors)
     if plan.pins.champion == plan.pins.candidate:
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
-    moves = verdict.passed and config.gate.promote and bool(registered_name(plan.pins.candidate))
     logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
-    refused = _promote(config, plan) if moves else None
+    logger.info("gate: %s", verdict.power)
+    promotion = None
+    if verdict.passed and config.gate.promote and registered_name(plan.pins.candidate):
+        promotion = promote_candidate(plan.pins, place, alias=config.gate.champion_alias, flags=FLAGS)
     found = {
         "metric": config.gate.metric,
         "candidate": plan.pins.candidate,
         "champion": plan.pins.champion,
         "titles": {"candidate": plan.candidate, "champion": plan.champion or None},
         "different_settings": list(plan.different),
-        "detectable_difference": detectable,
         "verdict": verdict.to_json(),
-        "promotion": f"{plan.pins.candidate} becomes @{config.gate.champion_alias}" if moves and not refused else None,
-        "refused": refused and str(refused),
+        "promotion": promotion and promotion.text,
+        "refused": str(promotion.error) if promotion and promotion.error else None,
     }
-    return found, refused
+    return found, promotion
 
 
-def _promote(config: EvaluateDepthConfig, plan: GatePlan) -> PinError | None:
-    """Move the champion's alias; before the files are written, so that they say what is. Returns what forbade it."""
-    champion = AUTO if config.gate.champion == AUTO else plan.pins.champion
-    try:
-        promote_candidate(plan.pins, champion=champion, champion_alias=config.gate.champion_alias)
-    except PinError as error:
-        return error
-
-
-def judge(
-    config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors: Sequence[tuple[str, int]]
-) -> tuple[Verdict, dict[str, float]]:
-    """Apply every rule; arguments as for `gate`. Also the difference to each other that would be found, by its name."""
-    rules, detectable = config.gate, dict[str, float]()
+def judge(config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors: Sequence[tuple[str, int]]) -> Verdict:
+    """Apply every rule; arguments as for `gate`."""
+    rules = config.gate
     column = {place: values[:, number] for number, place in enumerate(predictors)}
     mine = column[plan.candidate, plan.evaluations]
     failed = int(np.isnan(mine).sum())
@@ -181,39 +174,34 @@ def judge(
             metric=plan.metric,
         ),
     ]  # fmt: skip
-    for name, theirs in others.items():
-        rule, spread = _compared(config, plan, mine, theirs, name)
-        found.append(rule)
-        detectable[name] = POWER_Z * spread
-    return _verdict(plan, found, detectable, shared), detectable
+    compared = {name: _compared(config, plan, mine, theirs, name) for name, theirs in others.items()}
+    return _verdict(plan, [*found, *compared.values()], compared, shared)
 
 
-def _compared(
-    config: EvaluateDepthConfig, plan: GatePlan, mine: Array, theirs: Array, name: str
-) -> tuple[RuleResult, float]:
-    """One rule, and the standard deviation of the difference over resampled sets of images."""
+def _compared(config: EvaluateDepthConfig, plan: GatePlan, mine: Array, theirs: Array, name: str) -> RuleResult:
     both = np.isfinite(mine) & np.isfinite(theirs)
     if not both.any():
-        return RuleResult(
-            rule=f"candidate and {name} have maps of the same images", holds=False, metric=plan.metric
-        ), 0.0
+        return RuleResult(rule=f"candidate and {name} have maps of the same images", holds=False, metric=plan.metric)
     candidate, reference = mean_estimates(np.stack([mine[both], theirs[both]]), replicates=config.replicates)
-    rule = compare(
+    return compare(
         config.gate.metric, candidate, reference, metric=plan.metric, against=name,
         slack=config.gate.tolerance if name == "champion" else 0.0, higher_is_better=higher_is_better(plan.metric),
-        confident=config.gate.confident, strictly=True,
+        confident=config.gate.confident, confidence=config.gate.confidence, strictly=True,
     )  # fmt: skip
-    return rule, float((candidate.replicates - reference.replicates).std(ddof=1))
 
 
-def _verdict(plan: GatePlan, rules: Sequence[RuleResult], detectable: Mapping[str, float], images: int) -> Verdict:
+def _verdict(plan: GatePlan, rules: Sequence[RuleResult], compared: Mapping[str, RuleResult], images: int) -> Verdict:
     broken = [rule.rule for rule in rules if not rule.holds]
     reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold"
-    against = "champion" if plan.champion else max(FLOORS, key=lambda floor: detectable[floor])
-    reason += (
-        f". {images} images find a difference of {detectable[against]:.2g} in {plan.metric} to the {against} in 8 of "
-        "10 evaluations"
+    sizes = {name: rule.detectable for name, rule in compared.items() if rule.detectable is not None}
+    against = "champion" if plan.champion else max(sizes, key=lambda name: sizes[name], default="")
+    power = (
+        f"{images} images see a difference of {sizes[against]:.2g} in {plan.metric} to the {against} in "
+        f"{100 * POWER:.0f} of 100 evaluations"
+        if against in sizes
+        else ""
     )
-    if plan.different:
-        reason += f". Predicted differently: {'; '.join(plan.different)}"
-    return Verdict(passed=not broken, reason=reason, against="champion" if plan.champion else None, rules=tuple(rules))
+    return Verdict(
+        passed=not broken, reason=reason, against="champion" if plan.champion else None, rules=tuple(rules),
+        power=power, notes=(f"predicted differently: {'; '.join(plan.different)}",) if plan.different else (),
+    )  # fmt: skip

@@ -7,19 +7,20 @@ judged.
     OUTPUT/metrics.json       every value with its interval, and the gate's verdict
     OUTPUT/report.html        the same to look at
 
-Every step is resumable: a second run continues where a killed one stopped. The champion's alias moves last.
+Every step is resumable: a second run continues where a killed one stopped. The champion's alias moves when all is
+measured, before metrics and report are written: they say what came of it.
 """
 
 import json
 import logging
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.evaluation.config import FLOW_LOSS
 from d2f_core.evaluation.estimates import Metric
 from d2f_core.evaluation.gate import Verdict, check_gate, judge
-from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_models, promote_candidate, registered_name
+from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_models, registered_name
+from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.evaluate.compared_models import EvaluateJob, compared_models
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
@@ -64,6 +65,8 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         champion_alias=config.champion_alias,
         base=config.base,
     )
+    if config.promote:
+        check_may_promote(pins, config.output, alias=config.champion_alias)
     config = filled(config, pins.candidate)
     reference = read_reference(config)
     compared = compared_models(config, pins)
@@ -100,10 +103,11 @@ def read_reference(config: EvaluateConfig) -> Manifest:
 
 
 def evaluate(job: EvaluateJob) -> Verdict:
-    """Generate, score, judge, report; then move the champion's alias when the gate passes. Needs a running Ray.
+    """Generate, score, judge; move the champion's alias when the gate passes; report. Needs a running Ray.
 
     Raises:
-        ValueError: the output belongs to another evaluation, or a cluster or server cannot be used.
+        ValueError: the output belongs to another evaluation, a cluster or server cannot be used, or a candidate that
+            passed was not promoted; then metrics and report are written, and say why.
     """
     config = job.config
     keep_pins(config.output, job.pins)
@@ -111,13 +115,13 @@ def evaluate(job: EvaluateJob) -> Verdict:
         logger.info("the %s is %s", compared.role, compared.uri)
     generate_all([compared.job for compared in job.compared])
     outcome = _judged(job)
-    results = results_of(job, outcome)
-    promotes = outcome.verdict.passed and config.promote and bool(registered_name(job.pins.candidate))
-    results["promotion"] = f"{job.pins.candidate} becomes @{config.champion_alias}" if promotes else None
-    _store(job, results, outcome)
-    if promotes:
-        promote_candidate(job.pins, champion=config.champion, champion_alias=config.champion_alias)
     _log(outcome.verdict)
+    promotion = None
+    if outcome.verdict.passed and config.promote and registered_name(job.pins.candidate):
+        promotion = promote_candidate(job.pins, config.output, alias=config.champion_alias)
+    _store(job, outcome, promotion)
+    if promotion and promotion.error:
+        raise promotion.error
     return outcome.verdict
 
 
@@ -150,19 +154,26 @@ def _log(verdict: Verdict) -> None:
         logger.info("gate: note: %s", line)
 
 
-def _store(job: EvaluateJob, results: dict[str, Any], outcome: Outcome) -> None:
-    """Write results and report to the output and to a new MLflow run."""
+def _store(job: EvaluateJob, outcome: Outcome, promotion: Promotion | None) -> None:
+    """Write results and report to the output and to a new MLflow run.
+
+    Raises:
+        UnreachableError: what the promotion ended in, once the files are written; MLflow would be asked in vain.
+    """
     config = job.config
+    results = {**results_of(job, outcome), "promotion": promotion and promotion.text}
     shown = shown_images({each.role: each.images for each in job.compared}, config.shown_prompts)
     files = {
         METRICS_NAME: json.dumps(results, indent=1, allow_nan=False).encode(),
         REPORT_NAME: render_report(results, shown).encode(),
     }
     write_files(config.output, files)
+    if promotion and promotion.error and promotion.unknown:
+        raise promotion.error
     log_evaluation(
         config,
         name=f"evaluate {job.pins.candidate.removeprefix(REGISTERED)}",
-        tags={"d2f.kind": "evaluation", **{f"d2f.{role}": uri for role, uri in asdict(job.pins).items() if uri}},
+        tags={"d2f.kind": "evaluation", **{f"d2f.{role}": uri for role, uri in job.pins.models.items()}},
         metrics=outcome.measured.metrics,
         counts=config.evaluations,
         files={**files, PINS_NAME: job.pins.to_json()},

@@ -24,7 +24,10 @@ class PromoteConfig:
     alias: str = "champion"
     """Alias to move; `candidate` is moved automatically when a model is registered."""
     rollback: bool = False
-    """Point the alias back at its previous version; repeating it goes back further."""
+    """Point the alias back at the version before the one that it names; repeating it goes back further."""
+    leases: str = ""
+    """Directory (s3:// or local) of the lease by which one job at a time moves the aliases; all jobs that promote
+    versions of this model use it from now on. Empty: the model's own, beside the outputs of its first training."""
 
     def __post_init__(self) -> None:
         check_name(self.name)

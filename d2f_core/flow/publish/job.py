@@ -113,8 +113,8 @@ def check_move_alias(config: PromoteConfig) -> None:
     """Look for the version that the alias is to name.
 
     Raises:
-        ValueError: neither a version nor rollback is given, the version does not exist or is incomplete, or there is no
-            previous version.
+        ValueError: neither a version nor rollback is given, the version does not exist or is incomplete, there is no
+            previous version, or the lease cannot be kept where it belongs.
     """
     check_tracking()
     if config.rollback:
@@ -122,6 +122,7 @@ def check_move_alias(config: PromoteConfig) -> None:
     else:
         _check_version_given(config)
         tracking.complete_version(config.name, config.version)
+    tracking.check_leases(config.name, leases=config.leases)
 
 
 def _check_version_given(config: PromoteConfig) -> None:
@@ -130,13 +131,13 @@ def _check_version_given(config: PromoteConfig) -> None:
 
 
 def move_alias(config: PromoteConfig) -> ModelVersionInfo:
-    """Promote a version, or go back to the one before.
+    """Promote a version, also one that was rolled back from, or go back to the one before.
 
     Raises:
-        ValueError: as `check_move_alias`.
+        ValueError: as `check_move_alias`; or another job holds the lease for too long.
     """
     check_tracking()
     if config.rollback:
-        return tracking.rollback(config.name, config.alias)
+        return tracking.rollback(config.name, config.alias, leases=config.leases)
     _check_version_given(config)
-    return tracking.promote(config.name, config.version, config.alias)
+    return tracking.promote(config.name, config.version, config.alias, leases=config.leases)

@@ -1,5 +1,6 @@
 """The matcher's gate: floors must be beaten, the champion not be worse, and chance decides nothing."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,11 +23,12 @@ from d2f_core.correspondence.evaluate.config import (
 from d2f_core.correspondence.evaluate.floors import floors
 from d2f_core.correspondence.evaluate.gate import judge, pair_draws, pinned
 from d2f_core.correspondence.evaluate.measure import Measured, measure
-from d2f_core.evaluation import pins
+from d2f_core.evaluation import pins, promotion
 from d2f_core.evaluation.bootstrap import percentile_interval
 from d2f_core.evaluation.gate import Verdict
-from d2f_core.evaluation.pins import PinError, Pins, promote_candidate
-from d2f_core.tracking import get_alias, start_run
+from d2f_core.evaluation.pins import PinError
+from d2f_core.tracking import ModelVersionInfo, get_alias, start_run
+from d2f_core.tracking.server import UnreachableTrackingError
 from pipelines import register_matcher
 from tests.correspondence.evaluate.test_measure import PAIR
 from tests.correspondence.made_views import local_views
@@ -168,9 +170,10 @@ def test_a_first_candidate_is_promoted_and_the_next_is_compared_with_it(
     monkeypatch.setattr(job, "floors", lambda seed: dict.fromkeys(("random", "box copy"), floors(seed)["random"]))
     config = replace(config, output=str(tmp_path / "first"))
     first = job.evaluate_matches(config)
-    assert first["gate"]["promotion"] == f"models:/{NAME}/1 becomes @champion" and get_alias(NAME, "champion") == "1"
+    moved = f"{NAME}@champion moved to version 1 (before: no version)"
+    assert first["gate"]["promotion"] == moved and get_alias(NAME, "champion") == "1"
     page = (tmp_path / "first/report.html").read_text()
-    assert ">passed</span>" in page and f"models:/{NAME}/1 becomes @champion" in page
+    assert ">passed</span>" in page and moved in page
 
     assert register(tmp_path, 2, seed=1) == "2"
     second = job.evaluate_matches(replace(config, output=str(tmp_path / "second")))
@@ -180,39 +183,63 @@ def test_a_first_candidate_is_promoted_and_the_next_is_compared_with_it(
         job.evaluate_matches(config)
 
 
-def test_the_files_say_whether_the_alias_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Alias:
+    """`m@champion`, whose lease is held."""
+
+    def __init__(self, files: Path) -> None:
+        self.named, self.files, self.away = [1], files, False
+
+    def current(self) -> str:
+        return str(self.named[-1])
+
+    def promote(self, version: str) -> None:
+        assert not (self.files / "report.html").exists(), "the files are written afterwards"
+        if self.away:
+            raise UnreachableTrackingError("MLflow could not set m@champion. The same command goes on from there.")
+        self.named.append(int(version))
+
+
+def test_the_files_say_what_came_of_the_promotion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when a command that was killed after it had moved the alias is repeated: the pinned champion stays."""
-    champion = [1]
-
-    def promote(pins: Pins, **how: str) -> None:
-        assert not (tmp_path / "report.html").exists(), "the files are written afterwards"
-        promote_candidate(pins, **how)
-
+    alias = Alias(tmp_path)
     measured = {("random", FLOOR): right(0.2, 1), ("box copy", FLOOR): right(0.3, 2)}
     measured |= {(name, EXACT): right(share, 3) for name, share in (("b", 0.4), ("champion", 0.5), ("a", 0.8))}
     config = made(str(tmp_path), "a", uri="models:/m/2", gate=MatcherGateConfig(candidate="a"))
-    monkeypatch.setattr(pins, "get_alias", lambda name, alias: str(champion[-1]))
+    version = ModelVersionInfo(name="m", version="2", uri="", url="", content_hash="", run_id="", tags={})
+    monkeypatch.setattr(pins, "get_alias", lambda name, _: alias.current())
     for module in (pins, evaluate_gate):
         monkeypatch.setattr(module, "pin_model", lambda uri: uri)
-    monkeypatch.setattr(pins, "promote", lambda name, version, alias: champion.append(int(version)))
+    monkeypatch.setattr(promotion, "holding", lambda *_, **__: contextlib.nullcontext(alias))
+    monkeypatch.setattr(promotion, "complete_version", lambda name, number: version)
+    monkeypatch.setattr(promotion, "check_leases", lambda name, *, output: None)
     monkeypatch.setattr(job, "check_matches", lambda config: {})
     monkeypatch.setattr(job, "load_pairs", lambda config: job.LoadedPairs(pairs=PAIRS, ledger=[], images=""))
     monkeypatch.setattr(job, "measure_all", lambda config, pairs: measured)
-    monkeypatch.setattr(job, "promote_candidate", promote)
 
     def said() -> tuple[dict, str]:
         page = (tmp_path / "report.html").read_text()
         (tmp_path / "report.html").unlink()
         return json.loads((tmp_path / "scores.json").read_text())["gate"], page
 
+    with pytest.raises(PinError, match=r"m@champion is version 1, .*--gate\.champion auto, or --gate\.no-promote"):
+        job.evaluate_matches(replace(config, gate=replace(config.gate, champion="")))
+    alias.away = True
+    with pytest.raises(UnreachableTrackingError, match="The same command goes on"):
+        job.evaluate_matches(config)
+    gate, page = said()
+    assert gate["promotion"].startswith("Unknown whether m@champion moved to version 2") and gate["refused"]
+    assert "Unknown whether m@champion moved to version 2" in page and "Not promoted" not in page
+    alias.away = False
     job.evaluate_matches(config)
     gate, page = said()
-    assert champion == [1, 2] and gate["promotion"] == "models:/m/2 becomes @champion" and gate["refused"] is None
+    assert alias.named == [1, 2] and gate["refused"] is None
+    assert gate["promotion"] == "m@champion moved to version 2 (before: version 1)"
     job.evaluate_matches(config)
-    assert champion == [1, 2] and said()[0] == gate
-    champion.append(3)
+    again, page = said()
+    assert alias.named == [1, 2] and again == {**gate, "promotion": "m@champion is version 2 already"}
+    alias.named.append(3)
     with pytest.raises(PinError, match=r"m@champion moved to version 3"):
         job.evaluate_matches(config)
     gate, page = said()
-    assert champion[-1] == 3 and gate["promotion"] is None and gate["refused"].startswith("m@champion moved")
-    assert "becomes" not in page and "Not promoted: m@champion moved to version 3" in page
+    assert alias.named[-1] == 3 and gate["refused"].startswith("m@champion moved")
+    assert "Not promoted: m@champion moved to version 3" in page
