@@ -55,4 +55,5 @@ class Metric:
                 for role, values in self.values.items()
             },
             "floor": self.floor and self.floor.to_json(),
+            **({"missing": self.missing} if self.missing else {}),
         }

@@ -6,7 +6,7 @@ difference that such a test sees in nine of ten evaluations stands beside it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -62,18 +62,27 @@ class Verdict:
         return asdict(self)
 
 
-def check_gate(config: GateConfig, measured: set[str], evaluations: tuple[int, ...]) -> None:
+def check_gate(
+    config: GateConfig, measured: set[str], evaluations: tuple[int, ...], *, plain: Set[str] = frozenset()
+) -> None:
     """Refuse rules on metrics that will not be measured, before anything is generated.
 
     Args:
         measured: names of the metrics.
+        plain: names of those without an interval, which can have limits but cannot be compared.
 
     Raises:
         GateError: names the rule.
     """
+    limited = {limit.metric for limit in config.limits}
     for rule in config.metrics:
         name, count = parse_metric(rule)
-        if name not in measured:
+        if name in plain and rule not in limited:
+            raise GateError(
+                f"gate: {rule!r} is a plain figure without an interval, so that equal models cannot be told from "
+                "better ones. Compare by frechet or kernel, and give it a limit if need be."
+            )
+        if name not in measured | plain:
             raise GateError(f"gate: {rule!r} is not measured here. Known: {', '.join(sorted(measured))}.")
         if count and count not in evaluations:
             raise GateError(f"gate: {rule!r}, but images are made at {evaluations} evaluations. Add {count}.")

@@ -208,6 +208,8 @@ def test_a_candidate_that_only_knows_its_training_images_better_can_be_refused(l
         ),
         (lambda: check(gate(metric="frechet@5")), r"made at \(2, 4\) evaluations. Add 5"),
         (lambda: check(gate(without_champion="limits")), "needs limits"),
+        (lambda: check(gate(metric="fid@4")), "'fid@4' is a plain figure without an interval"),
+        (lambda: check(gate(must_not_regress=("fid@2",))), "'fid@2' is a plain figure"),
     ],
 )
 def test_rules_that_cannot_be_applied_are_refused(make: Any, message: str) -> None:
@@ -228,5 +230,9 @@ def test_what_could_not_be_measured_of_the_candidate_holds_no_rule() -> None:
     }
 
 
+def test_a_plain_figure_can_have_a_limit() -> None:
+    check(gate(limits=(Limit(metric="fid@4", at_most=10),)))
+
+
 def check(config: GateConfig) -> None:
-    check_gate(config, {"frechet", "failed"}, (2, 4))
+    check_gate(config, {"frechet", "failed"}, (2, 4), plain={"fid"})

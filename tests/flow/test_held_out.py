@@ -128,8 +128,8 @@ def test_losses_are_compared_where_they_can_be(base: Path, tables: Path, tmp_pat
     )  # fmt: skip
     pins = Pins(candidate=candidate, champion="", base=str(base))
     job = EvaluateJob(
-        config=config, pins=pins, compared=compared_models(config, pins), feature_name="", dimensions=1, fingerprint={},
-        reference=read_manifest(config.reference),
+        config=config, pins=pins, compared=compared_models(config, pins), network="n", width=1, dimensions=1,
+        fingerprint={}, reference=read_manifest(config.reference),
     )  # fmt: skip
     assert job.rival == "base" and not_comparable(job) == ""
     without = dataclasses.replace(job, config=dataclasses.replace(config, loss_rows=0))

@@ -170,6 +170,11 @@ def test_a_better_candidate_is_measured_reported_and_promoted(
     assert values["candidate"]["value"] < 0.5 * values["champion"]["value"]
     assert values["candidate"]["count"] == PROMPTS and values["candidate"]["low"] <= values["candidate"]["high"]
     assert found["distance_to_candidate"]["values"]["champion"]["1"]["value"] > 0
+    width = found["features"]["features"].rsplit("_", 1)[-1]
+    kid = found["metrics"]["kid"]
+    assert kid["name"] == f"kernel_vit_{width}" and kid["values"]["candidate"]["2"]["count"] == PROMPTS
+    assert kid["values"]["candidate"]["2"]["value"] < kid["values"]["champion"]["2"]["value"]
+    assert found["metrics"]["fid"]["missing"] == f"24 images for {width.rstrip('d')} features"
     html = read_bytes(join(config.output, "report.html")).decode()
     assert found["promotion"] in html
     assert "Gate passed" in html and f"{values['candidate']['value']:.4g}" in html

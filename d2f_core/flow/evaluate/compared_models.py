@@ -7,6 +7,7 @@ from typing import Any
 from d2f_core.data.manifest import Manifest
 from d2f_core.evaluation.pins import Pins
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
+from d2f_core.flow.evaluate.projection import features_name
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import GenerateJob, check_generate
 from d2f_core.model.artifact import DESCRIPTION, read_description
@@ -47,12 +48,20 @@ class EvaluateJob:
     config: EvaluateConfig
     pins: Pins
     compared: tuple[ComparedModel, ...]
-    feature_name: str
-    """The feature network and its dimensions, as in metric names."""
+    network: str
+    """Name of the feature network."""
+    width: int
+    """Features per image of the network."""
     dimensions: int
+    """Those that are compared: projected ones, or all."""
     fingerprint: dict[str, Any]
     """The values that must be equal for features to be comparable."""
     reference: Manifest
+
+    @property
+    def feature_name(self) -> str:
+        """The feature network and the compared dimensions, as in metric names."""
+        return features_name(self.network, self.width, self.dimensions)
 
     @property
     def rival(self) -> str | None:

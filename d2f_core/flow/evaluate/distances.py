@@ -100,17 +100,40 @@ def check_features(features: Array) -> Array:
     return features
 
 
-def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
-    """Squared 2-Wasserstein distance of the two Gaussians with these moments.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrechetReference:
+    """One of the two sets of a Frechet distance, with the symmetric root of its covariance: half of the work."""
 
-    Biased upward by the sampling error of the covariances, about as d / count: compare equal counts only.
-    """
-    a, b = first.covariance, second.covariance
-    # The trace of (a b)^(1/2), through the symmetric root of a, so that all eigenvalues stay real despite rounding.
-    values, vectors = np.linalg.eigh(a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    mixed = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
-    return float(np.square(first.mean - second.mean).sum() + np.trace(a) + np.trace(b) - 2 * mixed)
+    mean: Array
+    trace: float
+    root: Array
+    """[d, d]."""
+
+    @classmethod
+    def of(cls, moments: FeatureMoments) -> "FrechetReference":
+        """Raises StatisticsError for fewer than two images."""
+        covariance = moments.covariance
+        values, vectors = np.linalg.eigh(covariance)
+        root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        return cls(mean=moments.mean, trace=float(np.trace(covariance)), root=root)
+
+    def distance(self, moments: FeatureMoments) -> float:
+        """Squared 2-Wasserstein distance of the two Gaussians with these moments.
+
+        Biased upward by the sampling error of the covariances, about as d / count: compare equal counts only.
+
+        Raises:
+            StatisticsError: fewer than two images.
+        """
+        other = moments.covariance
+        # The trace of (a b)^(1/2), through the symmetric root of a, so that all eigenvalues stay real despite rounding.
+        mixed = np.sqrt(np.linalg.eigvalsh(self.root @ other @ self.root).clip(0)).sum()
+        return float(np.square(self.mean - moments.mean).sum() + self.trace + np.trace(other) - 2 * mixed)
+
+
+def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
+    """`FrechetReference.distance` of two sets."""
+    return FrechetReference.of(first).distance(second)
 
 
 class KernelDistance:

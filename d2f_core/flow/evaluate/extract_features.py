@@ -121,6 +121,8 @@ class FeatureExtractor:
         device = reserved_device()
         # Set even for a single actor: with another number of threads sums come out in another order.
         torch.set_num_threads(config.cpus_per_actor)
+        # TF32 keeps three digits of a convolution's factors: features of a GPU would differ from those of a CPU.
+        torch.backends.cudnn.allow_tf32 = False
         self._batch = config.batch_size
         self._features = load_features(config.features, resize=config.resize, device=device)
         self._scorer = CaptionScorer(config.clip, device) if config.clip else None

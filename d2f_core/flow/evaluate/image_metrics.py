@@ -132,9 +132,7 @@ def measure(real: ImageSet, made: ImageSet, config: MeasureConfig) -> dict[str, 
     found: dict[str, Estimate] = {}
     if not all(enough(images, config) for images in (made, real)):
         return found
-    value = frechet_distance(made.moments, real.moments)
-    pairs = zip(made.resampled, real.resampled, strict=True)
-    found["frechet"] = Estimate.of(value, np.array([frechet_distance(*pair) for pair in pairs]), made.count)
+    found["frechet"] = frechet_estimate(real, made)
     kernel = KernelDistance(made.kept.features, real.kept.features)
     replicates = [kernel(draws) for draws in zip(made.kept_draws, real.kept_draws, strict=True)]
     kept = len(made.kept.rows)
@@ -145,6 +143,13 @@ def measure(real: ImageSet, made: ImageSet, config: MeasureConfig) -> dict[str, 
     if len(made.caption_scores):
         found["clip_score"] = _share(made.caption_scores, made.caption_draws)
     return found
+
+
+def frechet_estimate(real: ImageSet, made: ImageSet) -> Estimate:
+    """The Frechet distance of a generated set from the real one, with its replicates."""
+    pairs = zip(made.resampled, real.resampled, strict=True)
+    replicates = np.array([frechet_distance(*pair) for pair in pairs])
+    return Estimate.of(frechet_distance(made.moments, real.moments), replicates, made.count)
 
 
 def model_distance(first: ImageSet, second: ImageSet) -> Estimate | None:

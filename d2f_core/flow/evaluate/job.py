@@ -29,7 +29,8 @@ from d2f_core.flow.evaluate.held_out import filled
 from d2f_core.flow.evaluate.held_out_loss import held_out_loss
 from d2f_core.flow.evaluate.memorisation import memorisation_rule
 from d2f_core.flow.evaluate.metrics import measure_all, measured_names
-from d2f_core.flow.evaluate.projection import features_name, projected_width
+from d2f_core.flow.evaluate.plain_metrics import PLAIN
+from d2f_core.flow.evaluate.projection import projected_width
 from d2f_core.flow.evaluate.report import render_report, shown_images
 from d2f_core.flow.evaluate.results import Outcome, notes, results_of
 from d2f_core.flow.evaluate.straightness import follow_all
@@ -55,7 +56,7 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     if config.experiment or config.candidate.startswith(REGISTERED):
         check_tracking()
     per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())
-    check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations)
+    check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations, plain=set(PLAIN))
     features = load_features(config.score.features, resize=config.score.resize, device="meta")
     clip = CaptionScorer(config.score.clip, "meta").model.files.hash() if config.score.clip else ""
     pins = pin_models(
@@ -74,7 +75,8 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         config=config,
         pins=pins,
         compared=compared,
-        feature_name=features_name(features.network.name, features.width, config.score.dimensions),
+        network=features.network.name,
+        width=features.width,
         dimensions=projected_width(features.width, config.score.dimensions),
         fingerprint={"features": features.name, "network": features.fingerprint, "clip": clip},
         reference=reference,

@@ -18,7 +18,7 @@ from d2f_core.evaluation.config import GateConfig
 from d2f_core.evaluation.gate import RuleResult
 
 Array = np.ndarray
-DEALS = 10_000
+DEALS = 2_000
 CHUNK_ROWS = 256
 METRIC = "nearest_training"
 

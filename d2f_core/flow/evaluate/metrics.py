@@ -17,6 +17,7 @@ from d2f_core.flow.evaluate.extract_features import extract_features, score_key
 from d2f_core.flow.evaluate.feature_table import Place, floor_of, gather_features, memorised, usable_rows
 from d2f_core.flow.evaluate.image_metrics import MADE_DRAWS, REAL_DRAWS, failed_share, measure, model_distance
 from d2f_core.flow.evaluate.memorisation import Memorisation
+from d2f_core.flow.evaluate.plain_metrics import plain_metrics
 from d2f_core.storage import join
 
 TRAINING = "training"
@@ -71,6 +72,8 @@ def measure_all(job: EvaluateJob) -> Measured:
     }
     measured, distance = cast(Any, ray.remote(measure)), cast(Any, ray.remote(model_distance))
     copies = _memorised(job, tables)
+    places = {(role, count): tables[role].place(each.steps(count)) for (role, count), each in points.items()}
+    plain = plain_metrics(job, real.place(real_steps), places)
     floor = real.floor(job, real_steps, int(next(iter(chosen.values())).sum()))
     pending = [measured.remote(real_set, each, config.measure) for each in made.values()]
     apart = {
@@ -89,7 +92,7 @@ def measure_all(job: EvaluateJob) -> Measured:
     return Measured(
         memorisation=memorisation,
         overlap=overlap,
-        metrics=_by_metric(job, found, ray.get(floor)),
+        metrics=_by_metric(job, found, ray.get(floor)) | plain,
         distances=distances,
         compared={count: int(chosen["candidate", count].sum()) for count in config.evaluations},
     )
