@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from d2f_core.flow.evaluate.feature_networks import load_features
-from d2f_core.flow.evaluate.resize_filters import CLEAN_FID, RESIZE_FILTERS, TORCH_FIDELITY
+from d2f_core.flow.evaluate.resize_filters import CLEAN_FID, TORCH_FIDELITY, scaled_images
 from d2f_core.model.inception import INPUT_SIZE
 from tests.model.seeded_inception import SIZES, seeded_images, seeded_weights
 
@@ -85,7 +85,7 @@ def main() -> None:
                     whole = peer(torch.from_numpy(images).permute(0, 3, 1, 2))[0]
                     assert torch.equal(whole, theirs), "scaling a scaled image changed it"
                 key = f"{resize} {height}x{width}"
-                results["pixels"][key] = difference(RESIZE_FILTERS[resize](images, INPUT_SIZE), pixels)
+                results["pixels"][key] = difference(scaled_images(images, resize, INPUT_SIZE), pixels)
                 results["features"][key] = difference(features(images), theirs)
                 expected["features"][key] = {
                     "first": theirs[:, :FIRST].tolist(), "mean": theirs.mean(1).tolist(),

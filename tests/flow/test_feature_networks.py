@@ -16,7 +16,7 @@ from d2f_core.flow.evaluate.feature_networks import (
     load_features,
 )
 from d2f_core.flow.evaluate.projection import features_name, project, projected_width
-from d2f_core.model.vision import VisionModelError
+from d2f_core.model.vision import VisionModel, VisionModelError
 from tests.flow.tiny_vision import write_tiny_clip, write_tiny_siglip, write_tiny_vit
 
 
@@ -68,6 +68,8 @@ def test_the_projection_is_fixed_and_named() -> None:
 def test_weights_decide_the_fingerprint(vit: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(vit, tmp_path / "copy")
     assert load_features(str(copy)).fingerprint == load_features(str(vit)).fingerprint
+    # Tables of features in float64 and of a projection had the hash alone.
+    assert load_features(str(vit)).fingerprint == f"{VisionModel(str(vit)).files.hash()}-image-processor-float32"
     network = ViTModel.from_pretrained(vit)
     network.layernorm.bias.data += 1
     network.save_pretrained(copy)

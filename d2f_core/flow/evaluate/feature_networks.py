@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2f_core.flow.evaluate.projection import features_name
-from d2f_core.flow.evaluate.resize_filters import CLEAN_FID, RESIZE_FILTERS
+from d2f_core.flow.evaluate.resize_filters import CLEAN_FID, RESIZE_FILTERS, scaled_images
 from d2f_core.hashing import file_sha256
 from d2f_core.model import inception
 from d2f_core.model.efficientnet import MEAN, NAME, SCALE, load_efficientnet_lite0
@@ -144,13 +144,13 @@ def _inception(uri: str, resize: str, device: str | torch.device) -> FeatureNetw
     if resize not in RESIZE_FILTERS:
         raise FeatureError(f"resize={resize!r} must be one of {', '.join(RESIZE_FILTERS)}.")
     file = inception.weights_file(uri)
-    network, scaled = inception.load_inception(file, device), RESIZE_FILTERS[resize]
+    network = inception.load_inception(file, device)
     return FeatureNetwork(
         name=f"{INCEPTION}-{resize}",
         resize=resize,
         weights_hash=file_sha256(file),
         width=inception.WIDTH,
-        extract=lambda images: network(scaled(images, inception.INPUT_SIZE).to(device)),
+        extract=lambda images: network(scaled_images(images, resize, inception.INPUT_SIZE).to(device)),
     )
 
 

@@ -18,16 +18,16 @@ from torch import Tensor
 CLEAN_FID, TORCH_FIDELITY = "clean-fid", "torch-fidelity"
 
 
-def clean_fid(images: np.ndarray, size: int) -> Tensor:
-    """uint8 [n, h, w, 3] -> float32 [n, 3, size, size], from 0 to 255."""
-    planes = images.transpose(0, 3, 1, 2).reshape(-1, *images.shape[1:3]).astype(np.float32)
-    scaled = [np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC)) for plane in planes]
-    return torch.from_numpy(np.stack(scaled).clip(0, 255)).unflatten(0, (len(images), 3))
+def clean_fid(image: np.ndarray, size: int) -> Tensor:
+    """uint8 [h, w, 3] -> float32 [3, size, size], from 0 to 255."""
+    planes = (Image.fromarray(plane.astype(np.float32)) for plane in image.transpose(2, 0, 1))
+    scaled = [np.asarray(plane.resize((size, size), Image.Resampling.BICUBIC)) for plane in planes]
+    return torch.from_numpy(np.stack(scaled).clip(0, 255))
 
 
-def torch_fidelity(images: np.ndarray, size: int) -> Tensor:
-    """uint8 [n, h, w, 3] -> float32 [n, 3, size, size], from 0 to 255."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+def torch_fidelity(image: np.ndarray, size: int) -> Tensor:
+    """uint8 [h, w, 3] -> float32 [3, size, size], from 0 to 255."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
     # Columns before rows, as TensorFlow does it: the other order rounds differently.
     return _stretched(_stretched(pixels, size).mT, size).mT
 
@@ -44,3 +44,12 @@ RESIZE_FILTERS: Mapping[str, Callable[[np.ndarray, int], Tensor]] = {
     CLEAN_FID: clean_fid,
     TORCH_FIDELITY: torch_fidelity,
 }
+
+
+def scaled_images(images: np.ndarray, resize: str, size: int) -> Tensor:
+    """uint8 [n, h, w, 3] -> float32 [n, 3, size, size]; one at a time, so that large images take little memory.
+
+    Args:
+        resize: a name in `RESIZE_FILTERS`.
+    """
+    return torch.stack([RESIZE_FILTERS[resize](image, size) for image in images])
