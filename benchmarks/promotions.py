@@ -25,7 +25,7 @@ from typing import Any
 import tyro
 
 from benchmarks.fault_proxy import FaultProxy
-from benchmarks.promotion_process import ALIAS, REPORT, Act, Process
+from benchmarks.promotion_process import ALIAS, REPORT, Act, Moment, Process
 from d2f_core.storage import join, read_bytes
 from d2f_core.tracking import NewVersion, RunHandle, get_alias, promote, register_model, start_run
 from d2f_core.tracking.aliases import PREVIOUS_TAG, ROLLED_BACK_TAG
@@ -33,6 +33,8 @@ from d2f_core.tracking.server import client_for, tracking_uri
 from infra.local.stack import Stack
 
 HOME, NAME = "s3://d2f/promotions", "promotions"
+REQUESTS, FIRST, LATER = 3, 0.1, 0.02
+"""A process is disturbed when it begins or at one of so many requests, up to so many seconds after that."""
 ARRIVES = 0.3
 """Seconds for what a killed process had sent."""
 OUTAGES = (1.0, 6.0)
@@ -65,8 +67,6 @@ class World:
     marked: set[str] = field(default_factory=set)
     promoted_by: dict[str, str] = field(default_factory=dict)
     """Outputs of the evaluations that promoted them, by version."""
-    span: float = 1.0
-    """Seconds that an undisturbed promotion takes, within which kills are drawn."""
 
     def new_version(self) -> str:
         content = self.directory / str(len(list(self.directory.iterdir())))
@@ -86,8 +86,9 @@ class World:
             "stale": self.config.stale, **changes,
         })  # fmt: skip
 
-    def moment(self) -> float:
-        return round(self.draw.uniform(0.0, 1.2 * self.span), 3)
+    def moment(self) -> Moment:
+        request = self.draw.randrange(REQUESTS + 1)
+        return Moment(request=request, seconds=self.draw.uniform(0.0, LATER if request else FIRST))
 
     def check(self) -> None:
         """Raise AssertionError unless alias, history and marks are what they must be."""
@@ -177,11 +178,10 @@ def cut_off(world: World) -> str:
         act = world.evaluation(version, variables=variables, patience=PATIENCE)
         process = Process(act)
         proxy.reset_rate = LOST_ANSWERS
-        process.go()
-        time.sleep(moment)
+        process.go(until=moment)
         proxy.outage_for(seconds)
         code, _ = process.end()
-    said = f"cut off after {moment:.2f} s for {seconds} s, {proxy.counts['reset']} answers lost"
+    said = f"cut off {moment} for {seconds} s, {proxy.counts['reset']} answers lost"
     if code:
         expect(report(act)[:15], "Unknown whether", "the report says")
         found = str(get_alias(NAME, ALIAS))
@@ -203,17 +203,14 @@ KINDS = {
 }
 
 
-def kill(act: Act, moment: float) -> tuple[str, str]:
-    """Kill a process so many seconds after it began to move the alias; returns the version that it left there, and when
-    that was.
-    """
+def kill(act: Act, moment: Moment) -> tuple[str, str]:
+    """Kill a process at a moment; returns the version that it left at the alias, and when that was."""
     process = Process(act)
-    process.go()
-    time.sleep(moment)
+    process.go(until=moment)
     process.kill()
     time.sleep(ARRIVES)
     held = not json.loads(read_bytes(f"{HOME}/leases/{NAME}.json"))["free"]
-    return str(get_alias(NAME, ALIAS)), f"after {moment:.2f} s, {'' if held else 'not '}holding the lease"
+    return str(get_alias(NAME, ALIAS)), f"{moment}{', holding the lease' * held}"
 
 
 def finish(act: Act) -> tuple[int, str]:
@@ -225,10 +222,7 @@ def finish(act: Act) -> tuple[int, str]:
 def by_evaluation(world: World) -> None:
     """An undisturbed promotion."""
     act = world.evaluation(world.new_version())
-    process, began = Process(act), time.monotonic()
-    process.go()
-    expect(process.end(), (0, ""), "an undisturbed promotion ended with")
-    world.span = time.monotonic() - began
+    expect(finish(act), (0, ""), "an undisturbed promotion ended with")
     world.chain.append(act.candidate)
     world.promoted_by[act.candidate] = act.output
 
@@ -239,8 +233,7 @@ def play(config: PromotionsConfig, variables: Mapping[str, str], directory: Path
     world = World(config=config, variables=variables, directory=directory, draw=draw)
     promote(NAME, first := world.new_version())
     world.chain.append(first)
-    for _ in range(2):  # the second one's time is measured: it imports nothing
-        by_evaluation(world)
+    by_evaluation(world)
     kinds = [list(KINDS)[number % len(KINDS)] for number in range(config.rounds)]
     draw.shuffle(kinds)
     rows = []
