@@ -7,7 +7,8 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,10 +21,12 @@ from d2f_core.evaluation.pins import keep_pins, pin_models
 from d2f_core.evaluation.promotion import check_may_promote, promote_candidate
 from d2f_core.evaluation.record import write_files
 from d2f_core.lease import LeaseTimes
-from d2f_core.tracking import rollback, server
+from d2f_core.tracking import HeldAlias, rollback, server
 
 ALIAS = "champion"
 REPORT = "metrics.json"
+WRITES = "writes"
+"""Said before each request that changes the registry."""
 SECONDS = 180.0
 
 
@@ -45,6 +48,19 @@ class Act:
     """Seconds for which a registry that is away is asked again."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """When a process is disturbed."""
+
+    request: int
+    """Before this one of its requests that change the registry, or when it has ended; 0: when it goes on."""
+    seconds: float
+    """So long after that."""
+
+    def __str__(self) -> str:
+        return f"{1000 * self.seconds:.0f} ms after {f'its request {self.request}' if self.request else 'the start'}"
+
+
 class Process:
     """A process that waits before the promotion until it is told to go on."""
 
@@ -54,12 +70,20 @@ class Process:
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=run, args=(act, other))
         self._process.start()
+        self._last: str | None = None
         other.close()
         if (said := self._hear()) != "ready":
             raise SystemExit(f"a process did not begin: {said}")
 
-    def go(self) -> None:
+    def go(self, until: Moment | None = None) -> None:
+        """Go on; returns at the moment, or at once."""
         self._pipe.send("go")
+        if until is None:
+            return
+        for _ in range(until.request):
+            if self._last is None and (said := self._hear()) != WRITES:
+                self._last = said
+        time.sleep(until.seconds)
 
     def kill(self) -> None:
         self._process.kill()
@@ -67,7 +91,9 @@ class Process:
 
     def end(self) -> tuple[int, str]:
         """Exit status, and the error if there was one."""
-        said = self._hear()
+        said = self._last
+        while said is None or said == WRITES:
+            said = self._hear()
         self._process.join(SECONDS)
         return int(self._process.exitcode or 0), said
 
@@ -85,6 +111,13 @@ def run(act: Act, pipe: Connection) -> None:
     os.environ.update(act.variables)
     lease.TIMES = LeaseTimes(renew=act.stale / 5, stale=act.stale)
     server.RETRY_SECONDS = act.patience
+    write = HeldAlias._write
+
+    def tell_and_write(self: HeldAlias, what: str, call: Callable[[], Any]) -> Any:
+        pipe.send(WRITES)
+        return write(self, what, call)
+
+    HeldAlias._write = tell_and_write
     try:
         evaluate(act, pipe) if act.candidate else roll_back(act, pipe)
         pipe.send("")
