@@ -157,11 +157,11 @@ def measure(job: EvaluateDepthJob) -> ErrorParts:
     parts = job.parts
     parts.begin(job.identity)
     if missing := parts.missing_sums():
-        _run(job.config, "mean_depth", DepthSummer, missing, parts)
+        _run(job.config, ("mean_depth", parts.chunks(parts.trained_rows)), DepthSummer, missing, parts)
     if not parts.has_mean:
         parts.write_mean(mean_depth(parts.read_sums()))
     if missing := parts.missing_parts():
-        _run(job.config, "depth_errors", DepthScorer, missing, parts, shared(job.maps))
+        _run(job.config, ("depth_errors", parts.chunks(parts.rows)), DepthScorer, missing, parts, shared(job.maps))
     return parts
 
 
@@ -170,8 +170,11 @@ def shared(maps: Sequence[MapIndex]) -> Any:
     return ray.put(tuple(maps))
 
 
-def _run(config: EvaluateDepthConfig, name: str, actor: type, chunks: Sequence[int], *arguments: Any) -> None:
-    progress = Progress(name, len(chunks), "parts")
+def _run(
+    config: EvaluateDepthConfig, work: tuple[str, int], actor: type, chunks: Sequence[int], *arguments: Any
+) -> None:
+    """Do the missing chunks of a work, which is given by its name and all its chunks."""
+    progress = Progress(*work, "parts", done=work[1] - len(chunks))
     try:
         for _ in _results_of(config, actor, [{"chunk": number} for number in chunks], arguments):
             progress.advance(1)
