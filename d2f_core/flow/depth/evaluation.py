@@ -19,7 +19,7 @@ from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.refusals import RefusedError
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.evaluation.estimates import Metric
-from d2f_core.evaluation.pins import PinError
+from d2f_core.evaluation.pins import PinError, keep_pins
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, EvaluateDepthConfig
 from d2f_core.flow.depth.error_parts import ErrorParts, place_of
@@ -145,7 +145,7 @@ def evaluate_depth(job: EvaluateDepthJob) -> dict[str, Any]:
     refused: PinError | None = None
     if job.gate:
         values = parts.column(job.gate.metric, len(job.predictors))
-        results["gate"], refused = gate(job.config, job.gate, parts.uri, values, job.predictors)
+        results["gate"], refused = gate(job.config, job.gate, values, job.predictors)
     _store(job, results, metrics, np.flatnonzero(complete)[: job.config.shown])
     if refused:
         raise refused
@@ -156,6 +156,8 @@ def measure(job: EvaluateDepthJob) -> ErrorParts:
     """Make the missing parts of the errors, on the cluster; the driver holds no map and no row."""
     parts = job.parts
     parts.begin(job.identity)
+    if job.gate:
+        keep_pins(parts.uri, job.gate.pins)
     if missing := parts.missing_sums():
         _run(job.config, ("mean_depth", parts.chunks(parts.trained_rows)), DepthSummer, missing, parts)
     if not parts.has_mean:

@@ -7,13 +7,13 @@ whose draws of images both share. Images without a map are a rule of their own.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from d2f_core.evaluation.config import parse_metric
 from d2f_core.evaluation.gate import RuleResult, Verdict, compare
-from d2f_core.evaluation.pins import AUTO, PinError, Pins, keep_pins, pin_models, promote_candidate, registered_name
+from d2f_core.evaluation.pins import AUTO, PinError, Pins, pin_models, promote_candidate, registered_name
 from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, DepthGateConfig, EvaluateDepthConfig
 from d2f_core.flow.depth.errors import higher_is_better, mean_estimates
 from d2f_core.flow.depth.map_index import MapIndex
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray
 SETTINGS = ("solver", "shift", "ensemble", "seed", "resolution", "crop")
 """What two models may have been asked for differently, by its name in an output's fingerprint."""
+CHAMPION: Literal["champion"] = "champion"
+"""What the champion's predictions are called in rules, whatever their title."""
 POWER_Z = 1.645 + 0.842
 """Standard deviations of a difference that a one-sided test at 5 % finds in 80 of 100 evaluations."""
 
@@ -67,6 +69,8 @@ def plan_gate(
     must_beat = tuple(_titled("must_beat", title, models) for title in rules.must_beat)
     if candidate in (named, *must_beat):
         raise DepthEvaluationError(f"gate: the candidate {candidate!r} is to beat itself. Leave it out.")
+    if CHAMPION in must_beat:
+        raise DepthEvaluationError(f"gate.must_beat names {CHAMPION!r}, as the gate calls its own. Retitle them.")
     pins = pin_models(
         place, candidate=models[candidate]["uri"], champion=models[named]["uri"] if named else rules.champion,
         champion_alias=rules.champion_alias, base="",
@@ -95,9 +99,7 @@ def _titled(what: str, title: str, models: Mapping[str, Mapping[str, Any]]) -> s
     raise DepthEvaluationError(f"gate.{what} names {title!r}, which is none of the predictions {list(models)}.")
 
 
-def _champion(
-    pins: Pins, candidate: str, models: Mapping[str, Mapping[str, Any]], rules: DepthGateConfig
-) -> str:  # fmt: skip
+def _champion(pins: Pins, candidate: str, models: Mapping[str, Mapping[str, Any]], rules: DepthGateConfig) -> str:
     """Title of the predictions by the pinned champion; empty if there is none, or if it is the candidate."""
     if pins.champion in ("", pins.candidate):
         return ""
@@ -120,15 +122,13 @@ def _different(
 
 
 def gate(
-    config: EvaluateDepthConfig, plan: GatePlan, place: str, values: Array, predictors: Sequence[tuple[str, int]]
+    config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors: Sequence[tuple[str, int]]
 ) -> tuple[dict[str, Any], PinError | None]:
     """The gate's verdict on the candidate, which is promoted if it passes; and why it was not although it passed.
 
     Args:
-        place: as for `plan_gate`.
         values: the deciding metric, [images, predictors]; NaN where there is no map.
     """
-    keep_pins(place, plan.pins)
     verdict, detectable = judge(config, plan, values, predictors)
     if plan.pins.champion == plan.pins.candidate:
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
@@ -166,11 +166,11 @@ def judge(
     column = {place: values[:, number] for number, place in enumerate(predictors)}
     mine = column[plan.candidate, plan.evaluations]
     failed = int(np.isnan(mine).sum())
-    others = {floor: column[floor, 0] for floor in FLOORS}
-    others |= {title: column[title, plan.evaluations] for title in plan.must_beat}
+    others = [(floor, column[floor, 0], 0.0) for floor in FLOORS]
+    others += [(title, column[title, plan.evaluations], 0.0) for title in plan.must_beat]
     if plan.champion:
-        others["champion"] = column[plan.champion, plan.evaluations]
-    shared = min(int(np.isfinite(mine + each).sum()) for each in others.values())
+        others.append((CHAMPION, column[plan.champion, plan.evaluations], rules.tolerance))
+    shared = min(int(np.isfinite(mine + theirs).sum()) for _, theirs, _ in others)
     found = [
         RuleResult(
             rule=f"at most {rules.most_failed} of {len(mine)} images have no map by the candidate ({failed})",
@@ -181,27 +181,30 @@ def judge(
             metric=plan.metric,
         ),
     ]  # fmt: skip
-    for name, theirs in others.items():
-        rule, spread = _compared(config, plan, mine, theirs, name)
+    for name, theirs, slack in others:
+        rule, spread = _compared(config, plan, np.stack([mine, theirs]), name, slack)
         found.append(rule)
         detectable[name] = POWER_Z * spread
     return _verdict(plan, found, detectable, shared), detectable
 
 
 def _compared(
-    config: EvaluateDepthConfig, plan: GatePlan, mine: Array, theirs: Array, name: str
+    config: EvaluateDepthConfig, plan: GatePlan, values: Array, name: str, slack: float
 ) -> tuple[RuleResult, float]:
-    """One rule, and the standard deviation of the difference over resampled sets of images."""
-    both = np.isfinite(mine) & np.isfinite(theirs)
+    """One rule, and the standard deviation of the difference over resampled sets of images.
+
+    Args:
+        values: of the candidate and of the other, [2, images].
+    """
+    both = np.isfinite(values).all(axis=0)
     if not both.any():
         return RuleResult(
             rule=f"candidate and {name} have maps of the same images", holds=False, metric=plan.metric
         ), 0.0
-    candidate, reference = mean_estimates(np.stack([mine[both], theirs[both]]), replicates=config.replicates)
+    candidate, reference = mean_estimates(values[:, both], replicates=config.replicates)
     rule = compare(
         config.gate.metric, candidate, reference, metric=plan.metric, against=name,
-        slack=config.gate.tolerance if name == "champion" else 0.0, higher_is_better=higher_is_better(plan.metric),
-        confident=config.gate.confident, strictly=True,
+        slack=slack, higher_is_better=higher_is_better(plan.metric), confident=config.gate.confident, strictly=True,
     )  # fmt: skip
     return rule, float((candidate.replicates - reference.replicates).std(ddof=1))
 
@@ -209,11 +212,11 @@ def _compared(
 def _verdict(plan: GatePlan, rules: Sequence[RuleResult], detectable: Mapping[str, float], images: int) -> Verdict:
     broken = [rule.rule for rule in rules if not rule.holds]
     reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold"
-    against = "champion" if plan.champion else max(FLOORS, key=lambda floor: detectable[floor])
+    against = CHAMPION if plan.champion else max(FLOORS, key=lambda floor: detectable[floor])
     reason += (
         f". {images} images find a difference of {detectable[against]:.2g} in {plan.metric} to the {against} in 8 of "
         "10 evaluations"
     )
     if plan.different:
         reason += f". Predicted differently: {'; '.join(plan.different)}"
-    return Verdict(passed=not broken, reason=reason, against="champion" if plan.champion else None, rules=tuple(rules))
+    return Verdict(passed=not broken, reason=reason, against=CHAMPION if plan.champion else None, rules=tuple(rules))
