@@ -48,6 +48,13 @@ def test_an_index_is_read_in_order_and_no_further_than_it_is_wanted(
     assert len(read) <= 3, "large parts are not all in memory at once"
 
 
+def test_a_column_that_came_later_is_null_where_parts_were_written_before(tmp_path: Path) -> None:
+    tables = [pa.table({"n": [1]}), pa.table({"n": [2], "later": [3]})]
+    files = [write_part(str(tmp_path), part_name(number), table) for number, table in enumerate(tables)]
+    write_manifest(str(tmp_path), Manifest(kind="generations", files=tuple(files)))
+    assert outputs.read_index(str(tmp_path)).to_pylist() == [{"n": 1, "later": None}, {"n": 2, "later": 3}]
+
+
 def test_results_come_in_order_and_an_error_in_its_place() -> None:
     assert list(outputs.map_ahead(lambda n: n * n, range(50), 4)) == [n * n for n in range(50)]
     results = outputs.map_ahead(lambda n: 1 // n, [1, 0, 1], 2)

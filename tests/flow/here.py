@@ -111,18 +111,25 @@ class TaskHere:
 
 
 @contextlib.contextmanager
+def measured_here() -> Iterator[None]:
+    """Depth is measured in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(depth_evaluation, "_results_of", measure_here)
+        patch.setattr(depth_evaluation, "shared", tuple)
+        yield
+
+
+@contextlib.contextmanager
 def here() -> Iterator[None]:
     """Scenes are rendered, images encoded, drawn and scored, depth is seen and measured in this process; it keeps
     its threads."""
     threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
+    with measured_here(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(generated_table, "_make_parts", make_here)
         patch.setattr(table_job, "_rows", encode_here)
         patch.setattr(generate, "_run", draw_here)
         patch.setattr(extract_features, "_run", score_here)
         patch.setattr(depth_job, "_run", predict_here)
-        patch.setattr(depth_evaluation, "_results_of", measure_here)
-        patch.setattr(depth_evaluation, "shared", tuple)
         for module in (metrics, straightness):
             patch.setattr(module, "ray", TasksHere())
         try:

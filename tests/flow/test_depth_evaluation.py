@@ -250,8 +250,9 @@ def test_a_promotion_that_is_refused_is_said_in_the_files_and_by_the_job(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidate": "nobody"}, r"gate.candidate names 'nobody', which is none of the predictions \['new'\]"),
+        ({"candidate": "nobody"}, "gate.candidate names 'nobody', which is none of the predictions"),
         ({"must_beat": ("old",)}, "gate.must_beat names 'old', which is none"),
+        ({"must_beat": ("champion",)}, "gate.must_beat names 'champion', as the gate calls its own. Retitle them"),
         ({"must_beat": ("new",)}, "the candidate 'new' is to beat itself"),
         ({"metric": "frechet@4"}, "gate.metric='frechet@4' is not measured here. Known: abs_rel, sq_rel"),
         ({"metric": "abs_rel@7"}, r"'new' was predicted at \[2, 4\] evaluations\. .* --gate.metric abs_rel@4"),
@@ -262,9 +263,12 @@ def test_a_gate_that_cannot_be_asked_is_refused_before_anything_is_measured(
     tmp_path, names, promoted, change: dict[str, Any], message: str
 ) -> None:
     new = predictions(tmp_path, "new", names, crop="whole")
+    other = write_predictions(
+        str(tmp_path / "champion"), {names[0]: {4: np.ones((16, 20))}}, model_uri="x", crop="whole"
+    )
     rules = DepthGateConfig(**{"candidate": "new", "champion": "", **change})
     with pytest.raises(DepthEvaluationError, match=message):
-        check_evaluate_depth(config(tmp_path, new, gate=rules))
+        check_evaluate_depth(config(tmp_path, new, other, gate=rules))
     assert not (tmp_path / "out/measured").exists()
 
 

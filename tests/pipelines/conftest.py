@@ -31,10 +31,11 @@ def depth_made(depth_workflow: "DepthConfig", stack: "StackEnv") -> dict[str, An
 
     from d2f_core.storage import read_bytes
     from pipelines.workflow import main
+    from tests.flow.here import measured_here
     from tests.train_here import trained_here
 
     del stack
     ray.init(ignore_reinit_error=True)
-    with trained_here():
+    with trained_here(), measured_here():
         main(depth_workflow)
     return json.loads(read_bytes(f"{depth_workflow.output}/summary.json"))

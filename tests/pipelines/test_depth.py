@@ -14,9 +14,15 @@ from PIL import Image
 
 from d2f_core.batch.output import OutputError, read_index
 from d2f_core.data.manifest import Manifest
-from d2f_core.data.schema import SchemaError
+from d2f_core.data.schema import SchemaError, sample_id
 from d2f_core.data.sources.config import ImageSource
-from d2f_core.flow.depth.config import DepthEvaluationError, EvaluateDepthConfig, PredictDepthConfig, PredictDepthError
+from d2f_core.flow.depth.config import (
+    DepthEvaluationError,
+    DepthGateConfig,
+    EvaluateDepthConfig,
+    PredictDepthConfig,
+    PredictDepthError,
+)
 from d2f_core.flow.depth.evaluation import check_evaluate_depth
 from d2f_core.flow.depth.job import check_predict_depth, predict_depth
 from d2f_core.flow.publish.config import RegisterConfig
@@ -30,7 +36,7 @@ from d2f_core.train.checkpoint import CheckpointError
 from pipelines import evaluate_depth, finetune
 from pipelines.configs import FinetuneConfig
 from pipelines.workflow_config import DepthConfig
-from tests.depth_tables import picture, write_depth_table
+from tests.depth_tables import picture, true_depth, write_depth_table, write_predictions
 from tests.flow.here import here
 from tests.latent_tables import write_latents
 
@@ -213,6 +219,31 @@ def test_mlflow_opens_a_registered_version_and_sees_the_depth_that_the_job_sees(
         opened.predict(pd.DataFrame({"image": [b"no image"]}))
     description = mlflow.MlflowClient().get_model_version("test-depth", version.version).description
     assert "pipelines.predict_depth" in description
+
+
+def test_a_registered_version_that_beats_the_floors_becomes_the_champion(
+    training: FinetuneConfig, config: PredictDepthConfig
+) -> None:
+    """Its maps are made up: no model that is trained for two steps knows more than the mean."""
+    del config  # has written the truth
+    wanted = RegisterConfig(run=training.output, name="judged-depth", experiment=training.experiment)
+    version = register(check_register(wanted))
+    generator = np.random.default_rng(0)
+    maps = {}
+    for number in range(IMAGES):
+        truth = np.nan_to_num(true_depth(number), nan=5.0)
+        maps[sample_id(picture(number), "")] = {4: truth + 0.05 * generator.normal(size=truth.shape)}
+    judged = EvaluateDepthConfig(
+        predictions=(write_predictions(f"{HOME}/judged", maps, model_uri=version.uri, crop="whole"),),
+        truth=f"{HOME}/truth", output=f"{HOME}/judgement", experiment="", replicates=40,
+        gate=DepthGateConfig(candidate=version.uri, least_images=IMAGES),
+    )  # fmt: skip
+    with here():
+        found = evaluate_depth.main(judged)["gate"]
+        again = evaluate_depth.main(dataclasses.replace(judged, output=f"{HOME}/judgement-again"))["gate"]
+    assert found["promotion"] == f"{version.uri} becomes @champion" and found["champion"] == ""
+    assert mlflow.MlflowClient().get_model_version_by_alias("judged-depth", "champion").version == version.version
+    assert again["verdict"]["reason"] == "the candidate is the champion already" and not again["verdict"]["passed"]
 
 
 def test_tables_and_models_of_another_task_are_refused(training: FinetuneConfig, depth_made: dict[str, Any]) -> None:

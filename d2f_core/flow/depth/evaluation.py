@@ -19,6 +19,7 @@ from d2f_core.batch.actor_pool import map_items
 from d2f_core.batch.refusals import RefusedError
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.evaluation.estimates import Metric
+from d2f_core.evaluation.pins import keep_pins
 from d2f_core.evaluation.promotion import Promotion
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, EvaluateDepthConfig
@@ -156,12 +157,14 @@ def measure(job: EvaluateDepthJob) -> ErrorParts:
     """Make the missing parts of the errors, on the cluster; the driver holds no map and no row."""
     parts = job.parts
     parts.begin(job.identity)
+    if job.gate:
+        keep_pins(parts.uri, job.gate.pins)
     if missing := parts.missing_sums():
-        _run(job.config, "mean_depth", DepthSummer, missing, parts)
+        _run(job.config, ("mean_depth", parts.chunks(parts.trained_rows)), DepthSummer, missing, parts)
     if not parts.has_mean:
         parts.write_mean(mean_depth(parts.read_sums()))
     if missing := parts.missing_parts():
-        _run(job.config, "depth_errors", DepthScorer, missing, parts, shared(job.maps))
+        _run(job.config, ("depth_errors", parts.chunks(parts.rows)), DepthScorer, missing, parts, shared(job.maps))
     return parts
 
 
@@ -170,8 +173,11 @@ def shared(maps: Sequence[MapIndex]) -> Any:
     return ray.put(tuple(maps))
 
 
-def _run(config: EvaluateDepthConfig, name: str, actor: type, chunks: Sequence[int], *arguments: Any) -> None:
-    progress = Progress(name, len(chunks), "parts")
+def _run(
+    config: EvaluateDepthConfig, work: tuple[str, int], actor: type, chunks: Sequence[int], *arguments: Any
+) -> None:
+    """Do the missing chunks of a work, which is given by its name and all its chunks."""
+    progress = Progress(*work, "parts", done=work[1] - len(chunks))
     try:
         for _ in _results_of(config, actor, [{"chunk": number} for number in chunks], arguments):
             progress.advance(1)

@@ -7,13 +7,13 @@ whose draws of images both share. Images without a map are a rule of their own.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from d2f_core.evaluation.config import parse_metric
 from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare
-from d2f_core.evaluation.pins import AUTO, Pins, keep_pins, pin_models, registered_name
+from d2f_core.evaluation.pins import AUTO, Pins, pin_models, registered_name
 from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, DepthGateConfig, EvaluateDepthConfig
 from d2f_core.flow.depth.errors import higher_is_better, mean_estimates
@@ -27,6 +27,8 @@ SETTINGS = ("solver", "shift", "ensemble", "seed", "resolution", "crop")
 """What two models may have been asked for differently, by its name in an output's fingerprint."""
 FLAGS = "gate."
 """What stands before the names of the gate's flags."""
+CHAMPION: Literal["champion"] = "champion"
+"""What the champion's predictions are called in rules, whatever their title."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ def plan_gate(
     must_beat = tuple(_titled("must_beat", title, models) for title in rules.must_beat)
     if candidate in (named, *must_beat):
         raise DepthEvaluationError(f"gate: the candidate {candidate!r} is to beat itself. Leave it out.")
+    if CHAMPION in must_beat:
+        raise DepthEvaluationError(f"gate.must_beat names {CHAMPION!r}, as the gate calls its own. Retitle them.")
     pins = pin_models(
         place, candidate=models[candidate]["uri"], champion=models[named]["uri"] if named else rules.champion,
         champion_alias=rules.champion_alias, base="",
@@ -98,9 +102,7 @@ def _titled(what: str, title: str, models: Mapping[str, Mapping[str, Any]]) -> s
     raise DepthEvaluationError(f"gate.{what} names {title!r}, which is none of the predictions {list(models)}.")
 
 
-def _champion(
-    pins: Pins, candidate: str, models: Mapping[str, Mapping[str, Any]], rules: DepthGateConfig
-) -> str:  # fmt: skip
+def _champion(pins: Pins, candidate: str, models: Mapping[str, Mapping[str, Any]], rules: DepthGateConfig) -> str:
     """Title of the predictions by the pinned champion; empty if there is none, or if it is the candidate."""
     if pins.champion in ("", pins.candidate):
         return ""
@@ -131,7 +133,6 @@ def gate(
         place: as for `plan_gate`.
         values: the deciding metric, [images, predictors]; NaN where there is no map.
     """
-    keep_pins(place, plan.pins)
     verdict = judge(config, plan, values, predictors)
     if plan.pins.champion == plan.pins.candidate:
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
@@ -159,11 +160,11 @@ def judge(config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors
     column = {place: values[:, number] for number, place in enumerate(predictors)}
     mine = column[plan.candidate, plan.evaluations]
     failed = int(np.isnan(mine).sum())
-    others = {floor: column[floor, 0] for floor in FLOORS}
-    others |= {title: column[title, plan.evaluations] for title in plan.must_beat}
+    others = [(floor, column[floor, 0], 0.0) for floor in FLOORS]
+    others += [(title, column[title, plan.evaluations], 0.0) for title in plan.must_beat]
     if plan.champion:
-        others["champion"] = column[plan.champion, plan.evaluations]
-    shared = min(int(np.isfinite(mine + each).sum()) for each in others.values())
+        others.append((CHAMPION, column[plan.champion, plan.evaluations], rules.tolerance))
+    shared = min(int(np.isfinite(mine + theirs).sum()) for _, theirs, _ in others)
     found = [
         RuleResult(
             rule=f"at most {rules.most_failed} of {len(mine)} images have no map by the candidate ({failed})",
@@ -174,27 +175,37 @@ def judge(config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors
             metric=plan.metric,
         ),
     ]  # fmt: skip
-    compared = {name: _compared(config, plan, mine, theirs, name) for name, theirs in others.items()}
-    return _verdict(plan, [*found, *compared.values()], compared, shared)
+    compared = [_compared(config, plan, np.stack([mine, theirs]), name, slack) for name, theirs, slack in others]
+    sizes = {name: rule.detectable for (name, _, _), rule in zip(others, compared, strict=True) if rule.detectable}
+    return _verdict(plan, [*found, *compared], sizes, shared)
 
 
-def _compared(config: EvaluateDepthConfig, plan: GatePlan, mine: Array, theirs: Array, name: str) -> RuleResult:
-    both = np.isfinite(mine) & np.isfinite(theirs)
+def _compared(config: EvaluateDepthConfig, plan: GatePlan, values: Array, name: str, slack: float) -> RuleResult:
+    """One rule.
+
+    Args:
+        values: of the candidate and of the other, [2, images].
+    """
+    both = np.isfinite(values).all(axis=0)
     if not both.any():
         return RuleResult(rule=f"candidate and {name} have maps of the same images", holds=False, metric=plan.metric)
-    candidate, reference = mean_estimates(np.stack([mine[both], theirs[both]]), replicates=config.replicates)
+    candidate, reference = mean_estimates(values[:, both], replicates=config.replicates)
     return compare(
-        config.gate.metric, candidate, reference, metric=plan.metric, against=name,
-        slack=config.gate.tolerance if name == "champion" else 0.0, higher_is_better=higher_is_better(plan.metric),
-        confident=config.gate.confident, confidence=config.gate.confidence, strictly=True,
+        config.gate.metric, candidate, reference, metric=plan.metric, against=name, slack=slack,
+        higher_is_better=higher_is_better(plan.metric), confident=config.gate.confident,
+        confidence=config.gate.confidence, strictly=True,
     )  # fmt: skip
 
 
-def _verdict(plan: GatePlan, rules: Sequence[RuleResult], compared: Mapping[str, RuleResult], images: int) -> Verdict:
+def _verdict(plan: GatePlan, rules: Sequence[RuleResult], sizes: Mapping[str, float], images: int) -> Verdict:
+    """The decision.
+
+    Args:
+        sizes: the detectable difference to each other, by its name; the champion's comes last.
+    """
     broken = [rule.rule for rule in rules if not rule.holds]
     reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold"
-    sizes = {name: rule.detectable for name, rule in compared.items() if rule.detectable is not None}
-    against = "champion" if plan.champion else max(sizes, key=lambda name: sizes[name], default="")
+    against = CHAMPION if plan.champion else max(sizes, key=lambda name: sizes[name], default="")
     power = (
         f"{images} images see a difference of {sizes[against]:.2g} in {plan.metric} to the {against} in "
         f"{100 * POWER:.0f} of 100 evaluations"
@@ -202,6 +213,6 @@ def _verdict(plan: GatePlan, rules: Sequence[RuleResult], compared: Mapping[str,
         else ""
     )
     return Verdict(
-        passed=not broken, reason=reason, against="champion" if plan.champion else None, rules=tuple(rules),
+        passed=not broken, reason=reason, against=CHAMPION if plan.champion else None, rules=tuple(rules),
         power=power, notes=(f"predicted differently: {'; '.join(plan.different)}",) if plan.different else (),
     )  # fmt: skip
