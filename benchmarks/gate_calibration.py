@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import binomtest
 
 from d2f_core.evaluation.config import GateConfig
 from d2f_core.evaluation.estimates import Metric
@@ -136,12 +136,16 @@ def _run_many(
 
 
 def _row(kind: str, found: Sequence[tuple[Verdict, float]]) -> dict[str, Any]:
-    passed, total = sum(verdict.passed for verdict, _ in found), len(found)
-    low = float(beta.ppf(0.025, passed, total - passed + 1)) if passed else 0.0
-    high = float(beta.ppf(0.975, passed + 1, total - passed)) if passed < total else 1.0
+    difference = float(np.mean([difference for _, difference in found]))
+    return {"models": kind, **passing_share([verdict.passed for verdict, _ in found]), "difference": difference}
+
+
+def passing_share(passed: Sequence[bool]) -> dict[str, Any]:
+    """The share of evaluations that passed, with its exact 95 % interval (Clopper and Pearson, 1934)."""
+    found = binomtest(sum(passed), len(passed)).proportion_ci()
     return {
-        "models": kind, "evaluations": total, "passed": passed / total, "low": low, "high": high,
-        "difference": float(np.mean([difference for _, difference in found])),
+        "evaluations": len(passed), "passed": sum(passed) / len(passed), "low": float(found.low),
+        "high": float(found.high),
     }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class MatcherGateConfig:
     candidate: str = ""
     """Name or URI of the matcher that is judged; empty: none is. It must beat every floor."""
     champion: str = "auto"
-    """URI of the matcher that it must be better than, or answer like; auto: the version that the champion's alias
+    """URI of the matcher that it must be better than; auto: the version that the champion's alias
     names, if there is one; empty: none."""
     must_beat: tuple[str, ...] = ()
     """Names of further matchers that it must beat, such as its untrained base."""
@@ -90,7 +90,9 @@ class MatcherGateConfig:
     alpha: float = 0.1
     average: Literal["point", "image", "category"] = "image"
     confident: bool = True
-    """Ask it of the lower end of the paired difference's 95 % interval, not only of the value."""
+    """Ask it of the worse end of the paired difference's interval, not only of the value."""
+    confidence: float = 0.99
+    """One-sided confidence of each comparison: of equal matchers, at most the share 1 - confidence passes."""
     promote: bool = True
     """Move the champion's alias to a candidate that passes, when it is a registered version."""
     champion_alias: str = "champion"
@@ -98,6 +100,8 @@ class MatcherGateConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
             raise EvaluateMatchesError(f"gate.tolerance={self.tolerance} must lie from 0 to below 1. Use 0.")
+        if not 0.5 < self.confidence < 1:
+            raise EvaluateMatchesError(f"gate.confidence={self.confidence} must lie between 0.5 and 1. Use 0.99.")
         if self.least_pairs < 1:
             raise EvaluateMatchesError(f"gate.least_pairs={self.least_pairs} must be at least 1. Use 50.")
         if not 0 < self.alpha <= 1:

@@ -25,7 +25,7 @@ from d2f_core.correspondence.evaluate.config import (
 from d2f_core.correspondence.evaluate.measure import Measured
 from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.estimates import Estimate
-from d2f_core.evaluation.gate import RuleResult, Verdict, compare
+from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare
 from d2f_core.evaluation.pins import Pins, pin_models
 from d2f_core.tracking import pin_model
 
@@ -80,7 +80,21 @@ def judge(
     broken = [rule.rule for rule in rules if not rule.holds]
     reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold"
     against = "champion" if CHAMPION in others else None
-    return Verdict(passed=not broken, reason=reason, against=against, rules=tuple(rules))
+    return Verdict(
+        passed=not broken, reason=reason, against=against, rules=tuple(rules), power=_seen(config, rules, images)
+    )
+
+
+def _seen(config: MatcherGateConfig, rules: Sequence[RuleResult], images: Sequence[tuple[str, str]]) -> str:
+    """What the pairs can see, of the comparison that can see least."""
+    sizes = [rule.detectable for rule in rules if rule.detectable]
+    if not sizes:
+        return ""
+    count = len({name for pair in images for name in pair})
+    return (
+        f"{len(images)} pairs of {count} images see a difference of {100 * max(sizes):.1f} points of {config.metric} "
+        f"in {100 * POWER:.0f} of 100 evaluations; half of it takes {4 * count:,} images"
+    )
 
 
 def _enough(config: MatcherGateConfig, pairs: int) -> RuleResult:
@@ -92,12 +106,11 @@ def _enough(config: MatcherGateConfig, pairs: int) -> RuleResult:
 
 
 def _rule(config: MatcherGateConfig, candidate: Estimate, reference: Estimate, name: str) -> RuleResult:
-    """All must be beaten; the champion may be missed by the tolerance, or answered alike."""
-    champion = name == CHAMPION
+    """All must be beaten; the champion may be missed by the tolerance."""
     return compare(
         f"pck@{config.alpha:g} by {config.average}", candidate, reference, metric=config.metric, against=name,
-        slack=config.tolerance if champion else 0.0, higher_is_better=True, confident=config.confident,
-        strictly=not champion,
+        slack=config.tolerance if name == CHAMPION else 0.0, higher_is_better=True, confident=config.confident,
+        confidence=config.confidence, strictly=True,
     )  # fmt: skip
 
 
