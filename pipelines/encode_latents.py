@@ -18,7 +18,7 @@ ENCODE_LATENTS = {
     style: EncodeConfig(
         source=ImageSource(uri=f"s3://d2f/datasets/{style}"), base=EMOJI_SD, output=f"s3://d2f/latents/{style}"
     )
-    for style in ("twemoji", "openmoji", "openmoji-starter", "openmoji-few")
+    for style in ("twemoji", "openmoji", "openmoji-starter", "openmoji-few", "openmoji-train")
 } | ENCODE_STABLE_DIFFUSION
 
 

@@ -1,5 +1,6 @@
 r"""Compare a model with champion and base, write a report, and promote the model when it passes the gate.
 
+    python -m pipelines.make_dataset openmoji-test
     python -m pipelines.evaluate quickstart --output s3://d2f/evaluations/flow-3
     python -m pipelines.evaluate quickstart --candidate /models/mine --champion "" --no-promote ...
 
@@ -11,20 +12,19 @@ from typing import TYPE_CHECKING
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from pipelines.cli import run_job
 from pipelines.cluster import connect
-from pipelines.names import CAPTIONS, EMOJI_SD, EVALUATIONS, FLOW_MODEL, OPENMOJI_FEW, QUICKSTART
+from pipelines.names import EMOJI_SD, FLOW_MODEL, OPENMOJI_TEST
 
 if TYPE_CHECKING:
     from d2f_core.evaluation.gate import Verdict
 
 EVALUATE = {
-    # Outputs of `make quickstart`: every caption of its drawings as prompts, and the drawings as reference.
+    # Drawings that no training of the quickstart has seen, and their captions.
     "quickstart": EvaluateConfig(
         candidate=f"models:/{FLOW_MODEL}@candidate",
         base=EMOJI_SD,
-        prompts=f"{QUICKSTART}/{CAPTIONS}",
-        reference=OPENMOJI_FEW,
+        reference=OPENMOJI_TEST,
         output="s3://d2f/evaluations/quickstart",
-        evaluations=EVALUATIONS,
+        evaluations=(2, 4),
     )
 }
 

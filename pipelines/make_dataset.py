@@ -11,7 +11,7 @@ import logging
 from d2f_core.data.datasets.config import MakeDatasetConfig, MakeDepthConfig
 from pipelines.cli import run_job
 from pipelines.cluster import connect
-from pipelines.names import OPENMOJI_FEW
+from pipelines.names import OPENMOJI_FEW, OPENMOJI_TEST, OPENMOJI_TRAIN
 
 MAKE_DATASET = {
     "twemoji": MakeDatasetConfig(output="s3://d2f/datasets/twemoji", style="twemoji"),
@@ -21,12 +21,12 @@ MAKE_DATASET = {
     ),
     "openmoji-few": MakeDatasetConfig(output=OPENMOJI_FEW, style="openmoji", subset="few", fit="drawing"),
     # Every drawing, in two parts without one in common: to train on, and to judge what was trained.
-    **{
-        f"openmoji-{split}": MakeDatasetConfig(
-            output=f"s3://d2f/datasets/openmoji-{split}", style="openmoji", subset="all", fit="drawing", split=split
-        )
-        for split in ("train", "test")
-    },
+    "openmoji-train": MakeDatasetConfig(
+        output=OPENMOJI_TRAIN, style="openmoji", subset="all", fit="drawing", split="train"
+    ),
+    "openmoji-test": MakeDatasetConfig(
+        output=OPENMOJI_TEST, style="openmoji", subset="all", fit="drawing", split="test"
+    ),
     "both": MakeDatasetConfig(output="s3://d2f/datasets/emoji-both", style="both"),
     "depth": MakeDepthConfig(output="s3://d2f/datasets/depth", split="train", num_scenes=16_384, mirrored=True),
     "depth-test": MakeDepthConfig(output="s3://d2f/datasets/depth-test", split="test", num_scenes=400),

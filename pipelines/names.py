@@ -15,6 +15,9 @@ QUICKSTART = "s3://d2f/workflows/quickstart"
 """Output URI of the quickstart."""
 OPENMOJI_FEW = "s3://d2f/datasets/openmoji-few"
 """Image table that the quickstart trains on; made by `make_dataset openmoji-few`."""
+OPENMOJI_TRAIN, OPENMOJI_TEST = "s3://d2f/datasets/openmoji-train", "s3://d2f/datasets/openmoji-test"
+"""Image tables of all drawings but every eighth, and of these; made by `make_dataset openmoji-train` and
+`openmoji-test`."""
 CAPTIONS = "captions.jsonl"
 """Prompt file in the output of the quickstart and similar workflows: every caption of the dataset."""
 EVALUATIONS = (2, 4, 10, 25)

@@ -116,7 +116,7 @@ PAIRS_STABLE_DIFFUSION = {
     # Solver, steps and guidance are common choices of this project, not the paper's.
     "sd15-pairs": GenerateConfig(
         model=f"{PLACE}/models/sd15", prompts=f"{PLACE}/prompts.parquet", output=f"{PLACE}/latents/sd15-pairs",
-        emit="pairs", solver="ddim", steps=(50,), guidance=7.5, num_actors=8, gpus_per_actor=1, chunk_size=256,
+        emit="pairs", solver="ddim-clean", steps=(50,), guidance=7.5, num_actors=8, gpus_per_actor=1, chunk_size=256,
         node_wait_seconds=NODE_WAIT_SECONDS,
     )
 }  # fmt: skip

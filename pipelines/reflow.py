@@ -18,6 +18,7 @@ from d2f_core.flow.generate.prompts import scan_prompts, table_captions
 from d2f_core.model.artifact import DESCRIPTION
 from d2f_core.model.base import describe_base, described_copy
 from d2f_core.model.latent_task import check_start
+from d2f_core.model.sampling import DDIM_CLEAN
 from d2f_core.storage import check_reachable, join, write_bytes
 from d2f_core.tracking import check_tracking, pin_model, resolve_model
 from pipelines import generate
@@ -112,7 +113,10 @@ def drawing_of(config: ReflowConfig, number: int, teacher: Teacher) -> GenerateC
     place = join(config.output, f"round-{number}")
     prompts = write_captions(config, place, seed=number)
     drawing = replace(config.generate, prompts=prompts, model=teacher.uri, output=join(place, "pairs"), emit="pairs")
-    return drawing if number == 1 else replace(drawing, guidance=None, solver=None)
+    if number > 1:
+        return replace(drawing, guidance=None, solver=None)
+    # A base would by default end as stock pipelines do, and the noise that this leaves would be learned.
+    return drawing if teacher.start or drawing.solver else replace(drawing, solver=DDIM_CLEAN)
 
 
 def write_captions(config: ReflowConfig, place: str, seed: int) -> str:

@@ -16,7 +16,7 @@ from pipelines.evaluate import EVALUATE
 from pipelines.evaluate_matches import EVALUATE_MATCHES
 from pipelines.make_dataset import MAKE_DATASET
 from pipelines.make_views import MAKE_VIEWS
-from pipelines.names import DEPTH_MODEL, EVALUATIONS, FLOW_MODEL, QUICKSTART, SHOWN_EMOJI
+from pipelines.names import CAPTIONS, DEPTH_MODEL, EVALUATIONS, FLOW_MODEL, OPENMOJI_FEW, QUICKSTART, SHOWN_EMOJI
 from pipelines.predict_depth import PREDICT_DEPTH
 from pipelines.recipes import AUTOENCODER, FINETUNE
 from pipelines.register_matcher import REGISTER_MATCHER
@@ -95,7 +95,16 @@ REFLOW = ReflowConfig(
         name="emoji-reflow",
     ),
     register=RegisterConfig(name="emoji-reflow"),
-    evaluate=replace(EVALUATE["quickstart"], evaluations=(1, *EVALUATIONS), promote=False),
+    # On the drawings and captions that the pairs are of. Reflowed models have the guidance in their weights.
+    evaluate=replace(
+        EVALUATE["quickstart"],
+        evaluations=(1, *EVALUATIONS),
+        promote=False,
+        own_guidance=True,
+        training="",
+        prompts=f"{QUICKSTART}/{CAPTIONS}",
+        reference=OPENMOJI_FEW,
+    ),
 )
 """Reflow of the quickstart's flow model, on 1,000 of its own pairs."""
 

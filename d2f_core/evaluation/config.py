@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from d2f_core.identity import since
+
 NAMED = re.compile(r"(?P<metric>[A-Za-z][\w.@-]*)@(?P<evaluations>[1-9][0-9]*)")
 """Metric and number of evaluations, split at the last @, because a metric's own name may contain one (pck@0.1)."""
 FLOW_LOSS = "flow_loss"
@@ -50,14 +52,14 @@ class GateConfig:
     confident: bool = True
     """Ask it of the end of the paired difference's confidence interval; false: of the value alone, by which every
     second of two equal models passes."""
-    confidence: float = 0.99
+    confidence: float = since(0.99, before=0.99)
     """One-sided confidence of each comparison: of equal models, the share 1 - confidence passes."""
-    detect: float = 0.1
+    detect: float = since(0.1, before=0.1)
     """Difference, as a share of the champion's value, for which the evaluation says how many prompts it takes to see
     it in nine of ten evaluations."""
-    most_failed: float = 0.0
+    most_failed: float = since(0.0, before=0.0)
     """Largest share of prompts without an image of the candidate, at each number of evaluations. Always a rule."""
-    memorised: float = 0.01
+    memorised: float = since(0.01, before=0.01)
     """The candidate is refused when more of its images lie nearest to a training image than chance explains, with a
     p-value below this. Applied where the training's images are given."""
     limits: tuple[Limit, ...] = ()

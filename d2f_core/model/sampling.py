@@ -14,13 +14,15 @@ from d2f_core.model.image_sizes import sizes_of_new_images
 from d2f_core.objective.guidance import guided
 from d2f_core.objective.solver import SOLVERS, NonFiniteStateError, integrate, uniform_times
 
-DDIM = "ddim"
+DDIM, DDIM_CLEAN = "ddim", "ddim-clean"
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     DDIM: (DDIMScheduler, {"clip_sample": False}),
+    DDIM_CLEAN: (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
 }
 """diffusers' schedulers, with settings that are added to the base's: one network evaluation per step; `dpm++` is of
-second order."""
+second order. Where a base says `set_alpha_to_one: false`, as Stable Diffusion does, `ddim` ends at its first trained
+level as stock pipelines do and leaves that level's noise in the latents; `ddim-clean` ends without noise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from d2f_core.identity import since
+
 Style = Literal["twemoji", "openmoji"]
 Fit = Literal["canvas", "drawing"]
 Subset = Literal["few", "starter", "core", "all"]
@@ -24,7 +26,7 @@ class MakeDatasetConfig:
     subset: Subset = "core"
     """`core`: 297 pictures chosen for being drawable from their name. `starter`: 120 of these, for a finetuning that
     takes minutes. `few`: 32 of those, for one that takes a minute. `all`: every emoji without skin tones."""
-    split: Split = "whole"
+    split: Split = since("whole", before="whole")
     """`test`: every eighth row of the whole table. `train`: the others, so that no drawing is in both."""
 
     def __post_init__(self) -> None:

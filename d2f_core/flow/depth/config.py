@@ -107,7 +107,7 @@ class DepthGateConfig:
     both have a map of, so that an image on which a model fails would otherwise cost it nothing."""
     confident: bool = True
     """Ask it of the worse end of the paired difference's interval, not only of the value."""
-    confidence: float = 0.99
+    confidence: float = since(0.99, before=0.99)
     """One-sided confidence of each comparison: of equal models, the share 1 - confidence passes."""
     promote: bool = True
     """Move the champion's alias to a candidate that passes, when it is a registered version."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.evaluation.config import GateConfig
+from d2f_core.identity import since
 
 AUTO = "auto"
 
@@ -19,7 +20,7 @@ class ScoreWork:
     features: str = "efficientnet-lite0"
     """efficientnet-lite0, the file of Inception-v3's weights as FID uses them (.pth or .safetensors), or the directory
     of a vision model; files and directories local or s3://."""
-    resize: str = ""
+    resize: str = since("", before="")
     """How images are resized for Inception-v3: clean-fid or torch-fidelity; empty: clean-fid, of other networks their
     own way."""
     dimensions: int = 64
@@ -52,7 +53,7 @@ class MeasureConfig:
     pairwise_rows: int = 2000
     """Most images of each set, chosen at random, for metrics over all pairs: kernel distance, precision and recall, and
     the distance between two models. At least 30: of fewer, some resampled set holds a single image."""
-    paired_rows: int = 50_000
+    paired_rows: int = since(50_000, before=50_000)
     """Most images of each set, chosen at random, that the compared metrics and their intervals are made of."""
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class EvaluateConfig:
     reference: str = ""
     """Real images: an image table, or an output of generate (its largest number of steps). Empty: the images that the
     candidate's training held out."""
-    training: str = AUTO
+    training: str = since(AUTO, before=AUTO)
     """Image table that the candidate was trained on, for the rule about memorised images; auto: as its training says;
     empty: that rule is not applied."""
     output: str = ""
@@ -86,11 +87,12 @@ class EvaluateConfig:
     """Network evaluations per image at which quality is measured."""
     solver: str | None = None
     """Fixed-step solver of candidate and champion; None: each model's default."""
-    base_solver: str = "ddim"
-    """Solver of the base model; euler evaluates it as an untrained flow model."""
+    base_solver: str = "ddim-clean"
+    """Solver of the base model; ddim-clean ends without noise as a flow does, ddim as stock pipelines do; euler
+    evaluates the base as an untrained flow model."""
     guidance: float | None = None
     """Guidance scale of all models; None: the candidate's default, for all of them."""
-    own_guidance: bool = False
+    own_guidance: bool = since(False, before=False)
     """Sample each model at its own default guidance instead, for models with guidance in their weights, such as
     reflowed ones; the verdict then says what differs."""
     resolution: int | None = None
@@ -112,7 +114,7 @@ class EvaluateConfig:
     """Number of prompts, from the first one on, whose paths are measured; 0: none."""
     straightness_steps: int = 25
     """Euler steps of such a path."""
-    loss_rows: int = 128
+    loss_rows: int = since(128, before=128)
     """Most images of the reference, chosen at random, on which each model's flow loss is measured; 0: none."""
     shown_prompts: int = 6
     """Number of prompts, from the first one on, whose images the report shows."""

@@ -23,7 +23,7 @@ from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_model
 from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.flow.evaluate.compared_models import EvaluateJob, compared_models
-from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
+from d2f_core.flow.evaluate.config import AUTO, EvaluateConfig, EvaluateError
 from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
 from d2f_core.flow.evaluate.held_out import filled
 from d2f_core.flow.evaluate.held_out_loss import held_out_loss
@@ -91,7 +91,7 @@ def read_reference(config: EvaluateConfig) -> Manifest:
     """
     check_reachable(config.reference)
     reference = read_manifest(config.reference)
-    if config.training:
+    if config.training not in ("", AUTO):
         check_reachable(config.training)
         if (kind := read_manifest(config.training).kind) != "images":
             raise EvaluateError(
