@@ -105,6 +105,13 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing_and_another_one_does_n
     assert evaluated(config(tmp_path, one)) == found and parts_of(found) == before
     assert Path(found["errors"], "part-000002.parquet").stat().st_mtime_ns == kept
     assert Path(tmp_path, "out/depth_metrics.json").read_bytes() == text
+    measured = Path(found["errors"]).parent
+    floor = (measured / "mean_depth.npy").read_bytes()
+    for name in ("mean_depth.npy", "mean/part-000001.npy"):
+        (measured / name).unlink()
+    gone.unlink()
+    assert evaluated(config(tmp_path, one)) == found and parts_of(found) == before
+    assert (measured / "mean_depth.npy").read_bytes() == floor
     capped = evaluated(config(tmp_path, one, max_depth=9.0))
     assert capped["errors"] != found["errors"] and parts_of(found) == before
     monkeypatch.setattr(evaluation, "_run", lambda *arguments: pytest.fail("all parts are there"))

@@ -76,7 +76,9 @@ def draw_errors(metrics: Mapping[str, Metric], title: str) -> bytes:
 def draw_maps(rows: Sequence[ShownDepth], title: str, protocol: Protocol | None = None) -> bytes:
     """A PNG with image, truth and predictions per row; all maps of a row share the colour scale of the truth."""
     headings = ["image", "truth", *rows[0].predictions]
-    figure = _figure(1.6 * len(headings), 1.6 * len(rows) + 0.8)
+    heights = [row.truth.shape[0] / row.truth.shape[1] for row in rows]
+    figure = _figure(1.6 * len(headings), 1.6 * sum(heights) + 0.8)
+    grid = figure.add_gridspec(len(rows), len(headings), height_ratios=heights)
     figure.suptitle(textwrap.fill(title, 18 * len(headings)), fontsize=9)
     for number, row in enumerate(rows):
         truth = row.truth
@@ -86,7 +88,7 @@ def draw_maps(rows: Sequence[ShownDepth], title: str, protocol: Protocol | None 
         maps = [coloured(np.concatenate([values, np.full_like(values[:1], low), np.full_like(values[:1], high)]))[:-2]
                 for values in (truth, *fitted)]  # fmt: skip
         for column, picture in enumerate([row.image, *maps]):
-            axes = figure.add_subplot(len(rows), len(headings), number * len(headings) + column + 1)
+            axes = figure.add_subplot(grid[number, column])
             axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
             if number == 0:
