@@ -22,6 +22,9 @@ POWER = 0.9
 """Share of evaluations in which a difference of the detectable size is seen."""
 ENOUGH_PROMPTS = 1000
 """Below this, only large differences are seen."""
+TYPICAL_DETECTABLE = 2.5
+"""Detectable difference of a Frechet distance, as a share of it, times the root of the number of prompts: as measured
+where the confidence is 99 % (docs/evaluation.md), and what to expect before anything is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +240,21 @@ def prompts_needed(prompts: int, detectable: float, wanted: float) -> int:
     falls with their root.
     """
     return math.ceil(prompts * (detectable / wanted) ** 2)
+
+
+def expected_power(config: GateConfig, prompts: int) -> str:
+    """What so many prompts will about see, and how many the wanted difference takes, in one line; empty where the
+    deciding metric is no Frechet distance, of which alone this is known before it is measured.
+    """
+    if parse_metric(config.metric)[0] != "frechet" or not config.confident:
+        return ""
+    factor = detectable_difference(1.0, config.confidence) / detectable_difference(1.0, GateConfig.confidence)
+    share = factor * TYPICAL_DETECTABLE / math.sqrt(prompts)
+    return (
+        f"{prompts:,} prompts will see a difference of about {100 * share:.0f} % of {config.metric} in "
+        f"{100 * POWER:.0f} of 100 evaluations; one of {100 * config.detect:g} % takes about "
+        f"{prompts_needed(prompts, share, config.detect):,} prompts"
+    )
 
 
 def _seen(config: GateConfig, rule: RuleResult, candidate: Estimate | None) -> str:

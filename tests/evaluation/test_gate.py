@@ -7,7 +7,7 @@ import pytest
 
 from d2f_core.evaluation.config import GateConfig, GateError, Limit, parse_metric
 from d2f_core.evaluation.estimates import Estimate, Metric
-from d2f_core.evaluation.gate import RuleResult, check_gate, judge, prompts_needed
+from d2f_core.evaluation.gate import RuleResult, check_gate, expected_power, judge, prompts_needed
 
 Values = dict[str, dict[int, float]]
 
@@ -96,6 +96,16 @@ def test_what_the_prompts_can_see_stands_in_the_verdict() -> None:
     needed = prompts_needed(250, found.rules[0].detectable or 0, 1.0)
     assert needed == pytest.approx(250 * 3.608**2, rel=0.06)
     assert f"one of 10 % takes {needed:,} prompts" in found.power and "of the 10 compared with" in found.power
+
+
+def test_what_prompts_will_see_is_said_before_anything_is_measured() -> None:
+    assert expected_power(gate(), 625) == (
+        "625 prompts will see a difference of about 10 % of frechet@4 in 90 of 100 evaluations; one of 10 % takes about "
+        "625 prompts"
+    )
+    assert "one of 5 % takes about 2,500 prompts" in expected_power(gate(detect=0.05), 625)
+    assert "about 8 %" in expected_power(gate(confidence=0.95), 625), "less is asked for"
+    assert expected_power(gate(metric="recall@4"), 625) == expected_power(gate(confident=False), 625) == ""
 
 
 @pytest.mark.parametrize(("failed", "allowed", "passes"), [(0.01, 0.0, False), (0.5, 0.0, False), (0.01, 0.01, True)])

@@ -18,7 +18,7 @@ from dataclasses import replace
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.evaluation.config import FLOW_LOSS
 from d2f_core.evaluation.estimates import Metric
-from d2f_core.evaluation.gate import Verdict, check_gate, judge
+from d2f_core.evaluation.gate import ENOUGH_PROMPTS, Verdict, check_gate, expected_power, judge
 from d2f_core.evaluation.pins import PINS_NAME, REGISTERED, keep_pins, pin_models, registered_name
 from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.evaluation.record import log_evaluation, write_files
@@ -71,6 +71,10 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     config = filled(config, pins.candidate)
     reference = read_reference(config)
     compared = compared_models(config, pins)
+    prompts = compared[0].job.prompts.num_rows
+    if expected := expected_power(config.gate, prompts):
+        log = logger.warning if prompts < ENOUGH_PROMPTS else logger.info
+        log("gate: %s", expected)
     return EvaluateJob(
         config=config,
         pins=pins,
