@@ -100,8 +100,8 @@ def test_what_the_prompts_can_see_stands_in_the_verdict() -> None:
 
 def test_what_prompts_will_see_is_said_before_anything_is_measured() -> None:
     assert expected_power(gate(), 625) == (
-        "625 prompts will see a difference of about 10 % of frechet@4 in 90 of 100 evaluations; one of 10 % takes about "
-        "625 prompts"
+        "625 prompts will see a difference of about 10 % of frechet@4 in 90 of 100 evaluations; one of 10 % "
+        "takes about 625 prompts"
     )
     assert "one of 5 % takes about 2,500 prompts" in expected_power(gate(detect=0.05), 625)
     assert "about 8 %" in expected_power(gate(confidence=0.95), 625), "less is asked for"
