@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2f_core.data.manifest import read_manifest
+from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, write_part
 from d2f_core.flow.evaluate import extract_features as job
-from d2f_core.flow.evaluate.config import ScoreConfig
+from d2f_core.flow.evaluate.config import MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
-from d2f_core.flow.evaluate.feature_table import feature_schema
+from d2f_core.flow.evaluate.feature_table import feature_schema, memorised
 from tests.flow.here import here
 from tests.flow.tiny_vision import write_tiny_clip, write_tiny_vit
 from tests.image_tables import write_images
@@ -47,3 +47,20 @@ def test_clips_embeddings_stand_beside_its_scores(tmp_path: Path) -> None:
     expected = CaptionScorer(clip)(pixels(tmp_path), ["x"] * 5)
     np.testing.assert_array_equal(np.array(found["clip_features"].to_pylist(), np.float32), expected.features)
     np.testing.assert_array_equal(found["caption_score"].to_numpy(), expected.scores)
+
+
+def test_of_a_large_table_some_files_are_enough(tmp_path: Path) -> None:
+    source, output = str(tmp_path / "images"), str(tmp_path / "features")
+    whole = pq.read_table(Path(write_images(str(tmp_path / "whole"), 20)) / "part-0.parquet")
+    files = [write_part(source, f"part-{n}.parquet", whole.slice(4 * n, 4)) for n in range(5)]
+    write_manifest(source, Manifest(kind="images", files=tuple(files)))
+    config = ScoreConfig(features=str(write_tiny_vit(tmp_path / "vit")), num_actors=1)
+    with here():
+        found = job.extract_features({output: source}, config, {"network": "this"}, {output: 7})
+    manifest = found[output]
+    assert len(manifest.files) == 2 and (manifest.counts["images"], manifest.counts["set"]) == (8, 20)
+    rows = np.concatenate([pq.read_table(f"{output}/{file.path}")["row"].to_numpy() for file in manifest.files])
+    assert {row // 4 for row in rows} != {0, 1} and all(rows % 4 == np.tile(np.arange(4), 2)), "their places, at random"
+    place = (output, manifest, 0)
+    (result, overlap) = memorised(place, place, place, 8, MeasureConfig())
+    assert result == "all images of the reference were trained on" and overlap == 8

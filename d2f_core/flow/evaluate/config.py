@@ -81,6 +81,8 @@ class EvaluateConfig:
     training: str = since(AUTO, before=AUTO)
     """Image table that the candidate was trained on, for the rule about memorised images; auto: as its training says;
     empty: that rule is not applied."""
+    training_images: int = since(20_000, before=20_000)
+    """So many images of `training` are enough: those of files that are chosen at random."""
     output: str = ""
     """Where generations/, features/, metrics.json and report.html go."""
     evaluations: tuple[int, ...] = (2, 4, 10, 25)
@@ -128,6 +130,8 @@ class EvaluateConfig:
         for name in ("straightness_prompts", "shown_prompts", "loss_rows"):
             if getattr(self, name) < 0:
                 raise EvaluateError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.training_images < 1:
+            raise EvaluateError(f"training_images={self.training_images} must be at least 1. 20000 is usual.")
         if self.straightness_steps < 2:
             raise EvaluateError(f"straightness_steps={self.straightness_steps} must be at least 2.")
         if self.own_guidance and self.guidance is not None:

@@ -45,13 +45,17 @@ READ_THREADS = 8
 
 
 def extract_features(
-    tables: Mapping[str, str], config: ScoreConfig, fingerprint: dict[str, Any]
+    tables: Mapping[str, str],
+    config: ScoreConfig,
+    fingerprint: dict[str, Any],
+    most_images: Mapping[str, int] | None = None,
 ) -> dict[str, Manifest]:
     """Extract the features of every image of several tables in one job; needs a running Ray. Existing parts are kept.
 
     Args:
         tables: source URI (images, or generations) by output URI.
         fingerprint: hashes of the networks, which must be equal for features to be comparable.
+        most_images: of which outputs so many images are enough: those of files that are chosen at random.
 
     Returns:
         The feature tables by output URI.
@@ -59,7 +63,12 @@ def extract_features(
     Raises:
         ValueError: an image cannot be decoded, or an output belongs to other images or networks.
     """
-    items = {output: _items(source, output) for output, source in tables.items() if not manifest_exists(output)}
+    most = most_images or {}
+    items = {
+        output: _items(source, output, most.get(output))
+        for output, source in tables.items()
+        if not manifest_exists(output)
+    }
     missing = []
     for output, each in items.items():
         there = set(list_names(output))
@@ -71,15 +80,28 @@ def extract_features(
     return {output: _finish(source, output, items.get(output, []), fingerprint) for output, source in tables.items()}
 
 
-def _items(source: str, output: str) -> list[dict[str, Any]]:
-    """One unit of work per file of the source."""
+def _items(source: str, output: str, most: int | None) -> list[dict[str, Any]]:
+    """One unit of work per file of the source, or of as many of its files as hold `most` images."""
     table, items, first = read_manifest(source), [], 0
-    turns = _turns(table)
+    turns, chosen = _turns(table), _chosen_files(table, most)
     for number, file in enumerate(table.files):
         place = {"source": source, "kind": table.kind, "path": file.path, "output": output}
-        items.append({**place, "part": number, "first": first})
+        if number in chosen:
+            items.append({**place, "part": number, "first": first})
         first += file.rows // turns
     return items
+
+
+def _chosen_files(table: Manifest, most: int | None) -> set[int]:
+    if most is None:
+        return set(range(len(table.files)))
+    chosen, rows = set[int](), 0
+    for number in np.random.Generator(np.random.Philox(0)).permutation(len(table.files)).tolist():
+        if rows >= most:
+            break
+        chosen.add(number)
+        rows += table.files[number].rows
+    return chosen
 
 
 def _turns(table: Manifest) -> int:

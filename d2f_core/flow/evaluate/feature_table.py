@@ -96,8 +96,10 @@ def memorised(
 
 
 def _sampled(place: Place, dimensions: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ids and features of at most `most` of a table's images, chosen at random."""
-    chosen = np.random.Generator(np.random.Philox(0)).permutation(place[1].counts["set"]) < most
+    """Sample ids and features of about `most` of a table's images at most, chosen at random."""
+    total = place[1].counts["set"]
+    there = min(total, place[1].counts["images"])  # of a table of some files of its source only
+    chosen = np.random.Generator(np.random.Philox(0)).permutation(total) < most * total / max(1, there)
     ids, features = [np.empty(0, object)], [np.empty((0, 1))]
     for part in read_features(*place, dimensions):
         mask = chosen[part.rows]

@@ -184,11 +184,14 @@ def _features(job: EvaluateJob) -> dict[str, _FeatureTable]:
     sources = {"reference": job.config.reference, **{each.role: each.images for each in job.compared}}
     if job.config.training:
         sources[TRAINING] = job.config.training
+    most = job.config.training_images
+    keys = {name: {"most_images": most} if name == TRAINING else {} for name in sources}
     places = {
-        name: join(job.config.output, "features", f"{name}-{score_key(source, job.fingerprint)}")
+        name: join(job.config.output, "features", f"{name}-{score_key(source, {**job.fingerprint, **keys[name]})}")
         for name, source in sources.items()
     }
     made = extract_features(
-        {places[name]: source for name, source in sources.items()}, job.config.score, job.fingerprint
-    )
+        {places[name]: source for name, source in sources.items()}, job.config.score, job.fingerprint,
+        {places[name]: most for name in sources if name == TRAINING},
+    )  # fmt: skip
     return {name: _FeatureTable(uri=uri, manifest=made[uri]) for name, uri in places.items()}
