@@ -39,7 +39,8 @@ def main(config: EvaluateConfig) -> "Verdict":
     from d2f_core.flow.evaluate.job import check_evaluate, evaluate
 
     job = check_evaluate(config)
-    names = ("candidate", "champion", "base", "reference")
+    config = job.config  # with what was not given filled in
+    names = ("candidate", "champion", "base", "reference", "training")
     features = {"score.features": config.score.features, "score.clip": config.score.clip}
     reads = {name: getattr(config, name) for name in names} | features
     connect(reads=reads, writes={"output": config.output})

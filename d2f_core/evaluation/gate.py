@@ -22,7 +22,7 @@ POWER = 0.9
 """Share of evaluations in which a difference of the detectable size is seen."""
 ENOUGH_PROMPTS = 1000
 """Below this, only large differences are seen."""
-TYPICAL_DETECTABLE = 2.5
+TYPICAL_DETECTABLE = 2.2
 """Detectable difference of a Frechet distance, as a share of it, times the root of the number of prompts: as measured
 where the confidence is 99 % (docs/evaluation.md), and what to expect before anything is."""
 

@@ -99,13 +99,13 @@ def test_what_the_prompts_can_see_stands_in_the_verdict() -> None:
 
 
 def test_what_prompts_will_see_is_said_before_anything_is_measured() -> None:
-    assert expected_power(gate(), 625) == (
-        "625 prompts will see a difference of about 10 % of frechet@4 in 90 of 100 evaluations; one of 10 % "
-        "takes about 625 prompts"
+    assert expected_power(gate(), 484) == (
+        "484 prompts will see a difference of about 10 % of frechet@4 in 90 of 100 evaluations; one of 10 % "
+        "takes about 484 prompts"
     )
-    assert "one of 5 % takes about 2,500 prompts" in expected_power(gate(detect=0.05), 625)
-    assert "about 8 %" in expected_power(gate(confidence=0.95), 625), "less is asked for"
-    assert expected_power(gate(metric="recall@4"), 625) == expected_power(gate(confident=False), 625) == ""
+    assert "one of 5 % takes about 1,936 prompts" in expected_power(gate(detect=0.05), 484)
+    assert "about 8 %" in expected_power(gate(confidence=0.95), 484), "less is asked for"
+    assert expected_power(gate(metric="recall@4"), 484) == expected_power(gate(confident=False), 484) == ""
 
 
 @pytest.mark.parametrize(("failed", "allowed", "passes"), [(0.01, 0.0, False), (0.5, 0.0, False), (0.01, 0.01, True)])

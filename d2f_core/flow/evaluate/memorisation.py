@@ -86,7 +86,6 @@ def memorisation_rule(found: Memorisation | str, config: GateConfig) -> RuleResu
         f"images, {found.held_out:,} are held out, {100 * found.expected:.0f} % expected)",
         holds=found.p_value >= config.memorised,
         metric=METRIC,
-        candidate=found.share,
-        reference=found.expected,
+        candidate=found.p_value,
         bound=config.memorised,
     )
