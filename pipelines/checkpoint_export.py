@@ -96,6 +96,7 @@ def write_model(
     model, manifest = config.model, checkpoint.manifest
     training = {
         "latents": config.latents,
+        "latents_digest": manifests[0].digest,
         "holdout_rows": config.holdout_rows,
         "step": manifest.step,
         "checkpoint": checkpoint.uri,

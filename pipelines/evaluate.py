@@ -7,6 +7,7 @@ r"""Compare a model with champion and base, write a report, and promote the mode
 The same command resumes a killed job.
 """
 
+import tempfile
 from typing import TYPE_CHECKING
 
 from d2f_core.flow.evaluate.config import EvaluateConfig
@@ -32,7 +33,8 @@ EVALUATE = {
 def check(config: EvaluateConfig) -> None:
     from d2f_core.flow.evaluate.job import check_evaluate
 
-    check_evaluate(config)
+    with tempfile.TemporaryDirectory() as scratch:  # what is made of empty fields is not left at the output
+        check_evaluate(config, scratch)
 
 
 def main(config: EvaluateConfig) -> "Verdict":

@@ -119,13 +119,13 @@ FINETUNE = {
         ),
         name="emoji-few",
     ),
-    # As long a training on every drawing but those that evaluations are made with: it learns by heart none of them.
+    # On every drawing but those that evaluations are made with; it learns none of them by heart.
     "emoji-many": replace(
         _EMOJI_LORA,
         latents="s3://d2f/latents/openmoji-train",
         output="s3://d2f/runs/emoji-many",
         holdout_rows=64,
-        train=replace(_EMOJI_LORA.train, global_batch_size=16, micro_batch_size=8),
+        train=replace(_EMOJI_LORA.train, num_steps=360, global_batch_size=16, micro_batch_size=8),
         name="emoji-many",
     ),
     # emoji-sd learns to predict depth from rendered scenes. A depth map is smooth, so most of it is visible soon after

@@ -13,6 +13,8 @@ Array = np.ndarray
 
 def bootstrap_counts(images: int, replicates: int, seed: int) -> Array:
     """How often each image is drawn, int64 [replicates, images]; depends only on the arguments."""
+    if not images:
+        return np.zeros((replicates, 0), np.int64)
     generator = np.random.Generator(np.random.Philox(seed))
     return generator.multinomial(images, np.full(images, 1 / images), size=replicates)
 

@@ -1,5 +1,6 @@
 """The rules of the promotion gate. Imports no numpy."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,10 @@ FLOW_LOSS = "flow_loss"
 PER_MODEL = (FLOW_LOSS, "straightness")
 """Metrics with one value per model, independent of the number of evaluations: named without a number, and stored under
 0."""
+
+
+LEAST_P = 0.001
+"""Smallest p-value that the test for memorised images can tell."""
 
 
 class GateError(ValueError):
@@ -29,6 +34,9 @@ class Limit:
 
     def __post_init__(self) -> None:
         parse_metric(self.metric)
+        for bound in (self.at_most, self.at_least):
+            if bound is not None and math.isnan(bound):
+                raise GateError(f"the limit on {self.metric} is no number. Correct it.")
         if self.at_most is None and self.at_least is None:
             raise GateError(f"the limit on {self.metric} has neither at_most nor at_least. Give one of them.")
 
@@ -70,6 +78,9 @@ class GateConfig:
     def __post_init__(self) -> None:
         for name in (self.metric, *self.must_not_regress):
             parse_metric(name)
+        for name in ("max_ratio", "tolerance", "detect"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise GateError(f"{name}={value} must be a number.")
         if self.max_ratio <= 0:
             raise GateError(f"max_ratio={self.max_ratio} must be above 0. 1 asks for better.")
         if self.tolerance < 0:
@@ -81,6 +92,10 @@ class GateConfig:
         for name in ("most_failed", "memorised"):
             if not 0 <= (share := getattr(self, name)) < 1:
                 raise GateError(f"{name}={share} must lie from 0 to below 1.")
+        if 0 < self.memorised < LEAST_P:
+            raise GateError(
+                f"memorised={self.memorised} is less than can be told. Use {LEAST_P} or more, or 0: off."
+            )
 
     @property
     def metrics(self) -> tuple[str, ...]:

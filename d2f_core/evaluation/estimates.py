@@ -19,6 +19,8 @@ class Estimate:
     count: int
     replicates: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
     """The value on each resampled set; sets of the same prompts share their draws."""
+    exact: bool = False
+    """Whether it is counted rather than estimated: no other prompts are meant than these."""
 
     @classmethod
     def of(cls, value: float, replicates: np.ndarray, count: int) -> "Estimate":

@@ -77,10 +77,10 @@ def check_gate(
     Raises:
         GateError: names the rule.
     """
-    limited = {limit.metric for limit in config.limits}
+    compared = (config.metric, *config.must_not_regress)
     for rule in config.metrics:
         name, count = parse_metric(rule)
-        if name in plain and rule not in limited:
+        if name in plain and rule in compared:
             raise GateError(
                 f"gate: {rule!r} is a plain figure without an interval, so that equal models cannot be told from "
                 "better ones. Compare by frechet or kernel, and give it a limit if need be."
@@ -116,7 +116,7 @@ def judge(
         against = "base"
     rules, power = _failures(config, metrics), ""
     if against is not None:
-        better = metrics[parse_metric(config.metric)[0]].higher_is_better
+        better = _find(config.metric, metrics, against)[0].higher_is_better
         # Share of the reference by which the candidate may be worse; below 0, it must be better.
         slack = 1 - 1 / config.max_ratio if better else config.max_ratio - 1
         decisive = _compare(config, config.metric, slack, metrics, against, decides=True)
@@ -203,24 +203,35 @@ def compare(
     allowed = slack * abs(reference.value)
     difference, spread = candidate.value - reference.value, paired_spread(candidate, reference)
     reach = float(norm.ppf(confidence)) * (spread or 0.0)
-    worst = sign * difference + (reach if confident else 0.0)
+    unknown = confident and spread is None
+    worst = math.inf if unknown else sign * difference + (reach if confident else 0.0)
     bound = reference.value + sign * allowed
     words = ("above" if sign < 0 else "below") if strictly else ("at least" if sign < 0 else "at most")
     return RuleResult(
         rule=f"{name} of the candidate is {words} {bound:.4g} "
-        f"({against} {reference.value:.4g}{f', with {100 * confidence:g} % confidence' if confident else ''})",
+        f"({against} {reference.value:.4g}{_confidence(confidence, unknown) if confident else ''})",
         holds=math.isfinite(worst) and (worst < allowed if strictly else worst <= allowed),
         metric=metric,
         candidate=candidate.value,
         reference=reference.value,
         bound=bound,
-        interval=(difference - reach, difference + reach),
-        detectable=None if spread is None else detectable_difference(spread, confidence if confident else 0.5),
+        interval=None if unknown else (difference - reach, difference + reach),
+        detectable=None if not spread else detectable_difference(spread, confidence if confident else 0.5),
     )
 
 
+def _confidence(confidence: float, unknown: bool) -> str:
+    return ", but from so few images nothing is certain" if unknown else f", with {100 * confidence:g} % confidence"
+
+
 def paired_spread(candidate: Estimate, reference: Estimate) -> float | None:
-    """Standard deviation of candidate - reference, from replicates that drew the same prompts; None without such."""
+    """Standard deviation of candidate - reference, from replicates that drew the same prompts; 0 between exact values,
+    None where it cannot be known: without replicates, or from a single image.
+    """
+    if candidate.exact and reference.exact:
+        return 0.0
+    if min(candidate.count, reference.count) < 2:
+        return None
     if len(candidate.replicates) < 2 or len(candidate.replicates) != len(reference.replicates):
         return None
     return float(np.std(np.asarray(candidate.replicates) - np.asarray(reference.replicates), ddof=1))
@@ -242,16 +253,20 @@ def prompts_needed(prompts: int, detectable: float, wanted: float) -> int:
     return math.ceil(prompts * (detectable / wanted) ** 2)
 
 
-def expected_power(config: GateConfig, prompts: int) -> str:
+def expected_power(config: GateConfig, prompts: int, most: int) -> str:
     """What so many prompts will about see, and how many the wanted difference takes, in one line; empty where the
     deciding metric is no Frechet distance, of which alone this is known before it is measured.
+
+    Args:
+        most: prompts that are compared at most.
     """
     if parse_metric(config.metric)[0] != "frechet" or not config.confident:
         return ""
     factor = detectable_difference(1.0, config.confidence) / detectable_difference(1.0, GateConfig.confidence)
+    prompts = min(prompts, most)
     share = factor * TYPICAL_DETECTABLE / math.sqrt(prompts)
     return (
-        f"{prompts:,} prompts will see a difference of about {100 * share:.0f} % of {config.metric} in "
+        f"{prompts:,} prompts will see a difference of about {100 * share:.2g} % of {config.metric} in "
         f"{100 * POWER:.0f} of 100 evaluations; one of {100 * config.detect:g} % takes about "
         f"{prompts_needed(prompts, share, config.detect):,} prompts"
     )
@@ -263,7 +278,7 @@ def _seen(config: GateConfig, rule: RuleResult, candidate: Estimate | None) -> s
     share, wanted = rule.detectable / abs(rule.reference), config.detect * abs(rule.reference)
     needed = prompts_needed(candidate.count, rule.detectable, wanted)
     return (
-        f"{candidate.count} prompts see a difference of {rule.detectable:.3g} in {config.metric} ({100 * share:.0f} % "
+        f"{candidate.count} prompts see a difference of {rule.detectable:.3g} in {config.metric} ({100 * share:.2g} % "
         f"of the {rule.reference:.4g} compared with) in {100 * POWER:.0f} of 100 evaluations; one of "
         f"{100 * config.detect:g} % takes {needed:,} prompts"
     )
@@ -298,6 +313,6 @@ def _find(
     name: str, metrics: Mapping[str, Metric], against: Against | None
 ) -> tuple[Metric, Estimate | None, Estimate | None]:
     short, evaluations = parse_metric(name)
-    metric = metrics[short]
+    metric = metrics.get(short) or Metric(name=short, title=short, higher_is_better=False, values={})
     reference = metric.values.get(against, {}).get(evaluations) if against else None
     return metric, metric.values.get("candidate", {}).get(evaluations), reference

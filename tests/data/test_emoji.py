@@ -102,11 +102,13 @@ def test_a_config_that_cannot_work_is_refused(field):
 
 def test_the_splits_share_no_drawing_and_make_up_the_whole(tmp_path):
     def made(split):
-        config = MakeDatasetConfig(output=str(tmp_path / split), subset="few", split=split, size=16)
+        config = MakeDatasetConfig(output=str(tmp_path / split), subset="starter", split=split, size=16)
         manifest, _ = make_dataset(config)
         (part,) = manifest.files
-        return pq.read_table(tmp_path / split / part.path).column("sample_id").to_pylist(), manifest.inputs
+        return pq.read_table(tmp_path / split / part.path).column("caption").to_pylist(), manifest.inputs
 
     (whole, plain), (train, its), (test, _) = (made(split) for split in ("whole", "train", "test"))
-    assert test == whole[::8] and train == [name for name in whole if name not in test]
+    few = {f"{name}, twemoji style" for name in few_names()}
+    assert test == [caption for caption in whole[::8] if caption not in few] and len(test) < len(whole[::8])
+    assert train == [caption for caption in whole if caption not in test]
     assert "split" not in plain and its["split"] == "train", "tables from before there were splits stay what they are"

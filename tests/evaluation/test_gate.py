@@ -99,13 +99,14 @@ def test_what_the_prompts_can_see_stands_in_the_verdict() -> None:
 
 
 def test_what_prompts_will_see_is_said_before_anything_is_measured() -> None:
-    assert expected_power(gate(), 484) == (
+    assert expected_power(gate(), 484, 50_000) == (
         "484 prompts will see a difference of about 10 % of frechet@4 in 90 of 100 evaluations; one of 10 % "
         "takes about 484 prompts"
     )
-    assert "one of 5 % takes about 1,936 prompts" in expected_power(gate(detect=0.05), 484)
-    assert "about 8 %" in expected_power(gate(confidence=0.95), 484), "less is asked for"
-    assert expected_power(gate(metric="recall@4"), 484) == expected_power(gate(confident=False), 484) == ""
+    assert "one of 5 % takes about 1,936 prompts" in expected_power(gate(detect=0.05), 484, 50_000)
+    assert expected_power(gate(), 10**6, 50_000).startswith("50,000 prompts will see a difference of about 0.98 %")
+    assert "about 8.1 %" in expected_power(gate(confidence=0.95), 484, 50_000), "less is asked for"
+    assert expected_power(gate(metric="recall@4"), 484, 9) == expected_power(gate(confident=False), 484, 9) == ""
 
 
 @pytest.mark.parametrize(("failed", "allowed", "passes"), [(0.01, 0.0, False), (0.5, 0.0, False), (0.01, 0.01, True)])
@@ -114,6 +115,19 @@ def test_a_candidate_that_fails_on_prompts_does_not_pass_by_what_is_left(
 ) -> None:
     shares = metric("failed", {"candidate": {2: 0.0, 4: failed}, "champion": {2: 0.9, 4: 0.9}})
     assert verdict(gate(most_failed=allowed), 5, 10, failed=shares) is passes
+
+
+def test_nothing_is_certain_of_a_difference_whose_spread_is_unknown() -> None:
+    """Of one image, or without resampled sets, no interval can be made."""
+    plain = Estimate(value=5.0, low=5.0, high=5.0, count=100), Estimate(value=10.0, low=10.0, high=10.0, count=100)
+    one = tuple(Estimate.of(value, np.full(50, value), 1) for value in (5.0, 10.0))
+    for candidate, champion in (plain, one):
+        values = {"candidate": {4: candidate}, "champion": {4: champion}}
+        metrics = {"frechet": Metric(name="n", title="t", higher_is_better=False, values=values)}
+        found = judge(gate(), metrics, {"candidate", "champion"})
+        assert not found.passed and "from so few images nothing is certain" in found.reason
+        assert judge(gate(confident=False), metrics, {"candidate", "champion"}).passed
+    assert not judge(gate(metric="nothing@4"), {}, {"candidate", "champion"}).passed, "and what is not there is unknown"
 
 
 def test_an_equal_model_is_not_better() -> None:
@@ -208,6 +222,10 @@ def test_a_candidate_that_only_knows_its_training_images_better_can_be_refused(l
         (lambda: check(GateConfig(must_not_regress=("straightness",))), "'straightness' is not measured here"),
         (lambda: GateConfig(max_ratio=0), "max_ratio=0"),
         (lambda: GateConfig(tolerance=-1), "tolerance=-1"),
+        (lambda: GateConfig(tolerance=float("nan")), "tolerance=nan must be a number"),
+        (lambda: GateConfig(max_ratio=float("inf")), "max_ratio=inf must be a number"),
+        (lambda: Limit(metric="frechet@4", at_most=float("nan")), "the limit on frechet@4 is no number"),
+        (lambda: GateConfig(memorised=1e-4), r"memorised=0\.0001 is less than can be told"),
         (lambda: GateConfig(confidence=0.5), r"confidence=0\.5 must lie between"),
         (lambda: GateConfig(detect=0), "detect=0 must be above 0"),
         (lambda: GateConfig(most_failed=1.0), r"most_failed=1\.0 must lie from 0"),
@@ -220,6 +238,10 @@ def test_a_candidate_that_only_knows_its_training_images_better_can_be_refused(l
         (lambda: check(gate(without_champion="limits")), "needs limits"),
         (lambda: check(gate(metric="fid@4")), "'fid@4' is a plain figure without an interval"),
         (lambda: check(gate(must_not_regress=("fid@2",))), "'fid@2' is a plain figure"),
+        (
+            lambda: check(gate(metric="fid@4", limits=(Limit(metric="fid@4", at_most=10),))),
+            "'fid@4' is a plain figure",
+        ),
     ],
 )
 def test_rules_that_cannot_be_applied_are_refused(make: Any, message: str) -> None:

@@ -291,3 +291,11 @@ def test_the_floor_of_the_kernel_distance_is_nought_and_few_images_have_none() -
     assert kernel.low < 0 < kernel.high and abs(kernel.value) < 0.1
     few = FeaturePart(np.arange(7), drawn(7), None)
     assert noise_floor([few], total=7, made=200, config=MeasureConfig()) == {}
+
+
+def test_a_set_without_an_image_has_no_values_and_ends_nothing() -> None:
+    part = FeaturePart(np.arange(60), drawn(60), None)
+    nothing = gather([part], total=60, dimensions=6, config=CONFIG, only=np.zeros(60, bool))
+    assert nothing.count == 0 and measure(gathered(drawn(60)), nothing, CONFIG) == {}
+    assert model_distance(nothing, nothing) is None
+    assert noise_floor([part], total=60, made=0, config=MeasureConfig()) == {}

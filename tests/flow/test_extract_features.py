@@ -11,7 +11,7 @@ from d2f_core.data.manifest import Manifest, read_manifest, write_manifest, writ
 from d2f_core.flow.evaluate import extract_features as job
 from d2f_core.flow.evaluate.config import MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.feature_networks import CaptionScorer, load_features
-from d2f_core.flow.evaluate.feature_table import feature_schema, memorised
+from d2f_core.flow.evaluate.feature_table import KnownRows, feature_schema, memorised
 from tests.flow.here import here
 from tests.flow.tiny_vision import write_tiny_clip, write_tiny_vit
 from tests.image_tables import write_images
@@ -62,5 +62,5 @@ def test_of_a_large_table_some_files_are_enough(tmp_path: Path) -> None:
     rows = np.concatenate([pq.read_table(f"{output}/{file.path}")["row"].to_numpy() for file in manifest.files])
     assert {row // 4 for row in rows} != {0, 1} and all(rows % 4 == np.tile(np.arange(4), 2)), "their places, at random"
     place = (output, manifest, 0)
-    (result, overlap) = memorised(place, place, place, 8, MeasureConfig())
-    assert result == "all images of the reference were trained on" and overlap == 8
+    every = KnownRows(held_out=np.empty(0, object), overlap=whole["sample_id"].to_numpy())
+    assert memorised(place, place, place, every, 8, MeasureConfig()) == "all images of the reference were trained on"

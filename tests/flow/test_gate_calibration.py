@@ -29,6 +29,7 @@ def test_a_model_that_is_better_by_one_detectable_difference_mostly_passes() -> 
     ("kind", "words"), [("memorising", "lie no nearer to training images"), ("failing", "fails on at most")]
 )
 def test_a_model_that_repeats_its_training_or_fails_on_a_prompt_in_a_hundred_is_refused(kind: str, words: str) -> None:
-    found = [simulate(POOL, PROMPTS, REPLICATES, kind, 0.0, seed)[0] for seed in range(20)]
+    found = [simulate(POOL, PROMPTS, REPLICATES, kind, 0.5, seed)[0] for seed in range(20)]
     assert not any(verdict.passed for verdict in found)
     assert all(words in verdict.reason for verdict in found)
+    assert kind == "memorising" or all(sum(not rule.holds for rule in verdict.rules) == 1 for verdict in found)

@@ -9,13 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2f_core.data.manifest import MANIFEST_NAME, read_manifest, write_manifest, write_part
+from d2f_core.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.table_reader import read_columns
+from d2f_core.evaluation.config import GateConfig
 from d2f_core.evaluation.pins import Pins
 from d2f_core.flow.evaluate.compared_models import EvaluateJob, compared_models
-from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
+from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig
+from d2f_core.flow.evaluate.feature_table import KnownRows, feature_schema, memorised
 from d2f_core.flow.evaluate.held_out import filled
 from d2f_core.flow.evaluate.held_out_loss import losses_of, not_comparable
+from d2f_core.flow.evaluate.memorisation import memorisation_rule
 from d2f_core.flow.evaluate.metrics import chosen_rows
 from d2f_core.model.artifact import describe, save_artifact
 from d2f_core.model.base import resolve_base
@@ -70,7 +73,8 @@ def test_held_out_rows_are_the_reference_and_their_captions_the_prompts(
     base: Path, tables: Path, tmp_path: Path
 ) -> None:
     candidate = model(base, tmp_path / "model", latents=str(tables / "latents"), holdout_rows=HELD)
-    config = filled(EvaluateConfig(candidate=candidate, output=str(tmp_path / "out")), candidate)
+    empty = EvaluateConfig(candidate=candidate, output=str(tmp_path / "out"))
+    config, known = filled(empty, candidate)
     assert config.training == str(tables / "images")
     expected = [f"{IMAGES - 1 - row:032d}" for row in range(0, IMAGES, IMAGES // HELD)]
     found = read_columns(config.reference, read_manifest(config.reference), ("sample_id", "image"))
@@ -79,7 +83,58 @@ def test_held_out_rows_are_the_reference_and_their_captions_the_prompts(
     assert found.column("image").to_pylist() == [real[int(name)] for name in expected]
     prompts = pq.read_table(config.prompts).to_pydict()
     assert prompts == {"sample_id": expected, "prompt": ["x"] * HELD}
-    assert filled(EvaluateConfig(candidate=candidate, output=str(tmp_path / "out")), candidate) == config
+    assert known.held_out.tolist() == expected and not len(known.overlap), "they are in the table, but not trained on"
+    assert filled(empty, candidate).config == config
+    elsewhere = filled(empty, candidate, str(tmp_path / "scratch")).config
+    assert elsewhere.reference.startswith(str(tmp_path / "scratch")) and not (tmp_path / "scratch" / "out").exists()
+
+
+def test_another_candidates_held_out_rows_are_another_reference(base: Path, tables: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(output=str(tmp_path / "out"))
+    first, second = (
+        filled(config, model(base, tmp_path / f"{held}", latents=str(tables / "latents"), holdout_rows=held)).config
+        for held in (HELD, 8)
+    )
+    assert first.reference != second.reference and first.prompts != second.prompts
+    assert [read_manifest(each.reference).num_rows for each in (first, second)] == [HELD, 8]
+    gone = model(base, tmp_path / "gone", latents=str(tables / "latents"), holdout_rows=HELD, latents_digest="another")
+    with pytest.raises(EvaluateError, match="Give --reference"):
+        filled(config, gone)
+
+
+def test_reference_images_that_were_trained_on_are_known(base: Path, tables: Path, tmp_path: Path) -> None:
+    candidate = model(base, tmp_path / "model", latents=str(tables / "latents"), holdout_rows=HELD)
+    config = EvaluateConfig(output=str(tmp_path / "out"), reference=str(tables / "images"))
+    known = filled(config, candidate).known
+    assert len(known.held_out) == HELD and len(known.overlap) == IMAGES - HELD
+    assert not set(known.held_out) & set(known.overlap)
+
+
+def test_a_copyist_is_found_out_on_the_rows_that_its_own_training_held_out(tmp_path: Path) -> None:
+    """The held-out rows lie in the training's table too."""
+    draw = np.random.default_rng(0)
+    table = draw.normal(size=(200, 8)).astype(np.float32)
+    ids = np.array([f"{number}" for number in range(200)], object)
+    held = np.arange(0, 200, 4)
+    copied = table[draw.choice(np.setdiff1d(np.arange(200), held), 80)] + 0.01
+    places = []
+    for name, rows, features in (
+        ("made", np.arange(80), copied),
+        ("all", np.arange(200), table),
+        ("held", held, table[held]),
+    ):
+        uri = str(tmp_path / name)
+        columns = {
+            "row": np.arange(len(rows)), "sample_id": ids[rows], "steps": np.zeros(len(rows), np.int32),
+            "features": list(features), "caption_score": [None] * len(rows), "clip_features": [None] * len(rows),
+        }  # fmt: skip
+        file = write_part(uri, "part-0.parquet", pa.table(columns, schema=feature_schema(8)))
+        manifest = Manifest(kind="features", files=(file,), counts={"set": len(rows), "images": len(rows)})
+        places.append((uri, manifest, 0))
+    known = KnownRows(held_out=ids[held], overlap=np.empty(0, object))
+    found = memorised(*places, known, 8, MeasureConfig())
+    assert not isinstance(found, str) and (found.training, found.held_out) == (150, 50)
+    assert not memorisation_rule(found, GateConfig()).holds
 
 
 def test_what_cannot_be_known_is_asked_for(base: Path, tables: Path, tmp_path: Path) -> None:
@@ -94,7 +149,7 @@ def test_what_cannot_be_known_is_asked_for(base: Path, tables: Path, tmp_path: P
     with pytest.raises(EvaluateError, match=r"was not on a table of images\. Give --reference"):
         filled(config, photos)
     given = dataclasses.replace(config, reference=str(tables / "images"), prompts="p.jsonl")
-    assert filled(given, photos) == dataclasses.replace(given, training=""), "the rule is then not applied"
+    assert filled(given, photos).config == dataclasses.replace(given, training=""), "the rule is then not applied"
 
 
 def test_prompts_whose_images_have_no_usable_name_are_named_by_their_rows(
@@ -104,7 +159,7 @@ def test_prompts_whose_images_have_no_usable_name_are_named_by_their_rows(
     write_images(str(table), 20)
     rename(str(table), ["a name with blanks", *(f"{number}" for number in range(19))])
     config = EvaluateConfig(reference=str(table), output=str(tmp_path / "out"), training="")
-    assert pq.read_table(filled(config, str(base)).prompts).column_names == ["prompt"]
+    assert pq.read_table(filled(config, str(base)).config.prompts).column_names == ["prompt"]
 
 
 def test_the_loss_is_that_of_the_same_images_noises_and_times_for_each_model(
@@ -129,7 +184,7 @@ def test_losses_are_compared_where_they_can_be(base: Path, tables: Path, tmp_pat
     pins = Pins(candidate=candidate, champion="", base=str(base))
     job = EvaluateJob(
         config=config, pins=pins, compared=compared_models(config, pins), network="n", width=1, dimensions=1,
-        fingerprint={}, reference=read_manifest(config.reference),
+        fingerprint={}, known=KnownRows(np.empty(0), np.empty(0)), reference=read_manifest(config.reference),
     )  # fmt: skip
     assert job.rival == "base" and not_comparable(job) == ""
     without = dataclasses.replace(job, config=dataclasses.replace(config, loss_rows=0))

@@ -51,3 +51,20 @@ def test_without_training_images_the_rule_is_named_as_not_applied() -> None:
     rule = memorisation_rule("no table of training images is given", GateConfig())
     assert rule.holds and not rule.applied
     assert rule.rule == "memorisation: not applied, no table of training images is given"
+
+
+def test_what_few_images_cannot_show_is_said_and_not_called_kept() -> None:
+    """Of 2,064 real images 64 are held out: 64 copies may all lie near training images by chance."""
+    training, held = drawn(2000, 0), drawn(64, 1)
+    few = nearest_training(repeated(training, 64, 2), training, held)
+    rule = memorisation_rule(few, GateConfig())
+    assert few.least_p > 0.1 and rule.holds and not rule.applied
+    assert "64 images, 64 held out and 2,000 trained on cannot show" in rule.rule and "about 148 images" in rule.rule
+    many = nearest_training(repeated(training, 400, 2), training, held)
+    assert many.least_p < 1e-4 and not memorisation_rule(many, GateConfig()).holds
+
+
+def test_the_rule_can_be_turned_off() -> None:
+    training = drawn(300, 0)
+    found = nearest_training(repeated(training, 200, 2), training, drawn(60, 1))
+    assert not memorisation_rule(found, GateConfig(memorised=0)).applied

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import math
 from html.parser import HTMLParser
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from d2f_core.flow.evaluate.report import ShownPrompt, best, number, render_report
+from d2f_core.flow.evaluate.results import finite
 
 VOID = {"meta", "br", "img", "path", "use", "link"}
 ROLES = ("candidate", "champion", "base")
@@ -212,3 +215,13 @@ def test_the_best_of_a_column_is_marked_where_one_is_better() -> None:
     entry = example()["metrics"]["frechet"]
     assert best(entry, 4) == "candidate" and best({**entry, "higher_is_better": True}, 4) == "base"
     assert best(entry, 99) is None
+
+
+def test_a_value_that_is_not_finite_is_a_dash() -> None:
+    results = example()
+    results["metrics"]["frechet"]["values"]["base"]["4"] = finite(
+        {"value": math.nan, "low": -math.inf, "high": 1.0, "count": 9}
+    )
+    assert results["metrics"]["frechet"]["values"]["base"]["4"] == {"value": None, "low": None, "high": 1.0, "count": 9}
+    text = Page(render_report(json.loads(json.dumps(results, allow_nan=False)), [])).text
+    assert "- - to 1" in text and best(results["metrics"]["frechet"], 4) == "candidate"

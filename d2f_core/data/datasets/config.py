@@ -27,7 +27,8 @@ class MakeDatasetConfig:
     """`core`: 297 pictures chosen for being drawable from their name. `starter`: 120 of these, for a finetuning that
     takes minutes. `few`: 32 of those, for one that takes a minute. `all`: every emoji without skin tones."""
     split: Split = since("whole", before="whole")
-    """`test`: every eighth row of the whole table. `train`: the others, so that no drawing is in both."""
+    """`test`: every eighth row of the whole table that is none of `few`. `train`: the others, so that no drawing is in
+    both."""
 
     def __post_init__(self) -> None:
         if not self.output:

@@ -32,7 +32,7 @@ STYLES: dict[Style, tuple[str, str, str]] = {
 SKIN_TONES = frozenset(f"{code:x}" for code in range(0x1F3FB, 0x1F400))
 ROWS_PER_PART = 256
 TEST_EVERY = 8
-"""Of the rows in their order, each one of so many is in the split `test`."""
+"""Of the rows in their order, each one of so many is in the split `test`, if it is none of the `few`."""
 MEASURED_AT = 256
 """Height and width in pixels of the rendering from which a drawing's extent is measured."""
 INK = 8
@@ -134,7 +134,12 @@ def split_rows(rows: list[dict[str, Any]], split: Split) -> list[dict[str, Any]]
     """The rows of a split of the whole table's rows, in their order."""
     if split == "whole":
         return rows
-    return [row for number, row in enumerate(rows) if (number % TEST_EVERY == 0) == (split == "test")]
+    trained = {f"{name}, {style} style" for name in few_names() for style in STYLES}
+    return [
+        row
+        for number, row in enumerate(rows)
+        if (number % TEST_EVERY == 0 and row["caption"] not in trained) == (split == "test")
+    ]
 
 
 def table_inputs(config: MakeDatasetConfig) -> dict[str, Any]:

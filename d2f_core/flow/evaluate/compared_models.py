@@ -7,6 +7,7 @@ from typing import Any
 from d2f_core.data.manifest import Manifest
 from d2f_core.evaluation.pins import Pins
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError
+from d2f_core.flow.evaluate.feature_table import KnownRows
 from d2f_core.flow.evaluate.projection import features_name
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import GenerateJob, check_generate
@@ -57,6 +58,7 @@ class EvaluateJob:
     fingerprint: dict[str, Any]
     """The values that must be equal for features to be comparable."""
     reference: Manifest
+    known: KnownRows
 
     @property
     def feature_name(self) -> str:
@@ -88,11 +90,18 @@ def compared_models(config: EvaluateConfig, pins: Pins) -> tuple[ComparedModel, 
 
 
 def unequal(compared: Sequence[ComparedModel]) -> list[str]:
-    """What differs between the models besides themselves and their solvers, in words."""
+    """What differs between the models besides themselves and their solvers, and who draws otherwise than by itself, in
+    words.
+    """
     guidance = {each.role: each.job.plan.guidance for each in compared}
-    if len(set(guidance.values())) < 2:
-        return []
-    return [f"guidance differs: {', '.join(f'{role} {scale:g}' for role, scale in guidance.items())}"]
+    if len(set(guidance.values())) > 1:
+        return [f"guidance differs: {', '.join(f'{role} {scale:g}' for role, scale in guidance.items())}"]
+    own = {each.role: each.job.model.sampling.guidance for each in compared}
+    return [
+        f"the {role} draws at guidance {guidance[role]:g}, as all do; by itself it would at {scale:g}"
+        for role, scale in own.items()
+        if scale != guidance[role]
+    ]
 
 
 def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution: int | None) -> ComparedModel:

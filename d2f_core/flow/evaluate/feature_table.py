@@ -1,6 +1,7 @@
 """Reads tables of features. Imports no network, so that tasks that only measure start in one second instead of ten."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,15 @@ from d2f_core.flow.evaluate.projection import project
 
 Place = tuple[str, Manifest, int]
 """URI and manifest of a feature table, and the number of steps (0: real images)."""
+
+
+class KnownRows(NamedTuple):
+    """Sample ids by what a training knew of them."""
+
+    held_out: np.ndarray
+    """Rows of the training's table that it held out."""
+    overlap: np.ndarray
+    """Rows of the reference that it was trained on."""
 
 
 def feature_schema(width: int) -> pa.Schema:
@@ -73,13 +83,10 @@ def floor_of(place: Place, dimensions: int, made: int, config: MeasureConfig) ->
 
 
 def memorised(
-    made: Place, training: Place, reference: Place, dimensions: int, config: MeasureConfig
-) -> tuple[Memorisation | str, int]:
-    """Whether generated images repeat those of a training table, and how many of the reference's are in that table.
-
-    Images that are in both tables count as training images. Without a held-out one left, the first result says so.
-    """
-    (_, drawn), (trained, known), (held, unseen) = (
+    made: Place, training: Place, reference: Place, known: KnownRows, dimensions: int, config: MeasureConfig
+) -> Memorisation | str:
+    """Whether generated images repeat those of a training table; a text says why that cannot be tested."""
+    (_, drawn), (ids, trained), (others, held) = (
         _sampled(place, dimensions, most)
         for place, most in (
             (made, config.pairwise_rows),
@@ -87,12 +94,12 @@ def memorised(
             (reference, config.paired_rows),
         )
     )
-    both = np.isin(held, trained)
-    if both.all():
-        return "all images of the reference were trained on", int(both.sum())
-    if not len(drawn) or not len(known):
-        return "there is no image to compare", int(both.sum())
-    return nearest_training(drawn, known, unseen[~both]), int(both.sum())
+    trained, held = trained[~np.isin(ids, known.held_out)], held[~np.isin(others, known.overlap)]
+    if not len(held):
+        return "all images of the reference were trained on"
+    if not len(drawn) or not len(trained):
+        return "there is no image to compare"
+    return nearest_training(drawn, trained, held)
 
 
 def _sampled(place: Place, dimensions: int, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ import io
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from hashlib import sha256
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,37 +18,60 @@ from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.table_reader import RowReader, read_columns
 from d2f_core.evaluation.pins import registered_name
 from d2f_core.flow.evaluate.config import AUTO, EvaluateConfig, EvaluateError
+from d2f_core.flow.evaluate.feature_table import KnownRows
 from d2f_core.flow.generate.prompts import SAMPLE_ID
+from d2f_core.identity import canonical_json
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import described_copy
-from d2f_core.storage import join, write_bytes
+from d2f_core.storage import file_exists, join, write_bytes
 from d2f_core.tracking import resolve_model
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_NAME, REFERENCE = "prompts.parquet", "reference"
+REFERENCE = "reference"
 IMAGES = "images"
 ROWS_AT_ONCE = 256
 
 
-def filled(config: EvaluateConfig, candidate: str) -> EvaluateConfig:
-    """The config with its empty inputs in place: the reference of held-out rows, the prompts of the reference's
-    captions, the training's images. What has to be made for that is written at the output.
+class Inputs(NamedTuple):
+    """What an evaluation reads besides models."""
+
+    config: EvaluateConfig
+    """With nothing left empty that can be known."""
+    known: KnownRows
+
+
+def filled(config: EvaluateConfig, candidate: str, scratch: str = "") -> Inputs:
+    """Put what is empty in place: the reference of held-out rows, the prompts of the reference's captions, the images
+    of the training. What has to be made for that is written under a name of its content.
 
     Args:
         candidate: URI of the model without alias.
+        scratch: where that is written; empty: the output.
 
     Raises:
         EvaluateError: they are not given, and cannot be known from the candidate.
     """
-    training = training_record(candidate)
+    training, place = training_record(candidate), scratch or config.output
+    held = held_out_ids(training)
     if not config.reference:
-        config = replace(config, reference=_write_reference(join(config.output, REFERENCE), candidate, training))
+        config = replace(config, reference=_write_reference(place, candidate, training, held))
     if not config.prompts:
-        config = replace(config, prompts=_write_prompts(config))
+        config = replace(config, prompts=_write_prompts(place, config.reference))
     if config.training == AUTO:
         config = replace(config, training=_images_of(training) or "")
-    return config
+    return Inputs(config, _known_rows(config, held))
+
+
+def _known_rows(config: EvaluateConfig, held: pa.ChunkedArray | None) -> KnownRows:
+    held_out = np.empty(0, object) if held is None else held.to_numpy()
+    if not config.training or read_manifest(config.reference).kind != IMAGES:
+        return KnownRows(held_out, np.empty(0, object))
+    trained, reference = (
+        read_columns(uri, read_manifest(uri), ("sample_id",)).column("sample_id").to_numpy()
+        for uri in (config.training, config.reference)
+    )
+    return KnownRows(held_out, np.setdiff1d(np.intersect1d(reference, trained), held_out))
 
 
 def training_record(uri: str) -> Mapping[str, Any]:
@@ -57,12 +81,17 @@ def training_record(uri: str) -> Mapping[str, Any]:
 
 
 def _latents(training: Mapping[str, Any]) -> Manifest | None:
-    uri = str(training.get("latents") or "")
+    """The table that a model was trained on; None if it is gone or another by now."""
+    uri, digest = str(training.get("latents") or ""), training.get("latents_digest")
     try:
-        return read_manifest(uri) if uri and manifest_exists(uri) else None
+        found = read_manifest(uri) if uri and manifest_exists(uri) else None
     except ManifestError as error:
         logger.warning("the latents of the candidate's training cannot be read: %s", error)
         return None
+    if found and digest and found.digest != digest:
+        logger.warning("%s is not the table any more that the candidate was trained on", uri)
+        return None
+    return found
 
 
 def _images_of(training: Mapping[str, Any]) -> str | None:
@@ -83,11 +112,9 @@ def held_out_ids(training: Mapping[str, Any]) -> pa.ChunkedArray | None:
     return RowReader(str(training["latents"]), latents, ("sample_id",)).read(rows).column("sample_id")
 
 
-def _write_reference(place: str, candidate: str, training: Mapping[str, Any]) -> str:
-    """An image table of the held-out rows at `place`, in their order."""
-    if manifest_exists(place):
-        return place
-    images, ids = _images_of(training), held_out_ids(training)
+def _write_reference(place: str, candidate: str, training: Mapping[str, Any], ids: pa.ChunkedArray | None) -> str:
+    """An image table of the held-out rows, in their order, under a name of its content."""
+    images = _images_of(training)
     if images is None or ids is None:
         reason = "held out no rows, or does not say which" if ids is None else "was not on a table of images"
         raise EvaluateError(
@@ -102,35 +129,40 @@ def _write_reference(place: str, candidate: str, training: Mapping[str, Any]) ->
             f"reference is empty, and {rows.null_count} of {len(ids)} rows that the training held out are not in "
             f"{images!r}. Give --reference a table of images that it has not seen."
         )
-    reader, files, places = RowReader(images, manifest, IMAGE_SCHEMA.names), [], rows.to_numpy()
+    places = rows.to_numpy().astype(np.int64)
+    inputs = {"held_out_of": images, "digest": manifest.digest, "rows": sha256(places.tobytes()).hexdigest()}
+    target = join(place, f"{REFERENCE}-{sha256(canonical_json(inputs)).hexdigest()[:12]}")
+    if manifest_exists(target):
+        return target
+    reader, files = RowReader(images, manifest, IMAGE_SCHEMA.names), []
     for start in range(0, len(places), ROWS_AT_ONCE):
-        table = reader.read(places[start : start + ROWS_AT_ONCE].astype(np.int64))
-        files.append(write_part(place, f"part-{len(files):05d}.parquet", table.cast(IMAGE_SCHEMA)))
-    inputs = {"held_out_of": images, "digest": manifest.digest}
+        table = reader.read(places[start : start + ROWS_AT_ONCE])
+        files.append(write_part(target, f"part-{len(files):05d}.parquet", table.cast(IMAGE_SCHEMA)))
     write_manifest(
-        place, Manifest(kind=IMAGES, files=tuple(files), fingerprint=dict(manifest.fingerprint), inputs=inputs)
+        target, Manifest(kind=IMAGES, files=tuple(files), fingerprint=dict(manifest.fingerprint), inputs=inputs)
     )
     logger.info("the reference is the %d images of %s that the training held out", len(places), images)
-    return place
+    return target
 
 
-def _write_prompts(config: EvaluateConfig) -> str:
-    """The reference's captions as a prompt file at the output, with the images' sample ids."""
-    place, manifest = join(config.output, PROMPTS_NAME), read_manifest(config.reference)
+def _write_prompts(place: str, reference: str) -> str:
+    """The reference's captions as a prompt file, with the images' sample ids, under a name of its content."""
+    manifest = read_manifest(reference)
     if manifest.kind != IMAGES:
         raise EvaluateError(
-            f"prompts is empty, and reference={config.reference!r} is a table of {manifest.kind}, without captions of "
-            "its own. Give --prompts a prompt file."
+            f"prompts is empty, and reference={reference!r} is a table of {manifest.kind}, without captions. Give "
+            "--prompts a prompt file."
         )
-    rows = read_columns(config.reference, manifest, ("sample_id", "caption")).rename_columns(["sample_id", "prompt"])
+    target = join(place, f"prompts-{manifest.digest[:12]}.parquet")
+    if file_exists(target):
+        return target
+    rows = read_columns(reference, manifest, ("sample_id", "caption")).rename_columns(["sample_id", "prompt"])
     ids = rows.column("sample_id")
     pattern = pc.MatchSubstringOptions(f"^{SAMPLE_ID.pattern}$")
     fitting = pc.call_function("match_substring_regex", [ids], pattern)
-    if (
-        fitting.null_count or not all(fitting.to_numpy()) or len(ids.unique()) < len(ids)
-    ):  # then each prompt is named by its row
+    if not all(fitting.to_numpy(zero_copy_only=False)) or len(ids.unique()) < len(ids):  # named by their rows
         rows = rows.select(["prompt"])
     sink = io.BytesIO()
     pq.write_table(rows, sink, compression="zstd")
-    write_bytes(place, sink.getvalue())
-    return place
+    write_bytes(target, sink.getvalue())
+    return target

@@ -178,7 +178,7 @@ def failed_share(usable: np.ndarray) -> Estimate:
         usable: bool [prompts].
     """
     share = 1 - float(usable.mean())
-    return Estimate(value=share, low=share, high=share, count=len(usable))
+    return Estimate(value=share, low=share, high=share, count=len(usable), exact=True)
 
 
 def noise_floor(real: Iterable[FeaturePart], *, total: int, made: int, config: MeasureConfig) -> dict[str, Estimate]:
@@ -195,7 +195,7 @@ def noise_floor(real: Iterable[FeaturePart], *, total: int, made: int, config: M
     rows[generator.permutation(total)[: config.pairwise_rows]] = True
     parts = [subset(part, rows[part.rows]).features for part in real]
     features = np.concatenate([part for part in parts if len(part)] or [np.empty((0, 1))])
-    if len(features) < FEWEST_FOR_FLOOR:
+    if len(features) < FEWEST_FOR_FLOOR or not made:
         return {}
     scale = (1 / made + 1 / total) / (4 / len(features))
     kernel = KernelDistance(features, features)

@@ -29,10 +29,10 @@ from d2f_core.flow.evaluate.held_out import filled
 from d2f_core.flow.evaluate.held_out_loss import held_out_loss
 from d2f_core.flow.evaluate.memorisation import memorisation_rule
 from d2f_core.flow.evaluate.metrics import measure_all, measured_names
-from d2f_core.flow.evaluate.plain_metrics import PLAIN
+from d2f_core.flow.evaluate.plain_metrics import CMMD, PLAIN
 from d2f_core.flow.evaluate.projection import projected_width
-from d2f_core.flow.evaluate.report import render_report, shown_images
-from d2f_core.flow.evaluate.results import Outcome, notes, results_of
+from d2f_core.flow.evaluate.report import ShownPrompt, render_report, shown_images
+from d2f_core.flow.evaluate.results import Outcome, finite, notes, results_of
 from d2f_core.flow.evaluate.straightness import follow_all
 from d2f_core.flow.generate.job import generate_all
 from d2f_core.storage import check_reachable
@@ -41,10 +41,15 @@ from d2f_core.tracking import check_tracking
 logger = logging.getLogger(__name__)
 
 METRICS_NAME, REPORT_NAME = "metrics.json", "report.html"
+MOST_BYTES = 10**9
+"""Of the resampled covariances of one set of images."""
 
 
-def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
+def check_evaluate(config: EvaluateConfig, scratch: str = "") -> EvaluateJob:
     """Check everything that can be checked before a cluster is used.
+
+    Args:
+        scratch: where a reference or prompts that were not given are written; empty: at the output.
 
     Raises:
         ValueError: unusable storage, models, prompts, features or gate; one line each.
@@ -55,9 +60,9 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         check_reachable(uri)
     if config.experiment or config.candidate.startswith(REGISTERED):
         check_tracking()
-    per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())
-    check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations, plain=set(PLAIN))
+    check_rules(config)
     features = load_features(config.score.features, resize=config.score.resize, device="meta")
+    check_dimensions(config, features.width)
     clip = CaptionScorer(config.score.clip, "meta").model.files.hash() if config.score.clip else ""
     pins = pin_models(
         config.output,
@@ -68,11 +73,11 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
     )
     if config.promote:
         check_may_promote(pins, config.output, alias=config.champion_alias)
-    config = filled(config, pins.candidate)
+    config, known = filled(config, pins.candidate, scratch)
     reference = read_reference(config)
     compared = compared_models(config, pins)
     prompts = compared[0].job.prompts.num_rows
-    if expected := expected_power(config.gate, prompts):
+    if expected := expected_power(config.gate, prompts, config.measure.paired_rows):
         log = logger.warning if prompts < ENOUGH_PROMPTS else logger.info
         log("gate: %s", expected)
     return EvaluateJob(
@@ -84,7 +89,29 @@ def check_evaluate(config: EvaluateConfig) -> EvaluateJob:
         dimensions=projected_width(features.width, config.score.dimensions),
         fingerprint={"features": features.name, "network": features.fingerprint, "clip": clip},
         reference=reference,
+        known=known,
     )
+
+
+def check_rules(config: EvaluateConfig) -> None:
+    """Raise ValueError if the gate has a rule about what these settings do not measure."""
+    plain = set(PLAIN) - (set() if config.score.clip else {CMMD})
+    per_model_names = {FLOW_LOSS} | ({"straightness"} if config.straightness_prompts else set())
+    check_gate(config.gate, measured_names(config) | per_model_names, config.evaluations, plain=plain)
+    if FLOW_LOSS in (config.gate.metric, *(limit.metric for limit in config.gate.limits)) and not config.loss_rows:
+        raise EvaluateError(f"gate: {FLOW_LOSS!r} decides, and loss_rows is 0. Give --loss-rows 128.")
+
+
+def check_dimensions(config: EvaluateConfig, width: int) -> None:
+    """Raise EvaluateError if the resampled covariances of a set, one for each replicate, would not fit into memory."""
+    dimensions = projected_width(width, config.score.dimensions)
+    held = config.measure.replicates * dimensions**2 * 8
+    if held > MOST_BYTES:
+        raise EvaluateError(
+            f"score.dimensions={config.score.dimensions} compares {dimensions} dimensions, whose "
+            f"{config.measure.replicates} resampled covariances are {held / 1e9:.1f} GB for each set of images. Give "
+            f"--score.dimensions 64; FID and KID are of all {width} anyway."
+        )
 
 
 def read_reference(config: EvaluateConfig) -> Manifest:
@@ -122,13 +149,26 @@ def evaluate(job: EvaluateJob) -> Verdict:
     generate_all([compared.job for compared in job.compared])
     outcome = _judged(job)
     _log(outcome.verdict)
+    shown = shown_images({each.role: each.images for each in job.compared}, config.shown_prompts)
+    report_files(job, outcome, shown, None)  # what cannot be written is found before the alias moves
     promotion = None
     if outcome.verdict.passed and config.promote and registered_name(job.pins.candidate):
         promotion = promote_candidate(job.pins, config.output, alias=config.champion_alias)
-    _store(job, outcome, promotion)
+    _store(job, outcome, report_files(job, outcome, shown, promotion), promotion)
     if promotion and promotion.error:
         raise promotion.error
     return outcome.verdict
+
+
+def report_files(
+    job: EvaluateJob, outcome: Outcome, shown: list[ShownPrompt], promotion: Promotion | None
+) -> dict[str, bytes]:
+    """The evaluation's files by name."""
+    results = finite({**results_of(job, outcome), "promotion": promotion and promotion.text})
+    return {
+        METRICS_NAME: json.dumps(results, indent=1, allow_nan=False).encode(),
+        REPORT_NAME: render_report(results, shown).encode(),
+    }
 
 
 def _judged(job: EvaluateJob) -> Outcome:
@@ -160,19 +200,13 @@ def _log(verdict: Verdict) -> None:
         logger.info("gate: note: %s", line)
 
 
-def _store(job: EvaluateJob, outcome: Outcome, promotion: Promotion | None) -> None:
-    """Write results and report to the output and to a new MLflow run.
+def _store(job: EvaluateJob, outcome: Outcome, files: dict[str, bytes], promotion: Promotion | None) -> None:
+    """Write the files to the output and to a new MLflow run.
 
     Raises:
         UnreachableError: what the promotion ended in, once the files are written; MLflow would be asked in vain.
     """
     config = job.config
-    results = {**results_of(job, outcome), "promotion": promotion and promotion.text}
-    shown = shown_images({each.role: each.images for each in job.compared}, config.shown_prompts)
-    files = {
-        METRICS_NAME: json.dumps(results, indent=1, allow_nan=False).encode(),
-        REPORT_NAME: render_report(results, shown).encode(),
-    }
     write_files(config.output, files)
     if promotion and promotion.error and promotion.unknown:
         raise promotion.error

@@ -9,10 +9,12 @@ The question is that of Meehan et al., 2020, arXiv:2004.05675; prompts should be
 a training caption may rightly resemble the training image.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial.distance import cdist
+from scipy.stats import hypergeom
 
 from d2f_core.evaluation.config import GateConfig
 from d2f_core.evaluation.gate import RuleResult
@@ -33,6 +35,8 @@ class Memorisation:
     """Share of training images among the real ones."""
     p_value: float
     """How often chance alone gives at least this share."""
+    least_p: float
+    """The p-value if every generated image lay nearest to a training image: the smallest that these sets can show."""
     made: int
     training: int
     held_out: int
@@ -52,10 +56,12 @@ def nearest_training(made: Array, training: Array, held_out: Array, *, seed: int
     places, weights = np.unique(nearest, return_counts=True)
     hits = int(weights[places >= len(held_out)].sum())
     dealt = _dealt(weights, len(training), len(held_out), seed)
+    least = float(hypergeom.pmf(len(places), len(real), len(training), len(places)))
     return Memorisation(
         share=hits / len(made),
         expected=len(training) / len(real),
         p_value=(1 + int((dealt >= hits).sum())) / (1 + len(dealt)),
+        least_p=least,
         made=len(made),
         training=len(training),
         held_out=len(held_out),
@@ -78,6 +84,10 @@ def _dealt(weights: Array, training: int, held_out: int, seed: int) -> Array:
 
 def memorisation_rule(found: Memorisation | str, config: GateConfig) -> RuleResult:
     """The gate's rule; a text says why there was no test."""
+    if not config.memorised:
+        found = "memorised is 0"
+    elif not isinstance(found, str) and found.least_p >= config.memorised:
+        found = _too_few(found, config.memorised)
     if isinstance(found, str):
         return RuleResult(rule=f"memorisation: not applied, {found}", holds=True, metric=METRIC, applied=False)
     return RuleResult(
@@ -88,4 +98,13 @@ def memorisation_rule(found: Memorisation | str, config: GateConfig) -> RuleResu
         metric=METRIC,
         candidate=found.p_value,
         bound=config.memorised,
+    )
+
+
+def _too_few(found: Memorisation, level: float) -> str:
+    """Why these sets cannot show that a model repeats its training images."""
+    needed = math.ceil(math.log(level) / math.log(found.expected)) + 1 if 0 < found.expected < 1 else 0
+    return (
+        f"which {found.made:,} images, {found.held_out:,} held out and {found.training:,} trained on cannot show (p is "
+        f"at least {found.least_p:.2g}; it takes about {needed:,} images that resemble different real ones)"
     )

@@ -88,10 +88,9 @@ def measure_all(job: EvaluateJob) -> Measured:
     found = dict(zip(made, ray.get(pending), strict=True))
     for point, mask in usable.items():
         found[point]["failed"] = failed_share(mask)
-    memorisation, overlap = ray.get(copies) if copies else ("no table of training images is given", 0)
     return Measured(
-        memorisation=memorisation,
-        overlap=overlap,
+        memorisation=ray.get(copies) if copies else "no table of training images is given",
+        overlap=len(job.known.overlap),
         metrics=_by_metric(job, found, ray.get(floor)) | plain,
         distances=distances,
         compared={count: int(chosen["candidate", count].sum()) for count in config.evaluations},
@@ -107,12 +106,12 @@ def _memorised(job: EvaluateJob, tables: Mapping[str, "_FeatureTable"]) -> Any:
     if training is None:
         return None
     if job.reference.kind == "generations":
-        return ray.put(("the reference is a generation, not held-out images", 0))
+        return ray.put("the reference is a generation, not held-out images")
     count = parse_metric(job.config.gate.metric)[1] or max(job.config.evaluations)
     made, reference = tables["candidate"], tables["reference"]
     steps = job.compared[0].steps(count)
     drawn, known, held = made.place(steps), training.place(), reference.place()
-    return ray.remote(memorised).remote(drawn, known, held, job.dimensions, job.config.measure)
+    return ray.remote(memorised).remote(drawn, known, held, job.known, job.dimensions, job.config.measure)
 
 
 def chosen_rows(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,11 @@ def cell(estimate: Mapping[str, Any]) -> markupsafe.Markup:
 
 def best(metric: Mapping[str, Any], count: int) -> str | None:
     """The role with the best value at a number of evaluations; None unless one is better than all others."""
-    there = {role: values[str(count)]["value"] for role, values in metric["values"].items() if str(count) in values}
+    there = {
+        role: values[str(count)]["value"]
+        for role, values in metric["values"].items()
+        if str(count) in values and values[str(count)]["value"] is not None
+    }
     if len(set(there.values())) < 2:
         return None
     return (max if metric["higher_is_better"] else min)(there, key=lambda role: there[role])
@@ -142,9 +147,11 @@ def plot(metric: Mapping[str, Any], evaluations: list[int]) -> str:
         counts = [count for count in evaluations if str(count) in values]
         points = [values[str(count)] for count in counts]
         colour = COLOURS.get(role, "black")
-        low, high = ([point[end] for point in points] for end in ("low", "high"))
+        low, high, middle = (
+            [math.nan if point[end] is None else point[end] for point in points] for end in ("low", "high", "value")
+        )
         axes.fill_between(counts, low, high, color=colour, alpha=0.14, linewidth=0)
-        axes.plot(counts, [point["value"] for point in points], "o-", color=colour, markersize=4.5)
+        axes.plot(counts, middle, "o-", color=colour, markersize=4.5)
     if metric["floor"]:
         axes.axhline(metric["floor"]["value"], color="#1c2127", linestyle=(0, (4, 3)), linewidth=1)
     axes.set_xscale("log")

@@ -1,6 +1,7 @@
 """What an evaluation found, as the contents of metrics.json."""
 
 import datetime
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from d2f_core.evaluation.gate import ENOUGH_PROMPTS, Verdict
 from d2f_core.flow.evaluate.compared_models import ComparedModel, EvaluateJob, unequal
 from d2f_core.flow.evaluate.memorisation import Memorisation
 from d2f_core.flow.evaluate.metrics import Measured
+
+FEW_PER_DIMENSION = 10
+"""Images per compared dimension below which a bootstrap of a Frechet distance is too wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +40,24 @@ def notes(job: EvaluateJob, measured: Measured) -> list[str]:
             f"{measured.overlap:,} of the {job.reference.num_rows:,} reference images were trained on, which favours a "
             "model that knows them by heart"
         )
+    if min(count, job.reference.num_rows) < FEW_PER_DIMENSION * job.dimensions:
+        found.append(
+            f"{min(count, job.reference.num_rows):,} images are few for {job.dimensions} dimensions: intervals are "
+            "wider than need be, and what is seen is smaller than said"
+        )
     for evaluations, compared in sorted(measured.compared.items()):
-        if compared < count:
+        if compared < min(count, job.config.measure.paired_rows):
             found.append(f"at {evaluations} evaluations, {compared:,} of {count:,} prompts are compared")
     return found
+
+
+def finite(value: Any) -> Any:
+    """JSON values with null in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def results_of(job: EvaluateJob, outcome: Outcome) -> dict[str, Any]:
