@@ -93,9 +93,7 @@ class GateConfig:
             if not 0 <= (share := getattr(self, name)) < 1:
                 raise GateError(f"{name}={share} must lie from 0 to below 1.")
         if 0 < self.memorised < LEAST_P:
-            raise GateError(
-                f"memorised={self.memorised} is less than can be told. Use {LEAST_P} or more, or 0: off."
-            )
+            raise GateError(f"memorised={self.memorised} is less than can be told. Use {LEAST_P} or more, or 0: off.")
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from d2f_core.flow.evaluate import job as evaluate_job
 from d2f_core.flow.evaluate.compared_models import unequal
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.job import check_evaluate, evaluate
+from d2f_core.flow.evaluate.results import guidance_rule
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import check_generate, generate
 from d2f_core.model.artifact import describe, save_artifact
@@ -341,7 +342,14 @@ def test_all_models_draw_at_the_guidance_of_the_candidate_unless_each_is_to_keep
     assert {each.job.plan.guidance for each in equal.compared} == {1.0}
     (note,) = unequal(equal.compared)
     assert note.startswith("the base draws at guidance 1, as all do; by itself it would at ")
+    assert guidance_rule(equal) == [], "candidate and champion were made for the same"
     own = check_evaluate(dataclasses.replace(config, **chosen, output=f"{HOME}/own", own_guidance=True))
+    assert guidance_rule(own) == []
+    other = {**chosen, "champion": base}
+    (rule,) = guidance_rule(check_evaluate(dataclasses.replace(config, **other, output=f"{HOME}/other")))
+    assert not rule.holds and "here all draw at the candidate's 1: give --guidance, or --own-guidance" in rule.rule
+    asked = dataclasses.replace(config, **{**other, "guidance": 1.0}, output=f"{HOME}/asked")
+    assert guidance_rule(check_evaluate(asked)) == []
     found = {each.role: each.job.plan.guidance for each in own.compared}
     assert found["base"] != found["candidate"] == found["champion"] == 1.0
     assert unequal(own.compared) == [f"guidance differs: candidate 1, champion 1, base {found['base']:g}"]

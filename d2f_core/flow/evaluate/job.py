@@ -32,7 +32,7 @@ from d2f_core.flow.evaluate.metrics import measure_all, measured_names
 from d2f_core.flow.evaluate.plain_metrics import CMMD, PLAIN
 from d2f_core.flow.evaluate.projection import projected_width
 from d2f_core.flow.evaluate.report import ShownPrompt, render_report, shown_images
-from d2f_core.flow.evaluate.results import Outcome, finite, notes, results_of
+from d2f_core.flow.evaluate.results import Outcome, finite, guidance_rule, notes, results_of
 from d2f_core.flow.evaluate.straightness import follow_all
 from d2f_core.flow.generate.job import generate_all
 from d2f_core.storage import check_reachable
@@ -184,7 +184,7 @@ def _judged(job: EvaluateJob) -> Outcome:
         job.config.gate,
         measured.metrics | {"straightness": straightness, FLOW_LOSS: losses},
         {compared.role for compared in job.compared},
-        also=[memorisation_rule(measured.memorisation, job.config.gate)],
+        also=[*guidance_rule(job), memorisation_rule(measured.memorisation, job.config.gate)],
         notes=notes(job, measured),
     )
     if job.pins.champion == job.pins.candidate:

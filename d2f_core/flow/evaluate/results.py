@@ -8,7 +8,7 @@ from typing import Any
 
 from d2f_core.evaluation.config import FLOW_LOSS
 from d2f_core.evaluation.estimates import Estimate, Metric
-from d2f_core.evaluation.gate import ENOUGH_PROMPTS, Verdict
+from d2f_core.evaluation.gate import ENOUGH_PROMPTS, RuleResult, Verdict
 from d2f_core.flow.evaluate.compared_models import ComparedModel, EvaluateJob, unequal
 from d2f_core.flow.evaluate.memorisation import Memorisation
 from d2f_core.flow.evaluate.metrics import Measured
@@ -49,6 +49,25 @@ def notes(job: EvaluateJob, measured: Measured) -> list[str]:
         if compared < min(count, job.config.measure.paired_rows):
             found.append(f"at {evaluations} evaluations, {compared:,} of {count:,} prompts are compared")
     return found
+
+
+def guidance_rule(job: EvaluateJob) -> list[RuleResult]:
+    """A champion is not judged, unasked, at a guidance that it was not made for; no rule where nobody is."""
+    config = job.config
+    if config.guidance is not None or config.own_guidance:
+        return []
+    return [
+        RuleResult(
+            rule=f"the champion draws at the guidance that it was made for ({own:g}; here all draw at the candidate's "
+            f"{drawn:g}: give --guidance, or --own-guidance)",
+            holds=own == drawn,
+            metric="guidance",
+            candidate=drawn,
+            reference=own,
+        )
+        for each in job.compared
+        if each.role == "champion" and (own := each.job.model.sampling.guidance) != (drawn := each.job.plan.guidance)
+    ]
 
 
 def finite(value: Any) -> Any:
