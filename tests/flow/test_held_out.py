@@ -11,20 +11,23 @@ import pytest
 
 from d2f_core.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest, write_part
 from d2f_core.data.table_reader import read_columns
-from d2f_core.evaluation.config import GateConfig
+from d2f_core.evaluation.config import GateConfig, Limit
 from d2f_core.evaluation.pins import Pins
 from d2f_core.flow.evaluate.compared_models import EvaluateJob, compared_models
-from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig
+from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.feature_table import KnownRows, feature_schema, memorised
 from d2f_core.flow.evaluate.held_out import filled
 from d2f_core.flow.evaluate.held_out_loss import losses_of, not_comparable
+from d2f_core.flow.evaluate.job import check_evaluate
 from d2f_core.flow.evaluate.memorisation import memorisation_rule
 from d2f_core.flow.evaluate.metrics import chosen_rows
 from d2f_core.model.artifact import describe, save_artifact
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import SamplingDefaults
 from d2f_core.model.denoiser import load_unet
+from pipelines.evaluate import check
 from tests.flow.tiny_base import write_tiny_base
+from tests.flow.tiny_vision import write_tiny_vit
 from tests.image_tables import write_images
 from tests.latent_tables import write_latents
 
@@ -204,3 +207,40 @@ def test_models_are_compared_on_the_prompts_that_both_made() -> None:
     assert (few["candidate", 4] == few["champion", 4]).all() and few["champion", 4].sum() == 5
     alone = chosen_rows({("candidate", 4): mask["candidate"]}, None, most=100)
     assert (alone["candidate", 4] == mask["candidate"]).all()
+
+
+def test_a_dry_run_leaves_nothing_at_the_output(base: Path, tables: Path, tmp_path: Path) -> None:
+    candidate = model(base, tmp_path / "model", latents=str(tables / "latents"), holdout_rows=20)
+    output = tmp_path / "out"
+    config = EvaluateConfig(
+        candidate=candidate, output=str(output), evaluations=(4,), experiment="",
+        score=ScoreConfig(features=str(write_tiny_vit(tmp_path / "vit")), dimensions=4),
+    )  # fmt: skip
+    check(config)
+    assert not output.exists() or not list(output.iterdir())
+    job = check_evaluate(config)
+    assert job.reference.num_rows == job.compared[0].job.prompts.num_rows == 20
+    assert {name.name.split("-")[0] for name in output.iterdir()} == {"prompts", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"measure": MeasureConfig(replicates=10**6)}, r"resampled covariances are .* GB for each set"),
+        ({"gate": GateConfig(metric="flow_loss", must_not_regress=()), "loss_rows": 0}, "decides, and loss_rows is 0"),
+        (
+            {"gate": GateConfig(limits=(Limit(metric="cmmd@4", at_most=1),))},
+            "'cmmd@4' is not measured here",
+        ),
+    ],
+)
+def test_rules_and_sizes_that_cannot_be_are_refused_at_the_door(
+    change: dict, message: str, base: Path, tables: Path, tmp_path: Path
+) -> None:
+    candidate = model(base, tmp_path / "model", latents=str(tables / "latents"), holdout_rows=20)
+    config = EvaluateConfig(
+        candidate=candidate, output=str(tmp_path / "out"), evaluations=(4,), experiment="",
+        score=ScoreConfig(features=str(write_tiny_vit(tmp_path / "vit")), dimensions=20),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        check_evaluate(dataclasses.replace(config, **change))
