@@ -9,7 +9,8 @@ process that has seen the object unchanged for `stale` seconds of its own clock 
 are never compared. All of this is done by compare and swap, so that of several processes one wins.
 
 A holder whose renewals are not confirmed for half of that time does nothing more (`check`), so that what it had begun
-has the other half to arrive. A request that the network holds back for longer is not prevented.
+has the other half to arrive. A request that the network holds back for longer is not prevented. A machine that sleeps
+counts these seconds too, on Linux: when it wakes up, its holder is not certain any more.
 """
 
 import contextlib
@@ -32,6 +33,8 @@ from d2f_core.retry import UnreachableError, one_line
 logger = logging.getLogger(__name__)
 
 JITTER = random.SystemRandom()
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Linux's monotonic clock stands still while the machine sleeps, the other one does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class Lease:
                 raise LeaseLostError(f"the lease {self.uri} was lost: {why}. The same command goes on from there.")
 
     def _is_certain(self) -> bool:
-        return time.monotonic() - self._confirmed <= self._times.stale / 2
+        return _now() - self._confirmed <= self._times.stale / 2
 
     def _renew_until_ended(self) -> None:
         while not self._lost and not self._ended.wait(self._times.renew):
@@ -93,7 +96,7 @@ class Lease:
 
     def _write(self, changes: dict[str, Any]) -> None:
         """Raises ValueError or OSError when its storage cannot be used."""
-        record, asked = {**self._record, **changes}, time.monotonic()
+        record, asked = {**self._record, **changes}, _now()
         tag = swap(self.uri, _encode(record), self._tag)
         with self._renewed:
             self._lost = tag is None
@@ -134,10 +137,7 @@ def lease(uri: str, purpose: str, *, times: LeaseTimes | None = None) -> Iterato
     try:
         held = _acquire(uri, purpose, times or TIMES)
     except OSError as error:
-        raise LeaseError(
-            f"the lease {uri} cannot be written ({one_line(error)}). Give leases a directory, s3:// or local, that all "
-            "jobs of this model may write to."
-        ) from error
+        raise unwritable(f"the lease {uri}", error) from error
     held.start()
     try:
         yield held
@@ -145,22 +145,34 @@ def lease(uri: str, purpose: str, *, times: LeaseTimes | None = None) -> Iterato
         held.release()
 
 
+def unwritable(what: str, error: OSError) -> LeaseError:
+    """The error of a place that cannot be used."""
+    return LeaseError(
+        f"{what} cannot be written ({one_line(error)}). Give leases a directory, s3:// or local, that all jobs of this "
+        "model may write to."
+    )
+
+
+def _now() -> float:
+    return time.clock_gettime(CLOCK)
+
+
 def _acquire(uri: str, purpose: str, times: LeaseTimes) -> Lease:
-    deadline, seen, since = time.monotonic() + times.wait, None, 0.0
+    deadline, seen, since = _now() + times.wait, None, 0.0
     record = {
         "holder": f"{socket.gethostname()} process {os.getpid()}", "purpose": purpose, "free": False, "beat": 0,
         "token": secrets.token_hex(8), "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     while True:
-        asked = time.monotonic()
+        asked = _now()
         there = read(uri)
         if there and there.tag != (seen and seen.tag):
             if seen is None and not _is_free(there):
                 logger.info("waiting for the lease %s: %s holds it", uri, _holder(there))
-            seen, since = there, time.monotonic()
+            seen, since = there, _now()
         dead = there is not None and not _is_free(there) and asked - since >= times.stale
         if there is None or _is_free(there) or dead:
-            asked = time.monotonic()
+            asked = _now()
             if tag := swap(uri, _encode(record), there and there.tag):
                 if dead and there:
                     logger.warning(

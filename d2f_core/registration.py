@@ -18,7 +18,7 @@ class RegistrationConfig:
     name: str = "model"
     """Name of the registered model; each call adds a version, unless one with the same content exists."""
     alias: str = "candidate"
-    """Alias to point at this version."""
+    """Alias to point at this version; one that a gate or pipelines.promote moves is refused."""
     experiment: str = ""
     """MLflow experiment of the training's run."""
 
@@ -26,6 +26,11 @@ class RegistrationConfig:
         check_name(self.name)
         if not self.alias:
             raise RegisterError("alias is empty. Use 'candidate'.")
+        if self.alias == "champion":
+            raise RegisterError(
+                "alias='champion' must not be moved by registering, which keeps no way back. Use 'candidate', then a "
+                f"gate or `python -m pipelines.promote emoji-flow --name {self.name} --version N`."
+            )
 
 
 def check_name(name: str) -> None:

@@ -164,6 +164,16 @@ def certain(held: Lease) -> bool:
     return True
 
 
+def test_a_holder_that_slept_is_not_certain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`time.monotonic` stands still while a machine sleeps."""
+    held, clock = leases._acquire(f"{tmp_path}/asleep.json", "x", NEVER), time.clock_gettime
+    held.check()
+    slept = {time.CLOCK_BOOTTIME: 30.0}
+    monkeypatch.setattr(time, "clock_gettime", lambda which: clock(which) + slept.get(which, 0.0))
+    with pytest.raises(LeaseLostError, match="confirms no renewal"):
+        held.check()
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, s3: StackEnv) -> None:
     (tmp_path / "file").write_text("")
     for place in (f"{tmp_path}/file", "s3://no-such-bucket-here"):

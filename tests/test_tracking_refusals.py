@@ -109,6 +109,24 @@ def test_a_directory_that_is_not_there_is_not_registered(tmp_path: Path) -> None
         register_model(HANDLE, new)
 
 
+def test_an_alias_that_promotions_move_is_not_moved_by_registering(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = SimpleNamespace(aliases={"prod": "2"}, tags={"d2f.previous.prod": "1", "d2f.previous.candidate": "1"})
+    version = SimpleNamespace(name="m", version="3", tags={}, run_id="")
+    moved: list[tuple[str, ...]] = []
+    use(
+        monkeypatch, registry, search_registered_models=lambda _: [model], get_registered_model=lambda _: model,
+        search_model_versions=lambda _: [version], set_registered_model_alias=lambda *which: moved.append(which),
+    )  # fmt: skip
+    new = NewVersion(model_dir=tmp_path, name="m", model_type="t", tags={}, description="")
+    with pytest.raises(TrackingError, match=r"'prod': promotions move m@prod, .*such as candidate, .*--alias prod"):
+        register_model(HANDLE, new, alias="prod")
+    for alias in ("candidate", "mine"):
+        register_model(HANDLE, new, alias=alias)
+    assert moved == [("m", "candidate", "3"), ("m", "mine", "3")]
+
+
 @pytest.mark.parametrize(
     ("status", "source", "message"),
     [

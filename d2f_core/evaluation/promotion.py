@@ -26,7 +26,7 @@ class Promotion:
 
     @property
     def unknown(self) -> bool:
-        """Whether registry or storage did not answer, so that the alias may have moved or not."""
+        """Whether registry or storage did not answer: the same command goes on from there."""
         return isinstance(self.error, UnreachableError)
 
 
@@ -46,7 +46,9 @@ def check_may_promote(pins: Pins, output: str, *, alias: str, flags: str = "") -
         return
     if pins.champion_at_start not in (None, pins.candidate):
         _check_compared(pins, alias, flags)
-    if not file_exists(join(output, PINS_NAME)):  # else its results may be there, and are written with the reason
+    # A mark of the version that the alias names is a killed rollback's. Where pins are, results may be, too, and are
+    # written with the reason.
+    if pins.champion_at_start != pins.candidate and not file_exists(join(output, PINS_NAME)):
         _check_not_rolled_back(name, version, alias)
     check_leases(name, output=output)
 
@@ -59,13 +61,16 @@ def promote_candidate(pins: Pins, output: str, *, alias: str, flags: str = "") -
         output, flags: as of `check_may_promote`.
     """
     name, version = registered_name(pins.candidate), _version(pins.candidate)
+    held: HeldAlias | None = None
     try:
         with holding(name, alias, f"promote {name}@{alias} to version {version}, by a gate", output=output) as held:
             text = _promote(held, pins, alias, flags)
     except ValueError as error:
-        reason = str(error).rstrip(".")
-        if isinstance(error, UnreachableError):
+        reason, unreachable = str(error).rstrip("."), isinstance(error, UnreachableError)
+        if unreachable and held and held.move_requested:
             text = f"Unknown whether {name}@{alias} moved to version {version}: {reason}"
+        elif unreachable:  # of an earlier run that was killed here, this one knows nothing
+            text = f"Not promoted: this run did not ask {name}@{alias} to move: {reason}"
         else:
             text = f"Not promoted: {reason}"
         logger.error("%s", text)

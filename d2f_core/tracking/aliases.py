@@ -1,7 +1,8 @@
 """Aliases of registered versions, moved by one job at a time, with the history that rollbacks need.
 
 Every step can be killed: the history is written before a promotion and after a rollback moves the alias, and whoever
-reads it passes over entries that equal the version which the alias names.
+reads it passes over entries that equal the version which the alias names. A rollback marks the version before the alias
+leaves it, so that a version which the alias names is marked untruly: whatever moves the alias next corrects that.
 """
 
 import contextlib
@@ -10,11 +11,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from d2f_core.lease import Lease
 from d2f_core.storage import check_reachable
-from d2f_core.tracking.lease_places import alone, find_leases
+from d2f_core.tracking.lease_places import ModelLease, alone, find_leases
 from d2f_core.tracking.logged_models import READY
-from d2f_core.tracking.registry import ModelVersionInfo, find_version, version_info
+from d2f_core.tracking.registry import PREVIOUS_TAG, ModelVersionInfo, find_version, registered_model, version_info
 from d2f_core.tracking.server import TrackingError, UnreachableTrackingError, attempt, client_for, tracking_uri
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHAMPION = "champion"
-PREVIOUS_TAG = "d2f.previous."
-"""Prefix of a registered model's tag, followed by the alias; the tag lists the alias's previous versions, oldest
-first."""
 ROLLED_BACK_TAG = "d2f.rolled_back."
 """Prefix of a version's tag, followed by the alias; its value is the version that the alias went back to."""
 KEPT = 100
@@ -38,7 +35,7 @@ LOGGED_MODEL = re.compile(r"models:/(m-[^/@]+)")
 
 def get_alias(name: str, alias: str) -> str | None:
     """The version that an alias names; None when there is no such alias or model."""
-    model = _registered(client_for(tracking_uri()), name)
+    model = registered_model(client_for(tracking_uri()), name)
     return None if model is None else _named(model, alias)
 
 
@@ -78,8 +75,10 @@ def check_leases(name: str, *, output: str = "", leases: str = "") -> None:
 class HeldAlias:
     """An alias that nobody else moves: its model's lease is held. `holding` makes it."""
 
-    def __init__(self, client: "MlflowClient", name: str, alias: str, lease: Lease) -> None:
+    def __init__(self, client: "MlflowClient", name: str, alias: str, lease: ModelLease) -> None:
         self._client, self._name, self._alias, self._lease = client, name, alias, lease
+        self.move_requested = False
+        """Whether a request that moves it was sent; without an answer it has moved or not."""
 
     def current(self) -> str | None:
         """The version that it names now; None when it names none."""
@@ -90,15 +89,18 @@ class HeldAlias:
 
         Raises:
             TrackingError: MLflow refuses, or somebody who does not keep to leases moves the alias meanwhile.
-            UnreachableTrackingError: MLflow stays away; the alias is moved or not.
+            UnreachableTrackingError: MLflow stays away; the alias is moved or not if that was requested.
             LeaseLostError: likewise.
         """
         model = self._read()
         current, previous = _named(model, self._alias), _previous(model, self._alias)
         if current == version:
             return
-        if current is not None and (kept := [*_without_end(previous, current), current]) != previous:
-            self._remember(kept)
+        if current is not None:
+            named = find_version(self._client, f"models:/{self._name}/{current}")
+            self.forgive(version_info(self._client.tracking_uri, named))  # a rollback of it was killed
+            if (kept := [*_without_end(previous, current), current]) != previous:
+                self._remember(kept)
         self._point_at(version)
         logger.info("%s@%s is now version %s (before: %s)", self._name, self._alias, version, current)
 
@@ -120,8 +122,8 @@ class HeldAlias:
             f"mark version {current}",
             lambda: self._client.set_model_version_tag(self._name, current, key, info.version),
         )
-        self.forgive(info)
         self._point_at(info.version)
+        self.forgive(info)
         self._remember(remaining)
         logger.info("%s@%s is version %s again (before: %s)", self._name, self._alias, info.version, current)
         return info
@@ -143,10 +145,11 @@ class HeldAlias:
         self._write("keep the way back", lambda: self._client.set_registered_model_tag(self._name, key, value))
 
     def _point_at(self, version: str) -> None:
-        self._write(
-            f"set {self._name}@{self._alias}",
-            lambda: self._client.set_registered_model_alias(self._name, self._alias, version),
-        )
+        def move() -> None:
+            self.move_requested = True
+            self._client.set_registered_model_alias(self._name, self._alias, version)
+
+        self._write(f"set {self._name}@{self._alias}", move)
         if (now := self.current()) != version:
             raise TrackingError(
                 f"{self._name}@{self._alias} was set to version {version}, and is {now}: somebody moves it who does "
@@ -187,8 +190,8 @@ def promote(name: str, version: str, alias: str = CHAMPION, *, leases: str = "")
     complete_version(name, version)
     with holding(name, alias, f"promote {name}@{alias} to version {version}", leases=leases) as held:
         info = complete_version(name, version)
-        held.forgive(info)
         held.promote(info.version)
+        held.forgive(info)
     return info
 
 
@@ -211,7 +214,7 @@ def earlier_version(name: str, alias: str = CHAMPION) -> ModelVersionInfo:
 
 def _before(client: "MlflowClient", name: str, alias: str) -> tuple[str, ModelVersionInfo, list[str]]:
     """The version that the alias names, the usable one that it named before, and those before that."""
-    model = _registered(client, name)
+    model = registered_model(client, name)
     current = None if model is None else _named(model, alias)
     if model is None or current is None:
         raise TrackingError(f"There is no {name}@{alias}. Promote a version first.")
@@ -239,14 +242,6 @@ def _without_end(previous: list[str], current: str) -> list[str]:
     while previous[-1:] == [current]:
         previous = previous[:-1]
     return previous
-
-
-def _registered(client: "MlflowClient", name: str) -> "RegisteredModel | None":
-    query = f"name = '{name}'"
-    found = attempt(f"look up {name}", lambda: client.search_registered_models(query))
-    if not found:
-        return None
-    return attempt(f"read {name}", lambda: client.get_registered_model(name))  # a search may omit the aliases
 
 
 def _named(model: "RegisteredModel", alias: str) -> str | None:

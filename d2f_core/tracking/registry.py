@@ -35,11 +35,15 @@ from d2f_core.tracking.server import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 logger = logging.getLogger(__name__)
 
 HASH_TAG = "d2f.content_hash"
+CANDIDATE = "candidate"
+PREVIOUS_TAG = "d2f.previous."
+"""Prefix of a registered model's tag, followed by the alias; the tag lists the alias's previous versions, oldest
+first."""
 MAX_DESCRIPTION_CHARS = 5000
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
@@ -96,14 +100,15 @@ class NewVersion:
                 )
 
 
-def register_model(handle: RunHandle, new: NewVersion, *, alias: str = "candidate") -> ModelVersionInfo:
+def register_model(handle: RunHandle, new: NewVersion, *, alias: str = CANDIDATE) -> ModelVersionInfo:
     """Upload a model directory, register it as a version of the run `handle`, and point `alias` at the version.
 
     Repeating it with the same run and content uploads nothing and returns the same version; a call that was killed is
     completed. The alias is set last, so it never names a partial model.
 
     Raises:
-        TrackingError: the directory does not exist, or MLflow cannot be reached or refuses a request.
+        TrackingError: the directory does not exist, the alias is one that promotions move, or MLflow cannot be reached
+            or refuses a request.
     """
     with tempfile.TemporaryDirectory() as scratch:
         directory = _local(new.model_dir, Path(scratch, "model"))
@@ -111,6 +116,7 @@ def register_model(handle: RunHandle, new: NewVersion, *, alias: str = "candidat
             raise TrackingError(f"{str(new.model_dir)!r} is not a directory. Give that of an exported model.")
         content_hash = hash_directory(directory)
         client = client_for(handle.tracking_uri)
+        _check_not_promoted(client, new.name, alias)
         version = _find_version(client, handle, new.name, content_hash)
         if version is None:
             tags = {**new.tags, HASH_TAG: content_hash}
@@ -119,6 +125,26 @@ def register_model(handle: RunHandle, new: NewVersion, *, alias: str = "candidat
     info = version_info(handle.tracking_uri, version)
     logger.info("registered %s@%s as version %s: %s", new.name, alias, info.version, info.url)
     return info
+
+
+def _check_not_promoted(client: "MlflowClient", name: str, alias: str) -> None:
+    """Raise TrackingError for an alias with a way back: registering would move it without a lease, and lose that."""
+    model = None if alias == CANDIDATE else registered_model(client, name)
+    if model and PREVIOUS_TAG + alias in model.tags:
+        raise TrackingError(
+            f"alias={alias!r}: promotions move {name}@{alias}, and registering must not. Register with another alias, "
+            f"such as {CANDIDATE}, then run `python -m pipelines.promote emoji-flow --name {name} --alias {alias} "
+            "--version N`."
+        )
+
+
+def registered_model(client: "MlflowClient", name: str) -> "RegisteredModel | None":
+    """With its aliases and tags; None when there is none of that name."""
+    query = f"name = '{name}'"
+    found = attempt(f"look up {name}", lambda: client.search_registered_models(query))
+    if not found:
+        return None
+    return attempt(f"read {name}", lambda: client.get_registered_model(name))  # a search may omit the aliases
 
 
 def _create_version(client: "MlflowClient", handle: RunHandle, new: NewVersion) -> "ModelVersion":

@@ -17,6 +17,7 @@ from d2f_core.tracking.server import UnreachableTrackingError
 
 AUTO = Pins(candidate="models:/m/2", champion="models:/m/1", base="", champion_at_start="models:/m/1")
 FIRST = Pins(candidate="models:/m/2", champion="", base="", champion_at_start="")
+AWAY, LOST = UnreachableTrackingError("MLflow could not x."), LeaseLostError("the lease was lost.")
 OTHER = Pins(candidate="models:/m/2", champion="/elsewhere", base="", champion_at_start="models:/m/1")
 
 
@@ -27,7 +28,7 @@ class Registry:
         self.names: str | None = "1"
         self.marks: dict[str, str] = {}
         self.trouble: Exception | None = None
-        self.held = False
+        self.held = self.move_requested = False
 
     @contextlib.contextmanager
     def holding(self, name: str, alias: str, purpose: str, *, output: str) -> Iterator["Registry"]:
@@ -117,23 +118,35 @@ def test_a_version_that_was_rolled_back_from_is_not_promoted_by_a_gate(registry:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "text"),
+    ("trouble", "requested", "text"),
     [
-        (
-            UnreachableTrackingError("MLflow could not x."),
-            "Unknown whether m@champion moved to version 2: MLflow could",
-        ),
-        (LeaseLostError("the lease was lost."), "Unknown whether m@champion moved to version 2: the lease was lost"),
-        (LeaseError("the lease x was held."), "Not promoted: the lease x was held"),
-        (TrackingError("MLflow refused."), "Not promoted: MLflow refused"),
+        (AWAY, True, "Unknown whether m@champion moved to version 2: MLflow could not x"),
+        (LOST, True, "Unknown whether m@champion moved to version 2: the lease was lost"),
+        (AWAY, False, "Not promoted: this run did not ask m@champion to move: MLflow could not x"),
+        (LOST, False, "Not promoted: this run did not ask m@champion to move: the lease was lost"),
+        (LeaseError("the lease x was held."), False, "Not promoted: the lease x was held"),
+        (TrackingError("MLflow refused."), True, "Not promoted: MLflow refused"),
     ],
 )
 def test_what_a_registry_answers_or_does_not_is_said_and_kept_for_later(
-    registry: Registry, trouble: ValueError, text: str
+    registry: Registry, trouble: ValueError, requested: bool, text: str
 ) -> None:
-    registry.trouble = trouble
+    registry.trouble, registry.move_requested = trouble, requested
+    assert promoted(AUTO) == Promotion(text=text, error=trouble)
+
+
+def test_a_lease_whose_storage_is_away_is_known_to_have_moved_nothing(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def away(*_: str, **__: str) -> Iterator[Registry]:
+        raise AWAY
+        yield registry
+
+    monkeypatch.setattr(promotion, "holding", away)
     found = promoted(AUTO)
-    assert found.text.startswith(text) and found.error is trouble and found.unknown == text.startswith("Unknown")
+    assert found.text == "Not promoted: this run did not ask m@champion to move: MLflow could not x"
+    assert found.error is AWAY and found.unknown, "it is raised, and the same command goes on"
 
 
 def test_what_could_not_be_promoted_is_refused_before_anything_is_measured(
@@ -155,6 +168,7 @@ def test_what_could_not_be_promoted_is_refused_before_anything_is_measured(
     registry.marks = {"champion": "1"}
     with pytest.raises(PinError, match="was rolled back from"):
         check(AUTO)
+    check(Pins(candidate="models:/m/1", champion="", base="", champion_at_start="models:/m/1"))  # marked, and reigns
     (tmp_path / PINS_NAME).write_text(json.dumps({"candidate": "models:/m/2"}))
     check(AUTO)  # measured before it was rolled back from: its report is to say so
 

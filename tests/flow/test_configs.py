@@ -58,6 +58,12 @@ def test_flags_and_yaml_tell_the_work_before_the_pool(kind: type[Any]):
         (EvaluateDepthConfig, {"replicates": 19}, DepthEvaluationError, "replicates=19 must be at least 20"),
         (EvaluateDepthConfig, {"shown": 0}, DepthEvaluationError, "shown=0 at least 1"),
         (RegisterConfig, {"alias": ""}, RegisterError, "alias is empty. Use 'candidate'"),
+        (
+            RegisterConfig,
+            {"alias": "champion"},
+            RegisterError,
+            "'champion' must not be moved by .* Use 'candidate', .*pipelines.promote",
+        ),
         (RegisterConfig, {"name": "a/b"}, RegisterError, "name='a/b' must not be empty or hold any of / @ :"),
         (RegisterConfig, {"name": ""}, RegisterError, "name='' must not be empty"),
         (PromoteConfig, {"name": "it's"}, RegisterError, 'name="it\'s" must not .* Choose another'),

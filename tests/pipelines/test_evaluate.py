@@ -271,7 +271,9 @@ def test_a_registry_that_does_not_answer_loses_no_results_and_the_same_command_g
         with here(), pytest.raises(UnreachableTrackingError, match="the same command goes on from there"):
             evaluate(check_evaluate(config))
         found = json.loads(read_bytes(output))
-        assert found["promotion"].startswith(f"Unknown whether {NAME}@champion moved to version 2: MLflow could not")
+        assert found["promotion"].startswith(
+            f"Not promoted: this run did not ask {NAME}@champion to move: MLflow could"
+        )
         assert found["metrics"] == before["metrics"] and found["gate"]["verdict"]["passed"]
     monkeypatch.undo()
     with here(), pytest.raises(PinError, match="was rolled back from"):

@@ -27,8 +27,8 @@ class PromoteConfig:
     """Point the alias back at the version before the one that it names; repeating it goes back further."""
     leases: str = ""
     """Directory (s3:// or local) of the lease by which one job at a time moves the aliases. All jobs that promote
-    versions of this model use it from now on: give it while none of them runs. Empty: the model's own, beside the
-    outputs of its first training."""
+    versions of this model use it from now on: give it while none of them runs. A local one serves the machines that
+    share it. Empty: the model's own, beside the outputs of its first training."""
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -195,7 +195,7 @@ class Alias:
     """`m@champion`, whose lease is held."""
 
     def __init__(self, files: Path) -> None:
-        self.named, self.files, self.away = [1], files, False
+        self.named, self.files, self.away, self.move_requested = [1], files, False, True
 
     def current(self) -> str:
         return str(self.named[-1])
