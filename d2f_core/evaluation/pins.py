@@ -51,7 +51,7 @@ def pin_models(output: str, *, candidate: str, champion: str, champion_alias: st
         base: a URI, or "" for none.
 
     Raises:
-        PinError: the output evaluates another candidate or base, or its record of them is damaged.
+        PinError: the output evaluates another candidate, champion or base, or its record of them is damaged.
         TrackingError: a version does not exist.
     """
     at_start = _aliased(candidate, champion_alias)
@@ -73,7 +73,17 @@ def pin_models(output: str, *, candidate: str, champion: str, champion_alias: st
         if (old := getattr(there, role)) != (new := getattr(pinned, role)):
             raise PinError(f"{output!r} evaluates the {role} {old!r}, not {new!r}. Give another output.")
     # The champion may have moved since, even to this candidate; the comparison keeps the champion it began with.
+    if not (champion == AUTO or there.champion == compared or _moved(champion, there.champion)):
+        raise PinError(
+            f"{output!r} compares with {there.champion or 'no champion'}, not with {compared or 'no champion'}. Leave "
+            "the champion's flag out to go on with that, or give another output."
+        )
     return there
+
+
+def _moved(champion: str, pinned: str) -> bool:
+    """Whether a champion given by alias may have been the pinned version when the evaluation began."""
+    return "@" in champion and registered_name(champion) == registered_name(pinned) != ""
 
 
 def _read_pins(place: str) -> Pins:

@@ -19,12 +19,28 @@ def pinned(output: Path, **changes: str) -> Pins:
 def test_the_champion_stays_the_one_that_the_evaluation_began_with(tmp_path: Path) -> None:
     text = json.dumps(STORED, indent=1)
     (tmp_path / PINS_NAME).write_text(text)
-    there = pinned(tmp_path, champion="/models/newer")
-    assert there == Pins(**STORED) and there.to_json().decode() == text
+    there = pinned(tmp_path, champion="auto")
+    assert there == pinned(tmp_path) == Pins(**STORED) and there.to_json().decode() == text
     keep_pins(str(tmp_path), there)
     assert (tmp_path / PINS_NAME).read_text() == text
     with pytest.raises(PinError, match="evaluates the base '/models/base', not ''"):
         pinned(tmp_path, base="")
+
+
+def test_another_champion_than_the_output_began_with_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate would move the alias that names the one, by a comparison with the other."""
+    monkeypatch.setattr(pins, "get_alias", lambda name, alias: "3")
+    monkeypatch.setattr(pins, "pin_model", lambda uri: uri.replace("@champion", "/4"))
+    began = pinned(tmp_path, candidate="models:/m/4", champion="auto")
+    keep_pins(str(tmp_path), began)
+    for champion in ("/models/weak", "models:/m/2", "models:/other@champion", ""):
+        with pytest.raises(PinError, match=r"compares with models:/m/3, not with .*or give another output"):
+            pinned(tmp_path, candidate="models:/m/4", champion=champion)
+    # As it began, by its number or by an alias that has moved since.
+    for champion in ("models:/m/3", "models:/m@champion", "auto"):
+        assert pinned(tmp_path, candidate="models:/m/4", champion=champion) == began
 
 
 def test_the_version_that_the_alias_names_is_pinned_whatever_is_compared(

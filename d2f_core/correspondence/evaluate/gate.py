@@ -8,13 +8,18 @@ sqrt(3) times as wide as need be.
 Source: the pigeonhole bootstrap, Owen, 2007, https://doi.org/10.1214/07-AOAS122.
 """
 
+import logging
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from d2f_core.correspondence import pck
+from d2f_core.correspondence.evaluate.answers import EXACT, FLOOR
 from d2f_core.correspondence.evaluate.config import (
     CHAMPION,
     EvaluateMatchesConfig,
@@ -25,9 +30,15 @@ from d2f_core.correspondence.evaluate.config import (
 from d2f_core.correspondence.evaluate.measure import Measured
 from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.estimates import Estimate
-from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare
-from d2f_core.evaluation.pins import Pins, pin_models
+from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare, detectable_difference
+from d2f_core.evaluation.pins import Pins, pin_models, registered_name
+from d2f_core.evaluation.promotion import Promotion, promote_candidate
 from d2f_core.tracking import pin_model
+
+logger = logging.getLogger(__name__)
+
+FLAGS = "gate."
+"""Prefix of the gate's flags."""
 
 
 def pinned(config: EvaluateMatchesConfig) -> tuple[EvaluateMatchesConfig, Pins | None]:
@@ -53,6 +64,51 @@ def pinned(config: EvaluateMatchesConfig) -> tuple[EvaluateMatchesConfig, Pins |
     return replace(config, matchers=tuple(matchers), uris=(), gate=gate), pins
 
 
+def gate(
+    config: EvaluateMatchesConfig,
+    pins: Pins,
+    measured: Mapping[tuple[str, str], Measured],
+    images: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """The gate's verdict on the candidate, as JSON values; nothing is promoted yet.
+
+    Args:
+        images: keys of each pair's source and target.
+    """
+    rules = config.gate
+    names = [*([CHAMPION] if (CHAMPION, EXACT) in measured else []), *rules.must_beat]
+    verdict = judge(
+        rules,
+        measured[rules.candidate, EXACT],
+        {name: measured[name, EXACT] for name in names},
+        {name: each for (name, decoding), each in measured.items() if decoding == FLOOR},
+        images=images,
+        replicates=config.replicates,
+        seed=config.seed,
+    )
+    if pins.champion == pins.candidate:
+        verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
+    logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
+    if verdict.power:
+        logger.info("gate: %s", verdict.power)
+    return {
+        "candidate": pins.candidate,
+        "champion": pins.champion,
+        "verdict": verdict.to_json(),
+        "promotion": None,
+        "refused": None,
+    }
+
+
+def promote(config: EvaluateMatchesConfig, pins: Pins, found: dict[str, Any]) -> Promotion | None:
+    """Promote a candidate that passed, if it is a registered version, and add to `gate`'s findings what came of it."""
+    if not (found["verdict"]["passed"] and config.gate.promote and registered_name(pins.candidate)):
+        return None
+    promotion = promote_candidate(pins, config.output, alias=config.gate.champion_alias, flags=FLAGS)
+    found |= {"promotion": promotion.text, "refused": str(promotion.error) if promotion.error else None}
+    return promotion
+
+
 def judge(
     config: MatcherGateConfig,
     candidate: Measured,
@@ -75,6 +131,7 @@ def judge(
     mine = estimate(candidate, config, draws)
     rules = [
         _enough(config, len(images)),
+        _answered(config, candidate),
         *(_rule(config, mine, estimate(each, config, draws), name) for name, each in {**floors, **others}.items()),
     ]
     broken = [rule.rule for rule in rules if not rule.holds]
@@ -85,12 +142,43 @@ def judge(
     )
 
 
+def expected_power(config: MatcherGateConfig, images: Sequence[tuple[str, str]]) -> str:
+    """What the pairs will see at least, before anything is measured, in one line; empty where no bound is known.
+
+    Args:
+        images: as of `judge`.
+    """
+    if config.average != "image" or not config.confident:
+        return ""
+    largest = min(1.0, detectable_difference(spread_bound(images), config.confidence))
+    return (
+        f"{len(images):,} pairs of {_images(images):,} images will see a difference of at most {100 * largest:.0f} "
+        f"points of {config.metric} in {100 * POWER:.0f} of 100 evaluations, most often a far smaller one"
+    )
+
+
+def spread_bound(images: Sequence[tuple[str, str]]) -> float:
+    """Largest standard deviation that the bootstrap can find in the difference of two means over the pairs.
+
+    A pair's difference lies in [-1, 1], and the covariance of how often two pairs are drawn is 3 for the same two
+    images, 1 for pairs that share one, and about 0 for others. Where all images are in equally many of many pairs, this
+    is 2 / sqrt(images); matchers that are right and wrong on about the same images differ by far less.
+    """
+    shared = Counter(name for pair in images for name in pair)
+    same = Counter(map(frozenset, images))
+    return math.sqrt(sum(count**2 for count in (*shared.values(), *same.values()))) / len(images)
+
+
+def _images(images: Sequence[tuple[str, str]]) -> int:
+    return len({name for pair in images for name in pair})
+
+
 def _seen(config: MatcherGateConfig, rules: Sequence[RuleResult], images: Sequence[tuple[str, str]]) -> str:
     """What the pairs can see, of the comparison that can see least."""
     sizes = [rule.detectable for rule in rules if rule.detectable]
     if not sizes:
         return ""
-    count = len({name for pair in images for name in pair})
+    count = _images(images)
     return (
         f"{len(images)} pairs of {count} images see a difference of {100 * max(sizes):.1f} points of {config.metric} "
         f"in {100 * POWER:.0f} of 100 evaluations; half of it takes {4 * count:,} images"
@@ -102,6 +190,14 @@ def _enough(config: MatcherGateConfig, pairs: int) -> RuleResult:
     return RuleResult(
         rule=f"at least {config.least_pairs} pairs are compared ({pairs})", holds=pairs >= config.least_pairs,
         metric=config.metric,
+    )  # fmt: skip
+
+
+def _answered(config: MatcherGateConfig, candidate: Measured) -> RuleResult:
+    missing, points = int(candidate.missing.sum()), len(candidate.missing)
+    return RuleResult(
+        rule=f"no answer of the candidate is missing ({missing} of {points} points)", holds=not missing,
+        metric=config.metric, candidate=float(missing), bound=0.0,
     )  # fmt: skip
 
 

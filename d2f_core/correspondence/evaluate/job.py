@@ -4,7 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,9 @@ from d2f_core.correspondence.artifact import describe_matcher
 from d2f_core.correspondence.evaluate.actor import MatchScorer, groups
 from d2f_core.correspondence.evaluate.answers import ALIGNED, EXACT, FLOOR, claim_output, missing, read_answers
 from d2f_core.correspondence.evaluate.chunks import cut
-from d2f_core.correspondence.evaluate.config import CHAMPION, EvaluateMatchesConfig, EvaluateMatchesError
+from d2f_core.correspondence.evaluate.config import EvaluateMatchesConfig, EvaluateMatchesError
 from d2f_core.correspondence.evaluate.floors import floors
-from d2f_core.correspondence.evaluate.gate import judge, pinned
+from d2f_core.correspondence.evaluate.gate import FLAGS, expected_power, gate, pinned, promote
 from d2f_core.correspondence.evaluate.hog import NAME as HOG
 from d2f_core.correspondence.evaluate.images import images_digest, read_contents, split_usable
 from d2f_core.correspondence.evaluate.matchers import describe_choice
@@ -36,16 +36,14 @@ from d2f_core.correspondence.evaluate.view_pairs import pairs_of_views, read_vie
 from d2f_core.data.quarantine import BadSample, write_quarantine
 from d2f_core.data.sources.pair_sample import PairSample
 from d2f_core.data.sources.pairs import read_pairs
-from d2f_core.evaluation.pins import Pins, keep_pins, registered_name
-from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
+from d2f_core.evaluation.pins import keep_pins
+from d2f_core.evaluation.promotion import Promotion, check_may_promote
 from d2f_core.evaluation.record import log_evaluation, write_files
 from d2f_core.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 POINTS, SCORES, REPORT = "points.parquet", "scores.json", "report.html"
-FLAGS = "gate."
-"""Prefix of the gate's flags."""
 NAMED = 3
 """Of the pairs that cannot be used so many are logged; all are in the ledger."""
 
@@ -127,70 +125,32 @@ def evaluate_matches(config: EvaluateMatchesConfig) -> dict[str, Any]:
     pairs = loaded.pairs
     sizes = {name: getattr(config, name) for name in ("batch_size", "chunk_size", "pose_align")}
     claim_output(config.output, matchers, pairs, images=loaded.images, **sizes)
+    images = [(image.key, other.key) for image, other in map(both, pairs)]
     if pins:
         keep_pins(config.output, pins)
+        if expected := expected_power(config.gate, images):
+            logger.info("gate: %s", expected)
     measured = measure_all(config, pairs)
+    asked = {"alphas": config.alphas, "replicates": config.replicates, "seed": config.seed}
     table = [
-        {
-            "name": name,
-            "decoding": decoding,
-            **scores(each, config.alphas, replicates=config.replicates, seed=config.seed),
-        }
-        for (name, decoding), each in measured.items()
+        {"name": name, "decoding": decoding, **scores(each, **asked)} for (name, decoding), each in measured.items()
     ]
     result: dict[str, Any] = {
         "alphas": list(config.alphas), "pairs": len(pairs), "left_out": loaded.left_out,
         "labels": {ALIGNED: LABELS} if config.pose_align else {}, "rows": table,
     }  # fmt: skip
-    promotion = None
     if pins:
-        images = [(image.key, other.key) for image, other in map(both, pairs)]
-        result["gate"], promotion = gate(config, pins, measured, images)
+        result["gate"] = gate(config, pins, measured, images)
     write_quarantine(config.output, loaded.ledger)
-    write(config, result, pairs, measured, promotion)
+    shown = chosen_pairs(config, pairs, measured)
+    # All that may fail comes before the promotion: the alias of a candidate whose files cannot be made does not move.
+    write_files(config.output, {POINTS: points_file(measured)})
+    result_files(config, result, shown)
+    promotion = promote(config, pins, result["gate"]) if pins else None
+    write(config, result, shown, promotion)
     if promotion and promotion.error:
         raise promotion.error
     return result
-
-
-def gate(
-    config: EvaluateMatchesConfig,
-    pins: Pins,
-    measured: Mapping[tuple[str, str], Measured],
-    images: Sequence[tuple[str, str]],
-) -> tuple[dict[str, Any], Promotion | None]:
-    """The gate's verdict on the candidate, which is promoted if it passes; and what came of that.
-
-    Args:
-        images: keys of each pair's source and target.
-    """
-    rules = config.gate
-    names = [*([CHAMPION] if (CHAMPION, EXACT) in measured else []), *rules.must_beat]
-    verdict = judge(
-        rules,
-        measured[rules.candidate, EXACT],
-        {name: measured[name, EXACT] for name in names},
-        {name: each for (name, decoding), each in measured.items() if decoding == FLOOR},
-        images=images,
-        replicates=config.replicates,
-        seed=config.seed,
-    )
-    if pins.champion == pins.candidate:
-        verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
-    moves = verdict.passed and rules.promote and bool(registered_name(pins.candidate))
-    logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
-    # Before the files are written, so that they say what is.
-    promotion = None
-    if moves:
-        promotion = promote_candidate(pins, config.output, alias=rules.champion_alias, flags=FLAGS)
-    found = {
-        "candidate": pins.candidate,
-        "champion": pins.champion,
-        "verdict": verdict.to_json(),
-        "promotion": promotion and promotion.text,
-        "refused": str(promotion.error) if promotion and promotion.error else None,
-    }
-    return found, promotion
 
 
 def measure_all(config: EvaluateMatchesConfig, pairs: Sequence[PairSample]) -> dict[tuple[str, str], Measured]:
@@ -213,26 +173,35 @@ def measure_all(config: EvaluateMatchesConfig, pairs: Sequence[PairSample]) -> d
     return measured | {(names[number], decoding): each for (number, decoding), each in answers.items()}
 
 
+def points_file(measured: Mapping[tuple[str, str], Measured]) -> bytes:
+    points = pa.concat_tables([point_table(name, decoding, each) for (name, decoding), each in measured.items()])
+    sink = io.BytesIO()
+    pq.write_table(points, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def result_files(
+    config: EvaluateMatchesConfig, result: Mapping[str, Any], shown: Mapping[str, Sequence[Shown]]
+) -> dict[str, bytes]:
+    """Scores and report, by name."""
+    source, last = config.views.views or config.pairs.uri, config.compared[-1].name
+    page = render_report(result, shown, source=source, model=last)
+    return {SCORES: json.dumps(result, indent=1, allow_nan=False).encode(), REPORT: page.encode()}
+
+
 def write(
     config: EvaluateMatchesConfig,
     result: Mapping[str, Any],
-    pairs: Sequence[PairSample],
-    measured: Mapping[tuple[str, str], Measured],
+    shown: Mapping[str, Sequence[Shown]],
     promotion: Promotion | None,
 ) -> None:
-    """Write the files, and log the run.
+    """Write scores and report, and log the run.
 
     Raises:
         UnreachableError: what the promotion ended in, once the files are written; MLflow would be asked in vain.
     """
-    points = pa.concat_tables([point_table(name, decoding, each) for (name, decoding), each in measured.items()])
-    sink = io.BytesIO()
-    pq.write_table(points, sink, compression="zstd")
-    last = config.compared[-1].name
-    shown = shown_pairs(pairs, measured[last, EXACT], measured["box copy", FLOOR], config.shown, config.seed)
-    page = render_report(result, shown, source=config.views.views or config.pairs.uri, model=last)
-    files = {SCORES: json.dumps(result, indent=1).encode(), REPORT: page.encode()}
-    write_files(config.output, {POINTS: sink.getvalue(), **files})
+    files = result_files(config, result, shown)
+    write_files(config.output, files)
     if promotion and promotion.error and promotion.unknown:
         raise promotion.error
     values = {
@@ -242,10 +211,18 @@ def write(
     }
     tags = {"d2f.pairs": config.views.views or config.pairs.uri}
     log_evaluation(
-        config, name=f"evaluate {last}", tags=tags, metrics={}, counts=(), files=files,
+        config, name=f"evaluate {config.compared[-1].name}", tags=tags, metrics={}, counts=(), files=files,
         values={name.replace(" ", "_").replace("+", "and"): value for name, value in values.items()},
     )  # fmt: skip
     logger.info("wrote %s", storage.join(config.output, REPORT))
+
+
+def chosen_pairs(
+    config: EvaluateMatchesConfig, pairs: Sequence[PairSample], measured: Mapping[tuple[str, str], Measured]
+) -> dict[str, list[Shown]]:
+    """Drawings of pairs with the answers of the last matcher."""
+    last = measured[config.compared[-1].name, EXACT]
+    return shown_pairs(pairs, last, measured["box copy", FLOOR], config.shown, config.seed)
 
 
 def shown_pairs(

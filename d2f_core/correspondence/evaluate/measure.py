@@ -35,7 +35,8 @@ class Measured:
 
     matches: pck.Matches
     confidence: Tensor
-    """[points]"""
+    """[points]; NaN where the matcher gave no answer, or a number that is not finite: such a point counts as wrong, and
+    is placed out of reach of the true one."""
     partner: Tensor
     """[points, 2]: where the point's flip partner is in the target; NaN when there is none."""
     keypoint: Tensor
@@ -47,6 +48,11 @@ class Measured:
     """[pairs]: angle between the views in degrees; NaN where it is not known."""
     flipped: Tensor
     """bool [pairs]: whose source was mirrored to be matched."""
+
+    @property
+    def missing(self) -> Tensor:
+        """bool [points]: which were not answered."""
+        return self.confidence.isnan()
 
 
 class EmbeddedImages:
@@ -138,7 +144,8 @@ def asked_points(pair: PairSample) -> Tensor:
 def gather(
     pairs: Sequence[PairSample], predicted: Tensor, confidence: Tensor, flipped: Tensor | None = None
 ) -> Measured:
-    """The predictions of all visible keypoints of pairs, one pair after another, beside what is true.
+    """The predictions of all visible keypoints of pairs, one pair after another, beside what is true; an answer with a
+    number that is not finite is a missing one.
 
     Args:
         predicted: [points, 2].
@@ -150,17 +157,24 @@ def gather(
     points = [_truth(pair) for pair in pairs]
     truth, partner, keypoint = (torch.cat(parts) for parts in zip(*points, strict=True))
     targets = [both(pair)[1] for pair in pairs]
+    of_point = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(each[0]) for each in points]))
+    size, box = (
+        torch.tensor([getattr(target, name) for target in targets], dtype=torch.float64) for name in ("size", "box")
+    )
+    answered = predicted.isfinite().all(dim=1) & confidence.isfinite()
+    # Two lengths of the longest side below the truth: wrong in every frame, whose lengths are scaled as heights are.
+    beyond = truth + torch.stack([truth.new_zeros(len(truth)), 2 * torch.cat([size, box], 1).amax(1)[of_point]], dim=1)
     matches = pck.Matches(
-        predicted=predicted.double(),
+        predicted=predicted.double().where(answered[:, None], beyond),
         truth=truth,
-        pair=torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(each[0]) for each in points])),
-        size=torch.tensor([target.size for target in targets], dtype=torch.float64),
-        box=torch.tensor([target.box for target in targets], dtype=torch.float64),
+        pair=of_point,
+        size=size,
+        box=box,
         category=torch.tensor([number[pair.category] for pair in pairs]),
     )
     return Measured(
         matches=matches,
-        confidence=confidence.float(),
+        confidence=confidence.float().where(answered, torch.nan),
         partner=partner,
         keypoint=keypoint,
         pair_ids=tuple(str(pair.pair_id) for pair in pairs),

@@ -109,6 +109,12 @@ class DepthGateConfig:
     """Ask it of the worse end of the paired difference's interval, not only of the value."""
     confidence: float = since(0.99, before=0.99)
     """One-sided confidence of each comparison: of equal models, the share 1 - confidence passes."""
+    detect: float = since(0.1, before=0.1)
+    """Difference, as a share of the other's value, for which the verdict says how many images it takes to see it in
+    nine of ten evaluations."""
+    unequal_settings: bool = since(False, before=False)
+    """Judge a candidate whose predictions were made with other settings (steps, solver, ensemble, resolution, ...) than
+    the champion's or those of `must_beat`; otherwise it does not pass."""
     promote: bool = True
     """Move the champion's alias to a candidate that passes, when it is a registered version."""
     champion_alias: str = "champion"
@@ -117,6 +123,8 @@ class DepthGateConfig:
         parse_metric(self.metric)
         if not 0.5 < self.confidence < 1:
             raise DepthEvaluationError(f"gate.confidence={self.confidence} must lie between 0.5 and 1. Use 0.99.")
+        if self.detect <= 0:
+            raise DepthEvaluationError(f"gate.detect={self.detect} must be above 0. 0.1 is a tenth of the other's.")
         if not 0 <= self.tolerance < 1:
             raise DepthEvaluationError(f"gate.tolerance={self.tolerance} must lie from 0 to below 1. Use 0.")
         if self.least_images < 1 or self.most_failed < 0:

@@ -26,7 +26,7 @@ from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, EvaluateDep
 from d2f_core.flow.depth.error_parts import ErrorParts, place_of
 from d2f_core.flow.depth.errors import estimate_metric, mean_depth
 from d2f_core.flow.depth.figures import draw_errors, draw_maps
-from d2f_core.flow.depth.gate import GatePlan, gate, plan_gate
+from d2f_core.flow.depth.gate import GatePlan, expected_power, gate, plan_gate, promote
 from d2f_core.flow.depth.map_index import MapIndex, read_maps
 from d2f_core.flow.depth.metrics import METRICS
 from d2f_core.flow.depth.protocol import Protocol
@@ -112,9 +112,12 @@ def check_evaluate_depth(config: EvaluateDepthConfig) -> EvaluateDepthJob:
         "predictors": [list(each) for each in measured(maps)], **asdict(protocol),
         "resolution": max(one.resolution for one in maps), "rows_per_part": config.rows_per_part,
     }  # fmt: skip
+    plan = plan_gate(config, place_of(config.output, identity), models, maps)
+    if plan:
+        logger.info("gate: %s", expected_power(config.gate, truth.num_rows))
     return EvaluateDepthJob(
         config=config, truth=truth, trained_on=trained_on, models=models, maps=tuple(maps), protocol=protocol,
-        identity=identity, gate=plan_gate(config, place_of(config.output, identity), models, maps),
+        identity=identity, gate=plan,
     )  # fmt: skip
 
 
@@ -143,11 +146,14 @@ def evaluate_depth(job: EvaluateDepthJob) -> dict[str, Any]:
         )
     metrics = {name: _estimated(job, parts, name, complete) for name in METRICS}
     results = {**_results(job, metrics, int(complete.sum()), left_out), "errors": parts.errors}
-    promotion: Promotion | None = None
     if job.gate:
         values = parts.column(job.gate.metric, len(job.predictors))
-        results["gate"], promotion = gate(job.config, job.gate, parts.uri, values, job.predictors)
-    _store(job, results, metrics, np.flatnonzero(complete)[: job.config.shown], promotion)
+        results["gate"] = gate(job.config, job.gate, values, job.predictors)
+    # All that may fail comes before the promotion: the alias of a candidate whose files cannot be made does not move.
+    pictures = _pictures(job, results, metrics, np.flatnonzero(complete)[: job.config.shown])
+    _to_json(results)
+    promotion = promote(job.config, job.gate, parts.uri, results["gate"]) if job.gate else None
+    _store(job, results, metrics, pictures, promotion)
     if promotion and promotion.error:
         raise promotion.error
     return results
@@ -220,11 +226,24 @@ def in_words(results: Mapping[str, Any]) -> str:
     return f"{results['images']} images{left_out}, truth {truth}; {results['protocol']}"
 
 
+def _pictures(
+    job: EvaluateDepthJob, results: Mapping[str, Any], metrics: Mapping[str, Metric], rows: np.ndarray
+) -> dict[str, bytes]:
+    """The figure, and the sheet of these rows of the truth, by name."""
+    title = in_words(results)
+    shown = shown_maps(job.config.truth, job.truth, rows, job.maps, job.protocol)
+    return {FIGURE_NAME: draw_errors(metrics, title), SHEET_NAME: draw_maps(shown, title, job.protocol)}
+
+
+def _to_json(results: Mapping[str, Any]) -> bytes:
+    return json.dumps(results, indent=1, allow_nan=False).encode()
+
+
 def _store(
     job: EvaluateDepthJob,
-    results: dict[str, Any],
+    results: Mapping[str, Any],
     metrics: Mapping[str, Metric],
-    rows: np.ndarray,
+    pictures: Mapping[str, bytes],
     promotion: Promotion | None,
 ) -> None:
     """Write results and pictures to the output and to a new MLflow run.
@@ -232,13 +251,7 @@ def _store(
     Raises:
         UnreachableError: what the promotion ended in, once the files are written; MLflow would be asked in vain.
     """
-    config, title = job.config, in_words(results)
-    shown = shown_maps(config.truth, job.truth, rows, job.maps, job.protocol)
-    files = {
-        METRICS_NAME: json.dumps(results, indent=1, allow_nan=False).encode(),
-        FIGURE_NAME: draw_errors(metrics, title),
-        SHEET_NAME: draw_maps(shown, title, job.protocol),
-    }
+    config, files = job.config, {METRICS_NAME: _to_json(results), **pictures}
     write_files(config.output, files)
     if promotion and promotion.error and promotion.unknown:
         raise promotion.error

@@ -1,7 +1,7 @@
 """The gate of a registered depth model: it must beat the floors, what else is named, and the champion.
 
 Every rule compares one metric on the images that both have a map of, and asks for it with the confidence of a bootstrap
-whose draws of images both share. Images without a map are a rule of their own.
+whose draws of images both share. Images without a map are a rule of their own, and so are settings that differ.
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from d2f_core.evaluation.config import parse_metric
-from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare
+from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare, prompts_needed
 from d2f_core.evaluation.pins import AUTO, Pins, pin_models, registered_name
 from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, DepthGateConfig, EvaluateDepthConfig
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Array = np.ndarray
 SETTINGS = ("solver", "shift", "ensemble", "seed", "resolution", "crop")
-"""What two models may have been asked for differently, by its name in an output's fingerprint."""
+"""What two models may have been asked for differently, beside their steps: by its name in an output's fingerprint."""
 FLAGS = "gate."
 """What stands before the names of the gate's flags."""
 CHAMPION: Literal["champion"] = "champion"
@@ -44,7 +44,8 @@ class GatePlan:
     evaluations: int
     pins: Pins
     different: tuple[str, ...]
-    """Settings in which candidate and champion differ, in words."""
+    """Settings in which the candidate's predictions differ from the champion's and from those of `must_beat`, in
+    words."""
 
 
 def plan_gate(
@@ -72,26 +73,56 @@ def plan_gate(
         raise DepthEvaluationError(f"gate: the candidate {candidate!r} is to beat itself. Leave it out.")
     if CHAMPION in must_beat:
         raise DepthEvaluationError(f"gate.must_beat names {CHAMPION!r}, as the gate calls its own. Retitle them.")
-    pins = pin_models(
-        place, candidate=models[candidate]["uri"], champion=models[named]["uri"] if named else rules.champion,
-        champion_alias=rules.champion_alias, base="",
-    )  # fmt: skip
-    if rules.promote:
-        check_may_promote(pins, place, alias=rules.champion_alias, flags=FLAGS)
+    pins = _pinned(rules, place, models[candidate]["uri"], models[named]["uri"] if named else "")
     champion = named or _champion(pins, candidate, models, rules)
+    others = [*([champion] if champion else []), *(title for title in must_beat if title != champion)]
     by_place = {(one.role, one.evaluations): one for one in maps}
-    for title in dict.fromkeys((candidate, *must_beat, *([champion] if champion else []))):
+    for title in (candidate, *others):
         if (title, evaluations) not in by_place:
             counts = [count for role, count in by_place if role == title]
             raise DepthEvaluationError(
                 f"gate.metric={rules.metric!r}, but {title!r} was predicted at {counts} evaluations. Give one of them: "
                 f"--gate.metric {metric}@{counts[-1]}."
             )
-    steps = [by_place[title, evaluations].steps for title in (candidate, champion or candidate)]
+    # The fingerprint has all numbers of steps, of which one is judged.
+    asked = {
+        title: {"crop": "square", **models[title], "steps": by_place[title, evaluations].steps}
+        for title in (candidate, *others)
+    }
     return GatePlan(
         candidate=candidate, champion=champion, must_beat=must_beat, metric=metric, evaluations=evaluations, pins=pins,
-        different=_different(models, candidate, champion or candidate, steps),
+        different=tuple(
+            words for title in others
+            for words in _different(asked[candidate], asked[title], CHAMPION if title == champion else title)
+        ),
     )  # fmt: skip
+
+
+def _pinned(rules: DepthGateConfig, place: str, candidate: str, named: str) -> Pins:
+    """The versions to compare.
+
+    Args:
+        named: URI of the model whose predictions are named as the champion's, if any are.
+    """
+    pins = pin_models(
+        place, candidate=candidate, champion=named or rules.champion, champion_alias=rules.champion_alias, base=""
+    )  # fmt: skip
+    if named and named != pins.champion:
+        raise DepthEvaluationError(
+            f"gate.champion={rules.champion!r} is predicted by {named!r}, and the champion is {pins.champion!r}. "
+            "Predict the same images with that version, or give another output."
+        )
+    if rules.promote:
+        check_may_promote(pins, place, alias=rules.champion_alias, flags=FLAGS)
+    return pins
+
+
+def expected_power(config: DepthGateConfig, images: int) -> str:
+    """What is known, before the errors are, of the differences that will be seen; in one line."""
+    return (
+        f"{images:,} images; how small a difference in {config.metric} they see is known when they are measured, and "
+        "falls with the root of their number"
+    )
 
 
 def _titled(what: str, title: str, models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -115,43 +146,51 @@ def _champion(pins: Pins, candidate: str, models: Mapping[str, Mapping[str, Any]
     )
 
 
-def _different(
-    models: Mapping[str, Mapping[str, Any]], candidate: str, champion: str, steps: Sequence[int]
-) -> tuple[str, ...]:
-    mine, theirs = ({"crop": "square", **models[title]} for title in (candidate, champion))
-    found = [f"steps {steps[0]}, the champion's {steps[1]}"] if steps[0] != steps[1] else []
-    return (*found, *(f"{name} {mine.get(name)}, the champion's {theirs.get(name)}"
-                      for name in SETTINGS if mine.get(name) != theirs.get(name)))  # fmt: skip
+def _different(mine: Mapping[str, Any], theirs: Mapping[str, Any], title: str) -> list[str]:
+    whose = "the champion's" if title == CHAMPION else f"that of {title!r}"
+    return [
+        f"{name} {mine.get(name)}, {whose} {theirs.get(name)}"
+        for name in ("steps", *SETTINGS) if mine.get(name) != theirs.get(name)
+    ]  # fmt: skip
 
 
 def gate(
-    config: EvaluateDepthConfig, plan: GatePlan, place: str, values: Array, predictors: Sequence[tuple[str, int]]
-) -> tuple[dict[str, Any], Promotion | None]:
-    """The gate's verdict on the candidate, which is promoted if it passes; and what came of that.
+    config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors: Sequence[tuple[str, int]]
+) -> dict[str, Any]:
+    """The gate's verdict on the candidate, as JSON values; nothing is promoted yet.
 
     Args:
-        place: as for `plan_gate`.
         values: the deciding metric, [images, predictors]; NaN where there is no map.
     """
     verdict = judge(config, plan, values, predictors)
     if plan.pins.champion == plan.pins.candidate:
         verdict = replace(verdict, passed=False, reason="the candidate is the champion already")
     logger.info("gate: %s: %s", "passed" if verdict.passed else "not passed", verdict.reason)
-    logger.info("gate: %s", verdict.power)
-    promotion = None
-    if verdict.passed and config.gate.promote and registered_name(plan.pins.candidate):
-        promotion = promote_candidate(plan.pins, place, alias=config.gate.champion_alias, flags=FLAGS)
-    found = {
+    for line in (*([verdict.power] if verdict.power else []), *verdict.notes):
+        logger.info("gate: %s", line)
+    return {
         "metric": config.gate.metric,
         "candidate": plan.pins.candidate,
         "champion": plan.pins.champion,
         "titles": {"candidate": plan.candidate, "champion": plan.champion or None},
         "different_settings": list(plan.different),
         "verdict": verdict.to_json(),
-        "promotion": promotion and promotion.text,
-        "refused": str(promotion.error) if promotion and promotion.error else None,
+        "promotion": None,
+        "refused": None,
     }
-    return found, promotion
+
+
+def promote(config: EvaluateDepthConfig, plan: GatePlan, place: str, found: dict[str, Any]) -> Promotion | None:
+    """Promote a candidate that passed, if it is a registered version, and add to `gate`'s findings what came of that.
+
+    Args:
+        place: as for `plan_gate`.
+    """
+    if not (found["verdict"]["passed"] and config.gate.promote and registered_name(plan.pins.candidate)):
+        return None
+    promotion = promote_candidate(plan.pins, place, alias=config.gate.champion_alias, flags=FLAGS)
+    found |= {"promotion": promotion.text, "refused": str(promotion.error) if promotion.error else None}
+    return promotion
 
 
 def judge(config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors: Sequence[tuple[str, int]]) -> Verdict:
@@ -175,9 +214,26 @@ def judge(config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors
             metric=plan.metric,
         ),
     ]  # fmt: skip
-    compared = [_compared(config, plan, np.stack([mine, theirs]), name, slack) for name, theirs, slack in others]
-    sizes = {name: rule.detectable for (name, _, _), rule in zip(others, compared, strict=True) if rule.detectable}
-    return _verdict(plan, [*found, *compared], sizes, shared)
+    if plan.different:
+        found.append(_alike(rules, plan.different))
+    compared = {
+        name: _compared(config, plan, np.stack([mine, theirs]), name, slack) for name, theirs, slack in others
+    }  # fmt: skip
+    return _verdict(plan, [*found, *compared.values()], _seen(rules, plan, compared, shared))
+
+
+def _alike(rules: DepthGateConfig, different: Sequence[str]) -> RuleResult:
+    """Settings are the same, or are allowed to differ: an ensemble beats a single map of the same model."""
+    words = "; ".join(different)
+    if rules.unequal_settings:
+        return RuleResult(
+            rule=f"equal settings: not applied, by gate.unequal-settings ({words})", holds=True, metric="settings",
+            applied=False,
+        )  # fmt: skip
+    return RuleResult(
+        rule=f"the candidate is predicted with the settings of what it is compared with ({words}; predict anew with "
+        f"equal ones, or give --{FLAGS}unequal-settings)", holds=False, metric="settings",
+    )  # fmt: skip
 
 
 def _compared(config: EvaluateDepthConfig, plan: GatePlan, values: Array, name: str, slack: float) -> RuleResult:
@@ -197,21 +253,29 @@ def _compared(config: EvaluateDepthConfig, plan: GatePlan, values: Array, name: 
     )  # fmt: skip
 
 
-def _verdict(plan: GatePlan, rules: Sequence[RuleResult], sizes: Mapping[str, float], images: int) -> Verdict:
-    """The decision.
+def _seen(rules: DepthGateConfig, plan: GatePlan, compared: Mapping[str, RuleResult], images: int) -> str:
+    """What the images see of a difference to the champion, or to that other of which they see least, and how many
+    images the wanted difference takes.
 
     Args:
-        sizes: the detectable difference to each other, by its name; the champion's comes last.
+        compared: the rules by the other's name.
     """
-    broken = [rule.rule for rule in rules if not rule.holds]
-    reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold"
-    against = CHAMPION if plan.champion else max(sizes, key=lambda name: sizes[name], default="")
-    power = (
-        f"{images} images see a difference of {sizes[against]:.2g} in {plan.metric} to the {against} in "
-        f"{100 * POWER:.0f} of 100 evaluations"
-        if against in sizes
-        else ""
+    known = {name: rule for name, rule in compared.items() if rule.detectable and rule.reference}
+    against = CHAMPION if plan.champion else max(known, key=lambda name: known[name].detectable or 0, default="")
+    if against not in known:
+        return ""
+    detectable, reference = known[against].detectable or 0, abs(known[against].reference or 0)
+    return (
+        f"{images} images see a difference of {detectable:.2g} in {plan.metric} to the {against} in "
+        f"{100 * POWER:.0f} of 100 evaluations; one of {100 * rules.detect:g} % of its {reference:.4g} takes "
+        f"{prompts_needed(images, detectable, rules.detect * reference):,} images"
     )
+
+
+def _verdict(plan: GatePlan, rules: Sequence[RuleResult], power: str) -> Verdict:
+    broken = [rule.rule for rule in rules if not rule.holds]
+    applied = sum(rule.applied for rule in rules)
+    reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {applied} rules hold"
     return Verdict(
         passed=not broken, reason=reason, against=CHAMPION if plan.champion else None, rules=tuple(rules),
         power=power, notes=(f"predicted differently: {'; '.join(plan.different)}",) if plan.different else (),

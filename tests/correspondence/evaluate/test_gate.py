@@ -1,7 +1,5 @@
 """The matcher's gate: floors must be beaten, the champion not be worse, and chance decides nothing."""
 
-import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +9,7 @@ import pytest
 import torch
 
 from benchmarks.matcher_gate_calibration import MadeUp, simulate
-from d2f_core.correspondence.evaluate import gate as evaluate_gate
 from d2f_core.correspondence.evaluate import job
-from d2f_core.correspondence.evaluate.answers import EXACT, FLOOR
 from d2f_core.correspondence.evaluate.config import (
     EvaluateMatchesConfig,
     EvaluateMatchesError,
@@ -22,14 +18,13 @@ from d2f_core.correspondence.evaluate.config import (
     ViewPairsConfig,
 )
 from d2f_core.correspondence.evaluate.floors import floors
-from d2f_core.correspondence.evaluate.gate import judge, pair_draws, pinned
+from d2f_core.correspondence.evaluate.gate import expected_power, judge, pair_draws, pinned, spread_bound
 from d2f_core.correspondence.evaluate.measure import Measured, measure
-from d2f_core.evaluation import pins, promotion
+from d2f_core.correspondence.evaluate.scores import scores
 from d2f_core.evaluation.bootstrap import percentile_interval
-from d2f_core.evaluation.gate import Verdict
+from d2f_core.evaluation.gate import Verdict, detectable_difference
 from d2f_core.evaluation.pins import PinError
-from d2f_core.tracking import ModelVersionInfo, get_alias, start_run
-from d2f_core.tracking.server import UnreachableTrackingError
+from d2f_core.tracking import get_alias, start_run
 from pipelines import register_matcher
 from tests.correspondence.evaluate.test_measure import PAIR
 from tests.correspondence.made_views import local_views
@@ -63,10 +58,55 @@ def test_a_floor_must_be_beaten_with_confidence() -> None:
     same = verdict(right(0.3, 99))
     assert not same.passed and "is above 0." in same.reason and "(copy 0." in same.reason
     close = verdict(right(0.36, 4))
-    _, rule = close.rules
+    *_, rule = close.rules
     assert rule.candidate is not None and rule.reference is not None and rule.interval is not None
     assert rule.candidate > rule.reference and rule.interval[0] < 0 and not close.passed, "better by chance"
     assert verdict(right(0.36, 4), confident=False).passed
+
+
+def unanswered(measured: Measured, wrong: float) -> Measured:
+    """Its answers, of which every seventh is not finite."""
+    answers = iter(measured.matches.predicted.split(int(PAIR.visible.sum())))
+
+    def predict(pair, points):
+        found = next(answers).clone()
+        found[::7, 1] = wrong
+        return found, torch.ones(len(points))
+
+    return measure(predict, PAIRS)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_an_answer_that_is_not_finite_is_wrong_and_does_not_pass(wrong: float) -> None:
+    """In every protocol; an evaluation of many matchers goes on."""
+    perfect = right(1.0, 1)
+    found = unanswered(perfect, wrong)
+    points, every = int(PAIR.visible.sum()), len(found.missing)
+    lost = len(PAIRS) * -(-points // 7)
+    assert int(found.missing.sum()) == lost and not perfect.missing.any()
+    judged = verdict(found)
+    assert judged.reason == f"does not hold: no answer of the candidate is missing ({lost} of {every} points)"
+    assert verdict(perfect).passed
+    for protocol in scores(found, (1.0, 0.1), replicates=20, seed=0)["protocols"].values():
+        assert [each["value"] for each in protocol["point"]] == pytest.approx([1 - lost / every] * 2)
+
+
+def test_what_pairs_see_at_least_is_known_before_anything_is_measured() -> None:
+    """The bound is kept by matchers that are as unequal as can be, each on some of the images."""
+    draw = np.random.default_rng(0)
+    groups = [(f"{g} {a}", f"{g} {b}") for g in range(8) for a in range(5) for b in range(5) if a != b]
+    by_group, by_image = (lambda pair: pair[0].split()[0]), (lambda pair: pair[0])
+    for images, side in ((groups, by_group), ([(f"{n}", f"{n}'") for n in range(120)], by_image)):
+        wins = {name: draw.random() < 0.5 for name in sorted(map(side, images))}
+        difference = np.array([1.0 if wins[side(pair)] else -1.0 for pair in images])
+        draws = pair_draws(images, 300, 0).numpy()
+        spread = np.std(draws @ difference / draws.sum(1))
+        assert 0.5 * spread_bound(images) < spread < 1.1 * spread_bound(images)
+        points = 100 * min(1.0, detectable_difference(spread_bound(images), 0.99))
+        shown = len({name for pair in images for name in pair})
+        said = expected_power(MatcherGateConfig(candidate="a"), images)
+        assert f"{len(images)} pairs of {shown} images will see a difference of at most {points:.0f} points" in said
+    assert expected_power(MatcherGateConfig(average="category"), groups) == ""
 
 
 def test_pairs_that_share_images_are_drawn_together() -> None:
@@ -189,65 +229,3 @@ def test_a_first_candidate_is_promoted_and_the_next_is_compared_with_it(
     assert second["gate"]["champion"] == f"models:/{NAME}/1"
     with pytest.raises(PinError, match="evaluates the candidate"):
         job.evaluate_matches(config)
-
-
-class Alias:
-    """`m@champion`, whose lease is held."""
-
-    def __init__(self, files: Path) -> None:
-        self.named, self.files, self.away, self.move_requested = [1], files, False, True
-
-    def current(self) -> str:
-        return str(self.named[-1])
-
-    def promote(self, version: str) -> None:
-        assert not (self.files / "report.html").exists(), "the files are written afterwards"
-        if self.away:
-            raise UnreachableTrackingError("MLflow could not set m@champion. The same command goes on from there.")
-        self.named.append(int(version))
-
-
-def test_the_files_say_what_came_of_the_promotion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when a command that was killed after it had moved the alias is repeated: the pinned champion stays."""
-    alias = Alias(tmp_path)
-    measured = {("random", FLOOR): right(0.2, 1), ("box copy", FLOOR): right(0.3, 2)}
-    measured |= {(name, EXACT): right(share, 3) for name, share in (("b", 0.4), ("champion", 0.5), ("a", 0.8))}
-    config = made(str(tmp_path), "a", uri="models:/m/2", gate=MatcherGateConfig(candidate="a"))
-    version = ModelVersionInfo(name="m", version="2", uri="", url="", content_hash="", run_id="", tags={})
-    monkeypatch.setattr(pins, "get_alias", lambda name, _: alias.current())
-    for module in (pins, evaluate_gate):
-        monkeypatch.setattr(module, "pin_model", lambda uri: uri)
-    monkeypatch.setattr(promotion, "holding", lambda *_, **__: contextlib.nullcontext(alias))
-    monkeypatch.setattr(promotion, "complete_version", lambda name, number: version)
-    monkeypatch.setattr(promotion, "check_leases", lambda name, *, output: None)
-    monkeypatch.setattr(job, "check_matches", lambda config: {})
-    monkeypatch.setattr(job, "load_pairs", lambda config: job.LoadedPairs(pairs=PAIRS, ledger=[], images=""))
-    monkeypatch.setattr(job, "measure_all", lambda config, pairs: measured)
-
-    def said() -> tuple[dict, str]:
-        page = (tmp_path / "report.html").read_text()
-        (tmp_path / "report.html").unlink()
-        return json.loads((tmp_path / "scores.json").read_text())["gate"], page
-
-    with pytest.raises(PinError, match=r"m@champion is version 1, .*--gate\.champion auto, or --gate\.no-promote"):
-        job.evaluate_matches(replace(config, gate=replace(config.gate, champion="")))
-    alias.away = True
-    with pytest.raises(UnreachableTrackingError, match="The same command goes on"):
-        job.evaluate_matches(config)
-    gate, page = said()
-    assert gate["promotion"].startswith("Unknown whether m@champion moved to version 2") and gate["refused"]
-    assert "Unknown whether m@champion moved to version 2" in page and "Not promoted" not in page
-    alias.away = False
-    job.evaluate_matches(config)
-    gate, page = said()
-    assert alias.named == [1, 2] and gate["refused"] is None
-    assert gate["promotion"] == "m@champion moved to version 2 (before: version 1)"
-    job.evaluate_matches(config)
-    again, page = said()
-    assert alias.named == [1, 2] and again == {**gate, "promotion": "m@champion is version 2 already"}
-    alias.named.append(3)
-    with pytest.raises(PinError, match=r"m@champion moved to version 3"):
-        job.evaluate_matches(config)
-    gate, page = said()
-    assert alias.named[-1] == 3 and gate["refused"].startswith("m@champion moved")
-    assert "Not promoted: m@champion moved to version 3" in page
