@@ -241,7 +241,8 @@ def test_a_registered_version_that_beats_the_floors_becomes_the_champion(
     with here():
         found = evaluate_depth.main(judged)["gate"]
         again = evaluate_depth.main(dataclasses.replace(judged, output=f"{HOME}/judgement-again"))["gate"]
-    assert found["promotion"] == f"{version.uri} becomes @champion" and found["champion"] == ""
+    assert found["promotion"] == "judged-depth@champion moved to version 1 (before: no version)"
+    assert found["champion"] == ""
     assert mlflow.MlflowClient().get_model_version_by_alias("judged-depth", "champion").version == version.version
     assert again["verdict"]["reason"] == "the candidate is the champion already" and not again["verdict"]["passed"]
 
