@@ -111,7 +111,7 @@ def test_a_compared_model_makes_so_many_steps_that_evaluations_are_equal(model: 
 def test_real_images_must_be_images_and_enough_for_the_neighbours(tmp_path: Path) -> None:
     measure = MeasureConfig(neighbours=3)
     few = write_images(str(tmp_path / "few"), 15)
-    with pytest.raises(EvaluateError, match=r"few' has 15 images. Give more"):
+    with pytest.raises(EvaluateError, match=r"few' has 15 images. Give 16 or more"):
         read_reference(EvaluateConfig(reference=few, training="", measure=measure))
     enough = write_images(str(tmp_path / "enough"), 16)
     assert read_reference(EvaluateConfig(reference=enough, training="")).num_rows == 16

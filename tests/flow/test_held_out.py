@@ -31,7 +31,9 @@ from tests.flow.tiny_vision import write_tiny_vit
 from tests.image_tables import write_images
 from tests.latent_tables import write_latents
 
-IMAGES, HELD = 40, 5
+IMAGES, HELD = 40, 8
+NEAR = MeasureConfig(neighbours=1)
+"""So few rows are enough for one neighbour."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_held_out_rows_are_the_reference_and_their_captions_the_prompts(
     base: Path, tables: Path, tmp_path: Path
 ) -> None:
     candidate = model(base, tmp_path / "model", latents=str(tables / "latents"), holdout_rows=HELD)
-    empty = EvaluateConfig(candidate=candidate, output=str(tmp_path / "out"))
+    empty = EvaluateConfig(candidate=candidate, output=str(tmp_path / "out"), measure=NEAR)
     config, known = filled(empty, candidate)
     assert config.training == str(tables / "images")
     expected = [f"{IMAGES - 1 - row:032d}" for row in range(0, IMAGES, IMAGES // HELD)]
@@ -93,13 +95,13 @@ def test_held_out_rows_are_the_reference_and_their_captions_the_prompts(
 
 
 def test_another_candidates_held_out_rows_are_another_reference(base: Path, tables: Path, tmp_path: Path) -> None:
-    config = EvaluateConfig(output=str(tmp_path / "out"))
+    config = EvaluateConfig(output=str(tmp_path / "out"), measure=NEAR)
     first, second = (
         filled(config, model(base, tmp_path / f"{held}", latents=str(tables / "latents"), holdout_rows=held)).config
-        for held in (HELD, 8)
+        for held in (HELD, 10)
     )
     assert first.reference != second.reference and first.prompts != second.prompts
-    assert [read_manifest(each.reference).num_rows for each in (first, second)] == [HELD, 8]
+    assert [read_manifest(each.reference).num_rows for each in (first, second)] == [HELD, 10]
     gone = model(base, tmp_path / "gone", latents=str(tables / "latents"), holdout_rows=HELD, latents_digest="another")
     with pytest.raises(EvaluateError, match="Give --reference"):
         filled(config, gone)
@@ -147,8 +149,13 @@ def test_what_cannot_be_known_is_asked_for(base: Path, tables: Path, tmp_path: P
     unheld = model(base, tmp_path / "unheld", latents=str(tables / "latents"), holdout_rows=0)
     with pytest.raises(EvaluateError, match=r"held out no rows, or does not say which\. Give --reference"):
         filled(config, unheld)
+    few = model(base, tmp_path / "few", latents=str(tables / "latents"), holdout_rows=HELD)
+    with pytest.raises(
+        EvaluateError, match=r"the training held out 8 rows, .* it takes 16 at least\. Give --reference"
+    ):
+        filled(config, few)
     write_latents(str(tmp_path / "alone"), "f", rows=20, rows_per_file=16, captions=3)
-    photos = model(base, tmp_path / "photos", latents=str(tmp_path / "alone"), holdout_rows=4)
+    photos = model(base, tmp_path / "photos", latents=str(tmp_path / "alone"), holdout_rows=16)
     with pytest.raises(EvaluateError, match=r"was not on a table of images\. Give --reference"):
         filled(config, photos)
     given = dataclasses.replace(config, reference=str(tables / "images"), prompts="p.jsonl")

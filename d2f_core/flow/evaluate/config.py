@@ -139,6 +139,11 @@ class EvaluateConfig:
         if not self.champion_alias:
             raise EvaluateError("champion_alias is empty. Use 'champion'.")
 
+    @property
+    def fewest_images(self) -> int:
+        """Images that a reference has at least."""
+        return 4 * (self.measure.neighbours + 1)
+
     def check_complete(self) -> None:
         """Raise EvaluateError when a URI is missing."""
         for name in ("candidate", "output"):

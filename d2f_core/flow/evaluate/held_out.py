@@ -55,12 +55,21 @@ def filled(config: EvaluateConfig, candidate: str, scratch: str = "") -> Inputs:
     training, place = training_record(candidate), scratch or config.output
     held = held_out_ids(training)
     if not config.reference:
+        _check_enough(held, config.fewest_images)
         config = replace(config, reference=_write_reference(place, candidate, training, held))
     if not config.prompts:
         config = replace(config, prompts=_write_prompts(place, config.reference))
     if config.training == AUTO:
         config = replace(config, training=_images_of(training) or "")
     return Inputs(config, _known_rows(config, held))
+
+
+def _check_enough(held: pa.ChunkedArray | None, fewest: int) -> None:
+    if held is not None and len(held) < fewest:
+        raise EvaluateError(
+            f"reference is empty, and the training held out {len(held)} rows, too few for a distance; it takes {fewest} "
+            f"at least. Give --reference a table of images that it has not seen."
+        )
 
 
 def _known_rows(config: EvaluateConfig, held: pa.ChunkedArray | None) -> KnownRows:

@@ -130,8 +130,10 @@ def read_reference(config: EvaluateConfig) -> Manifest:
             )
     if reference.kind not in ("images", "generations"):
         raise EvaluateError(f"reference={config.reference!r} is a table of {reference.kind}. Give real images.")
-    if reference.num_rows < 4 * (config.measure.neighbours + 1):
-        raise EvaluateError(f"reference={config.reference!r} has {reference.num_rows} images. Give more.")
+    if reference.num_rows < config.fewest_images:
+        raise EvaluateError(
+            f"reference={config.reference!r} has {reference.num_rows} images. Give {config.fewest_images} or more."
+        )
     return reference
 
 
