@@ -67,8 +67,8 @@ def filled(config: EvaluateConfig, candidate: str, scratch: str = "") -> Inputs:
 def _check_enough(held: pa.ChunkedArray | None, fewest: int) -> None:
     if held is not None and len(held) < fewest:
         raise EvaluateError(
-            f"reference is empty, and the training held out {len(held)} rows, too few for a distance; it takes {fewest} "
-            f"at least. Give --reference a table of images that it has not seen."
+            f"reference is empty, and the training held out {len(held)} rows, too few for a distance: it takes "
+            f"{fewest} at least. Give --reference a table of images that it has not seen."
         )
 
 
