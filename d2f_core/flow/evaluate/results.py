@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from d2f_core.data.manifest import read_manifest
 from d2f_core.evaluation.config import FLOW_LOSS
 from d2f_core.evaluation.estimates import Estimate, Metric
 from d2f_core.evaluation.gate import ENOUGH_PROMPTS, RuleResult, Verdict
@@ -94,7 +95,11 @@ def results_of(job: EvaluateJob, outcome: Outcome) -> dict[str, Any]:
             "compared": {str(count): rows for count, rows in measured.compared.items()},
         },
         "reference": {"uri": config.reference, "count": job.reference.num_rows, "digest": job.reference.digest},
-        "training": {"uri": config.training, "memorisation": _memorisation(measured.memorisation)},
+        "training": {
+            "uri": config.training,
+            "digest": read_manifest(config.training).digest if config.training else None,
+            "memorisation": _memorisation(measured.memorisation),
+        },
         "evaluations": sorted(config.evaluations),
         "intervals": f"95 %, bootstrap over images, {config.measure.replicates} replicates",
         "metrics": {short: metric.to_json() for short, metric in measured.metrics.items()},
