@@ -137,7 +137,8 @@ def test_files_and_outputs_equal_those_of_the_network(base: str, latents: str, t
     training = read_description(tmp_path / "model")["training"]
     last = list_checkpoints(config.output)[0]
     assert training == {
-        "latents": latents, "step": 3, "checkpoint": last.uri, "identity": last.manifest.identity, "weights": "ema",
+        "latents": latents, "latents_digest": read_manifest(latents).digest, "holdout_rows": 2, "step": 3,
+        "checkpoint": last.uri, "identity": last.manifest.identity, "weights": "ema",
     }  # fmt: skip
 
 
