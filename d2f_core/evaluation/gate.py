@@ -124,12 +124,32 @@ def judge(
         rules.append(decisive)
         rules += [_compare(config, name, config.tolerance, metrics, against) for name in config.must_not_regress]
     rules += [*(_limit(limit, metrics) for limit in config.limits), *also]
+    compared = f"against the {against}" if against else "against absolute limits"
+    return conclude(rules, against=against, compared=compared, power=power, notes=notes)
+
+
+def conclude(
+    rules: Sequence[RuleResult],
+    *,
+    against: Against | None,
+    compared: str = "",
+    power: str = "",
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """The decision that follows from the results of all rules.
+
+    Args:
+        compared: what is said after "all rules hold".
+    """
     broken = [rule.rule for rule in rules if not rule.holds]
-    compared = f"the {against}" if against else "absolute limits"
-    applied = sum(rule.applied for rule in rules)
-    reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {applied} rules hold against {compared}"
+    held = f"all {sum(rule.applied for rule in rules)} rules hold {compared}".rstrip()
     return Verdict(
-        passed=not broken, reason=reason, against=against, rules=tuple(rules), power=power, notes=tuple(notes)
+        passed=not broken,
+        reason=f"does not hold: {'; '.join(broken)}" if broken else held,
+        against=against,
+        rules=tuple(rules),
+        power=power,
+        notes=tuple(notes),
     )
 
 

@@ -30,7 +30,7 @@ from d2f_core.correspondence.evaluate.config import (
 from d2f_core.correspondence.evaluate.measure import Measured
 from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.estimates import Estimate
-from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare, detectable_difference
+from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare, conclude, detectable_difference
 from d2f_core.evaluation.pins import Pins, pin_models, registered_name
 from d2f_core.evaluation.promotion import Promotion, promote_candidate
 from d2f_core.tracking import pin_model
@@ -134,12 +134,7 @@ def judge(
         _answered(config, candidate),
         *(_rule(config, mine, estimate(each, config, draws), name) for name, each in {**floors, **others}.items()),
     ]
-    broken = [rule.rule for rule in rules if not rule.holds]
-    reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {len(rules)} rules hold"
-    against = "champion" if CHAMPION in others else None
-    return Verdict(
-        passed=not broken, reason=reason, against=against, rules=tuple(rules), power=_seen(config, rules, images)
-    )
+    return conclude(rules, against="champion" if CHAMPION in others else None, power=_seen(config, rules, images))
 
 
 def expected_power(config: MatcherGateConfig, images: Sequence[tuple[str, str]]) -> str:

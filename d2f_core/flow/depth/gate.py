@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from d2f_core.evaluation.config import parse_metric
-from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare, prompts_needed
+from d2f_core.evaluation.gate import POWER, RuleResult, Verdict, compare, conclude, prompts_needed
 from d2f_core.evaluation.pins import AUTO, Pins, pin_models, registered_name
 from d2f_core.evaluation.promotion import Promotion, check_may_promote, promote_candidate
 from d2f_core.flow.depth.config import FLOORS, DepthEvaluationError, DepthGateConfig, EvaluateDepthConfig
@@ -219,7 +219,12 @@ def judge(config: EvaluateDepthConfig, plan: GatePlan, values: Array, predictors
     compared = {
         name: _compared(config, plan, np.stack([mine, theirs]), name, slack) for name, theirs, slack in others
     }  # fmt: skip
-    return _verdict(plan, [*found, *compared.values()], _seen(rules, plan, compared, shared))
+    return conclude(
+        [*found, *compared.values()],
+        against=CHAMPION if plan.champion else None,
+        power=_seen(rules, plan, compared, shared),
+        notes=[f"predicted differently: {'; '.join(plan.different)}"] if plan.different else [],
+    )
 
 
 def _alike(rules: DepthGateConfig, different: Sequence[str]) -> RuleResult:
@@ -270,13 +275,3 @@ def _seen(rules: DepthGateConfig, plan: GatePlan, compared: Mapping[str, RuleRes
         f"{100 * POWER:.0f} of 100 evaluations; one of {100 * rules.detect:g} % of its {reference:.4g} takes "
         f"{prompts_needed(images, detectable, rules.detect * reference):,} images"
     )
-
-
-def _verdict(plan: GatePlan, rules: Sequence[RuleResult], power: str) -> Verdict:
-    broken = [rule.rule for rule in rules if not rule.holds]
-    applied = sum(rule.applied for rule in rules)
-    reason = f"does not hold: {'; '.join(broken)}" if broken else f"all {applied} rules hold"
-    return Verdict(
-        passed=not broken, reason=reason, against=CHAMPION if plan.champion else None, rules=tuple(rules),
-        power=power, notes=(f"predicted differently: {'; '.join(plan.different)}",) if plan.different else (),
-    )  # fmt: skip

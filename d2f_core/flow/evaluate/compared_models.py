@@ -82,7 +82,7 @@ def compared_models(config: EvaluateConfig, pins: Pins) -> tuple[ComparedModel, 
     wanted = {role: getattr(pins, role) for role in ROLES if getattr(pins, role)}
     if pins.champion == pins.candidate:
         del wanted["champion"]
-    edge = config.resolution or carried_sampling(pins.candidate).get("resolution")
+    edge = config.resolution or carried(pins.candidate, "sampling").get("resolution")
     candidate = make_compared_model(config, "candidate", wanted.pop("candidate"), edge)
     if config.guidance is None and not config.own_guidance:
         config = replace(config, guidance=candidate.job.model.sampling.guidance)
@@ -110,7 +110,7 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
     Raises:
         ValueError: a model, prompt file or setting cannot be used.
     """
-    solver = config.base_solver if role == "base" else config.solver or carried_sampling(uri).get("solver", DDIM)
+    solver = config.base_solver if role == "base" else config.solver or carried(uri, "sampling").get("solver", DDIM)
     per_step = EVALUATIONS_PER_STEP.get(solver)
     if per_step is None:
         raise EvaluateError(
@@ -144,7 +144,7 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
     return ComparedModel(role=role, uri=uri, job=job)
 
 
-def carried_sampling(uri: str) -> dict[str, Any]:
-    """The default sampling settings of a trained model; empty for a base model."""
+def carried(uri: str, part: str) -> dict[str, Any]:
+    """A part of what a trained model says of itself, such as `sampling` or `training`; empty for a base model."""
     directory = described_copy(resolve_model(uri)).path
-    return read_description(directory)["sampling"] if (directory / DESCRIPTION).is_file() else {}
+    return read_description(directory)[part] if (directory / DESCRIPTION).is_file() else {}

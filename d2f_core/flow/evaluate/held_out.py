@@ -17,14 +17,12 @@ from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.table_reader import RowReader, read_columns
 from d2f_core.evaluation.pins import registered_name
+from d2f_core.flow.evaluate.compared_models import carried
 from d2f_core.flow.evaluate.config import AUTO, EvaluateConfig, EvaluateError
 from d2f_core.flow.evaluate.feature_table import KnownRows
 from d2f_core.flow.generate.prompts import SAMPLE_ID
 from d2f_core.identity import canonical_json
-from d2f_core.model.artifact import DESCRIPTION, read_description
-from d2f_core.model.base import described_copy
 from d2f_core.storage import file_exists, join, write_bytes
-from d2f_core.tracking import resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ def filled(config: EvaluateConfig, candidate: str, scratch: str = "") -> Inputs:
     Raises:
         EvaluateError: they are not given, and cannot be known from the candidate.
     """
-    training, place = training_record(candidate), scratch or config.output
+    training, place = carried(candidate, "training"), scratch or config.output
     held = held_out_ids(training)
     if not config.reference:
         _check_enough(held, config.fewest_images)
@@ -81,12 +79,6 @@ def _known_rows(config: EvaluateConfig, held: pa.ChunkedArray | None) -> KnownRo
         for uri in (config.training, config.reference)
     )
     return KnownRows(held_out, np.setdiff1d(np.intersect1d(reference, trained), held_out))
-
-
-def training_record(uri: str) -> Mapping[str, Any]:
-    """What a model says about its training; empty for a base model."""
-    directory = described_copy(resolve_model(uri)).path
-    return read_description(directory)["training"] if (directory / DESCRIPTION).is_file() else {}
 
 
 def _latents(training: Mapping[str, Any]) -> Manifest | None:

@@ -21,7 +21,7 @@ from d2f_core.evaluation.bootstrap import bootstrap_counts
 from d2f_core.evaluation.config import FLOW_LOSS
 from d2f_core.evaluation.estimates import Estimate, Metric
 from d2f_core.flow.evaluate.compared_models import EvaluateJob
-from d2f_core.flow.evaluate.image_metrics import REAL_DRAWS
+from d2f_core.flow.evaluate.image_metrics import REAL_DRAWS, at_random
 from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint, load_autoencoder
 from d2f_core.model.image_sizes import sizes_of_new_images
@@ -48,7 +48,7 @@ def held_out_loss(job: EvaluateJob) -> Metric:
     config = job.config
     if missing := not_comparable(job):
         return Metric(name=FLOW_LOSS, title=TITLE, higher_is_better=False, values={}, missing=missing)
-    rows = chosen_rows(job.reference.num_rows, config.loss_rows)
+    rows = np.flatnonzero(at_random(np.ones(job.reference.num_rows, bool), config.loss_rows, REAL_DRAWS))
     task = ray.remote(losses_of).options(num_cpus=config.score.cpus_per_actor, num_gpus=config.score.gpus_per_actor)
     found: dict[str, np.ndarray] = {}
     for each in job.compared:
@@ -73,11 +73,6 @@ def not_comparable(job: EvaluateJob) -> str:
     if len({autoencoder_fingerprint(model.base) for model in models}) > 1:
         return "the models have different autoencoders, so their latents differ"
     return ""
-
-
-def chosen_rows(total: int, most: int) -> np.ndarray:
-    """Int64 rows, at most `most` of them, chosen at random and in the table's order."""
-    return np.sort(np.random.Generator(np.random.Philox(REAL_DRAWS)).permutation(total)[:most])
 
 
 def read_images(uri: str, manifest: Manifest, rows: np.ndarray) -> list[CaptionedImage]:

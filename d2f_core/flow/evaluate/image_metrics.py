@@ -78,8 +78,7 @@ def gather(
     chosen = np.ones(total, bool) if only is None else only
     rows = np.flatnonzero(chosen)
     place = np.cumsum(chosen) - 1
-    keep = np.zeros(len(rows), bool)
-    keep[np.random.Generator(np.random.Philox(draws)).permutation(len(rows))[: config.pairwise_rows]] = True
+    keep = at_random(np.ones(len(rows), bool), config.pairwise_rows, draws)
     counts = bootstrap_counts(len(rows), config.replicates, draws)
     moments = FeatureMoments.none(dimensions)
     resampled = [moments] * config.replicates
@@ -106,6 +105,16 @@ def gather(
         caption_scores=np.concatenate([each for _, each in scores]) if scores else np.empty(0),
         caption_draws=counts[:, np.concatenate([rows for rows, _ in scores])] if scores else np.empty((0, 0), np.int64),
     )
+
+
+def at_random(mask: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """`mask` with at most `most` of its true places, chosen at random."""
+    places = np.flatnonzero(mask)
+    if len(places) <= most:
+        return mask
+    kept = np.zeros_like(mask)
+    kept[np.random.Generator(np.random.Philox(seed)).permutation(places)[:most]] = True
+    return kept
 
 
 def subset(part: FeaturePart, mask: np.ndarray) -> FeaturePart:

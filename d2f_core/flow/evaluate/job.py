@@ -152,11 +152,12 @@ def evaluate(job: EvaluateJob) -> Verdict:
     outcome = _judged(job)
     _log(outcome.verdict)
     shown = shown_images({each.role: each.images for each in job.compared}, config.shown_prompts)
-    report_files(job, outcome, shown, None)  # what cannot be written is found before the alias moves
+    files = report_files(job, outcome, shown, None)  # what cannot be written is found before the alias moves
     promotion = None
     if outcome.verdict.passed and config.promote and registered_name(job.pins.candidate):
         promotion = promote_candidate(job.pins, config.output, alias=config.champion_alias)
-    _store(job, outcome, report_files(job, outcome, shown, promotion), promotion)
+        files = report_files(job, outcome, shown, promotion)
+    _store(job, outcome, files, promotion)
     if promotion and promotion.error:
         raise promotion.error
     return outcome.verdict

@@ -15,7 +15,14 @@ from d2f_core.flow.evaluate.compared_models import EvaluateJob
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.extract_features import extract_features, score_key
 from d2f_core.flow.evaluate.feature_table import Place, floor_of, gather_features, memorised, usable_rows
-from d2f_core.flow.evaluate.image_metrics import MADE_DRAWS, REAL_DRAWS, failed_share, measure, model_distance
+from d2f_core.flow.evaluate.image_metrics import (
+    MADE_DRAWS,
+    REAL_DRAWS,
+    at_random,
+    failed_share,
+    measure,
+    model_distance,
+)
 from d2f_core.flow.evaluate.memorisation import Memorisation
 from d2f_core.flow.evaluate.plain_metrics import plain_metrics
 from d2f_core.storage import join
@@ -126,16 +133,6 @@ def chosen_rows(
         both = usable["candidate", count] & usable.get((rival or "candidate", count), mask)
         chosen[role, count] = at_random(both, most, MADE_DRAWS) & mask
     return chosen
-
-
-def at_random(mask: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """`mask` with at most `most` of its true places, chosen at random."""
-    places = np.flatnonzero(mask)
-    if len(places) <= most:
-        return mask
-    kept = np.zeros_like(mask)
-    kept[np.random.Generator(np.random.Philox(seed)).permutation(places)[:most]] = True
-    return kept
 
 
 def _by_metric(
