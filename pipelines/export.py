@@ -57,7 +57,8 @@ def main(config: Config) -> None:
 
         logger.info("wrote %s", export_transformers(_model_files(config), config.output, base_uri=config.base or None))
         return
-    from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
+    from d2f_core.model.export import export_diffusers
+    from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 
     model, base = _model_files(config), config.base or None
     if config.layout == "peft":

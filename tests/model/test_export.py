@@ -19,7 +19,8 @@ from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig, SamplingDefaults
 from d2f_core.model.denoiser import extend_input_channels, load_unet
 from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler
-from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
+from d2f_core.model.export import export_diffusers
+from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 from d2f_core.model.lora import add_lora
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.single_file_lora import SingleFileLoraError, read_single_file_lora

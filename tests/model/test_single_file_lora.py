@@ -22,7 +22,7 @@ from d2f_core.model.artifact import load_model
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import as_denoiser, load_unet
-from d2f_core.model.export import export_single_file_lora
+from d2f_core.model.export_adapter import export_single_file_lora
 from d2f_core.model.single_file_lora import (
     LayerChange,
     SingleFileLoraError,
