@@ -7,45 +7,51 @@
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
 
 from d2f_core import storage
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError
-from d2f_core.model.base import is_sdxl
 from d2f_core.model.denoiser import load_unet
-from d2f_core.model.diffusers_layout import copy_part, read_json
-from d2f_core.model.diffusers_scheduler import SCHEDULE_FIELDS
 from d2f_core.model.export import artifact, load_for_others
-from d2f_core.model.sampling import SCHEDULERS
+from d2f_core.model.file_metadata import adapter_metadata, sampling_metadata
+from d2f_core.model.peft_layout import CONFIG_NAME, public_name, write_peft
 from d2f_core.model.single_file_lora import (
     SingleFileLoraError,
     kohya_metadata,
     layer_changes,
     passed_over_by_kohya,
+    without_biases,
+    write_biases,
     write_single_file_lora,
 )
 
-SD_VERSIONS = {768: ("sd_v1", "False"), 1024: ("sd_v2", "True")}
-"""Width of the text states -> sd-scripts' name of the base model, and its `v2` flag."""
+FLOW = "flow_prediction"
+"""Prediction type of a base that is a rectified flow."""
+NAIVE_TARGET = "noise_minus_data"
+"""Sign of a naive network that equals that of a rectified flow."""
+BIASES = "-biases.safetensors"
+"""End of the second file's name, in place of .safetensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFileExport:
-    """The exported file, and the layers that some readers ignore."""
+    """The exported files, and the layers that some readers ignore."""
 
     target: str
+    biases_target: str
+    """The second file, with the changes of biases; empty when no bias was trained, or all is in the first."""
     keys: int
+    """Tensors in the first file."""
     layers: int
     trained_biases: tuple[str, ...]
-    """Layers with a `diff_b`: diffusers refuses such a file, sd-scripts ignores the biases."""
+    """Layers whose bias was trained; sd-scripts ignores the biases."""
     passed_over_by_kohya: tuple[str, ...]
     """Layers that sd-scripts ignores."""
 
@@ -60,77 +66,89 @@ def _adapter(model_uri: str, directory: Path, description: Mapping[str, Any]) ->
 
 
 def export_peft(model_uri: str, target: str) -> str:
-    """Write the PEFT adapter unchanged (adapter_config.json, adapter_model.safetensors), with diff2flow.json beside it.
+    """Write the adapter for PEFT (adapter_config.json, adapter_model.safetensors, README.md), and diff2flow.json.
 
-    Load it with `PeftModel.from_pretrained(unet, target)` on the base's UNet; returns `target`.
+    Load it with `PeftModel.from_pretrained(unet, target)` on the base's UNet; returns `target`. The weights are copied;
+    see `d2f_core.model.peft_layout` for the config. A base at a local path is named by its directory alone.
 
     Raises:
         ArtifactError: the model is no trained artifact, or has no adapter.
     """
     directory, description = artifact(model_uri)
-    adapter = _adapter(model_uri, directory, description)
+    adapter, base = _adapter(model_uri, directory, description), public_name(description["base"]["uri"])
+    named = {**description, "base": {**description["base"], "uri": base}}
     with tempfile.TemporaryDirectory() as temporary:
-        copy_part(adapter, Path(temporary))
-        shutil.copyfile(directory / DESCRIPTION, Path(temporary) / DESCRIPTION)
-        storage.upload_tree(Path(temporary), target, last="adapter_config.json")
+        write_peft(adapter, Path(temporary), base)
+        Path(temporary, DESCRIPTION).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
+        storage.upload_tree(Path(temporary), target, last=CONFIG_NAME)
     return target
 
 
-def _lora_metadata(description: Mapping[str, Any], width: int | None) -> dict[str, str]:
-    """The sampling settings as safetensors metadata, a mapping of strings."""
-    sampling, schedule = description["sampling"], description["schedule"]
-    metadata = {
-        "d2f_format_version": str(description["format_version"]),
-        "d2f_objective": description["objective"],
-        "d2f_prediction_type": description["prediction_type"],
-        "d2f_sampler": sampling["solver"] if sampling["solver"] in SCHEDULERS else f"{sampling['solver']} in flow time",
-        "d2f_steps": str(sampling["steps"]),
-        "d2f_guidance": str(sampling["guidance"]),
-        "d2f_shift": str(sampling.get("shift", 1.0)),
-        "d2f_time_convention": description["time_convention"],
-        "d2f_schedule": json.dumps({name: schedule[name] for name in SCHEDULE_FIELDS if name in schedule}),
-        "d2f_base_sha256": description["base"]["sha256"],
-    }
-    if width in SD_VERSIONS:
-        metadata["ss_base_model_version"], metadata["ss_v2"] = SD_VERSIONS[width]
-    return metadata
+def _check_parametrisation(model_uri: str, description: Mapping[str, Any]) -> None:
+    """Refuse an adapter that turns its base into another kind of network."""
+    target = description.get("naive_target", "data_minus_noise")
+    if description["objective"] != "flow_matching" or (description["prediction_type"], target) == (FLOW, NAIVE_TARGET):
+        return
+    raise ArtifactError(
+        f"{model_uri!r} was trained by the naive flow_matching loss on a base of prediction_type="
+        f"{description['prediction_type']!r}: with the adapter the network puts out velocities, and at each strength "
+        "but 1, or beside another LoRA, neither these nor what the base puts out. Export the merged network as a "
+        "rectified-flow checkpoint, or train with objective diff2flow."
+    )
 
 
 def export_single_file_lora(
-    model_uri: str, target: str, *, base_uri: str | None = None, dtype: torch.dtype = torch.float32
+    model_uri: str,
+    target: str,
+    *,
+    base_uri: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    biases: Literal["apart", "inside"] = "apart",
 ) -> SingleFileExport:
-    """Write a LoRA as one safetensors file for ComfyUI, sd-scripts and diffusers' `load_lora_weights`.
+    """Write a LoRA as one safetensors file for ComfyUI, Forge, sd-scripts and diffusers' `load_lora_weights`.
 
-    Fully trained layers (`modules_to_save`) become exact LoRAs of full rank; their biases have a key that only ComfyUI
-    reads. See `d2f_core.model.single_file_lora` for the layout and what each tool reads.
+    Fully trained layers (`modules_to_save`) become exact LoRAs of full rank. Where biases were trained too, as with the
+    presets `base` and `small`, they go to a second, small file, NAME-biases.safetensors: a LoRA to add to the first.
+    See `d2f_core.model.single_file_lora` for the layout and what each program reads.
 
     Args:
         target: a local path or s3:// key that ends in .safetensors.
         dtype: float32 is exact; float16 halves the file.
+        biases: `inside` writes one file, which ComfyUI and Forge read whole and diffusers refuses.
 
     Raises:
-        ArtifactError: the model is no LoRA artifact, was trained with the naive `flow_matching` loss, or needs joined
-            latents.
+        ArtifactError: the model is no LoRA artifact, was trained with the naive `flow_matching` loss on a base that is
+            no rectified flow, or needs joined latents.
         SingleFileLoraError: the layout cannot hold the adapter, or `target` has another ending.
     """
     if not target.endswith(".safetensors"):
         raise SingleFileLoraError(f"target={target!r} must end in .safetensors: that is how tools find LoRA files.")
     directory, description = artifact(model_uri)
     adapter = _adapter(model_uri, directory, description)
-    base = load_for_others(model_uri, description, base_uri).base
-    changes = layer_changes(cast(PeftModel, PeftModel.from_pretrained(cast(Any, load_unet(base)), adapter)))
-    biases = tuple(name for name, change in changes.items() if change.bias is not None)
-    unet = read_json(base.path / "unet/config.json")
+    _check_parametrisation(model_uri, description)
+    model = load_for_others(model_uri, description, base_uri)
+    changes = layer_changes(cast(PeftModel, PeftModel.from_pretrained(cast(Any, load_unet(model.base)), adapter)))
     metadata = {
         **kohya_metadata(changes),
-        **_lora_metadata(description, unet.get("cross_attention_dim")),
-        "ss_output_name": Path(target).stem,
+        **sampling_metadata(description),
+        **adapter_metadata(model.base, Path(target).stem, model.default_size),
     }
+    second, first = target.removesuffix(".safetensors") + BIASES, changes
+    if biases == "apart":
+        first = without_biases(changes)
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "lora.safetensors"
-        keys = write_single_file_lora(file, changes, metadata, dtype)
+        file, extra = Path(temporary, "lora.safetensors"), Path(temporary, "biases.safetensors")
+        keys = write_single_file_lora(file, first, metadata, dtype)
+        apart = biases == "apart" and write_biases(extra, changes, metadata, dtype) > 0
+        storage.remove_tree(second)  # one that an earlier export left would not fit
+        if apart:
+            storage.write_bytes(second, extra.read_bytes())
         storage.write_bytes(target, file.read_bytes())
-    passed_over = passed_over_by_kohya(changes, sdxl=is_sdxl(unet))
     return SingleFileExport(
-        target=target, keys=keys, layers=len(changes), trained_biases=biases, passed_over_by_kohya=passed_over
+        target=target,
+        biases_target=second if apart else "",
+        keys=keys,
+        layers=len(changes),
+        trained_biases=tuple(name for name, change in changes.items() if change.bias is not None),
+        passed_over_by_kohya=passed_over_by_kohya(changes),
     )
