@@ -108,6 +108,7 @@ def write_model(
     description = describe(
         base,
         objective=model.objective,
+        naive_target=model.naive_target,
         method=model.method,
         sampling=dataclasses.replace(config.sampling, resolution=trained_resolution(config, base, manifests[0])),
         training=training,

@@ -51,7 +51,8 @@ from d2f_core.model.fit import diffusers_misfit
 from d2f_core.model.lora import describe_lora, load_lora
 from d2f_core.model.model_files import ModelFiles
 from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField
-from d2f_core.objective.schedule import NoiseSchedule
+from d2f_core.objective.schedule import Schedule, flow_shift
+from d2f_core.objective.time_sampling import NaiveTarget
 from d2f_core.retry import one_line
 
 __all__ = [
@@ -77,6 +78,8 @@ class DescribedModel:
     base: BaseModel
     objective: str
     """diff2flow, flow_matching or diffusion: the loss that the weights were last trained with."""
+    naive_target: NaiveTarget = "noise_minus_data"
+    """What the network puts out, if the objective is flow_matching."""
     sampling: SamplingDefaults
     task: TaskName = "text_to_image"
     method: str = ""
@@ -88,6 +91,11 @@ class DescribedModel:
     def content_hash(self) -> str:
         """Content hash of the model; that of a base model takes reading all of it."""
         return self.own_hash or self.base.content_hash
+
+    @property
+    def puts_out_velocity(self) -> bool:
+        """Whether the network is a rectified-flow one, which no sampler of diffusion models can read."""
+        return self.objective == "flow_matching" or self.base.is_flow
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -103,7 +111,7 @@ class TrainedModel(DescribedModel):
     network: nn.Module
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Schedule:
         return self.base.schedule
 
     @property
@@ -120,7 +128,7 @@ class TrainedModel(DescribedModel):
         `text_states`.
         """
         if self.objective == "flow_matching":
-            return NaiveVelocityField(self.denoiser, self.schedule)
+            return NaiveVelocityField(self.denoiser, self.schedule, self.naive_target)
         return VelocityField(self.denoiser, self.schedule, self.prediction_type)
 
     def to(self, device: str | torch.device) -> "TrainedModel":
@@ -144,7 +152,8 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
-    """Load a base model (sampled by DDIM) or a trained artifact, by local directory or s3:// prefix.
+    """Load a base model (sampled by DDIM, a flow model by Euler) or a trained artifact, by local directory or s3://
+    prefix.
 
     Args:
         base_uri: the base's present location, if it has moved; its hash must equal that of the base trained on.
@@ -182,8 +191,7 @@ def _described(
 ) -> tuple[DescribedModel, Mapping[str, Any]]:
     """A model whose files were checked, and its description, which a base model has none of."""
     if not os.path.lexists(files.path / DESCRIPTION):
-        sampling = SamplingDefaults(solver="ddim", steps=25)
-        return DescribedModel(base=find_base(uri), objective="diffusion", sampling=sampling), {}
+        return _base_as_model(find_base(uri)), {}
     description = read_description(files.path)
     _check_weights(uri, files, description)
     base = find_base(base_uri or description["base"]["uri"])
@@ -191,12 +199,21 @@ def _described(
     described = DescribedModel(
         base=base,
         objective=description["objective"],
+        naive_target=description["naive_target"],
         sampling=read_sampling(description),
         task=description["task"],
         method=description["method"],
         own_hash=files.hash(),
     )
     return described, description
+
+
+def _base_as_model(base: BaseModel) -> DescribedModel:
+    """An unchanged base: a diffusion model is sampled by DDIM, a flow model as its scheduler config says."""
+    if not base.is_flow:
+        return DescribedModel(base=base, objective="diffusion", sampling=SamplingDefaults(solver="ddim", steps=25))
+    sampling = SamplingDefaults(steps=25, shift=flow_shift(base.scheduler_config))
+    return DescribedModel(base=base, objective="diff2flow", sampling=sampling)
 
 
 def _check_weights(uri: str, files: ModelFiles, description: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from d2f_core import storage
 from d2f_core.hashing import HASHED_SUFFIXES, cache_root, one_at_a_time
 from d2f_core.model.model_files import ModelFiles, describe_tree
-from d2f_core.objective.schedule import NoiseSchedule
+from d2f_core.objective.schedule import FLOW_PREDICTION, Schedule, prediction_type_of, read_schedule
 from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -43,7 +43,7 @@ class BaseModel:
     """The URI as it was given."""
     files: ModelFiles
     prediction_type: str
-    """epsilon, v_prediction or sample, as diffusers spells it."""
+    """epsilon, v_prediction, sample or flow_prediction (a rectified-flow model), as diffusers spells it."""
     scheduler_config: Mapping[str, Any]
 
     @property
@@ -61,8 +61,13 @@ class BaseModel:
         return self.files.hash(*PARTS, *SDXL_PARTS)
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_scheduler_config(self.scheduler_config)
+    def schedule(self) -> Schedule:
+        return read_schedule(self.scheduler_config)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a flow model already, so that there is nothing to align."""
+        return self.prediction_type == FLOW_PREDICTION
 
     @property
     def pixels_per_latent(self) -> int:
@@ -221,8 +226,8 @@ def _checked(uri: str, files: ModelFiles) -> BaseModel:
     base = BaseModel(
         uri=uri,
         files=files,
-        prediction_type=config.get("prediction_type", "epsilon"),
+        prediction_type=prediction_type_of(config),
         scheduler_config=config,
     )
-    NoiseSchedule.from_scheduler_config(config)
+    read_schedule(config)
     return base

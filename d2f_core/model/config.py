@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from d2f_core.objective.time_sampling import TimeSampling
+from d2f_core.identity import since
+from d2f_core.objective.time_sampling import NaiveTarget, TimeSampling
 
 TaskName = Literal["text_to_image", "image_to_depth"]
 PRESETS = ("base", "small", "attention")
@@ -50,6 +51,12 @@ class ModelConfig:
     """Keep the base's architecture, but start from new random weights."""
     objective: Literal["diff2flow", "flow_matching", "diffusion"] = "diff2flow"
     """Loss: flow matching through the alignment, naive flow matching, or the base's diffusion loss."""
+    naive_target: NaiveTarget = since(
+        "noise_minus_data", before="data_minus_noise", only=("objective", "flow_matching"), in_files=True
+    )
+    """flow_matching: what the network learns to put out. `noise_minus_data` as rectified-flow models do, which other
+    programs can sample; `data_minus_noise` as the paper's published baseline does. A config file without this field
+    means data_minus_noise, which was the only one before the field existed."""
     method: Literal["full", "lora"] = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
     """LoRA settings; used when `method` is lora."""
