@@ -10,6 +10,7 @@ from typing import Any
 
 MODEL_PART = "artifacts/model"
 """Path of the model's own files inside its MLflow artifacts."""
+PROJECT = "diff2flow-ray"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Loader:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that `mlflow.pyfunc.load_model(..., model_config=...)` can change, with their defaults."""
     requirements: Sequence[str] = ()
-    """Required packages; they are pinned to the installed releases."""
+    """Packages that the script imports, this project's modules included; they are pinned to the installed releases."""
 
 
 def grey_png() -> bytes:
@@ -77,7 +78,26 @@ def write_pyfunc(
         )
     saved = Model.load(str(target))
     saved.model_size_bytes = (saved.model_size_bytes or 0) + model_bytes
+    _forget_this_machine(saved)
     saved.save(str(target / "MLmodel"))
+    _name_this_project(target / "requirements.txt")
+
+
+def _forget_this_machine(model: Any) -> None:
+    """Leave the paths that lead into the model, and none of the machine that wrote it, of which nothing is read."""
+    flavor = model.flavors["python_function"]
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+
+
+def _name_this_project(requirements: Path) -> None:
+    """Say in a comment, which pip passes over, what pip cannot fetch."""
+    lines = (
+        f"# And {PROJECT}=={importlib.metadata.version(PROJECT)}, which is on no package index: install these, and",
+        "# then its source, by pip install --no-deps DIRECTORY",
+    )
+    requirements.write_text("\n".join((*lines, requirements.read_text())))
 
 
 def _signature(loader: Loader) -> Any:
