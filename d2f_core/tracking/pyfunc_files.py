@@ -72,7 +72,7 @@ def write_pyfunc(
             signature=_signature(loader),
             input_example=pd.DataFrame([dict(loader.example)]),
             model_config=dict(loader.settings),
-            pip_requirements=[_pinned(name) for name in loader.requirements],
+            pip_requirements=[pinned(name) for name in loader.requirements],
             mlflow_model=model,
             uv_project_path=scratch,  # or a uv.lock in the current directory would become part of the model
         )
@@ -121,6 +121,6 @@ def _type(name: str) -> Any:
     return Array(_type(name.removesuffix("[]"))) if name.endswith("[]") else DataType[name]
 
 
-def _pinned(package: str) -> str:
+def pinned(package: str) -> str:
     """A requirement that a package index can serve, without the local part of a version such as 2.13.0+cpu."""
     return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"

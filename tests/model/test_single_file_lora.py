@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from d2f_core.model.adapter_metadata import family
 from d2f_core.model.artifact import load_model
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.export_adapter import export_single_file_lora
-from d2f_core.model.file_metadata import family
 from d2f_core.model.single_file_lora import (
     LayerChange,
     SingleFileLoraError,
@@ -206,7 +206,7 @@ def test_a_lora_for_sdxl_is_read_by_us_and_by_diffusers_and_named_for_kohya(tmp_
     torch.testing.assert_close(answer(theirs.unet), expected, rtol=0, atol=1e-5)
 
 
-KINDS = [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")]
+KINDS = [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "x0"), ("flow_prediction", "sd3")]
 
 
 @pytest.mark.parametrize(("kind", "named"), KINDS)
