@@ -92,7 +92,7 @@ def _check_parametrisation(model_uri: str, description: Mapping[str, Any]) -> No
         f"{model_uri!r} was trained by the naive flow_matching loss on a base of prediction_type="
         f"{description['prediction_type']!r}, and turns it into another kind of network. Other programs would go on "
         "sampling the base by its own kind, and no strength but 1 means anything. Export the merged network as a "
-        "rectified-flow checkpoint, or train with objective diff2flow."
+        "rectified-flow checkpoint (pipelines.export ldm), or train with objective diff2flow."
     )
 
 
