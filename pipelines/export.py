@@ -79,18 +79,14 @@ def main(config: Config) -> None:
         for part, reason in done.missing.items():
             logger.info("give %s to from_pretrained yourself: %s", part, reason)
     else:
-        file = export_single_file_lora(model, config.output, base_uri=base, biases=config.biases)
+        file = export_single_file_lora(model, config.output, base_uri=base, ends=config.ends)
         logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
-        if file.biases_target:
-            logger.info(
-                "wrote %s: the biases of %s; load it beside the first",
-                file.biases_target,
-                ", ".join(file.trained_biases),
-            )
-        elif file.trained_biases:
-            logger.info("diffusers refuses this file, because it holds biases; --biases apart writes them to a second")
-        if file.passed_over_by_kohya:
-            logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.passed_over_by_kohya))
+        if file.ends_target:
+            logger.info("wrote %s: %s; load it beside the first", file.ends_target, ", ".join(file.ends))
+        elif file.ends:
+            logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.ends))
+        if file.has_biases:
+            logger.info("diffusers refuses this file, because it holds biases; --ends apart writes a second")
 
 
 def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:

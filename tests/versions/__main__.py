@@ -6,6 +6,7 @@ with 1 when an export opens otherwise than it should. About 3 GB of packages are
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -26,6 +27,7 @@ SECONDS = 600
 
 def main(environments: Sequence[str]) -> int:
     """Returns the exit status."""
+    torch.set_num_threads(1)  # a tiny network only waits for more
     with tempfile.TemporaryDirectory() as scratch:
         cases = make_cases(Path(scratch))
         outcomes = [outcome for name in environments for outcome in opened(name, cases, Path(scratch))]
@@ -59,7 +61,10 @@ def _run(environment: str, python: Path, cases: Sequence[Case], scratch: Path) -
     (scratch / "cases.json").write_text(json.dumps(given))
     # -I: neither the current directory nor the user's own packages are importable.
     command = [str(python), "-I", str(OPENING), str(scratch / "cases.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, timeout=SECONDS, check=False)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=scratch, timeout=SECONDS, check=False, env=one_thread
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     if len(lines) != len(cases):
         raise RuntimeError(f"{environment} opened {len(lines)} of {len(cases)} exports:\n{done.stderr[-3000:]}")
