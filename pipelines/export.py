@@ -3,13 +3,14 @@ r"""Write a trained model in another tool's layout, or export a model from a tra
 python -m pipelines.export diffusers --model models:/emoji-flow@candidate --output /data/emoji-flow
 python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
 python -m pipelines.export transformers --model models:/matcher@candidate --output /data/matcher
+python -m pipelines.export scheduler --output diff2flow_scheduler.py
 python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 --output s3://d2f/models/emoji-200
 """
 
 import logging
 
 from pipelines.cli import run_job
-from pipelines.export_config import CheckpointExportConfig, ExportConfig, MatcherExportConfig
+from pipelines.export_config import CheckpointExportConfig, ExportConfig, MatcherExportConfig, SchedulerExportConfig
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +20,10 @@ RECIPES = {
     "peft": ExportConfig(layout="peft"),
     "single-file": ExportConfig(layout="single-file"),
     "transformers": MatcherExportConfig(),
+    "scheduler": SchedulerExportConfig(),
     "checkpoint": CheckpointExportConfig(),
 }
-Config = ExportConfig | MatcherExportConfig | CheckpointExportConfig
+Config = ExportConfig | MatcherExportConfig | SchedulerExportConfig | CheckpointExportConfig
 
 
 def check(config: Config) -> None:
@@ -30,6 +32,10 @@ def check(config: Config) -> None:
         from pipelines.checkpoint_export import check_checkpoint
 
         check_checkpoint(config)
+    elif isinstance(config, SchedulerExportConfig):
+        from d2f_core.storage import check_reachable
+
+        check_reachable(config.output, write=True)
     else:
         _model_files(config)
 
@@ -51,6 +57,13 @@ def main(config: Config) -> None:
         from pipelines.checkpoint_export import export_checkpoint
 
         logger.info("wrote %s", export_checkpoint(config))
+        return
+    if isinstance(config, SchedulerExportConfig):
+        from d2f_core import storage
+        from d2f_core.model.standalone_scheduler import standalone_scheduler
+
+        storage.write_bytes(config.output, standalone_scheduler().encode())
+        logger.info("wrote %s", config.output)
         return
     if isinstance(config, MatcherExportConfig):
         from d2f_core.correspondence.publish.job import export_transformers

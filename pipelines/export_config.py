@@ -23,6 +23,17 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SchedulerExportConfig:
+    output: str = "diff2flow_scheduler.py"
+    """The Python file to write, s3:// or local. A program imports it by this name, which must be one of a module."""
+
+    def __post_init__(self) -> None:
+        name = self.output.rsplit("/", 1)[-1]
+        if not (name.endswith(".py") and name.removesuffix(".py").isidentifier()):
+            raise ValueError(f"output={self.output!r} must name a Python module, such as diff2flow_scheduler.py.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointExportConfig:
     run: str = ""
     """Output URI of the finetuning, with its config.yaml and checkpoints."""

@@ -35,7 +35,7 @@ def test_every_recipe_writes_its_layout(model: str, tmp_path: Path, s3: StackEnv
     assert exists("s3://d2f/test-export/adapter/adapter_config.json")
     main(ExportConfig(model=model, layout="single-file", output=str(tmp_path / "lora.safetensors")))
     assert any(name.endswith(".lora_down.weight") for name in load_file(tmp_path / "lora.safetensors"))
-    assert set(RECIPES) == {"diffusers", "peft", "single-file", "transformers", "checkpoint"}
+    assert set(RECIPES) == {"diffusers", "peft", "single-file", "transformers", "scheduler", "checkpoint"}
 
 
 def test_what_cannot_be_exported_is_refused(model: str, tmp_path: Path):
