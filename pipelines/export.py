@@ -70,7 +70,8 @@ def main(config: Config) -> None:
 
         logger.info("wrote %s", export_transformers(_model_files(config), config.output, base_uri=config.base or None))
         return
-    from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
+    from d2f_core.model.export import export_diffusers
+    from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 
     model, base = _model_files(config), config.base or None
     if config.layout == "peft":
@@ -81,16 +82,18 @@ def main(config: Config) -> None:
         for part, reason in done.missing.items():
             logger.info("give %s to from_pretrained yourself: %s", part, reason)
     else:
-        file = export_single_file_lora(model, config.output, base_uri=base)
+        file = export_single_file_lora(model, config.output, base_uri=base, biases=config.biases)
         logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
-        if file.trained_biases:
+        if file.biases_target:
             logger.info(
-                "%d layers have trained biases, which diffusers and sd-scripts do not read", len(file.trained_biases)
+                "wrote %s: the biases of %s; load it beside the first",
+                file.biases_target,
+                ", ".join(file.trained_biases),
             )
-        if len(file.passed_over_by_kohya) == file.layers:
-            logger.info("sd-scripts reads none of them: its SDXL has other names; ComfyUI and diffusers do")
-        elif file.passed_over_by_kohya:
-            logger.info("sd-scripts has no place for %s", ", ".join(file.passed_over_by_kohya))
+        elif file.trained_biases:
+            logger.info("diffusers refuses this file, because it holds biases; --biases apart writes them to a second")
+        if file.passed_over_by_kohya:
+            logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.passed_over_by_kohya))
 
 
 if __name__ == "__main__":

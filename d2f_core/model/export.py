@@ -1,4 +1,4 @@
-"""A trained artifact in the layouts of other tools: a diffusers directory, a PEFT adapter, a single-file LoRA.
+"""A trained artifact as a diffusers directory. `d2f_core.model.export_adapter` has the layouts of adapters.
 
 | function                  | read by                                  | weights       | how to sample it is told by |
 |---------------------------|------------------------------------------|---------------|-----------------------------|
@@ -11,35 +11,20 @@ safetensors, JSON and vocabularies only.
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from peft import PeftModel
-
 from d2f_core import storage
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError, TrainedModel, load_model, read_description
-from d2f_core.model.base import is_sdxl, local_copy
-from d2f_core.model.denoiser import load_unet
+from d2f_core.model.base import local_copy
 from d2f_core.model.description import write_description
 from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, copy_part, read_json
-from d2f_core.model.diffusers_scheduler import SCHEDULE_FIELDS, Diff2FlowScheduler
-from d2f_core.model.sampling import SCHEDULERS
-from d2f_core.model.single_file_lora import (
-    SingleFileLoraError,
-    kohya_metadata,
-    layer_changes,
-    passed_over_by_kohya,
-    write_single_file_lora,
-)
+from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler
 
 SCHEDULER_MODULE = Diff2FlowScheduler.__module__
-SD_VERSIONS = {768: ("sd_v1", "False"), 1024: ("sd_v2", "True")}
-"""Width of the text states -> sd-scripts' name of the base model, and its `v2` flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +36,7 @@ class DiffusersExport:
     """Missing part of the pipeline -> reason. Pass these to `from_pretrained` by name, as objects or None."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SingleFileExport:
-    """The exported file, and the layers that some readers ignore."""
-
-    target: str
-    keys: int
-    layers: int
-    trained_biases: tuple[str, ...]
-    """Layers with a `diff_b`: diffusers refuses such a file, sd-scripts ignores the biases."""
-    passed_over_by_kohya: tuple[str, ...]
-    """Layers that sd-scripts ignores."""
-
-
-def _artifact(model_uri: str) -> tuple[Path, dict[str, Any]]:
+def artifact(model_uri: str) -> tuple[Path, dict[str, Any]]:
     """The artifact's local directory and its description."""
     directory = local_copy(model_uri)
     if not (directory / DESCRIPTION).is_file():
@@ -75,16 +47,7 @@ def _artifact(model_uri: str) -> tuple[Path, dict[str, Any]]:
     return directory, read_description(directory)
 
 
-def _adapter(model_uri: str, directory: Path, description: Mapping[str, Any]) -> Path:
-    if description["method"] != "lora":
-        raise ArtifactError(
-            f"{model_uri!r} has method={description['method']!r}: all weights were trained and there is no adapter. "
-            "Use export_diffusers."
-        )
-    return directory / "adapter"
-
-
-def _load_for_others(model_uri: str, description: Mapping[str, Any], base_uri: str | None) -> TrainedModel:
+def load_for_others(model_uri: str, description: Mapping[str, Any], base_uri: str | None) -> TrainedModel:
     """The model with its adapter merged, checked to be one that other tools can sample."""
     if description["objective"] == "flow_matching":
         raise ArtifactError(
@@ -163,8 +126,8 @@ def export_diffusers(model_uri: str, target: str, *, base_uri: str | None = None
         ArtifactError: the model is a base model, was trained with the naive `flow_matching` loss, belongs to another
             base, or has extra input channels.
     """
-    _, description = _artifact(model_uri)
-    model = _load_for_others(model_uri, description, base_uri)
+    _, description = artifact(model_uri)
+    model = load_for_others(model_uri, description, base_uri)
     shift = float(description["sampling"].get("shift", 1.0))
     storage.remove_tree(storage.join(target, MODEL_INDEX))  # without it, a half-replaced directory is not loaded
     with tempfile.TemporaryDirectory() as temporary:
@@ -180,80 +143,3 @@ def export_diffusers(model_uri: str, target: str, *, base_uri: str | None = None
         (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         storage.upload_tree(directory, target, last=MODEL_INDEX)
     return DiffusersExport(target=target, missing=missing)
-
-
-def export_peft(model_uri: str, target: str) -> str:
-    """Write the PEFT adapter unchanged (adapter_config.json, adapter_model.safetensors), with diff2flow.json beside it.
-
-    Load it with `PeftModel.from_pretrained(unet, target)` on the base's UNet; returns `target`.
-
-    Raises:
-        ArtifactError: the model is no trained artifact, or has no adapter.
-    """
-    directory, description = _artifact(model_uri)
-    adapter = _adapter(model_uri, directory, description)
-    with tempfile.TemporaryDirectory() as temporary:
-        copy_part(adapter, Path(temporary))
-        shutil.copyfile(directory / DESCRIPTION, Path(temporary) / DESCRIPTION)
-        storage.upload_tree(Path(temporary), target, last="adapter_config.json")
-    return target
-
-
-def _lora_metadata(description: Mapping[str, Any], width: int | None) -> dict[str, str]:
-    """The sampling settings as safetensors metadata, a mapping of strings."""
-    sampling, schedule = description["sampling"], description["schedule"]
-    metadata = {
-        "d2f_format_version": str(description["format_version"]),
-        "d2f_objective": description["objective"],
-        "d2f_prediction_type": description["prediction_type"],
-        "d2f_sampler": sampling["solver"] if sampling["solver"] in SCHEDULERS else f"{sampling['solver']} in flow time",
-        "d2f_steps": str(sampling["steps"]),
-        "d2f_guidance": str(sampling["guidance"]),
-        "d2f_shift": str(sampling.get("shift", 1.0)),
-        "d2f_time_convention": description["time_convention"],
-        "d2f_schedule": json.dumps({name: schedule[name] for name in SCHEDULE_FIELDS if name in schedule}),
-        "d2f_base_sha256": description["base"]["sha256"],
-    }
-    if width in SD_VERSIONS:
-        metadata["ss_base_model_version"], metadata["ss_v2"] = SD_VERSIONS[width]
-    return metadata
-
-
-def export_single_file_lora(
-    model_uri: str, target: str, *, base_uri: str | None = None, dtype: torch.dtype = torch.float32
-) -> SingleFileExport:
-    """Write a LoRA as one safetensors file for ComfyUI, sd-scripts and diffusers' `load_lora_weights`.
-
-    Fully trained layers (`modules_to_save`) become exact LoRAs of full rank; their biases have a key that only ComfyUI
-    reads. See `d2f_core.model.single_file_lora` for the layout and what each tool reads.
-
-    Args:
-        target: a local path or s3:// key that ends in .safetensors.
-        dtype: float32 is exact; float16 halves the file.
-
-    Raises:
-        ArtifactError: the model is no LoRA artifact, was trained with the naive `flow_matching` loss, or needs joined
-            latents.
-        SingleFileLoraError: the layout cannot hold the adapter, or `target` has another ending.
-    """
-    if not target.endswith(".safetensors"):
-        raise SingleFileLoraError(f"target={target!r} must end in .safetensors: that is how tools find LoRA files.")
-    directory, description = _artifact(model_uri)
-    adapter = _adapter(model_uri, directory, description)
-    base = _load_for_others(model_uri, description, base_uri).base
-    changes = layer_changes(cast(PeftModel, PeftModel.from_pretrained(cast(Any, load_unet(base)), adapter)))
-    biases = tuple(name for name, change in changes.items() if change.bias is not None)
-    unet = read_json(base.path / "unet/config.json")
-    metadata = {
-        **kohya_metadata(changes),
-        **_lora_metadata(description, unet.get("cross_attention_dim")),
-        "ss_output_name": Path(target).stem,
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "lora.safetensors"
-        keys = write_single_file_lora(file, changes, metadata, dtype)
-        storage.write_bytes(target, file.read_bytes())
-    passed_over = passed_over_by_kohya(changes, sdxl=is_sdxl(unet))
-    return SingleFileExport(
-        target=target, keys=keys, layers=len(changes), trained_biases=biases, passed_over_by_kohya=passed_over
-    )

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -19,7 +17,8 @@ from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig, SamplingDefaults
 from d2f_core.model.denoiser import extend_input_channels, load_unet
 from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler
-from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
+from d2f_core.model.export import export_diffusers
+from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 from d2f_core.model.lora import add_lora
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.single_file_lora import SingleFileLoraError, read_single_file_lora
@@ -183,20 +182,6 @@ def test_a_diffusion_model_keeps_the_scheduler_of_its_base(complete_base, tmp_pa
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler" and pipeline.scheduler.config.clip_sample is False
     assert "d2f_core" not in (tmp_path / "exported/README.md").read_text()
-
-
-def test_an_exported_adapter_is_read_by_peft(base, tmp_path):
-    artifact = trained(base, tmp_path / "artifact", LoraConfig(preset="base"))
-    assert export_peft(artifact, str(tmp_path / "adapter")) == str(tmp_path / "adapter")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "artifact/adapter" / name).read_bytes()
-    network = PeftModel.from_pretrained(load_unet(resolve_base(str(base))), tmp_path / "adapter")
-    with safe_open(tmp_path / "adapter/adapter_model.safetensors", framework="pt") as written:
-        keys = len(list(written.keys()))
-    pairs = sum(isinstance(module, LoraLayer) for module in network.modules())
-    assert keys == 2 * pairs + 4 and pairs > 0, "and weight and bias of the two convolutions that are trained whole"
-    torch.testing.assert_close(output(network), output(load_model(artifact).network), rtol=0, atol=1e-5)
-    assert json.loads((tmp_path / "adapter/diff2flow.json").read_text())["sampling"]["solver"] == "euler"
 
 
 def test_what_other_tools_cannot_sample_is_refused(base, tmp_path):
