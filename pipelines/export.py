@@ -70,19 +70,21 @@ def main(config: Config) -> None:
 
         logger.info("wrote %s", export_transformers(_model_files(config), config.output, base_uri=config.base or None))
         return
+    import torch
+
     from d2f_core.model.export import export_diffusers
     from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 
-    model, base = _model_files(config), config.base or None
+    model, base, dtype = _model_files(config), config.base or None, getattr(torch, config.dtype)
     if config.layout == "peft":
         logger.info("wrote %s", export_peft(model, config.output))
     elif config.layout == "diffusers":
-        done = export_diffusers(model, config.output, base_uri=base)
+        done = export_diffusers(model, config.output, base_uri=base, dtype=dtype)
         logger.info("wrote %s", done.target)
         for part, reason in done.missing.items():
             logger.info("give %s to from_pretrained yourself: %s", part, reason)
     else:
-        file = export_single_file_lora(model, config.output, base_uri=base, biases=config.biases)
+        file = export_single_file_lora(model, config.output, base_uri=base, dtype=dtype, biases=config.biases)
         logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
         if file.biases_target:
             logger.info(

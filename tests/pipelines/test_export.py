@@ -29,7 +29,7 @@ def test_every_recipe_writes_its_layout(model: str, tmp_path: Path, s3: StackEnv
     del s3
     main(ExportConfig(model=model, layout="diffusers", output=str(tmp_path / "pipeline")))
     assert json.loads((tmp_path / "pipeline/model_index.json").read_text())["scheduler"][1] == "Diff2FlowScheduler"
-    exported = load_model(str(tmp_path / "pipeline"))
+    exported = load_model(str(tmp_path / "pipeline"), base_uri=load_model(model).base.uri)
     torch.testing.assert_close(output(exported.network), output(load_model(model).network), rtol=0, atol=1e-6)
     main(ExportConfig(model=model, layout="peft", output="s3://d2f/test-export/adapter"))
     assert exists("s3://d2f/test-export/adapter/adapter_config.json")
