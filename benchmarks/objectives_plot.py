@@ -12,9 +12,20 @@ from typing import Any
 import tyro
 
 from benchmarks.frechet import NAME
-from benchmarks.objectives import TUNING, Config
+from benchmarks.objectives import Config
 
-COLOURS = {"diff2flow": "#0b6e4f", "flow_matching": "#b5651d", "diffusion": "#3b5b92"}
+COLOURS = {
+    "diff2flow": "#0b6e4f",
+    "naive": "#b5651d",
+    "naive_logit_normal": "#8c2f5b",
+    "published": "#9a9a9a",
+    "diffusion": "#3b5b92",
+}
+NAMES = {
+    "naive": "naive, noise - data",
+    "naive_logit_normal": "naive, noise - data, logit-normal",
+    "published": "naive, data - noise (published)",
+}
 TITLES = {"full": "full finetuning", "small": "LoRA small", "attention": "LoRA attention"}
 
 
