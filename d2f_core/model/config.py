@@ -7,6 +7,7 @@ from typing import Literal
 from d2f_core.identity import since
 from d2f_core.objective.time_sampling import NaiveTarget, TimeSampling
 
+PredictionName = Literal["", "epsilon", "v_prediction", "sample", "flow_prediction"]
 TaskName = Literal["text_to_image", "image_to_depth"]
 PRESETS = ("base", "small", "attention")
 
@@ -41,6 +42,9 @@ class ModelConfig:
 
     base: str
     """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
+    base_prediction: PredictionName = since("", before="")
+    """What the base's network predicts, if its scheduler config says it wrongly; empty: as the config says. Where the
+    weights are first loaded they are probed, and a base that predicts something else is refused."""
     task: TaskName = "text_to_image"
     """image_to_depth predicts depth from an image, whose latents are concatenated to the noisy depth latents; no
     text."""

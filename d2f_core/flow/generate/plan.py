@@ -13,7 +13,7 @@ from d2f_core.batch.output import IndexedOutput
 from d2f_core.flow.generate.config import Emit, Format, GenerateConfig, GenerateError
 from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.flow.generate.sampler import Request, fill_request
-from d2f_core.identity import identity_values
+from d2f_core.identity import identity_values, since
 from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
 from d2f_core.storage import exists, join, upload_tree
@@ -33,6 +33,8 @@ class Plan:
     model_uri: str
     """URI of the model, with aliases resolved to a version."""
     model_hash: str
+    base_prediction: str = since("", before="")
+    """What an unchanged base was said to predict."""
     solver: str
     steps: tuple[int, ...]
     guidance: float
@@ -123,6 +125,7 @@ def make_plan(config: GenerateConfig, prompts: PromptFile, model: DescribedModel
         num_images=turns * prompts.num_rows - (turns - 1) * prompts.rows_with_steps,
         model_uri=model_uri,
         model_hash=model.content_hash,
+        base_prediction=config.base_prediction,
         solver=first.solver,
         steps=tuple(request.steps for request in filled),
         guidance=first.guidance,
