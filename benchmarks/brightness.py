@@ -81,7 +81,7 @@ def brightness(config: BrightnessConfig, task: TextToImage, objective: str, step
     for caption in TARGETS:
         states = task.text_states([caption] * config.images)
         keys = [f"{caption}/{number}" for number in range(config.images)]
-        noise = torch.from_numpy(keyed_normal(1, keys, (autoencoder.latent_channels, 16, 16), "judge"))
+        noise = torch.from_numpy(keyed_normal(1, keys, task.base.latent_shape(SIZE, SIZE), "judge"))
         latents, _ = sample_latents(
             task.model(task.module), noise, states, states, solver=own_solver(objective), steps=steps, guidance=1.0
         )
