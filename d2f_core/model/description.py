@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import dacite
 
 from d2f_core.hashing import HASHED_SUFFIXES, file_sha256
+from d2f_core.identity import identity_values
 from d2f_core.model.artifact_files import ArtifactError, check_files
 from d2f_core.model.base import BaseModel
 from d2f_core.model.config import SamplingDefaults, TaskName
@@ -83,7 +84,9 @@ def describe(
         "schedule": dict(base.scheduler_config),
         "schedule_sha256": schedule_hash(base.scheduler_config),
         "time_convention": "t=0 noise, t=1 data",
-        "sampling": asdict(sampling),
+        "sampling": identity_values(
+            sampling
+        ),  # without `time_grid` at its default: older releases refuse unknown names
         "training": dict(training),
     }
 

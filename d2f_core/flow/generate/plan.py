@@ -13,9 +13,10 @@ from d2f_core.batch.output import IndexedOutput
 from d2f_core.flow.generate.config import Emit, Format, GenerateConfig, GenerateError
 from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.flow.generate.sampler import Request, fill_request
-from d2f_core.identity import identity_values
+from d2f_core.identity import identity_values, since
 from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
+from d2f_core.model.config import TimeGrid
 from d2f_core.storage import exists, join, upload_tree
 
 PROMPTS_NAME = "prompts.parquet"
@@ -47,6 +48,7 @@ class Plan:
     emit: Emit
     format: Format
     quality: int
+    time_grid: TimeGrid = since("uniform", before="uniform")
 
     @property
     def num_chunks(self) -> int:
@@ -72,6 +74,7 @@ class Plan:
             steps=steps,
             guidance=self.guidance if row["guidance"] is None else row["guidance"],
             shift=self.shift,
+            time_grid=self.time_grid,
             height=row["height"] or row["width"] or self.height,
             width=row["width"] or row["height"] or self.width,
         )
@@ -98,6 +101,7 @@ def fill_settings(config: GenerateConfig, prompts: PromptFile, model: DescribedM
                 steps=steps,
                 guidance=config.guidance,
                 shift=config.shift,
+                time_grid=config.time_grid,
                 height=config.resolution,
                 width=config.resolution,
             )
@@ -127,6 +131,7 @@ def make_plan(config: GenerateConfig, prompts: PromptFile, model: DescribedModel
         steps=tuple(request.steps for request in filled),
         guidance=first.guidance,
         shift=first.shift,
+        time_grid=first.time_grid,
         seed=config.seed,
         height=first.height,
         width=first.width,
