@@ -9,6 +9,7 @@ from d2f_core.objective.time_sampling import NaiveTarget, TimeSampling
 
 PredictionName = Literal["", "epsilon", "v_prediction", "sample", "flow_prediction"]
 TaskName = Literal["text_to_image", "image_to_depth"]
+TimeGrid = Literal["uniform", "beta"]
 PRESETS = ("base", "small", "attention")
 
 
@@ -129,6 +130,9 @@ class SamplingDefaults:
     resolution: int | None = None
     """Height and width of the images in pixels; None: the size of the training images, or for a base model the size its
     UNet was trained on."""
+    time_grid: TimeGrid = since("uniform", before="uniform")
+    """Flow times before the shift: uniform, or beta (quantiles of Beta(0.6, 0.6): short steps at both ends); not used
+    by ddim and the adaptive solvers."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 1:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.identity import since
-from d2f_core.model.config import PredictionName
+from d2f_core.model.config import PredictionName, TimeGrid
 
 Emit = Literal["images", "latents", "pairs"]
 Format = Literal["png", "webp", "jpeg"]
@@ -44,6 +44,8 @@ class GenerateWork:
     """Classifier-free guidance scale; None: the model's default."""
     shift: float | None = None
     """Flow-time shift: above 1, more steps are near noise; None: the model's default."""
+    time_grid: TimeGrid | None = since(None, before=None)
+    """Flow times before the shift: uniform, or beta (short steps at both ends); None: the model's default."""
     seed: int = 0
     """Seed of rows that have none of their own."""
     resolution: int | None = None

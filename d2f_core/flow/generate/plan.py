@@ -16,6 +16,7 @@ from d2f_core.flow.generate.sampler import Request, fill_request
 from d2f_core.identity import identity_values, since
 from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
+from d2f_core.model.config import TimeGrid
 from d2f_core.storage import exists, join, upload_tree
 
 PROMPTS_NAME = "prompts.parquet"
@@ -49,6 +50,7 @@ class Plan:
     emit: Emit
     format: Format
     quality: int
+    time_grid: TimeGrid = since("uniform", before="uniform")
 
     @property
     def num_chunks(self) -> int:
@@ -74,6 +76,7 @@ class Plan:
             steps=steps,
             guidance=self.guidance if row["guidance"] is None else row["guidance"],
             shift=self.shift,
+            time_grid=self.time_grid,
             height=row["height"] or row["width"] or self.height,
             width=row["width"] or row["height"] or self.width,
         )
@@ -100,6 +103,7 @@ def fill_settings(config: GenerateConfig, prompts: PromptFile, model: DescribedM
                 steps=steps,
                 guidance=config.guidance,
                 shift=config.shift,
+                time_grid=config.time_grid,
                 height=config.resolution,
                 width=config.resolution,
             )
@@ -130,6 +134,7 @@ def make_plan(config: GenerateConfig, prompts: PromptFile, model: DescribedModel
         steps=tuple(request.steps for request in filled),
         guidance=first.guidance,
         shift=first.shift,
+        time_grid=first.time_grid,
         seed=config.seed,
         height=first.height,
         width=first.width,
