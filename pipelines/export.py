@@ -2,6 +2,7 @@ r"""Write a trained model in another tool's layout, or export a model from a tra
 
 python -m pipelines.export diffusers --model models:/emoji-flow@candidate --output /data/emoji-flow
 python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
+python -m pipelines.export ldm --model models:/sdxl-flow@candidate --output sdxl-flow.safetensors
 python -m pipelines.export transformers --model models:/matcher@candidate --output /data/matcher
 python -m pipelines.export scheduler --output diff2flow_scheduler.py
 python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 --output s3://d2f/models/emoji-200
@@ -10,7 +11,13 @@ python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 
 import logging
 
 from pipelines.cli import run_job
-from pipelines.export_config import CheckpointExportConfig, ExportConfig, MatcherExportConfig, SchedulerExportConfig
+from pipelines.export_config import (
+    CheckpointExportConfig,
+    CheckpointFileExportConfig,
+    ExportConfig,
+    MatcherExportConfig,
+    SchedulerExportConfig,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +26,14 @@ RECIPES = {
     "diffusers": ExportConfig(),
     "peft": ExportConfig(layout="peft"),
     "single-file": ExportConfig(layout="single-file"),
+    "ldm": CheckpointFileExportConfig(),
     "transformers": MatcherExportConfig(),
     "scheduler": SchedulerExportConfig(),
     "checkpoint": CheckpointExportConfig(),
 }
-Config = ExportConfig | MatcherExportConfig | SchedulerExportConfig | CheckpointExportConfig
+Config = (
+    ExportConfig | CheckpointFileExportConfig | MatcherExportConfig | SchedulerExportConfig | CheckpointExportConfig
+)
 
 
 def check(config: Config) -> None:
@@ -40,7 +50,7 @@ def check(config: Config) -> None:
         _model_files(config)
 
 
-def _model_files(config: ExportConfig | MatcherExportConfig) -> str:
+def _model_files(config: ExportConfig | CheckpointFileExportConfig | MatcherExportConfig) -> str:
     """Location of the model's files."""
     from d2f_core.storage import check_reachable
     from d2f_core.tracking import resolve_model
@@ -57,45 +67,69 @@ def main(config: Config) -> None:
         from pipelines.checkpoint_export import export_checkpoint
 
         logger.info("wrote %s", export_checkpoint(config))
-        return
-    if isinstance(config, SchedulerExportConfig):
+    elif isinstance(config, SchedulerExportConfig):
         from d2f_core import storage
         from d2f_core.model.standalone_scheduler import standalone_scheduler
 
         storage.write_bytes(config.output, standalone_scheduler().encode())
         logger.info("wrote %s", config.output)
-        return
-    if isinstance(config, MatcherExportConfig):
+    elif isinstance(config, MatcherExportConfig):
         from d2f_core.correspondence.publish.job import export_transformers
 
         logger.info("wrote %s", export_transformers(_model_files(config), config.output, base_uri=config.base or None))
-        return
+    elif isinstance(config, CheckpointFileExportConfig):
+        _export_checkpoint_file(config)
+    elif config.layout == "peft":
+        from d2f_core.model.export_adapter import export_peft
+
+        logger.info("wrote %s", export_peft(_model_files(config), config.output))
+    elif config.layout == "diffusers":
+        _export_diffusers(config)
+    else:
+        _export_lora_file(config)
+
+
+def _export_diffusers(config: ExportConfig) -> None:
     import torch
 
     from d2f_core.model.export import export_diffusers
-    from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 
-    model, base, dtype = _model_files(config), config.base or None, getattr(torch, config.dtype)
-    if config.layout == "peft":
-        logger.info("wrote %s", export_peft(model, config.output))
-    elif config.layout == "diffusers":
-        done = export_diffusers(model, config.output, base_uri=base, dtype=dtype)
-        logger.info("wrote %s", done.target)
-        for part, reason in done.missing.items():
-            logger.info("give %s to from_pretrained yourself: %s", part, reason)
-    else:
-        file = export_single_file_lora(model, config.output, base_uri=base, dtype=dtype, biases=config.biases)
-        logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
-        if file.biases_target:
-            logger.info(
-                "wrote %s: the biases of %s; load it beside the first",
-                file.biases_target,
-                ", ".join(file.trained_biases),
-            )
-        elif file.trained_biases:
-            logger.info("diffusers refuses this file, because it holds biases; --biases apart writes them to a second")
-        if file.passed_over_by_kohya:
-            logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.passed_over_by_kohya))
+    dtype = getattr(torch, config.dtype)
+    done = export_diffusers(_model_files(config), config.output, base_uri=config.base or None, dtype=dtype)
+    logger.info("wrote %s", done.target)
+    for part, reason in done.missing.items():
+        logger.info("give %s to from_pretrained yourself: %s", part, reason)
+
+
+def _export_lora_file(config: ExportConfig) -> None:
+    import torch
+
+    from d2f_core.model.export_adapter import export_single_file_lora
+
+    model, dtype = _model_files(config), getattr(torch, config.dtype)
+    file = export_single_file_lora(
+        model, config.output, base_uri=config.base or None, dtype=dtype, biases=config.biases
+    )
+    logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
+    if file.biases_target:
+        biases = ", ".join(file.trained_biases)
+        logger.info("wrote %s: the biases of %s; load it beside the first", file.biases_target, biases)
+    elif file.trained_biases:
+        logger.info("diffusers refuses this file, because it holds biases; --biases apart writes them to a second")
+    if file.passed_over_by_kohya:
+        logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.passed_over_by_kohya))
+
+
+def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:
+    from d2f_core.model.single_file.write import write_checkpoint_file
+
+    done = write_checkpoint_file(
+        _model_files(config), config.output, base_uri=config.base or None, dtype=config.dtype, title=config.title
+    )
+    told = "a rectified flow (sd3)" if done.prediction == "sd3" else done.prediction
+    logger.info("wrote %s: %s, %d tensors, %.2f GB, %s", done.target, done.family, done.keys, done.size / 1e9, told)
+    if done.prediction == "sd3":
+        logger.info("ComfyUI needs the node ModelSamplingSD3 behind the checkpoint's loader; SwarmUI sets it by itself")
 
 
 if __name__ == "__main__":
