@@ -4,6 +4,7 @@ python -m pipelines.export diffusers --model models:/emoji-flow@candidate --outp
 python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
 python -m pipelines.export ldm --model models:/sdxl-flow@candidate --output sdxl-flow.safetensors
 python -m pipelines.export transformers --model models:/matcher@candidate --output /data/matcher
+python -m pipelines.export scheduler --output diff2flow_scheduler.py
 python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 --output s3://d2f/models/emoji-200
 """
 
@@ -15,6 +16,7 @@ from pipelines.export_config import (
     CheckpointFileExportConfig,
     ExportConfig,
     MatcherExportConfig,
+    SchedulerExportConfig,
 )
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,12 @@ RECIPES = {
     "single-file": ExportConfig(layout="single-file"),
     "ldm": CheckpointFileExportConfig(),
     "transformers": MatcherExportConfig(),
+    "scheduler": SchedulerExportConfig(),
     "checkpoint": CheckpointExportConfig(),
 }
-Config = ExportConfig | CheckpointFileExportConfig | MatcherExportConfig | CheckpointExportConfig
+Config = (
+    ExportConfig | CheckpointFileExportConfig | MatcherExportConfig | SchedulerExportConfig | CheckpointExportConfig
+)
 
 
 def check(config: Config) -> None:
@@ -37,6 +42,10 @@ def check(config: Config) -> None:
         from pipelines.checkpoint_export import check_checkpoint
 
         check_checkpoint(config)
+    elif isinstance(config, SchedulerExportConfig):
+        from d2f_core.storage import check_reachable
+
+        check_reachable(config.output, write=True)
     else:
         _model_files(config)
 
@@ -58,35 +67,54 @@ def main(config: Config) -> None:
         from pipelines.checkpoint_export import export_checkpoint
 
         logger.info("wrote %s", export_checkpoint(config))
-        return
-    if isinstance(config, MatcherExportConfig):
+    elif isinstance(config, SchedulerExportConfig):
+        from d2f_core import storage
+        from d2f_core.model.standalone_scheduler import standalone_scheduler
+
+        storage.write_bytes(config.output, standalone_scheduler().encode())
+        logger.info("wrote %s", config.output)
+    elif isinstance(config, MatcherExportConfig):
         from d2f_core.correspondence.publish.job import export_transformers
 
         logger.info("wrote %s", export_transformers(_model_files(config), config.output, base_uri=config.base or None))
-        return
-    if isinstance(config, CheckpointFileExportConfig):
+    elif isinstance(config, CheckpointFileExportConfig):
         _export_checkpoint_file(config)
-        return
-    from d2f_core.model.export import export_diffusers
-    from d2f_core.model.export_adapter import export_peft, export_single_file_lora
+    elif config.layout == "peft":
+        from d2f_core.model.export_adapter import export_peft
 
-    model, base = _model_files(config), config.base or None
-    if config.layout == "peft":
-        logger.info("wrote %s", export_peft(model, config.output))
+        logger.info("wrote %s", export_peft(_model_files(config), config.output))
     elif config.layout == "diffusers":
-        done = export_diffusers(model, config.output, base_uri=base)
-        logger.info("wrote %s", done.target)
-        for part, reason in done.missing.items():
-            logger.info("give %s to from_pretrained yourself: %s", part, reason)
+        _export_diffusers(config)
     else:
-        file = export_single_file_lora(model, config.output, base_uri=base, ends=config.ends)
-        logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
-        if file.ends_target:
-            logger.info("wrote %s: %s; load it beside the first", file.ends_target, ", ".join(file.ends))
-        elif file.ends:
-            logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.ends))
-        if file.has_biases:
-            logger.info("diffusers refuses this file, because it holds biases; --ends apart writes a second")
+        _export_lora_file(config)
+
+
+def _export_diffusers(config: ExportConfig) -> None:
+    import torch
+
+    from d2f_core.model.export import export_diffusers
+
+    dtype = getattr(torch, config.dtype)
+    done = export_diffusers(_model_files(config), config.output, base_uri=config.base or None, dtype=dtype)
+    logger.info("wrote %s", done.target)
+    for part, reason in done.missing.items():
+        logger.info("give %s to from_pretrained yourself: %s", part, reason)
+
+
+def _export_lora_file(config: ExportConfig) -> None:
+    import torch
+
+    from d2f_core.model.export_adapter import export_single_file_lora
+
+    model, dtype = _model_files(config), getattr(torch, config.dtype)
+    file = export_single_file_lora(model, config.output, base_uri=config.base or None, dtype=dtype, ends=config.ends)
+    logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
+    if file.ends_target:
+        logger.info("wrote %s: %s; load it beside the first", file.ends_target, ", ".join(file.ends))
+    elif file.ends:
+        logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.ends))
+    if file.has_biases:
+        logger.info("diffusers refuses this file, because it holds biases; --ends apart writes a second")
 
 
 def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:

@@ -12,15 +12,15 @@ and last convolution. Who reads what:
 
 - ComfyUI and Forge: everything, `diff_b` too.
 - diffusers (`load_lora_weights`): it refuses a file with a `diff_b`. 0.30 to 0.38 lose `conv_in` and `conv_out`, whose
-  names they misread, with a warning. 0.42 applies an alpha that is not the file's most frequent one to convolutions, but
-  not to attention projections. So all layers get the same alpha here, and the ratio to a layer's own scale is
+  names they misread, with a warning. 0.42 applies an alpha that is not the file's most frequent one to convolutions,
+  but not to attention projections. So all layers get the same alpha here, and the ratio to a layer's own scale is
   multiplied into its `lora_up`.
 - sd-scripts: the layers inside transformer, resnet, down- and upsampling blocks. Others (`conv_in`, `conv_out`, the
   time embedding) and `diff_b` it passes over. For SDXL, whose layers it calls by other names, it translates these keys
   since May 2024.
 
-So the layers outside the blocks, the ends of a UNet, go to a second file (`write_ends`), in keys that diffusers, ComfyUI
-and Forge all read, but for the last two, which say the same and are there where a bias was trained:
+So the layers outside the blocks, the ends of a UNet, go to a second file (`write_ends`), in keys that diffusers,
+ComfyUI and Forge all read, but for the last two, which say the same and are there where a bias was trained:
 
     unet.conv_in.lora_A.weight          [rank, in, kh, kw]
     unet.conv_in.lora_B.weight          [out, rank, 1, 1], with the layer's scale

@@ -30,23 +30,13 @@ def test_every_recipe_writes_its_layout(model: str, tmp_path: Path, s3: StackEnv
     del s3
     main(ExportConfig(model=model, layout="diffusers", output=str(tmp_path / "pipeline")))
     assert json.loads((tmp_path / "pipeline/model_index.json").read_text())["scheduler"][1] == "Diff2FlowScheduler"
-    exported = load_model(str(tmp_path / "pipeline"))
+    exported = load_model(str(tmp_path / "pipeline"), base_uri=load_model(model).base.uri)
     torch.testing.assert_close(output(exported.network), output(load_model(model).network), rtol=0, atol=1e-6)
     main(ExportConfig(model=model, layout="peft", output="s3://d2f/test-export/adapter"))
     assert exists("s3://d2f/test-export/adapter/adapter_config.json")
     main(ExportConfig(model=model, layout="single-file", output=str(tmp_path / "lora.safetensors")))
     assert any(name.endswith(".lora_down.weight") for name in load_file(tmp_path / "lora.safetensors"))
-    assert set(RECIPES) == {"diffusers", "peft", "single-file", "ldm", "transformers", "checkpoint"}
-
-
-def test_a_whole_checkpoint_is_written_for_other_programs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    base, file = write_tiny(tmp_path / "base", "sdxl"), tmp_path / "one.safetensors"
-    config = CheckpointFileExportConfig(model=str(base), output=str(file), dtype="bfloat16")
-    check(config)
-    with caplog.at_level("INFO"):
-        main(config)
-    assert "SDXL, 684 tensors, 0.00 GB, epsilon" in caplog.text
-    assert load_file(file)["conditioner.embedders.1.model.ln_final.bias"].dtype == torch.bfloat16
+    assert set(RECIPES) == {"diffusers", "peft", "single-file", "ldm", "transformers", "scheduler", "checkpoint"}
 
 
 def test_the_command_says_which_files_it_wrote_and_what_each_program_leaves_out(tmp_path: Path, caplog):
@@ -63,6 +53,16 @@ def test_the_command_says_which_files_it_wrote_and_what_each_program_leaves_out(
         main(ExportConfig(model=model, layout="single-file", output=str(first), ends="inside"))
     assert "diffusers refuses this file" in caplog.text and not second.exists()
     assert "sd-scripts has no place for conv_in, conv_out; the rest it reads" in caplog.text
+
+
+def test_a_whole_checkpoint_is_written_for_other_programs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    base, file = write_tiny(tmp_path / "base", "sdxl"), tmp_path / "one.safetensors"
+    config = CheckpointFileExportConfig(model=str(base), output=str(file), dtype="bfloat16")
+    check(config)
+    with caplog.at_level("INFO"):
+        main(config)
+    assert "SDXL, 684 tensors, 0.00 GB, epsilon" in caplog.text
+    assert load_file(file)["conditioner.embedders.1.model.ln_final.bias"].dtype == torch.bfloat16
 
 
 def test_what_cannot_be_exported_is_refused(model: str, tmp_path: Path):
