@@ -124,7 +124,7 @@ def test_adapted_ends_are_apart_for_releases_of_diffusers_that_misread_their_nam
     names = {key.partition(".")[0] for key in load_file(file)}
     assert all(name.startswith(("lora_unet_down_", "lora_unet_mid_", "lora_unet_up_")) for name in names)
     both = [file, Path(exported.ends_target)] if exported.ends_target else [file]
-    assert bool(exported.ends_target) == bool(exported.ends) == (lora.preset is None and lora.targets == "all")
+    assert bool(exported.ends_target) == bool(exported.ends) == (not lora.preset and lora.targets == "all")
     expected = output(load_model(artifact).network)
     torch.testing.assert_close(output(loaded_by_diffusers(base, *both)), expected, rtol=0, atol=1e-5)
     comfy, unknown = loaded_by_comfy(base, *both)
@@ -299,10 +299,10 @@ def test_a_lora_of_a_rectified_flow_is_one_and_a_naive_one_on_another_base_is_re
     file = tmp_path / "one.safetensors"
     for objective in ("diff2flow", "flow_matching"):
         artifact = trained(flow, tmp_path / objective, LoraConfig(rank=2), objective)
-        export_single_file_lora(artifact, str(file))
+        exported = export_single_file_lora(artifact, str(file))
         metadata = read_single_file_lora(file).metadata
         assert (metadata["d2f_prediction_type"], metadata["modelspec.prediction_type"]) == ("flow_prediction", "sd3")
-        theirs = loaded_by_diffusers(flow, file)
+        theirs = loaded_by_diffusers(flow, file, Path(exported.ends_target))
         torch.testing.assert_close(output(theirs), output(load_model(artifact).network), rtol=0, atol=1e-5)
     naive = trained(base, tmp_path / "naive", LoraConfig(rank=2), "flow_matching")
     with pytest.raises(ArtifactError, match=r"naive flow_matching loss on a base of prediction_type='epsilon'.* ldm"):

@@ -44,9 +44,11 @@ def main(environments: Sequence[str]) -> int:
 def opened(environment: str, cases: Sequence[Case], scratch: Path) -> list[Outcome]:
     """What comes of the cases in an environment; those that import this project in a process of their own."""
     python, here = python_of(environment), [case for case in cases if environment in case.environments]
-    apart = [[case for case in here if ("package" in case.arguments) == own] for own in (False, True)]
+    alone = [case for case in here if "package" not in case.arguments]
+    apart = [alone, *([case] for case in here if "package" in case.arguments)]
     said = [line for part in apart for line in _run(environment, python, part, scratch)]
-    return [judge(environment, case, line) for case, line in zip([*apart[0], *apart[1]], said, strict=True)]
+    ordered = [case for part in apart for case in part]
+    return [judge(environment, case, line) for case, line in zip(ordered, said, strict=True)]
 
 
 def _run(environment: str, python: Path, cases: Sequence[Case], scratch: Path) -> list[dict]:

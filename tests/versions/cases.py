@@ -27,6 +27,7 @@ from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.single_file.write import write_checkpoint_file
 from d2f_core.model.single_file_lora import merge_single_file_lora, read_single_file_lora
+from d2f_core.model.standalone_scheduler import standalone_scheduler
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.tracking.pyfunc_files import MODEL_PART, write_pyfunc
 from tests.model.artifacts import trained
@@ -62,6 +63,8 @@ class Case:
     arguments: Mapping[str, Any]
     expected: Tensor
     """What this project computes."""
+    within: float = 1e-4
+    """Largest difference that counts as equal, as a share of the largest expected value: releases round otherwise."""
     refused: str = ""
     """Regular expression of the message, if it cannot be opened."""
     lost_in: Mapping[str, str] = field(default_factory=dict)
@@ -84,9 +87,9 @@ class Workshop:
     def path(self, name: str) -> str:
         return str(self.directory / name)
 
-    def trained(self, name: str, lora: LoraConfig | None = None) -> str:
+    def trained(self, name: str, lora: LoraConfig | None = None, objective: str = "diff2flow") -> str:
         """A new model, trained by hand."""
-        return trained(self.base, self.directory / name, lora)
+        return trained(self.base, self.directory / name, lora, objective)
 
     def answer(self, model_uri: str) -> Tensor:
         """The answer of a model's network to the inputs."""
@@ -125,20 +128,26 @@ def _pipeline(shop: Workshop) -> list[Case]:
     model, target = shop.trained("model"), shop.path("pipeline")
     export_diffusers(model, target)
     given = {**shop.shared, "path": target, "prompts": PROMPTS, "settings": SETTINGS}
-    latents, own = shop.latents(model), {"package": PACKAGE, "module": Diff2FlowScheduler.__module__}
+    file = Path(shop.path("scheduler"), "diff2flow_scheduler.py")
+    storage.write_bytes(str(file), standalone_scheduler().encode())
+    package = {"package": PACKAGE, "module": Diff2FlowScheduler.__module__}
+    one_file = {"package": str(file.parent), "module": file.stem}
+    latents, name, reader = shop.latents(model), "diffusers directory", "pipeline_directory"
     return [
-        Case(
-            name="diffusers directory: the UNet", reader="unet_directory", arguments=given, expected=shop.answer(model)
-        ),
-        Case(
-            name="diffusers directory without this project", reader="pipeline_directory", arguments=given,
-            expected=latents, refused=r"d2f_core",
-        ),
-        Case(
-            name="diffusers directory, its scheduler imported", reader="pipeline_directory",
-            arguments={**given, **own}, expected=latents,
-        ),
-    ]  # fmt: skip
+        Case(name=f"{name}: the UNet", reader="unet_directory", arguments=given, expected=shop.answer(model)),
+        Case(name=f"{name} alone", reader=reader, arguments=given, expected=latents, refused=r"d2f_core"),
+        Case(name=f"{name}, with the scheduler's file", reader=reader, arguments=given | one_file, expected=latents),
+        Case(name=f"{name}, with this package", reader=reader, arguments=given | package, expected=latents),
+    ]
+
+
+def _rectified_flow(shop: Workshop) -> list[Case]:
+    model, target = shop.trained("naive", objective="flow_matching"), shop.path("flow-pipeline")
+    export_diffusers(model, target)
+    given = {**shop.shared, "path": target, "prompts": PROMPTS, "settings": SETTINGS}
+    name, latents = "rectified flow, diffusers directory", shop.latents(model)
+    # diffusers starts at 0.9997 of the noise and rounds timesteps.
+    return [Case(name=name, reader="pipeline_directory", arguments=given, expected=latents, within=0.01)]
 
 
 def _peft(shop: Workshop) -> list[Case]:
@@ -197,7 +206,9 @@ def _mlflow(shop: Workshop) -> list[Case]:
     ]  # fmt: skip
 
 
-LAYOUTS: Sequence[Callable[[Workshop], list[Case]]] = (_pipeline, _peft, _lora, _checkpoint, _mlflow)
+LAYOUTS: Sequence[Callable[[Workshop], list[Case]]] = (
+    _pipeline, _rectified_flow, _peft, _lora, _checkpoint, _mlflow,
+)  # fmt: skip
 
 
 def make_cases(directory: Path) -> list[Case]:

@@ -10,7 +10,7 @@ from tests.versions.environments import ENVIRONMENTS
 from tests.versions.outcomes import judge, read, table
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
-CASE = {"name": "one", "reader": "unet_directory", "arguments": {}, "expected": torch.zeros(1)}
+CASE = {"name": "one", "reader": "unet_directory", "arguments": {}, "expected": torch.ones(1)}
 
 
 @pytest.mark.parametrize(
