@@ -24,6 +24,7 @@ from d2f_core.model.export import artifact, load_for_others
 from d2f_core.model.peft_layout import CONFIG_NAME, public_name, write_peft
 from d2f_core.model.sampling_metadata import sampling_metadata
 from d2f_core.model.single_file_lora import (
+    LayerChange,
     SingleFileLoraError,
     kohya_metadata,
     layer_changes,
@@ -129,7 +130,7 @@ def export_single_file_lora(
     model = load_for_others(model_uri, description, base_uri)
     changes = layer_changes(cast(PeftModel, PeftModel.from_pretrained(cast(Any, load_unet(model.base)), adapter)))
     outside = outside_blocks(changes)
-    apart = outside if ends == "apart" else {}
+    apart = outside if ends == "apart" and len(outside) < len(changes) else {}
     first = {name: change for name, change in changes.items() if name not in apart}
     metadata = {
         **kohya_metadata(first),
@@ -137,14 +138,7 @@ def export_single_file_lora(
         **adapter_metadata(model.base, Path(target).stem, model.default_size),
     }
     second = target.removesuffix(".safetensors") + ENDS
-    storage.remove_tree(second)  # one that an earlier export left would not fit
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary, "lora.safetensors")
-        if apart:
-            write_ends(file, apart, metadata, dtype)
-            storage.write_bytes(second, file.read_bytes())
-        keys = write_single_file_lora(file, first, metadata, dtype)
-        storage.write_bytes(target, file.read_bytes())
+    keys = _write_files(target, first, second, apart, metadata, dtype)
     return SingleFileExport(
         target=target,
         ends_target=second if apart else "",
@@ -153,3 +147,23 @@ def export_single_file_lora(
         ends=tuple(outside),
         has_biases=any(change.bias is not None for change in first.values()),
     )
+
+
+def _write_files(
+    target: str,
+    first: Mapping[str, LayerChange],
+    second: str,
+    apart: Mapping[str, LayerChange],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype,
+) -> int:
+    """Write the file, and the second if there is something for it; returns the number of keys of the first."""
+    storage.remove_tree(second)  # one that an earlier export left would not fit
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary, "lora.safetensors")
+        if apart:
+            write_ends(file, apart, metadata, dtype)
+            storage.write_bytes(second, file.read_bytes())
+        keys = write_single_file_lora(file, first, metadata, dtype)
+        storage.write_bytes(target, file.read_bytes())
+    return keys

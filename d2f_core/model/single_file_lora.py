@@ -24,8 +24,11 @@ ComfyUI and Forge all read, but for the last two, which say the same and are the
 
     unet.conv_in.lora_A.weight          [rank, in, kh, kw]
     unet.conv_in.lora_B.weight          [out, rank, 1, 1], with the layer's scale
-    unet.conv_in.lora_B.bias            [out]: for diffusers, where PEFT knows `lora_bias` (0.17 does, 0.13 does not)
+    unet.conv_in.lora_B.bias            [out]: for diffusers (0.34 with PEFT 0.17; 0.30 refuses the file)
     lora_unet_conv_in.diff_b            [out]: for ComfyUI and Forge
+
+All layers of this file get the same rank, filled up with zeros: where none has an alpha, diffusers up to 0.38 scales by
+the most frequent rank over a layer's own.
 
 The bias could not stand in the first file: a `lora_B.bias` makes PEFT expect one in each layer of a file, and then
 refuse to merge those that have none.
@@ -190,15 +193,22 @@ def write_ends(
     file: Path, changes: Mapping[str, LayerChange], metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
 ) -> None:
     """Write the second file, of layers by name with dots."""
-    tensors = dict[str, Tensor]()
+    tensors, rank = dict[str, Tensor](), max(change.rank for change in changes.values())
     for name, change in changes.items():
         adapter = f"unet.{name}.lora_"
-        tensors[f"{adapter}A.weight"] = change.down.to(dtype).contiguous()
-        tensors[f"{adapter}B.weight"] = (change.up * (change.alpha / change.rank)).to(dtype).contiguous()
+        down, up = _filled(change.down, rank, 0), _filled(change.up * (change.alpha / change.rank), rank, 1)
+        tensors[f"{adapter}A.weight"], tensors[f"{adapter}B.weight"] = down.to(dtype), up.to(dtype)
         if change.bias is not None:
             bias = tensors[f"{adapter}B.bias"] = change.bias.to(dtype).contiguous()
             tensors[f"{PREFIX}{name.replace('.', '_')}.diff_b"] = bias.clone()  # safetensors refuses shared memory
     save_file(tensors, file, {"format": "pt", **metadata, "d2f_keys": str(len(tensors))})
+
+
+def _filled(factor: Tensor, rank: int, dim: int) -> Tensor:
+    """The factor with zeros behind its own entries along `dim`, up to `rank`."""
+    missing = list(factor.shape)
+    missing[dim] = rank - factor.shape[dim]
+    return torch.cat([factor, factor.new_zeros(missing)], dim).contiguous()
 
 
 def read_single_file_lora(file: Path) -> SingleFileLora:

@@ -17,7 +17,7 @@ class Outcome:
     environment: str
     case: str
     word: str
-    """`equal`; `refused`, by a message that says what to do; `lost`, for a known reason; `differs`; `fails`."""
+    """`equal`; `refused`, as should be; `unread`, or not wholly, for a known reason; `differs`; `fails`."""
     said: str
     """The largest difference of outputs as a share of the largest output, or the message."""
 
@@ -35,8 +35,11 @@ def judge(environment: str, case: Case, line: Mapping[str, Any]) -> Outcome:
     else:
         share = difference / max(case.expected.float().abs().max().item(), 1e-9)
         word, said = ("equal" if share <= case.within and not case.refused else "differs"), f"{share:.0e}"
-    if environment in case.lost_in:
-        word, said = ("lost" if word in ("differs", "fails") else "differs"), f"{case.lost_in[environment]} ({said})"
+    if environment in case.unread_in:
+        word, said = (
+            ("unread" if word in ("differs", "fails") else "differs"),
+            f"{case.unread_in[environment]} ({said})",
+        )
     return Outcome(environment=environment, case=case.name, word=word, said=said)
 
 
@@ -54,7 +57,7 @@ def table(outcomes: Iterable[Outcome]) -> str:
 def _cell(outcome: Outcome | None) -> str:
     if outcome is None:
         return ""
-    return f"equal, {outcome.said}" if outcome.word == "equal" else outcome.word
+    return {"equal": f"equal, {outcome.said}", "unread": "no"}.get(outcome.word, outcome.word)
 
 
 def write(outcomes: Sequence[Outcome], circumstances: Mapping[str, str]) -> None:

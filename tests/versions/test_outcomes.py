@@ -23,9 +23,9 @@ CASE = {"name": "one", "reader": "unet_directory", "arguments": {}, "expected": 
         ({"refused": "needs d2f_core"}, {"error": "ValueError: needs\nd2f_core"}, "fails", True),
         ({"refused": "needs.*d2f_core"}, {"error": "ValueError: needs\nd2f_core"}, "refused", False),
         ({"refused": "needs d2f_core"}, {"difference": 0.0}, "differs", True),
-        ({"lost_in": {"old": "it is old"}}, {"difference": 0.1}, "lost", False),
-        ({"lost_in": {"old": "it is old"}}, {"error": "ValueError"}, "lost", False),
-        ({"lost_in": {"old": "it is old"}}, {"difference": 1e-6}, "differs", True),
+        ({"unread_in": {"old": "it is old"}}, {"difference": 0.1}, "unread", False),
+        ({"unread_in": {"old": "it is old"}}, {"error": "ValueError"}, "unread", False),
+        ({"unread_in": {"old": "it is old"}}, {"difference": 1e-6}, "differs", True),
     ],
 )
 def test_an_export_that_opens_otherwise_than_it_should_is_seen(more, line, word, unexpected) -> None:
