@@ -67,7 +67,8 @@ def _run(environment: str, python: Path, cases: Sequence[Case], scratch: Path) -
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=scratch, timeout=SECONDS, check=False, env=one_thread
     )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    printed = done.stdout.replace(str(scratch), "DIRECTORY").splitlines()
+    lines = [json.loads(line) for line in printed if line.startswith('{"case"')]
     if len(lines) != len(cases):
         raise RuntimeError(f"{environment} opened {len(lines)} of {len(cases)} exports:\n{done.stderr[-3000:]}")
     return lines
