@@ -14,7 +14,7 @@ import torch
 from benchmarks.closed_form import Mixture, corners, gaussian
 from d2f_core.objective.alignment import VelocityField, alpha_sigma
 from d2f_core.objective.path import interpolate
-from d2f_core.objective.schedule import PREDICTION_TYPES, NoiseSchedule
+from d2f_core.objective.schedule import DIFFUSION_PREDICTIONS, NoiseSchedule
 from d2f_core.objective.solver import integrate, uniform_times
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
@@ -59,7 +59,7 @@ def rounding(prediction_type: str, t: torch.Tensor) -> torch.Tensor:
 
 def cases() -> Iterator[tuple[str, str, str, NoiseSchedule, Mixture]]:
     for name, config in SCHEDULES.items():
-        for kind in PREDICTION_TYPES:
+        for kind in DIFFUSION_PREDICTIONS:
             if kind == "epsilon" and config.get("rescale_betas_zero_snr"):
                 continue  # refused when the config is read
             schedule = NoiseSchedule.from_scheduler_config({**config, "prediction_type": kind})
@@ -116,7 +116,7 @@ def print_statistics() -> list[dict[str, Any]]:
     )
     print("|---|---|---|---|---|---|---|")
     schedule = NoiseSchedule.from_scheduler_config(SCHEDULES["scaled_linear (Stable Diffusion)"])
-    for kind in PREDICTION_TYPES:
+    for kind in DIFFUSION_PREDICTIONS:
         for data_name, data in DATA.items():
             found = sample_statistics(schedule, kind, data)
             rows.append({"prediction_type": kind, "data": data_name, **found})

@@ -7,23 +7,40 @@ added to a dataclass later is declared with `since`, so that work stored before 
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
-BEFORE = "value before the field existed"
+BEFORE, ONLY, IN_FILES = "value before the field existed", "when the field says anything", "in files too"
 
 
-def since(default: T, *, before: T) -> T:
+def since(default: T, *, before: T, only: tuple[str, object] | None = None, in_files: bool = False) -> T:
     """Declare a dataclass field that was added after work had been stored without it.
 
     Args:
         default: the field's value in a new config.
         before: the value that describes the behaviour before the field existed. With it, the identity is that of a
             config without the field.
+        only: another field and its value without which this field says nothing, and is not part of the identity.
+        in_files: a config file without the field means `before` (see `filled`); otherwise it means the default.
     """
-    return cast(T, dataclasses.field(default=default, metadata={BEFORE: before}))
+    return cast(T, dataclasses.field(default=default, metadata={BEFORE: before, ONLY: only, IN_FILES: in_files}))
+
+
+def filled(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config file, with those fields of `since(..., in_files=True)` that are missing, in nested
+    dataclasses too.
+    """
+    found, hints = dict(given), typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        value = given.get(field.name)
+        if field.metadata.get(IN_FILES) and field.name not in given:
+            found[field.name] = field.metadata[BEFORE]
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(hints[field.name]):
+            found[field.name] = filled(cast(type, hints[field.name]), value)
+    return found
 
 
 def identity_values(config: Any) -> dict[str, Any]:
@@ -31,6 +48,9 @@ def identity_values(config: Any) -> dict[str, Any]:
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        only = field.metadata.get(ONLY)
+        if only and getattr(config, only[0]) != only[1]:
+            continue
         if BEFORE not in field.metadata or field.metadata[BEFORE] != value:
             found[field.name] = _values(value)
     return found

@@ -17,6 +17,7 @@ import tyro
 import yaml
 
 from d2f_core import storage
+from d2f_core.identity import filled
 
 Config = TypeVar("Config")
 
@@ -40,7 +41,8 @@ def from_yaml(kind: type[Config], text: str, *, source: str) -> Config:
         ValueError: names the file and the field.
     """
     try:
-        return dacite.from_dict(kind, yaml.safe_load(text) or {}, dacite.Config(strict=True, cast=[tuple, float]))
+        given = filled(kind, yaml.safe_load(text) or {})
+        return dacite.from_dict(kind, given, dacite.Config(strict=True, cast=[tuple, float]))
     except (dacite.DaciteError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{source} is no {kind.__name__}: {' '.join(str(error).split())}. See --help for the fields."

@@ -2,6 +2,7 @@ r"""Write a trained model in another tool's layout, or export a model from a tra
 
 python -m pipelines.export diffusers --model models:/emoji-flow@candidate --output /data/emoji-flow
 python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
+python -m pipelines.export ldm --model models:/sdxl-flow@candidate --output sdxl-flow.safetensors
 python -m pipelines.export transformers --model models:/matcher@candidate --output /data/matcher
 python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 --output s3://d2f/models/emoji-200
 """
@@ -9,7 +10,12 @@ python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 
 import logging
 
 from pipelines.cli import run_job
-from pipelines.export_config import CheckpointExportConfig, ExportConfig, MatcherExportConfig
+from pipelines.export_config import (
+    CheckpointExportConfig,
+    CheckpointFileExportConfig,
+    ExportConfig,
+    MatcherExportConfig,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +24,11 @@ RECIPES = {
     "diffusers": ExportConfig(),
     "peft": ExportConfig(layout="peft"),
     "single-file": ExportConfig(layout="single-file"),
+    "ldm": CheckpointFileExportConfig(),
     "transformers": MatcherExportConfig(),
     "checkpoint": CheckpointExportConfig(),
 }
-Config = ExportConfig | MatcherExportConfig | CheckpointExportConfig
+Config = ExportConfig | CheckpointFileExportConfig | MatcherExportConfig | CheckpointExportConfig
 
 
 def check(config: Config) -> None:
@@ -34,7 +41,7 @@ def check(config: Config) -> None:
         _model_files(config)
 
 
-def _model_files(config: ExportConfig | MatcherExportConfig) -> str:
+def _model_files(config: ExportConfig | CheckpointFileExportConfig | MatcherExportConfig) -> str:
     """Location of the model's files."""
     from d2f_core.storage import check_reachable
     from d2f_core.tracking import resolve_model
@@ -57,6 +64,9 @@ def main(config: Config) -> None:
 
         logger.info("wrote %s", export_transformers(_model_files(config), config.output, base_uri=config.base or None))
         return
+    if isinstance(config, CheckpointFileExportConfig):
+        _export_checkpoint_file(config)
+        return
     from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
 
     model, base = _model_files(config), config.base or None
@@ -78,6 +88,18 @@ def main(config: Config) -> None:
             logger.info("sd-scripts reads none of them: its SDXL has other names; ComfyUI and diffusers do")
         elif file.passed_over_by_kohya:
             logger.info("sd-scripts has no place for %s", ", ".join(file.passed_over_by_kohya))
+
+
+def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:
+    from d2f_core.model.single_file.write import write_checkpoint_file
+
+    done = write_checkpoint_file(
+        _model_files(config), config.output, base_uri=config.base or None, dtype=config.dtype, title=config.title
+    )
+    told = "a rectified flow (sd3)" if done.prediction == "sd3" else done.prediction
+    logger.info("wrote %s: %s, %d tensors, %.2f GB, %s", done.target, done.family, done.keys, done.size / 1e9, told)
+    if done.prediction == "sd3":
+        logger.info("ComfyUI needs the node ModelSamplingSD3 behind the checkpoint's loader; SwarmUI sets it by itself")
 
 
 if __name__ == "__main__":

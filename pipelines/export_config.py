@@ -41,6 +41,20 @@ class CheckpointExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointFileExportConfig:
+    model: str = "models:/emoji-flow@candidate"
+    """models:/NAME@ALIAS, the directory of a trained model, or a base model (s3:// or local)."""
+    output: str = ""
+    """The .safetensors file to write, s3:// or local; a file there is replaced."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Of the weights. float32 is exact; values that float16 cannot hold are refused."""
+    title: str = ""
+    """The model's name in programs; empty: the file's name."""
+    base: str = ""
+    """Present location of the base model, if it has moved; empty: as recorded in the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MatcherExportConfig:
     model: str = "models:/matcher@candidate"
     """models:/NAME@ALIAS, or the directory of a trained matcher (s3:// or local)."""

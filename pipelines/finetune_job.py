@@ -1,6 +1,7 @@
 """A checked finetuning: its plan, its identity, and the export of its last checkpoint."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,12 @@ from d2f_core.tracking import check_tracking, pin_model
 from d2f_core.train.checkpoint import Checkpoint, candidates, list_checkpoints
 from d2f_core.train.config import TrainConfig
 from pipelines.checkpoint_export import default_weights, write_model
+from pipelines.cli import from_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune_task import build_task, check_task, make_plan
 from pipelines.training import TrainingJob
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,11 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
     storage.check_reachable(config.model.base)
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
-    base, manifests = describe_base(config.model.base), [read_manifest(uri) for uri in config.tables]
+    base = describe_base(config.model.base).read_as(config.model.base_prediction)
+    manifests = [read_manifest(uri) for uri in config.tables]
+    logger.info(
+        "%s: %s; not probed here, the first worker compares it with the weights", base.uri, base.prediction_type
+    )
     check_networks(base, config.model)
     autoencoder = autoencoder_fingerprint(base)
     for manifest in manifests:
@@ -92,7 +100,22 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
     plan = make_plan(config, base, manifests)
     check_tracking()
     config = replace(config, model=replace(config.model, start=pin_model(config.model.start)))
+    if begun := list_checkpoints(config.output):
+        config = _as_begun(config)
     checked = CheckedFinetune(config=config, base=base, manifests=manifests, plan=plan)
-    if list_checkpoints(config.output):
+    if begun:
         candidates(config.output, checked.identity)  # raises if the output holds another training
     return checked
+
+
+def _as_begun(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with the naive target of the run in its output: before that was a field, all were data_minus_noise,
+    and the command that began them goes on with them.
+    """
+    place = storage.join(config.output, "config.yaml")
+    if config.model.objective != "flow_matching" or not storage.exists(place):
+        return config
+    begun = from_yaml(FinetuneConfig, storage.read_bytes(place).decode(), source=place).model.naive_target
+    if begun != config.model.naive_target:
+        logger.warning("%s began with naive_target=%s and goes on so; for another give a new output", place, begun)
+    return replace(config, model=replace(config.model, naive_target=begun))

@@ -39,22 +39,26 @@ class Teacher:
     """Content hash of the model's files."""
     start: str
     """Model that the training starts from: the teacher's URI, or "" if the teacher is the base itself."""
+    solver: str | None = None
+    """Solver of its pairs, if none is given; None: the teacher's own."""
 
 
 def first_teacher(config: ReflowConfig) -> Teacher:
     """The teacher of the first round; raises ValueError when the training cannot start from it."""
     uri, model = pin_model(config.teacher), config.finetune.model
-    place, base = resolve_model(uri), describe_base(model.base)
+    place, base = resolve_model(uri), describe_base(model.base).read_as(model.base_prediction)
     if (described_copy(place).path / DESCRIPTION).exists():
         trained = check_start(base, replace(model, start=place))
         return Teacher(uri=uri, digest=trained.content_hash, start=uri)
-    digest = describe_base(place).content_hash
+    drawn_by = describe_base(place).read_as(model.base_prediction)
+    digest = drawn_by.content_hash
     if digest != base.content_hash:
         raise ValueError(
             f"teacher={config.teacher!r} is a base with the hash {digest}; finetune.model.base={model.base!r} has "
             f"{base.content_hash}. Train the base that draws the pairs."
         )
-    return Teacher(uri=uri, digest=digest, start="")
+    # A diffusion base would by default end as stock pipelines do, and the noise that this leaves would be learned.
+    return Teacher(uri=uri, digest=digest, start="", solver=None if drawn_by.is_flow else DDIM_CLEAN)
 
 
 def check(config: ReflowConfig) -> Teacher:
@@ -115,8 +119,7 @@ def drawing_of(config: ReflowConfig, number: int, teacher: Teacher) -> GenerateC
     drawing = replace(config.generate, prompts=prompts, model=teacher.uri, output=join(place, "pairs"), emit="pairs")
     if number > 1:
         return replace(drawing, guidance=None, solver=None)
-    # A base would by default end as stock pipelines do, and the noise that this leaves would be learned.
-    return drawing if teacher.start or drawing.solver else replace(drawing, solver=DDIM_CLEAN)
+    return drawing if drawing.solver else replace(drawing, solver=teacher.solver)
 
 
 def write_captions(config: ReflowConfig, place: str, seed: int) -> str:

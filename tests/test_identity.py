@@ -18,7 +18,8 @@ from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.flow.generate.plan import Plan
 from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.identity import differences, identity_values, since, stage_key
-from pipelines.cli import from_yaml
+from d2f_core.model.config import ModelConfig
+from pipelines.cli import from_yaml, to_yaml
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.workflow_config import DepthConfig, ReflowConfig, WorkflowConfig
 
@@ -96,6 +97,21 @@ def test_a_field_that_came_later_changes_nothing_where_it_says_what_held_before(
     keys = {stage_key(Later(**values), {}) for values in changed}
     assert len(keys | {stage_key(Old(), {})}) == 4
     assert identity_values(Later()) == {"name": "x", "inner": {"rank": 4}, "padded": True}
+
+
+def test_a_naive_target_is_part_of_what_is_trained_naively_and_of_nothing_else() -> None:
+    naive = ModelConfig(base="b", objective="flow_matching")
+    assert identity_values(naive)["naive_target"] == "noise_minus_data"
+    assert "naive_target" not in identity_values(ModelConfig(base="b"))
+    published = ModelConfig(base="b", objective="flow_matching", naive_target="data_minus_noise")
+    assert "naive_target" not in identity_values(published)
+
+
+def test_a_config_file_from_before_the_naive_target_means_the_published_one() -> None:
+    text = to_yaml(FinetuneConfig(model=ModelConfig(base="b", objective="flow_matching"), latents="l", output="o"))
+    assert from_yaml(FinetuneConfig, text, source="new").model.naive_target == "noise_minus_data"
+    older = "".join(line for line in text.splitlines(keepends=True) if "naive_target" not in line)
+    assert from_yaml(FinetuneConfig, older, source="old").model.naive_target == "data_minus_noise"
 
 
 def test_a_difference_is_named_whichever_side_knows_the_field() -> None:

@@ -14,6 +14,7 @@ from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModel
 from d2f_core.model.denoiser import load_unet, unet_on_meta
 from d2f_core.model.text_encoder import load_text_encoder
+from d2f_core.objective.schedule import FlowTimes
 from d2f_core.randomness import keyed_normal
 
 PromptMode = Literal["empty", "generic", "category", "caption"]
@@ -73,7 +74,13 @@ class DiffusionTeacher:
         self._pooled = unet.config.get("addition_embed_type") is not None
         if self._pooled and not reading.micro_conditioning:
             unet.register_to_config(addition_embed_type=None)
-        levels = base.schedule.alphas_cumprod
+        schedule = base.schedule
+        if isinstance(schedule, FlowTimes):
+            raise TeacherError(
+                f"{base.uri!r} is a flow model, and timesteps of teachers are those of a diffusion model's noise. Give "
+                "the diffusion model that it was made from."
+            )
+        levels = schedule.alphas_cumprod
         if not reading.timesteps or not all(0 <= step < len(levels) for step in reading.timesteps):
             raise TeacherError(
                 f"timesteps={reading.timesteps} must be at least one, from 0 to {len(levels) - 1}. Mend them."

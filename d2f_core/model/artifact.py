@@ -51,7 +51,8 @@ from d2f_core.model.fit import diffusers_misfit
 from d2f_core.model.lora import describe_lora, load_lora
 from d2f_core.model.model_files import ModelFiles
 from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField
-from d2f_core.objective.schedule import NoiseSchedule
+from d2f_core.objective.schedule import Schedule, flow_shift
+from d2f_core.objective.time_sampling import NaiveTarget
 from d2f_core.retry import one_line
 
 __all__ = [
@@ -77,6 +78,8 @@ class DescribedModel:
     base: BaseModel
     objective: str
     """diff2flow, flow_matching or diffusion: the loss that the weights were last trained with."""
+    naive_target: NaiveTarget = "noise_minus_data"
+    """What the network puts out, if the objective is flow_matching."""
     sampling: SamplingDefaults
     task: TaskName = "text_to_image"
     method: str = ""
@@ -88,6 +91,11 @@ class DescribedModel:
     def content_hash(self) -> str:
         """Content hash of the model; that of a base model takes reading all of it."""
         return self.own_hash or self.base.content_hash
+
+    @property
+    def puts_out_velocity(self) -> bool:
+        """Whether the network is a rectified-flow one, which no sampler of diffusion models can read."""
+        return self.objective == "flow_matching" or self.base.is_flow
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -103,7 +111,7 @@ class TrainedModel(DescribedModel):
     network: nn.Module
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Schedule:
         return self.base.schedule
 
     @property
@@ -120,7 +128,7 @@ class TrainedModel(DescribedModel):
         `text_states`.
         """
         if self.objective == "flow_matching":
-            return NaiveVelocityField(self.denoiser, self.schedule)
+            return NaiveVelocityField(self.denoiser, self.schedule, self.naive_target)
         return VelocityField(self.denoiser, self.schedule, self.prediction_type)
 
     def to(self, device: str | torch.device) -> "TrainedModel":
@@ -143,11 +151,14 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
-    """Load a base model (sampled by DDIM) or a trained artifact, by local directory or s3:// prefix.
+def load_model(uri: str, *, base_uri: str | None = None, base_prediction: str = "") -> TrainedModel:
+    """Load a base model (sampled by DDIM, a flow model by Euler) or a trained artifact, by local directory or s3://
+    prefix.
 
     Args:
         base_uri: the base's present location, if it has moved; its hash must equal that of the base trained on.
+        base_prediction: what an unchanged base predicts, if its scheduler config says it wrongly. A trained artifact
+            says it itself.
 
     Raises:
         ArtifactError: a file that does not belong in an artifact, an unknown format, or a hash (of the base, the
@@ -155,13 +166,13 @@ def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
         BaseModelError: `uri` holds neither an artifact nor a base model.
     """
     files = ModelFiles(path=local_copy(uri))
-    described, description = _described(uri, files, base_uri, resolve_base)
+    described, description = _described(uri, files, base_uri, resolve_base, base_prediction)
     network = _network(uri, files, described, description, _load) if description else load_unet(described.base)
     values = {field.name: getattr(described, field.name) for field in fields(described)}
     return TrainedModel(**values, network=network.eval().requires_grad_(False))
 
 
-def describe_model(uri: str, *, base_uri: str | None = None) -> DescribedModel:
+def describe_model(uri: str, *, base_uri: str | None = None, base_prediction: str = "") -> DescribedModel:
     """Check a model as `load_model` does, for a machine that loads no weights: they are compared with the network by
     the headers of their files; hashes are taken in pieces. Of a model on S3, only headers and configs are copied.
 
@@ -169,7 +180,7 @@ def describe_model(uri: str, *, base_uri: str | None = None) -> DescribedModel:
         the errors of `load_model`.
     """
     files = described_copy(uri)
-    described, description = _described(uri, files, base_uri, describe_base)
+    described, description = _described(uri, files, base_uri, describe_base, base_prediction)
     if description:
         _network(uri, files, described, description, _describe)
     else:
@@ -178,25 +189,37 @@ def describe_model(uri: str, *, base_uri: str | None = None) -> DescribedModel:
 
 
 def _described(
-    uri: str, files: ModelFiles, base_uri: str | None, find_base: Callable[[str], BaseModel]
+    uri: str, files: ModelFiles, base_uri: str | None, find_base: Callable[[str], BaseModel], base_prediction: str
 ) -> tuple[DescribedModel, Mapping[str, Any]]:
     """A model whose files were checked, and its description, which a base model has none of."""
     if not os.path.lexists(files.path / DESCRIPTION):
-        sampling = SamplingDefaults(solver="ddim", steps=25)
-        return DescribedModel(base=find_base(uri), objective="diffusion", sampling=sampling), {}
+        return _base_as_model(find_base(uri).read_as(base_prediction)), {}
     description = read_description(files.path)
+    if base_prediction:
+        raise ArtifactError(
+            f"{uri!r} is a trained model, which says itself that its base is read as {description['prediction_type']}; "
+            f"base_prediction={base_prediction!r} is for unchanged bases. Leave it out."
+        )
     _check_weights(uri, files, description)
-    base = find_base(base_uri or description["base"]["uri"])
-    _check_base(uri, base, description)
+    base = _fitting_base(uri, find_base(base_uri or description["base"]["uri"]), description)
     described = DescribedModel(
         base=base,
         objective=description["objective"],
+        naive_target=description["naive_target"],
         sampling=read_sampling(description),
         task=description["task"],
         method=description["method"],
         own_hash=files.hash(),
     )
     return described, description
+
+
+def _base_as_model(base: BaseModel) -> DescribedModel:
+    """An unchanged base: a diffusion model is sampled by DDIM, a flow model as its scheduler config says."""
+    if not base.is_flow:
+        return DescribedModel(base=base, objective="diffusion", sampling=SamplingDefaults(solver="ddim", steps=25))
+    sampling = SamplingDefaults(steps=25, shift=flow_shift(base.scheduler_config))
+    return DescribedModel(base=base, objective="diff2flow", sampling=sampling)
 
 
 def _check_weights(uri: str, files: ModelFiles, description: Mapping[str, Any]) -> None:
@@ -212,12 +235,14 @@ def _check_weights(uri: str, files: ModelFiles, description: Mapping[str, Any]) 
         raise ArtifactError(f"{uri!r} has no weights in {WEIGHTS[description['method']]}/. Copy the artifact again.")
 
 
-def _check_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> None:
+def _fitting_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> BaseModel:
+    """The base, read as the model was trained on it; raises ArtifactError if it is another."""
     if base.content_hash != description["base"]["sha256"]:
         raise ArtifactError(
             f"{uri!r} was trained on a base with sha256 {description['base']['sha256']}, but {base.uri!r} has "
             f"{base.content_hash}. Give the original base."
         )
+    base = base.read_as(description["prediction_type"])
     hashes = {
         "schedule_sha256": description["schedule_sha256"],
         "its own schedule": schedule_hash(description["schedule"]),
@@ -228,6 +253,7 @@ def _check_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> No
             f"{uri!r} does not fit the noise schedule of {base.uri!r}: {hashes}, prediction type "
             f"{description['prediction_type']!r} and {base.prediction_type!r}. Copy the artifact again."
         )
+    return base
 
 
 def _network(

@@ -1,9 +1,10 @@
-"""A base model by URI: a directory in diffusers' layout, local, on S3 or on a hub, and its content hash.
+"""A base model by URI: a directory in diffusers' layout, local, on S3 or on a hub, and its content hash; or one file.
 
 model_index.json  unet/  vae/  scheduler/scheduler_config.json  text_encoder/  tokenizer/
 SDXL also has text_encoder_2/  tokenizer_2/
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -15,7 +16,9 @@ from typing import Any
 from d2f_core import storage
 from d2f_core.hashing import HASHED_SUFFIXES, cache_root, one_at_a_time
 from d2f_core.model.model_files import ModelFiles, describe_tree
-from d2f_core.objective.schedule import NoiseSchedule
+from d2f_core.model.single_file.keys import LayoutError
+from d2f_core.model.single_file.read import converted, is_single_file
+from d2f_core.objective.schedule import FLOW_PREDICTION, Schedule, ScheduleError, prediction_type_of, read_schedule
 from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -43,8 +46,31 @@ class BaseModel:
     """The URI as it was given."""
     files: ModelFiles
     prediction_type: str
-    """epsilon, v_prediction or sample, as diffusers spells it."""
+    """epsilon, v_prediction, sample or flow_prediction (a rectified-flow model), as diffusers spells it."""
     scheduler_config: Mapping[str, Any]
+    told: bool = False
+    """Whether somebody said what it predicts, besides the scheduler config."""
+
+    def read_as(self, prediction_type: str) -> "BaseModel":
+        """The base with the prediction type that the user, or a model trained on it, says; itself if that is empty.
+
+        Raises:
+            ScheduleError: the scheduler config cannot be used with it.
+        """
+        if not prediction_type:
+            return self
+        if prediction_type == self.prediction_type:
+            return dataclasses.replace(self, told=True)
+        config = {**self.scheduler_config, "prediction_type": prediction_type}
+        if FLOW_PREDICTION in (prediction_type, self.prediction_type):
+            config.pop("use_flow_sigmas", None)
+            if str(config.get("_class_name", "")).startswith("FlowMatch"):
+                raise ScheduleError(
+                    f"{self.uri!r} has the scheduler {config['_class_name']} of a flow model, without noise levels, so "
+                    f"that it cannot be read as {prediction_type}. Replace scheduler/ by that of the original model."
+                )
+        read_schedule(config)
+        return dataclasses.replace(self, prediction_type=prediction_type, scheduler_config=config, told=True)
 
     @property
     def path(self) -> Path:
@@ -61,8 +87,13 @@ class BaseModel:
         return self.files.hash(*PARTS, *SDXL_PARTS)
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.from_scheduler_config(self.scheduler_config)
+    def schedule(self) -> Schedule:
+        return read_schedule(self.scheduler_config)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a flow model already, so that there is nothing to align."""
+        return self.prediction_type == FLOW_PREDICTION
 
     @property
     def pixels_per_latent(self) -> int:
@@ -102,7 +133,8 @@ def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
 
 
 def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str], bool] | None = None) -> Path:
-    """A local directory with the contents of `uri`; S3 prefixes are downloaded once per version of their objects.
+    """A local directory with the contents of `uri`; S3 prefixes are downloaded once per version of their objects, and
+    single-file checkpoints are converted once.
 
     Outages of S3 and of the hub are waited for: whoever must refuse within seconds calls `storage.check_reachable`.
 
@@ -113,6 +145,8 @@ def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str
         BaseModelError: nothing is there, or the hub refuses it.
         UnreachableError: S3 or the hub stays away.
     """
+    if is_single_file(uri) and not Path(uri).is_dir():
+        return _converted(uri, cache_dir)
     if uri.startswith("s3://"):
         _, version = _listed(uri, chosen)
         target = (cache_dir or cache_root()) / "models" / version
@@ -129,6 +163,16 @@ def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str
     )
 
 
+def _converted(uri: str, cache_dir: Path | None) -> Path:
+    """The directory that a single-file checkpoint is converted to."""
+    local = Path(uri.removeprefix("file://")).expanduser()
+    here = next((place for place in (local, PROJECT_ROOT / local) if place.is_file()), local)
+    try:
+        return converted(uri if storage.is_s3(uri) else str(here), cache_dir=cache_dir)
+    except LayoutError as error:
+        raise BaseModelError(f"{uri!r} {error}") from None
+
+
 def _listed(uri: str, chosen: Callable[[str], bool] | None = None) -> tuple[dict[str, dict[str, Any]], str]:
     """The objects under an s3:// prefix as `storage.list_tree` gives them, and the name of their present version."""
     found = storage.list_tree(uri, chosen)
@@ -139,9 +183,11 @@ def _listed(uri: str, chosen: Callable[[str], bool] | None = None) -> tuple[dict
 
 
 def described_copy(uri: str, *, cache_dir: Path | None = None) -> ModelFiles:
-    """Like `local_copy`, but of weights on S3 only the headers are copied, unless this machine has them already."""
-    if not uri.startswith("s3://"):
-        return ModelFiles(path=local_copy(uri))
+    """Like `local_copy`, but of weights in a directory on S3 only the headers are copied, unless this machine has them
+    already.
+    """
+    if not uri.startswith("s3://") or is_single_file(uri):
+        return ModelFiles(path=local_copy(uri, cache_dir=cache_dir))
     found, version = _listed(uri)
     root = cache_dir or cache_root()
     if (whole := root / "models" / version).is_dir():
@@ -221,8 +267,8 @@ def _checked(uri: str, files: ModelFiles) -> BaseModel:
     base = BaseModel(
         uri=uri,
         files=files,
-        prediction_type=config.get("prediction_type", "epsilon"),
+        prediction_type=prediction_type_of(config),
         scheduler_config=config,
     )
-    NoiseSchedule.from_scheduler_config(config)
+    read_schedule(config)
     return base

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2f_core.identity import since
-from d2f_core.objective.time_sampling import TimeSampling
+from d2f_core.objective.time_sampling import NaiveTarget, TimeSampling
 
+PredictionName = Literal["", "epsilon", "v_prediction", "sample", "flow_prediction"]
 TaskName = Literal["text_to_image", "image_to_depth"]
 TimeGrid = Literal["uniform", "beta"]
 PRESETS = ("base", "small", "attention")
@@ -42,6 +43,9 @@ class ModelConfig:
 
     base: str
     """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
+    base_prediction: PredictionName = since("", before="")
+    """What the base's network predicts, if its scheduler config says it wrongly; empty: as the config says. Where the
+    weights are first loaded they are probed, and a base that predicts something else is refused."""
     task: TaskName = "text_to_image"
     """image_to_depth predicts depth from an image, whose latents are concatenated to the noisy depth latents; no
     text."""
@@ -52,6 +56,12 @@ class ModelConfig:
     """Keep the base's architecture, but start from new random weights."""
     objective: Literal["diff2flow", "flow_matching", "diffusion"] = "diff2flow"
     """Loss: flow matching through the alignment, naive flow matching, or the base's diffusion loss."""
+    naive_target: NaiveTarget = since(
+        "noise_minus_data", before="data_minus_noise", only=("objective", "flow_matching"), in_files=True
+    )
+    """flow_matching: what the network learns to put out. `noise_minus_data` as rectified-flow models do, which other
+    programs can sample; `data_minus_noise` as the paper's published baseline does. A config file without this field
+    means data_minus_noise, which was the only one before the field existed."""
     method: Literal["full", "lora"] = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
     """LoRA settings; used when `method` is lora."""

@@ -14,14 +14,17 @@ from d2f_core.identity import identity_values
 from d2f_core.model.artifact_files import ArtifactError, check_files
 from d2f_core.model.base import BaseModel
 from d2f_core.model.config import SamplingDefaults, TaskName
+from d2f_core.objective.schedule import FLOW_PREDICTION
+from d2f_core.objective.time_sampling import NaiveTarget
 from d2f_core.retry import one_line
 
 DESCRIPTION = "diff2flow.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Newest format. Format 1, which older releases read too, is written wherever it says all."""
 WEIGHTS = {"full": "unet", "lora": "adapter"}
 """Training method -> directory of the trained weights."""
 MAX_JOINED_CHANNELS = 64
-OLDER = {"task": "text_to_image", "joined_channels": 0}
+OLDER = {"task": "text_to_image", "joined_channels": 0, "naive_target": "data_minus_noise"}
 """Values of fields that are missing in older descriptions."""
 STRICT = dacite.Config(strict=True, cast=[float])
 
@@ -38,6 +41,8 @@ class _Description:
 
     format_version: int
     objective: Literal["diff2flow", "flow_matching", "diffusion"]
+    naive_target: NaiveTarget
+    """What a network of the objective flow_matching puts out."""
     method: Literal["full", "lora"]
     task: TaskName
     joined_channels: int
@@ -71,11 +76,16 @@ def describe(
     training: Mapping[str, Any],
     task: TaskName = "text_to_image",
     joined_channels: int = 0,
+    naive_target: NaiveTarget = "noise_minus_data",
 ) -> dict[str, Any]:
     """The contents of `diff2flow.json`, without the weights' hashes."""
+    naive = objective == "flow_matching" and naive_target != OLDER["naive_target"]
+    sampled = identity_values(sampling)  # a time grid only if it is not the one of format 1
+    newer = naive or base.prediction_type == FLOW_PREDICTION or "time_grid" in sampled
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if newer else 1,
         "objective": objective,
+        **({"naive_target": naive_target} if naive else {}),
         "method": method,
         "task": task,
         "joined_channels": joined_channels,
@@ -84,9 +94,7 @@ def describe(
         "schedule": dict(base.scheduler_config),
         "schedule_sha256": schedule_hash(base.scheduler_config),
         "time_convention": "t=0 noise, t=1 data",
-        "sampling": identity_values(
-            sampling
-        ),  # without `time_grid` at its default: older releases refuse unknown names
+        "sampling": sampled,
         "training": dict(training),
     }
 
@@ -113,6 +121,8 @@ def weights_hashes(directory: Path, method: str, sha256: Callable[[Path], str] =
 def write_description(directory: Path, description: Mapping[str, Any]) -> None:
     """Write `diff2flow.json`, with the hashes of the weights, which must already be in the directory."""
     complete = {**description, "weights_sha256": weights_hashes(directory, description["method"])}
+    if complete["format_version"] == 1:
+        complete.pop("naive_target", None)  # releases that read format 1 alone do not know it
     (directory / DESCRIPTION).write_text(json.dumps(complete, indent=2, sort_keys=True) + "\n")
 
 
@@ -125,9 +135,9 @@ def read_description(directory: Path) -> dict[str, Any]:
     """
     check_files(directory)
     description = json.loads((directory / DESCRIPTION).read_text())
-    if description.get("format_version") != FORMAT_VERSION:
+    if description.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise ArtifactError(
-            f"{str(directory)!r} has format_version={description.get('format_version')!r}; this release reads "
+            f"{str(directory)!r} has format_version={description.get('format_version')!r}; this release reads 1 to "
             f"{FORMAT_VERSION}. Use the release that wrote it, or train again."
         )
     description = {**OLDER, **description}

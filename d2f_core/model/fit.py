@@ -61,7 +61,7 @@ def header_tensors(directory: Path, name: str) -> dict[str, Tensor]:
         HeaderError: a file is missing, or was cut off or damaged in its header; one sentence with the file's name.
     """
     found: dict[str, Tensor] = {}
-    for shard in _shards(directory, name):
+    for shard in shard_names(directory, name):
         try:
             found.update(meta_tensors(directory / shard))
         except FileNotFoundError:
@@ -71,7 +71,7 @@ def header_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     return found
 
 
-def _shards(directory: Path, name: str) -> list[str]:
+def shard_names(directory: Path, name: str) -> list[str]:
     index = directory / f"{name}.index.json"
     if not index.is_file():
         return [name]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from d2f_core.model.artifact import DescribedModel, TrainedModel, describe_model, load_model
-from d2f_core.model.base import BaseModel, described_copy, local_copy
+from d2f_core.model.base import BaseModel, BaseModelError, described_copy, local_copy
 from d2f_core.model.caption_cache import CaptionCache
 from d2f_core.model.config import ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.model.denoiser import as_denoiser, check_unet, extend_input_channels, load_unet, unet_on_meta
@@ -37,6 +37,8 @@ def training_loss(config: ModelConfig, field_: VelocityField, batch: Mapping[str
     options: dict[str, Any] = {"times": replace(config.times, shift=shift * config.times.shift)}
     if config.objective == "diffusion":
         options = {"min_snr_gamma": config.min_snr_gamma}
+    elif config.objective == "flow_matching":
+        options["target"] = config.naive_target
     return LOSSES[config.objective](field_, **batch, **options)
 
 
@@ -65,15 +67,35 @@ def _made_trainable(unet: UNet2DConditionModel, base: BaseModel, config: ModelCo
     return add_lora(unet, config.lora, seed=seed) if config.method == "lora" else unet.requires_grad_(True)
 
 
+def check_objective(base: BaseModel, config: ModelConfig) -> None:
+    """Refuse (BaseModelError) a loss that a flow base cannot be trained with."""
+    published = config.objective == "flow_matching" and config.naive_target != "noise_minus_data"
+    if base.is_flow and (config.objective == "diffusion" or published):
+        wanted = f"naive_target={config.naive_target!r}" if published else f"objective={config.objective!r}"
+        raise BaseModelError(
+            f"{base.uri!r} is a flow model (prediction_type {base.prediction_type!r}), which puts out noise - data; "
+            f"{wanted} would train it to put out something else. Use objective='diff2flow', which is plain flow "
+            "matching here."
+        )
+
+
+def _put_out(base: BaseModel, objective: str, naive_target: str) -> str:
+    """What a network puts out that was trained on a base."""
+    if base.is_flow:
+        return "noise_minus_data"
+    return naive_target if objective == "flow_matching" else base.prediction_type
+
+
 def check_networks(base: BaseModel, config: ModelConfig) -> None:
     """Build the networks of a training without weights, and compare those of the base with the headers of its files.
 
     Raises:
-        BaseModelError: a network's files are missing, damaged or of another network, or text encoder and UNet do not
-            belong together.
+        BaseModelError: the base cannot be trained with this objective, a network's files are missing, damaged or of
+            another network, or text encoder and UNet do not belong together.
         AdapterError: the LoRA settings fit no layer of the network.
         ConditionError: the UNet needs a condition that is not known here.
     """
+    check_objective(base, config)
     if not config.from_scratch:
         check_unet(base)
     as_denoiser(empty_network(base, config))
@@ -85,7 +107,8 @@ def check_start(base: BaseModel, config: ModelConfig) -> DescribedModel:
     it; no weights are loaded.
 
     Raises:
-        ValueError: it was trained on another base, for another task, by another method, or with other LoRA settings.
+        ValueError: it was trained on another base, for another task, by another method, with other LoRA settings, or to
+            put out something else.
     """
     trained = describe_model(config.start)  # checks files and hashes
     if trained.base.content_hash != base.content_hash:
@@ -98,6 +121,12 @@ def check_start(base: BaseModel, config: ModelConfig) -> DescribedModel:
     if trained.method != config.method:
         raise ValueError(
             f"start={config.start!r} was trained by method={trained.method!r}, not {config.method!r}. Use the same."
+        )
+    has, wants = (_put_out(base, each.objective, each.naive_target) for each in (trained, config))
+    if has != wants:
+        raise ValueError(
+            f"start={config.start!r} puts out {has} (objective={trained.objective!r}), which objective="
+            f"{config.objective!r} would read as {wants}. Use the objective and naive_target that it was trained with."
         )
     if trained.method == "lora":
         check_adapter(cast(PeftModel, empty_network(base, config)), described_copy(config.start).path / "adapter")
@@ -187,6 +216,7 @@ class LatentTask(abc.ABC):
             base=self.base,
             network=cast(nn.Module, network),
             objective=self.config.objective,
+            naive_target=self.config.naive_target,
             task=self.config.task,
             sampling=SamplingDefaults(),
         )

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from d2f_core.model.artifact import TrainedModel
+from d2f_core.model.artifact import DescribedModel, TrainedModel
 from d2f_core.model.config import TimeGrid
 from d2f_core.model.image_sizes import sizes_of_new_images
 from d2f_core.objective.guidance import guided
@@ -49,6 +49,15 @@ class SamplerChoice:
             raise ValueError(f"guidance={self.guidance} must be a number. 1 is none.")
 
 
+def check_solver(model: DescribedModel, solver: str) -> None:
+    """Refuse (ValueError) a diffusion sampler for a network that puts out velocities: it would draw noise."""
+    if solver in SCHEDULERS and model.puts_out_velocity:
+        raise ValueError(
+            f"solver={solver!r} reads predictions of a diffusion network, and this one puts out velocities (objective "
+            f"{model.objective!r}, {model.base.prediction_type} base). Use {', '.join(SOLVERS)}."
+        )
+
+
 @torch.inference_mode()
 def sample_latents(
     model: TrainedModel,
@@ -74,11 +83,13 @@ def sample_latents(
         Latents, and the number of network evaluations per image (a guided pair counts once).
 
     Raises:
-        ValueError: an unknown solver, or invalid steps, guidance, shift or time grid.
+        ValueError: an unknown solver, one that does not fit the model, or invalid steps, guidance, shift or time
+            grid.
         ConditionError: the network needs a condition that is not given, or cannot take one that is.
         NonFiniteStateError: the network's output for a sample is not finite; the message names the sample.
     """
     SamplerChoice(solver=solver, steps=steps, guidance=guidance, shift=shift, time_grid=time_grid)
+    check_solver(model, solver)
     condition, null = _named(model, noise, condition), _named(model, noise, null)
     if solver in SCHEDULERS:
         return _by_scheduler(solver, model, noise, condition, null, steps, guidance)

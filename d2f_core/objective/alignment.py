@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from d2f_core.objective.path import check_times, expand
-from d2f_core.objective.schedule import NoiseSchedule, check_prediction_type
+from d2f_core.objective.schedule import (
+    FLOW_PREDICTION,
+    FlowTimes,
+    NoiseSchedule,
+    Schedule,
+    ScheduleError,
+    check_prediction_type,
+)
+from d2f_core.objective.time_sampling import NaiveTarget
 
 Denoiser = Callable[..., Tensor]
 """(x_dm [batch, *dims], timestep [batch], **condition) -> prediction [batch, *dims]."""
@@ -58,8 +66,8 @@ def _noise_coefficients(prediction_type: str, alpha: Tensor, sigma: Tensor) -> t
     return (sigma, alpha) if prediction_type == "v_prediction" else (torch.zeros_like(alpha), torch.ones_like(alpha))
 
 
-def align(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment:
-    """The exact alignment at flow times `t` [batch].
+def align(schedule: Schedule, prediction_type: str, t: Tensor) -> Alignment:
+    """The exact alignment at flow times `t` [batch]. For a flow network there is nothing to align.
 
     Below t = 1/2 the velocity is `(data - x_t) / (1 - t)`, above it `(x_t - noise) / t`: both are exact inside the
     trained range, and neither divides by something that goes to 0. Outside the range the network is read at its
@@ -67,6 +75,9 @@ def align(schedule: NoiseSchedule, prediction_type: str, t: Tensor) -> Alignment
     `sigma(t) / sigma(level)`.
     """
     t = t.double()
+    if prediction_type == FLOW_PREDICTION:
+        one, nothing = torch.ones_like(t), torch.zeros_like(t)
+        return Alignment(timestep=schedule.timestep_at(t), scale=one, from_x=nothing, from_prediction=-one)
     level = t.clamp(*schedule.trained_range)
     alpha, sigma = alpha_sigma(level)
     norm = torch.hypot(t, 1 - t)  # x_t == norm * x_dm
@@ -133,16 +144,23 @@ class VelocityField:
     """A diffusion network as a velocity field: the Diff2Flow model."""
 
     denoiser: Denoiser
-    schedule: NoiseSchedule
+    schedule: Schedule
     prediction_type: str
     paper_compat: bool = False
     """Use `align_as_published`, only for comparison with the paper's code."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.schedule, FlowTimes) != (self.prediction_type == FLOW_PREDICTION):
+            raise ScheduleError(
+                f"prediction_type={self.prediction_type!r} does not go with {type(self.schedule).__name__}. Take both "
+                "from one scheduler config, by prediction_type_of and read_schedule."
+            )
         check_prediction_type(self.prediction_type, self.schedule.trained_range[0])
 
     def align(self, t: Tensor) -> Alignment:
-        return (align_as_published if self.paper_compat else align)(self.schedule, self.prediction_type, t)
+        if self.paper_compat and isinstance(self.schedule, NoiseSchedule):
+            return align_as_published(self.schedule, self.prediction_type, t)
+        return align(self.schedule, self.prediction_type, t)
 
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """Velocity [batch, *dims], float32 or wider, at the flow state `x_t` [batch, *dims] and times `t` [batch].
@@ -159,12 +177,17 @@ class VelocityField:
 
 @dataclass(frozen=True)
 class NaiveVelocityField:
-    """A network finetuned by the naive `flow_matching` loss: its output is the velocity, its timestep `T (1 - t)`."""
+    """A network finetuned by the naive `flow_matching` loss: it is called with `x_t` at the timestep `T (1 - t)`, and
+    its output is the velocity, or minus the velocity.
+    """
 
     denoiser: Denoiser
-    schedule: NoiseSchedule
+    schedule: Schedule
+    target: NaiveTarget = "noise_minus_data"
+    """What it was trained to put out."""
 
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Tensor:
         """Velocity [batch, *dims] at the flow state `x_t` [batch, *dims] and flow times `t` [batch]."""
         check_times(t, x_t)
-        return predict(self.denoiser, x_t, self.schedule.num_timesteps * (1 - t), **condition)
+        prediction = predict(self.denoiser, x_t, self.schedule.num_timesteps * (1 - t), **condition)
+        return -prediction if self.target == "noise_minus_data" else prediction

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from d2f_core.objective.alignment import NaiveVelocityField, VelocityField, predict
 from d2f_core.objective.path import check_times, draw_times, expand, interpolate
-from d2f_core.objective.time_sampling import TimeSampling
+from d2f_core.objective.schedule import FlowTimes, ScheduleError
+from d2f_core.objective.time_sampling import NaiveTarget, TimeSampling
 
 Loss = Callable[..., Tensor]
 """(field, data, noise, uniform, mask=None, **options, **condition) -> float32 [batch]."""
@@ -77,11 +78,16 @@ def flow_matching(
     uniform: Tensor,
     mask: Tensor | None = None,
     times: TimeSampling = UNIFORM_TIMES,
+    target: NaiveTarget = "noise_minus_data",
     **condition: Any,
 ) -> Tensor:
-    """Naive flow matching, for comparison: the network is retrained to output the velocity at `x_t` directly."""
+    """Naive flow matching, for comparison: the network is retrained to put out `target` at `x_t` directly.
+
+    A perfect epsilon network begins near noise - data, so far lower: on Gaussian data of deviation 0.5 at 0.904, by the
+    published sign at 2.460, and through the alignment at 0.785, which is the best possible.
+    """
     _check(data, noise, uniform)
-    naive = NaiveVelocityField(field.denoiser, field.schedule)
+    naive = NaiveVelocityField(field.denoiser, field.schedule, target)
     t = draw_times(times, uniform)
     return _mean_square(naive(interpolate(noise, data, t), t, **condition) - (data - noise), mask)
 
@@ -105,6 +111,8 @@ def diffusion(
     if not 0 <= min_snr_gamma < math.inf:
         raise ValueError(f"min_snr_gamma={min_snr_gamma} must be 0 (off) or above it. Use 5.")
     schedule = field.schedule
+    if isinstance(schedule, FlowTimes):
+        raise ScheduleError("the diffusion loss needs a diffusion model, and this is a flow model. Use diff2flow.")
     timestep = (uniform.double() * schedule.num_timesteps).long().clamp(max=schedule.num_timesteps - 1)
     alpha_bar = schedule.alphas_cumprod.to(uniform.device)[timestep]
     alpha, sigma = expand(alpha_bar.sqrt(), data), expand((1 - alpha_bar).sqrt(), data)

@@ -1,7 +1,8 @@
-"""The noise levels that a diffusion network was trained on, and the level that corresponds to a flow time.
+"""The noise levels that a network was trained on, and the level that corresponds to a flow time.
 
-A network trained at timestep k saw `alphas_cumprod[k]`, k = 0..T-1. Flow time holds the same data-to-noise ratio when
-`t == alpha / (alpha + sigma)`, which falls with k; `timestep_at` inverts exactly that table.
+A diffusion network trained at timestep k saw `alphas_cumprod[k]`, k = 0..T-1. Flow time holds the same data-to-noise
+ratio when `t == alpha / (alpha + sigma)`, which falls with k; `timestep_at` inverts exactly that table. `FlowTimes` are
+the levels of a rectified-flow network, which needs no table.
 """
 
 import math
@@ -15,7 +16,10 @@ from torch import Tensor
 
 LINEAR = {"linear": 1, "scaled_linear": 2}
 """Schedules whose betas are a power of evenly spaced numbers."""
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW_PREDICTION = "flow_prediction"
+"""diffusers' name of what a rectified-flow network puts out: noise - data."""
+PREDICTION_TYPES = (*DIFFUSION_PREDICTIONS, FLOW_PREDICTION)
 
 
 class ScheduleError(ValueError):
@@ -26,7 +30,7 @@ def check_prediction_type(kind: str, lowest_time: float = 1.0) -> None:
     """Refuse unknown prediction types, and epsilon if the noisiest level (at `lowest_time`) contains no signal."""
     if kind not in PREDICTION_TYPES:
         known = f"one of {', '.join(PREDICTION_TYPES)}, as the base model's scheduler config says"
-        raise ScheduleError(f"prediction_type={kind!r} is not known. Use {known}; flow_prediction needs no alignment.")
+        raise ScheduleError(f"prediction_type={kind!r} is not known. Use {known}.")
     if kind == "epsilon" and lowest_time == 0:
         raise ScheduleError(
             "prediction_type 'epsilon' with zero terminal SNR (rescale_betas_zero_snr): at zero signal, noise says "
@@ -87,11 +91,15 @@ class NoiseSchedule:
         """Read a diffusers scheduler config.
 
         Raises:
-            ScheduleError: a field is missing, unknown or contradicts another, betas leave (0, 1), or `epsilon` meets
-                zero terminal SNR.
+            ScheduleError: a field is missing, unknown or contradicts another, betas leave (0, 1), `epsilon` meets zero
+                terminal SNR, or the config is a flow model's.
         """
-        kind = config.get("prediction_type", "epsilon")
-        check_prediction_type(kind)
+        kind = prediction_type_of(config)
+        if kind == FLOW_PREDICTION:
+            raise ScheduleError(
+                f"a scheduler config of a flow model ({_named(config)}) has no table of noise levels, and nothing to "
+                "align. Read it by read_schedule, or give the config of a diffusion model."
+            )
         betas = _betas(config)
         wrong = [beta for beta in betas.flatten().tolist() if not 0 < beta < 1]
         if betas.ndim != 1 or len(betas) < 2 or wrong:
@@ -128,3 +136,65 @@ class NoiseSchedule:
         right = torch.searchsorted(rising, t).clamp(1, len(rising) - 1)
         low, high = rising[right - 1], rising[right]
         return (len(rising) - 1) - (right - 1 + (t - low) / (high - low))
+
+
+@dataclass(frozen=True)
+class FlowTimes:
+    """The noise levels of a rectified-flow network, which is called with `x_t` itself at the timestep `T * (1 - t)`."""
+
+    num_timesteps: int = 1000
+
+    @property
+    def trained_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def timestep_at(self, t: Tensor) -> Tensor:
+        """Float64 [batch], fractional."""
+        return self.num_timesteps * (1 - t.double())
+
+
+Schedule = NoiseSchedule | FlowTimes
+
+
+def prediction_type_of(config: Mapping[str, Any]) -> str:
+    """What the network of a diffusers scheduler config predicts, one of `PREDICTION_TYPES`.
+
+    Raises:
+        ScheduleError: an unknown prediction type, fields that contradict each other, or a scheduler of another kind of
+            model (EDM).
+    """
+    name, given = str(config.get("_class_name", "")), config.get("prediction_type")
+    if name.startswith("EDM"):
+        raise ScheduleError(f"{name} belongs to models with EDM's noise levels, which are not known here.")
+    flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    if flow and given not in (None, FLOW_PREDICTION):
+        raise ScheduleError(
+            f"prediction_type={given!r} contradicts {_named(config)}, which samples flow models. Set prediction_type "
+            f"to {FLOW_PREDICTION!r}, or take the scheduler config of the model's own kind."
+        )
+    kind = FLOW_PREDICTION if flow else given or "epsilon"
+    check_prediction_type(kind)
+    return kind
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    """What of a config says that it is a flow model's, for messages."""
+    fields = ("_class_name", "prediction_type", "use_flow_sigmas")
+    return ", ".join(f"{name}={config[name]!r}" for name in fields if name in config)
+
+
+def read_schedule(config: Mapping[str, Any]) -> Schedule:
+    """The noise levels of a diffusers scheduler config, of a diffusion or a flow model.
+
+    Raises:
+        ScheduleError: see `prediction_type_of` and `NoiseSchedule.from_scheduler_config`.
+    """
+    if prediction_type_of(config) != FLOW_PREDICTION:
+        return NoiseSchedule.from_scheduler_config(config)
+    return FlowTimes(_number({"num_train_timesteps": 1000, **config}, "num_train_timesteps", int))
+
+
+def flow_shift(config: Mapping[str, Any]) -> float:
+    """The shift towards noise that a flow model's scheduler config samples with; 1 if it says none, or is dynamic."""
+    given = config.get("flow_shift", config.get("shift"))
+    return float(_number({"shift": given}, "shift")) if given and not config.get("use_dynamic_shifting") else 1.0

@@ -1,8 +1,12 @@
-"""Distribution of training flow times; imports no torch. Esser et al., 2024, arXiv:2403.03206, section 3.1."""
+"""Settings of the flow losses, for configs; imports no torch. Times: Esser et al., 2024, arXiv:2403.03206, 3.1."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+NaiveTarget = Literal["noise_minus_data", "data_minus_noise"]
+"""What a naively trained flow network puts out. `noise_minus_data`: as rectified-flow models do, and nearly what an
+epsilon or v network puts out already. `data_minus_noise`: as the paper's published baseline does."""
 
 
 @dataclass(frozen=True, kw_only=True)

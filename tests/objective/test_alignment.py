@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from d2f_core.objective.alignment import NaiveVelocityField, VelocityField, align, alpha_sigma
 from d2f_core.objective.guidance import guided
 from d2f_core.objective.path import expand
-from d2f_core.objective.schedule import PREDICTION_TYPES, NoiseSchedule
+from d2f_core.objective.schedule import DIFFUSION_PREDICTIONS, NoiseSchedule
 
 SD = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = {**SD, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
@@ -21,7 +21,7 @@ def predictions(kind: str, alpha: torch.Tensor, sigma: torch.Tensor, data: torch
     return {"epsilon": noise, "v_prediction": alpha * noise - sigma * data, "sample": data}[kind]
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("kind", DIFFUSION_PREDICTIONS)
 @given(t=st.floats(*SCHEDULE.trained_range), data=finite, noise=finite)
 def test_a_perfect_prediction_gives_the_straight_velocity(kind, t, data, noise):
     t, data, noise = (torch.tensor([value], dtype=torch.float64) for value in (t, data, noise))
@@ -34,7 +34,8 @@ def test_a_perfect_prediction_gives_the_straight_velocity(kind, t, data, noise):
 
 # Epsilon with zero terminal SNR is refused when the config is read: test_schedule.
 @pytest.mark.parametrize(
-    ("config", "kind"), [*((SD, kind) for kind in PREDICTION_TYPES), (ZERO_SNR, "v_prediction"), (ZERO_SNR, "sample")]
+    ("config", "kind"),
+    [*((SD, kind) for kind in DIFFUSION_PREDICTIONS), (ZERO_SNR, "v_prediction"), (ZERO_SNR, "sample")],
 )
 def test_coefficients_are_finite_at_both_ends(kind, config):
     schedule = NoiseSchedule.from_scheduler_config(config)
@@ -62,7 +63,7 @@ def test_ten_thousand_drawn_cases(beta_schedule, dtype, holds):
     noise = torch.randn(500, 3, generator=generator, dtype=torch.float64)
     alpha, sigma = (c[:, None] for c in alpha_sigma(t))
     x_t = (1 - t[:, None]) * noise + t[:, None] * data
-    for kind in PREDICTION_TYPES:
+    for kind in DIFFUSION_PREDICTIONS:
         if kind == "epsilon" and low == 0:
             continue
         answer = predictions(kind, alpha, sigma, data, noise).to(dtype)
@@ -82,14 +83,14 @@ def test_the_three_prediction_types_agree(holds):
     alpha, sigma = (c[:, None] for c in alpha_sigma(t))
     x_t = (1 - t[:, None]) * noise + t[:, None] * data
     velocities = []
-    for kind in PREDICTION_TYPES:
+    for kind in DIFFUSION_PREDICTIONS:
         answer = predictions(kind, alpha, sigma, data, noise)
         velocities.append(VelocityField(lambda x, timestep, a=answer: a, SCHEDULE, kind)(x_t, t))
     for velocity in velocities[1:]:
         holds("the three prediction types give the same velocity", (velocity - velocities[0]).abs().max(), 1e-11)
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("kind", DIFFUSION_PREDICTIONS)
 def test_guiding_the_velocity_equals_guiding_the_prediction(kind, holds):
     weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -108,7 +109,7 @@ def test_guiding_the_velocity_equals_guiding_the_prediction(kind, holds):
     holds("guidance commutes with the conversion, at scale 5", apart, 1e-9)
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("kind", DIFFUSION_PREDICTIONS)
 def test_a_velocity_gives_back_the_prediction(kind, holds):
     """The conversion loses nothing inside the trained range: it can be undone."""
     t = torch.linspace(0.07, 0.97, 50, dtype=torch.float64)
@@ -121,7 +122,7 @@ def test_a_velocity_gives_back_the_prediction(kind, holds):
 
 @pytest.mark.parametrize("state_dtype", ["float32", "the network's"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("kind", DIFFUSION_PREDICTIONS)
 def test_coefficients_stay_wide_under_networks_of_half_precision(kind, dtype, state_dtype, holds):
     """Of a rounded answer the velocity is what float64 makes of it: the conversion adds no half-precision rounding."""
     generator = torch.Generator().manual_seed(4)

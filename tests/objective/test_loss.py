@@ -29,7 +29,7 @@ def test_flow_matching_feeds_the_flow_state_and_a_reversed_clock():
 
     def network(x, timestep):
         seen.update(x=x, timestep=timestep)
-        return DATA - NOISE
+        return NOISE - DATA
 
     loss = LOSSES["flow_matching"](VelocityField(network, SCHEDULE, "epsilon"), DATA, NOISE, UNIFORM)
     assert loss.max() == 0

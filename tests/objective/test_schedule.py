@@ -1,12 +1,26 @@
 """The table of noise levels is the one that the network was trained with."""
 
+import json
+
 import diffusers
 import pytest
 import torch
 
-from d2f_core.objective.schedule import NoiseSchedule, ScheduleError
+from d2f_core.objective.schedule import (
+    FlowTimes,
+    NoiseSchedule,
+    ScheduleError,
+    flow_shift,
+    prediction_type_of,
+    read_schedule,
+)
 
 BASE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def saved(scheduler):
+    """What a scheduler writes as its scheduler_config.json."""
+    return json.loads(scheduler.to_json_string())
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -65,10 +79,64 @@ def test_zero_terminal_snr_reaches_pure_noise():
         ({**BASE, "beta_schedule": "linear", "num_train_timesteps": -5}, "num_train_timesteps=-5 must be a whole"),
         ({**BASE, "beta_schedule": "linear", "num_train_timesteps": 99.5}, "num_train_timesteps=99.5 must be a whole"),
         ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 1000}, "num_train_timesteps=1000 contradicts the 2"),
-        ({**BASE, "beta_schedule": "linear", "prediction_type": "flow_prediction"}, "'flow_prediction'.*is not known"),
+        (
+            {**BASE, "beta_schedule": "linear", "prediction_type": "flow_prediction"},
+            "of a flow model .*nothing to align",
+        ),
         ({**BASE, "beta_start": 0.1, "beta_schedule": "linear"}, "beta_start=0.1 is above beta_end=0.012"),
     ],
 )
 def test_configs_that_cannot_be_used_are_refused(config, message):
     with pytest.raises(ScheduleError, match=message):
         NoiseSchedule.from_scheduler_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "timesteps", "shift"),
+    [
+        (saved(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)), 1000, 3.0),
+        (saved(diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=500)), 500, 1.0),
+        (
+            saved(
+                diffusers.DPMSolverMultistepScheduler(
+                    prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.5
+                )
+            ),
+            1000,
+            2.5,
+        ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 1000, 1.0),
+        ({"prediction_type": "flow_prediction"}, 1000, 1.0),
+    ],
+)
+def test_a_flow_models_config_is_known_for_what_it_is(config, timesteps, shift):
+    assert prediction_type_of(config) == "flow_prediction"
+    assert read_schedule(config) == FlowTimes(timesteps)
+    assert flow_shift(config) == shift
+    with pytest.raises(ScheduleError, match=r"nothing to align\. Read it by read_schedule"):
+        NoiseSchedule.from_scheduler_config(config)
+
+
+def test_a_diffusion_models_config_gives_its_table():
+    config = {**BASE, "beta_schedule": "linear"}
+    table = read_schedule(config)
+    assert isinstance(table, NoiseSchedule)
+    assert torch.equal(table.alphas_cumprod, NoiseSchedule.from_scheduler_config(config).alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": "epsilon"},
+            "prediction_type='epsilon' contradicts _class_name='FlowMatchEulerDiscreteScheduler'",
+        ),
+        ({"use_flow_sigmas": True, "prediction_type": "v_prediction"}, "contradicts .*use_flow_sigmas=True"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}, "EDM's noise levels"),
+        ({"prediction_type": "flow_prediction", "num_train_timesteps": 0}, "num_train_timesteps=0 must be a whole"),
+        ({"prediction_type": "velocity"}, "'velocity' is not known. Use one of epsilon, v_prediction, sample, flow_p"),
+    ],
+)
+def test_a_config_that_says_two_things_is_refused(config, message):
+    with pytest.raises(ScheduleError, match=message):
+        read_schedule(config)

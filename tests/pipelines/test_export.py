@@ -12,9 +12,10 @@ from d2f_core.model.config import LoraConfig
 from d2f_core.storage import exists, write_bytes
 from infra.local.stack import StackEnv
 from pipelines.export import RECIPES, check, main
-from pipelines.export_config import ExportConfig
+from pipelines.export_config import CheckpointFileExportConfig, ExportConfig
 from tests.flow.tiny_base import write_tiny_base
 from tests.model.artifacts import output, trained
+from tests.model.tiny_sd import write_tiny
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -35,7 +36,17 @@ def test_every_recipe_writes_its_layout(model: str, tmp_path: Path, s3: StackEnv
     assert exists("s3://d2f/test-export/adapter/adapter_config.json")
     main(ExportConfig(model=model, layout="single-file", output=str(tmp_path / "lora.safetensors")))
     assert any(name.endswith(".lora_down.weight") for name in load_file(tmp_path / "lora.safetensors"))
-    assert set(RECIPES) == {"diffusers", "peft", "single-file", "transformers", "checkpoint"}
+    assert set(RECIPES) == {"diffusers", "peft", "single-file", "ldm", "transformers", "checkpoint"}
+
+
+def test_a_whole_checkpoint_is_written_for_other_programs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    base, file = write_tiny(tmp_path / "base", "sdxl"), tmp_path / "one.safetensors"
+    config = CheckpointFileExportConfig(model=str(base), output=str(file), dtype="bfloat16")
+    check(config)
+    with caplog.at_level("INFO"):
+        main(config)
+    assert "SDXL, 684 tensors, 0.00 GB, epsilon" in caplog.text
+    assert load_file(file)["conditioner.embedders.1.model.ln_final.bias"].dtype == torch.bfloat16
 
 
 def test_what_cannot_be_exported_is_refused(model: str, tmp_path: Path):

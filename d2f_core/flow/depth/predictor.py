@@ -16,7 +16,7 @@ from d2f_core.flow.depth.ensemble import combine
 from d2f_core.model.artifact import DescribedModel, TrainedModel
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.config import TimeGrid
-from d2f_core.model.sampling import SamplerChoice, sample_latents
+from d2f_core.model.sampling import SamplerChoice, check_solver, sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.solver import NonFiniteStateError
 from d2f_core.randomness import keyed_normal
@@ -72,8 +72,9 @@ def fill_settings(
     ensemble: int = 4,
     seed: int = 0,
 ) -> DepthSettings:
-    """Settings with the model's defaults in place of None."""
+    """Settings with the model's defaults in place of None; raises ValueError if the solver does not fit the model."""
     carried = model.sampling
+    check_solver(model, solver or carried.solver)
     return DepthSettings(
         solver=solver or carried.solver,
         steps=carried.steps if steps is None else steps,

@@ -12,7 +12,7 @@ from d2f_core.flow.evaluate.projection import features_name
 from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import GenerateJob, check_generate
 from d2f_core.model.artifact import DESCRIPTION, read_description
-from d2f_core.model.base import described_copy
+from d2f_core.model.base import describe_base, described_copy
 from d2f_core.model.sampling import DDIM, SCHEDULERS
 from d2f_core.storage import join
 from d2f_core.tracking import resolve_model
@@ -110,7 +110,7 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
     Raises:
         ValueError: a model, prompt file or setting cannot be used.
     """
-    solver = config.base_solver if role == "base" else config.solver or carried(uri, "sampling").get("solver", DDIM)
+    solver = _solver(config, role, uri)
     per_step = EVALUATIONS_PER_STEP.get(solver)
     if per_step is None:
         raise EvaluateError(
@@ -142,6 +142,17 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
             f"{config.prompts!r} has rows with their own steps, which an evaluation varies. Remove the column steps."
         )
     return ComparedModel(role=role, uri=uri, job=job)
+
+
+def _solver(config: EvaluateConfig, role: str, uri: str) -> str:
+    if role != "base":
+        return config.solver or carried(uri, "sampling").get("solver") or ("euler" if _is_flow(uri) else DDIM)
+    return "euler" if _is_flow(uri) else config.base_solver
+
+
+def _is_flow(uri: str) -> bool:
+    """Whether a base model is a flow model."""
+    return describe_base(resolve_model(uri)).is_flow
 
 
 def carried(uri: str, part: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class EvaluateConfig:
     """Fixed-step solver of candidate and champion; None: each model's default."""
     base_solver: str = "ddim-clean"
     """Solver of the base model; ddim-clean ends without noise as a flow does, ddim as stock pipelines do; euler
-    evaluates the base as an untrained flow model."""
+    evaluates the base as an untrained flow model. A base that is a flow model is always sampled by Euler."""
     guidance: float | None = None
     """Guidance scale of all models; None: the candidate's default, for all of them."""
     own_guidance: bool = since(False, before=False)

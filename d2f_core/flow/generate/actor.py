@@ -106,7 +106,7 @@ class ChunkSampler:
         torch.set_num_threads(threads)
         filesystem, path = arrow_filesystem(join(output, PROMPTS_NAME))
         self.prompts = retried(f"open {PROMPTS_NAME}", lambda: pq.ParquetFile(filesystem.open_input_file(path)))
-        model = load_model(resolve_model(plan.model_uri))
+        model = load_model(resolve_model(plan.model_uri), base_prediction=plan.base_prediction)
         if model.content_hash != plan.model_hash:
             raise GenerateError(
                 f"{plan.model_uri!r} has the hash {model.content_hash} on this node, and {plan.model_hash} where "

@@ -34,6 +34,8 @@ class Plan:
     model_uri: str
     """URI of the model, with aliases resolved to a version."""
     model_hash: str
+    base_prediction: str = since("", before="")
+    """What an unchanged base was said to predict."""
     solver: str
     steps: tuple[int, ...]
     guidance: float
@@ -127,6 +129,7 @@ def make_plan(config: GenerateConfig, prompts: PromptFile, model: DescribedModel
         num_images=turns * prompts.num_rows - (turns - 1) * prompts.rows_with_steps,
         model_uri=model_uri,
         model_hash=model.content_hash,
+        base_prediction=config.base_prediction,
         solver=first.solver,
         steps=tuple(request.steps for request in filled),
         guidance=first.guidance,

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2f_core.model.artifact import DescribedModel, TrainedModel, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.config import TimeGrid
-from d2f_core.model.sampling import SamplerChoice, sample_latents
+from d2f_core.model.sampling import SamplerChoice, check_solver, sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.solver import NonFiniteStateError
 from d2f_core.randomness import keyed_normal
@@ -102,8 +102,8 @@ def fill_request(
         height, width: pixels; None: the model's default. If only one is given, the image is square.
 
     Raises:
-        ValueError: the model has another task, the solver is unknown, steps are below 1, or the autoencoder cannot
-            produce the size.
+        ValueError: the model has another task, the solver is unknown or does not fit the model, steps are below 1, or
+            the autoencoder cannot produce the size.
     """
     if model.task != "text_to_image":
         raise ValueError(
@@ -119,6 +119,7 @@ def fill_request(
         shift=carried.shift if shift is None else shift,
         time_grid=time_grid or carried.time_grid,
     )
+    check_solver(model, choice.solver)
     return Request(
         sample_id=sample_id or prompt,
         prompt=prompt,
