@@ -59,7 +59,7 @@ def samples_to(curve: Mapping[int, float], goal: float) -> float | None:
         if value <= goal:
             if before is None:
                 return step * BATCH
-            (first, high), share = before, (before[1] - goal) / (before[1] - value)
+            first, share = before[0], (before[1] - goal) / (before[1] - value)
             return (first + share * (step - first)) * BATCH
         before = (step, value)
     return None
