@@ -24,7 +24,7 @@ from d2f_core.model.base import BaseModel, local_copy, resolve_base
 from d2f_core.model.description import describe, read_description
 from d2f_core.model.fit import shard_names
 from d2f_core.model.safetensors_header import HeaderError
-from d2f_core.model.single_file.family import TEXT_MODEL, Family, Part, family_of_directory, read_parts
+from d2f_core.model.single_file.family import SD21, TEXT_MODEL, Family, Part, family_of_directory, read_parts
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.prediction import FLOW, Prediction
 from d2f_core.model.single_file.tensor_file import TensorReader
@@ -34,6 +34,8 @@ STANDARD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.01
 """The noise schedule that programs assume of all three families."""
 ROUNDING = 1e-6
 """Largest difference of two schedules' alpha-bars that comes from rounding."""
+OPENCLIP_H = (1024, 23)
+"""Width of SD 2.1's text encoder, and the layers that are read: all but the last."""
 OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in autoencoders that were saved by early releases of diffusers."""
 LAST_LAYER = ("conv_out.weight", "conv_out.bias")
@@ -76,6 +78,7 @@ def open_source(model_uri: str, base_uri: str | None = None) -> Source:
     _check_inputs(trained / "unet", 0 if model.method == "full" else description.get("joined_channels", 0))
     family = family_of_directory(base.path)
     _check_autoencoder(base, family)
+    _check_text_encoder(base, family)
     parts = tuple(read_parts(base.path, family))
     prediction, turned = _prediction(base, description)
     if prediction.kind == FLOW:
@@ -119,6 +122,17 @@ def _check_autoencoder(base: BaseModel, family: Family) -> None:
                 f"the autoencoder has {name}={value}, and programs take {assumed} of every {family.title}. Export in "
                 "diffusers' layout."
             )
+
+
+def _check_text_encoder(base: BaseModel, family: Family) -> None:
+    """Raise LayoutError if programs would stop at another layer of SD 2.1's text encoder."""
+    config = json.loads((base.path / "text_encoder/config.json").read_text())
+    width, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+    if family is SD21 and width == OPENCLIP_H[0] and layers != OPENCLIP_H[1]:
+        raise LayoutError(
+            f"the text encoder has {layers} layers, and programs read the states after layer {OPENCLIP_H[1]} of "
+            "SD 2.1's. Copy text_encoder/ of the published model."
+        )
 
 
 def _prediction(base: BaseModel, description: Mapping[str, Any]) -> tuple[Prediction, bool]:
