@@ -17,18 +17,9 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.objectives import (
-    BATCH,
-    RATES,
-    Config,
-    Data,
-    Method,
-    Objective,
-    base_key,
-    own_solver,
-    task_for,
-    training_of,
-)
+from benchmarks.objective_judging import Data
+from benchmarks.objective_recipes import BATCH, LOSSES, RATES, Method, Objective, task_for, training_of
+from benchmarks.objectives import base_key
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
@@ -45,7 +36,7 @@ ROWS, SIZE = 64, 64
 class BrightnessConfig:
     results: Path
     base: str = "infra/models/emoji-sd"
-    objectives: tuple[Objective, ...] = ("diff2flow", "diffusion", "flow_matching")
+    objectives: tuple[Objective, ...] = ("diff2flow", "diffusion", "naive")
     methods: tuple[Method, ...] = ("full", "attention")
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 150
@@ -81,9 +72,9 @@ def brightness(config: BrightnessConfig, task: TextToImage, objective: str, step
     for caption in TARGETS:
         states = task.text_states([caption] * config.images)
         keys = [f"{caption}/{number}" for number in range(config.images)]
-        noise = torch.from_numpy(keyed_normal(1, keys, (autoencoder.latent_channels, 16, 16), "judge"))
+        noise = torch.from_numpy(keyed_normal(1, keys, task.base.latent_shape(SIZE, SIZE), "judge"))
         latents, _ = sample_latents(
-            task.model(task.module), noise, states, states, solver=own_solver(objective), steps=steps, guidance=1.0
+            task.model(task.module), noise, states, states, solver=LOSSES[objective].solver, steps=steps, guidance=1.0
         )
         means = to_uint8(autoencoder.decode(latents)).float().mean((1, 2, 3)) / 255
         found[caption] = {"mean": float(means.mean()), "deviation": float(means.std())}
@@ -91,11 +82,10 @@ def brightness(config: BrightnessConfig, task: TextToImage, objective: str, step
 
 
 def run_one(config: BrightnessConfig, objective: Objective, method: Method, seed: int) -> dict[str, Any]:
-    training = Config(results=config.results, base=config.base, steps=config.steps, judged_at=())
-    task = task_for(training, objective, method, seed)
+    task = task_for(config.base, objective, method, seed)
     data = targets(task)
     order = SampleOrder(num_rows=ROWS, seed=seed, batch=BATCH)
-    (point,) = training_of(training, task, data, order, RATES[method]).run(())
+    (point,) = training_of(task, data.rows, order, config.steps, RATES[method]).run(())
     found = {steps: brightness(config, task, objective, steps) for steps in config.evaluations}
     return {"loss": point["loss"], "brightness": found}
 

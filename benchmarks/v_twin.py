@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.objectives import BATCH, Config, images_as_data, task_for, training_of
+from benchmarks.objective_judging import images_as_data
+from benchmarks.objective_recipes import BATCH, task_for, training_of
 from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.data.sample_order import SampleOrder
 
@@ -45,11 +46,10 @@ def main() -> None:
     file = partial / "scheduler/scheduler_config.json"
     changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": config.zero_snr}
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}, indent=2))
-    training = Config(results=partial, base=str(partial), steps=config.steps)
-    task = task_for(training, "diffusion", "full", 0)
+    task = task_for(str(partial), "diffusion", "full", 0)
     data = images_as_data(config.base, MakeDatasetConfig(style="twemoji", subset="core"))
     order = SampleOrder(num_rows=len(data.captions), batch=BATCH, window_rows=len(data.captions))
-    for point in training_of(training, task, data, order, config.rate).run(range(250, config.steps, 250)):
+    for point in training_of(task, data.rows, order, config.steps, config.rate).run(range(250, config.steps, 250)):
         print(f"step {point['step']}  loss {point['loss']:.4f}", flush=True)
     unet: Any = task.module
     unet.save_pretrained(partial / "unet")
