@@ -21,6 +21,7 @@ from benchmarks.objective_judging import images_as_data
 from benchmarks.objective_recipes import BATCH, task_for, training_of
 from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.data.sample_order import SampleOrder
+from d2f_core.model.base import resolve_base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,9 @@ def main() -> None:
     file = partial / "scheduler/scheduler_config.json"
     changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": config.zero_snr}
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}, indent=2))
-    task = task_for(str(partial), "diffusion", "full", 0)
+    # The weights, which predict epsilon as yet, are loaded as what they are.
+    task = task_for(config.base, "diffusion", "full", 0)
+    task.base = resolve_base(str(partial))
     data = images_as_data(config.base, MakeDatasetConfig(style="twemoji", subset="core"))
     order = SampleOrder(num_rows=len(data.captions), batch=BATCH, window_rows=len(data.captions))
     for point in training_of(task, data.rows, order, config.steps, config.rate).run(range(250, config.steps, 250)):

@@ -1,6 +1,7 @@
 """Exports a model artifact from a training's checkpoint; needs only files, no GPU, engine or Ray."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 KINDS = {"ema": "ema", "trained": "weights"}
 """Name of the weights for users -> kind of the tensors in a checkpoint."""
+BASE_READING = "base_reading.json"
+"""File of a training's output with what its first worker found the base to predict."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def check_checkpoint(config: CheckpointExportConfig) -> _Found:
         raise ValueError(f"{place!r} does not exist. Give --run the output of a finetuning.") from None
     found = select(config.run, config.step, run.train.retention)
     storage.check_reachable(config.base or run.model.base)
-    base, manifests = describe_base(config.base or run.model.base), [read_manifest(uri) for uri in run.tables]
+    base = describe_base(config.base or run.model.base).read_as(run.model.base_prediction)
+    manifests = [read_manifest(uri) for uri in run.tables]
     if (identity := run.identity(base.content_hash, manifests)) != found.manifest.identity:
         raise CheckpointError(
             f"{found.uri} has the identity {found.manifest.identity[:12]}; config.yaml, base and latents as they are "
@@ -105,6 +109,9 @@ def write_model(
     }
     if noise_columns(manifests, lambda: base.content_hash):
         training["teacher"] = manifests[0].inputs["model"]
+    reading = storage.join(config.output, BASE_READING)
+    if storage.exists(reading):
+        training["base_reading"] = json.loads(storage.read_bytes(reading))
     description = describe(
         base,
         objective=model.objective,

@@ -87,7 +87,11 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
     storage.check_reachable(config.model.base)
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
-    base, manifests = describe_base(config.model.base), [read_manifest(uri) for uri in config.tables]
+    base = describe_base(config.model.base).read_as(config.model.base_prediction)
+    manifests = [read_manifest(uri) for uri in config.tables]
+    logger.info(
+        "%s: %s; not probed here, the first worker compares it with the weights", base.uri, base.prediction_type
+    )
     check_networks(base, config.model)
     autoencoder = autoencoder_fingerprint(base)
     for manifest in manifests:

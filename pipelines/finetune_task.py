@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 
+from d2f_core import storage
 from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.schema import SchemaError
@@ -10,6 +12,7 @@ from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.flow.latents import noise_columns
 from d2f_core.model.base import BaseModel, BaseModelError, resolve_base
+from d2f_core.model.base_probe import kept_reading
 from d2f_core.model.config import ModelConfig, PreviewConfig
 from d2f_core.model.image_to_depth import ImageToDepth
 from d2f_core.model.latent_task import LatentTask, image_grid
@@ -17,7 +20,7 @@ from d2f_core.model.text_to_image import TextToImage
 from d2f_core.tracking import resolve_model
 from d2f_core.train.precision import DTYPES
 from d2f_core.train.task import Evaluation, Task
-from pipelines.checkpoint_export import trained_resolution
+from pipelines.checkpoint_export import BASE_READING, trained_resolution
 from pipelines.configs import FinetuneConfig
 
 COLUMNS = TextToImage.columns
@@ -33,13 +36,14 @@ def build_task(config: FinetuneConfig, base_hash: str, device: str) -> Task:
     Raises:
         BaseModelError: this node has another base model.
     """
-    base, model = resolve_base(config.model.base), on_this_node(config.model)
+    base, model = resolve_base(config.model.base).read_as(config.model.base_prediction), on_this_node(config.model)
     if base.content_hash != base_hash:
         raise BaseModelError(
             f"{config.model.base!r} has the hash {base.content_hash} on this node, and {base_hash} where the training "
             "started: it was replaced, or is another directory here. Give a URI that all nodes share."
         )
     task = TASKS[model.task](base, model, seed=config.train.seed, dtype=DTYPES[config.train.precision], device=device)
+    _keep_reading(config.output, base)
     return Task(
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
@@ -47,6 +51,13 @@ def build_task(config: FinetuneConfig, base_hash: str, device: str) -> Task:
         evaluate=functools.partial(evaluate, config, task),
         make_grid=functools.partial(image_grid, columns=config.preview.columns),
     )
+
+
+def _keep_reading(output: str, base: BaseModel) -> None:
+    """Write down what was found of the base where its weights were loaded; the trained model says it."""
+    place = storage.join(output, BASE_READING)
+    if (reading := kept_reading(base)) and not storage.exists(place):
+        storage.write_bytes(place, json.dumps(dict(reading.left)).encode())
 
 
 def on_this_node(model: ModelConfig) -> ModelConfig:

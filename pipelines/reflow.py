@@ -46,11 +46,11 @@ class Teacher:
 def first_teacher(config: ReflowConfig) -> Teacher:
     """The teacher of the first round; raises ValueError when the training cannot start from it."""
     uri, model = pin_model(config.teacher), config.finetune.model
-    place, base = resolve_model(uri), describe_base(model.base)
+    place, base = resolve_model(uri), describe_base(model.base).read_as(model.base_prediction)
     if (described_copy(place).path / DESCRIPTION).exists():
         trained = check_start(base, replace(model, start=place))
         return Teacher(uri=uri, digest=trained.content_hash, start=uri)
-    drawn_by = describe_base(place)
+    drawn_by = describe_base(place).read_as(model.base_prediction)
     digest = drawn_by.content_hash
     if digest != base.content_hash:
         raise ValueError(

@@ -10,7 +10,7 @@ nothing in an artifact can run code, and `artifact_files.check_files` refuses a 
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,13 +29,11 @@ from d2f_core.model.base import (
     local_copy,
     resolve_base,
 )
-from d2f_core.model.config import SamplingDefaults, TaskName
+from d2f_core.model.config import SamplingDefaults
 from d2f_core.model.denoiser import (
-    as_denoiser,
     check_unet,
     extend_input_channels,
     load_unet,
-    network_dtype,
     unet_on_meta,
 )
 from d2f_core.model.description import (
@@ -50,9 +48,8 @@ from d2f_core.model.description import (
 from d2f_core.model.fit import diffusers_misfit
 from d2f_core.model.lora import describe_lora, load_lora
 from d2f_core.model.model_files import ModelFiles
-from d2f_core.objective.alignment import Denoiser, NaiveVelocityField, VelocityField
-from d2f_core.objective.schedule import Schedule, flow_shift
-from d2f_core.objective.time_sampling import NaiveTarget
+from d2f_core.model.trained_model import DescribedModel, TrainedModel
+from d2f_core.objective.schedule import flow_shift
 from d2f_core.retry import one_line
 
 __all__ = [
@@ -71,71 +68,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DescribedModel:
-    """All of a model but its weights: of an unchanged base model, or of a finetuned one."""
-
-    base: BaseModel
-    objective: str
-    """diff2flow, flow_matching or diffusion: the loss that the weights were last trained with."""
-    naive_target: NaiveTarget = "noise_minus_data"
-    """What the network puts out, if the objective is flow_matching."""
-    sampling: SamplingDefaults
-    task: TaskName = "text_to_image"
-    method: str = ""
-    """full or lora; empty for an unchanged base model."""
-    own_hash: str = ""
-    """Content hash of what was trained; empty for an unchanged base model."""
-
-    @property
-    def content_hash(self) -> str:
-        """Content hash of the model; that of a base model takes reading all of it."""
-        return self.own_hash or self.base.content_hash
-
-    @property
-    def puts_out_velocity(self) -> bool:
-        """Whether the network is a rectified-flow one, which no sampler of diffusion models can read."""
-        return self.objective == "flow_matching" or self.base.is_flow
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the model's images when no size is given."""
-        edge = self.sampling.resolution
-        return (edge, edge) if edge else self.base.default_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedModel(DescribedModel):
-    """A model that is ready to sample."""
-
-    network: nn.Module
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.base.schedule
-
-    @property
-    def prediction_type(self) -> str:
-        return self.base.prediction_type
-
-    @property
-    def denoiser(self) -> Denoiser:
-        return as_denoiser(self.network, network_dtype(self.network))
-
-    @property
-    def velocity_field(self) -> VelocityField | NaiveVelocityField:
-        """(x_t, t, **condition) -> velocity; the condition is given by the denoiser's argument names, at least
-        `text_states`.
-        """
-        if self.objective == "flow_matching":
-            return NaiveVelocityField(self.denoiser, self.schedule, self.naive_target)
-        return VelocityField(self.denoiser, self.schedule, self.prediction_type)
-
-    def to(self, device: str | torch.device) -> "TrainedModel":
-        self.network.to(device)
-        return self
-
-
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy trained weights, by parameter name, into a network built as it was for the training.
 
@@ -151,12 +83,14 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
+def load_model(uri: str, *, base_uri: str | None = None, base_prediction: str = "") -> TrainedModel:
     """Load a base model (sampled by DDIM, a flow model by Euler) or a trained artifact, by local directory or s3://
     prefix.
 
     Args:
         base_uri: the base's present location, if it has moved; its hash must equal that of the base trained on.
+        base_prediction: what an unchanged base predicts, if its scheduler config says it wrongly. A trained artifact
+            says it itself.
 
     Raises:
         ArtifactError: a file that does not belong in an artifact, an unknown format, or a hash (of the base, the
@@ -164,13 +98,13 @@ def load_model(uri: str, *, base_uri: str | None = None) -> TrainedModel:
         BaseModelError: `uri` holds neither an artifact nor a base model.
     """
     files = ModelFiles(path=local_copy(uri))
-    described, description = _described(uri, files, base_uri, resolve_base)
+    described, description = _described(uri, files, base_uri, resolve_base, base_prediction)
     network = _network(uri, files, described, description, _load) if description else load_unet(described.base)
     values = {field.name: getattr(described, field.name) for field in fields(described)}
     return TrainedModel(**values, network=network.eval().requires_grad_(False))
 
 
-def describe_model(uri: str, *, base_uri: str | None = None) -> DescribedModel:
+def describe_model(uri: str, *, base_uri: str | None = None, base_prediction: str = "") -> DescribedModel:
     """Check a model as `load_model` does, for a machine that loads no weights: they are compared with the network by
     the headers of their files; hashes are taken in pieces. Of a model on S3, only headers and configs are copied.
 
@@ -178,7 +112,7 @@ def describe_model(uri: str, *, base_uri: str | None = None) -> DescribedModel:
         the errors of `load_model`.
     """
     files = described_copy(uri)
-    described, description = _described(uri, files, base_uri, describe_base)
+    described, description = _described(uri, files, base_uri, describe_base, base_prediction)
     if description:
         _network(uri, files, described, description, _describe)
     else:
@@ -187,15 +121,19 @@ def describe_model(uri: str, *, base_uri: str | None = None) -> DescribedModel:
 
 
 def _described(
-    uri: str, files: ModelFiles, base_uri: str | None, find_base: Callable[[str], BaseModel]
+    uri: str, files: ModelFiles, base_uri: str | None, find_base: Callable[[str], BaseModel], base_prediction: str
 ) -> tuple[DescribedModel, Mapping[str, Any]]:
     """A model whose files were checked, and its description, which a base model has none of."""
     if not os.path.lexists(files.path / DESCRIPTION):
-        return _base_as_model(find_base(uri)), {}
+        return _base_as_model(find_base(uri).read_as(base_prediction)), {}
     description = read_description(files.path)
+    if base_prediction:
+        raise ArtifactError(
+            f"{uri!r} is a trained model, which says itself that its base is read as {description['prediction_type']}; "
+            f"base_prediction={base_prediction!r} is for unchanged bases. Leave it out."
+        )
     _check_weights(uri, files, description)
-    base = find_base(base_uri or description["base"]["uri"])
-    _check_base(uri, base, description)
+    base = _fitting_base(uri, find_base(base_uri or description["base"]["uri"]), description)
     described = DescribedModel(
         base=base,
         objective=description["objective"],
@@ -229,12 +167,14 @@ def _check_weights(uri: str, files: ModelFiles, description: Mapping[str, Any]) 
         raise ArtifactError(f"{uri!r} has no weights in {WEIGHTS[description['method']]}/. Copy the artifact again.")
 
 
-def _check_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> None:
+def _fitting_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> BaseModel:
+    """The base, read as the model was trained on it; raises ArtifactError if it is another."""
     if base.content_hash != description["base"]["sha256"]:
         raise ArtifactError(
             f"{uri!r} was trained on a base with sha256 {description['base']['sha256']}, but {base.uri!r} has "
             f"{base.content_hash}. Give the original base."
         )
+    base = base.read_as(description["prediction_type"])
     hashes = {
         "schedule_sha256": description["schedule_sha256"],
         "its own schedule": schedule_hash(description["schedule"]),
@@ -245,6 +185,7 @@ def _check_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> No
             f"{uri!r} does not fit the noise schedule of {base.uri!r}: {hashes}, prediction type "
             f"{description['prediction_type']!r} and {base.prediction_type!r}. Copy the artifact again."
         )
+    return base
 
 
 def _network(

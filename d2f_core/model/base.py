@@ -4,6 +4,7 @@ model_index.json  unet/  vae/  scheduler/scheduler_config.json  text_encoder/  t
 SDXL also has text_encoder_2/  tokenizer_2/
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from d2f_core.hashing import HASHED_SUFFIXES, cache_root, one_at_a_time
 from d2f_core.model.model_files import ModelFiles, describe_tree
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.read import converted, is_single_file
-from d2f_core.objective.schedule import FLOW_PREDICTION, Schedule, prediction_type_of, read_schedule
+from d2f_core.objective.schedule import FLOW_PREDICTION, Schedule, ScheduleError, prediction_type_of, read_schedule
 from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -47,6 +48,29 @@ class BaseModel:
     prediction_type: str
     """epsilon, v_prediction, sample or flow_prediction (a rectified-flow model), as diffusers spells it."""
     scheduler_config: Mapping[str, Any]
+    told: bool = False
+    """Whether somebody said what it predicts, besides the scheduler config."""
+
+    def read_as(self, prediction_type: str) -> "BaseModel":
+        """The base with the prediction type that the user, or a model trained on it, says; itself if that is empty.
+
+        Raises:
+            ScheduleError: the scheduler config cannot be used with it.
+        """
+        if not prediction_type:
+            return self
+        if prediction_type == self.prediction_type:
+            return dataclasses.replace(self, told=True)
+        config = {**self.scheduler_config, "prediction_type": prediction_type}
+        if FLOW_PREDICTION in (prediction_type, self.prediction_type):
+            config.pop("use_flow_sigmas", None)
+            if str(config.get("_class_name", "")).startswith("FlowMatch"):
+                raise ScheduleError(
+                    f"{self.uri!r} has the scheduler {config['_class_name']} of a flow model, without noise levels, so "
+                    f"that it cannot be read as {prediction_type}. Replace scheduler/ by that of the original model."
+                )
+        read_schedule(config)
+        return dataclasses.replace(self, prediction_type=prediction_type, scheduler_config=config, told=True)
 
     @property
     def path(self) -> Path:

@@ -7,7 +7,9 @@ from typing import Literal
 from d2f_core.identity import since
 from d2f_core.objective.time_sampling import NaiveTarget, TimeSampling
 
+PredictionName = Literal["", "epsilon", "v_prediction", "sample", "flow_prediction"]
 TaskName = Literal["text_to_image", "image_to_depth"]
+TimeGrid = Literal["uniform", "beta"]
 PRESETS = ("base", "small", "attention")
 
 
@@ -41,6 +43,9 @@ class ModelConfig:
 
     base: str
     """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
+    base_prediction: PredictionName = since("", before="")
+    """What the base's network predicts, if its scheduler config says it wrongly; empty: as the config says. Where the
+    weights are first loaded they are probed, and a base that predicts something else is refused."""
     task: TaskName = "text_to_image"
     """image_to_depth predicts depth from an image, whose latents are concatenated to the noisy depth latents; no
     text."""
@@ -125,6 +130,9 @@ class SamplingDefaults:
     resolution: int | None = None
     """Height and width of the images in pixels; None: the size of the training images, or for a base model the size its
     UNet was trained on."""
+    time_grid: TimeGrid = since("uniform", before="uniform")
+    """Flow times before the shift: uniform, or beta (quantiles of Beta(0.6, 0.6): short steps at both ends); not used
+    by ddim and the adaptive solvers."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.resolution < 1:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from d2f_core.file_systems import read_or_map
 from d2f_core.model.base import BaseModel, BaseModelError
+from d2f_core.model.base_probe import check_reading
 from d2f_core.model.fit import diffusers_misfit, require_fit
 from d2f_core.objective.alignment import Denoiser
 
@@ -32,7 +33,11 @@ class ConditionError(ValueError):
 
 
 def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> UNet2DConditionModel:
-    """The base model's UNet in float32; `from_scratch` keeps its config and draws new weights from `seed`."""
+    """The base model's UNet in float32; `from_scratch` keeps its config and draws new weights from `seed`.
+
+    Raises:
+        BaseModelError: the files are missing or damaged, or the weights predict something else than the config says.
+    """
     directory = base.path / "unet"
     if from_scratch:
         with torch.random.fork_rng(devices=[]):
@@ -40,9 +45,12 @@ def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> 
             return cast(Any, UNet2DConditionModel).from_config(UNet2DConditionModel.load_config(directory))
     base.files.require_whole()
     check_unet(base)
-    return UNet2DConditionModel.from_pretrained(
+    unet = UNet2DConditionModel.from_pretrained(
         directory, torch_dtype=torch.float32, use_safetensors=True, **read_or_map(directory)
     )
+    if unet.config["in_channels"] == unet.config["out_channels"]:
+        check_reading(base, unet)
+    return unet
 
 
 def check_unet(base: BaseModel) -> UNet2DConditionModel:

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import dacite
 
 from d2f_core.hashing import HASHED_SUFFIXES, file_sha256
+from d2f_core.identity import identity_values
 from d2f_core.model.artifact_files import ArtifactError, check_files
 from d2f_core.model.base import BaseModel
 from d2f_core.model.config import SamplingDefaults, TaskName
@@ -79,8 +80,10 @@ def describe(
 ) -> dict[str, Any]:
     """The contents of `diff2flow.json`, without the weights' hashes."""
     naive = objective == "flow_matching" and naive_target != OLDER["naive_target"]
+    sampled = identity_values(sampling)  # a time grid only if it is not the one of format 1
+    newer = naive or base.prediction_type == FLOW_PREDICTION or "time_grid" in sampled
     return {
-        "format_version": FORMAT_VERSION if naive or base.prediction_type == FLOW_PREDICTION else 1,
+        "format_version": FORMAT_VERSION if newer else 1,
         "objective": objective,
         **({"naive_target": naive_target} if naive else {}),
         "method": method,
@@ -91,7 +94,7 @@ def describe(
         "schedule": dict(base.scheduler_config),
         "schedule_sha256": schedule_hash(base.scheduler_config),
         "time_convention": "t=0 noise, t=1 data",
-        "sampling": asdict(sampling),
+        "sampling": sampled,
         "training": dict(training),
     }
 

@@ -10,9 +10,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from d2f_core.model.artifact import DescribedModel, TrainedModel
+from d2f_core.model.config import TimeGrid
 from d2f_core.model.image_sizes import sizes_of_new_images
 from d2f_core.objective.guidance import guided
-from d2f_core.objective.solver import SOLVERS, NonFiniteStateError, integrate, uniform_times
+from d2f_core.objective.solver import SOLVERS, TIME_GRIDS, NonFiniteStateError, integrate
 
 DDIM, DDIM_CLEAN = "ddim", "ddim-clean"
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -33,6 +34,7 @@ class SamplerChoice:
     steps: int
     guidance: float
     shift: float = 1.0
+    time_grid: TimeGrid = "uniform"
 
     def __post_init__(self) -> None:
         if self.solver not in (*SOLVERS, *SCHEDULERS):
@@ -41,6 +43,8 @@ class SamplerChoice:
             raise ValueError(f"steps={self.steps} must be at least 1.")
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift={self.shift} must be a number above 0. 1 keeps the steps equal.")
+        if self.time_grid not in TIME_GRIDS:
+            raise ValueError(f"time_grid={self.time_grid!r} is not known. Use one of {', '.join(TIME_GRIDS)}.")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance={self.guidance} must be a number. 1 is none.")
 
@@ -65,6 +69,7 @@ def sample_latents(
     steps: int,
     guidance: float,
     shift: float = 1.0,
+    time_grid: TimeGrid = "uniform",
 ) -> tuple[Tensor, int]:
     """Latents from noise [batch, C, h, w].
 
@@ -72,22 +77,24 @@ def sample_latents(
         condition: the captions' tensors [batch, ...] by the denoiser's argument names; a single tensor is the text
             states. With `pooled_text` (SDXL), missing image sizes default to those of the images to be made, uncropped.
         null: the same for the empty captions; not used at guidance 1.
+        shift, time_grid: the flow times of the steps; not used by diffusers' schedulers and by adaptive solvers.
 
     Returns:
         Latents, and the number of network evaluations per image (a guided pair counts once).
 
     Raises:
-        ValueError: an unknown solver, one that does not fit the model, or invalid steps, guidance or shift.
+        ValueError: an unknown solver, one that does not fit the model, or invalid steps, guidance, shift or time
+            grid.
         ConditionError: the network needs a condition that is not given, or cannot take one that is.
         NonFiniteStateError: the network's output for a sample is not finite; the message names the sample.
     """
-    SamplerChoice(solver=solver, steps=steps, guidance=guidance, shift=shift)
+    SamplerChoice(solver=solver, steps=steps, guidance=guidance, shift=shift, time_grid=time_grid)
     check_solver(model, solver)
     condition, null = _named(model, noise, condition), _named(model, noise, null)
     if solver in SCHEDULERS:
         return _by_scheduler(solver, model, noise, condition, null, steps, guidance)
     field = guided(model.velocity_field, guidance, condition, null)
-    return integrate(field, noise, uniform_times(steps, shift).to(noise.device), solver)
+    return integrate(field, noise, TIME_GRIDS[time_grid](steps, shift).to(noise.device), solver)
 
 
 def _named(model: TrainedModel, noise: Tensor, given: Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:

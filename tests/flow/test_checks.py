@@ -16,11 +16,15 @@ from d2f_core.flow.evaluate.compared_models import make_compared_model
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.extract_features import extract_features
 from d2f_core.flow.evaluate.job import read_reference
+from d2f_core.flow.generate.actor import index_schema
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.flow.generate.contact_sheet import check_contact_sheet
 from d2f_core.flow.generate.job import check_generate
+from d2f_core.flow.generate.plan import make_plan
+from d2f_core.flow.generate.prompts import checked_rows, scan_prompts
 from d2f_core.flow.publish.config import PromoteConfig, RegisterConfig
 from d2f_core.flow.publish.job import check_register, exported_model, move_alias
+from d2f_core.model.artifact import load_model
 from d2f_core.model.config import LoraConfig
 from d2f_core.registration import RegisterError
 from tests.depth_tables import true_depth, write_depth_table
@@ -59,6 +63,7 @@ def prompts(tmp_path: Path, **row: Any) -> str:
         ({}, {"resolution": 0}, "resolution=0: height=0 must be a multiple"),
         ({}, {"guidance": float("nan")}, "guidance=nan must be a number"),
         ({}, {"shift": 0.0}, "shift=0.0 must be a number above 0"),
+        ({}, {"time_grid": "even"}, "time_grid='even' is not known. Use one of uniform, beta"),
         ({}, {"model": ""}, "model is empty. Give --model URI"),
     ],
 )
@@ -226,3 +231,17 @@ def test_images_without_a_map_of_every_model_are_left_out_and_counted(tmp_path: 
         ),
     ):
         evaluate_depth(check_evaluate_depth(depth_config(tmp_path, one, stranger, titles=("one", "other"))))
+
+
+@pytest.mark.parametrize(("carried", "asked", "used"), [("beta", None, "beta"), ("beta", "uniform", "uniform")])
+def test_a_generation_is_on_the_models_grid_unless_another_is_asked_for(
+    base: Path, tmp_path: Path, carried: str, asked: Any, used: str
+) -> None:
+    """The plan and the index name a grid only where it is not the one that all had before there were two."""
+    model = trained(base, tmp_path / "model", LoraConfig(rank=2), guidance=1.0, time_grid=carried)
+    asking = {"prompts": prompts(tmp_path), "model": model, "output": str(tmp_path / "out")}
+    config = GenerateConfig(**asking, time_grid=asked)
+    plan = make_plan(config, scan_prompts(config.prompts), load_model(model), model)
+    assert plan.identity().get("time_grid") == (None if used == "uniform" else used)
+    assert ("time_grid" in index_schema(plan).names) == (used != "uniform")
+    assert {request.time_grid for request in plan.requests(list(checked_rows(config.prompts)))} == {used}

@@ -105,7 +105,7 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
 
 def test_an_image_is_the_one_that_the_batch_job_draws(running: Running) -> None:
     fields = {"prompt": "cat", "negative_prompt": "dog", "seed": 7, "sample_id": "id7", "steps": 3, "height": 16}
-    fields |= {"guidance": 2.5, "width": 24, "solver": "heun", "shift": 1.5}
+    fields |= {"guidance": 2.5, "width": 24, "solver": "heun", "shift": 1.5, "time_grid": "beta"}
     (image,) = running.post(fields).json()["images"]
     wanted = expected(running.base, **fields)
     assert close(pixels(base64.b64decode(image["png"])), wanted) and wanted.shape == (16, 24, 3)
@@ -141,7 +141,7 @@ def test_the_model_is_described_with_its_defaults_and_the_limits(running: Runnin
         described["model"] == str(running.base) and described["sha256"] == load_model(described["model"]).content_hash
     )
     assert described["defaults"] == {
-        "solver": "ddim", "steps": 25, "guidance": 3.0, "shift": 1.0, "height": 16, "width": 16,
+        "solver": "ddim", "steps": 25, "guidance": 3.0, "shift": 1.0, "time_grid": "uniform", "height": 16, "width": 16,
     }  # fmt: skip
     assert described["limits"]["max_steps"] == 400
 
@@ -161,6 +161,7 @@ def test_without_the_token_there_is_only_the_health(running: Running, header: st
         ({"prompt": "a", "solver": "eulr"}, r"solver='eulr' is not known\. Use one of"),
         ({"prompt": "a", "height": 17}, r"height=17 must be a multiple of the autoencoder's 2 pixels"),
         ({"prompt": "a", "shift": 0}, r"shift=0.* must be a number above 0"),
+        ({"prompt": "a", "time_grid": "even"}, r"time_grid='even' is not known\. Use one of uniform, beta"),
         ({"prompt": "a", "guidance": 1e38}, r"not finite"),
         ({"prompt": "a", "num_inference_steps": 3}, r"Unknown fields \['num_inference_steps'\]"),
     ],

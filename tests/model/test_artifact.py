@@ -17,9 +17,11 @@ from d2f_core.model.diffusers_layout import copy_base_parts
 from d2f_core.model.latent_task import build_network
 from d2f_core.model.sampling import sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
+from d2f_core.objective.guidance import guided
 from d2f_core.objective.schedule import ScheduleError
-from d2f_core.objective.solver import NonFiniteStateError
+from d2f_core.objective.solver import TIME_GRIDS, NonFiniteStateError, integrate
 from tests.flow.tiny_base import write_tiny_base
+from tests.model.artifacts import trained
 
 NOISE, STATES, NULL = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 384), torch.zeros(2, 8, 384)
 
@@ -56,6 +58,30 @@ def test_an_artifact_carries_how_to_sample_it_and_is_safetensors_and_json_only(d
         load_model(str(directory)), NOISE, STATES, NULL, solver="heun", steps=3, guidance=1.5
     )
     assert (latents - base_latents).abs().max() > 1e-3
+
+
+def test_a_time_grid_is_in_the_description_only_where_it_is_not_the_one_of_old(directory, tmp_path):
+    """Releases that know no grids refuse a description that names one, and read all others as they always did."""
+    for grid, told in (("uniform", None), ("beta", "beta")):
+        target = Path(trained(directory, tmp_path / grid, guidance=1.0, time_grid=grid))
+        assert json.loads((target / "diff2flow.json").read_text())["sampling"].get("time_grid") == told
+        assert load_model(str(target)).sampling == SamplingDefaults(guidance=1.0, time_grid=grid)
+    description = json.loads((tmp_path / "beta/diff2flow.json").read_text())
+    description["sampling"]["time_grid"] = "even"
+    (tmp_path / "beta/diff2flow.json").write_text(json.dumps(description))
+    with pytest.raises(ArtifactError, match="time_grid"):
+        load_model(str(tmp_path / "beta"))
+
+
+@pytest.mark.parametrize("grid", ["uniform", "beta"])
+def test_a_model_is_sampled_on_the_grid_that_is_asked_for(directory, grid):
+    model = load_model(str(directory))
+    settings = {"solver": "euler", "steps": 3, "guidance": 1.0, "shift": 3.0}
+    found, _ = sample_latents(model, NOISE, STATES, NULL, **settings, time_grid=grid)
+    with torch.inference_mode():
+        field = guided(model.velocity_field, 1.0, {"text_states": STATES}, {"text_states": NULL})
+        wanted, _ = integrate(field, NOISE, TIME_GRIDS[grid](3, 3.0))
+    assert torch.equal(found, wanted)
 
 
 def test_a_model_made_for_another_size_carries_it_and_its_base_does_not(directory, tmp_path):

@@ -1,15 +1,20 @@
 """Solvers converge at their order, run both ways, and Euler equals DDIM."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from scipy.stats import beta
 
+from benchmarks.closed_form import gaussian
+from benchmarks.comfy_protocol import beta_sigmas
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.guidance import guided
+from d2f_core.objective.path import shift_times
 from d2f_core.objective.schedule import NoiseSchedule
-from d2f_core.objective.solver import ADAPTIVE, NonFiniteStateError, integrate, uniform_times
+from d2f_core.objective.solver import ADAPTIVE, TIME_GRIDS, NonFiniteStateError, beta_times, integrate, uniform_times
 
 START = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)[:, None]
 
@@ -111,6 +116,46 @@ def test_adaptive_solvers_meet_their_tolerance_and_count_evaluations(solver, bac
 def test_shifted_times_spend_more_steps_near_noise():
     times = uniform_times(4, shift=3.0)
     assert times.tolist() == pytest.approx([0, 0.1, 0.25, 0.5, 1])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 25, 1000])
+def test_beta_times_are_quantiles_of_the_published_distribution(steps, holds):
+    shares = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    wanted = torch.from_numpy(beta.ppf(shares.numpy(), 0.6, 0.6))
+    holds("beta times against scipy's quantiles of Beta(0.6, 0.6)", (beta_times(steps) - wanted).abs().max(), 1e-13)
+    torch.testing.assert_close(beta_times(steps, 3.0), shift_times(beta_times(steps), 3.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 25])
+def test_beta_times_are_comfyuis_up_to_its_table_of_a_thousand_sigmas(steps):
+    """Its scheduler rounds each quantile to one of the table's entries, from 0.001 on."""
+    table = SimpleNamespace(sigmas=torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    assert (1 - beta_sigmas(table, steps) - beta_times(steps)).abs().max() < 0.0016
+
+
+KEPT = {
+    # deviation 1, 8, 32, 64: which share of it the samples of an exact flow have after 25 Euler steps
+    ("uniform", 1.0): (0.950, 0.862, 0.567, 0.344),
+    ("uniform", 3.0): (0.930, 0.934, 0.826, 0.688),
+    ("uniform", 6.0): (0.889, 0.949, 0.898, 0.826),
+    ("beta", 1.0): (0.939, 0.894, 0.795, 0.716),
+    ("beta", 3.0): (0.927, 0.930, 0.880, 0.832),
+}
+
+
+@pytest.mark.parametrize(("grid", "shift"), KEPT)
+def test_beta_times_keep_the_mean_of_images_and_their_detail(grid, shift):
+    """The mean of a channel of 64 x 64 values has up to deviation 64: even steps lose two thirds of it."""
+    start = torch.ones(1, 1, dtype=torch.float64)
+    ends = [integrate(gaussian(s, 1).velocity, start, TIME_GRIDS[grid](25, shift))[0] / s for s in (1, 8, 32, 64)]
+    assert [float(end) for end in ends] == pytest.approx(KEPT[grid, shift], abs=1e-3)
+
+
+@pytest.mark.parametrize("grid", TIME_GRIDS)
+@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (2, 0.0), (2, math.inf)])
+def test_no_steps_or_no_shift_are_refused(grid, steps, shift):
+    with pytest.raises(ValueError, match=rf"steps={steps} must be at least 1 and shift={shift} above 0"):
+        TIME_GRIDS[grid](steps, shift)
 
 
 def test_a_network_that_fails_is_named_with_sample_and_time():

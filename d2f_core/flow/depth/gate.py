@@ -23,7 +23,7 @@ from d2f_core.flow.depth.metrics import METRICS
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray
-SETTINGS = ("solver", "shift", "ensemble", "seed", "resolution", "crop")
+SETTINGS = ("solver", "shift", "time_grid", "ensemble", "seed", "resolution", "crop")
 """What two models may have been asked for differently, beside their steps: by its name in an output's fingerprint."""
 FLAGS = "gate."
 """What stands before the names of the gate's flags."""

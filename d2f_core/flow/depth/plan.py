@@ -16,6 +16,7 @@ from d2f_core.flow.depth.predictor import DepthSettings, fill_settings
 from d2f_core.identity import identity_values, since
 from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
+from d2f_core.model.config import TimeGrid
 from d2f_core.objective.solver import ADAPTIVE
 from d2f_core.storage import join, read_bytes
 
@@ -42,6 +43,7 @@ class DepthPlan:
     batch_size: int
     rows_per_part: int
     crop: Literal["whole", "square"] = since("square", before="square")
+    time_grid: TimeGrid = since("uniform", before="uniform")
 
     def rules(self, multiple: int) -> ImageRules:
         """Which images are accepted, and how they are resized.
@@ -55,7 +57,8 @@ class DepthPlan:
     @property
     def settings(self) -> list[DepthSettings]:
         """The settings for each number of steps."""
-        common = {"solver": self.solver, "shift": self.shift, "ensemble": self.ensemble, "seed": self.seed}
+        names = ("solver", "shift", "time_grid", "ensemble", "seed")
+        common = {name: getattr(self, name) for name in names}
         return [DepthSettings(steps=steps, **common) for steps in self.steps]
 
     def identity(self) -> dict[str, Any]:
@@ -119,4 +122,5 @@ def make_depth_plan(config: PredictDepthConfig, source: SourcePlan, model: Descr
         batch_size=config.batch_size,
         rows_per_part=config.rows_per_part,
         crop=crop,
+        time_grid=filled[0].time_grid,
     )

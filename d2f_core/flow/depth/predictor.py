@@ -15,6 +15,7 @@ from d2f_core.flow.depth.config import PredictDepthError
 from d2f_core.flow.depth.ensemble import combine
 from d2f_core.model.artifact import DescribedModel, TrainedModel
 from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.config import TimeGrid
 from d2f_core.model.sampling import SamplerChoice, check_solver, sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.solver import NonFiniteStateError
@@ -28,13 +29,14 @@ class DepthSettings:
     solver: str
     steps: int
     shift: float
+    time_grid: TimeGrid
     ensemble: int
     """Number of members, each sampled from its own noise."""
     seed: int
     """Seed of the first member's noise."""
 
     def __post_init__(self) -> None:
-        SamplerChoice(solver=self.solver, steps=self.steps, guidance=1.0, shift=self.shift)
+        SamplerChoice(solver=self.solver, steps=self.steps, guidance=1.0, shift=self.shift, time_grid=self.time_grid)
         if self.ensemble < 1:
             raise PredictDepthError(f"ensemble={self.ensemble} must be at least 1. 4 is usual.")
 
@@ -77,6 +79,7 @@ def fill_settings(
         solver=solver or carried.solver,
         steps=carried.steps if steps is None else steps,
         shift=carried.shift if shift is None else shift,
+        time_grid=carried.time_grid,
         ensemble=ensemble,
         seed=seed,
     )
@@ -131,6 +134,7 @@ class DepthPredictor:
                 steps=settings.steps,
                 guidance=1.0,
                 shift=settings.shift,
+                time_grid=settings.time_grid,
             )
             # Checked on the latents, because decoding would clamp an infinite value to a valid depth.
             usable = latents.flatten(1).isfinite().all(1)

@@ -128,6 +128,7 @@ def _model(compared: ComparedModel, outcome: Outcome) -> dict[str, Any]:
         "solver": plan.solver,
         "guidance": plan.guidance,
         "shift": plan.shift,
+        "time_grid": plan.time_grid,
         "size": [plan.height, plan.width],
         "straightness": path and path.to_json(),
         FLOW_LOSS: loss and loss.to_json(),

@@ -19,7 +19,7 @@ from d2f_core.model.artifact import load_model
 from d2f_core.model.image_sizes import sizes_of_new_images
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.guidance import guided
-from d2f_core.objective.solver import Field, uniform_times
+from d2f_core.objective.solver import TIME_GRIDS, Field
 from d2f_core.randomness import keyed_normal
 from d2f_core.tracking import resolve_model
 
@@ -56,7 +56,7 @@ def follow_paths(uri: str, plan: Plan, rows: list[dict[str, Any]], steps: int) -
             if "pooled_text" in condition:
                 condition["time_ids"] = sizes_of_new_images(1, request.height, request.width).to(device)
         field = guided(model.velocity_field, request.guidance, *conditions)
-        found.append(straightness(field, noise, uniform_times(steps, request.shift).to(device)))
+        found.append(straightness(field, noise, TIME_GRIDS[request.time_grid](steps, request.shift).to(device)))
     return torch.cat(found).cpu().numpy()
 
 

@@ -50,6 +50,16 @@ INDEX_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+
+
+def index_schema(plan: Plan) -> pa.Schema:
+    """`INDEX_SCHEMA`, and for another time grid than `uniform` its column, so that other indexes stay as they were."""
+    if plan.time_grid == "uniform":
+        return INDEX_SCHEMA
+    after = INDEX_SCHEMA.get_field_index("shift") + 1
+    return INDEX_SCHEMA.insert(after, pa.field("time_grid", pa.string(), nullable=False))
+
+
 TIMING_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
@@ -96,7 +106,7 @@ class ChunkSampler:
         torch.set_num_threads(threads)
         filesystem, path = arrow_filesystem(join(output, PROMPTS_NAME))
         self.prompts = retried(f"open {PROMPTS_NAME}", lambda: pq.ParquetFile(filesystem.open_input_file(path)))
-        model = load_model(resolve_model(plan.model_uri))
+        model = load_model(resolve_model(plan.model_uri), base_prediction=plan.base_prediction)
         if model.content_hash != plan.model_hash:
             raise GenerateError(
                 f"{plan.model_uri!r} has the hash {model.content_hash} on this node, and {plan.model_hash} where "
@@ -190,7 +200,7 @@ class ChunkSampler:
     ) -> TableFile:
         rows = [self._index_row(one, digests.get(position)) for position, one in enumerate(made)]
         metadata = {} if latents is None else {LATENTS_FILE: json.dumps(dataclasses.asdict(latents))}
-        table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA.with_metadata(metadata))
+        table = pa.Table.from_pylist(rows, schema=index_schema(self.plan).with_metadata(metadata))
         return write_part(self.output, part_name(chunk), table)
 
     def _index_row(self, made: Sampled, digest: str | None) -> dict[str, Any]:

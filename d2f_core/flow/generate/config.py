@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
+from d2f_core.identity import since
+from d2f_core.model.config import PredictionName, TimeGrid
 
 Emit = Literal["images", "latents", "pairs"]
 Format = Literal["png", "webp", "jpeg"]
@@ -22,6 +24,8 @@ class GenerateWork:
     `guidance`, `height`, `width` and `negative_prompt` override the settings here for each row."""
     model: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
+    base_prediction: PredictionName = since("", before="")
+    """What the model predicts, if it is an unchanged base whose scheduler config says it wrongly."""
     output: str = ""
     """Where images/ (or latents/), index/ and timing/ are written, and manifest.json at the end."""
     emit: Emit = "images"
@@ -40,6 +44,8 @@ class GenerateWork:
     """Classifier-free guidance scale; None: the model's default."""
     shift: float | None = None
     """Flow-time shift: above 1, more steps are near noise; None: the model's default."""
+    time_grid: TimeGrid | None = since(None, before=None)
+    """Flow times before the shift: uniform, or beta (short steps at both ends); None: the model's default."""
     seed: int = 0
     """Seed of rows that have none of their own."""
     resolution: int | None = None

@@ -77,7 +77,7 @@ def check_generate(config: GenerateConfig) -> GenerateJob:
         check_tracking()
     prompts = scan_prompts(config.prompts)
     pinned = pin_model(config.model)
-    model = describe_model(resolve_model(pinned))
+    model = describe_model(resolve_model(pinned), base_prediction=config.base_prediction)
     fill_settings(config, prompts, model)
     check_autoencoder(model.base)
     describe_text_encoder(model.base)

@@ -13,9 +13,10 @@ from d2f_core.batch.output import IndexedOutput
 from d2f_core.flow.generate.config import Emit, Format, GenerateConfig, GenerateError
 from d2f_core.flow.generate.prompts import PromptError, PromptFile, copy_prompts
 from d2f_core.flow.generate.sampler import Request, fill_request
-from d2f_core.identity import identity_values
+from d2f_core.identity import identity_values, since
 from d2f_core.model.artifact import DescribedModel
 from d2f_core.model.base import BaseModelError
+from d2f_core.model.config import TimeGrid
 from d2f_core.storage import exists, join, upload_tree
 
 PROMPTS_NAME = "prompts.parquet"
@@ -33,6 +34,8 @@ class Plan:
     model_uri: str
     """URI of the model, with aliases resolved to a version."""
     model_hash: str
+    base_prediction: str = since("", before="")
+    """What an unchanged base was said to predict."""
     solver: str
     steps: tuple[int, ...]
     guidance: float
@@ -47,6 +50,7 @@ class Plan:
     emit: Emit
     format: Format
     quality: int
+    time_grid: TimeGrid = since("uniform", before="uniform")
 
     @property
     def num_chunks(self) -> int:
@@ -72,6 +76,7 @@ class Plan:
             steps=steps,
             guidance=self.guidance if row["guidance"] is None else row["guidance"],
             shift=self.shift,
+            time_grid=self.time_grid,
             height=row["height"] or row["width"] or self.height,
             width=row["width"] or row["height"] or self.width,
         )
@@ -98,6 +103,7 @@ def fill_settings(config: GenerateConfig, prompts: PromptFile, model: DescribedM
                 steps=steps,
                 guidance=config.guidance,
                 shift=config.shift,
+                time_grid=config.time_grid,
                 height=config.resolution,
                 width=config.resolution,
             )
@@ -123,10 +129,12 @@ def make_plan(config: GenerateConfig, prompts: PromptFile, model: DescribedModel
         num_images=turns * prompts.num_rows - (turns - 1) * prompts.rows_with_steps,
         model_uri=model_uri,
         model_hash=model.content_hash,
+        base_prediction=config.base_prediction,
         solver=first.solver,
         steps=tuple(request.steps for request in filled),
         guidance=first.guidance,
         shift=first.shift,
+        time_grid=first.time_grid,
         seed=config.seed,
         height=first.height,
         width=first.width,

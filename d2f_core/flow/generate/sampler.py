@@ -18,6 +18,7 @@ from torch import Tensor
 
 from d2f_core.model.artifact import DescribedModel, TrainedModel, to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
+from d2f_core.model.config import TimeGrid
 from d2f_core.model.sampling import SamplerChoice, check_solver, sample_latents
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.objective.solver import NonFiniteStateError
@@ -33,6 +34,7 @@ class Shape(NamedTuple):
     steps: int
     guidance: float
     shift: float
+    time_grid: TimeGrid
     height: int
     width: int
 
@@ -50,6 +52,7 @@ class Request:
     steps: int
     guidance: float
     shift: float
+    time_grid: TimeGrid
     height: int
     """Height of the image in pixels."""
     width: int
@@ -57,7 +60,7 @@ class Request:
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.solver, self.steps, self.guidance, self.shift, self.height, self.width)
+        return Shape(self.solver, self.steps, self.guidance, self.shift, self.time_grid, self.height, self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ def fill_request(
     steps: int | None = None,
     guidance: float | None = None,
     shift: float | None = None,
+    time_grid: TimeGrid | None = None,
     height: int | None = None,
     width: int | None = None,
 ) -> Request:
@@ -113,6 +117,7 @@ def fill_request(
         steps=carried.steps if steps is None else steps,
         guidance=carried.guidance if guidance is None else guidance,
         shift=carried.shift if shift is None else shift,
+        time_grid=time_grid or carried.time_grid,
     )
     check_solver(model, choice.solver)
     return Request(
@@ -124,6 +129,7 @@ def fill_request(
         steps=choice.steps,
         guidance=choice.guidance,
         shift=choice.shift,
+        time_grid=choice.time_grid,
         height=height,
         width=width,
     )
@@ -220,6 +226,7 @@ class ImageSampler:
             steps=shape.steps,
             guidance=shape.guidance,
             shift=shape.shift,
+            time_grid=shape.time_grid,
         )
 
     def _condition(self, captions: Sequence[str]) -> dict[str, Tensor]:

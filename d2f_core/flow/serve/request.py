@@ -10,7 +10,7 @@ from d2f_core.objective.solver import ADAPTIVE
 WHOLE = {"seed": 0, "steps": 1, "height": 1, "width": 1, "num_images": 1}
 """Integer fields and the minimum of each."""
 REAL = ("guidance", "shift")
-TEXTS = ("prompt", "negative_prompt", "sample_id", "solver")
+TEXTS = ("prompt", "negative_prompt", "sample_id", "solver", "time_grid")
 FIELDS = (*TEXTS, *REAL, *WHOLE)
 LARGEST = 2**63 - 1
 
