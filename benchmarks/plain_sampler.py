@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.brightness import SIZE, TARGETS, BrightnessConfig, round_trip, targets
 from benchmarks.closed_form import Mixture, gaussian
 from benchmarks.comfy_protocol import Diffusion, Patcher, load_node, normal, sample, simple, stand_in
-from benchmarks.objectives import BATCH, RATES, Config, task_for, training_of
+from benchmarks.objective_recipes import BATCH, RATES, task_for, training_of
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
@@ -108,11 +108,12 @@ def _closed_form(evaluations: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 
 def trained_emoji(config: PlainSamplerConfig) -> TextToImage:
     """emoji-sd after a short training on a black and a white picture by Diff2Flow's loss."""
-    training = Config(results=config.results, base=config.base, steps=config.steps, judged_at=())
-    task = task_for(training, "diff2flow", "full", 0)
+    task = task_for(config.base, "diff2flow", "full", 0)
     data = targets(task)
     order = SampleOrder(num_rows=len(data.captions), seed=0, batch=BATCH)
-    list(training_of(training, task, data, order, RATES["full"]).run(()))  # each look is yielded; none is needed
+    list(
+        training_of(task, data.rows, order, config.steps, RATES["full"]).run(())
+    )  # each look is yielded; none is needed
     return task
 
 

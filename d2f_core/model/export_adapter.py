@@ -17,11 +17,12 @@ import torch
 from peft import PeftModel
 
 from d2f_core import storage
+from d2f_core.model.adapter_metadata import adapter_metadata
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError
 from d2f_core.model.denoiser import load_unet
 from d2f_core.model.export import artifact, load_for_others
-from d2f_core.model.file_metadata import adapter_metadata, sampling_metadata
 from d2f_core.model.peft_layout import CONFIG_NAME, public_name, write_peft
+from d2f_core.model.sampling_metadata import sampling_metadata
 from d2f_core.model.single_file_lora import (
     SingleFileLoraError,
     kohya_metadata,
@@ -31,11 +32,8 @@ from d2f_core.model.single_file_lora import (
     write_biases,
     write_single_file_lora,
 )
+from d2f_core.objective.schedule import FLOW_PREDICTION
 
-FLOW = "flow_prediction"
-"""Prediction type of a base that is a rectified flow."""
-NAIVE_TARGET = "noise_minus_data"
-"""Sign of a naive network that equals that of a rectified flow."""
 BIASES = "-biases.safetensors"
 """End of the second file's name, in place of .safetensors."""
 
@@ -86,14 +84,15 @@ def export_peft(model_uri: str, target: str) -> str:
 
 def _check_parametrisation(model_uri: str, description: Mapping[str, Any]) -> None:
     """Refuse an adapter that turns its base into another kind of network."""
-    target = description.get("naive_target", "data_minus_noise")
-    if description["objective"] != "flow_matching" or (description["prediction_type"], target) == (FLOW, NAIVE_TARGET):
+    if description["objective"] != "flow_matching":
+        return
+    if (description["prediction_type"], description["naive_target"]) == (FLOW_PREDICTION, "noise_minus_data"):
         return
     raise ArtifactError(
         f"{model_uri!r} was trained by the naive flow_matching loss on a base of prediction_type="
-        f"{description['prediction_type']!r}: with the adapter the network puts out velocities, and at each strength "
-        "but 1, or beside another LoRA, neither these nor what the base puts out. Export the merged network as a "
-        "rectified-flow checkpoint, or train with objective diff2flow."
+        f"{description['prediction_type']!r}, and turns it into another kind of network. Other programs would go on "
+        "sampling the base by its own kind, and no strength but 1 means anything. Export the merged network as a "
+        "rectified-flow checkpoint (pipelines.export ldm), or train with objective diff2flow."
     )
 
 

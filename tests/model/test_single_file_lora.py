@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import (
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -20,12 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d2f_core.model.artifact import load_model
+from d2f_core.model.adapter_metadata import family
+from d2f_core.model.artifact import ArtifactError, load_model
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.export_adapter import export_single_file_lora
-from d2f_core.model.file_metadata import family
 from d2f_core.model.single_file_lora import (
     LayerChange,
     SingleFileLoraError,
@@ -206,7 +207,7 @@ def test_a_lora_for_sdxl_is_read_by_us_and_by_diffusers_and_named_for_kohya(tmp_
     torch.testing.assert_close(answer(theirs.unet), expected, rtol=0, atol=1e-5)
 
 
-KINDS = [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")]
+KINDS = [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "x0"), ("flow_prediction", "sd3")]
 
 
 @pytest.mark.parametrize(("kind", "named"), KINDS)
@@ -275,6 +276,22 @@ def test_a_single_file_carries_how_to_sample_it_and_what_it_was_made_for(base, t
     assert json.loads(lora.metadata["d2f_schedule"])["beta_schedule"] == "scaled_linear"
     assert {change.up.dtype for change in lora.layers.values()} == {torch.float16}
     assert lora.layers["down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"].alpha == 2.0
+
+
+def test_a_lora_of_a_rectified_flow_is_one_and_a_naive_one_on_another_base_is_refused(base, tmp_path):
+    flow = write_tiny_base(tmp_path / "flow")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(flow / "scheduler")
+    file = tmp_path / "one.safetensors"
+    for objective in ("diff2flow", "flow_matching"):
+        artifact = trained(flow, tmp_path / objective, LoraConfig(rank=2), objective)
+        export_single_file_lora(artifact, str(file))
+        metadata = read_single_file_lora(file).metadata
+        assert (metadata["d2f_prediction_type"], metadata["modelspec.prediction_type"]) == ("flow_prediction", "sd3")
+        theirs = loaded_by_diffusers(flow, file)
+        torch.testing.assert_close(output(theirs), output(load_model(artifact).network), rtol=0, atol=1e-5)
+    naive = trained(base, tmp_path / "naive", LoraConfig(rank=2), "flow_matching")
+    with pytest.raises(ArtifactError, match=r"naive flow_matching loss on a base of prediction_type='epsilon'.* ldm"):
+        export_single_file_lora(naive, str(file))
 
 
 def test_a_file_that_lost_a_key_or_fits_no_layer_is_refused(base, tmp_path):
