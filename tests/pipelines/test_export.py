@@ -39,16 +39,6 @@ def test_every_recipe_writes_its_layout(model: str, tmp_path: Path, s3: StackEnv
     assert set(RECIPES) == {"diffusers", "peft", "single-file", "ldm", "transformers", "scheduler", "checkpoint"}
 
 
-def test_a_whole_checkpoint_is_written_for_other_programs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    base, file = write_tiny(tmp_path / "base", "sdxl"), tmp_path / "one.safetensors"
-    config = CheckpointFileExportConfig(model=str(base), output=str(file), dtype="bfloat16")
-    check(config)
-    with caplog.at_level("INFO"):
-        main(config)
-    assert "SDXL, 684 tensors, 0.00 GB, epsilon" in caplog.text
-    assert load_file(file)["conditioner.embedders.1.model.ln_final.bias"].dtype == torch.bfloat16
-
-
 def test_the_command_says_which_files_it_wrote_and_what_each_program_leaves_out(tmp_path: Path, caplog):
     model = trained(write_tiny_base(tmp_path / "base"), tmp_path / "model", LoraConfig(preset="small"))
     first, second = tmp_path / "lora.safetensors", tmp_path / "lora-biases.safetensors"
@@ -62,6 +52,16 @@ def test_the_command_says_which_files_it_wrote_and_what_each_program_leaves_out(
     with caplog.at_level("INFO", logger="pipelines.export"):
         main(ExportConfig(model=model, layout="single-file", output=str(first), biases="inside"))
     assert "diffusers refuses this file" in caplog.text and not second.exists()
+
+
+def test_a_whole_checkpoint_is_written_for_other_programs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    base, file = write_tiny(tmp_path / "base", "sdxl"), tmp_path / "one.safetensors"
+    config = CheckpointFileExportConfig(model=str(base), output=str(file), dtype="bfloat16")
+    check(config)
+    with caplog.at_level("INFO"):
+        main(config)
+    assert "SDXL, 684 tensors, 0.00 GB, epsilon" in caplog.text
+    assert load_file(file)["conditioner.embedders.1.model.ln_final.bias"].dtype == torch.bfloat16
 
 
 def test_what_cannot_be_exported_is_refused(model: str, tmp_path: Path):
