@@ -107,17 +107,14 @@ def _export_lora_file(config: ExportConfig) -> None:
     from d2f_core.model.export_adapter import export_single_file_lora
 
     model, dtype = _model_files(config), getattr(torch, config.dtype)
-    file = export_single_file_lora(
-        model, config.output, base_uri=config.base or None, dtype=dtype, biases=config.biases
-    )
+    file = export_single_file_lora(model, config.output, base_uri=config.base or None, dtype=dtype, ends=config.ends)
     logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
-    if file.biases_target:
-        biases = ", ".join(file.trained_biases)
-        logger.info("wrote %s: the biases of %s; load it beside the first", file.biases_target, biases)
-    elif file.trained_biases:
-        logger.info("diffusers refuses this file, because it holds biases; --biases apart writes them to a second")
-    if file.passed_over_by_kohya:
-        logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.passed_over_by_kohya))
+    if file.ends_target:
+        logger.info("wrote %s: %s; load it beside the first", file.ends_target, ", ".join(file.ends))
+    elif file.ends:
+        logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.ends))
+    if file.has_biases:
+        logger.info("diffusers refuses this file, because it holds biases; --ends apart writes a second")
 
 
 def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:
