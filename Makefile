@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install install-correspondence install-dev quickstart status down test test-quick test-slow coverage lint docs docs-check constraints
+.PHONY: help install install-correspondence install-dev quickstart status down test test-quick test-slow coverage lint docs docs-check check-versions constraints
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,8 @@ help:
 	@echo "make lint         lint, types and import contracts alone"
 	@echo "make docs         docs/code.md, from the files' docstrings"
 	@echo "make docs-check   run the commands that the pages show, at toy size; PAGES=docs/depth.md: only that page's"
+	@echo "make check-versions   open exports in other releases of diffusers, PEFT and MLflow: by hand, not part of make test;"
+	@echo "                  downloads packages, 3 GB in .versions, some minutes"
 	@echo "make install      only .venv, from lock.txt"
 	@echo "make install-correspondence   also what semantic correspondence needs, from lock-correspondence.txt"
 
@@ -75,6 +77,9 @@ docs: install-dev
 
 docs-check: install-dev
 	@$(BIN)/python -m infra.docs_check $(PAGES)
+
+check-versions: install-dev
+	@$(BIN)/python -m tests.versions
 
 # After a change of the dependencies: install them into .venv by hand, test, then run this. uv resolves for all platforms.
 constraints:

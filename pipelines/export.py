@@ -4,6 +4,7 @@ python -m pipelines.export diffusers --model models:/emoji-flow@candidate --outp
 python -m pipelines.export single-file --model s3://d2f/runs/emoji-lora/model --output lora.safetensors
 python -m pipelines.export ldm --model models:/sdxl-flow@candidate --output sdxl-flow.safetensors
 python -m pipelines.export transformers --model models:/matcher@candidate --output /data/matcher
+python -m pipelines.export scheduler --output diff2flow_scheduler.py
 python -m pipelines.export checkpoint --run s3://d2f/runs/emoji-lora --step 200 --output s3://d2f/models/emoji-200
 """
 
@@ -15,6 +16,7 @@ from pipelines.export_config import (
     CheckpointFileExportConfig,
     ExportConfig,
     MatcherExportConfig,
+    SchedulerExportConfig,
 )
 
 logger = logging.getLogger(__name__)
@@ -26,9 +28,12 @@ RECIPES = {
     "single-file": ExportConfig(layout="single-file"),
     "ldm": CheckpointFileExportConfig(),
     "transformers": MatcherExportConfig(),
+    "scheduler": SchedulerExportConfig(),
     "checkpoint": CheckpointExportConfig(),
 }
-Config = ExportConfig | CheckpointFileExportConfig | MatcherExportConfig | CheckpointExportConfig
+Config = (
+    ExportConfig | CheckpointFileExportConfig | MatcherExportConfig | SchedulerExportConfig | CheckpointExportConfig
+)
 
 
 def check(config: Config) -> None:
@@ -37,6 +42,10 @@ def check(config: Config) -> None:
         from pipelines.checkpoint_export import check_checkpoint
 
         check_checkpoint(config)
+    elif isinstance(config, SchedulerExportConfig):
+        from d2f_core.storage import check_reachable
+
+        check_reachable(config.output, write=True)
     else:
         _model_files(config)
 
@@ -59,6 +68,13 @@ def main(config: Config) -> None:
 
         logger.info("wrote %s", export_checkpoint(config))
         return
+    if isinstance(config, SchedulerExportConfig):
+        from d2f_core import storage
+        from d2f_core.model.standalone_scheduler import standalone_scheduler
+
+        storage.write_bytes(config.output, standalone_scheduler().encode())
+        logger.info("wrote %s", config.output)
+        return
     if isinstance(config, MatcherExportConfig):
         from d2f_core.correspondence.publish.job import export_transformers
 
@@ -67,27 +83,32 @@ def main(config: Config) -> None:
     if isinstance(config, CheckpointFileExportConfig):
         _export_checkpoint_file(config)
         return
-    from d2f_core.model.export import export_diffusers, export_peft, export_single_file_lora
+    import torch
 
-    model, base = _model_files(config), config.base or None
+    from d2f_core.model.export import export_diffusers
+    from d2f_core.model.export_adapter import export_peft, export_single_file_lora
+
+    model, base, dtype = _model_files(config), config.base or None, getattr(torch, config.dtype)
     if config.layout == "peft":
         logger.info("wrote %s", export_peft(model, config.output))
     elif config.layout == "diffusers":
-        done = export_diffusers(model, config.output, base_uri=base)
+        done = export_diffusers(model, config.output, base_uri=base, dtype=dtype)
         logger.info("wrote %s", done.target)
         for part, reason in done.missing.items():
             logger.info("give %s to from_pretrained yourself: %s", part, reason)
     else:
-        file = export_single_file_lora(model, config.output, base_uri=base)
+        file = export_single_file_lora(model, config.output, base_uri=base, dtype=dtype, biases=config.biases)
         logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
-        if file.trained_biases:
+        if file.biases_target:
             logger.info(
-                "%d layers have trained biases, which diffusers and sd-scripts do not read", len(file.trained_biases)
+                "wrote %s: the biases of %s; load it beside the first",
+                file.biases_target,
+                ", ".join(file.trained_biases),
             )
-        if len(file.passed_over_by_kohya) == file.layers:
-            logger.info("sd-scripts reads none of them: its SDXL has other names; ComfyUI and diffusers do")
-        elif file.passed_over_by_kohya:
-            logger.info("sd-scripts has no place for %s", ", ".join(file.passed_over_by_kohya))
+        elif file.trained_biases:
+            logger.info("diffusers refuses this file, because it holds biases; --biases apart writes them to a second")
+        if file.passed_over_by_kohya:
+            logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.passed_over_by_kohya))
 
 
 def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:

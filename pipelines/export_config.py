@@ -16,10 +16,31 @@ class ExportConfig:
     """`diffusers`: a whole pipeline. `peft`: the adapter. `single-file`: a LoRA for ComfyUI and sd-scripts."""
     base: str = ""
     """Present location of the base model, if it has moved; empty: as recorded in the model."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the written weights: the UNet of `diffusers`, whose other parts stay as they are, or the LoRA of
+    `single-file`. float32 is exact, the others take half the room."""
+    biases: Literal["apart", "inside"] = "apart"
+    """Of `single-file`, where the changes of trained biases go. `apart`: NAME-biases.safetensors, beside a file that
+    all programs read. `inside`: one file, which ComfyUI and Forge read whole, and diffusers refuses."""
 
     def __post_init__(self) -> None:
+        if self.biases != "apart" and self.layout != "single-file":
+            raise ValueError(f"biases={self.biases!r} is not used by layout={self.layout!r}. Remove it.")
+        if self.layout == "peft" and self.dtype != "float32":
+            raise ValueError(f"dtype={self.dtype!r} is not used by layout='peft', which copies the adapter. Remove it.")
         if self.layout == "peft" and self.base:
             raise ValueError(f"base={self.base!r} is not used by layout='peft', which copies the adapter. Remove it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerExportConfig:
+    output: str = "diff2flow_scheduler.py"
+    """The Python file to write, s3:// or local. A program imports it by this name, which must be one of a module."""
+
+    def __post_init__(self) -> None:
+        name = self.output.rsplit("/", 1)[-1]
+        if not (name.endswith(".py") and name.removesuffix(".py").isidentifier()):
+            raise ValueError(f"output={self.output!r} must name a Python module, such as diff2flow_scheduler.py.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,11 @@ REASONS = {
     **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zst", ".whl", ".egg", ".jar"), ARCHIVE),
     **dict.fromkeys((".py", ".pyc", ".pyd", ".so", ".dll", ".sh", ".exe", ".js", ".ipynb", ".bat"), SCRIPT),
 }  # fmt: skip
+NAMED: dict[str, str] = dict.fromkeys(
+    ("adapter_config.json", "adapter_model.safetensors"),
+    "belongs to an export for PEFT, which PeftModel.from_pretrained reads. Give the model that it was exported from",
+)
+"""File name -> why it is refused, where the name says more than its ending."""
 CODE_KEYS = {
     "auto_map": "transformers", "auto_mapping": "PEFT", "custom_pipeline": "diffusers", "custom_pipelines": "diffusers",
     "loader_module": "MLflow", "model_code_path": "MLflow", "python_model": "MLflow", "_target_": "Hydra",
@@ -74,7 +79,8 @@ def check_files(directory: Path, layout: Layout | None = None) -> None:
     for name in sorted(_walk(directory)):
         check = next((check for pattern, check in layout if pattern.fullmatch(name)), None)
         if check is None:
-            reason = REASONS.get(PurePosixPath(name).suffix.lower(), "is no file of an artifact's layout. Delete it")
+            by_suffix = REASONS.get(PurePosixPath(name).suffix.lower(), "is no file of an artifact's layout. Delete it")
+            reason = NAMED.get(name, by_suffix)
             raise ArtifactError(f"{_shown(directory)}: {name!r} {reason}.")
         try:
             check(directory / name)

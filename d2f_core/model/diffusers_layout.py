@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
 from d2f_core.hashing import HASHED_SUFFIXES
 from d2f_core.model.base import PARTS
+from d2f_core.model.published_names import with_published_names
 
 MODEL_INDEX = "model_index.json"
 CLASS_FIELDS = (
@@ -62,10 +65,12 @@ def copy_base_parts(base: Path, target: Path) -> tuple[dict[str, Any], dict[str,
 
     Returns:
         The contents of model_index.json (with the base's pipeline class, without UNet and scheduler), and each missing
-        part with the reason. The existing files of an incomplete part are copied too.
+        part with the reason. The existing files of an incomplete part are copied too. Tensors get their published
+        names.
     """
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", **read_json(base / MODEL_INDEX)}
     index.pop("_name_or_path", None)  # a local path of the machine that saved it
+    index["_diffusers_version"] = diffusers.__version__
     named = [name for name, value in index.items() if isinstance(value, list)]
     missing = {}
     for name in dict.fromkeys([*named, *PARTS]):
@@ -74,6 +79,7 @@ def copy_base_parts(base: Path, target: Path) -> tuple[dict[str, Any], dict[str,
             continue
         if part.is_dir():
             copy_part(part, target / name)
+            with_published_names(target / name)
         if entry and entry[0] is None:
             index[name] = entry
         elif _loadable(part) and (entry := entry or _class_of(part)):

@@ -1,4 +1,4 @@
-"""A trained artifact in the layouts of other tools: a diffusers directory, a PEFT adapter, a single-file LoRA.
+"""A trained artifact as a diffusers directory. `d2f_core.model.export_adapter` has the layouts of adapters.
 
 | function                  | read by                                  | weights       | how to sample it is told by |
 |---------------------------|------------------------------------------|---------------|-----------------------------|
@@ -11,7 +11,7 @@ safetensors, JSON and vocabularies only.
 """
 
 import json
-import shutil
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,27 +19,31 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from diffusers import DPMSolverMultistepScheduler
 
 from d2f_core import storage
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError, TrainedModel, load_model, read_description
-from d2f_core.model.base import is_sdxl, local_copy
-from d2f_core.model.denoiser import load_unet
-from d2f_core.model.description import write_description
-from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, copy_part, read_json
-from d2f_core.model.diffusers_scheduler import SCHEDULE_FIELDS, Diff2FlowScheduler
+from d2f_core.model.artifact_files import PARTS
+from d2f_core.model.base import local_copy
+from d2f_core.model.description import FORMAT_VERSION, write_description
+from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, read_json
+from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler
+from d2f_core.model.export_readme import readme
+from d2f_core.model.peft_layout import public_name
 from d2f_core.model.sampling import SCHEDULERS
-from d2f_core.model.single_file_lora import (
-    SingleFileLoraError,
-    kohya_metadata,
-    layer_changes,
-    passed_over_by_kohya,
-    write_single_file_lora,
-)
+from d2f_core.objective.schedule import FLOW_PREDICTION
 
 SCHEDULER_MODULE = Diff2FlowScheduler.__module__
-SD_VERSIONS = {768: ("sd_v1", "False"), 1024: ("sd_v2", "True")}
-"""Width of the text states -> sd-scripts' name of the base model, and its `v2` flag."""
+SCHEDULER_CONFIG = Diff2FlowScheduler.config_name
+EULER = {
+    "prediction_type": FLOW_PREDICTION,
+    "use_flow_sigmas": True,
+    "solver_order": 1,
+    "algorithm_type": "dpmsolver++",
+    "final_sigmas_type": "zero",
+}
+"""Settings by which diffusers' DPM-Solver takes Euler steps along the flow; its own flow scheduler is not one that
+pipelines of Stable Diffusion can use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +55,7 @@ class DiffusersExport:
     """Missing part of the pipeline -> reason. Pass these to `from_pretrained` by name, as objects or None."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SingleFileExport:
-    """The exported file, and the layers that some readers ignore."""
-
-    target: str
-    keys: int
-    layers: int
-    trained_biases: tuple[str, ...]
-    """Layers with a `diff_b`: diffusers refuses such a file, sd-scripts ignores the biases."""
-    passed_over_by_kohya: tuple[str, ...]
-    """Layers that sd-scripts ignores."""
-
-
-def _artifact(model_uri: str) -> tuple[Path, dict[str, Any]]:
+def artifact(model_uri: str) -> tuple[Path, dict[str, Any]]:
     """The artifact's local directory and its description."""
     directory = local_copy(model_uri)
     if not (directory / DESCRIPTION).is_file():
@@ -75,23 +66,8 @@ def _artifact(model_uri: str) -> tuple[Path, dict[str, Any]]:
     return directory, read_description(directory)
 
 
-def _adapter(model_uri: str, directory: Path, description: Mapping[str, Any]) -> Path:
-    if description["method"] != "lora":
-        raise ArtifactError(
-            f"{model_uri!r} has method={description['method']!r}: all weights were trained and there is no adapter. "
-            "Use export_diffusers."
-        )
-    return directory / "adapter"
-
-
-def _load_for_others(model_uri: str, description: Mapping[str, Any], base_uri: str | None) -> TrainedModel:
-    """The model with its adapter merged, checked to be one that other tools can sample."""
-    if description["objective"] == "flow_matching":
-        raise ArtifactError(
-            f"{model_uri!r} was trained by the naive flow_matching loss: its network puts out velocities, which no "
-            "sampler of diffusers, ComfyUI or sd-scripts reads. Sample it with pipelines.generate, or train with "
-            "objective diff2flow."
-        )
+def load_for_others(model_uri: str, description: Mapping[str, Any], base_uri: str | None) -> TrainedModel:
+    """The model with its adapter merged, checked to be one that pipelines from text to image can sample."""
     model = load_model(model_uri, base_uri=base_uri)
     inputs = cast(Any, model.network).config["in_channels"]
     if inputs != (own := read_json(model.base.path / "unet/config.json").get("in_channels", inputs)):
@@ -102,9 +78,37 @@ def _load_for_others(model_uri: str, description: Mapping[str, Any], base_uri: s
     return model
 
 
-def _write_unet(model: TrainedModel, target: Path) -> list[str]:
+def _refuse_own_place(target: str, *sources: str) -> None:
+    """Refuse to write into a directory that is read for the export, or over one in a part that is emptied."""
+    here = f"{_place(target)}/"
+    for there in (f"{_place(source)}/" for source in sources):
+        if here.startswith(there) or (there.startswith(here) and PARTS.fullmatch(there[len(here) :].split("/")[0])):
+            raise ArtifactError(
+                f"{target!r} overlaps {there[:-1]!r}, which is read for this export. Give a directory of its own."
+            )
+
+
+def _place(uri: str) -> str:
+    """The URI in one spelling."""
+    return uri.rstrip("/") if storage.is_s3(uri) else str(Path(uri.removeprefix("file://")).expanduser().resolve())
+
+
+def _turn_round(model: TrainedModel) -> bool:
+    """Make a network that puts out data - noise put out noise - data, as other programs expect; True if it did."""
+    if model.objective != "flow_matching" or model.naive_target == "noise_minus_data":
+        return False
+    with torch.no_grad():
+        for parameter in cast(Any, model.network).conv_out.parameters():
+            parameter.neg_()
+    return True
+
+
+def _write_unet(model: TrainedModel, target: Path, dtype: torch.dtype) -> list[str]:
     """Write the merged UNet and return how model_index.json names it."""
-    cast(Any, model.network).save_pretrained(target, safe_serialization=True)
+    network = cast(Any, torch.nn.Module.to(model.network, dtype))  # its own `to` warns of layers that it has none of
+    if odd := [name for name, tensor in network.state_dict().items() if not bool(tensor.isfinite().all())]:
+        raise ArtifactError(f"{odd[0]!r} and {len(odd) - 1} more are not finite in {dtype}. Use bfloat16 or float32.")
+    network.save_pretrained(target, safe_serialization=True)
     config = read_json(target / "config.json")
     config.pop("_name_or_path", None)  # a local path of this machine
     if edge := model.sampling.resolution:  # the default image size of diffusers' pipelines
@@ -113,147 +117,73 @@ def _write_unet(model: TrainedModel, target: Path) -> list[str]:
     return ["diffusers", config["_class_name"]]
 
 
-def _write_scheduler(model: TrainedModel, shift: float, target: Path) -> list[str]:
-    """Write the scheduler config and return how model_index.json names it.
-
-    A model trained with the diffusion loss keeps its base's scheduler.
+def _write_scheduler(model: TrainedModel, target: Path) -> list[str]:
+    """Write the config of the scheduler that samples as the model's own settings say, and return how model_index.json
+    names it.
     """
-    if model.objective == "diffusion":
-        copy_part(model.base.path / "scheduler", target)
-        return ["diffusers", str(model.base.scheduler_config["_class_name"])]
-    cast(Any, Diff2FlowScheduler).from_config(dict(model.base.scheduler_config), shift=shift).save_pretrained(target)
-    return [SCHEDULER_MODULE, Diff2FlowScheduler.__name__]
+    config, shift = dict(model.base.scheduler_config), model.sampling.shift
+    if model.puts_out_velocity:
+        steps = model.schedule.num_timesteps
+        scheduler: Any = DPMSolverMultistepScheduler(num_train_timesteps=steps, flow_shift=shift, **EULER)
+    elif model.sampling.solver in SCHEDULERS:
+        kind, settings = SCHEDULERS[model.sampling.solver]
+        scheduler = kind.from_config(config, timestep_spacing="trailing", **settings)
+    else:
+        scheduler = cast(Any, Diff2FlowScheduler).from_config(config, shift=shift)
+    target.mkdir()
+    written = json.loads(scheduler.to_json_string())
+    if not math.isfinite(written.get("lambda_min_clipped", 0)):  # DPM-Solver's default, which is not plain JSON
+        del written["lambda_min_clipped"]
+    (target / SCHEDULER_CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    own = isinstance(scheduler, Diff2FlowScheduler)
+    return [SCHEDULER_MODULE if own else "diffusers", type(scheduler).__name__]
 
 
-def _readme(model: TrainedModel, own_scheduler: bool, missing: Mapping[str, str]) -> str:
-    sampling, arguments = model.sampling, "".join(f", {name}=None" for name in sorted(missing))
-    inputs = "prompt_embeds=states, negative_prompt_embeds=empty_states" if "text_encoder" in missing else "prompt"
-    lines = [
-        f"# A {'Diff2Flow' if own_scheduler else 'diffusion'} model in diffusers' layout",
-        "",
-        "```python",
-        *([f"import {SCHEDULER_MODULE}  # from the package diff2flow-ray"] if own_scheduler else []),
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipeline = DiffusionPipeline.from_pretrained("this directory"{arguments})',
-        f"pipeline({inputs}, num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance})",
-        "```",
-    ]
-    if own_scheduler and sampling.solver != "euler":
-        lines += ["", f"Its own solver is {sampling.solver}; the scheduler takes Euler steps, one evaluation each."]
-    if missing:
-        lines += ["", "Not in this directory; give these parts yourself, or the embeddings that they would make:", ""]
-        lines += [f"- `{name}`: {reason}" for name, reason in missing.items()]
-    return "\n".join(lines) + "\n"
-
-
-def export_diffusers(model_uri: str, target: str, *, base_uri: str | None = None) -> DiffusersExport:
+def export_diffusers(
+    model_uri: str, target: str, *, base_uri: str | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusersExport:
     """Write a complete diffusers directory: merged UNet, the base's other parts, and the scheduler that fits.
 
     `import d2f_core.model.diffusers_scheduler` before `DiffusionPipeline.from_pretrained(target)`: diffusers takes a
-    class from a module outside its own libraries only when the program has imported that module.
+    class from a module outside its own libraries only when the program has imported that module. Rectified-flow models
+    (the naive `flow_matching` loss, or a base that is one) and models that are sampled by DDIM or DPM-Solver++ need no
+    import.
 
     Args:
         model_uri: the artifact, a local directory or s3:// prefix.
-        target: a local directory or s3:// prefix; files of the same names are replaced, and model_index.json is written
-            last.
+        target: a local directory or s3:// prefix. The parts that are written are emptied first, and model_index.json is
+            written last.
         base_uri: the base's present location, if it has moved.
+        dtype: of the UNet's weights; the other parts are copied as they are.
 
     Raises:
-        ArtifactError: the model is a base model, was trained with the naive `flow_matching` loss, belongs to another
-            base, or has extra input channels.
+        ArtifactError: the model is a base model, belongs to another base, has extra input channels or weights that
+            `dtype` cannot hold, or the target is where it or its base is.
     """
-    _, description = _artifact(model_uri)
-    model = _load_for_others(model_uri, description, base_uri)
-    shift = float(description["sampling"].get("shift", 1.0))
-    storage.remove_tree(storage.join(target, MODEL_INDEX))  # without it, a half-replaced directory is not loaded
+    source, description = artifact(model_uri)
+    _refuse_own_place(target, model_uri, str(source))
+    model = load_for_others(model_uri, description, base_uri)
+    _refuse_own_place(target, str(model.base.path), *([model.base.uri] if storage.is_s3(model.base.uri) else []))
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         index, missing = copy_base_parts(model.base.path, directory)
-        index["unet"] = _write_unet(model, directory / "unet")
-        index["scheduler"] = _write_scheduler(model, shift, directory / "scheduler")
+        turned = {"naive_target": "noise_minus_data", "format_version": FORMAT_VERSION} if _turn_round(model) else {}
+        index["unet"] = _write_unet(model, directory / "unet", dtype)
+        index["scheduler"] = _write_scheduler(model, directory / "scheduler")
         own = index["scheduler"][0] == SCHEDULER_MODULE
         loading = {"import": SCHEDULER_MODULE if own else None, "scheduler": index["scheduler"][1], "missing": missing}
-        merged = {**description, "method": "full", "diffusers": loading}
-        write_description(directory, merged)
-        (directory / "README.md").write_text(_readme(model, own, missing))
+        base = {**description["base"], "uri": public_name(description["base"]["uri"])}
+        write_description(directory, {**description, **turned, "method": "full", "base": base, "diffusers": loading})
+        (directory / "README.md").write_text(readme(model, base, loading))
         (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        storage.upload_tree(directory, target, last=MODEL_INDEX)
+        _replace(directory, target)
     return DiffusersExport(target=target, missing=missing)
 
 
-def export_peft(model_uri: str, target: str) -> str:
-    """Write the PEFT adapter unchanged (adapter_config.json, adapter_model.safetensors), with diff2flow.json beside it.
-
-    Load it with `PeftModel.from_pretrained(unet, target)` on the base's UNet; returns `target`.
-
-    Raises:
-        ArtifactError: the model is no trained artifact, or has no adapter.
-    """
-    directory, description = _artifact(model_uri)
-    adapter = _adapter(model_uri, directory, description)
-    with tempfile.TemporaryDirectory() as temporary:
-        copy_part(adapter, Path(temporary))
-        shutil.copyfile(directory / DESCRIPTION, Path(temporary) / DESCRIPTION)
-        storage.upload_tree(Path(temporary), target, last="adapter_config.json")
-    return target
-
-
-def _lora_metadata(description: Mapping[str, Any], width: int | None) -> dict[str, str]:
-    """The sampling settings as safetensors metadata, a mapping of strings."""
-    sampling, schedule = description["sampling"], description["schedule"]
-    metadata = {
-        "d2f_format_version": str(description["format_version"]),
-        "d2f_objective": description["objective"],
-        "d2f_prediction_type": description["prediction_type"],
-        "d2f_sampler": sampling["solver"] if sampling["solver"] in SCHEDULERS else f"{sampling['solver']} in flow time",
-        "d2f_steps": str(sampling["steps"]),
-        "d2f_guidance": str(sampling["guidance"]),
-        "d2f_shift": str(sampling.get("shift", 1.0)),
-        "d2f_time_convention": description["time_convention"],
-        "d2f_schedule": json.dumps({name: schedule[name] for name in SCHEDULE_FIELDS if name in schedule}),
-        "d2f_base_sha256": description["base"]["sha256"],
-    }
-    if width in SD_VERSIONS:
-        metadata["ss_base_model_version"], metadata["ss_v2"] = SD_VERSIONS[width]
-    return metadata
-
-
-def export_single_file_lora(
-    model_uri: str, target: str, *, base_uri: str | None = None, dtype: torch.dtype = torch.float32
-) -> SingleFileExport:
-    """Write a LoRA as one safetensors file for ComfyUI, sd-scripts and diffusers' `load_lora_weights`.
-
-    Fully trained layers (`modules_to_save`) become exact LoRAs of full rank; their biases have a key that only ComfyUI
-    reads. See `d2f_core.model.single_file_lora` for the layout and what each tool reads.
-
-    Args:
-        target: a local path or s3:// key that ends in .safetensors.
-        dtype: float32 is exact; float16 halves the file.
-
-    Raises:
-        ArtifactError: the model is no LoRA artifact, was trained with the naive `flow_matching` loss, or needs joined
-            latents.
-        SingleFileLoraError: the layout cannot hold the adapter, or `target` has another ending.
-    """
-    if not target.endswith(".safetensors"):
-        raise SingleFileLoraError(f"target={target!r} must end in .safetensors: that is how tools find LoRA files.")
-    directory, description = _artifact(model_uri)
-    adapter = _adapter(model_uri, directory, description)
-    base = _load_for_others(model_uri, description, base_uri).base
-    changes = layer_changes(cast(PeftModel, PeftModel.from_pretrained(cast(Any, load_unet(base)), adapter)))
-    biases = tuple(name for name, change in changes.items() if change.bias is not None)
-    unet = read_json(base.path / "unet/config.json")
-    metadata = {
-        **kohya_metadata(changes),
-        **_lora_metadata(description, unet.get("cross_attention_dim")),
-        "ss_output_name": Path(target).stem,
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "lora.safetensors"
-        keys = write_single_file_lora(file, changes, metadata, dtype)
-        storage.write_bytes(target, file.read_bytes())
-    passed_over = passed_over_by_kohya(changes, sdxl=is_sdxl(unet))
-    return SingleFileExport(
-        target=target, keys=keys, layers=len(changes), trained_biases=biases, passed_over_by_kohya=passed_over
-    )
+def _replace(directory: Path, target: str) -> None:
+    """Put the export in place of what an earlier one left: its shards, indices and variants would be loaded instead."""
+    for name in (MODEL_INDEX, DESCRIPTION):  # without these, a half-replaced directory is not loaded
+        storage.remove_tree(storage.join(target, name))
+    for part in sorted(path.name for path in directory.iterdir() if path.is_dir()):
+        storage.remove_tree(storage.join(target, part))
+    storage.upload_tree(directory, target, last=MODEL_INDEX)

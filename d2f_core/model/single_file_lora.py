@@ -8,24 +8,37 @@ The layer `mid_block.attentions.0.proj_in` of a diffusers UNet has the keys
     lora_unet_mid_block_attentions_0_proj_in.diff_b             [out]: added to the bias; only where one was trained
 
 A layer that was trained whole is a LoRA of full rank: exact, with one factor the identity, and small for a UNet's first
-and last convolution. Who reads what:
+and last convolution. The layout has no place for a change of a bias that all programs read:
 
-- ComfyUI: everything.
-- diffusers (`load_lora_weights`): everything but `diff_b`; it refuses a file that has one. diffusers 0.42 applies an
-  alpha that is not the file's most frequent one to convolutions, but not to attention projections. So all layers get
-  the same alpha here, and the ratio to a layer's own scale is multiplied into its `lora_up`.
-- sd-scripts, for SD 1.5 and SD 2.1: the layers inside transformer, resnet, down- and upsampling blocks. Others
-  (`conv_in`, `conv_out`, the time embedding) and `diff_b` it passes over. Its SDXL network has other layer names, so it
-  finds no layer of a LoRA for SDXL.
+- ComfyUI and Forge: everything, `diff_b` too.
+- diffusers (`load_lora_weights`): it refuses a file with a `diff_b`. diffusers 0.42 applies an alpha that is not the
+  file's most frequent one to convolutions, but not to attention projections. So all layers get the same alpha here, and
+  the ratio to a layer's own scale is multiplied into its `lora_up`.
+- sd-scripts: the layers inside transformer, resnet, down- and upsampling blocks. Others (`conv_in`, `conv_out`, the
+  time embedding) and `diff_b` it passes over. For SDXL, whose layers it calls by other names, it translates these keys
+  since May 2024.
 
-Sources: kohya-ss/sd-scripts networks/lora.py; ComfyUI comfy/lora.py; diffusers loaders/lora_conversion_utils.py.
+So biases are written to a second file (`write_biases`), a few kilobytes: a LoRA that changes only them, with `diff_b`
+for ComfyUI and Forge and, for diffusers from 0.33 on with PEFT from 0.14 on, a LoRA of zeros that has a bias:
+
+    lora_unet_conv_in.diff_b            [out]
+    unet.conv_in.lora_A.weight          zeros [1, in, kh, kw]
+    unet.conv_in.lora_B.weight          zeros [out, 1, 1, 1]
+    unet.conv_in.lora_B.bias            [out]
+
+diffusers reads the keys that begin with `unet.` alone, ComfyUI both kinds and adds the zeros; it says that it does not
+know `lora_B.bias`. A `lora_B.bias` in the first file would need one in every layer, those without a bias included,
+which PEFT then refuses to merge.
+
+Sources: kohya-ss/sd-scripts networks/lora.py; ComfyUI comfy/lora.py; diffusers loaders/lora_conversion_utils.py and
+loaders/peft.py.
 """
 
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -146,9 +159,14 @@ def kohya_metadata(changes: Mapping[str, LayerChange]) -> dict[str, str]:
     }
 
 
-def passed_over_by_kohya(changes: Mapping[str, LayerChange], sdxl: bool) -> tuple[str, ...]:
-    """Names of the layers that sd-scripts ignores; for SDXL, all of them."""
-    return tuple(name for name in changes if sdxl or not name.replace(".", "_").startswith(KOHYA_PARTS))
+def passed_over_by_kohya(changes: Mapping[str, LayerChange]) -> tuple[str, ...]:
+    """Names of the layers that sd-scripts ignores, in SD 1.5, SD 2.1 and SDXL alike."""
+    return tuple(name for name in changes if not name.replace(".", "_").startswith(KOHYA_PARTS))
+
+
+def without_biases(changes: Mapping[str, LayerChange]) -> dict[str, LayerChange]:
+    """The same changes of weights, and none of biases."""
+    return {name: replace(change, bias=None) for name, change in changes.items()}
 
 
 def write_single_file_lora(
@@ -171,6 +189,27 @@ def write_single_file_lora(
             tensors[f"{key}.diff_b"] = change.bias.to(dtype).contiguous()
     save_file(tensors, file, {"format": "pt", **metadata, "d2f_keys": str(len(tensors))})
     return len(tensors)
+
+
+def write_biases(
+    file: Path, changes: Mapping[str, LayerChange], metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
+) -> int:
+    """Write the changes of biases alone, by layer name with dots, and return the number of layers that have one.
+
+    Nothing is written when there is none.
+    """
+    tensors = dict[str, Tensor]()
+    for name, change in changes.items():
+        if change.bias is None:
+            continue
+        adapter, bias = f"unet.{name}.lora_", change.bias.to(dtype).contiguous()
+        tensors[f"{PREFIX}{name.replace('.', '_')}.diff_b"] = bias
+        tensors[f"{adapter}A.weight"] = torch.zeros(1, *change.down.shape[1:], dtype=dtype)
+        tensors[f"{adapter}B.weight"] = torch.zeros(len(bias), 1, *change.up.shape[2:], dtype=dtype)
+        tensors[f"{adapter}B.bias"] = bias.clone()  # safetensors refuses two names of one memory
+    if tensors:
+        save_file(tensors, file, {"format": "pt", **metadata, "d2f_keys": str(len(tensors))})
+    return len(tensors) // 4
 
 
 def read_single_file_lora(file: Path) -> SingleFileLora:

@@ -10,6 +10,7 @@ from typing import Any
 
 MODEL_PART = "artifacts/model"
 """Path of the model's own files inside its MLflow artifacts."""
+PROJECT = "diff2flow-ray"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Loader:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that `mlflow.pyfunc.load_model(..., model_config=...)` can change, with their defaults."""
     requirements: Sequence[str] = ()
-    """Required packages; they are pinned to the installed releases."""
+    """Packages that the script imports, this project's modules included; they are pinned to the installed releases."""
 
 
 def grey_png() -> bytes:
@@ -71,13 +72,32 @@ def write_pyfunc(
             signature=_signature(loader),
             input_example=pd.DataFrame([dict(loader.example)]),
             model_config=dict(loader.settings),
-            pip_requirements=[_pinned(name) for name in loader.requirements],
+            pip_requirements=[pinned(name) for name in loader.requirements],
             mlflow_model=model,
             uv_project_path=scratch,  # or a uv.lock in the current directory would become part of the model
         )
     saved = Model.load(str(target))
     saved.model_size_bytes = (saved.model_size_bytes or 0) + model_bytes
+    _forget_this_machine(saved)
     saved.save(str(target / "MLmodel"))
+    _name_this_project(target / "requirements.txt")
+
+
+def _forget_this_machine(model: Any) -> None:
+    """Leave the paths that lead into the model, and none of the machine that wrote it, of which nothing is read."""
+    flavor = model.flavors["python_function"]
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+
+
+def _name_this_project(requirements: Path) -> None:
+    """Say in a comment, which pip passes over, what pip cannot fetch."""
+    lines = (
+        f"# And {PROJECT}=={importlib.metadata.version(PROJECT)}, which is on no package index: install these, and",
+        "# then its source, by pip install --no-deps DIRECTORY",
+    )
+    requirements.write_text("\n".join((*lines, requirements.read_text())))
 
 
 def _signature(loader: Loader) -> Any:
@@ -101,6 +121,6 @@ def _type(name: str) -> Any:
     return Array(_type(name.removesuffix("[]"))) if name.endswith("[]") else DataType[name]
 
 
-def _pinned(package: str) -> str:
+def pinned(package: str) -> str:
     """A requirement that a package index can serve, without the local part of a version such as 2.13.0+cpu."""
     return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"

@@ -120,7 +120,7 @@ def test_the_version_says_what_it_is_and_what_it_was_made_of(version: ModelVersi
         assert fact in card, fact
     assert version.tags["teachers"] == "dino, lite0" and version.tags["metric.pck_at_0.1"] == "0.5"
     requirements = Path(mlflow.artifacts.download_artifacts(f"{version.uri}/requirements.txt")).read_text()
-    assert "diff2flow" not in requirements and "transformers==" in requirements
+    assert "\ndiff2flow" not in requirements and "transformers==" in requirements and "# And diff2flow" in requirements
     assert register(check_register(CONFIG)) == version, "a second time changes nothing"
 
 

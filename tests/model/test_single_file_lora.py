@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from diffusers import (
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -17,12 +19,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from d2f_core.model.artifact import load_model
+from d2f_core.model.adapter_metadata import family
+from d2f_core.model.artifact import ArtifactError, load_model
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import as_denoiser, load_unet
-from d2f_core.model.export import export_single_file_lora
+from d2f_core.model.export_adapter import export_single_file_lora
 from d2f_core.model.single_file_lora import (
     LayerChange,
     SingleFileLoraError,
@@ -42,7 +46,8 @@ def base(tmp_path_factory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("base"))
 
 
-def loaded_by_diffusers(base: Path, file: Path) -> UNet2DConditionModel:
+def loaded_by_diffusers(base: Path, *files: Path) -> UNet2DConditionModel:
+    """The UNet of a stock pipeline that loaded each file as an adapter, all of them active."""
     pipeline = StableDiffusionPipeline(
         vae=None,
         text_encoder=None,
@@ -53,8 +58,35 @@ def loaded_by_diffusers(base: Path, file: Path) -> UNet2DConditionModel:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.load_lora_weights(str(file))
+    for file in files:
+        pipeline.load_lora_weights(str(file), adapter_name=file.stem)
+    pipeline.set_adapters([file.stem for file in files])
     return pipeline.unet
+
+
+@torch.no_grad()
+def loaded_by_comfy(base: Path, *files: Path) -> tuple[UNet2DConditionModel, set[str]]:
+    """The UNet with what ComfyUI adds for each file, and the keys of which it says that they were not loaded.
+
+    It knows a diffusers layer as `lora_unet_` with underscores, and as `unet.` with dots, where attention projections
+    have `.processor` in their names. Of each it reads down, up and alpha, or A and B, and the change of a bias.
+    """
+    unet, unknown = load_unet(resolve_base(str(base))), set[str]()
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    for file in files:
+        tensors = load_file(file)
+        for name, layer in layers.items():
+            for key in (f"lora_unet_{name.replace('.', '_')}", f"unet.{name.replace('.to_', '.processor.to_')}"):
+                alpha, bias = tensors.pop(f"{key}.alpha", None), tensors.pop(f"{key}.diff_b", None)
+                for up, down in (("lora_up", "lora_down"), ("lora_B", "lora_A")):
+                    if (second := tensors.pop(f"{key}.{up}.weight", None)) is not None:
+                        first = tensors.pop(f"{key}.{down}.weight")
+                        scale = 1.0 if alpha is None else alpha / len(first)
+                        layer.weight += scale * (second.flatten(1) @ first.flatten(1)).reshape(layer.weight.shape)
+                if bias is not None:
+                    cast(Tensor, layer.bias).add_(bias)
+        unknown |= tensors.keys()
+    return unet, unknown
 
 
 CONFIGS = [
@@ -82,18 +114,45 @@ def test_a_single_file_lora_is_read_by_us_and_by_diffusers_to_the_same_network(b
     theirs = loaded_by_diffusers(base, file)
     assert sum("lora_A" in name or "lora_B" in name for name in theirs.state_dict()) == 2 * pairs
     torch.testing.assert_close(output(theirs), expected, rtol=0, atol=1e-5)
+    comfy, unknown = loaded_by_comfy(base, file)
+    torch.testing.assert_close(output(comfy), expected, rtol=0, atol=1e-5)
+    assert not unknown and exported.biases_target == ""
 
 
 @pytest.mark.parametrize("preset", ["base", "small"])
-def test_layers_trained_whole_are_written_as_full_rank_and_their_biases_apart(base, tmp_path, preset):
+def test_with_its_second_file_a_lora_with_trained_biases_loses_nothing_in_diffusers_and_comfy(base, tmp_path, preset):
     artifact = trained(base, tmp_path / "artifact", LoraConfig(preset=preset))
-    file, expected = tmp_path / "one.safetensors", output(load_model(artifact).network)
+    file, biases = tmp_path / "one.safetensors", tmp_path / "one-biases.safetensors"
+    expected = output(load_model(artifact).network)
     exported = export_single_file_lora(artifact, str(file))
     assert exported.trained_biases == exported.passed_over_by_kohya == ("conv_in", "conv_out")
-    assert exported.keys == 3 * exported.layers + 2
+    assert exported.keys == len(load_file(file)) == 3 * exported.layers and exported.biases_target == str(biases)
+    assert 0.03 < (output(loaded_by_diffusers(base, file)) - expected).abs().max() < 0.3, "the first file, alone"
+    theirs = loaded_by_diffusers(base, file, biases)
+    torch.testing.assert_close(output(theirs), expected, rtol=0, atol=1e-5)
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    torch.testing.assert_close(output(theirs), expected, rtol=0, atol=1e-5)
+    comfy, unknown = loaded_by_comfy(base, file, biases)
+    torch.testing.assert_close(output(comfy), expected, rtol=0, atol=1e-5)
+    assert unknown == {"unet.conv_in.lora_B.bias", "unet.conv_out.lora_B.bias"}, "which diff_b says again"
+    assert biases.stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("preset", ["base", "small"])
+def test_one_file_can_hold_the_biases_for_comfy(base, tmp_path, preset):
+    artifact = trained(base, tmp_path / "artifact", LoraConfig(preset=preset))
+    file, expected = tmp_path / "one.safetensors", output(load_model(artifact).network)
+    export_single_file_lora(artifact, str(file))
+    exported = export_single_file_lora(artifact, str(file), biases="inside")
+    assert exported.keys == 3 * exported.layers + 2 and exported.biases_target == ""
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"one.safetensors"}, "an old second file is gone"
     unet = load_unet(resolve_base(str(base)))
     merge_single_file_lora(unet, read_single_file_lora(file))
     torch.testing.assert_close(output(unet), expected, rtol=0, atol=1e-5)
+    comfy, unknown = loaded_by_comfy(base, file)
+    torch.testing.assert_close(output(comfy), expected, rtol=0, atol=1e-5)
+    assert not unknown
     with pytest.raises(ValueError, match="diff_b"):
         loaded_by_diffusers(base, file)
 
@@ -119,11 +178,18 @@ def test_ranks_that_differ_by_layer_reach_diffusers_with_their_scale(base, tmp_p
 
 
 @torch.no_grad()
-def test_a_lora_for_sdxl_is_read_by_us_and_by_diffusers_and_not_by_kohya(tmp_path):
+def test_a_lora_for_sdxl_is_read_by_us_and_by_diffusers_and_named_for_kohya(tmp_path):
     base, file = write_tiny_sdxl(tmp_path / "base"), tmp_path / "one.safetensors"
     artifact = trained(base, tmp_path / "artifact", LoraConfig(rank=3))
     exported = export_single_file_lora(artifact, str(file))
-    assert len(exported.passed_over_by_kohya) == exported.layers > 100
+    assert exported.passed_over_by_kohya == ("conv_in", "conv_out") and exported.layers > 100
+    named = {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.resolution": "64x64",
+    }
+    assert read_single_file_lora(file).metadata.items() >= named.items()
 
     def answer(network):
         return as_denoiser(network)(*tiny_inputs(), **tiny_condition("sdxl"))
@@ -141,14 +207,33 @@ def test_a_lora_for_sdxl_is_read_by_us_and_by_diffusers_and_not_by_kohya(tmp_pat
     torch.testing.assert_close(answer(theirs.unet), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_the_metadata_say_what_the_network_predicts(base, tmp_path, kind):
+KINDS = [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "x0"), ("flow_prediction", "sd3")]
+
+
+@pytest.mark.parametrize(("kind", "named"), KINDS)
+def test_the_metadata_say_what_the_network_predicts(base, tmp_path, kind, named):
     shutil.copytree(base, tmp_path / "base")
     scheduler = tmp_path / "base/scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": kind}))
     artifact = trained(tmp_path / "base", tmp_path / "artifact", LoraConfig(rank=2))
     export_single_file_lora(artifact, str(tmp_path / "one.safetensors"))
-    assert read_single_file_lora(tmp_path / "one.safetensors").metadata["d2f_prediction_type"] == kind
+    metadata = read_single_file_lora(tmp_path / "one.safetensors").metadata
+    assert (metadata["d2f_prediction_type"], metadata["modelspec.prediction_type"]) == (kind, named)
+    assert "ss_base_model_version" not in metadata, "no family has text states of this width"
+
+
+FAMILIES = [
+    ({"cross_attention_dim": 768}, False, "sd_v1", "False", "stable-diffusion-v1/lora"),
+    ({"cross_attention_dim": 768}, True, "sd_v1_v", "False", "stable-diffusion-v1/lora"),
+    ({"cross_attention_dim": 1024}, False, "sd_v2", "True", "stable-diffusion-v2-512/lora"),
+    ({"cross_attention_dim": 1024}, True, "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
+]
+
+
+@pytest.mark.parametrize(("unet", "v", "version", "second", "architecture"), FAMILIES)
+def test_the_metadata_name_the_family_of_the_base_as_kohya_does(unet, v, version, second, architecture):
+    named = {"ss_base_model_version": version, "ss_v2": second, "modelspec.architecture": architecture}
+    assert family(unet, v=v) == named
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -183,11 +268,30 @@ def test_a_single_file_carries_how_to_sample_it_and_what_it_was_made_for(base, t
             "ss_network_alpha": "2",
             "ss_network_args": '{"conv_dim": "4", "conv_alpha": "2"}',
             "ss_output_name": "style",
+            "modelspec.title": "style",
+            "modelspec.resolution": "16x16",
+            "d2f_time_grid": "uniform",
         }.items()
     )
     assert json.loads(lora.metadata["d2f_schedule"])["beta_schedule"] == "scaled_linear"
     assert {change.up.dtype for change in lora.layers.values()} == {torch.float16}
     assert lora.layers["down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"].alpha == 2.0
+
+
+def test_a_lora_of_a_rectified_flow_is_one_and_a_naive_one_on_another_base_is_refused(base, tmp_path):
+    flow = write_tiny_base(tmp_path / "flow")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(flow / "scheduler")
+    file = tmp_path / "one.safetensors"
+    for objective in ("diff2flow", "flow_matching"):
+        artifact = trained(flow, tmp_path / objective, LoraConfig(rank=2), objective)
+        export_single_file_lora(artifact, str(file))
+        metadata = read_single_file_lora(file).metadata
+        assert (metadata["d2f_prediction_type"], metadata["modelspec.prediction_type"]) == ("flow_prediction", "sd3")
+        theirs = loaded_by_diffusers(flow, file)
+        torch.testing.assert_close(output(theirs), output(load_model(artifact).network), rtol=0, atol=1e-5)
+    naive = trained(base, tmp_path / "naive", LoraConfig(rank=2), "flow_matching")
+    with pytest.raises(ArtifactError, match=r"naive flow_matching loss on a base of prediction_type='epsilon'.* ldm"):
+        export_single_file_lora(naive, str(file))
 
 
 def test_a_file_that_lost_a_key_or_fits_no_layer_is_refused(base, tmp_path):

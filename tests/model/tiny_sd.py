@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from transformers import CLIPTextModel
 
+from d2f_core.model.published_names import with_published_names
 from tests.model.architectures import TINY, tiny_unet
 from tests.model.tiny_sdxl import END, text_config, write_tiny_sdxl, write_tokenizer, write_vae
 
@@ -21,6 +22,7 @@ def write_tiny(path: Path, name: Name) -> Path:
     torch.manual_seed(1)
     width, activation = TINY[name]["cross_attention_dim"], "quick_gelu" if name == "sd15" else "gelu"
     CLIPTextModel(text_config(width, activation)).save_pretrained(path / "text_encoder")
+    with_published_names(path / "text_encoder")
     write_tokenizer(path / "tokenizer", END if name == "sd15" else "!")
     write_vae(path / "vae", scaling_factor=0.18215)
     DDIMScheduler(

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from d2f_core.model.published_names import with_published_names
 from tests.model.architectures import tiny_unet
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -75,6 +76,7 @@ def write_tiny_sdxl(path: Path, *, zeros_for_empty: bool | None = True) -> Path:
     tiny_unet("sdxl").save_pretrained(path / "unet")
     torch.manual_seed(1)
     CLIPTextModel(text_config(8, "quick_gelu")).save_pretrained(path / "text_encoder")
+    with_published_names(path / "text_encoder")
     second = CLIPTextModelWithProjection(text_config(12, "gelu", projection_dim=24))
     second.save_pretrained(path / "text_encoder_2")
     write_tokenizer(path / "tokenizer", END)

@@ -47,7 +47,7 @@ def _summary(description: MatcherDescription, record: TrainingRecord, uri: str) 
         "Points are (x, y) in pixels of their image; the centre of its first pixel is (0.5, 0.5). The confidence of a "
         "point is the cosine of its feature with the place that was found, which is no probability.\n\n"
         'It needs the base at the place named here, or `model_config={"base_model": DIRECTORY}`, and the package\n'
-        "diff2flow-ray installed, which is not among its pip requirements.\n\n"
+        "diff2flow-ray from its source, `pip install --no-deps DIRECTORY`, beside the packages of requirements.txt.\n\n"
         f"## What it is\n\n{table(_rows(description, record))}\n"
         f"## Metrics of its checkpoint\n\n{metrics_table(record)}\n{pairs}"
     )

@@ -19,8 +19,11 @@ from d2f_core.tracking.pyfunc_files import grey_png
 MODEL = "model"
 """Directory in a training's output to which it exports its matcher, the description last."""
 MODEL_TYPE = "distilldift"
-REQUIREMENTS = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow")
-"""pip requirements of a matcher; without this project, which is on no package index, as the card says."""
+REQUIREMENTS = (
+    "torch", "diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "numpy", "pandas", "pillow",
+    "pyarrow", "s3fs", "psutil", "requests",
+)  # fmt: skip
+"""pip requirements of a matcher: all that its loader imports but this project, which is on no package index."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,16 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from d2f_core.correspondence.artifact import load_matcher
-from d2f_core.correspondence.matcher import Embedded
-from d2f_core.data.image_rules import ImageRules
-from d2f_core.data.images import decode_image
+try:
+    from d2f_core.correspondence.artifact import load_matcher
+    from d2f_core.correspondence.matcher import Embedded
+    from d2f_core.data.image_rules import ImageRules
+    from d2f_core.data.images import decode_image
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"{error}. MLflow opens this model with the package diff2flow-ray, which is on no package index: install what "
+        "the model's requirements.txt lists, and then the package from its source, pip install --no-deps DIRECTORY."
+    ) from error
 
 RULES = ImageRules(resolution=1, min_side=1, max_pixels=50_000_000)
 

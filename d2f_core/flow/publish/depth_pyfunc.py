@@ -14,12 +14,18 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from d2f_core.data.images import prepare_image
-from d2f_core.data.schema import sample_id
-from d2f_core.flow.depth.ensemble import depth_npy, depth_png
-from d2f_core.flow.depth.plan import image_rules
-from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
-from d2f_core.model.artifact import load_model
+try:
+    from d2f_core.data.images import prepare_image
+    from d2f_core.data.schema import sample_id
+    from d2f_core.flow.depth.ensemble import depth_npy, depth_png
+    from d2f_core.flow.depth.plan import image_rules
+    from d2f_core.flow.depth.predictor import DepthPredictor, fill_settings
+    from d2f_core.model.artifact import load_model
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"{error}. MLflow opens this model with the package diff2flow-ray, which is on no package index: install what "
+        "the model's requirements.txt lists, and then the package from its source, pip install --no-deps DIRECTORY."
+    ) from error
 
 WHOLE = {"num_inference_steps": "steps", "seed": "seed", "ensemble": "ensemble"}
 SETTINGS = {**WHOLE, "solver": "solver", "shift": "shift"}

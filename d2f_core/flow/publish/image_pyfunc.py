@@ -14,8 +14,14 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from d2f_core.flow.generate.sampler import ImageSampler, Request, encode_image, fill_request
-from d2f_core.model.artifact import load_model
+try:
+    from d2f_core.flow.generate.sampler import ImageSampler, Request, encode_image, fill_request
+    from d2f_core.model.artifact import load_model
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"{error}. MLflow opens this model with the package diff2flow-ray, which is on no package index: install what "
+        "the model's requirements.txt lists, and then the package from its source, pip install --no-deps DIRECTORY."
+    ) from error
 
 WHOLE = {"num_inference_steps": "steps", "height": "height", "width": "width", "seed": "seed"}
 SETTINGS = {

@@ -20,9 +20,10 @@ MODEL = "model"
 """Directory in a training's output to which it exports its model, the description last."""
 MODEL_TYPE = "diff2flow"
 REQUIREMENTS = (
-    "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
+    "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy", "pandas",
+    "pillow", "pyarrow", "s3fs", "torchdiffeq", "dacite", "pyyaml", "psutil",
 )  # fmt: skip
-"""pip requirements of a model; without this project, which is on no package index, as the card says."""
+"""pip requirements of a model: all that its loader imports but this project, which is on no package index."""
 SETTINGS = {"base_model": "", "device": ""}
 
 

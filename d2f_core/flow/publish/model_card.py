@@ -60,7 +60,7 @@ def _summary(description: Mapping[str, Any], record: TrainingRecord, uri: str) -
         f"([run]({record.run_url})). Time convention: {description['time_convention']}.\n\n"
         f"## Use\n\n{_use(description['task'], uri)}"
         'It needs the base at the place named here, or `model_config={"base_model": DIRECTORY}`, and the package\n'
-        "diff2flow-ray installed, which is not among its pip requirements.\n\n"
+        "diff2flow-ray from its source, `pip install --no-deps DIRECTORY`, beside the packages of requirements.txt.\n\n"
         f"## What it is\n\n{table(_rows(description, record))}\n"
         f"## Metrics of its checkpoint\n\n{metrics_table(record)}\n"
     )

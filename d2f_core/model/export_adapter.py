@@ -1,0 +1,153 @@
+"""A trained adapter in the layouts of other tools: a PEFT directory, and one safetensors file.
+
+| function                  | read by                                  | how to sample it is told by |
+|---------------------------|------------------------------------------|-----------------------------|
+| `export_peft`             | `PeftModel.from_pretrained`              | diff2flow.json              |
+| `export_single_file_lora` | ComfyUI, sd-scripts, `load_lora_weights` | the file's metadata         |
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+
+from d2f_core import storage
+from d2f_core.model.adapter_metadata import adapter_metadata
+from d2f_core.model.artifact import DESCRIPTION, ArtifactError
+from d2f_core.model.denoiser import load_unet
+from d2f_core.model.export import artifact, load_for_others
+from d2f_core.model.peft_layout import CONFIG_NAME, public_name, write_peft
+from d2f_core.model.sampling_metadata import sampling_metadata
+from d2f_core.model.single_file_lora import (
+    SingleFileLoraError,
+    kohya_metadata,
+    layer_changes,
+    passed_over_by_kohya,
+    without_biases,
+    write_biases,
+    write_single_file_lora,
+)
+from d2f_core.objective.schedule import FLOW_PREDICTION
+
+BIASES = "-biases.safetensors"
+"""End of the second file's name, in place of .safetensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFileExport:
+    """The exported files, and the layers that some readers ignore."""
+
+    target: str
+    biases_target: str
+    """The second file, with the changes of biases; empty when no bias was trained, or all is in the first."""
+    keys: int
+    """Tensors in the first file."""
+    layers: int
+    trained_biases: tuple[str, ...]
+    """Layers whose bias was trained; sd-scripts ignores the biases."""
+    passed_over_by_kohya: tuple[str, ...]
+    """Layers that sd-scripts ignores."""
+
+
+def _adapter(model_uri: str, directory: Path, description: Mapping[str, Any]) -> Path:
+    if description["method"] != "lora":
+        raise ArtifactError(
+            f"{model_uri!r} has method={description['method']!r}: all weights were trained and there is no adapter. "
+            "Use export_diffusers."
+        )
+    return directory / "adapter"
+
+
+def export_peft(model_uri: str, target: str) -> str:
+    """Write the adapter for PEFT (adapter_config.json, adapter_model.safetensors, README.md), and diff2flow.json.
+
+    Load it with `PeftModel.from_pretrained(unet, target)` on the base's UNet; returns `target`. The weights are copied;
+    see `d2f_core.model.peft_layout` for the config. A base at a local path is named by its directory alone.
+
+    Raises:
+        ArtifactError: the model is no trained artifact, or has no adapter.
+    """
+    directory, description = artifact(model_uri)
+    adapter, base = _adapter(model_uri, directory, description), public_name(description["base"]["uri"])
+    named = {**description, "base": {**description["base"], "uri": base}}
+    with tempfile.TemporaryDirectory() as temporary:
+        write_peft(adapter, Path(temporary), base)
+        Path(temporary, DESCRIPTION).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
+        storage.upload_tree(Path(temporary), target, last=CONFIG_NAME)
+    return target
+
+
+def _check_parametrisation(model_uri: str, description: Mapping[str, Any]) -> None:
+    """Refuse an adapter that turns its base into another kind of network."""
+    if description["objective"] != "flow_matching":
+        return
+    if (description["prediction_type"], description["naive_target"]) == (FLOW_PREDICTION, "noise_minus_data"):
+        return
+    raise ArtifactError(
+        f"{model_uri!r} was trained by the naive flow_matching loss on a base of prediction_type="
+        f"{description['prediction_type']!r}, and turns it into another kind of network. Other programs would go on "
+        "sampling the base by its own kind, and no strength but 1 means anything. Export the merged network as a "
+        "rectified-flow checkpoint (pipelines.export ldm), or train with objective diff2flow."
+    )
+
+
+def export_single_file_lora(
+    model_uri: str,
+    target: str,
+    *,
+    base_uri: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    biases: Literal["apart", "inside"] = "apart",
+) -> SingleFileExport:
+    """Write a LoRA as one safetensors file for ComfyUI, Forge, sd-scripts and diffusers' `load_lora_weights`.
+
+    Fully trained layers (`modules_to_save`) become exact LoRAs of full rank. Where biases were trained too, as with the
+    presets `base` and `small`, they go to a second, small file, NAME-biases.safetensors: a LoRA to add to the first.
+    See `d2f_core.model.single_file_lora` for the layout and what each program reads.
+
+    Args:
+        target: a local path or s3:// key that ends in .safetensors.
+        dtype: float32 is exact; float16 halves the file.
+        biases: `inside` writes one file, which ComfyUI and Forge read whole and diffusers refuses.
+
+    Raises:
+        ArtifactError: the model is no LoRA artifact, was trained with the naive `flow_matching` loss on a base that is
+            no rectified flow, or needs joined latents.
+        SingleFileLoraError: the layout cannot hold the adapter, or `target` has another ending.
+    """
+    if not target.endswith(".safetensors"):
+        raise SingleFileLoraError(f"target={target!r} must end in .safetensors: that is how tools find LoRA files.")
+    directory, description = artifact(model_uri)
+    adapter = _adapter(model_uri, directory, description)
+    _check_parametrisation(model_uri, description)
+    model = load_for_others(model_uri, description, base_uri)
+    changes = layer_changes(cast(PeftModel, PeftModel.from_pretrained(cast(Any, load_unet(model.base)), adapter)))
+    metadata = {
+        **kohya_metadata(changes),
+        **sampling_metadata(description),
+        **adapter_metadata(model.base, Path(target).stem, model.default_size),
+    }
+    second, first = target.removesuffix(".safetensors") + BIASES, changes
+    if biases == "apart":
+        first = without_biases(changes)
+    with tempfile.TemporaryDirectory() as temporary:
+        file, extra = Path(temporary, "lora.safetensors"), Path(temporary, "biases.safetensors")
+        keys = write_single_file_lora(file, first, metadata, dtype)
+        apart = biases == "apart" and write_biases(extra, changes, metadata, dtype) > 0
+        storage.remove_tree(second)  # one that an earlier export left would not fit
+        if apart:
+            storage.write_bytes(second, extra.read_bytes())
+        storage.write_bytes(target, file.read_bytes())
+    return SingleFileExport(
+        target=target,
+        biases_target=second if apart else "",
+        keys=keys,
+        layers=len(changes),
+        trained_biases=tuple(name for name, change in changes.items() if change.bias is not None),
+        passed_over_by_kohya=passed_over_by_kohya(changes),
+    )

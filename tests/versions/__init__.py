@@ -1,0 +1,1 @@
+"""Opens exports in other releases of diffusers, transformers, PEFT and MLflow: `make check-versions`."""
