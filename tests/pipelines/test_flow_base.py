@@ -41,7 +41,9 @@ def flow_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def config(flow_base: str) -> FinetuneConfig:
-    write_latents(f"{HOME}/latents", autoencoder_fingerprint(resolve_base(flow_base)), rows=16, rows_per_file=8, captions=16)
+    write_latents(
+        f"{HOME}/latents", autoencoder_fingerprint(resolve_base(flow_base)), rows=16, rows_per_file=8, captions=16
+    )
     return FinetuneConfig(
         model=ModelConfig(base=flow_base, method="lora", lora=LoraConfig(rank=2)),
         latents=f"{HOME}/latents",
