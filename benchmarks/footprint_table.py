@@ -21,15 +21,13 @@ ROWS = (
     ("sd21-512-lora", False, (1, 4, 8)),
     ("sd21-512", False, (1, 4, 8)),
     ("sdxl-lora", True, (1, 4)),
-    ("sdxl-full", True, (1,)),
+    ("sdxl", True, (1, 4)),
 )
 """Recipe, activation checkpointing, micro-batches."""
 
 
 def config_of(name: str, checkpointing: bool, batch: int) -> EstimateConfig:
-    known = ESTIMATE["sdxl-lora" if name == "sdxl-full" else name]
-    if name == "sdxl-full":
-        known = replace(known, model=replace(known.model, method="full"))
+    known = ESTIMATE[name]
     train = replace(known.train, micro_batch_size=batch, activation_checkpointing=checkpointing)
     return replace(known, train=train)
 

@@ -1,6 +1,6 @@
 """Integrate a velocity field over flow time: noise to data, or backward.
 
-Euler in flow time with an aligned diffusion network equals DDIM (eta 0) on the mapped time grid.
+From the network's noisiest trained level on, Euler in flow time equals DDIM (eta 0) on the mapped time grid.
 """
 
 import itertools

@@ -78,6 +78,7 @@ def test_flags_and_yaml_tell_the_work_before_the_pool(kind: type[Any]):
         ),
         (EstimateConfig, {"utilization": 0.0}, ValueError, "utilization=0.0 must lie above 0 .* Use 0.2 to 0.5"),
         (EstimateConfig, {"utilization": 1.5}, ValueError, "utilization=1.5 must lie above 0 and at most at 1"),
+        (EstimateConfig, {"dollars_per_gpu_hour": -1.0}, ValueError, "dollars_per_gpu_hour=-1.0 must be a number"),
         (EstimateConfig, {"rows": 0}, ValueError, "rows=0 must be at least 1"),
         (EstimateConfig, {"captions": -1}, ValueError, "captions=-1 at least 0"),
     ],

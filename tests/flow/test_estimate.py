@@ -65,6 +65,29 @@ def test_a_gpu_that_is_not_known_is_reckoned_by_its_own_peak(config: EstimateCon
 
 
 @pytest.mark.usefixtures("counted")
+def test_times_on_an_h100_are_a_range_until_one_was_measured_and_have_a_price(config: EstimateConfig):
+    """3 GFLOP a sample: an A100 at 35 % makes 36,400 a second, an H100 at 20 to 23 % 65,933 to 75,823."""
+    train = dataclasses.replace(config.train, num_steps=1000, global_batch_size=80, num_workers=8)
+    small = dataclasses.replace(config, train=train)
+    (h100, a100, given, other) = (
+        dataclasses.replace(small, gpu="h100"),
+        small,
+        dataclasses.replace(small, gpu="h100", utilization=0.5, dollars_per_gpu_hour=1e6),
+        dataclasses.replace(small, gpu="l40s"),
+    )
+    text = report(h100, found := estimate(h100))
+    assert "Reckoned with 20% to 23% of 989 TFLOP/s per GPU (assumed)" in text
+    assert "65933.3 to 75823.3 samples/s per GPU" in text
+    assert "dollars at 2.69 to 3.99 each (RunPod on 2026-11-09, Lambda on 2026-09-20, on demand)." in text
+    assert found.train_hours == pytest.approx(80_000 / 65_933.3 / 3600 / 8, rel=1e-4)
+    assert "36400.0 samples/s per GPU; 0 GPU hours, 0 dollars at 1.39 to 2.79 each" in report(a100, estimate(a100))
+    assert "164833.3 samples/s per GPU; 0 GPU hours, 135 dollars at 1000000.00 each.\n" in report(
+        given, estimate(given)
+    )
+    assert "GPU hours. For their price give --dollars-per-gpu-hour.\n" in report(other, estimate(other))
+
+
+@pytest.mark.usefixtures("counted")
 def test_an_evaluation_between_steps_is_counted_at_stage_3_with_a_second_network(config: EstimateConfig):
     """All weights of this network are too small for stage 3 to partition, so a worker holds each of them whole."""
     on_gpus = dataclasses.replace(config.train, use_gpu=True)

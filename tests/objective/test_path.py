@@ -48,6 +48,14 @@ def test_shift_moves_towards_noise_and_back():
     assert float(shift_times(torch.tensor(0.5), 3.0)) == pytest.approx(0.25)
 
 
+def test_a_training_whose_time_is_the_noise_has_the_same_shift_and_the_other_mean():
+    """Trainers of rectified flow draw sigma = 1 - t: a normal logit of mean -0.2 and deviation 1.5, shifted by 2.5."""
+    sigma = torch.sigmoid(-0.2 + 1.5 * torch.special.ndtri(UNIFORM))
+    sigma = 2.5 * sigma / (1 + (2.5 - 1) * sigma)
+    ours = draw_times(TimeSampling(distribution="logit_normal", mean=0.2, std=1.5, shift=2.5), UNIFORM)
+    torch.testing.assert_close(ours.sort().values, (1 - sigma).sort().values)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -70,7 +70,8 @@ def test_a_dry_run_checks_base_and_table_and_prints_the_whole_config(name, table
     assert "inputs were checked, nothing was done" in printed
     config, expected = yaml.safe_load(printed), FINETUNE[name]
     assert config["latents"] == f"{PLACE}/{name}/latents" and config["name"] == name
-    assert config["train"]["global_batch_size"] == 128 and config["train"]["num_workers"] == 8
+    assert config["train"]["global_batch_size"] == expected.train.global_batch_size
+    assert config["train"]["num_workers"] == 8
     assert config["model"]["method"] == expected.model.method
 
 
@@ -93,7 +94,20 @@ def test_the_papers_settings_are_kept():
         assert (train.ema.decay, train.ema.start_step, train.ema.power) == (0.999, 1000, 0.75)
     assert FINETUNE["sd15"].model.caption_dropout == FINETUNE["sd21-512"].model.caption_dropout == 0.02
     assert FINETUNE["sd21-512"].sampling.steps == 50 and FINETUNE["sd15-reflow"].sampling.steps == 10
-    assert {name for name in NAMES if FINETUNE[name].model.method == "full"} == {"sd21-512", "sd15", "sd21-depth"}
+    assert {name for name in NAMES if FINETUNE[name].model.method == "full"} == {
+        "sd21-512", "sd15", "sd21-depth", "sdxl", "sdxl-community",
+    }  # fmt: skip
+
+
+def test_large_images_are_trained_and_sampled_nearer_to_noise():
+    for name in ("sdxl", "sdxl-lora", "sdxl-community"):
+        recipe = FINETUNE[name]
+        assert (recipe.model.times.shift, recipe.sampling.shift) == (2.5, 3.0)
+    community, train = FINETUNE["sdxl-community"].model, FINETUNE["sdxl-community"].train
+    assert community.times.distribution == "logit_normal" and community.method == "full"
+    assert (train.global_batch_size, train.learning_rate, train.warmup_steps / train.num_steps) == (256, 2e-5, 0.1)
+    others = [FINETUNE[name] for name in NAMES if not name.startswith("sdxl")]
+    assert {(recipe.model.times.shift, recipe.sampling.shift) for recipe in others} == {(1.0, 1.0)}
 
 
 def test_what_the_quickstart_shows_is_among_what_it_trains_on(tmp_path: Path):

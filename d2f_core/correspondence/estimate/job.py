@@ -122,10 +122,11 @@ def report(config: EstimateDistillConfig, found: DistillEstimate) -> str:
     )
     unit = "pairs" if config.pairs else "images"
     times = [
-        f"Reckoned with {config.utilization:.0%} of {config.peak:g} TFLOP/s per GPU (assumed) and nothing lost to "
-        "exchange or reading:",
-        f"- embedding {config.images} images: {found.embed_hours:.2f} h; {train.num_steps} steps of "
-        f"{train.global_batch_size} {unit}, {found.pass_flops / 1e12:.2f} TFLOP each: {found.train_hours:.2f} h.",
+        config.assumption(),
+        f"- embedding {config.images} images: {config.span(found.embed_hours, 2)} h; {train.num_steps} steps of "
+        f"{train.global_batch_size} {unit}, {found.pass_flops / 1e12:.2f} TFLOP each: "
+        f"{config.span(found.train_hours, 2)} h.",
+        f"- {config.cost(found.train_hours * train.num_workers, train.num_steps * train.global_batch_size)}",
         f"- storage: {found.row_bytes / 1e6:.2f} MB an image, {config.images * found.row_bytes / 1e9:.1f} GB the table "
         f"of features; {pairs}{found.checkpoint_bytes / 1e6:.1f} MB a checkpoint, {kept} kept.",
     ]

@@ -160,11 +160,11 @@ def _times(config: EstimateConfig, found: Estimate) -> list[str]:
     train = config.train
     kept = train.keep_checkpoints + train.keep_best
     return [
-        f"Reckoned with {config.utilization:.0%} of {config.peak:g} TFLOP/s per GPU (assumed) and nothing lost to "
-        "exchange or reading:",
+        config.assumption(),
         f"- {found.flops_per_sample / 1e12:.2f} TFLOP per sample; {train.num_steps} steps of "
-        f"{train.global_batch_size}: {found.train_hours:.1f} h. Encoding {config.rows} images before: "
-        f"{found.encode_hours:.1f} h.",
+        f"{train.global_batch_size}: {config.span(found.train_hours)} h. Encoding {config.rows} images before: "
+        f"{config.span(found.encode_hours)} h.",
+        f"- {config.cost(found.train_hours * train.num_workers, train.num_steps * train.global_batch_size)}",
         f"- storage: {found.row_bytes / 1e3:.1f} kB a row, {found.table_bytes / 1e9:.1f} GB the latent table; "
         f"{found.checkpoint_bytes / 1e9:.2f} GB a checkpoint, {kept} kept.",
     ]
