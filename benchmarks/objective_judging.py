@@ -67,16 +67,22 @@ class Judge:
         self.noise = torch.from_numpy(keyed_normal(noises, keys, data.mean.shape[1:], "judge"))
         self.autoencoder = load_autoencoder(task.base)
 
+    def __call__(
+        self, model: TrainedModel, solver: str, steps: int, shift: float = 1.0, guidance: float = 1.0
+    ) -> float:
+        return distance(self.features(self.draw(model, solver, steps, shift, guidance)), self.data.real)
+
     @torch.no_grad()
-    def __call__(self, model: TrainedModel, solver: str, steps: int, shift: float = 1.0) -> float:
+    def draw(self, model: TrainedModel, solver: str, steps: int, shift: float, guidance: float) -> Tensor:
+        """The images, uint8 [images, height, width, 3]."""
         drawn = []
         for start in range(0, len(self.captions), CHUNK):
-            states = self.task.text_states(self.captions[start : start + CHUNK])
-            noise = self.noise[start : start + CHUNK]
-            given: dict[str, Any] = {"solver": solver, "steps": steps, "guidance": 1.0, "shift": shift}
-            latents, _ = sample_latents(model, noise, states, states, **given)
-            drawn.append(self.features(to_uint8(self.autoencoder.decode(latents))))
-        return distance(torch.cat(drawn), self.data.real)
+            captions = self.captions[start : start + CHUNK]
+            states, null = self.task.text_states(captions), self.task.text_states([""] * len(captions))
+            given: dict[str, Any] = {"solver": solver, "steps": steps, "guidance": guidance, "shift": shift}
+            latents, _ = sample_latents(model, self.noise[start : start + CHUNK], states, null, **given)
+            drawn.append(to_uint8(self.autoencoder.decode(latents)))
+        return torch.cat(drawn)
 
 
 def order_of(data: Data, seed: int) -> SampleOrder:

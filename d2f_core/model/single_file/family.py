@@ -115,7 +115,7 @@ def family_of_directory(directory: Path) -> Family:
         )
     if (directory / "text_encoder_2").is_dir():
         return SDXL
-    activation = _config(directory, "text_encoder").get("hidden_act", "quick_gelu")
+    activation = read_config(directory, "text_encoder").get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         raise LayoutError(
             f"the text encoder has hidden_act={activation!r}; the original layout holds OpenAI's CLIP (quick_gelu) and "
@@ -161,9 +161,9 @@ def read_parts(configs: Path, family: Family) -> list[Part]:
     Raises:
         LayoutError: a config is missing, or describes a network that the layout has no names for.
     """
-    unet, vae = _config(configs, "unet"), _config(configs, "vae")
+    unet, vae = read_config(configs, "unet"), read_config(configs, "vae")
     with torch.device("meta"):
-        networks = cast(Any, UNet2DConditionModel).from_config(unet), cast(Any, AutoencoderKL).from_config(vae)
+        networks = cast(Any, UNet2DConditionModel).fromread_config(unet), cast(Any, AutoencoderKL).fromread_config(vae)
     shapes = [_shapes(network) for network in networks]
     return [
         Part(
@@ -185,7 +185,7 @@ def read_parts(configs: Path, family: Family) -> list[Part]:
 def _encoder_part(configs: Path, encoder: Encoder) -> Part:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(**_config(configs, encoder.part))
+    config = CLIPTextConfig(**read_config(configs, encoder.part))
     with torch.device("meta"):
         network = (CLIPTextModelWithProjection if encoder.projects else CLIPTextModel)(config)
     shapes = {name.removeprefix(TEXT_MODEL): shape for name, shape in _shapes(network).items()}
@@ -203,7 +203,8 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
-def _config(directory: Path, part: str) -> dict[str, Any]:
+def read_config(directory: Path, part: str) -> dict[str, Any]:
+    """The config of a network in diffusers' layout; raises LayoutError when there is none."""
     try:
         return json.loads((directory / part / "config.json").read_text())
     except FileNotFoundError:

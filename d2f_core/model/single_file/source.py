@@ -10,7 +10,6 @@ Programs that open such a file know nothing but the family: they assume its nois
 latents. A model with others is refused.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,12 +18,20 @@ from typing import Any
 
 from torch import Tensor
 
-from d2f_core.model.artifact import describe_model, load_model
+from d2f_core.model.artifact import DescribedModel, describe_model, load_model
 from d2f_core.model.base import BaseModel, local_copy, resolve_base
 from d2f_core.model.description import describe, read_description
 from d2f_core.model.fit import shard_names
 from d2f_core.model.safetensors_header import HeaderError
-from d2f_core.model.single_file.family import TEXT_MODEL, Family, Part, family_of_directory, read_parts
+from d2f_core.model.single_file.family import (
+    SD21,
+    TEXT_MODEL,
+    Family,
+    Part,
+    family_of_directory,
+    read_config,
+    read_parts,
+)
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.prediction import FLOW, Prediction
 from d2f_core.model.single_file.tensor_file import TensorReader
@@ -34,6 +41,10 @@ STANDARD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.01
 """The noise schedule that programs assume of all three families."""
 ROUNDING = 1e-6
 """Largest difference of two schedules' alpha-bars that comes from rounding."""
+DEFAULT_SCALING = 0.18215
+"""Of an autoencoder whose config names none."""
+OPENCLIP_H = (1024, 23)
+"""Width of SD 2.1's text encoder, and the layers that are read: all but the last."""
 OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in autoencoders that were saved by early releases of diffusers."""
 LAST_LAYER = ("conv_out.weight", "conv_out.bias")
@@ -67,26 +78,23 @@ def open_source(model_uri: str, base_uri: str | None = None) -> Source:
     directory = local_copy(model_uri)  # first, so that the checks read this copy's contents
     model = describe_model(model_uri, base_uri=base_uri)
     base = resolve_base(model.base.uri)
-    if model.method:
-        description = read_description(directory)
-    else:
-        fields = {"objective": model.objective, "method": "full", "sampling": model.sampling, "training": {}}
-        description = describe(base, **fields)
+    description = read_description(directory) if model.method else _description_of_base(model, base)
     trained = directory if model.method == "full" else base.path
-    _check_inputs(trained / "unet", 0 if model.method == "full" else description.get("joined_channels", 0))
+    _check_inputs(trained, 0 if model.method == "full" else description["joined_channels"])
     family = family_of_directory(base.path)
     _check_autoencoder(base, family)
+    _check_text_encoder(base, family)
     parts = tuple(read_parts(base.path, family))
     prediction, turned = _prediction(base, description)
-    if prediction.kind == FLOW:
-        schedule = {"num_train_timesteps": base.schedule.num_timesteps, "prediction_type": FLOW}
-        description = {**description, "prediction_type": FLOW, "schedule": schedule}
     places = {part.directory: base.path for part in parts} | {"unet": trained}
     reads = {part.directory: _files_reader(places[part.directory] / part.directory, part) for part in parts}
     if model.method == "lora":
         reads["unet"] = load_model(model_uri, base_uri=base_uri).network.state_dict().__getitem__
     if turned:
         reads["unet"] = _turned(reads["unet"])
+    if prediction.kind == FLOW:
+        schedule = {"num_train_timesteps": base.schedule.num_timesteps, "prediction_type": FLOW}
+        description = {**description, "prediction_type": FLOW, "schedule": schedule}
     return Source(
         family=family,
         parts=parts,
@@ -97,9 +105,13 @@ def open_source(model_uri: str, base_uri: str | None = None) -> Source:
     )
 
 
-def _check_inputs(unet: Path, joined: int) -> None:
-    """Raise LayoutError if a network, whose directory is given, reads more than noisy latents."""
-    config = json.loads((unet / "config.json").read_text())
+def _description_of_base(model: DescribedModel, base: BaseModel) -> dict[str, Any]:
+    return describe(base, objective=model.objective, method="full", sampling=model.sampling, training={})
+
+
+def _check_inputs(directory: Path, joined: int) -> None:
+    """Raise LayoutError if a directory's UNet, with `joined` more input channels, reads more than noisy latents."""
+    config = read_config(directory, "unet")
     inputs, outputs = config.get("in_channels", 4) + joined, config.get("out_channels", 4)
     if inputs != outputs:
         raise LayoutError(
@@ -110,15 +122,25 @@ def _check_inputs(unet: Path, joined: int) -> None:
 
 def _check_autoencoder(base: BaseModel, family: Family) -> None:
     """Raise LayoutError if programs would scale the latents otherwise than the model."""
-    config = json.loads((base.path / "vae/config.json").read_text())
+    config = {"scaling_factor": DEFAULT_SCALING, **read_config(base.path, "vae")}
     given = {"scaling_factor": family.scaling_factor, "shift_factor": None, "latents_mean": None, "latents_std": None}
     for name, assumed in given.items():
-        value = config.get(name)
-        if value not in (None, assumed):
+        if (value := config.get(name)) != assumed:
             raise LayoutError(
                 f"the autoencoder has {name}={value}, and programs take {assumed} of every {family.title}. Export in "
                 "diffusers' layout."
             )
+
+
+def _check_text_encoder(base: BaseModel, family: Family) -> None:
+    """Raise LayoutError if programs would stop at another layer of SD 2.1's text encoder."""
+    config = read_config(base.path, "text_encoder")
+    width, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+    if family is SD21 and width == OPENCLIP_H[0] and layers != OPENCLIP_H[1]:
+        raise LayoutError(
+            f"the text encoder has {layers} layers, and programs read the states after layer {OPENCLIP_H[1]} of "
+            "SD 2.1's. Copy text_encoder/ of the published model."
+        )
 
 
 def _prediction(base: BaseModel, description: Mapping[str, Any]) -> tuple[Prediction, bool]:

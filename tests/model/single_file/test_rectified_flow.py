@@ -114,9 +114,9 @@ def test_its_metadata_make_programs_sample_a_flow(base: Path, tmp_path: Path):
     assert json.loads(told["d2f_schedule"]) == {"num_train_timesteps": 1000, "prediction_type": "flow_prediction"}
 
 
-@pytest.mark.parametrize("objective", ["diff2flow", "diffusion"])
-def test_a_network_of_the_bases_kind_is_told_as_such(base: Path, tmp_path: Path, objective: str):
-    uri, _ = trained(base, tmp_path / "model", objective, lora=True)
+@pytest.mark.parametrize(("objective", "lora"), [("diff2flow", True), ("diffusion", False)])
+def test_a_network_of_the_bases_kind_is_told_as_such(base: Path, tmp_path: Path, objective: str, lora: bool):
+    uri, _ = trained(base, tmp_path / "model", objective, lora)
     file = tmp_path / "one.safetensors"
     assert write_checkpoint_file(uri, str(file), dtype="float32").prediction == "epsilon"
     put_configs_beside(base, file)

@@ -99,6 +99,13 @@ def test_what_programs_would_read_otherwise_is_refused(base: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*one*")) and not list(tmp_path.glob(".*"))
 
 
+def test_an_openclip_whose_last_layer_is_read_too_is_refused(tmp_path: Path):
+    base = write_tiny(tmp_path / "base", "sd21")
+    edit(base / "text_encoder/config.json", hidden_size=1024, num_hidden_layers=24)
+    with pytest.raises(LayoutError, match=r"has 24 layers, and programs read the states after layer 23 of SD 2.1's"):
+        write_checkpoint_file(str(base), str(tmp_path / "one.safetensors"))
+
+
 @pytest.mark.parametrize(("value", "shown"), [(7e4, "70000"), (float("nan"), "nan")])
 def test_a_value_that_float16_cannot_hold_is_refused(base: Path, tmp_path: Path, value: float, shown: str):
     weights = base / "unet/diffusion_pytorch_model.safetensors"
