@@ -24,7 +24,8 @@ from torch import Tensor
 from benchmarks.brightness import SIZE, TARGETS, BrightnessConfig, round_trip, targets
 from benchmarks.closed_form import Mixture, gaussian
 from benchmarks.comfy_protocol import Diffusion, Patcher, load_node, normal, sample, simple, stand_in
-from benchmarks.objective_recipes import BATCH, RATES, task_for, training_of
+from benchmarks.objective_recipes import BATCH, RATES, task_for
+from benchmarks.plain_training import PlainTraining
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
@@ -33,6 +34,7 @@ from d2f_core.objective.alignment import VelocityField, align
 from d2f_core.objective.schedule import NoiseSchedule
 from d2f_core.objective.solver import Field, integrate, uniform_times
 from d2f_core.randomness import keyed_normal
+from d2f_core.train.config import TrainConfig
 
 DEVIATIONS = (1.0, 8.0, 32.0, 64.0)
 SHIFTS = (1.0, 3.0, 6.0)
@@ -48,8 +50,10 @@ class PlainSamplerConfig:
     picture: Path
     base: str = "infra/models/emoji-sd"
     evaluations: tuple[int, ...] = (4, 10, 25)
-    steps: int = 150
-    """Training steps of emoji-sd."""
+    steps: int = 100
+    """Training steps of emoji-sd, of 32 samples, by a LoRA on attention."""
+    state: Path | None = None
+    """File that the training is kept in, so that a stopped command goes on from it."""
     images: int = 32
     """Drawn per caption and measurement."""
     threads: int = 2
@@ -81,7 +85,7 @@ def trained_network(schedule: NoiseSchedule, data: Mixture) -> Callable[..., Ten
     return network
 
 
-def _closed_form(evaluations: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def closed_form(evaluations: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Share of the deviation that samples have; 1 is right."""
     schedule, one = NoiseSchedule.from_scheduler_config(SD), torch.ones(1, 1, dtype=torch.float64)
     for deviation in DEVIATIONS:
@@ -108,12 +112,12 @@ def _closed_form(evaluations: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 
 def trained_emoji(config: PlainSamplerConfig) -> TextToImage:
     """emoji-sd after a short training on a black and a white picture by Diff2Flow's loss."""
-    task = task_for(config.base, "diff2flow", "full", 0)
+    task = task_for(config.base, "diff2flow", "attention", 0)
     data = targets(task)
     order = SampleOrder(num_rows=len(data.captions), seed=0, batch=BATCH)
-    list(
-        training_of(task, data.rows, order, config.steps, RATES["full"]).run(())
-    )  # each look is yielded; none is needed
+    settings = TrainConfig(num_steps=config.steps, learning_rate=RATES["attention"], warmup_steps=20)
+    for look in PlainTraining(task, data.rows, order, settings, config.state).run(range(0, config.steps, 10)):
+        print(json.dumps(look), flush=True)
     return task
 
 
@@ -160,7 +164,7 @@ def _picture(images: dict[tuple[str, str], Tensor], path: Path) -> None:
 def main() -> None:
     config = tyro.cli(PlainSamplerConfig)
     torch.set_num_threads(config.threads)
-    closed = list(_closed_form(config.evaluations))
+    closed = list(closed_form(config.evaluations))
     pixels, last = [], {}
     for entry, images in _in_pixels(config):
         pixels.append(entry)

@@ -67,48 +67,54 @@ def main(config: Config) -> None:
         from pipelines.checkpoint_export import export_checkpoint
 
         logger.info("wrote %s", export_checkpoint(config))
-        return
-    if isinstance(config, SchedulerExportConfig):
+    elif isinstance(config, SchedulerExportConfig):
         from d2f_core import storage
         from d2f_core.model.standalone_scheduler import standalone_scheduler
 
         storage.write_bytes(config.output, standalone_scheduler().encode())
         logger.info("wrote %s", config.output)
-        return
-    if isinstance(config, MatcherExportConfig):
+    elif isinstance(config, MatcherExportConfig):
         from d2f_core.correspondence.publish.job import export_transformers
 
         logger.info("wrote %s", export_transformers(_model_files(config), config.output, base_uri=config.base or None))
-        return
-    if isinstance(config, CheckpointFileExportConfig):
+    elif isinstance(config, CheckpointFileExportConfig):
         _export_checkpoint_file(config)
-        return
+    elif config.layout == "peft":
+        from d2f_core.model.export_adapter import export_peft
+
+        logger.info("wrote %s", export_peft(_model_files(config), config.output))
+    elif config.layout == "diffusers":
+        _export_diffusers(config)
+    else:
+        _export_lora_file(config)
+
+
+def _export_diffusers(config: ExportConfig) -> None:
     import torch
 
     from d2f_core.model.export import export_diffusers
-    from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 
-    model, base, dtype = _model_files(config), config.base or None, getattr(torch, config.dtype)
-    if config.layout == "peft":
-        logger.info("wrote %s", export_peft(model, config.output))
-    elif config.layout == "diffusers":
-        done = export_diffusers(model, config.output, base_uri=base, dtype=dtype)
-        logger.info("wrote %s", done.target)
-        for part, reason in done.missing.items():
-            logger.info("give %s to from_pretrained yourself: %s", part, reason)
-    else:
-        file = export_single_file_lora(model, config.output, base_uri=base, dtype=dtype, biases=config.biases)
-        logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
-        if file.biases_target:
-            logger.info(
-                "wrote %s: the biases of %s; load it beside the first",
-                file.biases_target,
-                ", ".join(file.trained_biases),
-            )
-        elif file.trained_biases:
-            logger.info("diffusers refuses this file, because it holds biases; --biases apart writes them to a second")
-        if file.passed_over_by_kohya:
-            logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.passed_over_by_kohya))
+    dtype = getattr(torch, config.dtype)
+    done = export_diffusers(_model_files(config), config.output, base_uri=config.base or None, dtype=dtype)
+    logger.info("wrote %s", done.target)
+    for part, reason in done.missing.items():
+        logger.info("give %s to from_pretrained yourself: %s", part, reason)
+
+
+def _export_lora_file(config: ExportConfig) -> None:
+    import torch
+
+    from d2f_core.model.export_adapter import export_single_file_lora
+
+    model, dtype = _model_files(config), getattr(torch, config.dtype)
+    file = export_single_file_lora(model, config.output, base_uri=config.base or None, dtype=dtype, ends=config.ends)
+    logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
+    if file.ends_target:
+        logger.info("wrote %s: %s; load it beside the first", file.ends_target, ", ".join(file.ends))
+    elif file.ends:
+        logger.info("sd-scripts has no place for %s; the rest it reads", ", ".join(file.ends))
+    if file.has_biases:
+        logger.info("diffusers refuses this file, because it holds biases; --ends apart writes a second")
 
 
 def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:

@@ -19,13 +19,14 @@ class ExportConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the written weights: the UNet of `diffusers`, whose other parts stay as they are, or the LoRA of
     `single-file`. float32 is exact, the others take half the room."""
-    biases: Literal["apart", "inside"] = "apart"
-    """Of `single-file`, where the changes of trained biases go. `apart`: NAME-biases.safetensors, beside a file that
-    all programs read. `inside`: one file, which ComfyUI and Forge read whole, and diffusers refuses."""
+    ends: Literal["apart", "inside"] = "apart"
+    """Of `single-file`, where the first and the last convolution go, if they are adapted. `apart`: to a second file,
+    NAME-ends.safetensors; all programs read both. `inside`: one file, which ComfyUI and Forge read whole; diffusers
+    refuses it if their biases were trained (presets `base` and `small`)."""
 
     def __post_init__(self) -> None:
-        if self.biases != "apart" and self.layout != "single-file":
-            raise ValueError(f"biases={self.biases!r} is not used by layout={self.layout!r}. Remove it.")
+        if self.ends != "apart" and self.layout != "single-file":
+            raise ValueError(f"ends={self.ends!r} is not used by layout={self.layout!r}. Remove it.")
         if self.layout == "peft" and self.dtype != "float32":
             raise ValueError(f"dtype={self.dtype!r} is not used by layout='peft', which copies the adapter. Remove it.")
         if self.layout == "peft" and self.base:

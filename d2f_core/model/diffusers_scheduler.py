@@ -20,7 +20,6 @@ take. From that level on they agree: an Euler step is a DDIM step. `start="train
 """
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -31,7 +30,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from d2f_core.model.finite_outputs import FiniteOutputs
-from d2f_core.model.run_timesteps import RunTimesteps
+from d2f_core.model.run_timesteps import RunTimesteps, SchedulerUseError, whole_number
 from d2f_core.objective.alignment import Alignment, align
 from d2f_core.objective.path import interpolate
 from d2f_core.objective.schedule import (
@@ -42,7 +41,7 @@ from d2f_core.objective.schedule import (
     prediction_type_of,
     read_schedule,
 )
-from d2f_core.objective.solver import uniform_times
+from d2f_core.objective.solver import TIME_GRIDS
 
 SCHEDULE_FIELDS = (
     "num_train_timesteps",
@@ -59,32 +58,22 @@ BETAS = ("beta_schedule", "trained_betas")
 """Fields of which one is in the config of every scheduler that has the noise levels of a diffusion network."""
 
 
-class SchedulerUseError(ValueError):
-    """A method was called out of order, or with a timestep that is not the run's next one."""
-
-
 def _wide(x: Tensor) -> Tensor:
     """The tensor in float32, or in its own dtype if that is wider."""
     return x if x.dtype.itemsize >= 4 else x.float()
 
 
-def _whole(name: str, value: Any, advice: str) -> int:
-    """The value of an argument that counts something, as numpy's integers do too."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise SchedulerUseError(f"{name}={value!r} must be a whole number. {advice}")
-    return int(value)
-
-
 class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
     """Flow times from 0 to 1 in equal steps, moved towards noise by `shift`; one network evaluation per step.
 
-    All fields except `shift` and `start` are the base model's, with the same meaning as in its scheduler config. The
-    `prediction_type` of a rectified-flow network, which puts out noise - data, is `flow_prediction`; it is called with
-    the flow state itself at the timestep `num_train_timesteps * (1 - t)`, and the betas are not used.
+    All fields except `shift`, `start` and `time_grid` are the base model's, with the same meaning as in its scheduler
+    config. The `prediction_type` of a rectified-flow network, which puts out noise - data, is `flow_prediction`; it is
+    called with the flow state itself at the timestep `num_train_timesteps * (1 - t)`, and the betas are not used.
 
     Args:
         start: `noise` begins at flow time 0, as the models are trained; `trained` at the flow time of the noisiest
             trained level, where DDIM and other stock schedulers begin.
+        time_grid: `uniform`, or `beta` for steps that are short at both ends (quantiles of Beta(0.6, 0.6)).
 
     Raises:
         ScheduleError: a config that cannot be used, such as `epsilon` with zero terminal SNR, or one of a scheduler
@@ -106,6 +95,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         shift: float = 1.0,
         start: Literal["noise", "trained"] = "noise",
+        time_grid: Literal["uniform", "beta"] = "uniform",
     ) -> None:
         if not 0 < shift < math.inf:
             raise ScheduleError(
@@ -113,8 +103,10 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             )
         if start not in ("noise", "trained"):
             raise ScheduleError(f"start={start!r} must be 'noise' (flow time 0) or 'trained' (DDIM's start).")
+        if time_grid not in TIME_GRIDS:
+            raise ScheduleError(f"time_grid={time_grid!r} is not known. Use one of {', '.join(TIME_GRIDS)}.")
         self._schedule = read_schedule(cast(Any, self.config))
-        self._prediction_type, self._shift = prediction_type, shift
+        self._prediction_type, self._shift, self._grid = prediction_type, shift, TIME_GRIDS[time_grid]
         self._first_time = self._schedule.trained_range[0] if start == "trained" else 0.0
         self.init_noise_sigma = math.hypot(self._first_time, 1 - self._first_time)
         self._at: Alignment | None = None
@@ -169,10 +161,10 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: `num_inference_steps` is no whole number above 0.
         """
-        steps = _whole("num_inference_steps", num_inference_steps, "Use 4 to 50.")
+        steps = whole_number("num_inference_steps", num_inference_steps, "Use 4 to 50.")
         if steps < 1:
             raise SchedulerUseError(f"num_inference_steps={steps} must be at least 1. Use 4 to 50.")
-        self.flow_times = self._first_time + (1 - self._first_time) * uniform_times(steps, self._shift)
+        self.flow_times = self._first_time + (1 - self._first_time) * self._grid(steps, self._shift)
         self._at = align(self._schedule, self._prediction_type, self.flow_times[:-1])
         self.num_inference_steps = steps
         self._run = RunTimesteps.of(self._at.timestep, len(self))
@@ -190,7 +182,7 @@ class Diff2FlowScheduler(SchedulerMixin, ConfigMixin):
             raise SchedulerUseError(
                 f"begin_index={begin_index!r} was set before a run. Call set_timesteps first: it starts one."
             )
-        begin_index = _whole("begin_index", begin_index, "It counts steps of the run.")
+        begin_index = whole_number("begin_index", begin_index, "It counts steps of the run.")
         if not 0 <= begin_index < self.num_inference_steps:
             raise SchedulerUseError(
                 f"begin_index={begin_index} must lie in 0..{self.num_inference_steps - 1}, the steps of this run. "

@@ -129,7 +129,8 @@ def _write_scheduler(model: TrainedModel, target: Path) -> list[str]:
         kind, settings = SCHEDULERS[model.sampling.solver]
         scheduler = kind.from_config(config, timestep_spacing="trailing", **settings)
     else:
-        scheduler = cast(Any, Diff2FlowScheduler).from_config(config, shift=shift)
+        grid = model.sampling.time_grid
+        scheduler = cast(Any, Diff2FlowScheduler).from_config(config, shift=shift, time_grid=grid)
     target.mkdir()
     written = json.loads(scheduler.to_json_string())
     if not math.isfinite(written.get("lambda_min_clipped", 0)):  # DPM-Solver's default, which is not plain JSON

@@ -27,31 +27,32 @@ from d2f_core.model.single_file_lora import (
     SingleFileLoraError,
     kohya_metadata,
     layer_changes,
-    passed_over_by_kohya,
-    without_biases,
-    write_biases,
+    outside_blocks,
+    write_ends,
     write_single_file_lora,
 )
 from d2f_core.objective.schedule import FLOW_PREDICTION
 
-BIASES = "-biases.safetensors"
+ENDS = "-ends.safetensors"
 """End of the second file's name, in place of .safetensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleFileExport:
-    """The exported files, and the layers that some readers ignore."""
+    """The exported files."""
 
     target: str
-    biases_target: str
-    """The second file, with the changes of biases; empty when no bias was trained, or all is in the first."""
+    ends_target: str
+    """The second file, with the layers at the network's ends; empty when none of them was adapted, or all is in one
+    file."""
     keys: int
     """Tensors in the first file."""
     layers: int
-    trained_biases: tuple[str, ...]
-    """Layers whose bias was trained; sd-scripts ignores the biases."""
-    passed_over_by_kohya: tuple[str, ...]
-    """Layers that sd-scripts ignores."""
+    """Of the first file."""
+    ends: tuple[str, ...]
+    """Adapted layers at the network's ends: sd-scripts reads none of them."""
+    has_biases: bool
+    """Whether the first file holds biases, so that diffusers refuses it."""
 
 
 def _adapter(model_uri: str, directory: Path, description: Mapping[str, Any]) -> Path:
@@ -102,18 +103,18 @@ def export_single_file_lora(
     *,
     base_uri: str | None = None,
     dtype: torch.dtype = torch.float32,
-    biases: Literal["apart", "inside"] = "apart",
+    ends: Literal["apart", "inside"] = "apart",
 ) -> SingleFileExport:
     """Write a LoRA as one safetensors file for ComfyUI, Forge, sd-scripts and diffusers' `load_lora_weights`.
 
-    Fully trained layers (`modules_to_save`) become exact LoRAs of full rank. Where biases were trained too, as with the
-    presets `base` and `small`, they go to a second, small file, NAME-biases.safetensors: a LoRA to add to the first.
-    See `d2f_core.model.single_file_lora` for the layout and what each program reads.
+    Fully trained layers (`modules_to_save`) become exact LoRAs of full rank. Where the first or the last convolution is
+    adapted, as with the presets `base` and `small`, they go to a second file, NAME-ends.safetensors: a LoRA to add to
+    the first. See `d2f_core.model.single_file_lora` for the layout and what each program reads.
 
     Args:
         target: a local path or s3:// key that ends in .safetensors.
         dtype: float32 is exact; float16 halves the file.
-        biases: `inside` writes one file, which ComfyUI and Forge read whole and diffusers refuses.
+        ends: `inside` writes one file, which ComfyUI and Forge read whole, and diffusers refuses if it has biases.
 
     Raises:
         ArtifactError: the model is no LoRA artifact, was trained with the naive `flow_matching` loss on a base that is
@@ -127,27 +128,28 @@ def export_single_file_lora(
     _check_parametrisation(model_uri, description)
     model = load_for_others(model_uri, description, base_uri)
     changes = layer_changes(cast(PeftModel, PeftModel.from_pretrained(cast(Any, load_unet(model.base)), adapter)))
+    outside = outside_blocks(changes)
+    apart = outside if ends == "apart" else {}
+    first = {name: change for name, change in changes.items() if name not in apart}
     metadata = {
-        **kohya_metadata(changes),
+        **kohya_metadata(first),
         **sampling_metadata(description),
         **adapter_metadata(model.base, Path(target).stem, model.default_size),
     }
-    second, first = target.removesuffix(".safetensors") + BIASES, changes
-    if biases == "apart":
-        first = without_biases(changes)
+    second = target.removesuffix(".safetensors") + ENDS
+    storage.remove_tree(second)  # one that an earlier export left would not fit
     with tempfile.TemporaryDirectory() as temporary:
-        file, extra = Path(temporary, "lora.safetensors"), Path(temporary, "biases.safetensors")
-        keys = write_single_file_lora(file, first, metadata, dtype)
-        apart = biases == "apart" and write_biases(extra, changes, metadata, dtype) > 0
-        storage.remove_tree(second)  # one that an earlier export left would not fit
+        file = Path(temporary, "lora.safetensors")
         if apart:
-            storage.write_bytes(second, extra.read_bytes())
+            write_ends(file, apart, metadata, dtype)
+            storage.write_bytes(second, file.read_bytes())
+        keys = write_single_file_lora(file, first, metadata, dtype)
         storage.write_bytes(target, file.read_bytes())
     return SingleFileExport(
         target=target,
-        biases_target=second if apart else "",
+        ends_target=second if apart else "",
         keys=keys,
-        layers=len(changes),
-        trained_biases=tuple(name for name, change in changes.items() if change.bias is not None),
-        passed_over_by_kohya=passed_over_by_kohya(changes),
+        layers=len(first),
+        ends=tuple(outside),
+        has_biases=any(change.bias is not None for change in first.values()),
     )

@@ -113,10 +113,13 @@ def _licence(base: Path) -> dict[str, str]:
 
 
 def _solver(model: TrainedModel, scheduler: str) -> str:
-    """What the scheduler does otherwise than the model's own solver."""
-    if model.sampling.solver == "euler" or (scheduler != Diff2FlowScheduler.__name__ and not model.puts_out_velocity):
-        return ""
-    return f"Its own solver is {model.sampling.solver}; the scheduler takes Euler steps, one evaluation each."
+    """What the scheduler does otherwise than the model's own settings."""
+    own, told = scheduler == Diff2FlowScheduler.__name__, []
+    if model.sampling.solver != "euler" and (own or model.puts_out_velocity):
+        told += [f"Its own solver is {model.sampling.solver}; the scheduler takes Euler steps, one evaluation each."]
+    if model.sampling.time_grid != "uniform" and not own:
+        told += [f"Its own flow times are a {model.sampling.time_grid} grid; the scheduler's are even."]
+    return "\n".join(told)
 
 
 def _missing(parts: Mapping[str, str]) -> str:

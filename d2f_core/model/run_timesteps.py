@@ -1,12 +1,25 @@
 """The timesteps of one sampling run, and which step a pipeline means by one of them."""
 
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 TOLERANCE = 0.5
 """Largest rounding of a timestep by a pipeline that still counts as the same timestep."""
+
+
+class SchedulerUseError(ValueError):
+    """A method was called out of order, or with a timestep that is not the run's next one."""
+
+
+def whole_number(name: str, value: Any, advice: str) -> int:
+    """The value of an argument that counts something, as numpy's integers do too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise SchedulerUseError(f"{name}={value!r} must be a whole number. {advice}")
+    return int(value)
 
 
 @dataclass(frozen=True)

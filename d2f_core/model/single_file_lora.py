@@ -8,27 +8,27 @@ The layer `mid_block.attentions.0.proj_in` of a diffusers UNet has the keys
     lora_unet_mid_block_attentions_0_proj_in.diff_b             [out]: added to the bias; only where one was trained
 
 A layer that was trained whole is a LoRA of full rank: exact, with one factor the identity, and small for a UNet's first
-and last convolution. The layout has no place for a change of a bias that all programs read:
+and last convolution. Who reads what:
 
 - ComfyUI and Forge: everything, `diff_b` too.
-- diffusers (`load_lora_weights`): it refuses a file with a `diff_b`. diffusers 0.42 applies an alpha that is not the
-  file's most frequent one to convolutions, but not to attention projections. So all layers get the same alpha here, and
-  the ratio to a layer's own scale is multiplied into its `lora_up`.
+- diffusers (`load_lora_weights`): it refuses a file with a `diff_b`. 0.30 to 0.38 lose `conv_in` and `conv_out`, whose
+  names they misread, with a warning. 0.42 applies an alpha that is not the file's most frequent one to convolutions,
+  but not to attention projections. So all layers get the same alpha here, and the ratio to a layer's own scale is
+  multiplied into its `lora_up`.
 - sd-scripts: the layers inside transformer, resnet, down- and upsampling blocks. Others (`conv_in`, `conv_out`, the
   time embedding) and `diff_b` it passes over. For SDXL, whose layers it calls by other names, it translates these keys
   since May 2024.
 
-So biases are written to a second file (`write_biases`), a few kilobytes: a LoRA that changes only them, with `diff_b`
-for ComfyUI and Forge and, for diffusers from 0.33 on with PEFT from 0.14 on, a LoRA of zeros that has a bias:
+So the layers outside the blocks, the ends of a UNet, go to a second file (`write_ends`), in keys that diffusers,
+ComfyUI and Forge all read, but for the last two, which say the same and are there where a bias was trained:
 
-    lora_unet_conv_in.diff_b            [out]
-    unet.conv_in.lora_A.weight          zeros [1, in, kh, kw]
-    unet.conv_in.lora_B.weight          zeros [out, 1, 1, 1]
-    unet.conv_in.lora_B.bias            [out]
+    unet.conv_in.lora_A.weight          [rank, in, kh, kw]
+    unet.conv_in.lora_B.weight          [out, rank, 1, 1], with the layer's scale
+    unet.conv_in.lora_B.bias            [out]: for diffusers, where PEFT knows `lora_bias` (0.17 does, 0.13 does not)
+    lora_unet_conv_in.diff_b            [out]: for ComfyUI and Forge
 
-diffusers reads the keys that begin with `unet.` alone, ComfyUI both kinds and adds the zeros; it says that it does not
-know `lora_B.bias`. A `lora_B.bias` in the first file would need one in every layer, those without a bias included,
-which PEFT then refuses to merge.
+The bias could not stand in the first file: a `lora_B.bias` makes PEFT expect one in each layer of a file, and then
+refuse to merge those that have none.
 
 Sources: kohya-ss/sd-scripts networks/lora.py; ComfyUI comfy/lora.py; diffusers loaders/lora_conversion_utils.py and
 loaders/peft.py.
@@ -38,7 +38,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -159,14 +159,9 @@ def kohya_metadata(changes: Mapping[str, LayerChange]) -> dict[str, str]:
     }
 
 
-def passed_over_by_kohya(changes: Mapping[str, LayerChange]) -> tuple[str, ...]:
-    """Names of the layers that sd-scripts ignores, in SD 1.5, SD 2.1 and SDXL alike."""
-    return tuple(name for name in changes if not name.replace(".", "_").startswith(KOHYA_PARTS))
-
-
-def without_biases(changes: Mapping[str, LayerChange]) -> dict[str, LayerChange]:
-    """The same changes of weights, and none of biases."""
-    return {name: replace(change, bias=None) for name, change in changes.items()}
+def outside_blocks(changes: Mapping[str, LayerChange]) -> dict[str, LayerChange]:
+    """The layers at the ends of a UNet, which sd-scripts ignores, in SD 1.5, SD 2.1 and SDXL alike."""
+    return {name: each for name, each in changes.items() if not name.replace(".", "_").startswith(KOHYA_PARTS)}
 
 
 def write_single_file_lora(
@@ -191,25 +186,19 @@ def write_single_file_lora(
     return len(tensors)
 
 
-def write_biases(
+def write_ends(
     file: Path, changes: Mapping[str, LayerChange], metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
-) -> int:
-    """Write the changes of biases alone, by layer name with dots, and return the number of layers that have one.
-
-    Nothing is written when there is none.
-    """
+) -> None:
+    """Write the second file, of layers by name with dots."""
     tensors = dict[str, Tensor]()
     for name, change in changes.items():
-        if change.bias is None:
-            continue
-        adapter, bias = f"unet.{name}.lora_", change.bias.to(dtype).contiguous()
-        tensors[f"{PREFIX}{name.replace('.', '_')}.diff_b"] = bias
-        tensors[f"{adapter}A.weight"] = torch.zeros(1, *change.down.shape[1:], dtype=dtype)
-        tensors[f"{adapter}B.weight"] = torch.zeros(len(bias), 1, *change.up.shape[2:], dtype=dtype)
-        tensors[f"{adapter}B.bias"] = bias.clone()  # safetensors refuses two names of one memory
-    if tensors:
-        save_file(tensors, file, {"format": "pt", **metadata, "d2f_keys": str(len(tensors))})
-    return len(tensors) // 4
+        adapter = f"unet.{name}.lora_"
+        tensors[f"{adapter}A.weight"] = change.down.to(dtype).contiguous()
+        tensors[f"{adapter}B.weight"] = (change.up * (change.alpha / change.rank)).to(dtype).contiguous()
+        if change.bias is not None:
+            bias = tensors[f"{adapter}B.bias"] = change.bias.to(dtype).contiguous()
+            tensors[f"{PREFIX}{name.replace('.', '_')}.diff_b"] = bias.clone()  # safetensors refuses shared memory
+    save_file(tensors, file, {"format": "pt", **metadata, "d2f_keys": str(len(tensors))})
 
 
 def read_single_file_lora(file: Path) -> SingleFileLora:

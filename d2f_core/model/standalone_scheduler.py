@@ -33,9 +33,11 @@ from __future__ import annotations
 '''
 FOOTER = f'''
 
+# Exported models name this module, and diffusers takes the class from modules that a program has imported.
 if importlib.util.find_spec("{PROJECT}") is None:
-    # Exported models name this module, and diffusers takes the class from modules that a program has imported.
     sys.modules["{MODULES[-1]}"] = sys.modules[__name__]
+else:
+    importlib.import_module("{MODULES[-1]}")
 '''
 Definitions = Mapping[str, list[ast.stmt]]
 """Name -> its statements at a module's top level; the docstring of a constant is the second."""

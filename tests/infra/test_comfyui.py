@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from benchmarks import comfy_protocol
 from benchmarks.closed_form import corners
 from benchmarks.comfy_protocol import CONST, NODE, Diffusion, Patcher, beta_sigmas, load_node, normal, sample, simple
+from benchmarks.plain_sampler import closed_form, trained_last_level
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.alignment import align as align_here
 from d2f_core.objective.guidance import guided
+from d2f_core.objective.loss import diff2flow
 from d2f_core.objective.schedule import NoiseSchedule
 from d2f_core.objective.solver import integrate, uniform_times
 
@@ -267,3 +269,27 @@ def test_the_stand_in_for_plain_sampling_keeps_what_plain_sampling_keeps():
     assert float(plain.sigma_max) == pytest.approx(14.61, abs=0.01)
     assert normal(plain, 10)[[0, -1]].tolist() == pytest.approx([14.61, 0], abs=0.01)
     assert beta_sigmas(plain, 10)[[0, -1]].tolist() == pytest.approx([14.61, 0], abs=0.01)
+
+
+@pytest.mark.parametrize("deviation", [1.0, 8.0, 64.0])
+def test_what_plain_sampling_is_measured_on_is_what_the_loss_trains(deviation):
+    """On data and noise that have the second moments of Gaussians, any other slope of the last level has more loss."""
+    schedule = NoiseSchedule.from_scheduler_config(SD)
+    times = (torch.arange(500, dtype=torch.float64) + 0.5) / 500 * schedule.trained_range[0]
+    data = deviation * torch.tensor([1.0, 1, -1, -1], dtype=torch.float64).repeat(500)[:, None]
+    noise = torch.tensor([1.0, -1, 1, -1], dtype=torch.float64).repeat(500)[:, None]
+
+    def loss(slope: float) -> float:
+        field = VelocityField(lambda x, timestep: slope * x, schedule, "epsilon")
+        return float(diff2flow(field, data, noise, times.repeat_interleave(4)).mean())
+
+    slope = trained_last_level(schedule, deviation)
+    assert loss(slope) < min(loss(slope * 0.99), loss(slope * 1.01), loss(float(1 - schedule.trained_range[0])))
+
+
+def test_a_plain_sampler_loses_the_mean_that_the_node_keeps():
+    """The figures of docs/comfyui.md, at deviation 64 and 25 evaluations."""
+    kept = {(row["network"], row["sampler"]): row["kept"] for row in closed_form((25,)) if row["deviation"] == 64}
+    assert kept["trained", "plain"] == pytest.approx(0.239, abs=2e-3)
+    flows = [kept["trained", f"flow, shift {shift}"] for shift in (1, 3, 6)]
+    assert flows == pytest.approx([0.587, 0.725, 0.760], abs=2e-3)

@@ -19,10 +19,9 @@ from d2f_core.model.artifact import load_model
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler, SchedulerUseError
 from d2f_core.model.sampling import sample_latents
-from d2f_core.objective.guidance import guided
 from d2f_core.objective.path import interpolate
 from d2f_core.objective.schedule import ScheduleError
-from d2f_core.objective.solver import NonFiniteStateError, integrate, uniform_times
+from d2f_core.objective.solver import NonFiniteStateError
 from tests.flow.tiny_base import write_tiny_base
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -117,11 +116,11 @@ def test_a_second_run_of_the_same_pipeline_starts_anew(base):
     assert torch.equal(run(pipeline, steps=3, guidance=2.0), first)
 
 
-def test_shift_moves_the_flow_times_as_our_own_sampler_does(base):
-    field = guided(load_model(str(base)).velocity_field, 2.0, {"text_states": STATES}, {"text_states": NULL})
-    with torch.inference_mode():
-        ours, _ = integrate(field, NOISE, uniform_times(6, 3.0))
-    theirs = run(pipeline_of(base, StableDiffusionPipeline, shift=3.0), steps=6, guidance=2.0)
+@pytest.mark.parametrize("grid", ["uniform", "beta"])
+def test_shift_and_grid_place_the_flow_times_as_our_own_sampler_does(base, grid):
+    model, fields = load_model(str(base)), {"shift": 3.0, "time_grid": grid}
+    ours, _ = sample_latents(model, NOISE, STATES, NULL, solver="euler", steps=6, guidance=2.0, **fields)
+    theirs = run(pipeline_of(base, StableDiffusionPipeline, **fields), steps=6, guidance=2.0)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 
@@ -220,6 +219,7 @@ def test_an_impossible_shift_is_refused(base, shift):
         ({"rescale_betas_zero_snr": True}, "zero_snr"),
         ({"prediction_type": "velocity"}, "prediction_type='velocity'"),
         ({"start": "level"}, "start='level' must be 'noise'"),
+        ({"time_grid": "even"}, "time_grid='even' is not known. Use one of uniform, beta"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
         ({"trained_betas": [0.1, 0.2]}, "contradicts the 2 trained_betas"),
     ],

@@ -197,7 +197,7 @@ def test_an_exported_sdxl_model_samples_in_diffusers_as_here(base, tmp_path):
     assert type(pipeline) is StableDiffusionXLPipeline
     theirs = pipeline(PROMPTS, latents=noise(), num_inference_steps=3, guidance_scale=2.0, output_type="latent").images
     condition, null = sdxl.condition(PROMPTS), sdxl.condition(["", ""])
-    model = load_model(str(tmp_path / "exported"))
+    model = load_model(str(tmp_path / "exported"), base_uri=str(base))
     ours, _ = sample_latents(model, noise(), condition, null, solver="euler", steps=3, guidance=2.0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 

@@ -100,14 +100,12 @@ CONFIGS = [
 @pytest.mark.parametrize("lora", CONFIGS)
 def test_a_single_file_lora_is_read_by_us_and_by_diffusers_to_the_same_network(base, tmp_path, lora):
     artifact, file = trained(base, tmp_path / "artifact", lora), tmp_path / "one.safetensors"
-    exported = export_single_file_lora(artifact, str(file))
+    exported = export_single_file_lora(artifact, str(file), ends="inside")
     expected = output(load_model(artifact).network)
     assert (expected - output(load_unet(resolve_base(str(base))))).abs().max() > 1e-3
     with safe_open(tmp_path / "artifact/adapter/adapter_model.safetensors", framework="pt") as adapter:
         pairs = len(list(adapter.keys())) // 2
-    with safe_open(file, framework="pt") as opened:
-        keys = list(opened.keys())
-    assert exported.keys == len(keys) == 3 * pairs and exported.layers == pairs
+    assert exported.keys == len(load_file(file)) == 3 * pairs and exported.layers == pairs and not exported.has_biases
     unet = load_unet(resolve_base(str(base)))
     merge_single_file_lora(unet, read_single_file_lora(file))
     torch.testing.assert_close(output(unet), expected, rtol=0, atol=1e-5)
@@ -116,36 +114,53 @@ def test_a_single_file_lora_is_read_by_us_and_by_diffusers_to_the_same_network(b
     torch.testing.assert_close(output(theirs), expected, rtol=0, atol=1e-5)
     comfy, unknown = loaded_by_comfy(base, file)
     torch.testing.assert_close(output(comfy), expected, rtol=0, atol=1e-5)
-    assert not unknown and exported.biases_target == ""
+    assert not unknown
+
+
+@pytest.mark.parametrize("lora", CONFIGS)
+def test_adapted_ends_are_apart_for_releases_of_diffusers_that_misread_their_names(base, tmp_path, lora):
+    artifact, file = trained(base, tmp_path / "artifact", lora), tmp_path / "one.safetensors"
+    exported = export_single_file_lora(artifact, str(file))
+    names = {key.partition(".")[0] for key in load_file(file)}
+    assert all(name.startswith(("lora_unet_down_", "lora_unet_mid_", "lora_unet_up_")) for name in names)
+    both = [file, Path(exported.ends_target)] if exported.ends_target else [file]
+    assert bool(exported.ends_target) == bool(exported.ends) == (not lora.preset and lora.targets == "all")
+    expected = output(load_model(artifact).network)
+    torch.testing.assert_close(output(loaded_by_diffusers(base, *both)), expected, rtol=0, atol=1e-5)
+    comfy, unknown = loaded_by_comfy(base, *both)
+    torch.testing.assert_close(output(comfy), expected, rtol=0, atol=1e-5)
+    assert not unknown
 
 
 @pytest.mark.parametrize("preset", ["base", "small"])
-def test_with_its_second_file_a_lora_with_trained_biases_loses_nothing_in_diffusers_and_comfy(base, tmp_path, preset):
+def test_with_its_second_file_a_lora_with_trained_ends_loses_nothing_in_diffusers_and_comfy(base, tmp_path, preset):
     artifact = trained(base, tmp_path / "artifact", LoraConfig(preset=preset))
-    file, biases = tmp_path / "one.safetensors", tmp_path / "one-biases.safetensors"
+    file, ends = tmp_path / "one.safetensors", tmp_path / "one-ends.safetensors"
     expected = output(load_model(artifact).network)
     exported = export_single_file_lora(artifact, str(file))
-    assert exported.trained_biases == exported.passed_over_by_kohya == ("conv_in", "conv_out")
-    assert exported.keys == len(load_file(file)) == 3 * exported.layers and exported.biases_target == str(biases)
-    assert 0.03 < (output(loaded_by_diffusers(base, file)) - expected).abs().max() < 0.3, "the first file, alone"
-    theirs = loaded_by_diffusers(base, file, biases)
+    assert exported.ends == ("conv_in", "conv_out") and not exported.has_biases
+    assert exported.keys == len(load_file(file)) == 3 * exported.layers and exported.ends_target == str(ends)
+    theirs = loaded_by_diffusers(base, file, ends)
     torch.testing.assert_close(output(theirs), expected, rtol=0, atol=1e-5)
     theirs.fuse_lora()
     theirs.unload_lora()
     torch.testing.assert_close(output(theirs), expected, rtol=0, atol=1e-5)
-    comfy, unknown = loaded_by_comfy(base, file, biases)
+    comfy, unknown = loaded_by_comfy(base, file, ends)
     torch.testing.assert_close(output(comfy), expected, rtol=0, atol=1e-5)
     assert unknown == {"unet.conv_in.lora_B.bias", "unet.conv_out.lora_B.bias"}, "which diff_b says again"
-    assert biases.stat().st_size < 20_000
+    alone = loaded_by_diffusers(base, file)
+    assert sum("lora_A" in name for name in alone.state_dict()) == exported.layers, "the first is read whole, too"
+    assert (output(alone) - expected).abs().max() > 0.03
 
 
 @pytest.mark.parametrize("preset", ["base", "small"])
-def test_one_file_can_hold_the_biases_for_comfy(base, tmp_path, preset):
+def test_one_file_can_hold_the_ends_for_comfy(base, tmp_path, preset):
     artifact = trained(base, tmp_path / "artifact", LoraConfig(preset=preset))
     file, expected = tmp_path / "one.safetensors", output(load_model(artifact).network)
     export_single_file_lora(artifact, str(file))
-    exported = export_single_file_lora(artifact, str(file), biases="inside")
-    assert exported.keys == 3 * exported.layers + 2 and exported.biases_target == ""
+    exported = export_single_file_lora(artifact, str(file), ends="inside")
+    assert exported.ends == ("conv_in", "conv_out") and exported.has_biases
+    assert exported.keys == 3 * exported.layers + 2 and exported.ends_target == ""
     assert {path.name for path in tmp_path.glob("*.safetensors")} == {"one.safetensors"}, "an old second file is gone"
     unet = load_unet(resolve_base(str(base)))
     merge_single_file_lora(unet, read_single_file_lora(file))
@@ -181,8 +196,8 @@ def test_ranks_that_differ_by_layer_reach_diffusers_with_their_scale(base, tmp_p
 def test_a_lora_for_sdxl_is_read_by_us_and_by_diffusers_and_named_for_kohya(tmp_path):
     base, file = write_tiny_sdxl(tmp_path / "base"), tmp_path / "one.safetensors"
     artifact = trained(base, tmp_path / "artifact", LoraConfig(rank=3))
-    exported = export_single_file_lora(artifact, str(file))
-    assert exported.passed_over_by_kohya == ("conv_in", "conv_out") and exported.layers > 100
+    exported = export_single_file_lora(artifact, str(file), ends="inside")
+    assert exported.ends == ("conv_in", "conv_out") and exported.layers > 100
     named = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
@@ -284,10 +299,10 @@ def test_a_lora_of_a_rectified_flow_is_one_and_a_naive_one_on_another_base_is_re
     file = tmp_path / "one.safetensors"
     for objective in ("diff2flow", "flow_matching"):
         artifact = trained(flow, tmp_path / objective, LoraConfig(rank=2), objective)
-        export_single_file_lora(artifact, str(file))
+        exported = export_single_file_lora(artifact, str(file))
         metadata = read_single_file_lora(file).metadata
         assert (metadata["d2f_prediction_type"], metadata["modelspec.prediction_type"]) == ("flow_prediction", "sd3")
-        theirs = loaded_by_diffusers(flow, file)
+        theirs = loaded_by_diffusers(flow, file, Path(exported.ends_target))
         torch.testing.assert_close(output(theirs), output(load_model(artifact).network), rtol=0, atol=1e-5)
     naive = trained(base, tmp_path / "naive", LoraConfig(rank=2), "flow_matching")
     with pytest.raises(ArtifactError, match=r"naive flow_matching loss on a base of prediction_type='epsilon'.* ldm"):

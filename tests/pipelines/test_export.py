@@ -39,6 +39,22 @@ def test_every_recipe_writes_its_layout(model: str, tmp_path: Path, s3: StackEnv
     assert set(RECIPES) == {"diffusers", "peft", "single-file", "ldm", "transformers", "scheduler", "checkpoint"}
 
 
+def test_the_command_says_which_files_it_wrote_and_what_each_program_leaves_out(tmp_path: Path, caplog):
+    model = trained(write_tiny_base(tmp_path / "base"), tmp_path / "model", LoraConfig(preset="small"))
+    first, second = tmp_path / "lora.safetensors", tmp_path / "lora-ends.safetensors"
+    with caplog.at_level("INFO", logger="pipelines.export"):
+        main(ExportConfig(model=model, layout="single-file", output=str(first)))
+    assert load_file(first) and load_file(second)
+    said = [record.getMessage() for record in caplog.records]
+    assert f"wrote {second}: conv_in, conv_out; load it beside the first" in said
+    assert not any("sd-scripts" in line for line in said), "it reads all of the first"
+    caplog.clear()
+    with caplog.at_level("INFO", logger="pipelines.export"):
+        main(ExportConfig(model=model, layout="single-file", output=str(first), ends="inside"))
+    assert "diffusers refuses this file" in caplog.text and not second.exists()
+    assert "sd-scripts has no place for conv_in, conv_out; the rest it reads" in caplog.text
+
+
 def test_a_whole_checkpoint_is_written_for_other_programs(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     base, file = write_tiny(tmp_path / "base", "sdxl"), tmp_path / "one.safetensors"
     config = CheckpointFileExportConfig(model=str(base), output=str(file), dtype="bfloat16")
@@ -49,28 +65,13 @@ def test_a_whole_checkpoint_is_written_for_other_programs(tmp_path: Path, caplog
     assert load_file(file)["conditioner.embedders.1.model.ln_final.bias"].dtype == torch.bfloat16
 
 
-def test_the_command_says_which_files_it_wrote_and_what_each_program_leaves_out(tmp_path: Path, caplog):
-    model = trained(write_tiny_base(tmp_path / "base"), tmp_path / "model", LoraConfig(preset="small"))
-    first, second = tmp_path / "lora.safetensors", tmp_path / "lora-biases.safetensors"
-    with caplog.at_level("INFO", logger="pipelines.export"):
-        main(ExportConfig(model=model, layout="single-file", output=str(first)))
-    assert load_file(first) and load_file(second)
-    said = [record.getMessage() for record in caplog.records]
-    assert f"wrote {second}: the biases of conv_in, conv_out; load it beside the first" in said
-    assert "sd-scripts has no place for conv_in, conv_out; the rest it reads" in said
-    caplog.clear()
-    with caplog.at_level("INFO", logger="pipelines.export"):
-        main(ExportConfig(model=model, layout="single-file", output=str(first), biases="inside"))
-    assert "diffusers refuses this file" in caplog.text and not second.exists()
-
-
 def test_what_cannot_be_exported_is_refused(model: str, tmp_path: Path):
     with pytest.raises(ValueError, match="output is empty"):
         check(ExportConfig(model=model))
     with pytest.raises(ValueError, match="not used by layout='peft'"):
         ExportConfig(model=model, layout="peft", base=model)
-    with pytest.raises(ValueError, match="biases='inside' is not used by layout='diffusers'"):
-        ExportConfig(model=model, biases="inside")
+    with pytest.raises(ValueError, match="ends='inside' is not used by layout='diffusers'"):
+        ExportConfig(model=model, ends="inside")
     write_bytes(str(tmp_path / "unet/config.json"), b"{}")
     with pytest.raises(ValueError, match=r"has no diff2flow.json"):
         main(ExportConfig(model=str(tmp_path), output=str(tmp_path / "out")))

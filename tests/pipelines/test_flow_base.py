@@ -41,7 +41,9 @@ def flow_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def config(flow_base: str) -> FinetuneConfig:
-    write_latents(f"{HOME}/latents", autoencoder_fingerprint(resolve_base(flow_base)), rows=16, rows_per_file=8)
+    write_latents(
+        f"{HOME}/latents", autoencoder_fingerprint(resolve_base(flow_base)), rows=16, rows_per_file=8, captions=16
+    )
     return FinetuneConfig(
         model=ModelConfig(base=flow_base, method="lora", lora=LoraConfig(rank=2)),
         latents=f"{HOME}/latents",
@@ -109,7 +111,7 @@ def test_a_base_whose_config_lies_ends_the_training_before_its_first_step(
     base = str(lying(tmp_path / "base"))
     latents = f"{HOME}/emoji-latents"
     fingerprint = autoencoder_fingerprint(resolve_base(base))
-    write_latents(latents, fingerprint, rows=8, rows_per_file=8, shape=(4, 16, 16), pixels=64)
+    write_latents(latents, fingerprint, rows=8, rows_per_file=8, captions=8, shape=(4, 16, 16), pixels=64)
     wrong = dataclasses.replace(
         config, model=dataclasses.replace(config.model, base=base), latents=latents, output=f"{HOME}/lying"
     )

@@ -6,6 +6,7 @@ with 1 when an export opens otherwise than it should. About 3 GB of packages are
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -26,6 +27,7 @@ SECONDS = 600
 
 def main(environments: Sequence[str]) -> int:
     """Returns the exit status."""
+    torch.set_num_threads(1)  # a tiny network only waits for more
     with tempfile.TemporaryDirectory() as scratch:
         cases = make_cases(Path(scratch))
         outcomes = [outcome for name in environments for outcome in opened(name, cases, Path(scratch))]
@@ -42,9 +44,11 @@ def main(environments: Sequence[str]) -> int:
 def opened(environment: str, cases: Sequence[Case], scratch: Path) -> list[Outcome]:
     """What comes of the cases in an environment; those that import this project in a process of their own."""
     python, here = python_of(environment), [case for case in cases if environment in case.environments]
-    apart = [[case for case in here if ("package" in case.arguments) == own] for own in (False, True)]
+    alone = [case for case in here if "package" not in case.arguments]
+    apart = [alone, *([case] for case in here if "package" in case.arguments)]
     said = [line for part in apart for line in _run(environment, python, part, scratch)]
-    return [judge(environment, case, line) for case, line in zip([*apart[0], *apart[1]], said, strict=True)]
+    ordered = [case for part in apart for case in part]
+    return [judge(environment, case, line) for case, line in zip(ordered, said, strict=True)]
 
 
 def _run(environment: str, python: Path, cases: Sequence[Case], scratch: Path) -> list[dict]:
@@ -59,7 +63,10 @@ def _run(environment: str, python: Path, cases: Sequence[Case], scratch: Path) -
     (scratch / "cases.json").write_text(json.dumps(given))
     # -I: neither the current directory nor the user's own packages are importable.
     command = [str(python), "-I", str(OPENING), str(scratch / "cases.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, timeout=SECONDS, check=False)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=scratch, timeout=SECONDS, check=False, env=one_thread
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     if len(lines) != len(cases):
         raise RuntimeError(f"{environment} opened {len(lines)} of {len(cases)} exports:\n{done.stderr[-3000:]}")

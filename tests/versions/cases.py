@@ -3,6 +3,7 @@
 A layout is one function that returns cases; add it to `LAYOUTS`.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,9 @@ from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler
 from d2f_core.model.export import export_diffusers
 from d2f_core.model.export_adapter import export_peft, export_single_file_lora
 from d2f_core.model.sampling import sample_latents
+from d2f_core.model.single_file.write import write_checkpoint_file
 from d2f_core.model.single_file_lora import merge_single_file_lora, read_single_file_lora
+from d2f_core.model.standalone_scheduler import standalone_scheduler
 from d2f_core.model.text_encoder import load_text_encoder
 from d2f_core.tracking.pyfunc_files import MODEL_PART, write_pyfunc
 from tests.model.artifacts import trained
@@ -33,6 +36,17 @@ from tests.versions.environments import ENVIRONMENTS, MLFLOW
 
 PACKAGE = str(Path(__file__).parents[2])
 DIFFUSERS = tuple(name for name in ENVIRONMENTS if name != MLFLOW)
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 PROMPTS = ["a cat", "dog"]
 NO_BIAS = {"diffusers 0.30": "PEFT 0.13 has no bias in a LoRA"}
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0}
@@ -49,6 +63,8 @@ class Case:
     arguments: Mapping[str, Any]
     expected: Tensor
     """What this project computes."""
+    within: float = 1e-4
+    """Largest difference that counts as equal, as a share of the largest expected value: releases round otherwise."""
     refused: str = ""
     """Regular expression of the message, if it cannot be opened."""
     lost_in: Mapping[str, str] = field(default_factory=dict)
@@ -71,9 +87,9 @@ class Workshop:
     def path(self, name: str) -> str:
         return str(self.directory / name)
 
-    def trained(self, name: str, lora: LoraConfig | None = None) -> str:
+    def trained(self, name: str, lora: LoraConfig | None = None, objective: str = "diff2flow") -> str:
         """A new model, trained by hand."""
-        return trained(self.base, self.directory / name, lora)
+        return trained(self.base, self.directory / name, lora, objective)
 
     def answer(self, model_uri: str) -> Tensor:
         """The answer of a model's network to the inputs."""
@@ -96,6 +112,7 @@ class Workshop:
 def workshop(directory: Path) -> Workshop:
     """Write base and inputs; SD 1.5 with all parts, of 64 px images."""
     base, generator = write_tiny(directory / "base", "sd15"), torch.Generator().manual_seed(0)
+    (base / "model_index.json").write_text(json.dumps(INDEX))
     width = load_model(str(base)).network.config["cross_attention_dim"]
     inputs = {
         "x": torch.randn(2, 4, 8, 8, generator=generator),
@@ -111,20 +128,26 @@ def _pipeline(shop: Workshop) -> list[Case]:
     model, target = shop.trained("model"), shop.path("pipeline")
     export_diffusers(model, target)
     given = {**shop.shared, "path": target, "prompts": PROMPTS, "settings": SETTINGS}
-    latents, own = shop.latents(model), {"package": PACKAGE, "module": Diff2FlowScheduler.__module__}
+    file = Path(shop.path("scheduler"), "diff2flow_scheduler.py")
+    storage.write_bytes(str(file), standalone_scheduler().encode())
+    package = {"package": PACKAGE, "module": Diff2FlowScheduler.__module__}
+    one_file = {"package": str(file.parent), "module": file.stem}
+    latents, name, reader = shop.latents(model), "diffusers directory", "pipeline_directory"
     return [
-        Case(
-            name="diffusers directory: the UNet", reader="unet_directory", arguments=given, expected=shop.answer(model)
-        ),
-        Case(
-            name="diffusers directory without this project", reader="pipeline_directory", arguments=given,
-            expected=latents, refused=r"d2f_core",
-        ),
-        Case(
-            name="diffusers directory, its scheduler imported", reader="pipeline_directory",
-            arguments={**given, **own}, expected=latents,
-        ),
-    ]  # fmt: skip
+        Case(name=f"{name}: the UNet", reader="unet_directory", arguments=given, expected=shop.answer(model)),
+        Case(name=f"{name} alone", reader=reader, arguments=given, expected=latents, refused=r"d2f_core"),
+        Case(name=f"{name}, with the scheduler's file", reader=reader, arguments=given | one_file, expected=latents),
+        Case(name=f"{name}, with this package", reader=reader, arguments=given | package, expected=latents),
+    ]
+
+
+def _rectified_flow(shop: Workshop) -> list[Case]:
+    model, target = shop.trained("naive", objective="flow_matching"), shop.path("flow-pipeline")
+    export_diffusers(model, target)
+    given = {**shop.shared, "path": target, "prompts": PROMPTS, "settings": SETTINGS}
+    name, latents = "rectified flow, diffusers directory", shop.latents(model)
+    # diffusers starts at 0.9997 of the noise and rounds timesteps.
+    return [Case(name=name, reader="pipeline_directory", arguments=given, expected=latents, within=0.01)]
 
 
 def _peft(shop: Workshop) -> list[Case]:
@@ -144,11 +167,20 @@ def _lora(shop: Workshop) -> list[Case]:
         merge_single_file_lora(merged, read_single_file_lora(Path(file.target)))
         alone = shop.answer_of(merged)
         cases.append(Case(name=name, reader="lora_files", arguments=given, expected=alone))
-        if file.biases_target:
-            both = {**given, "files": [file.target, file.biases_target]}
+        if file.ends_target:
+            both = {**given, "files": [file.target, file.ends_target]}
             name, whole = f"{name}, and its second file", shop.answer(model)
             cases.append(Case(name=name, reader="lora_files", arguments=both, expected=whole, lost_in=NO_BIAS))
     return cases
+
+
+def _checkpoint(shop: Workshop) -> list[Case]:
+    model, target = shop.trained("whole"), shop.path("whole.safetensors")
+    write_checkpoint_file(model, target, dtype="float32")
+    texts = load_text_encoder(resolve_base(str(shop.base))).encode(PROMPTS)
+    expected = torch.cat([shop.answer(model).flatten(), texts.flatten()])
+    given = {**shop.shared, "path": target, "prompts": PROMPTS}
+    return [Case(name="single-file checkpoint", reader="checkpoint_file", arguments=given, expected=expected)]
 
 
 def _mlflow(shop: Workshop) -> list[Case]:
@@ -174,7 +206,9 @@ def _mlflow(shop: Workshop) -> list[Case]:
     ]  # fmt: skip
 
 
-LAYOUTS: Sequence[Callable[[Workshop], list[Case]]] = (_pipeline, _peft, _lora, _mlflow)
+LAYOUTS: Sequence[Callable[[Workshop], list[Case]]] = (
+    _pipeline, _rectified_flow, _peft, _lora, _checkpoint, _mlflow,
+)  # fmt: skip
 
 
 def make_cases(directory: Path) -> list[Case]:

@@ -55,11 +55,14 @@ def lora_files(case):
 
 
 def checkpoint_file(case):
-    """Latents that the pipeline of a single-file checkpoint makes of prompts."""
+    """The answer of a single-file checkpoint's network, and what its text encoder makes of prompts."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_single_file(case["path"], config=case["base"], local_files_only=True)
-    return _latents(pipeline, case)
+    pipeline = StableDiffusionPipeline.from_single_file(
+        case["path"], config=case["base"], local_files_only=True, safety_checker=None
+    )
+    texts, _ = pipeline.encode_prompt(case["prompts"], "cpu", 1, False)
+    return torch.cat([_answer(pipeline.unet, case).flatten(), texts.flatten()])
 
 
 def mlflow_model(case):

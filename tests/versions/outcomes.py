@@ -10,8 +10,6 @@ from typing import Any
 from tests.versions.cases import Case
 
 RESULTS = Path(__file__).parents[2] / "docs/results/versions.json"
-EQUAL = 1e-3
-"""Largest difference that counts as equal: latents reach 20, and releases round otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +19,7 @@ class Outcome:
     word: str
     """`equal`; `refused`, by a message that says what to do; `lost`, for a known reason; `differs`; `fails`."""
     said: str
-    """The largest difference of outputs, or the message."""
+    """The largest difference of outputs as a share of the largest output, or the message."""
 
     @property
     def unexpected(self) -> bool:
@@ -35,7 +33,8 @@ def judge(environment: str, case: Case, line: Mapping[str, Any]) -> Outcome:
         word = "refused" if case.refused and re.search(case.refused, error, re.DOTALL) else "fails"
         said = " ".join(error.split())[:300]
     else:
-        word, said = ("equal" if difference <= EQUAL and not case.refused else "differs"), f"{difference:.1e}"
+        share = difference / max(case.expected.float().abs().max().item(), 1e-9)
+        word, said = ("equal" if share <= case.within and not case.refused else "differs"), f"{share:.0e}"
     if environment in case.lost_in:
         word, said = ("lost" if word in ("differs", "fails") else "differs"), f"{case.lost_in[environment]} ({said})"
     return Outcome(environment=environment, case=case.name, word=word, said=said)
