@@ -94,9 +94,10 @@ class Config:
 
 
 def trainee(config: Config, objective: Objective, method: Method, seed: int) -> TextToImage:
-    """What one combination trains; `times` and `shift` of the config are diff2flow's."""
+    """What one combination trains; `times` and `shift` of the config are those of losses with uniform times."""
     flow = TimeSampling(distribution=config.times, shift=config.shift)
-    return task_for(config.base, objective, method, seed, flow if flow != TimeSampling() else None)
+    own = flow == TimeSampling() or LOSSES[objective].times != TimeSampling()
+    return task_for(config.base, objective, method, seed, None if own else flow)
 
 
 def run_baseline(config: Config, data: Data, features: Features) -> Iterator[dict[str, Any]]:
@@ -210,7 +211,7 @@ def main() -> None:
     for seed, method, objective in itertools.product(config.seeds, config.methods, config.objectives):
         which: dict[str, Any] = {"objective": objective, "method": method}
         rate = best_rate(config, data, results, common, **which) if config.tune else config.rate
-        tuning = config.tuning if not config.tune else {} if rate == 1 else {"rate": rate}
+        tuning = {"tuned": rate} if config.tune else config.tuning
         end = {"end": "clean"} if objective == "diffusion" else {}
         of = {**common, **tuning, **which, "seed": seed, **end}
         results.get(of, partial(run_one, config, data, known, features, of, rate))

@@ -51,8 +51,9 @@ def at_ten(curve: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
 
 def trained_lines(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Those to draw: at the rates that were chosen, or where none were chosen, at the usual ones."""
-    chosen = any("tuning" in line["of"] for line in lines)
-    return [line for line in lines if "curve" in line and (chosen or not set(TUNING) & set(line["of"]))]
+    chosen = any("tuned" in line["of"] for line in lines)
+    drawn = (lambda of: "tuned" in of) if chosen else (lambda of: not set(TUNING) & set(of))
+    return [line for line in lines if "curve" in line and drawn(line["of"])]
 
 
 def draw_base(steps: Any, counts: Any, base: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,9 @@ from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.flow.latents import noise_columns
 from d2f_core.model.artifact import describe, upload_artifact
 from d2f_core.model.base import BaseModel, describe_base
+from d2f_core.model.config import SamplingDefaults
 from d2f_core.model.latent_task import empty_network, joined_channels
+from d2f_core.objective.schedule import flow_shift
 from d2f_core.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, iter_tensors
 from d2f_core.train.selection import select
 from pipelines.cli import from_yaml
@@ -117,13 +119,21 @@ def write_model(
         objective=model.objective,
         naive_target=model.naive_target,
         method=model.method,
-        sampling=dataclasses.replace(config.sampling, resolution=trained_resolution(config, base, manifests[0])),
+        sampling=_sampling(config, base, manifests[0]),
         training=training,
         task=model.task,
         joined_channels=joined_channels(base, model),
     )
     upload_artifact(target, empty_network(base, model), description, iter_tensors(checkpoint, KINDS[weights]))
     return target
+
+
+def _sampling(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> SamplingDefaults:
+    """How the model is sampled: as configured, at the size that it was trained on, and on a flow base at its shift."""
+    shift = config.sampling.shift
+    if base.is_flow and shift == SamplingDefaults().shift:
+        shift = flow_shift(base.scheduler_config)
+    return dataclasses.replace(config.sampling, shift=shift, resolution=trained_resolution(config, base, manifest))
 
 
 def default_weights(config: FinetuneConfig) -> str:

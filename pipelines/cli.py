@@ -43,7 +43,7 @@ def from_yaml(kind: type[Config], text: str, *, source: str) -> Config:
     try:
         given = filled(kind, yaml.safe_load(text) or {})
         return dacite.from_dict(kind, given, dacite.Config(strict=True, cast=[tuple, float]))
-    except (dacite.DaciteError, yaml.YAMLError, AttributeError, TypeError) as error:
+    except (dacite.DaciteError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{source} is no {kind.__name__}: {' '.join(str(error).split())}. See --help for the fields."
         ) from None

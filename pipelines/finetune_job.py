@@ -109,13 +109,14 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
 
 
 def _as_begun(config: FinetuneConfig) -> FinetuneConfig:
-    """The config with the naive target of the run in its output: before that was a field, all were data_minus_noise,
-    and the command that began them goes on with them.
+    """The config with the naive target of the run in its output, if that is data_minus_noise: before the target was a
+    field, all runs were so, and the command that began one goes on with it.
     """
     place = storage.join(config.output, "config.yaml")
     if config.model.objective != "flow_matching" or not storage.exists(place):
         return config
     begun = from_yaml(FinetuneConfig, storage.read_bytes(place).decode(), source=place).model.naive_target
-    if begun != config.model.naive_target:
-        logger.warning("%s began with naive_target=%s and goes on so; for another give a new output", place, begun)
+    if begun != "data_minus_noise" or begun == config.model.naive_target:
+        return config  # another difference is refused by the checkpoints' identity
+    logger.warning("%s began with naive_target=%s and goes on so; for another give a new output", place, begun)
     return replace(config, model=replace(config.model, naive_target=begun))

@@ -116,7 +116,9 @@ def drawing_of(config: ReflowConfig, number: int, teacher: Teacher) -> GenerateC
     own defaults, because the pairs that it was trained on already include guidance."""
     place = join(config.output, f"round-{number}")
     prompts = write_captions(config, place, seed=number)
-    drawing = replace(config.generate, prompts=prompts, model=teacher.uri, output=join(place, "pairs"), emit="pairs")
+    told = "" if teacher.start else config.finetune.model.base_prediction  # a trained model says it itself
+    given = {"prompts": prompts, "model": teacher.uri, "output": join(place, "pairs"), "base_prediction": told}
+    drawing = replace(config.generate, **given, emit="pairs")
     if number > 1:
         return replace(drawing, guidance=None, solver=None)
     return drawing if drawing.solver else replace(drawing, solver=teacher.solver)

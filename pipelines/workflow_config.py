@@ -12,6 +12,7 @@ from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.model.config import PredictionName
 from d2f_core.storage import join
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.distill_config import DistillConfig
@@ -71,7 +72,12 @@ class WorkflowConfig:
     def wired_generate(self, model: str, output: str) -> GenerateConfig:
         # By default, the base would use its own size, the flow model the size of its training images.
         edge = self.generate.resolution or self.encode.resolution
-        return replace(self.generate, prompts=self.prompts_uri, model=model, output=output, resolution=edge)
+        given = {"prompts": self.prompts_uri, "model": model, "output": output, "resolution": edge}
+        return replace(self.generate, **given, base_prediction=self.prediction_of(model))
+
+    def prediction_of(self, model: str) -> PredictionName:
+        """What was said of the base, if the model is the base itself; a trained model says it itself."""
+        return self.finetune.model.base_prediction if model == self.finetune.model.base else ""
 
     def wired_sheet(self, *generations: str) -> ContactSheetConfig:
         return replace(

@@ -110,6 +110,8 @@ def generate_stage(flow: Workflow, config: WorkflowConfig, models: Mapping[str, 
     for name, (uri, digest) in models.items():
         # The key is part of the URI, so that images of another model or of other prompts are kept apart.
         inputs = {"model": digest, "prompts": json.dumps(config.prompts)}
+        if told := config.prediction_of(uri):
+            inputs["base_prediction"] = told
         keys[name] = stage_key(same_for_all, inputs)
         wired[name] = config.wired_generate(uri, join(config.output, "generations", f"{name}-{keys[name][:12]}"))
 

@@ -69,18 +69,12 @@ class DiffusionTeacher:
             raise TeacherError(
                 f"normalisation={preparation.normalisation!r} of {name!r} is not what autoencoders take. Use 'half'."
             )
-        unet = cast(Any, load_unet(base)).to(device=device, dtype=dtype).eval().requires_grad_(False)
+        unet = cast(Any, load_unet(base, probe=False)).to(device=device, dtype=dtype).eval().requires_grad_(False)
         _require_block(unet, base, reading.block)
         self._pooled = unet.config.get("addition_embed_type") is not None
         if self._pooled and not reading.micro_conditioning:
             unet.register_to_config(addition_embed_type=None)
-        schedule = base.schedule
-        if isinstance(schedule, FlowTimes):
-            raise TeacherError(
-                f"{base.uri!r} is a flow model, and timesteps of teachers are those of a diffusion model's noise. Give "
-                "the diffusion model that it was made from."
-            )
-        levels = schedule.alphas_cumprod
+        levels = noise_levels(base)
         if not reading.timesteps or not all(0 <= step < len(levels) for step in reading.timesteps):
             raise TeacherError(
                 f"timesteps={reading.timesteps} must be at least one, from 0 to {len(levels) - 1}. Mend them."
@@ -135,12 +129,24 @@ class DiffusionTeacher:
         return condition
 
 
+def noise_levels(base: BaseModel) -> Tensor:
+    """The noise levels [T] whose indices a teacher's timesteps are; raises TeacherError for a flow model."""
+    schedule = base.schedule
+    if isinstance(schedule, FlowTimes):
+        raise TeacherError(
+            f"{base.uri!r} is a flow model, and timesteps of teachers are those of a diffusion model's noise. Give the "
+            "diffusion model that it was made from."
+        )
+    return schedule.alphas_cumprod
+
+
 def described_shape(base: BaseModel, block: str, size: int) -> tuple[int, int, int]:
     """Height, width and channels of a block's output for inputs of `size` pixels, without the network's weights.
 
     Raises:
-        TeacherError: the UNet has no such block.
+        TeacherError: the UNet has no such block, or is a flow model's.
     """
+    noise_levels(base)
     unet: Any = unet_on_meta(base.path / "unet")
     _require_block(unet, base, block)
     unet.register_to_config(addition_embed_type=None)

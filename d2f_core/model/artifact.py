@@ -220,7 +220,7 @@ def _network(
 
 def _load(model: DescribedModel, directory: Path, extra: int) -> nn.Module:
     if model.method == "lora":
-        unet = load_unet(model.base)
+        unet = load_unet(model.base, probe=False)  # whoever trained on it has asked it
         return load_lora(extend_input_channels(unet, extra) if extra else unet, directory)
     _describe_whole_unet(directory)
     return UNet2DConditionModel.from_pretrained(directory, use_safetensors=True, **read_or_map(directory))

@@ -6,6 +6,7 @@ pictures under known noise, at three levels, and each reading is compared with w
 where a base's weights are loaded, and what was found is kept by the base's hash.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -26,8 +27,10 @@ from d2f_core.objective.schedule import FLOW_PREDICTION, PREDICTION_TYPES, FlowT
 
 FLOW_TIMES = (0.2, 0.4, 0.6)
 """Where both ends show in what a network puts out; further out, readings resemble each other."""
-PICTURES, LARGEST_SIDE, TOKENS = 4, 32, 77
-FITS, APART = 0.75, 0.85
+LARGEST_SIDE, PIXELS, TOKENS = 32, 2048, 77
+VERSION = 1
+"""Of the questions asked: what another version found is not read."""
+FITS, APART = 0.75, 0.9
 """A reading fits when what it leaves is below `FITS` of what it should explain, and is told from another when it leaves
 less than `APART` of what that one leaves. A network of random weights leaves everything, and nothing is told of it."""
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ class Reading:
     """How well each prediction type explains what a network puts out."""
 
     left: Mapping[str, float]
-    """Prediction type -> share of its target's variance that the network's answers leave, mean over levels; 0 is
+    """Prediction type -> share of its target's mean square that the network's answers leave, mean over levels; 0 is
     perfect, 1 is no better than 0 everywhere."""
 
     @property
@@ -129,17 +132,42 @@ def probe_network(unet: UNet2DConditionModel, schedule: Schedule, data: Tensor) 
 def _latents(base: BaseModel) -> Tensor:
     """Simple pictures as latents [pictures, channels, side, side], no larger than the network's own."""
     side = min(*base.default_size, LARGEST_SIDE * base.pixels_per_latent)
-    return load_autoencoder(base).encode(simple_pictures(PICTURES, side))[0]
+    count = min(8, PIXELS * base.pixels_per_latent**2 // side**2)
+    return load_autoencoder(base).encode(simple_pictures(count, side))[0]
 
 
 def _place(base: BaseModel) -> Path:
-    return cache_root() / "readings" / f"{base.content_hash}.json"
+    # The same weights are asked at other levels when they are read with another schedule.
+    asked = hashlib.sha256(json.dumps(dict(base.scheduler_config), sort_keys=True).encode()).hexdigest()[:8]
+    return cache_root() / "readings" / f"{base.content_hash}-{asked}-{VERSION}.json"
 
 
 def kept_reading(base: BaseModel) -> Reading | None:
     """What was found of a base on this machine, if it was probed here."""
     place = _place(base)
     return Reading(left=json.loads(place.read_text())) if place.is_file() else None
+
+
+def _way_out(base: BaseModel, found: str) -> str:
+    if isinstance(base.schedule, FlowTimes):
+        return "Its scheduler config has no noise levels of a diffusion model: give it that of the original model."
+    return (
+        f"Set prediction_type to {found!r} in its scheduler/scheduler_config.json, or say so by "
+        f"--model.base-prediction {found} (in pipelines.generate and pipelines.evaluate: --base-prediction)."
+    )
+
+
+def can_be_asked(unet: UNet2DConditionModel) -> bool:
+    """Whether the network takes what is asked here: latents and text alone, or SDXL's sizes too."""
+    config: Any = unet.config
+    plain = not any(config.get(name) for name in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"))
+    known = config["addition_embed_type"] is None or is_sdxl(config)
+    return (
+        plain
+        and known
+        and config["in_channels"] == config["out_channels"]
+        and type(config["cross_attention_dim"]) is int
+    )
 
 
 def check_reading(base: BaseModel, unet: UNet2DConditionModel) -> Reading:
@@ -163,9 +191,6 @@ def check_reading(base: BaseModel, unet: UNet2DConditionModel) -> Reading:
             f"{reading.left[found]:.2f} of that unexplained, and {reading.left[said]:.2f} of {said}."
         )
         if not base.told:
-            raise BaseModelError(
-                f"{message} Set prediction_type to {found!r} in its scheduler/scheduler_config.json, or say so by "
-                f"--model.base-prediction {found} (--base-prediction in jobs that only draw)."
-            )
+            raise BaseModelError(f"{message} {_way_out(base, found)}")
         logger.warning("%s It is read as it was told.", message)
     return reading

@@ -126,7 +126,8 @@ class SamplingDefaults:
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 is none."""
     shift: float = 1.0
-    """Flow-time shift: above 1, more steps are near noise, as large images need; not used by ddim."""
+    """Flow-time shift: above 1, more steps are near noise, as large images need; not used by ddim. 1 on a base that is
+    a flow model: the base's own."""
     resolution: int | None = None
     """Height and width of the images in pixels; None: the size of the training images, or for a base model the size its
     UNet was trained on."""

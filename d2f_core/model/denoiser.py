@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from d2f_core.file_systems import read_or_map
 from d2f_core.model.base import BaseModel, BaseModelError
-from d2f_core.model.base_probe import check_reading
+from d2f_core.model.base_probe import can_be_asked, check_reading
 from d2f_core.model.fit import diffusers_misfit, require_fit
 from d2f_core.objective.alignment import Denoiser
 
@@ -32,8 +32,13 @@ class ConditionError(ValueError):
     """A condition that the network needs is missing, or was given one that it cannot take."""
 
 
-def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> UNet2DConditionModel:
+def load_unet(
+    base: BaseModel, *, from_scratch: bool = False, seed: int = 0, probe: bool = True
+) -> UNet2DConditionModel:
     """The base model's UNet in float32; `from_scratch` keeps its config and draws new weights from `seed`.
+
+    Args:
+        probe: ask the weights what they predict, if that is not known yet (`base_probe`).
 
     Raises:
         BaseModelError: the files are missing or damaged, or the weights predict something else than the config says.
@@ -48,7 +53,7 @@ def load_unet(base: BaseModel, *, from_scratch: bool = False, seed: int = 0) -> 
     unet = UNet2DConditionModel.from_pretrained(
         directory, torch_dtype=torch.float32, use_safetensors=True, **read_or_map(directory)
     )
-    if unet.config["in_channels"] == unet.config["out_channels"]:
+    if probe and can_be_asked(unet):
         check_reading(base, unet)
     return unet
 

@@ -177,11 +177,15 @@ def test_the_loss_is_that_of_the_same_images_noises_and_times_for_each_model(
 ) -> None:
     images, rows = str(tables / "images"), np.arange(6)
     manifest = read_manifest(images)
-    whole = losses_of(str(base), images, manifest, rows, 16, batch=6)
+    whole = losses_of(str(base), images, manifest, rows, 16, batch=6, base_prediction="")
     assert whole.shape == (6,) and (whole > 0).all()
-    np.testing.assert_allclose(losses_of(str(base), images, manifest, rows, 16, batch=4), whole, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses_of(str(base), images, manifest, rows, 16, batch=4, base_prediction=""), whole, rtol=1e-5
+    )
     same = model(base, tmp_path / "same")
-    np.testing.assert_allclose(losses_of(same, images, manifest, rows, 16, batch=6), whole, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses_of(same, images, manifest, rows, 16, batch=6, base_prediction=""), whole, rtol=1e-5
+    )
 
 
 def test_losses_are_compared_where_they_can_be(base: Path, tables: Path, tmp_path: Path) -> None:

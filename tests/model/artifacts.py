@@ -18,10 +18,19 @@ TIMESTEP = torch.tensor([10.5, 700.0])
 
 
 @torch.no_grad()
-def trained(base: Path, target: Path, lora: LoraConfig | None = None, objective: str = "diff2flow", **sampling) -> str:
+def trained(
+    base: Path,
+    target: Path,
+    lora: LoraConfig | None = None,
+    objective: str = "diff2flow",
+    *,
+    probe: bool = True,
+    **sampling,
+) -> str:
     """An artifact whose trained parameters were moved at random; without `lora` all of them."""
     model = resolve_base(str(base))
-    network = load_unet(model) if lora is None else add_lora(load_unet(model), lora)
+    unet = load_unet(model, probe=probe)
+    network = unet if lora is None else add_lora(unet, lora)
     generator = torch.Generator().manual_seed(1)
     for parameter in network.parameters():
         if parameter.requires_grad:

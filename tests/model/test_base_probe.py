@@ -1,5 +1,6 @@
 """What a base predicts is told from its weights, and a base that says something else is refused."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -12,11 +13,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from d2f_core.model.artifact import ArtifactError, describe_model, load_model
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModelError, resolve_base
-from d2f_core.model.base_probe import check_reading, kept_reading, probe_network, simple_pictures
+from d2f_core.model.base_probe import can_be_asked, check_reading, kept_reading, simple_pictures
+from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import load_unet
 from d2f_core.objective.alignment import VelocityField
 from d2f_core.objective.loss import LOSSES
-from d2f_core.objective.schedule import PREDICTION_TYPES, read_schedule
+from d2f_core.objective.schedule import PREDICTION_TYPES
 from tests.flow.tiny_base import write_tiny_base
 from tests.model.artifacts import trained
 
@@ -95,7 +97,12 @@ def test_a_trained_network_is_told_for_what_it_is(bases: dict[str, Path], kind: 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @pytest.mark.parametrize("seed", range(1, 21))
 def test_twenty_networks_of_each_kind_are_told_right(tmp_path: Path, kind: str, seed: int) -> None:
-    assert probed(trained_base(tmp_path / "base", kind, seed)) == kind
+    base = trained_base(tmp_path / "base", kind, seed)
+    assert probed(base) == kind
+    reading = kept_reading(resolve_base(str(base)))
+    assert reading and [other for other in PREDICTION_TYPES if reading.contradicts(other)] == [
+        other for other in PREDICTION_TYPES if other != kind
+    ]
 
 
 def lying(base: Path, said: str, target: Path) -> Path:
@@ -113,7 +120,8 @@ def test_a_base_that_says_something_else_is_refused_and_told_what_to_set(
 ) -> None:
     for said in set(PREDICTION_TYPES) - {kind}:
         base = resolve_base(str(lying(bases[kind], said, tmp_path / said)))
-        with pytest.raises(BaseModelError, match=rf"is read as {said}, .* of {kind} does.*prediction_type to '{kind}'"):
+        way_out = "of the original model" if said == "flow_prediction" else f"prediction_type to '{kind}'"
+        with pytest.raises(BaseModelError, match=rf"is read as {said}, .* of {kind} does.*{way_out}"):
             load_unet(base)
 
 
@@ -154,14 +162,36 @@ def test_it_is_asked_once_and_what_was_found_is_kept(bases: dict[str, Path], mon
 
 def test_the_shipped_base_is_no_false_alarm() -> None:
     base = resolve_base("infra/models/emoji-sd")
-    unet = load_unet(base)
+    load_unet(base)
     reading = kept_reading(base)
     assert reading and reading.best == "epsilon" and reading.left["epsilon"] < 0.5
-    again = probe_network(unet, read_schedule({"prediction_type": "flow_prediction"}), torch.zeros(1, 4, 16, 16))
-    assert set(again.left) == set(PREDICTION_TYPES)
 
 
 def test_a_trained_model_says_itself_how_its_base_is_read(tmp_path: Path) -> None:
     model = trained(write_tiny_base(tmp_path / "base"), tmp_path / "model")
     with pytest.raises(ArtifactError, match="says itself that its base is read as epsilon"):
         load_model(model, base_prediction="v_prediction")
+
+
+def test_what_was_found_at_other_noise_levels_is_not_taken(bases: dict[str, Path]) -> None:
+    base = resolve_base(str(bases["flow_prediction"]))
+    load_unet(base)
+    told = dataclasses.replace(base, scheduler_config={**base.scheduler_config, "num_train_timesteps": 500})
+    assert kept_reading(base) and kept_reading(told) is None
+
+
+def test_who_only_reads_features_or_has_an_adapter_on_it_does_not_ask(bases: dict[str, Path], tmp_path: Path) -> None:
+    says_v = lying(bases["epsilon"], "v_prediction", tmp_path / "base")
+    load_unet(resolve_base(str(says_v)), probe=False)
+    load_model(trained(says_v, tmp_path / "model", LoraConfig(rank=2), probe=False))
+    assert kept_reading(resolve_base(str(says_v))) is None
+
+
+@pytest.mark.parametrize("field", ["class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"])
+def test_a_network_that_takes_more_than_text_is_not_asked(tmp_path: Path, field: str) -> None:
+    unet = UNet2DConditionModel.from_pretrained(write_tiny_base(tmp_path / "base") / "unet")
+    assert can_be_asked(unet)
+    unet.register_to_config(**{field: 8})
+    assert not can_be_asked(unet)
+    unet.register_to_config(**{field: None, "cross_attention_dim": (384, 384)})
+    assert not can_be_asked(unet)

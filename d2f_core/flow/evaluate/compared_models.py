@@ -13,6 +13,7 @@ from d2f_core.flow.generate.config import GenerateConfig
 from d2f_core.flow.generate.job import GenerateJob, check_generate
 from d2f_core.model.artifact import DESCRIPTION, read_description
 from d2f_core.model.base import describe_base, described_copy
+from d2f_core.model.config import PredictionName
 from d2f_core.model.sampling import DDIM, SCHEDULERS
 from d2f_core.storage import join
 from d2f_core.tracking import resolve_model
@@ -94,10 +95,15 @@ def unequal(compared: Sequence[ComparedModel]) -> list[str]:
     words.
     """
     guidance = {each.role: each.job.plan.guidance for each in compared}
+    flows = [each for each in compared if each.job.plan.solver not in SCHEDULERS]
+    times = {each.role: f"{each.job.plan.shift:g} ({each.job.plan.time_grid})" for each in flows}
+    found = []
+    if len(set(times.values())) > 1:
+        found.append(f"the shift of flow times differs: {', '.join(f'{role} {how}' for role, how in times.items())}")
     if len(set(guidance.values())) > 1:
-        return [f"guidance differs: {', '.join(f'{role} {scale:g}' for role, scale in guidance.items())}"]
+        return [*found, f"guidance differs: {', '.join(f'{role} {scale:g}' for role, scale in guidance.items())}"]
     own = {each.role: each.job.model.sampling.guidance for each in compared}
-    return [
+    return found + [
         f"the {role} draws at guidance {guidance[role]:g}, as all do; by itself it would at {scale:g}"
         for role, scale in own.items()
         if scale != guidance[role]
@@ -110,7 +116,8 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
     Raises:
         ValueError: a model, prompt file or setting cannot be used.
     """
-    solver = _solver(config, role, uri)
+    told = config.base_prediction if role == "base" or not carried(uri, "sampling") else ""
+    solver = _solver(config, role, uri, told)
     per_step = EVALUATIONS_PER_STEP.get(solver)
     if per_step is None:
         raise EvaluateError(
@@ -123,6 +130,7 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
         GenerateConfig(
             prompts=config.prompts,
             model=uri,
+            base_prediction=told,
             output=join(config.output, "generations", role),
             solver=solver,
             steps=tuple(count // per_step for count in config.evaluations),
@@ -144,15 +152,12 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
     return ComparedModel(role=role, uri=uri, job=job)
 
 
-def _solver(config: EvaluateConfig, role: str, uri: str) -> str:
-    if role != "base":
-        return config.solver or carried(uri, "sampling").get("solver") or ("euler" if _is_flow(uri) else DDIM)
-    return "euler" if _is_flow(uri) else config.base_solver
-
-
-def _is_flow(uri: str) -> bool:
-    """Whether a base model is a flow model."""
-    return describe_base(resolve_model(uri)).is_flow
+def _solver(config: EvaluateConfig, role: str, uri: str, told: PredictionName) -> str:
+    own = config.base_solver if role == "base" else config.solver or carried(uri, "sampling").get("solver")
+    if carried(uri, "sampling") or (own and role != "base"):
+        return own or DDIM
+    is_flow = describe_base(resolve_model(uri)).read_as(told).is_flow
+    return "euler" if is_flow else own or DDIM
 
 
 def carried(uri: str, part: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from d2f_core.batch.config import ActorPoolConfig
 from d2f_core.evaluation.config import GateConfig
 from d2f_core.identity import since
+from d2f_core.model.config import PredictionName
 
 AUTO = "auto"
 
@@ -92,6 +93,8 @@ class EvaluateConfig:
     base_solver: str = "ddim-clean"
     """Solver of the base model; ddim-clean ends without noise as a flow does, ddim as stock pipelines do; euler
     evaluates the base as an untrained flow model. A base that is a flow model is always sampled by Euler."""
+    base_prediction: PredictionName = since("", before="")
+    """What the base predicts, if its scheduler config says it wrongly."""
     guidance: float | None = None
     """Guidance scale of all models; None: the candidate's default, for all of them."""
     own_guidance: bool = since(False, before=False)

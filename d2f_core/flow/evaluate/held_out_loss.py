@@ -53,8 +53,9 @@ def held_out_loss(job: EvaluateJob) -> Metric:
     found: dict[str, np.ndarray] = {}
     for each in job.compared:
         edge = min(each.job.plan.height, each.job.plan.width)
+        told = each.job.plan.base_prediction
         found[each.role] = ray.get(
-            task.remote(each.uri, config.reference, job.reference, rows, edge, config.generate_batch_size)
+            task.remote(each.uri, config.reference, job.reference, rows, edge, config.generate_batch_size, told)
         )
     draws = bootstrap_counts(len(rows), config.measure.replicates, REAL_DRAWS)
     values = {
@@ -82,14 +83,16 @@ def read_images(uri: str, manifest: Manifest, rows: np.ndarray) -> list[Captione
 
 
 @torch.inference_mode()
-def losses_of(uri: str, reference: str, manifest: Manifest, rows: np.ndarray, edge: int, batch: int) -> np.ndarray:
+def losses_of(
+    uri: str, reference: str, manifest: Manifest, rows: np.ndarray, edge: int, batch: int, base_prediction: str
+) -> np.ndarray:
     """Flow loss of a model on images of a table, the mean over times, float64 [rows].
 
     Args:
         edge: height and width in pixels to which the images' centre squares are resized.
     """
     device = reserved_device()
-    model = load_model(resolve_model(uri)).to(device)
+    model = load_model(resolve_model(uri), base_prediction=base_prediction).to(device)
     autoencoder, encoder = load_autoencoder(model.base, device=device), load_text_encoder(model.base, device=device)
     times = (torch.arange(TIMES, device=device) + 0.5) / TIMES
     found = []

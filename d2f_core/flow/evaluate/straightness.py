@@ -45,7 +45,7 @@ def straightness(field: Field, noise: Tensor, times: Tensor) -> Tensor:
 def follow_paths(uri: str, plan: Plan, rows: list[dict[str, Any]], steps: int) -> np.ndarray:
     """Straightness of a model's guided paths from the noises of these prompts, float64 [prompts]."""
     device = reserved_device()
-    model = load_model(resolve_model(uri)).to(device)
+    model = load_model(resolve_model(uri), base_prediction=plan.base_prediction).to(device)
     encoder = load_text_encoder(model.base, device=device)
     found = []
     for request in plan.requests(rows)[: len(rows)]:

@@ -163,7 +163,7 @@ def read_parts(configs: Path, family: Family) -> list[Part]:
     """
     unet, vae = read_config(configs, "unet"), read_config(configs, "vae")
     with torch.device("meta"):
-        networks = cast(Any, UNet2DConditionModel).fromread_config(unet), cast(Any, AutoencoderKL).fromread_config(vae)
+        networks = cast(Any, UNet2DConditionModel).from_config(unet), cast(Any, AutoencoderKL).from_config(vae)
     shapes = [_shapes(network) for network in networks]
     return [
         Part(
