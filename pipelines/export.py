@@ -121,7 +121,12 @@ def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:
     from d2f_core.model.single_file.write import write_checkpoint_file
 
     done = write_checkpoint_file(
-        _model_files(config), config.output, base_uri=config.base or None, dtype=config.dtype, title=config.title
+        _model_files(config),
+        config.output,
+        base_uri=config.base or None,
+        base_prediction=config.base_prediction,
+        dtype=config.dtype,
+        title=config.title,
     )
     told = "a rectified flow (sd3)" if done.prediction == "sd3" else done.prediction
     logger.info("wrote %s: %s, %d tensors, %.2f GB, %s", done.target, done.family, done.keys, done.size / 1e9, told)

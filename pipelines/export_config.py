@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from d2f_core.model.config import PredictionName
 from d2f_core.train.config import Which
 
 
@@ -72,6 +73,8 @@ class CheckpointFileExportConfig:
     """Of the weights. float32 is exact; values that float16 cannot hold are refused."""
     title: str = ""
     """The model's name in programs; empty: the file's name."""
+    base_prediction: PredictionName = ""
+    """What the model predicts, if it is an unchanged base whose scheduler config says it wrongly."""
     base: str = ""
     """Present location of the base model, if it has moved; empty: as recorded in the model."""
 

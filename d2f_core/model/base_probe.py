@@ -153,7 +153,7 @@ def _way_out(base: BaseModel, found: str) -> str:
         return "Its scheduler config has no noise levels of a diffusion model: give it that of the original model."
     return (
         f"Set prediction_type to {found!r} in its scheduler/scheduler_config.json, or say so by "
-        f"--model.base-prediction {found} (in pipelines.generate and pipelines.evaluate: --base-prediction)."
+        f"--model.base-prediction {found} (--base-prediction in pipelines.generate, evaluate and export ldm)."
     )
 
 

@@ -42,7 +42,8 @@ class ModelConfig:
     """What is trained, from what, with which loss."""
 
     base: str
-    """Base model: a directory in diffusers' layout, an s3:// prefix, or a hub id."""
+    """Base model: a directory in diffusers' layout, an s3:// prefix, a hub id, or one file (.safetensors) in the
+    original layout of SD 1.5, SD 2.1 or SDXL."""
     base_prediction: PredictionName = since("", before="")
     """What the base's network predicts, if its scheduler config says it wrongly; empty: as the config says. Where the
     weights are first loaded they are probed, and a base that predicts something else is refused."""

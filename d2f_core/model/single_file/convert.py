@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,13 @@ def convert(file: Path, target: Path, configs: Path | None = None) -> None:
     logger.info("%s: %s, %s by %s", file.name, family.title, prediction.kind, prediction.told_by)
     if any(key.startswith("model_ema.") for key in keys):
         logger.warning("%s also holds averaged weights (model_ema.), which are not read", file.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        made = Path(temporary, "model")
-        _write_configs(made, family, configs, prediction, reader.metadata)
-        for part in parts:
-            _write_part(made / part.directory, part, headers, keys, reader)
-        made.rename(target)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left; each target is made by one at a time
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    _write_configs(partial, family, configs, prediction, reader.metadata)
+    for part in parts:
+        _write_part(partial / part.directory, part, headers, keys, reader)
+    partial.rename(target)
 
 
 def _check(headers: Mapping[str, TensorHeader], parts: Sequence[Part], family: Family) -> None:
@@ -139,8 +138,10 @@ def _write_configs(
 def _scheduler_config(before: dict[str, Any], prediction: Prediction, metadata: Mapping[str, str]) -> dict[str, Any]:
     """A family's scheduler config with what a file says of its own network."""
     if prediction.kind == FLOW:
-        # Stock pipelines can sample a flow model by this scheduler; FlowMatchEulerDiscreteScheduler fails in them.
+        # Stock pipelines can sample a flow model by this scheduler; FlowMatchEulerDiscreteScheduler fails in them. The
+        # family's noise levels stay, for whoever says that the network is no flow after all.
         return {
+            **{name: before[name] for name in ("beta_schedule", "beta_start", "beta_end") if name in before},
             "_class_name": "DPMSolverMultistepScheduler",
             "algorithm_type": "dpmsolver++",
             "solver_order": 1,

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from d2f_core.model.artifact import DescribedModel, describe_model, load_model
 from d2f_core.model.base import BaseModel, local_copy, resolve_base
+from d2f_core.model.base_probe import kept_reading
+from d2f_core.model.denoiser import load_unet
 from d2f_core.model.description import describe, read_description
 from d2f_core.model.fit import shard_names
 from d2f_core.model.safetensors_header import HeaderError
@@ -68,16 +70,23 @@ class Source:
     """Height and width in pixels of the model's images."""
 
 
-def open_source(model_uri: str, base_uri: str | None = None) -> Source:
+def open_source(model_uri: str, base_uri: str | None = None, base_prediction: str = "") -> Source:
     """Check a base model or a trained one, whose LoRA is merged in memory; other weights are read when asked for.
+
+    An unchanged base whose weights nobody has asked yet (`base_probe`) is loaded for that once.
+
+    Args:
+        base_prediction: what an unchanged base predicts, if its scheduler config says it wrongly.
 
     Raises:
         LayoutError: the layout, or the programs that open it, cannot hold the model; the reason and the fix.
         ArtifactError, BaseModelError: the model or its base cannot be used.
     """
     directory = local_copy(model_uri)  # first, so that the checks read this copy's contents
-    model = describe_model(model_uri, base_uri=base_uri)
-    base = resolve_base(model.base.uri)
+    model = describe_model(model_uri, base_uri=base_uri, base_prediction=base_prediction)
+    base = resolve_base(model.base.uri).read_as(base_prediction or (model.base.prediction_type if model.method else ""))
+    if not model.method and kept_reading(base) is None:
+        load_unet(base)
     description = read_description(directory) if model.method else _description_of_base(model, base)
     trained = directory if model.method == "full" else base.path
     _check_inputs(trained, 0 if model.method == "full" else description["joined_channels"])

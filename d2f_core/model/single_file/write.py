@@ -39,7 +39,13 @@ class CheckpointFile:
 
 
 def write_checkpoint_file(
-    model_uri: str, target: str, *, base_uri: str | None = None, dtype: DtypeName = "float16", title: str = ""
+    model_uri: str,
+    target: str,
+    *,
+    base_uri: str | None = None,
+    base_prediction: str = "",
+    dtype: DtypeName = "float16",
+    title: str = "",
 ) -> CheckpointFile:
     """Write a base model or a trained one, a LoRA merged, with its text encoders and autoencoder.
 
@@ -47,6 +53,7 @@ def write_checkpoint_file(
         model_uri: a model's directory, s3:// prefix, or whatever names a base model.
         target: a local path or s3:// key that ends in .safetensors; a file there is replaced when all is written.
         base_uri: the base's present location, if it has moved.
+        base_prediction: what an unchanged base predicts, if its scheduler config says it wrongly.
         dtype: of the weights.
         title: the model's name in programs; empty: the file's name.
 
@@ -57,7 +64,7 @@ def write_checkpoint_file(
     if not target.endswith(SUFFIX):
         raise LayoutError(f"target={target!r} must end in {SUFFIX}: that is how programs find checkpoints.")
     try:
-        source = open_source(model_uri, base_uri)
+        source = open_source(model_uri, base_uri, base_prediction)
         told = prediction_metadata(source.prediction, source.family, source.size, title or Path(target).stem)
         metadata = {"format": "pt", **told, **sampling_metadata(source.description)}
         with _made(target) as file:
