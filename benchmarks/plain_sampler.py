@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from benchmarks.brightness import SIZE, TARGETS, BrightnessConfig, round_trip, targets
 from benchmarks.closed_form import Mixture, gaussian
 from benchmarks.comfy_protocol import Diffusion, Patcher, load_node, normal, sample, simple, stand_in
-from benchmarks.objective_recipes import BATCH, RATES, task_for
+from benchmarks.objective_recipes import BATCH, RATES, Method, task_for
 from benchmarks.plain_training import PlainTraining
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import to_uint8
@@ -50,8 +49,10 @@ class PlainSamplerConfig:
     picture: Path
     base: str = "infra/models/emoji-sd"
     evaluations: tuple[int, ...] = (4, 10, 25)
-    steps: int = 100
-    """Training steps of emoji-sd, of 32 samples, by a LoRA on attention."""
+    method: Method = "full"
+    """What of emoji-sd is trained."""
+    steps: int = 150
+    """Training steps of emoji-sd, of 32 samples."""
     state: Path | None = None
     """File that the training is kept in, so that a stopped command goes on from it."""
     images: int = 32
@@ -112,10 +113,10 @@ def closed_form(evaluations: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 
 def trained_emoji(config: PlainSamplerConfig) -> TextToImage:
     """emoji-sd after a short training on a black and a white picture by Diff2Flow's loss."""
-    task = task_for(config.base, "diff2flow", "attention", 0)
+    task = task_for(config.base, "diff2flow", config.method, 0)
     data = targets(task)
     order = SampleOrder(num_rows=len(data.captions), seed=0, batch=BATCH)
-    settings = TrainConfig(num_steps=config.steps, learning_rate=RATES["attention"], warmup_steps=20)
+    settings = TrainConfig(num_steps=config.steps, learning_rate=RATES[config.method], warmup_steps=20)
     for look in PlainTraining(task, data.rows, order, settings, config.state).run(range(0, config.steps, 10)):
         print(json.dumps(look), flush=True)
     return task
@@ -128,7 +129,8 @@ def drawn(config: PlainSamplerConfig, task: TextToImage, sampler: str, steps: in
     keys = [f"{caption}/{number}" for number in range(config.images)]
     noise = torch.from_numpy(keyed_normal(1, keys, task.base.latent_shape(SIZE, SIZE), "judge"))
     model = task.model(task.module)
-    patcher = Patcher(model.denoiser, Diffusion(model.base.schedule, model.base.prediction_type))
+    schedule = NoiseSchedule.from_scheduler_config(model.base.scheduler_config)
+    patcher = Patcher(model.denoiser, Diffusion(schedule, model.base.prediction_type))
     if sampler == "node":
         with stand_in({}):
             node = load_node().NODE_CLASS_MAPPINGS["Diff2FlowSampling"]()
@@ -151,14 +153,22 @@ def _in_pixels(config: PlainSamplerConfig) -> Iterator[tuple[dict[str, Any], Ten
                 yield {"caption": caption, "evaluations": steps, "sampler": sampler, **found}, images
 
 
-def _picture(images: dict[tuple[str, str], Tensor], path: Path) -> None:
-    """A row per caption: on the left plain sampling, on the right the node, from the same noise."""
-    rows = []
-    for caption in TARGETS:
-        halves = [np.concatenate(list(images[sampler, caption][:PER_CAPTION].numpy()), axis=1) for sampler in SAMPLERS]
-        gap = np.full((halves[0].shape[0], 16, 3), 128, np.uint8)
-        rows.append(np.concatenate([halves[0], gap, halves[1]], axis=1))
-    Image.fromarray(np.concatenate(rows)).quantize(64).save(path, optimize=True)
+def _picture(images: dict[tuple[str, str], Tensor], steps: int, path: Path) -> None:
+    """A row per caption: on the left plain sampling, on the right the node, from the same noise, at twice the size."""
+    side, gap, head = 2 * SIZE, 8, 30
+    half = PER_CAPTION * (side + gap)
+    sheet = Image.new("RGB", (2 * half + 3 * gap, head + len(TARGETS) * (side + head)), "#b8c0c8")
+    write, large = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for column, sampler in enumerate(SAMPLERS):
+        left = gap + column * (half + gap)
+        name = "plain epsilon sampler" if sampler == "plain" else "as the flow that it is (the node)"
+        write.text((left, 6), f"{name}, {steps} evaluations", fill="black", font=large)
+        for row, caption in enumerate(TARGETS):
+            top = head + row * (side + head)
+            for number, one in enumerate(images[sampler, caption][:PER_CAPTION].numpy()):
+                sheet.paste(Image.fromarray(one).resize((side, side)), (left + number * (side + gap), top))
+            write.text((left, top + side + 5), f'"{caption}"', fill="black", font=large)
+    sheet.quantize(128).save(path, optimize=True)
 
 
 def main() -> None:
@@ -174,7 +184,7 @@ def main() -> None:
     found = {"closed_form": closed, "autoencoder": limits, "pixels": pixels}
     text = json.dumps(found).replace('{"deviation', '\n{"deviation').replace('{"caption', '\n{"caption')
     config.results.write_text(text + "\n")
-    _picture(last, config.picture)
+    _picture(last, max(config.evaluations), config.picture)
 
 
 if __name__ == "__main__":
