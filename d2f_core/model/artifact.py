@@ -10,7 +10,7 @@ nothing in an artifact can run code, and `artifact_files.check_files` refuses a 
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +49,7 @@ from d2f_core.model.fit import diffusers_misfit
 from d2f_core.model.lora import describe_lora, load_lora
 from d2f_core.model.model_files import ModelFiles
 from d2f_core.model.trained_model import DescribedModel, TrainedModel
-from d2f_core.objective.schedule import flow_shift
+from d2f_core.objective.schedule import flow_shift, prediction_type_of, read_schedule
 from d2f_core.retry import one_line
 
 __all__ = [
@@ -85,7 +85,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def load_model(uri: str, *, base_uri: str | None = None, base_prediction: str = "") -> TrainedModel:
     """Load a base model (sampled by DDIM, a flow model by Euler) or a trained artifact, by local directory or s3://
-    prefix.
+    prefix. An exported diffusers directory needs no base: autoencoder and text encoder are its own.
 
     Args:
         base_uri: the base's present location, if it has moved; its hash must equal that of the base trained on.
@@ -133,7 +133,11 @@ def _described(
             f"base_prediction={base_prediction!r} is for unchanged bases. Leave it out."
         )
     _check_weights(uri, files, description)
-    base = _fitting_base(uri, find_base(base_uri or description["base"]["uri"]), description)
+    if base_uri or not _is_export(description):
+        base = find_base(base_uri or description["base"]["uri"])
+    else:
+        base = _copied_base(find_base(uri), description)
+    base = _fitting_base(uri, base, description)
     described = DescribedModel(
         base=base,
         objective=description["objective"],
@@ -144,6 +148,25 @@ def _described(
         own_hash=files.hash(),
     )
     return described, description
+
+
+def _is_export(description: Mapping[str, Any]) -> bool:
+    """Whether a described model is an exported diffusers directory, which holds its base's other parts."""
+    return description["method"] == "full" and description.get("diffusers") is not None
+
+
+def _copied_base(export: BaseModel, description: Mapping[str, Any]) -> BaseModel:
+    """The base whose parts an export holds, with the schedule that the description says: in scheduler/ is the one that
+    samples the export. The description tells no hashes of the copied parts, so these are taken as they are.
+    """
+    schedule = description["schedule"]
+    read_schedule(schedule)  # an unusable one is refused here, not while sampling
+    return replace(
+        export,
+        scheduler_config=schedule,
+        prediction_type=prediction_type_of(schedule),
+        original_hash=description["base"]["sha256"],
+    )
 
 
 def _base_as_model(base: BaseModel) -> DescribedModel:

@@ -50,6 +50,8 @@ class BaseModel:
     scheduler_config: Mapping[str, Any]
     told: bool = False
     """Whether somebody said what it predicts, besides the scheduler config."""
+    original_hash: str = ""
+    """Content hash of the base whose parts were copied here, if this is an export; empty: that of the files."""
 
     def read_as(self, prediction_type: str) -> "BaseModel":
         """The base with the prediction type that the user, or a model trained on it, says; itself if that is empty.
@@ -79,12 +81,13 @@ class BaseModel:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 over names and contents of the model's configs and safetensors, which are read when it is asked for.
+        """sha256 over names and contents of the model's configs and safetensors, which are read when it is asked for;
+        of an export, that of its base.
 
         Raises:
             UnreachableError: S3, where the files of a described base lie, stays away.
         """
-        return self.files.hash(*PARTS, *SDXL_PARTS)
+        return self.original_hash or self.files.hash(*PARTS, *SDXL_PARTS)
 
     @property
     def schedule(self) -> Schedule:

@@ -6,8 +6,8 @@
 | `export_peft`             | `PeftModel.from_pretrained`              | the adapter   | diff2flow.json              |
 | `export_single_file_lora` | ComfyUI, sd-scripts, `load_lora_weights` | the adapter   | the file's metadata         |
 
-An exported diffusers directory is still an artifact that `load_model` reads. Nothing exported can run code:
-safetensors, JSON and vocabularies only.
+An exported diffusers directory is still an artifact that `load_model` reads, without the base. Nothing exported can run
+code: safetensors, JSON and vocabularies only.
 """
 
 import json
@@ -35,6 +35,8 @@ from d2f_core.objective.schedule import FLOW_PREDICTION
 
 SCHEDULER_MODULE = Diff2FlowScheduler.__module__
 SCHEDULER_CONFIG = Diff2FlowScheduler.config_name
+MARKS = (f"scheduler/{SCHEDULER_CONFIG}", MODEL_INDEX)
+"""Files without which neither this project nor diffusers opens a directory."""
 EULER = {
     "prediction_type": FLOW_PREDICTION,
     "use_flow_sigmas": True,
@@ -152,8 +154,8 @@ def export_diffusers(
 
     Args:
         model_uri: the artifact, a local directory or s3:// prefix.
-        target: a local directory or s3:// prefix. The parts that are written are emptied first, and model_index.json is
-            written last.
+        target: a local directory or s3:// prefix. The parts that are written are emptied first. Until the last files
+            are written, neither diffusers nor `load_model` without a base opens it.
         base_uri: the base's present location, if it has moved.
         dtype: of the UNet's weights; the other parts are copied as they are.
 
@@ -183,8 +185,13 @@ def export_diffusers(
 
 def _replace(directory: Path, target: str) -> None:
     """Put the export in place of what an earlier one left: its shards, indices and variants would be loaded instead."""
-    for name in (MODEL_INDEX, DESCRIPTION):  # without these, a half-replaced directory is not loaded
+    for name in (*MARKS, DESCRIPTION):  # first, so that a half-replaced directory is not loaded
         storage.remove_tree(storage.join(target, name))
     for part in sorted(path.name for path in directory.iterdir() if path.is_dir()):
         storage.remove_tree(storage.join(target, part))
-    storage.upload_tree(directory, target, last=MODEL_INDEX)
+    marks = {name: (directory / name).read_bytes() for name in MARKS}
+    for name in MARKS:
+        (directory / name).unlink()
+    storage.upload_tree(directory, target)
+    for name, content in marks.items():
+        storage.write_bytes(storage.join(target, name), content)

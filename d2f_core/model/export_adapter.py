@@ -7,6 +7,7 @@
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 
 from d2f_core import storage
 from d2f_core.model.adapter_metadata import adapter_metadata
@@ -34,6 +36,9 @@ from d2f_core.model.single_file_lora import (
 )
 from d2f_core.objective.schedule import FLOW_PREDICTION
 
+logger = logging.getLogger(__name__)
+
+BASE_SHA256 = "d2f_base_sha256"
 ENDS = "-ends.safetensors"
 """End of the second file's name, in place of .safetensors."""
 
@@ -120,7 +125,8 @@ def export_single_file_lora(
     Raises:
         ArtifactError: the model is no LoRA artifact, was trained with the naive `flow_matching` loss on a base that is
             no rectified flow, or needs joined latents.
-        SingleFileLoraError: the layout cannot hold the adapter, or `target` has another ending.
+        SingleFileLoraError: the layout cannot hold the adapter, `target` has another ending, or a foreign file is where
+            the second would be.
     """
     if not target.endswith(".safetensors"):
         raise SingleFileLoraError(f"target={target!r} must end in .safetensors: that is how tools find LoRA files.")
@@ -158,7 +164,7 @@ def _write_files(
     dtype: torch.dtype,
 ) -> int:
     """Write the file, and the second if there is something for it; returns the number of keys of the first."""
-    storage.remove_tree(second)  # one that an earlier export left would not fit
+    _clear_second(second, wanted=bool(apart))
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary, "lora.safetensors")
         if apart:
@@ -167,3 +173,33 @@ def _write_files(
         keys = write_single_file_lora(file, first, metadata, dtype)
         storage.write_bytes(target, file.read_bytes())
     return keys
+
+
+def _clear_second(second: str, *, wanted: bool) -> None:
+    """Delete the second file of an earlier export, which would not fit; anything else there is not ours to delete.
+
+    Raises:
+        SingleFileLoraError: something else is there, and the place is wanted.
+    """
+    taken = storage.file_exists if storage.is_s3(second) else storage.exists  # on S3, a prefix is in no file's way
+    if _is_exported(second):
+        storage.remove_tree(second)
+    elif taken(second):
+        if wanted:
+            raise SingleFileLoraError(
+                f"{second!r}, where the second file goes, is not one that this project exported. Move it, or give "
+                "another target."
+            )
+        logger.info("left %s as it is: this project did not export it", second)
+
+
+def _is_exported(uri: str) -> bool:
+    """Whether there is a safetensors file that says the hash of the base that it belongs to."""
+    if not storage.file_exists(uri):
+        return False
+    with storage.local_file(uri) as file:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return BASE_SHA256 in (opened.metadata() or {})
+        except SafetensorError:
+            return False

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors import safe_open
 
 from d2f_core import storage
-from d2f_core.model.artifact import ArtifactError, describe, load_model, save_artifact
+from d2f_core.model.artifact import ArtifactError, describe, describe_model, load_model, save_artifact
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig, SamplingDefaults
 from d2f_core.model.denoiser import extend_input_channels, load_unet
@@ -163,8 +163,11 @@ def test_artifacts_are_exported_from_s3_to_s3(complete_base, tmp_path, s3):
     export_diffusers("s3://d2f/test-export/artifact", "s3://d2f/test-export/exported")
     storage.download_tree("s3://d2f/test-export/exported", tmp_path / "exported")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
-    expected = output(load_model(str(tmp_path / "artifact")).network)
+    model = load_model(str(tmp_path / "artifact"))
+    expected = output(model.network)
     torch.testing.assert_close(output(pipeline.unet), expected, rtol=0, atol=1e-5)
+    described = describe_model("s3://d2f/test-export/exported")
+    assert described.base.uri == "s3://d2f/test-export/exported" and described.sampling == model.sampling
     export_single_file_lora("s3://d2f/test-export/artifact", "s3://d2f/test-export/one.safetensors")
     (tmp_path / "one.safetensors").write_bytes(storage.read_bytes("s3://d2f/test-export/one.safetensors"))
     assert read_single_file_lora(tmp_path / "one.safetensors").layers

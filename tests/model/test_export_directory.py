@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPTextModel
 
 from d2f_core import storage
-from d2f_core.model.artifact import ArtifactError, load_model
-from d2f_core.model.base import resolve_base
+from d2f_core.flow.generate.sampler import ImageSampler, fill_request
+from d2f_core.model.artifact import ArtifactError, TrainedModel, describe_model, load_model
+from d2f_core.model.base import BaseModelError, resolve_base
+from d2f_core.model.config import LoraConfig
 from d2f_core.model.denoiser import load_unet
 from d2f_core.model.export import export_diffusers
 from tests.flow.tiny_base import write_tiny_base
@@ -61,6 +64,60 @@ def test_nothing_of_an_older_export_is_loaded(base: Path, artifact: str, tmp_pat
         "diffusion_pytorch_model.safetensors",
     ]
     assert not (found / "scheduler/old.json").exists() and (found / "notes.txt").read_text() == "mine"
+
+
+def opens(directory: Path) -> bool:
+    try:
+        return bool(load_model(str(directory)))
+    except (ArtifactError, BaseModelError):
+        return False
+
+
+def test_a_half_replaced_directory_is_opened_neither_as_a_model_nor_as_a_base(base, artifact, tmp_path, monkeypatch):
+    export_diffusers(artifact, str(tmp_path / "out"))
+    changed, found = trained(base, tmp_path / "changed", LoraConfig(rank=2)), []
+
+    def watched(function):
+        def run(*args, **more):
+            function(*args, **more)
+            found.append((opens(tmp_path / "out"), (tmp_path / "out/model_index.json").exists()))
+
+        return run
+
+    for name in ("remove_tree", "upload_tree", "write_bytes"):
+        monkeypatch.setattr(storage, name, watched(getattr(storage, name)))
+    export_diffusers(changed, str(tmp_path / "out"))
+    assert len(found) > 6 and not any(opened for opened, _ in found[:-2])
+    assert found[0] == (False, True), "diffusers misses the scheduler that model_index.json names"
+    assert found[1:] == [(False, False)] * (len(found) - 3) + [(True, False), (True, True)]
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("objective", ["diff2flow", "flow_matching"])
+def test_an_export_is_a_model_without_its_base(tmp_path: Path, objective: str, lora: LoraConfig | None) -> None:
+    base = write_complete_base(tmp_path / "base")
+    artifact = trained(base, tmp_path / "artifact", lora, objective)
+    export_diffusers(artifact, str(tmp_path / "exported"))
+    before, given = load_model(artifact), load_model(str(tmp_path / "exported"), base_uri=str(base))
+    made, digest = [image_of(before), image_of(given)], before.base.content_hash
+    base.rename(tmp_path / "elsewhere")
+    described, model = describe_model(str(tmp_path / "exported")), load_model(str(tmp_path / "exported"))
+    np.testing.assert_allclose(image_of(model), made[0], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(image_of(model), made[1])
+    assert model.base.content_hash == described.base.content_hash == digest
+    assert model.base.scheduler_config == described.base.scheduler_config == given.base.scheduler_config
+    assert model.prediction_type == "epsilon" and model.base.path == tmp_path / "exported"
+    damaged = tmp_path / "exported/unet/diffusion_pytorch_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    with pytest.raises(ArtifactError, match=r"diffusion_pytorch_model.safetensors' has sha256"):
+        load_model(str(tmp_path / "exported"))
+
+
+def image_of(model: TrainedModel) -> np.ndarray:
+    """Latents of an image from a prompt."""
+    (made,) = ImageSampler(model).sample([fill_request(model, prompt="a cat", steps=3, guidance=2.0)])
+    assert made.latent is not None
+    return made.latent
 
 
 def test_an_export_over_what_it_reads_is_refused_before_anything_is_deleted(base: Path, tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
 """A single-file LoRA is the same network for us and for diffusers, whatever ranks and layers were trained."""
 
-import json
-import shutil
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -19,9 +16,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from d2f_core.model.adapter_metadata import family
+from d2f_core import storage
 from d2f_core.model.artifact import ArtifactError, load_model
 from d2f_core.model.base import resolve_base
 from d2f_core.model.config import LoraConfig
@@ -38,55 +34,13 @@ from d2f_core.model.single_file_lora import (
 from tests.flow.tiny_base import write_tiny_base
 from tests.model.architectures import tiny_condition, tiny_inputs
 from tests.model.artifacts import output, trained
+from tests.model.lora_readers import loaded_by_comfy, loaded_by_diffusers
 from tests.model.tiny_sdxl import write_tiny_sdxl
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-def loaded_by_diffusers(base: Path, *files: Path) -> UNet2DConditionModel:
-    """The UNet of a stock pipeline that loaded each file as an adapter, all of them active."""
-    pipeline = StableDiffusionPipeline(
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=load_unet(resolve_base(str(base))),
-        scheduler=EulerDiscreteScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    for file in files:
-        pipeline.load_lora_weights(str(file), adapter_name=file.stem)
-    pipeline.set_adapters([file.stem for file in files])
-    return pipeline.unet
-
-
-@torch.no_grad()
-def loaded_by_comfy(base: Path, *files: Path) -> tuple[UNet2DConditionModel, set[str]]:
-    """The UNet with what ComfyUI adds for each file, and the keys of which it says that they were not loaded.
-
-    It knows a diffusers layer as `lora_unet_` with underscores, and as `unet.` with dots, where attention projections
-    have `.processor` in their names. Of each it reads down, up and alpha, or A and B, and the change of a bias.
-    """
-    unet, unknown = load_unet(resolve_base(str(base))), set[str]()
-    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    for file in files:
-        tensors = load_file(file)
-        for name, layer in layers.items():
-            for key in (f"lora_unet_{name.replace('.', '_')}", f"unet.{name.replace('.to_', '.processor.to_')}"):
-                alpha, bias = tensors.pop(f"{key}.alpha", None), tensors.pop(f"{key}.diff_b", None)
-                for up, down in (("lora_up", "lora_down"), ("lora_B", "lora_A")):
-                    if (second := tensors.pop(f"{key}.{up}.weight", None)) is not None:
-                        first = tensors.pop(f"{key}.{down}.weight")
-                        scale = 1.0 if alpha is None else alpha / len(first)
-                        layer.weight += scale * (second.flatten(1) @ first.flatten(1)).reshape(layer.weight.shape)
-                if bias is not None:
-                    cast(Tensor, layer.bias).add_(bias)
-        unknown |= tensors.keys()
-    return unet, unknown
 
 
 CONFIGS = [
@@ -224,35 +178,6 @@ def test_a_lora_for_sdxl_is_read_by_us_and_by_diffusers_and_named_for_kohya(tmp_
     torch.testing.assert_close(answer(theirs.unet), expected, rtol=0, atol=1e-5)
 
 
-KINDS = [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "x0"), ("flow_prediction", "sd3")]
-
-
-@pytest.mark.parametrize(("kind", "named"), KINDS)
-def test_the_metadata_say_what_the_network_predicts(base, tmp_path, kind, named):
-    shutil.copytree(base, tmp_path / "base")
-    scheduler = tmp_path / "base/scheduler/scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": kind}))
-    artifact = trained(tmp_path / "base", tmp_path / "artifact", LoraConfig(rank=2))
-    export_single_file_lora(artifact, str(tmp_path / "one.safetensors"))
-    metadata = read_single_file_lora(tmp_path / "one.safetensors").metadata
-    assert (metadata["d2f_prediction_type"], metadata["modelspec.prediction_type"]) == (kind, named)
-    assert "ss_base_model_version" not in metadata, "no family has text states of this width"
-
-
-FAMILIES = [
-    ({"cross_attention_dim": 768}, False, "sd_v1", "False", "stable-diffusion-v1/lora"),
-    ({"cross_attention_dim": 768}, True, "sd_v1_v", "False", "stable-diffusion-v1/lora"),
-    ({"cross_attention_dim": 1024}, False, "sd_v2", "True", "stable-diffusion-v2-512/lora"),
-    ({"cross_attention_dim": 1024}, True, "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
-]
-
-
-@pytest.mark.parametrize(("unet", "v", "version", "second", "architecture"), FAMILIES)
-def test_the_metadata_name_the_family_of_the_base_as_kohya_does(unet, v, version, second, architecture):
-    named = {"ss_base_model_version": version, "ss_v2": second, "modelspec.architecture": architecture}
-    assert family(unet, v=v) == named
-
-
 @pytest.mark.parametrize("linear", [False, True])
 def test_every_layer_of_stable_diffusion_has_a_key_that_diffusers_finds_again(tmp_path, linear):
     """SD 1.5, whose transformers project by convolutions, and SD 2.1, which projects by linear layers."""
@@ -264,35 +189,6 @@ def test_every_layer_of_stable_diffusion_has_a_key_that_diffusers_finds_again(tm
     state, _ = StableDiffusionPipeline.lora_state_dict(str(tmp_path / "one.safetensors"))
     found = {name.removeprefix("unet.") for name in convert_unet_state_dict_to_peft(state)}
     assert found == {f"{name}.lora_{side}.weight" for name in names for side in "AB"}
-
-
-def test_a_single_file_carries_how_to_sample_it_and_what_it_was_made_for(base, tmp_path):
-    artifact = trained(base, tmp_path / "artifact", LoraConfig(rank=4, alpha=2.0), steps=12, guidance=4.5)
-    export_single_file_lora(artifact, str(tmp_path / "style.safetensors"), dtype=torch.float16)
-    lora = read_single_file_lora(tmp_path / "style.safetensors")
-    assert (
-        lora.metadata.items()
-        >= {
-            "d2f_prediction_type": "epsilon",
-            "d2f_sampler": "euler in flow time",
-            "d2f_steps": "12",
-            "d2f_guidance": "4.5",
-            "d2f_shift": "1.0",
-            "d2f_base_sha256": resolve_base(str(base)).content_hash,
-            "d2f_keys": str(3 * len(lora.layers)),
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": "4",
-            "ss_network_alpha": "2",
-            "ss_network_args": '{"conv_dim": "4", "conv_alpha": "2"}',
-            "ss_output_name": "style",
-            "modelspec.title": "style",
-            "modelspec.resolution": "16x16",
-            "d2f_time_grid": "uniform",
-        }.items()
-    )
-    assert json.loads(lora.metadata["d2f_schedule"])["beta_schedule"] == "scaled_linear"
-    assert {change.up.dtype for change in lora.layers.values()} == {torch.float16}
-    assert lora.layers["down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"].alpha == 2.0
 
 
 def test_a_lora_of_a_rectified_flow_is_one_and_a_naive_one_on_another_base_is_refused(base, tmp_path):
@@ -309,6 +205,32 @@ def test_a_lora_of_a_rectified_flow_is_one_and_a_naive_one_on_another_base_is_re
     naive = trained(base, tmp_path / "naive", LoraConfig(rank=2), "flow_matching")
     with pytest.raises(ArtifactError, match=r"naive flow_matching loss on a base of prediction_type='epsilon'.* ldm"):
         export_single_file_lora(naive, str(file))
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_beside_the_target_only_a_file_of_an_earlier_export_is_deleted(base, tmp_path, place, s3):
+    del s3
+    root = str(tmp_path) if place == "local" else "s3://d2f/test-beside"
+    inner = trained(base, tmp_path / "inner", LoraConfig(preset="attention"))
+    whole = trained(base, tmp_path / "whole", LoraConfig(preset="small"))
+    target, second = f"{root}/one.safetensors", f"{root}/one-ends.safetensors"
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors", {"ss_network_dim": "4"})
+    for foreign in ((tmp_path / "foreign.safetensors").read_bytes(), b"no safetensors"):
+        storage.write_bytes(second, foreign)
+        export_single_file_lora(inner, target)
+        before = storage.read_bytes(target)
+        with pytest.raises(SingleFileLoraError, match=r"is not one that this project exported\. Move it"):
+            export_single_file_lora(whole, target)
+        assert (storage.read_bytes(second), storage.read_bytes(target)) == (foreign, before)
+    storage.remove_tree(second)
+    for model, both in ((whole, True), (whole, True), (inner, False)):
+        assert bool(export_single_file_lora(model, target).ends_target) == storage.exists(second) == both
+    if place == "local":
+        storage.write_bytes(f"{second}/mine.txt", b"mine")
+        export_single_file_lora(inner, target)
+        with pytest.raises(SingleFileLoraError, match="Move it"):
+            export_single_file_lora(whole, target)
+        assert storage.read_bytes(f"{second}/mine.txt") == b"mine"
 
 
 def test_a_file_that_lost_a_key_or_fits_no_layer_is_refused(base, tmp_path):

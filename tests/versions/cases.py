@@ -48,9 +48,25 @@ INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 PROMPTS = ["a cat", "dog"]
-NO_BIAS = {"diffusers 0.30": "knows no bias in a LoRA"}
-NO_FLOW = {"diffusers 0.30": "its DPM-Solver knows no flow_prediction"}
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unread:
+    """Why an environment does not read an export."""
+
+    reason: str
+    error: str
+    """Regular expression of the message by which it says so."""
+
+
+NO_BIAS = {"diffusers 0.30": Unread(reason="knows no bias in a LoRA", error="^IndexError: tuple index out of range")}
+NO_FLOW = {
+    "diffusers 0.30": Unread(
+        reason="its DPM-Solver knows no flow_prediction",
+        error="prediction_type given as flow_prediction must be one of",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +84,8 @@ class Case:
     """Largest difference that counts as equal, as a share of the largest expected value: releases round otherwise."""
     refused: str = ""
     """Regular expression of the message, if it cannot be opened."""
-    unread_in: Mapping[str, str] = field(default_factory=dict)
-    """Environment -> why it does not read it, or not all of it."""
+    unread_in: Mapping[str, Unread] = field(default_factory=dict)
+    """By environment."""
     environments: Sequence[str] = DIFFUSERS
 
 

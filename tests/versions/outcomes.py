@@ -17,7 +17,7 @@ class Outcome:
     environment: str
     case: str
     word: str
-    """`equal`; `refused`, as should be; `unread`, or not wholly, for a known reason; `differs`; `fails`."""
+    """`equal`; `refused`, as should be; `unread`, for a known reason; `differs`; `fails`."""
     said: str
     """The largest difference of outputs as a share of the largest output, or the message."""
 
@@ -28,18 +28,16 @@ class Outcome:
 
 def judge(environment: str, case: Case, line: Mapping[str, Any]) -> Outcome:
     """Compare what `opening.py` printed of a case with what should come of it."""
-    error, difference = line.get("error"), line.get("difference")
+    error, difference, unread = line.get("error"), line.get("difference"), case.unread_in.get(environment)
+    wanted, expected = (unread.error, "unread") if unread else (case.refused, "refused")
     if error is not None:
-        word = "refused" if case.refused and re.search(case.refused, error, re.DOTALL) else "fails"
+        word = expected if wanted and re.search(wanted, error, re.DOTALL) else "fails"
         said = " ".join(error.split())[:300]
     else:
         share = difference / max(case.expected.float().abs().max().item(), 1e-9)
-        word, said = ("equal" if share <= case.within and not case.refused else "differs"), f"{share:.0e}"
-    if environment in case.unread_in:
-        word, said = (
-            ("unread" if word in ("differs", "fails") else "differs"),
-            f"{case.unread_in[environment]} ({said})",
-        )
+        word, said = ("equal" if share <= case.within and not wanted else "differs"), f"{share:.0e}"
+    if unread:
+        said = f"{unread.reason} ({said})"
     return Outcome(environment=environment, case=case.name, word=word, said=said)
 
 

@@ -8,7 +8,7 @@ import io
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -125,13 +125,9 @@ def fill_request(
         prompt=prompt,
         negative_prompt=negative_prompt,
         seed=seed,
-        solver=choice.solver,
-        steps=choice.steps,
-        guidance=choice.guidance,
-        shift=choice.shift,
-        time_grid=choice.time_grid,
         height=height,
         width=width,
+        **asdict(choice),
     )
 
 
