@@ -121,7 +121,7 @@ def weights_hashes(directory: Path, method: str, sha256: Callable[[Path], str] =
 def write_description(directory: Path, description: Mapping[str, Any]) -> None:
     """Write `diff2flow.json`, with the hashes of the weights, which must already be in the directory."""
     complete = {**description, "weights_sha256": weights_hashes(directory, description["method"])}
-    if complete["format_version"] == 1:
+    if complete.get("format_version") == 1:
         complete.pop("naive_target", None)  # releases that read format 1 alone do not know it
     (directory / DESCRIPTION).write_text(json.dumps(complete, indent=2, sort_keys=True) + "\n")
 
