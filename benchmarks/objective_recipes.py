@@ -1,6 +1,7 @@
 """The losses that `benchmarks.objectives` compares, by name, and what trains and samples each."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -61,5 +62,7 @@ def task_for(base: str, objective: str, method: Method, seed: int, times: TimeSa
     return TextToImage(resolve_base(base), chosen, seed=seed, dtype=torch.float32, device="cpu")
 
 
-def training_of(task: TextToImage, rows: Any, order: SampleOrder, steps: int, rate: float) -> PlainTraining:
-    return PlainTraining(task, rows, order, TrainConfig(num_steps=steps, learning_rate=rate, warmup_steps=20))
+def training_of(
+    task: TextToImage, rows: Any, order: SampleOrder, steps: int, rate: float, state: Path | None = None
+) -> PlainTraining:
+    return PlainTraining(task, rows, order, TrainConfig(num_steps=steps, learning_rate=rate, warmup_steps=20), state)

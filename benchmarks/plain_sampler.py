@@ -23,8 +23,7 @@ from torch import Tensor
 from benchmarks.brightness import SIZE, TARGETS, BrightnessConfig, round_trip, targets
 from benchmarks.closed_form import Mixture, gaussian
 from benchmarks.comfy_protocol import Diffusion, Patcher, load_node, normal, sample, simple, stand_in
-from benchmarks.objective_recipes import BATCH, RATES, Method, task_for
-from benchmarks.plain_training import PlainTraining
+from benchmarks.objective_recipes import BATCH, RATES, Method, task_for, training_of
 from d2f_core.data.sample_order import SampleOrder
 from d2f_core.model.artifact import to_uint8
 from d2f_core.model.autoencoder import load_autoencoder
@@ -33,7 +32,6 @@ from d2f_core.objective.alignment import VelocityField, align
 from d2f_core.objective.schedule import NoiseSchedule
 from d2f_core.objective.solver import Field, integrate, uniform_times
 from d2f_core.randomness import keyed_normal
-from d2f_core.train.config import TrainConfig
 
 DEVIATIONS = (1.0, 8.0, 32.0, 64.0)
 SHIFTS = (1.0, 3.0, 6.0)
@@ -116,8 +114,8 @@ def trained_emoji(config: PlainSamplerConfig) -> TextToImage:
     task = task_for(config.base, "diff2flow", config.method, 0)
     data = targets(task)
     order = SampleOrder(num_rows=len(data.captions), seed=0, batch=BATCH)
-    settings = TrainConfig(num_steps=config.steps, learning_rate=RATES[config.method], warmup_steps=20)
-    for look in PlainTraining(task, data.rows, order, settings, config.state).run(range(0, config.steps, 10)):
+    training = training_of(task, data.rows, order, config.steps, RATES[config.method], config.state)
+    for look in training.run(range(0, config.steps, 10)):
         print(json.dumps(look), flush=True)
     return task
 

@@ -6,7 +6,6 @@ pictures under known noise, at three levels, and each reading is compared with w
 where a base's weights are loaded, and what was found is kept by the base's hash.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from d2f_core.hashing import cache_root, one_at_a_time
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
+from d2f_core.model.description import schedule_hash
 from d2f_core.objective.alignment import align, alpha_sigma
 from d2f_core.objective.path import expand, interpolate
 from d2f_core.objective.schedule import FLOW_PREDICTION, PREDICTION_TYPES, FlowTimes, NoiseSchedule, Schedule
@@ -138,7 +138,7 @@ def _latents(base: BaseModel) -> Tensor:
 
 def _place(base: BaseModel) -> Path:
     # The same weights are asked at other levels when they are read with another schedule.
-    asked = hashlib.sha256(json.dumps(dict(base.scheduler_config), sort_keys=True).encode()).hexdigest()[:8]
+    asked = schedule_hash(base.scheduler_config)[:8]
     return cache_root() / "readings" / f"{base.content_hash}-{asked}-{VERSION}.json"
 
 

@@ -1,6 +1,6 @@
 """The models of an evaluation, and how each generates its images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,8 +116,9 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
     Raises:
         ValueError: a model, prompt file or setting cannot be used.
     """
-    told = config.base_prediction if role == "base" or not carried(uri, "sampling") else ""
-    solver = _solver(config, role, uri, told)
+    sampling = carried(uri, "sampling")
+    told = config.base_prediction if role == "base" or not sampling else ""
+    solver = _solver(config, role, uri, sampling, told)
     per_step = EVALUATIONS_PER_STEP.get(solver)
     if per_step is None:
         raise EvaluateError(
@@ -152,9 +153,9 @@ def make_compared_model(config: EvaluateConfig, role: str, uri: str, resolution:
     return ComparedModel(role=role, uri=uri, job=job)
 
 
-def _solver(config: EvaluateConfig, role: str, uri: str, told: PredictionName) -> str:
-    own = config.base_solver if role == "base" else config.solver or carried(uri, "sampling").get("solver")
-    if carried(uri, "sampling") or (own and role != "base"):
+def _solver(config: EvaluateConfig, role: str, uri: str, sampling: Mapping[str, Any], told: PredictionName) -> str:
+    own = config.base_solver if role == "base" else config.solver or sampling.get("solver")
+    if sampling or (own and role != "base"):
         return own or DDIM
     is_flow = describe_base(resolve_model(uri)).read_as(told).is_flow
     return "euler" if is_flow else own or DDIM
