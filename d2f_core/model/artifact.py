@@ -28,6 +28,7 @@ from d2f_core.model.base import (
     described_copy,
     local_copy,
     resolve_base,
+    schedule_hash,
 )
 from d2f_core.model.config import SamplingDefaults
 from d2f_core.model.denoiser import (
@@ -42,7 +43,6 @@ from d2f_core.model.description import (
     describe,
     read_description,
     read_sampling,
-    schedule_hash,
     weights_hashes,
 )
 from d2f_core.model.fit import diffusers_misfit

@@ -130,6 +130,11 @@ class BaseModel:
         return json.loads((self.path / "unet/config.json").read_text())
 
 
+def schedule_hash(scheduler_config: Mapping[str, Any]) -> str:
+    """sha256 of a scheduler config, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(dict(scheduler_config), sort_keys=True).encode()).hexdigest()
+
+
 def is_sdxl(unet_config: Mapping[str, Any]) -> bool:
     """Whether a UNet is SDXL's kind, which reads pooled text and image sizes in addition to the text states."""
     return unet_config.get("addition_embed_type") == "text_time"

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from d2f_core.hashing import cache_root, one_at_a_time
 from d2f_core.model.autoencoder import load_autoencoder
-from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
-from d2f_core.model.description import schedule_hash
+from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl, schedule_hash
 from d2f_core.objective.alignment import align, alpha_sigma
 from d2f_core.objective.path import expand, interpolate
 from d2f_core.objective.schedule import FLOW_PREDICTION, PREDICTION_TYPES, FlowTimes, NoiseSchedule, Schedule

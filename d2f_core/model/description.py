@@ -1,6 +1,5 @@
 """`diff2flow.json`: what a trained model is, how to sample it, and the hashes of everything that it depends on."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import dacite
 from d2f_core.hashing import HASHED_SUFFIXES, file_sha256
 from d2f_core.identity import identity_values
 from d2f_core.model.artifact_files import ArtifactError, check_files
-from d2f_core.model.base import BaseModel
+from d2f_core.model.base import BaseModel, schedule_hash
 from d2f_core.model.config import SamplingDefaults, TaskName
 from d2f_core.objective.schedule import FLOW_PREDICTION
 from d2f_core.objective.time_sampling import NaiveTarget
@@ -97,11 +96,6 @@ def describe(
         "sampling": sampled,
         "training": dict(training),
     }
-
-
-def schedule_hash(scheduler_config: Mapping[str, Any]) -> str:
-    """sha256 of a scheduler config, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(dict(scheduler_config), sort_keys=True).encode()).hexdigest()
 
 
 def weights_hashes(directory: Path, method: str, sha256: Callable[[Path], str] = file_sha256) -> dict[str, str]:
