@@ -34,6 +34,15 @@ def test_limits_below_what_the_model_does_by_itself_are_refused(tmp_path: Path, 
     assert check_serve(ServeConfig(model=base)).model_uri == base
 
 
+def test_a_base_is_drawn_with_as_what_the_user_says_that_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployments, "_listen_on_the_nodes_address_only", lambda: None)
+    base = str(write_tiny_base(tmp_path))
+    for told in ("", "flow_prediction"):
+        job = check_serve(ServeConfig(model=base, base_prediction=told))
+        replica = deployments.ImageReplica(job.model_uri, job.model_hash, job.config)
+        assert replica.sampler.model.puts_out_velocity == bool(told)
+
+
 class FakeServe(SimpleNamespace):
     """Ray Serve's calls on a cluster of one CPU, and which were made."""
 

@@ -17,15 +17,16 @@ from d2f_core.model.artifact import load_model, read_description
 from d2f_core.model.autoencoder import autoencoder_fingerprint
 from d2f_core.model.base import BaseModelError, local_copy, resolve_base
 from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
-from d2f_core.storage import read_bytes, write_bytes
+from d2f_core.storage import read_bytes, upload_tree, write_bytes
 from d2f_core.train.config import EmaConfig, TrainConfig
 from d2f_core.train.launch import TrainingStoppedError
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune import check, main
 from pipelines.training import TrainingResult
 from tests.flow.here import here
-from tests.flow.tiny_base import write_tiny_base
 from tests.latent_tables import write_latents
+from tests.model.single_file.files import write_file
+from tests.model.tiny_sd import write_tiny
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("cluster")]
 HOME = "s3://d2f/test-flow-base"
@@ -34,9 +35,13 @@ EMOJI_SD = Path("infra/models/emoji-sd").absolute()
 
 @pytest.fixture(scope="module")
 def flow_base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    base = write_tiny_base(tmp_path_factory.mktemp("flow") / "base")
+    """A single file in a bucket, which says itself what it predicts and at which shift it is sampled."""
+    home = tmp_path_factory.mktemp("flow")
+    base = write_tiny(home / "base", "sd15")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(base / "scheduler")
-    return str(base)
+    file = write_file(base, home / "file" / "rf.safetensors", scheduler=False)
+    upload_tree(file.parent, f"{HOME}/base")
+    return f"{HOME}/base/rf.safetensors"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 import ipaddress
 from dataclasses import dataclass
 
+from d2f_core.model.config import PredictionName
+
 
 class ServeError(ValueError):
     """The service cannot run as asked; the message gives the reason and the fix."""
@@ -12,6 +14,8 @@ class ServeError(ValueError):
 class ServeConfig:
     model: str = "models:/emoji-flow@champion"
     """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
+    base_prediction: PredictionName = ""
+    """What the model predicts, if it is an unchanged base whose scheduler config says it wrongly."""
     replicas: int = 1
     """Number of processes that hold the model."""
     cpus_per_replica: float = 1

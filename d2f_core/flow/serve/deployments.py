@@ -69,7 +69,7 @@ class ImageReplica:
     def __init__(self, model_uri: str, model_hash: str, config: ServeConfig) -> None:
         _listen_on_the_nodes_address_only()
         torch.set_num_threads(max(1, int(config.cpus_per_replica)))
-        model = load_model(resolve_model(model_uri))
+        model = load_model(resolve_model(model_uri), base_prediction=config.base_prediction)
         if model.content_hash != model_hash:
             raise ValueError(
                 f"{model_uri!r} has the hash {model.content_hash} on this node, and {model_hash} where the command "

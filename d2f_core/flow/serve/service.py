@@ -121,7 +121,7 @@ def check_serve(config: ServeConfig) -> ServeJob:
     if config.model.startswith("models:/"):
         check_tracking()
     pinned = pin_model(config.model)
-    model = describe_model(resolve_model(pinned))
+    model = describe_model(resolve_model(pinned), base_prediction=config.base_prediction)
     usual = fill_request(model, prompt="")
     for name, value, most in (
         ("steps", usual.steps, config.max_steps),
