@@ -23,7 +23,6 @@ from d2f_core.flow.depth import job as depth_job
 from d2f_core.flow.depth.actor import DepthActor
 from d2f_core.flow.depth.actor import work_item as depth_item
 from d2f_core.flow.depth.job import DepthJob
-from d2f_core.flow.encode.actor import LatentEncoder
 from d2f_core.flow.evaluate import extract_features, metrics, straightness
 from d2f_core.flow.evaluate.config import ScoreConfig
 from d2f_core.flow.evaluate.extract_features import FeatureExtractor
@@ -57,9 +56,9 @@ def prepared_rows(job: table_job.TableJob, todo: Mapping[int, frozenset[int]]) -
 
 def encode_here(job: table_job.TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
     """As `table_job._rows`."""
-    encoder = LatentEncoder(job.spec)
+    actor = job.actor(job.spec)
     for row in prepared_rows(job, todo):
-        yield from write_row(encoder(row), output=job.spec.config.output).to_pylist()
+        yield from write_row(actor(row), output=job.spec.config.output).to_pylist()
 
 
 def predict_here(job: DepthJob, shards: list[int]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from d2f_core.data.captions import check_caption
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.sample import Sample
@@ -14,19 +15,6 @@ def identify(sample: Sample) -> str:
     if sample.image is None:
         raise BadImageError("no_image: none found")
     return sample_id(sample.image, check_caption(sample.caption))
-
-
-def check_caption(caption: str | None) -> str:
-    """The caption without outer white space.
-
-    Raises:
-        BadImageError: the caption is missing, empty or not UTF-8.
-    """
-    if caption is None or not caption.strip():
-        raise BadImageError("no_caption: empty" if caption is not None else "no_caption: none found")
-    if "\ufffd" in caption:
-        raise BadImageError("bad_caption: not UTF-8")
-    return caption.strip()
 
 
 def prepare(sample: Sample, spec: EncodeSpec) -> dict[str, Any]:

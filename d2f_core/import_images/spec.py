@@ -1,0 +1,125 @@
+"""What an imported image becomes: a row of an image table. Imports no torch."""
+
+import io
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from PIL import Image
+
+from d2f_core.batch.chunks import TableActor
+from d2f_core.batch.table_spec import TableSpec
+from d2f_core.data.captions import check_caption
+from d2f_core.data.image_headers import BadImageError
+from d2f_core.data.images import decode_image, prepare_image
+from d2f_core.data.manifest import rows_per_group
+from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
+from d2f_core.data.sources.sample import Sample
+from d2f_core.import_images.config import ImportImagesConfig
+from d2f_core.import_images.looks import perceptual_hash, sharpness
+
+SCHEMA = pa.schema(
+    [
+        *IMAGE_SCHEMA,
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("original_width", pa.int32(), nullable=False),
+        pa.field("original_height", pa.int32(), nullable=False),
+        pa.field("perceptual_hash", pa.uint64(), nullable=False),
+        pa.field("sharpness", pa.float32(), nullable=False),
+    ]
+)
+"""An image table with the sizes of the stored and of the original picture in pixels, and what it looks like."""
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSpec(TableSpec):
+    """Specification of a table of all usable images, before it is parted."""
+
+    NAME: ClassVar[str] = "import_images"
+    KIND: ClassVar[str] = "images"
+    UNIT: ClassVar[str] = "images"
+
+    config: ImportImagesConfig
+
+    def prepared_schema(self) -> pa.Schema:
+        return SCHEMA
+
+    @property
+    def row_group_rows(self) -> int:
+        edge = self.config.resolution or self.config.short_side or 2048
+        return rows_per_group(edge * edge)
+
+    def identify(self, sample: Sample) -> str:
+        """Hash of the source's bytes; equal files are left out before they are decoded."""
+        if sample.image is None:
+            raise BadImageError("no_image: none found")
+        return sample_id(sample.image, check_caption(sample.caption))
+
+    def prepare(self, sample: Sample) -> dict[str, Any]:
+        """The row, with the id of the stored bytes: that is the one by which encoded and real images are compared."""
+        assert sample.image is not None  # checked by `identify`
+        picture, original = self._picture(sample.image)
+        data, caption = stored(picture, sample.image), check_caption(sample.caption)
+        return {
+            "sample_id": sample_id(data, caption),
+            "caption": caption,
+            "image": data,
+            "width": picture.width,
+            "height": picture.height,
+            "original_width": original[0],
+            "original_height": original[1],
+            "perceptual_hash": perceptual_hash(picture),
+            "sharpness": sharpness(picture),
+        }
+
+    def _picture(self, data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+        """The picture as it is stored, and the width and height of the upright original."""
+        if self.config.resolution:
+            prepared = prepare_image(data, self.config.rules)
+            return Image.fromarray(prepared.pixels), (prepared.width, prepared.height)
+        image = decode_image(data, self.config.rules)
+        return _smaller(image, self.config.short_side), image.size
+
+
+def _smaller(image: Image.Image, short_side: int) -> Image.Image:
+    shortest = min(image.size)
+    if not short_side or shortest <= short_side:
+        return image
+    width, height = (max(short_side, round(side * short_side / shortest)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def stored(picture: Image.Image, source: bytes) -> bytes:
+    """The bytes that are stored: the source's own where its pixels are the picture's, else a new file without metadata.
+
+    A new file of a lossy one is a JPEG of quality 95 without subsampling; of any other, a PNG.
+    """
+    with Image.open(io.BytesIO(source)) as opened:
+        lossy = opened.format == "JPEG" or (opened.format == "WEBP" and b"VP8L" not in source[:32])
+        if _is_plain(opened) and opened.size == picture.size:
+            return source
+    sink = io.BytesIO()
+    if lossy:
+        picture.save(sink, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    else:
+        picture.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether every reader sees the same pixels: RGB or grey, upright, and without a colour profile."""
+    upright = image.getexif().get(0x0112, 1) == 1
+    plain = image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
+    return plain and upright and not image.info.get("icc_profile")
+
+
+class Passing(TableActor):
+    """Passes rows on, which are finished when they have been read."""
+
+    def __init__(self, spec: ImportSpec) -> None:
+        pass
+
+    def make(self, prepared: pa.Table) -> pa.Table:
+        return prepared

@@ -1,0 +1,202 @@
+"""From a folder of photos to two image tables, a list of what looks alike, and a page to look at."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, PngImagePlugin
+
+from d2f_core.batch.output import OutputError
+from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.quarantine import read_quarantine
+from d2f_core.data.schema import sample_id
+from d2f_core.data.sources.config import ImageSource
+from d2f_core.import_images.config import ImportImagesConfig, ImportImagesError
+from d2f_core.import_images.job import check_import, import_images
+from d2f_core.import_images.parting import Side
+from tests.flow.here import here
+from tests.import_images.photos import jpeg, photo, put, write_photos
+
+COPY = 7
+"""Number of the photo of which there is a smaller copy."""
+
+
+def settings(source: Path, output: Path, **changes: object) -> ImportImagesConfig:
+    usual: dict[str, object] = {"min_side": 32, "held_out_share": 0.25, "rows_per_part": 8}
+    return ImportImagesConfig(source=ImageSource(uri=str(source)), output=str(output), **{**usual, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def run(config: ImportImagesConfig) -> dict[Side, Manifest]:
+    with here():
+        return import_images(check_import(config))
+
+
+def rows(output: Path, side: str) -> list[dict]:
+    files = sorted((output / side).glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 photos, one of them again as a smaller copy and as the same file, and two that cannot be used."""
+    home = write_photos(tmp_path_factory.mktemp("photos") / "in", 30, scale=2)
+    image, caption = photo(COPY, scale=2)
+    put(home, "photo9000-small", image.resize([side * 2 // 3 for side in image.size]), caption, quality=70)
+    put(home, "photo9001-again", image, caption)
+    put(home, "photo9002-tiny", image.resize((20, 20)), caption)
+    (home / "photo9003-broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+    (home / "photo9003-broken.txt").write_text("nothing")
+    return home
+
+
+@pytest.fixture(scope="module")
+def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("photos") / "out"
+    run(settings(folder, output, max_quarantined_share=0.1))
+    return output
+
+
+def test_every_usable_photo_is_on_one_side_and_the_others_are_in_the_ledger(imported: Path) -> None:
+    train, test = rows(imported, "train"), rows(imported, "test")
+    assert len(train) + len(test) == 31 and 3 <= len(test) <= 14
+    assert {row["sample_id"] for row in train}.isdisjoint(row["sample_id"] for row in test)
+    left_out = {Path(bad.source_uri).stem: bad.code for bad in read_quarantine(str(imported))}
+    assert left_out == {
+        "photo9001-again": "duplicate", "photo9002-tiny": "too_small", "photo9003-broken": "undecodable",
+    }  # fmt: skip
+
+
+def test_a_smaller_copy_is_listed_and_lies_on_the_side_of_its_original(imported: Path) -> None:
+    (line,) = map(json.loads, (imported / "duplicates.jsonl").read_text().splitlines())
+    assert [Path(line[name]).stem for name in ("kept", "alike")] == [f"photo{COPY:04d}", "photo9000-small"]
+    assert line["bits"] <= 4 and not line["dropped"]
+    sides = [
+        {Path(row["source_uri"]).stem for row in rows(imported, side)} & {f"photo{COPY:04d}", "photo9000-small"}
+        for side in ("train", "test")
+    ]
+    assert sorted(map(len, sides)) == [0, 2]
+
+
+def test_the_id_is_that_of_the_stored_bytes_by_which_latents_are_known(imported: Path) -> None:
+    for row in rows(imported, "train"):
+        assert row["sample_id"] == sample_id(row["image"], row["caption"])
+        assert Image.open(io.BytesIO(row["image"])).size == (row["width"], row["height"])
+
+
+def test_one_at_a_time_or_all_at_once_the_sides_are_the_same(folder: Path, imported: Path, tmp_path: Path) -> None:
+    run(settings(folder, tmp_path / "out", max_quarantined_share=0.1, rows_per_part=3))
+    for side in ("train", "test"):
+        assert {row["sample_id"] for row in rows(tmp_path / "out", side)} == {
+            row["sample_id"] for row in rows(imported, side)
+        }
+
+
+def test_dropped_copies_are_on_no_side_and_the_largest_stays(folder: Path, tmp_path: Path) -> None:
+    run(settings(folder, tmp_path / "out", max_quarantined_share=0.1, near_duplicates="drop"))
+    names = {Path(row["source_uri"]).stem for side in ("train", "test") for row in rows(tmp_path / "out", side)}
+    assert f"photo{COPY:04d}" in names and "photo9000-small" not in names and len(names) == 30
+
+
+def test_a_resolution_makes_squares_of_one_size_as_autoencoders_are_trained_on(folder: Path, tmp_path: Path) -> None:
+    made = run(settings(folder, tmp_path / "out", resolution=64, max_quarantined_share=0.1))
+    assert made["train"].fingerprint == {"height": 64, "width": 64}
+    for row in rows(tmp_path / "out", "train"):
+        assert (row["width"], row["height"]) == (64, 64) and min(row["original_width"], row["original_height"]) >= 64
+
+
+@pytest.mark.parametrize(
+    ("image", "kept"),
+    [
+        (jpeg(photo(0)[0]), True),
+        (jpeg(photo(0)[0].convert("L")), True),
+        (jpeg(photo(0)[0], exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"), False),
+        (jpeg(photo(0, scale=2)[0]), False),
+    ],
+    ids=["plain", "grey", "turned", "large"],
+)
+def test_a_file_is_stored_as_it_is_unless_its_pixels_change(image: bytes, kept: bool, tmp_path: Path) -> None:
+    home = write_photos(tmp_path / "in", 1, first=3)
+    (home / "it.jpg").write_bytes(image)
+    (home / "it.txt").write_text("it")
+    run(settings(home, tmp_path / "out", short_side=64, held_out_share=0))
+    (row,) = (row for row in rows(tmp_path / "out", "train") if row["caption"] == "it")
+    assert (row["image"] == image) == kept
+    stored = Image.open(io.BytesIO(row["image"]))
+    assert stored.format == "JPEG" and stored.getexif().get(0x0112, 1) == 1 and min(stored.size) == 64
+    turned = row["height"] > row["width"]
+    assert turned == (b"Exif" in image)
+
+
+def test_transparency_is_stored_as_what_lies_behind_it_without_loss(tmp_path: Path) -> None:
+    home = write_photos(tmp_path / "in", 1, first=3)
+    image = photo(0)[0].convert("RGBA")
+    image.putalpha(128)
+    image.save(home / "it.png", pnginfo=PngImagePlugin.PngInfo())
+    (home / "it.txt").write_text("it")
+    run(settings(home, tmp_path / "out", held_out_share=0))
+    (row,) = (row for row in rows(tmp_path / "out", "train") if row["caption"] == "it")
+    stored = Image.open(io.BytesIO(row["image"]))
+    wanted = np.asarray(photo(0)[0], float) * 128 / 255 + 255 * (1 - 128 / 255)
+    assert stored.format == "PNG" and stored.mode == "RGB" and np.abs(np.asarray(stored, float) - wanted).max() <= 1
+
+
+def test_a_second_run_changes_nothing_and_another_import_is_refused(folder: Path, imported: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in imported.rglob("*") if file.is_file()}
+    run(settings(folder, imported, max_quarantined_share=0.1))
+    assert before == {file: file.stat().st_mtime_ns for file in imported.rglob("*") if file.is_file()}
+    with pytest.raises(OutputError, match=r"images of another import: near_distance was 4, now 2"):
+        check_import(settings(folder, imported, near_distance=2))
+
+
+def test_a_run_that_was_killed_between_both_tables_goes_on(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    import d2f_core.import_images.job as job
+
+    config, write = settings(folder, tmp_path / "out", max_quarantined_share=0.1), job._write_side
+
+    def killed(*args: object) -> Manifest:
+        if args[-1] == "test":
+            raise KeyboardInterrupt
+        return write(*args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(job, "_write_side", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.undo()
+    before = read_manifest(f"{config.output}/train")
+    made = run(config)
+    assert made["train"] == before and made["test"].num_rows and not (tmp_path / "out/_all").exists()
+
+
+def test_the_page_shows_what_came_in(imported: Path) -> None:
+    page = (imported / "report.html").read_text()
+    assert not re.search(r"<script|https?://", page)
+    for text in ("34</b>read", "too_small", "photo9003-broken.jpg", "1 group,", "Blurriest", "captions"):
+        assert text in page.replace("Captions", "captions"), text
+    summary = json.loads((imported / "summary.json").read_text())
+    assert summary["read"] == 34 and summary["train"] + summary["test"] == 31
+    assert summary["left_out"] == {"duplicate": 1, "too_small": 1, "undecodable": 1}
+    assert sum(bar["count"] for bar in summary["sides"]) == sum(bar["count"] for bar in summary["aspects"]) == 31
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"short_side": 16}, r"short_side=16 is below min_side=32"),
+        ({"near_distance": 11}, r"near_distance=11 must lie in \[-1, 10\]"),
+        ({"held_out_share": 1.0}, r"held_out_share=1 leaves no image to train on"),
+        ({"resolution": -1}, r"resolution=-1 must be at least 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ImportImagesError, match=message):
+        settings(tmp_path, tmp_path / "out", **changes)
+
+
+def test_an_output_that_holds_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds other files: notes\.txt"):
+        check_import(settings(folder, tmp_path))
