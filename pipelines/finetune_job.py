@@ -84,6 +84,10 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
     """Refuse what cannot work, before anything is started. No weights are loaded, and of a base on S3 only the headers
     and the autoencoder are read; all of it if the output holds checkpoints, or the latents are pairs.
     """
+    given = {"model.base": config.model.base, "latents": config.latents, "output": config.output, "name": config.name}
+    for name, value in given.items():
+        if not value:  # in recipes for one's own images
+            raise ValueError(f"{name} is empty. Give --{name} {'NAME' if name == 'name' else 'URI'}.")
     storage.check_reachable(config.model.base)
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)

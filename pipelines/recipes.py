@@ -7,7 +7,7 @@ from d2f_core.objective.time_sampling import TimeSampling
 from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines.configs import FinetuneConfig, TrainAutoencoderConfig
 from pipelines.names import DEPTH_BASE, DEPTH_DECODER, EMOJI_SD, SHOWN_EMOJI
-from pipelines.recipes_stable_diffusion import FINETUNE_STABLE_DIFFUSION
+from pipelines.recipes_stable_diffusion import TRAININGS_ON_GPUS
 
 AUTOENCODER = {
     # The training of emoji-sd's autoencoder, on both styles, so that it decodes either well.
@@ -160,4 +160,4 @@ FINETUNE = {
         ),
         name="depth",
     ),
-} | FINETUNE_STABLE_DIFFUSION
+} | TRAININGS_ON_GPUS

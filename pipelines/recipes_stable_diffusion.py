@@ -116,6 +116,29 @@ FINETUNE_STABLE_DIFFUSION = {
 }  # fmt: skip
 
 
+def _photos(model: ModelConfig, train: TrainConfig) -> FinetuneConfig:
+    """One's own photos on one GPU; what belongs to the user (base, latents, output, names, previews) is empty."""
+    return FinetuneConfig(
+        model=model, latents="", output="", holdout_rows=16, preview=PreviewConfig(steps=25, guidance=5.0, columns=3),
+        sampling=SamplingDefaults(steps=25, guidance=5.0), train=train, name="",
+    )  # fmt: skip
+
+
+# A few hundred to some thousand photos, at the sizes that people give such trainings; not measured here.
+_OWN = {"num_workers": 1, "global_batch_size": 16, "num_steps": 2000, "warmup_steps": 100, "ema": EmaConfig(decay=0.99)}
+PHOTOS_STABLE_DIFFUSION = {
+    "photos": _photos(
+        ModelConfig(base="", caption_dropout=0.1, method="lora", lora=LoraConfig(preset="small")),
+        _train(1e-4, 4, **_OWN),
+    ),
+    "photos-full": _photos(ModelConfig(base="", caption_dropout=0.1, method="full"), _train(1e-5, 4, **_OWN)),
+}
+TRAININGS_ON_GPUS = FINETUNE_STABLE_DIFFUSION | PHOTOS_STABLE_DIFFUSION
+ENCODE_PHOTOS = EncodeConfig(
+    rows_per_part=64, batch_size=8, num_readers=8, num_actors=1, gpus_per_actor=1, node_wait_seconds=NODE_WAIT_SECONDS
+)
+
+
 def _encode(base: str, resolution: int) -> EncodeConfig:
     return EncodeConfig(
         source=ImageSource(uri=f"{PLACE}/images"), base=f"{PLACE}/models/{base}",

@@ -5,10 +5,13 @@ from dataclasses import replace
 from d2f_core.data.datasets.config import MakeDatasetConfig
 from d2f_core.flow.depth.config import EvaluateDepthConfig
 from d2f_core.flow.encode.config import EncodeConfig
+from d2f_core.flow.evaluate.config import EvaluateConfig, ScoreConfig
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.flow.publish.config import RegisterConfig
-from d2f_core.model.config import LoraConfig, SamplingDefaults
+from d2f_core.import_images.config import ImportImagesConfig
+from d2f_core.model.config import LoraConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.train.config import EmaConfig
+from pipelines.configs import FinetuneConfig
 from pipelines.distill import DISTILL
 from pipelines.embed_images import EMBED_IMAGES
 from pipelines.encode_depth import ENCODE_DEPTH
@@ -17,8 +20,10 @@ from pipelines.evaluate_matches import EVALUATE_MATCHES
 from pipelines.make_dataset import MAKE_DATASET
 from pipelines.make_views import MAKE_VIEWS
 from pipelines.names import CAPTIONS, DEPTH_MODEL, EVALUATIONS, FLOW_MODEL, OPENMOJI_FEW, QUICKSTART, SHOWN_EMOJI
+from pipelines.photos_config import PhotosConfig
 from pipelines.predict_depth import PREDICT_DEPTH
 from pipelines.recipes import AUTOENCODER, FINETUNE
+from pipelines.recipes_stable_diffusion import ENCODE_PHOTOS, PHOTOS_STABLE_DIFFUSION
 from pipelines.register_matcher import REGISTER_MATCHER
 from pipelines.unpack_dinov2 import UNPACK
 from pipelines.workflow_config import DepthConfig, DistillWorkflowConfig, ReflowConfig, WorkflowConfig
@@ -78,6 +83,43 @@ WORKFLOW = {
     # emoji-sd, made for 64 pixels, at other sizes.
     **{f"emoji-{edge}": new_resolution(edge) for edge in (32, 96)},
 }
+
+
+def _photos(training: str) -> PhotosConfig:
+    """One's own photos on one GPU: places, base and names are the user's to give."""
+    return PhotosConfig(
+        images=ImportImagesConfig(num_readers=8),
+        encode=ENCODE_PHOTOS,
+        finetune=PHOTOS_STABLE_DIFFUSION[training],
+        evaluate=EvaluateConfig(score=ScoreConfig(num_actors=1, gpus_per_actor=1)),
+        generate=GenerateConfig(steps=EVALUATIONS, chunk_size=6, num_actors=1, gpus_per_actor=1),
+        sheet=ContactSheetConfig(titles=("before: the base model", "after: the flow model")),
+    )
+
+
+_ON_CPUS = FinetuneConfig(
+    model=ModelConfig(base="", lora=LoraConfig(preset="small")),
+    latents="",
+    output="",
+    holdout_rows=16,
+    preview=PreviewConfig(steps=10, guidance=2.0, columns=3),
+    sampling=SamplingDefaults(steps=10, guidance=2.0),
+    train=replace(FINETUNE["emoji-few"].train, learning_rate=1e-3, warmup_steps=20),
+    name="",
+)
+PHOTOS = {
+    **{name: _photos(name) for name in PHOTOS_STABLE_DIFFUSION},
+    # To see the whole way on a laptop, with a small base: 128 steps at 64 pixels.
+    "photos-on-cpus": PhotosConfig(
+        resolution=64,
+        images=ImportImagesConfig(min_side=64),
+        finetune=_ON_CPUS,
+        evaluate=EvaluateConfig(evaluations=(2, 4)),
+        generate=GenerateConfig(steps=EVALUATIONS, chunk_size=6),
+        sheet=ContactSheetConfig(titles=("before: the base model", "after: the flow model")),
+    ),
+}
+"""From one's own photos and checkpoint to a registered, measured flow model: a LoRA, or all weights."""
 
 REFLOW = ReflowConfig(
     output="s3://d2f/workflows/reflow",

@@ -1,14 +1,14 @@
 """The workflows' stages: the inputs of each, the key by which it is skipped, and its outputs."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from d2f_core.data.manifest import manifest_exists, read_manifest
 from d2f_core.flow.evaluate.config import EvaluateConfig
 from d2f_core.flow.evaluate.job import REPORT_NAME
-from d2f_core.flow.generate.config import GenerateConfig
+from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.identity import stage_key
 from d2f_core.model.artifact import DESCRIPTION
@@ -21,6 +21,18 @@ from pipelines.configs import FinetuneConfig
 from pipelines.workflow_config import WorkflowConfig
 
 Outputs = dict[str, Any]
+
+
+class Drawn(Protocol):
+    """Config of a workflow that lets base and trained model draw the same prompts."""
+
+    @property
+    def output(self) -> str: ...
+    @property
+    def prompts(self) -> Sequence[str]: ...
+    def wired_generate(self, model: str, output: str) -> GenerateConfig: ...
+    def wired_sheet(self, *generations: str) -> ContactSheetConfig: ...
+    def prediction_of(self, model: str) -> str: ...
 
 
 @dataclass
@@ -99,7 +111,7 @@ def evaluate_with(flow: Workflow, name: str, config: EvaluateConfig, model: Outp
     return flow.stage(name, key, "points", run, lambda done: exists(done["uri"]))
 
 
-def generate_stage(flow: Workflow, config: WorkflowConfig, models: Mapping[str, tuple[str, str]]) -> list[Outputs]:
+def generate_stage(flow: Workflow, config: Drawn, models: Mapping[str, tuple[str, str]]) -> list[Outputs]:
     """Generate each model's images with one pool of actors.
 
     Args:
@@ -125,7 +137,7 @@ def generate_stage(flow: Workflow, config: WorkflowConfig, models: Mapping[str, 
     return done["tables"]
 
 
-def contact_sheet_stage(flow: Workflow, config: WorkflowConfig, *made: Outputs) -> Outputs:
+def contact_sheet_stage(flow: Workflow, config: Drawn, *made: Outputs) -> Outputs:
     wired = config.wired_sheet(*(one["uri"] for one in made))
 
     def run() -> StageOutcome:

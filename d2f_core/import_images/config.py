@@ -35,6 +35,8 @@ class ImportImagesWork:
     held_out_share: float = 0.05
     """Share of the images that go to test/, chosen by content: the same image is always on the same side, and so are
     images that look alike."""
+    held_out_least: int = 0
+    """Fewest images that go to test/, whatever the share: an evaluation needs at least 16."""
     near_distance: int = 4
     """Images whose 64-bit perceptual hashes differ in at most so many bits count as alike; -1: none do."""
     near_duplicates: Literal["keep", "drop"] = "keep"
@@ -71,6 +73,8 @@ class ImportImagesConfig(AwaitedPoolConfig, ImportImagesWork):
         for name in ("max_quarantined_share", "held_out_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ImportImagesError(f"{name}={getattr(self, name)} must lie in [0, 1]. Use 0.05.")
+        if self.held_out_least < 0:
+            raise ImportImagesError(f"held_out_least={self.held_out_least} must be at least 0.")
         if self.held_out_share == 1:
             raise ImportImagesError("held_out_share=1 leaves no image to train on. Use 0.05.")
         if not -1 <= self.near_distance <= MOST_DISTANCE:

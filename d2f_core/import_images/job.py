@@ -73,7 +73,9 @@ def check_import(config: ImportImagesConfig) -> ImportJob:
     fingerprint = {"height": config.resolution, "width": config.resolution} if config.resolution else {}
     everything = dataclasses.replace(config, output=join(config.output, ALL))
     spec = ImportSpec(config=everything, fingerprint=fingerprint, inputs=made_from)
-    parted = {name: getattr(config, name) for name in ("held_out_share", "near_distance", "near_duplicates")}
+    parted = {
+        name: getattr(config, name) for name in ("held_out_share", "held_out_least", "near_distance", "near_duplicates")
+    }
     job = ImportJob(
         config=config, table=TableJob(spec=spec, source=planned, actor=Passing), inputs={**spec.identity(), **parted}
     )
@@ -118,8 +120,15 @@ def import_images(job: ImportJob) -> dict[Side, Manifest]:
         read_known(everything, table),
         near_distance=config.near_distance,
         held_out_share=config.held_out_share,
+        held_out_least=config.held_out_least,
         drop=config.near_duplicates == "drop",
     )
+    held_out, trained = (int(parting.chosen(side).sum()) for side in ("test", "train"))
+    if held_out > trained:
+        raise ImportImagesError(
+            f"held_out_share={config.held_out_share:g} and held_out_least={config.held_out_least} take {held_out} of "
+            f"{held_out + trained} images, more than are left to train on. Give more images, or hold out less."
+        )
     write_bytes(join(output, DUPLICATES), "".join(f"{line}\n" for line in parting.alike_lines()).encode())
     write_bytes(join(output, QUARANTINE_NAME), read_bytes(join(everything, QUARANTINE_NAME)))
     summary = write_report(config, everything, table, parting)

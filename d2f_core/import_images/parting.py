@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -82,13 +82,16 @@ def read_known(uri: str, table: Manifest) -> pa.Table:
     return pa.concat_tables(map(read, table.files))
 
 
-def part_rows(rows: pa.Table, *, near_distance: int, held_out_share: float, drop: bool) -> Parting:
+def part_rows(
+    rows: pa.Table, *, near_distance: int, held_out_share: float, held_out_least: int = 0, drop: bool = False
+) -> Parting:
     """Decide where each row goes, by the rows' content alone: their order and the number of machines play no part.
 
     Args:
         rows: with the columns `KNOWN`.
         near_distance: bits in which the hashes of images that look alike differ at most; -1: all look different.
         held_out_share: of the clusters of images that look alike, those that go to test/.
+        held_out_least: images that go there at least: further clusters follow until they are so many.
         drop: of images that look alike, only the largest goes anywhere.
     """
     cluster = clusters(rows["perceptual_hash"].to_numpy(), near_distance)
@@ -97,14 +100,18 @@ def part_rows(rows: pa.Table, *, near_distance: int, held_out_share: float, drop
     for number, name in zip(cluster.tolist(), names, strict=True):
         smallest[number] = min(name, smallest.get(number, name))
     chance = np.array([int(smallest[number][:13], 16) / 16**13 for number in cluster.tolist()])
-    held_out, dropped = chance < held_out_share, np.zeros(len(names), bool)
-    if held_out_share and not held_out.any() and len(smallest) > 1:
-        held_out = chance == chance.min()  # of a handful of images one is held out all the same
-    parting = Parting(rows=rows, cluster=cluster, held_out=held_out, dropped=dropped)
+    dropped = np.zeros(len(names), bool)
+    parting = Parting(rows=rows, cluster=cluster, held_out=np.zeros_like(dropped), dropped=dropped)
     if drop:
         for _, *others in parting.alike:
             dropped[others] = True
-    return parting
+    held_out = chance < held_out_share
+    least = max(held_out_least, 1 if held_out_share else 0)  # of a handful of images one is held out all the same
+    for further in np.unique(chance):
+        if (held_out & ~dropped).sum() >= least:
+            break
+        held_out |= chance == further
+    return replace(parting, held_out=held_out)
 
 
 @dataclass(frozen=True, kw_only=True)

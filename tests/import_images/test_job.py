@@ -108,6 +108,18 @@ def test_a_resolution_makes_squares_of_one_size_as_autoencoders_are_trained_on(f
         assert (row["width"], row["height"]) == (64, 64) and min(row["original_width"], row["original_height"]) >= 64
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2])
+def test_as_many_are_held_out_as_an_evaluation_needs(folder: Path, tmp_path: Path, share: float) -> None:
+    config = settings(folder, tmp_path / "out", held_out_share=share, held_out_least=15, max_quarantined_share=0.1)
+    made = run(config)
+    assert 15 <= made["test"].num_rows <= 16 and made["train"].num_rows + made["test"].num_rows == 31
+
+
+def test_no_more_is_held_out_than_trained_on(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImportImagesError, match=r"held_out_least=20 take 2\d of 31 images, more than are left"):
+        run(settings(folder, tmp_path / "out", held_out_least=20, max_quarantined_share=0.1))
+
+
 @pytest.mark.parametrize(
     ("image", "kept"),
     [

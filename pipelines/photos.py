@@ -1,0 +1,114 @@
+"""Photos, a workflow: from your own captioned photos and a checkpoint to a registered, measured flow model.
+
+    python -m pipelines.workflow photos --source.uri s3://photos/train --base s3://models/my.safetensors --name my-flow
+
+import_images -> encode_latents -> finetune -> register -> evaluate -> generate -> contact_sheet. Complete stages are
+skipped; after a kill, the same command resumes.
+"""
+
+import dataclasses
+
+from d2f_core.data.manifest import manifest_exists, read_manifest
+from d2f_core.flow.evaluate.feature_networks import load_features
+from d2f_core.flow.evaluate.job import check_rules
+from d2f_core.flow.generate.prompts import table_captions, write_prompts
+from d2f_core.flow.publish.config import RegisterConfig
+from d2f_core.identity import stage_key
+from d2f_core.import_images.job import check_import
+from d2f_core.import_images.parting import SIDES
+from d2f_core.model.base import describe_base
+from d2f_core.stages import StageOutcome
+from d2f_core.storage import check_reachable
+from d2f_core.tracking import check_tracking
+from pipelines import encode_latents, import_images
+from pipelines.cluster import connect
+from pipelines.photos_config import PhotosConfig
+from pipelines.workflow_stages import (
+    Outputs,
+    Workflow,
+    contact_sheet_stage,
+    evaluate_with,
+    finetune_with,
+    generate_stage,
+    register_with,
+    write_summary,
+)
+
+TOLD = {
+    "import_images": "look at the photos, make them squares, hold some out",
+    "encode_latents": "encode the others with the base model's autoencoder",
+    "finetune": "train the base model as a flow model",
+    "register": "register it in MLflow, with how to sample it",
+    "evaluate": "compare it with the base on the photos that were held out",
+    "generate": "let the base and the flow model draw the same captions",
+    "contact_sheet": "put the pictures on one sheet",
+}
+"""Description of each stage for the waiting user."""
+
+
+def check(config: PhotosConfig) -> None:
+    """Check photos, storage, MLflow and the base before the first stage runs; raises ValueError if one is unusable."""
+    config.check_complete()
+    check_reachable(config.output, write=True)
+    check_reachable(config.base)
+    check_tracking()
+    describe_base(config.base).read_as(config.base_prediction)
+    if config.evaluated:
+        check_rules(config.evaluate)
+        load_features(config.evaluate.score.features, resize=config.evaluate.score.resize, device="meta")
+    check_import(config.wired_images())
+
+
+def main(config: PhotosConfig) -> Outputs:
+    """Run the workflow; returns the registered version."""
+    check(config)
+    connect(reads={"source.uri": config.source.uri, "base": config.base}, writes={"output": config.output})
+    flow = Workflow(config.output, told={name: told for name, told in TOLD.items() if _is_run(config, name)})
+    base = describe_base(config.base).content_hash
+    images = import_stage(flow, config)
+    encode = config.wired_encode()
+    latents = flow.table("encode_latents", "images", encode_latents.main, encode, images=images["train"], base=base)
+    config = dataclasses.replace(config, prompts=config.prompts or shown_captions(config))
+    write_prompts(config.prompts_uri, config.prompts)
+    training = config.wired_finetune()
+    model = finetune_with(flow, "finetune", training, latents=latents["digest"], base=base)
+    version = register_with(flow, "register", RegisterConfig(name=config.name), training, model)
+    if config.evaluated:
+        evaluate_with(flow, "evaluate", config.wired_evaluate(version["uri"]), model)
+    models = {"generate_base": (config.base, base), "generate_flow": (version["uri"], version["digest"])}
+    sheet = contact_sheet_stage(flow, config, *generate_stage(flow, config, models))
+    write_summary(flow, training, version, sheet["uri"])
+    return version
+
+
+def _is_run(config: PhotosConfig, stage: str) -> bool:
+    return stage != "evaluate" or config.evaluated
+
+
+def import_stage(flow: Workflow, config: PhotosConfig) -> Outputs:
+    """Import the photos; returns the digests of both tables, by side."""
+    wired = config.wired_images()
+
+    def run() -> StageOutcome:
+        import_images.main(wired)
+        places = {side: config.images_of(side) for side in SIDES}
+        there = {side: read_manifest(place) for side, place in places.items() if manifest_exists(place)}
+        digests = {side: table.digest for side, table in there.items()}
+        return StageOutcome(count=sum(table.num_rows for table in there.values()), outputs=digests)
+
+    def still_there(done: Outputs) -> bool:
+        return all(
+            manifest_exists(config.images_of(side)) and read_manifest(config.images_of(side)).digest == digest
+            for side, digest in done.items()
+        )
+
+    # New photos at the same place are another import, which is refused with what differs rather than passed over.
+    source = check_import(wired).inputs["source_digest"]
+    key = stage_key(wired, {"source": source})
+    return flow.stage("import_images", key, "images", run, still_there)
+
+
+def shown_captions(config: PhotosConfig) -> tuple[str, ...]:
+    """Captions of photos that the training does not see, or, where none is held out, of those that it sees."""
+    side = "test" if manifest_exists(config.images_of("test")) else "train"
+    return tuple(sorted(set(table_captions(config.images_of(side))))[: config.shown])
