@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from d2f_core.data.image_decoding import to_rgb
 from d2f_core.data.image_rules import ImageRules
-from d2f_core.data.images import BadImageError, prepare_image, to_rgb
+from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.identity import identity_values
 from tests.data.pictures import file_bytes, pixels
 
