@@ -24,6 +24,7 @@ SIGNATURES = {
     b"<html": "HTML",
 }
 
+WHITE = "#ffffff"
 PLAIN_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 PROFILED_MODES = ("RGB", "L", "CMYK")
@@ -59,7 +60,7 @@ class Decoded:
 
 
 def decode(data: bytes, rules: ImageRules) -> Decoded:
-    """The upright image, checked against the rules; transparency becomes white.
+    """The upright image, checked against the rules; transparency becomes the background.
 
     Raises:
         BadImageError: with the reason.
@@ -76,7 +77,7 @@ def decode(data: bytes, rules: ImageRules) -> Decoded:
         if declared.orientation in UPRIGHT:
             image = image.transpose(UPRIGHT[declared.orientation])
         if profile is None or image.mode not in PROFILED_MODES or "transparency" in image.info:
-            image, profile = to_rgb(image, profile), None
+            image, profile = to_rgb(image, profile, rules.background or WHITE), None
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on broken data; each means the same here
@@ -113,19 +114,20 @@ def _without_addresses(error: Exception) -> str:
     return f"{type(error).__name__}: {re.sub(r'<[^>]* object at 0x[0-9a-f]+>', 'the file', str(error))}"
 
 
-def to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
-    """RGB of any mode that has one meaning; transparency on white.
+def to_rgb(image: Image.Image, profile: bytes | None = None, background: str = WHITE) -> Image.Image:
+    """RGB of any mode that has one meaning.
 
     Args:
         profile: colour profile that the image's values are converted from; None: they are sRGB's.
+        background: colour behind transparent pixels.
 
     Raises:
         BadImageError: a mode without one meaning, such as floating point; or the profile cannot be parsed.
     """
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey, which Pillow's conversion would clip
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
     if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
-        return _on_white(image, profile)
+        return _over(background, image, profile)
     if image.mode not in (*PLAIN_MODES, "P"):
         raise BadImageError(f"mode: {image.mode} has no certain meaning as RGB")
     if profile is not None:
@@ -133,12 +135,25 @@ def to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """A transparent image over white. Its colours are converted before, as those of the background are sRGB's."""
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow's conversion would clip, as its upper 8 bits: right whether white is 65535, or 65280 as
+    in files that were made by a shift.
+
+    Raises:
+        BadImageError: values of more than 16 bits, whose white is anywhere.
+    """
+    levels = np.asarray(image)
+    if image.mode == "I" and levels.size and (levels.min() < 0 or levels.max() > 65535):
+        raise BadImageError(f"mode: values from {levels.min()} to {levels.max()} have no certain meaning as grey")
+    return Image.fromarray((levels >> 8).astype(np.uint8))
+
+
+def _over(background: str, image: Image.Image, profile: bytes | None) -> Image.Image:
+    """A transparent image over a colour. Its own are converted before, as the background is one of sRGB."""
     layer = image.convert("RGBA")
     if profile is not None:
         grey = image.mode in ("LA", "La")
         opaque = to_srgb(layer.convert("RGB").convert("L") if grey else layer.convert("RGB"), profile)
         opaque.putalpha(layer.getchannel("A"))
         layer = opaque
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")

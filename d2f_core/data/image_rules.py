@@ -13,6 +13,14 @@ Decoding = Literal["srgb", "stored"]
 COLOUR = re.compile("#[0-9a-fA-F]{6}")
 
 
+def check_background(colour: str) -> None:
+    """Raise ValueError unless it is a colour or empty."""
+    if colour and not COLOUR.fullmatch(colour):
+        raise ValueError(
+            f"background={colour!r} is not a colour. Give it as #rrggbb, such as #808080, or leave it out."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
     """Which images are accepted, and how they are resized."""
@@ -34,7 +42,11 @@ class ImageRules:
     the result are decoded at 1/2, 1/4 or 1/8 of their size. `stored`: the file's values, without either, as all
     releases before did; whatever was made with them goes on with it."""
 
+    background: str = since("", before="")
+    """Colour, as #rrggbb, behind transparent pixels and beside a padded image; empty: white behind, black beside."""
+
     def __post_init__(self) -> None:
+        check_background(self.background)
         if self.decoding not in ("srgb", "stored"):
             raise ValueError(f"decoding={self.decoding!r} is not known. Use 'srgb', or 'stored' as before profiles.")
         if self.fit not in ("crop", "pad", "whole"):

@@ -11,6 +11,7 @@ from d2f_core.data.image_rules import ImageRules
 
 __all__ = ["BadImageError", "PreparedImage", "decode_image", "prepare_image"]
 
+BLACK = "#000000"
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
 
@@ -25,7 +26,7 @@ class PreparedImage:
     crop: Box
     """The part of the original that was kept."""
     box: Box
-    """Where that part lies in `pixels`; what is outside is black."""
+    """Where that part lies in `pixels`; what is outside is the background."""
 
     def to_pixels(self, points: np.ndarray) -> np.ndarray:
         """Points of the original as coordinates in `pixels`; a point outside `box` was cropped away.
@@ -49,7 +50,8 @@ def _moved(points: np.ndarray, source: Box, target: Box) -> np.ndarray:
 
 
 def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
-    """Decode, make upright, crop or pad to a square or keep whole as the rules say, resize; transparency becomes white.
+    """Decode, make upright, crop or pad to a square or keep whole as the rules say, resize; transparency becomes the
+    background.
 
     Raises:
         BadImageError: with the reason.
@@ -59,7 +61,7 @@ def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
 
 
 def decode_image(data: bytes, rules: ImageRules) -> Image.Image:
-    """The whole image, upright and in RGB; transparency becomes white.
+    """The whole image, upright and in RGB; transparency becomes the background.
 
     Raises:
         BadImageError: with the reason.
@@ -82,7 +84,7 @@ def _padded(decoded: Decoded, rules: ImageRules) -> PreparedImage:
     longer = max(decoded.width, decoded.height)
     inner = (max(1, round(decoded.width * size / longer)), max(1, round(decoded.height * size / longer)))
     left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
-    square = Image.new("RGB", (size, size))
+    square = Image.new("RGB", (size, size), rules.background or BLACK)
     square.paste(_resized(decoded, crop, inner), (left, top))
     return _prepared(decoded, square, crop, (left, top, left + inner[0], top + inner[1]))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
-from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Decoding, ImageRules
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Decoding, ImageRules, check_background
 from d2f_core.data.sources.config import DepthSource, ImageSource
 from d2f_core.identity import since
 
@@ -36,6 +36,8 @@ class EncodeWork:
     decoding: Decoding | None = since(None, before=None)
     """How pixels are read. `srgb`: colours are converted from the file's colour profile to sRGB. `stored`: profiles are
     ignored, as all releases before did. None: as the table at `output` was begun, and `srgb` for a new one."""
+    background: str = since("", before="")
+    """Colour, as #rrggbb, behind transparent pixels; empty: white."""
     max_quarantined_share: float = 0.01
     """Largest share of unusable samples before the job stops; duplicates do not count. A stopped job can be resumed
     with a higher share."""
@@ -61,6 +63,7 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
         self.check_counts("resolution", "rows_per_part", "batch_size", "num_readers", error=EncodeError)
         if self.decoding not in (None, "srgb", "stored"):
             raise EncodeError(f"decoding={self.decoding!r} is not known. Use 'srgb', or 'stored' as before profiles.")
+        check_background(self.background)
         if self.min_side is not None and self.min_side < 1:
             raise EncodeError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
@@ -82,6 +85,7 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
             min_side=min_side,
             max_pixels=self.max_pixels,
             decoding=self.decoding or "srgb",
+            background=self.background,
         )
 
 
