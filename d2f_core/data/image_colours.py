@@ -49,10 +49,9 @@ def embedded_profile(declared: Declared) -> bytes | None:
         return None
     if declared.format == "PNG":
         return _inflated(bytes(declared.profile[0]))
-    profile = _joined(declared.profile) if declared.format == "JPEG" else bytes(declared.profile[0])
-    if len(profile) > MAX_PROFILE_BYTES:
+    if sum(len(part) for part in declared.profile) > MAX_PROFILE_BYTES:
         raise _too_large()
-    return profile
+    return _joined(declared.profile) if declared.format == "JPEG" else bytes(declared.profile[0])
 
 
 def _means_srgb(cicp: bytes) -> bool:

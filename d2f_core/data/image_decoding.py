@@ -2,27 +2,35 @@
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from d2f_core.data.image_colours import check_profile, embedded_profile, to_srgb
+from d2f_core.data.image_containers import read_container
 from d2f_core.data.image_headers import MAX_IMAGE_BYTES, BadImageError, Declared, read_declared, too_large
 from d2f_core.data.image_rules import ImageRules
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+STORED_FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = (*STORED_FORMATS, "BMP", "GIF", "TIFF", "AVIF")
 
 SIGNATURES = {
     b"GIF8": "GIF",
     b"BM": "BMP",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
+    b"II+\0": "BigTIFF",
+    b"MM\0+": "BigTIFF",
     b"<svg": "SVG",
     b"<?xml": "SVG",
     b"<!DOCTYPE": "HTML",
     b"<html": "HTML",
 }
+HEIC_BRANDS = ("heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1")
+JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+HEIC = "HEIC is not read; convert it to JPEG, as the phone does when it is set to share the most compatible format"
 
 WHITE = "#ffffff"
 PLAIN_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
@@ -53,6 +61,8 @@ class Decoded:
     height: int
     profile: bytes | None
     """Colour profile that `image` has still to be converted from."""
+    turned: bool = False
+    """Whether the file holds the image rotated or mirrored."""
 
     def in_srgb(self, image: Image.Image) -> Image.Image:
         """A part of `image`, or `image` resized, in sRGB."""
@@ -73,16 +83,19 @@ def decode(data: bytes, rules: ImageRules) -> Decoded:
         image = Image.open(io.BytesIO(declared.picture), formats=[declared.format])
         if image.size != (declared.width, declared.height):
             raise BadImageError(f"undecodable: its header says {declared.width}x{declared.height}, not {image.size}")
+        if declared.format == "AVIF" and image.n_frames > 1:  # pyright: ignore[reportAttributeAccessIssue]
+            raise BadImageError(_animated(image.n_frames))  # pyright: ignore[reportAttributeAccessIssue]
         image.load()
-        if declared.orientation in UPRIGHT:
-            image = image.transpose(UPRIGHT[declared.orientation])
+        orientation = image.getexif().get(274, 1) if declared.format == "AVIF" else declared.orientation
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
         if profile is None or image.mode not in PROFILED_MODES or "transparency" in image.info:
             image, profile = to_rgb(image, profile, rules.background or WHITE), None
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on broken data; each means the same here
         raise BadImageError(f"undecodable: {_without_addresses(error)}") from error
-    return Decoded(image=image, width=image.width, height=image.height, profile=profile)
+    return Decoded(image=image, width=image.width, height=image.height, profile=profile, turned=orientation in UPRIGHT)
 
 
 def _check_declared(data: bytes, rules: ImageRules) -> Declared:
@@ -91,22 +104,41 @@ def _check_declared(data: bytes, rules: ImageRules) -> Declared:
         raise BadImageError("undecodable: empty file")
     if len(data) > MAX_IMAGE_BYTES:
         raise BadImageError(too_large(len(data), MAX_IMAGE_BYTES))
-    for signature, name in SIGNATURES.items():
-        if data.startswith(signature):
-            raise BadImageError(f"format: {name} is not one of {', '.join(FORMATS)}")
-    if data[4:8] == b"ftyp":
-        raise BadImageError(f"format: {data[8:12].decode('ascii', 'replace')} is not one of {', '.join(FORMATS)}")
     declared = read_declared(data)
+    if declared is None and rules.decoding == "srgb":
+        declared = read_container(data)
+    if declared is not None and declared.format == "AVIF" and not features.check("avif"):
+        raise BadImageError(
+            "format: AVIF is not read by this machine's Pillow; install one with libavif (11.3 or later)"
+        )
     if declared is None:
-        raise BadImageError(f"undecodable: not a {', '.join(FORMATS)} file")
+        raise BadImageError(_unknown(data, FORMATS if rules.decoding == "srgb" else STORED_FORMATS))
     width, height = declared.width, declared.height
     if width * height > rules.max_pixels:
         raise BadImageError(f"too_many_pixels: {width}x{height} px, at most {rules.max_pixels} pixels are decoded")
     if min(width, height) < rules.min_side:
         raise BadImageError(f"too_small: {width}x{height} px, the short side must be at least {rules.min_side}")
     if declared.frames > 1:
-        raise BadImageError(f"animated: {declared.frames} frames, a single picture is needed")
+        raise BadImageError(_animated(declared.frames))
     return declared
+
+
+def _animated(frames: int) -> str:
+    return f"animated: {frames} frames, a single picture is needed"
+
+
+def _unknown(data: bytes, formats: Sequence[str]) -> str:
+    """The reason for a file of another format, by its first bytes."""
+    names = ", ".join(formats)
+    for signature, name in SIGNATURES.items():
+        if data.startswith(signature):
+            return f"format: {name} is not one of {names}"
+    if data.startswith(JPEG_XL):
+        return "format: JPEG XL is not read; convert it to PNG or JPEG (djxl)"
+    if data[4:8] == b"ftyp":
+        brand = data[8:12].decode("ascii", "replace")
+        return f"format: {HEIC}" if brand in HEIC_BRANDS else f"format: {brand} is not one of {names}"
+    return f"undecodable: not a {names} file"
 
 
 def _without_addresses(error: Exception) -> str:

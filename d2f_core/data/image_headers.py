@@ -44,7 +44,7 @@ class Declared:
     """What an image file's headers declare; no pixel was decoded."""
 
     format: str
-    """PNG, JPEG or WEBP."""
+    """PNG, JPEG, WEBP, BMP, GIF, TIFF or AVIF."""
     width: int
     """`width` and `height` in pixels as stored, before the orientation is applied."""
     height: int

@@ -28,6 +28,9 @@ class PreparedImage:
     box: Box
     """Where that part lies in `pixels`; what is outside is the background."""
 
+    turned: bool = False
+    """Whether the file holds the image rotated or mirrored, and metadata say so."""
+
     def to_pixels(self, points: np.ndarray) -> np.ndarray:
         """Points of the original as coordinates in `pixels`; a point outside `box` was cropped away.
 
@@ -106,4 +109,6 @@ def _resized(decoded: Decoded, crop: Box, size: tuple[int, int]) -> Image.Image:
 
 
 def _prepared(decoded: Decoded, image: Image.Image, crop: Box, box: Box) -> PreparedImage:
-    return PreparedImage(pixels=np.asarray(image), width=decoded.width, height=decoded.height, crop=crop, box=box)
+    return PreparedImage(
+        pixels=np.asarray(image), width=decoded.width, height=decoded.height, crop=crop, box=box, turned=decoded.turned
+    )

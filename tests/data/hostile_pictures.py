@@ -4,7 +4,7 @@ import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
@@ -132,6 +132,48 @@ def with_frame_code(code: int) -> bytes:
     return file_bytes(PICTURE, "JPEG").replace(b"\xff\xc0", bytes([0xFF, code]), 1)
 
 
+def resized_gif(width: int, height: int) -> bytes:
+    data = bytearray(other("GIF"))
+    struct.pack_into("<HH", data, 6, width, height)
+    return bytes(data)
+
+
+def resized_bmp(width: int, height: int) -> bytes:
+    data = bytearray(other("BMP"))
+    struct.pack_into("<ii", data, 18, width, height)
+    return bytes(data)
+
+
+def tiff(values: Mapping[int, int], counts: Mapping[int, int] | None = None) -> bytes:
+    """A good TIFF with tags of other values, or added to its end."""
+    good = {256: 24, 257: 20, 258: 8, 259: 1, 262: 1, 273: 400, 277: 1, 278: 20, 279: 480} | dict(values)
+    entries = [struct.pack("<HHII", tag, 4, (counts or {}).get(tag, 1), value) for tag, value in sorted(good.items())]
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return head.ljust(400, b"\0") + bytes(480)
+
+
+def tiff_with_exif() -> bytes:
+    """The picture as a TIFF whose EXIF and XMP are 20 GB to a reader that copies each value."""
+    sink = io.BytesIO()
+    Image.fromarray(PICTURE).save(sink, "TIFF", tiffinfo={700: exif_bomb(2**20), 34377: exif_bomb(2**20)})
+    return sink.getvalue()
+
+
+def endless_pages() -> bytes:
+    data = bytearray(tiff({}))
+    count, first = 9, len(data)
+    struct.pack_into("<I", data, 10 + 12 * count, first)
+    for page in range(1, 3000):
+        data += struct.pack("<HI", 0, first + 6 * page)
+    return bytes(data)
+
+
+def resized_avif(width: int, height: int) -> bytes:
+    data = bytearray(other("AVIF"))
+    struct.pack_into(">II", data, data.index(b"ispe") + 8, width, height)
+    return bytes(data)
+
+
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "png-declares-60000x60000": (
         lambda: header(60_000, 60_000) + chunk(b"IDAT", zlib.compress(b"\0")),
@@ -179,13 +221,29 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         "too_many_parts",
     ),
     "webp-without-chunks": (lambda: riff(), "undecodable"),
-    "gif-renamed": (lambda: other("GIF"), "format: GIF"),
-    "bmp-renamed": (lambda: other("BMP"), "format: BMP"),
-    "tiff-renamed": (lambda: other("TIFF"), "format: TIFF"),
+    "gif-of-65535x65535": (lambda: resized_gif(65_535, 65_535), "too_many_pixels"),
+    "gif-animated": (lambda: frames("GIF"), "animated"),
+    "gif-of-two-million-blocks": (lambda: other("GIF")[:-2] + b"\x01\0" * 2_000_000, "too_many_parts"),
+    "gif-cut-off": (lambda: cut(other("GIF"), 0.5), "undecodable"),
+    "bmp-declares-60000x60000": (lambda: resized_bmp(60_000, 60_000), "too_many_pixels"),
+    "bmp-upside-down-declares-60000x60000": (lambda: resized_bmp(60_000, -60_000), "too_many_pixels"),
+    "bmp-large-and-cut-off": (lambda: resized_bmp(7000, 7000), "undecodable"),
+    "tiff-declares-60000x60000": (lambda: tiff({256: 60_000, 257: 60_000}), "too_many_pixels"),
+    "tiff-large-and-cut-off": (lambda: tiff({256: 7000, 257: 7000}), "undecodable"),
+    "tiff-of-tiles-of-a-billion-pixels": (lambda: tiff({322: 30_000, 323: 40_000}), "too_many_pixels"),
+    "tiff-whose-tags-all-name-the-same-bytes": (
+        lambda: tiff({320: 8}, counts={320: 90_000}) + bytes(50_000),
+        "too_many_parts",
+    ),
+    "tiff-of-no-size": (lambda: tiff({256: 0}), "too_small"),
+    "tiff-of-65000-samples": (lambda: tiff({277: 65_000}), "undecodable"),
+    "tiff-of-pages-without-end": (lambda: endless_pages(), "too_many_parts"),
+    "avif-declares-16384x16384": (lambda: resized_avif(16_384, 16_384), "too_many_pixels"),
+    "avif-of-nothing": (lambda: b"\0\0\0\x1cftypavif" + bytes(50), "undecodable"),
     "psd-renamed": (lambda: b"8BPS\0\1" + bytes(100), "undecodable"),
     "eps-renamed": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n(%pipe%id) (w) file", "undecodable"),
     "ico-renamed": (lambda: other("ICO"), "undecodable"),
-    "avif-renamed": (lambda: b"\0\0\0\x1cftypavif" + bytes(50), "format: avif"),
+    "heic-renamed": (lambda: b"\0\0\0\x1cftypheic" + bytes(50), "format: HEIC"),
     "svg-of-a-billion-laughs": (
         lambda: b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "haha"><!ENTITY b "&a;&a;&a;">]><svg>&b;</svg>',
         "format: SVG",
@@ -210,6 +268,7 @@ PASSED_OVER: dict[str, Callable[[], bytes]] = {
     "jpeg-that-lists-pictures-it-has-not": lambda: jpeg_with(segment(0xE2, b"MPF\0" + exif_bomb(60_000))),
     "jpeg-of-1000-comments": lambda: jpeg_with(segment(0xFE, b"x" * 65_000) * 1000),
     "webp-exif-bomb": lambda: riff(vp8x(24, 20, 8), (b"VP8 ", webp_body()), (b"EXIF", exif_bomb(2**20))),
+    "tiff-exif-bomb": lambda: tiff_with_exif(),
     "zip-behind-a-png": lambda: file_bytes(PICTURE) + zip_bytes(),
     "html-behind-a-jpeg": lambda: file_bytes(PICTURE, "JPEG") + b"<script>alert(1)</script>" * 1000,
 }

@@ -109,7 +109,7 @@ def add_bad_files(folder: str) -> None:
     items = [
         ("100.png", b"not an image", "broken"),
         ("101.png", file_bytes(pixels(101, 9, 40)), "too small"),
-        ("102.gif", file_bytes(pixels(102), "GIF"), "another format"),
+        ("102.heic", b"\0\0\0\x18ftypheic" + bytes(12), "another format"),
         ("103.png", file_bytes(pixels(103)), "  "),
         ("104.png", file_bytes(pixels(104), mode="RGBA"), "transparent and fine"),
         ("105.png", pictures(1)[0][1], pictures(1)[0][2]),
@@ -131,7 +131,7 @@ def test_every_sample_is_written_or_in_the_ledger(config):
     assert codes == {
         "100.png": "undecodable",
         "101.png": "too_small",
-        "102.gif": "format",
+        "102.heic": "format",
         "103.png": "no_caption",
         "105.png": "duplicate",
     }
