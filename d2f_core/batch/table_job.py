@@ -168,6 +168,17 @@ def claim_output(spec: TableSpec) -> None:
         _refuse_other(spec, json.loads(read_bytes(place)), "is an unfinished table")
 
 
+def begun_identity(output: str) -> dict[str, Any] | None:
+    """The identity of the finished or unfinished table at an output; None where no table was begun."""
+    if manifest_exists(output):
+        manifest = read_manifest(output)
+        return {**manifest.inputs, "fingerprint": manifest.fingerprint}
+    try:
+        return json.loads(read_bytes(join(output, PROGRESS, JOB_NAME)))
+    except FileNotFoundError:
+        return None
+
+
 def check_complete_table(spec: TableSpec, manifest: Manifest) -> None:
     """Raise OutputError if the finished table at the output differs from what this job would write."""
     if manifest.kind != spec.KIND:

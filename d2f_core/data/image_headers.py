@@ -21,11 +21,13 @@ MAX_SCANS = 100
 bytes."""
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+PNG_CHECKSUM = 4
 PNG_PICTURE = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 # A marker that begins a segment: neither an escaped byte of image data (00), nor fill (FF), TEM or a restart.
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
 FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-START, END, SCAN, EXIF_OR_XMP = 0xD8, 0xD9, 0xDA, 0xE1
+START, END, SCAN, EXIF_OR_XMP, ICC = 0xD8, 0xD9, 0xDA, 0xE1, 0xE2
+ICC_SIGNATURE = b"ICC_PROFILE\0"
 # All application segments but JFIF's and Adobe's, which say how the colours are stored; and comments.
 JPEG_METADATA = {*range(0xE1, 0xF0), 0xFE} - {0xEE}
 ANIMATED_WEBP = b"ANMF"
@@ -42,7 +44,7 @@ class Declared:
     """What an image file's headers declare; no pixel was decoded."""
 
     format: str
-    """PNG, JPEG or WEBP."""
+    """PNG, JPEG, WEBP, BMP, GIF, TIFF or AVIF."""
     width: int
     """`width` and `height` in pixels as stored, before the orientation is applied."""
     height: int
@@ -51,6 +53,10 @@ class Declared:
     """EXIF orientation: 1 is upright, 2 to 8 are rotated or mirrored."""
     picture: bytes
     """The file's bytes without the parts that a decoder does not need."""
+    profile: tuple[memoryview, ...] = ()
+    """The parts of the embedded colour profile, as they lie in the file: compressed in a PNG, numbered in a JPEG."""
+    cicp: bytes | None = None
+    """Primaries, transfer function, matrix and range of ITU-T H.273, a byte each, where the file declares them."""
 
 
 def too_large(size: int, most: int) -> str:
@@ -94,6 +100,7 @@ def _chunks(data: bytes, start: int, header: str, overhead: int, even: int) -> I
 
 def _png(data: bytes) -> Declared:
     view, kept, size, frames, orientation = memoryview(data), [memoryview(PNG)], None, 1, None
+    profile, cicp = (), None
     for kind, start, contents, end in _chunks(data, len(PNG), ">I4s", 12, 1):
         if size is None:
             if kind != b"IHDR":
@@ -105,6 +112,10 @@ def _png(data: bytes) -> Declared:
             kept.append(view[start:end])
         elif kind == b"acTL":
             (frames,) = struct.unpack_from(">I", data, contents)
+        elif kind == b"iCCP":
+            profile = profile or (view[contents : end - PNG_CHECKSUM],)
+        elif kind == b"cICP":
+            cicp = cicp or data[contents : contents + 4]
         elif kind == b"eXIf":
             orientation = orientation or _exif_orientation(data, contents, end)
         elif kind == b"iTXt" and data.startswith(b"XML:com.adobe.xmp\0", contents):
@@ -114,12 +125,13 @@ def _png(data: bytes) -> Declared:
     if size is None:
         raise BadImageError("undecodable: a PNG without chunks")
     return Declared(
-        format="PNG", width=size[0], height=size[1], frames=frames, orientation=orientation or 1, picture=b"".join(kept)
-    )
+        format="PNG", width=size[0], height=size[1], frames=frames, orientation=orientation or 1,
+        picture=b"".join(kept), profile=profile, cicp=cicp,
+    )  # fmt: skip
 
 
 def _jpeg(data: bytes) -> Declared:
-    view, kept, size, orientation = memoryview(data), [], None, None
+    view, kept, size, orientation, profile = memoryview(data), [], None, None, []
     at, taken, parts, scans = 2, 0, 0, 0
     while found := JPEG_MARKER.search(data, at):
         code, at = found[1][0], found.end()
@@ -145,6 +157,8 @@ def _jpeg(data: bytes) -> Declared:
         elif code == EXIF_OR_XMP:
             exif = data.startswith(b"Exif\0\0", at + 2)
             orientation = orientation or (_exif_orientation if exif else _xmp_orientation)(data, at + 2, end)
+        elif code == ICC and data.startswith(ICC_SIGNATURE, at + 2):
+            profile.append(view[at + 2 + len(ICC_SIGNATURE) : end])
         if code in JPEG_METADATA:
             kept.append(view[taken : found.start()])
             taken = end
@@ -155,17 +169,21 @@ def _jpeg(data: bytes) -> Declared:
         raise BadImageError("undecodable: no frame header")
     kept.append(view[taken:at])
     return Declared(
-        format="JPEG", width=size[1], height=size[0], frames=1, orientation=orientation or 1, picture=b"".join(kept)
-    )
+        format="JPEG", width=size[1], height=size[0], frames=1, orientation=orientation or 1,
+        picture=b"".join(kept), profile=tuple(profile),
+    )  # fmt: skip
 
 
 def _webp(data: bytes) -> Declared:
-    size, frames, orientation = None, 0, None
+    size, frames, orientation, profile = None, 0, None, ()
     for kind, _, contents, end in _chunks(data, 12, "<4sI", 8, 2):
         if size is None:
             size = _webp_size(data, kind, contents)
         if kind == ANIMATED_WEBP:
             frames += 1
+        elif kind == b"ICCP":
+            (length,) = struct.unpack_from("<I", data, contents - 4)
+            profile = profile or (memoryview(data)[contents : contents + length],)
         elif kind == b"EXIF":
             orientation = orientation or _exif_orientation(data, contents, end)
         elif kind == b"XMP ":
@@ -173,8 +191,9 @@ def _webp(data: bytes) -> Declared:
     if size is None:
         raise BadImageError("undecodable: a WebP without chunks")
     return Declared(
-        format="WEBP", width=size[0], height=size[1], frames=frames or 1, orientation=orientation or 1, picture=data
-    )
+        format="WEBP", width=size[0], height=size[1], frames=frames or 1, orientation=orientation or 1,
+        picture=data, profile=profile,
+    )  # fmt: skip
 
 
 def _webp_size(data: bytes, kind: bytes, at: int) -> tuple[int, int]:

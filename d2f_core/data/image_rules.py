@@ -1,5 +1,6 @@
 """Which images are accepted, and how many pixels one may have."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,17 @@ from d2f_core.identity import since
 
 MAX_PIXELS_LIMIT = 178_956_970
 """Pillow refuses larger images by itself."""
+
+Decoding = Literal["srgb", "stored"]
+COLOUR = re.compile("#[0-9a-fA-F]{6}")
+
+
+def check_background(colour: str) -> None:
+    """Raise ValueError unless it is a colour or empty."""
+    if colour and not COLOUR.fullmatch(colour):
+        raise ValueError(
+            f"background={colour!r} is not a colour. Give it as #rrggbb, such as #808080, or leave it out."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +37,18 @@ class ImageRules:
     multiple: int = since(1, before=1)
     """With `whole`: what both sides of the result are multiples of, in pixels; the aspect is rounded to it."""
 
+    decoding: Decoding = since("stored", before="stored")
+    """How pixels are read. `srgb`: colours are converted from the file's profile to sRGB, and JPEGs much larger than
+    the result are decoded at 1/2, 1/4 or 1/8 of their size. `stored`: the file's values, without either, as all
+    releases before did; whatever was made with them goes on with it."""
+
+    background: str = since("", before="")
+    """Colour, as #rrggbb, behind transparent pixels and beside a padded image; empty: white behind, black beside."""
+
     def __post_init__(self) -> None:
+        check_background(self.background)
+        if self.decoding not in ("srgb", "stored"):
+            raise ValueError(f"decoding={self.decoding!r} is not known. Use 'srgb', or 'stored' as before profiles.")
         if self.fit not in ("crop", "pad", "whole"):
             raise ValueError(
                 f"fit={self.fit!r} is not a way to make a square. Use 'crop' or 'pad', or 'whole' for none."

@@ -4,12 +4,13 @@ import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
 
 from tests.data.pictures import file_bytes, pixels
+from tests.data.profiles import DISPLAY_P3, matrix_profile
 
 PICTURE = pixels(0, 20, 24)
 """What a file shows that is harmless once everything around its picture is passed over."""
@@ -27,6 +28,17 @@ def png_with(*extra: bytes, picture: np.ndarray = PICTURE) -> bytes:
     """A good PNG with more chunks behind its header."""
     good = file_bytes(picture)
     return good[:33] + b"".join(extra) + good[33:]
+
+
+def profiled(profile: bytes) -> bytes:
+    """A good PNG with a colour profile."""
+    return png_with(chunk(b"iCCP", b"a\0\0" + zlib.compress(profile)))
+
+
+def many_tags() -> bytes:
+    """A profile whose table declares 2^24 tags, all of them the same."""
+    good = matrix_profile(DISPLAY_P3)
+    return good[:128] + struct.pack(">I", 2**24) + good[132:144] * 100_000
 
 
 def segment(code: int, data: bytes) -> bytes:
@@ -120,6 +132,48 @@ def with_frame_code(code: int) -> bytes:
     return file_bytes(PICTURE, "JPEG").replace(b"\xff\xc0", bytes([0xFF, code]), 1)
 
 
+def resized_gif(width: int, height: int) -> bytes:
+    data = bytearray(other("GIF"))
+    struct.pack_into("<HH", data, 6, width, height)
+    return bytes(data)
+
+
+def resized_bmp(width: int, height: int) -> bytes:
+    data = bytearray(other("BMP"))
+    struct.pack_into("<ii", data, 18, width, height)
+    return bytes(data)
+
+
+def tiff(values: Mapping[int, int], counts: Mapping[int, int] | None = None) -> bytes:
+    """A good TIFF with tags of other values, or added to its end."""
+    good = {256: 24, 257: 20, 258: 8, 259: 1, 262: 1, 273: 400, 277: 1, 278: 20, 279: 480} | dict(values)
+    entries = [struct.pack("<HHII", tag, 4, (counts or {}).get(tag, 1), value) for tag, value in sorted(good.items())]
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return head.ljust(400, b"\0") + bytes(480)
+
+
+def tiff_with_exif() -> bytes:
+    """The picture as a TIFF whose EXIF and XMP are 20 GB to a reader that copies each value."""
+    sink = io.BytesIO()
+    Image.fromarray(PICTURE).save(sink, "TIFF", tiffinfo={700: exif_bomb(2**20), 34377: exif_bomb(2**20)})
+    return sink.getvalue()
+
+
+def endless_pages() -> bytes:
+    data = bytearray(tiff({}))
+    count, first = 9, len(data)
+    struct.pack_into("<I", data, 10 + 12 * count, first)
+    for page in range(1, 3000):
+        data += struct.pack("<HI", 0, first + 6 * page)
+    return bytes(data)
+
+
+def resized_avif(width: int, height: int) -> bytes:
+    data = bytearray(other("AVIF"))
+    struct.pack_into(">II", data, data.index(b"ispe") + 8, width, height)
+    return bytes(data)
+
+
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "png-declares-60000x60000": (
         lambda: header(60_000, 60_000) + chunk(b"IDAT", zlib.compress(b"\0")),
@@ -136,6 +190,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "png-with-two-headers": (lambda: png_with(header(60_000, 60_000)[8:]), "undecodable"),
     "png-of-no-colour-type": (lambda: header(24, 20, 8, 5) + chunk(b"IDAT", zlib.compress(b"\0" * 999)), "undecodable"),
     "png-with-broken-checksum": (lambda: file_bytes(PICTURE)[:-20] + bytes(20), "undecodable"),
+    "png-profile-bomb": (lambda: png_with(chunk(b"iCCP", b"a\0\0" + big(b"\0"))), "bad_profile"),
+    "png-profile-of-nonsense": (lambda: profiled(b"\xff" * 3000), "bad_profile"),
+    "png-profile-of-a-million-tags": (lambda: profiled(many_tags()), "bad_profile"),
     "png-animated": (lambda: frames("PNG"), "animated"),
     "png-of-200000-chunks": (lambda: png_with(chunk(b"tEXt", b"a\0b") * 200_000), "too_many_parts"),
     "jpeg-declares-65500x65500": (
@@ -164,13 +221,29 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         "too_many_parts",
     ),
     "webp-without-chunks": (lambda: riff(), "undecodable"),
-    "gif-renamed": (lambda: other("GIF"), "format: GIF"),
-    "bmp-renamed": (lambda: other("BMP"), "format: BMP"),
-    "tiff-renamed": (lambda: other("TIFF"), "format: TIFF"),
+    "gif-of-65535x65535": (lambda: resized_gif(65_535, 65_535), "too_many_pixels"),
+    "gif-animated": (lambda: frames("GIF"), "animated"),
+    "gif-of-two-million-blocks": (lambda: other("GIF")[:-2] + b"\x01\0" * 2_000_000, "too_many_parts"),
+    "gif-cut-off": (lambda: cut(other("GIF"), 0.5), "undecodable"),
+    "bmp-declares-60000x60000": (lambda: resized_bmp(60_000, 60_000), "too_many_pixels"),
+    "bmp-upside-down-declares-60000x60000": (lambda: resized_bmp(60_000, -60_000), "too_many_pixels"),
+    "bmp-large-and-cut-off": (lambda: resized_bmp(7000, 7000), "undecodable"),
+    "tiff-declares-60000x60000": (lambda: tiff({256: 60_000, 257: 60_000}), "too_many_pixels"),
+    "tiff-large-and-cut-off": (lambda: tiff({256: 7000, 257: 7000}), "undecodable"),
+    "tiff-of-tiles-of-a-billion-pixels": (lambda: tiff({322: 30_000, 323: 40_000}), "too_many_pixels"),
+    "tiff-whose-tags-all-name-the-same-bytes": (
+        lambda: tiff({320: 8}, counts={320: 90_000}) + bytes(50_000),
+        "too_many_parts",
+    ),
+    "tiff-of-no-size": (lambda: tiff({256: 0}), "too_small"),
+    "tiff-of-65000-samples": (lambda: tiff({277: 65_000}), "undecodable"),
+    "tiff-of-pages-without-end": (lambda: endless_pages(), "too_many_parts"),
+    "avif-declares-16384x16384": (lambda: resized_avif(16_384, 16_384), "too_many_pixels"),
+    "avif-of-nothing": (lambda: b"\0\0\0\x1cftypavif" + bytes(50), "undecodable"),
     "psd-renamed": (lambda: b"8BPS\0\1" + bytes(100), "undecodable"),
     "eps-renamed": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n(%pipe%id) (w) file", "undecodable"),
     "ico-renamed": (lambda: other("ICO"), "undecodable"),
-    "avif-renamed": (lambda: b"\0\0\0\x1cftypavif" + bytes(50), "format: avif"),
+    "heic-renamed": (lambda: b"\0\0\0\x1cftypheic" + bytes(50), "format: HEIC"),
     "svg-of-a-billion-laughs": (
         lambda: b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "haha"><!ENTITY b "&a;&a;&a;">]><svg>&b;</svg>',
         "format: SVG",
@@ -186,7 +259,6 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 PASSED_OVER: dict[str, Callable[[], bytes]] = {
     "png-ztxt-bomb": lambda: png_with(chunk(b"zTXt", b"a\0\0" + big(b"a")) * 4),
     "png-itxt-bomb": lambda: png_with(chunk(b"iTXt", b"a\0\1\0\0\0" + big(b"\xf0\x9f\x98\x80")) * 4),
-    "png-iccp-bomb": lambda: png_with(chunk(b"iCCP", b"a\0\0" + big(b"\0"))),
     "png-exif-bomb": lambda: png_with(chunk(b"eXIf", exif_bomb(2**20))),
     "png-exif-that-names-itself": lambda: png_with(chunk(b"eXIf", b"II*\0\x08\0\0\0\xff\xff" + b"\x69\x87" * 6000)),
     "jpeg-exif-bomb": lambda: jpeg_with(
@@ -196,6 +268,7 @@ PASSED_OVER: dict[str, Callable[[], bytes]] = {
     "jpeg-that-lists-pictures-it-has-not": lambda: jpeg_with(segment(0xE2, b"MPF\0" + exif_bomb(60_000))),
     "jpeg-of-1000-comments": lambda: jpeg_with(segment(0xFE, b"x" * 65_000) * 1000),
     "webp-exif-bomb": lambda: riff(vp8x(24, 20, 8), (b"VP8 ", webp_body()), (b"EXIF", exif_bomb(2**20))),
+    "tiff-exif-bomb": lambda: tiff_with_exif(),
     "zip-behind-a-png": lambda: file_bytes(PICTURE) + zip_bytes(),
     "html-behind-a-jpeg": lambda: file_bytes(PICTURE, "JPEG") + b"<script>alert(1)</script>" * 1000,
 }

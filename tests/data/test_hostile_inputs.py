@@ -19,7 +19,7 @@ from tests.data.measured import Cost, measure
 from tests.data.pictures import file_bytes, pixels, write_folder
 
 pytestmark = pytest.mark.timeout(300)
-RULES = ImageRules(resolution=16, min_side=8, max_pixels=50_000_000)
+RULES = ImageRules(resolution=16, min_side=8, max_pixels=50_000_000, decoding="srgb")
 SECONDS, MEMORY = 3.0, 200 * 2**20
 """A second, with room for a slow machine; memory needs no such room."""
 

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from d2f_core.data.image_decoding import to_rgb
 from d2f_core.data.image_rules import ImageRules
-from d2f_core.data.images import BadImageError, prepare_image, to_rgb
+from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.identity import identity_values
+from tests.data.hostile_pictures import chunk, header
 from tests.data.pictures import file_bytes, pixels
 
 RULES = ImageRules(resolution=16, min_side=8, max_pixels=10_000)
@@ -135,6 +139,65 @@ def test_a_mode_that_could_mean_several_colours_is_refused(mode):
     image = Image.new("RGB", (4, 4)).convert("L").convert("F") if mode == "F" else Image.new(mode, (4, 4))
     with pytest.raises(BadImageError, match=f"mode: {mode} has no certain meaning as RGB"):
         to_rgb(image)
+
+
+CORNERS = np.zeros((16, 16, 3), np.uint8)
+CORNERS[:8, :8], CORNERS[:8, 8:], CORNERS[8:, :8] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+STORED_AS = {
+    1: CORNERS,
+    2: CORNERS[:, ::-1],
+    3: CORNERS[::-1, ::-1],
+    4: CORNERS[::-1],
+    5: CORNERS.transpose(1, 0, 2),
+    6: np.rot90(CORNERS),
+    7: CORNERS[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(CORNERS, -1),
+}
+"""How a file of each EXIF orientation holds the picture whose upper left corner is red, upper right one green."""
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_every_orientation_of_every_format_is_turned_upright(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    how = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
+    data = saved(Image.fromarray(np.ascontiguousarray(STORED_AS[orientation])), kind, exif=exif, **how)
+    difference = prepare_image(data, RULES).pixels.astype(int) - CORNERS
+    assert np.abs(difference).max() <= 4
+
+
+GREEN = dataclasses.replace(RULES, background="#00c800")
+
+
+@pytest.mark.parametrize("rules", [GREEN, dataclasses.replace(GREEN, decoding="srgb")])
+def test_transparency_becomes_the_background_and_bars_have_its_colour(rules):
+    for image in (Image.new("RGBA", (16, 16), (255, 0, 0, 0)), Image.new("LA", (16, 16), (0, 0))):
+        assert (prepare_image(saved(image), rules).pixels == (0, 200, 0)).all()
+    half = prepare_image(saved(Image.new("RGBA", (16, 16), (200, 0, 0, 128))), rules).pixels[0, 0]
+    np.testing.assert_allclose(half, (100, 100, 0), atol=1)
+    padded = prepare_image(saved(Image.new("RGB", (16, 8))), dataclasses.replace(rules, fit="pad"))
+    assert (padded.pixels[:4] == (0, 200, 0)).all() and (padded.pixels[4:12] == 0).all()
+
+
+@pytest.mark.parametrize("colour", ["green", "#12345", "0x123456"])
+def test_a_background_that_is_no_colour_is_refused(colour):
+    with pytest.raises(ValueError, match=r"is not a colour\. Give it as #rrggbb"):
+        dataclasses.replace(RULES, background=colour)
+
+
+def test_sixteen_bits_of_colour_are_scaled_and_not_clipped():
+    rows = [b"\0" + struct.pack(">48H", *[level << 8 | 0x7F for level in (20, 128, 250)] * 16)] * 16
+    data = header(16, 16, 16) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+    assert (prepare_image(data, RULES).pixels == (20, 128, 250)).all()
+    with pytest.raises(BadImageError, match="mode: values from 0 to 70000 have no certain meaning as grey"):
+        to_rgb(Image.fromarray(np.array([[0, 70_000]], np.int32)))
+
+
+def test_of_a_phones_picture_with_a_second_one_behind_it_the_first_is_read():
+    first = Image.fromarray(pixels(4, 16, 16))
+    data = saved(first, "MPO", save_all=True, append_images=[Image.fromarray(pixels(5, 16, 16))])
+    np.testing.assert_array_equal(prepare_image(data, RULES).pixels, prepare_image(saved(first, "JPEG"), RULES).pixels)
 
 
 def test_a_photo_taken_sideways_is_turned_upright():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from d2f_core.batch.chunk_records import PROGRESS, drop_duplicates, read_records, unfinished_shards
@@ -38,6 +40,7 @@ from d2f_core.resources import InsufficientResourcesError
 from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
 from tests.data.pictures import file_bytes, pictures, pixels, tar_bytes, write_folder, write_parquet, write_tars
+from tests.data.profiles import DISPLAY_P3, matrix_profile
 from tests.flow.here import here, prepared_rows
 from tests.flow.tiny_base import write_tiny_base
 from tests.slow import slow
@@ -96,11 +99,17 @@ def elsewhere(config: EncodeConfig, **changes) -> EncodeConfig:
     return dataclasses.replace(config, output=f"{config.output}-{uuid.uuid4().hex[:6]}", **changes)
 
 
+def saved_with_profile(colour: tuple[int, int, int]) -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (24, 20), colour).save(sink, "PNG", icc_profile=matrix_profile(DISPLAY_P3))
+    return sink.getvalue()
+
+
 def add_bad_files(folder: str) -> None:
     items = [
         ("100.png", b"not an image", "broken"),
         ("101.png", file_bytes(pixels(101, 9, 40)), "too small"),
-        ("102.gif", file_bytes(pixels(102), "GIF"), "another format"),
+        ("102.heic", b"\0\0\0\x18ftypheic" + bytes(12), "another format"),
         ("103.png", file_bytes(pixels(103)), "  "),
         ("104.png", file_bytes(pixels(104), mode="RGBA"), "transparent and fine"),
         ("105.png", pictures(1)[0][1], pictures(1)[0][2]),
@@ -122,7 +131,7 @@ def test_every_sample_is_written_or_in_the_ledger(config):
     assert codes == {
         "100.png": "undecodable",
         "101.png": "too_small",
-        "102.gif": "format",
+        "102.heic": "format",
         "103.png": "no_caption",
         "105.png": "duplicate",
     }
@@ -299,6 +308,27 @@ def test_a_chunk_with_half_a_part_or_no_record_is_done_again(config):
     Path(config.output, PROGRESS, "000001-00000.json").unlink()
     assert [record.shard for record in read_records(config.output)] == [2]
     assert encode_here(config).digest == expected
+
+
+def test_a_table_that_was_begun_before_profiles_were_read_goes_on_without_them(config, tmp_path):
+    items = [*pictures(8), ("9.png", saved_with_profile((200, 60, 40)), "an orange")]
+    config = dataclasses.replace(config, source=ImageSource(uri=write_folder(str(tmp_path / "phone"), items)))
+    old = elsewhere(config, decoding="stored")
+    encode_some(old, 1)
+    begun = json.loads(read_bytes(join(old.output, PROGRESS, "job.json")))
+    assert "decoding" not in begun, "its identity is that of earlier releases"
+    unsaid = dataclasses.replace(old, decoding=None)
+    assert check_encode(unsaid).spec.identity() == begun
+    new = encode_here(config)
+    assert new.inputs["decoding"] == "srgb" and encode_here(unsaid).digest != new.digest
+    assert make_table(check_encode(unsaid)).num_rows == 9, "complete, and still what the command asks for"
+    latents = [rows_of(each.output)["latent_mean"] for each in (config, old)]
+    np.testing.assert_array_equal(latents[0][:8], latents[1][:8])
+    assert (latents[0][8] != latents[1][8]).any()
+    with pytest.raises(OutputError, match="decoding was None, now srgb"):
+        make_table(check_encode(dataclasses.replace(old, decoding="srgb")))
+    with pytest.raises(EncodeError, match="decoding='p3' is not known"):
+        dataclasses.replace(config, decoding="p3")
 
 
 def test_dropping_duplicates_twice_changes_nothing(config, tmp_path):

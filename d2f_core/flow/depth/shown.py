@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from d2f_core.data.depth_files import decode_depth
-from d2f_core.data.images import to_rgb
+from d2f_core.data.image_decoding import to_rgb
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.table_reader import RowReader
 from d2f_core.flow.depth.errors import counted, square

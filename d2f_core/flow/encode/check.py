@@ -1,12 +1,14 @@
 """Checks an encode job and makes its specification before it starts."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2f_core.batch.table_job import TableJob
+from d2f_core.batch.table_job import TableJob, begun_identity
+from d2f_core.data.image_rules import Decoding
 from d2f_core.data.sources.depth import plan_depth
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.listing import SourcePlan
@@ -56,6 +58,7 @@ def _check(
     check_reachable(source)
     check_reachable(config.base)
     check_reachable(config.output, write=True)
+    config = dataclasses.replace(config, decoding=chosen_decoding(config))
     base = describe_base(config.base)
     check_autoencoder(base)
     fingerprint = {**_fingerprint(base, config.resolution, text), **kind.fingerprint}
@@ -73,6 +76,16 @@ def _check(
     }
     spec = EncodeSpec(config=config, kind=kind, fingerprint=fingerprint, inputs=made_from, latent_shape=shape)
     return TableJob(spec=spec, source=planned, actor=LatentEncoder)
+
+
+def chosen_decoding(config: EncodeSettings) -> Decoding:
+    """As the config says; otherwise as the table at the output was begun, where those that do not say are of releases
+    that ignored profiles; otherwise sRGB.
+    """
+    if config.decoding is not None:
+        return config.decoding
+    begun = begun_identity(config.output)
+    return "srgb" if begun is None else begun.get("decoding", "stored")
 
 
 def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:

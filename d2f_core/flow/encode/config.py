@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
-from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Decoding, ImageRules, check_background
 from d2f_core.data.sources.config import DepthSource, ImageSource
+from d2f_core.identity import since
 
 MAX_CHUNK_BYTES = 512 * 2**20
 """Most bytes of pixels in one chunk, which is passed between tasks in one piece."""
@@ -32,6 +33,11 @@ class EncodeWork:
     """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
     max_pixels: int = 50_000_000
     """Largest accepted width x height of an image file."""
+    decoding: Decoding | None = since(None, before=None)
+    """How pixels are read. `srgb`: colours are converted from the file's colour profile to sRGB. `stored`: profiles are
+    ignored, as all releases before did. None: as the table at `output` was begun, and `srgb` for a new one."""
+    background: str = since("", before="")
+    """Colour, as #rrggbb, behind transparent pixels; empty: white."""
     max_quarantined_share: float = 0.01
     """Largest share of unusable samples before the job stops; duplicates do not count. A stopped job can be resumed
     with a higher share."""
@@ -55,6 +61,9 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
 
     def __post_init__(self) -> None:
         self.check_counts("resolution", "rows_per_part", "batch_size", "num_readers", error=EncodeError)
+        if self.decoding not in (None, "srgb", "stored"):
+            raise EncodeError(f"decoding={self.decoding!r} is not known. Use 'srgb', or 'stored' as before profiles.")
+        check_background(self.background)
         if self.min_side is not None and self.min_side < 1:
             raise EncodeError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
@@ -71,7 +80,13 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
     @property
     def rules(self) -> ImageRules:
         min_side = self.resolution if self.min_side is None else self.min_side
-        return ImageRules(resolution=self.resolution, min_side=min_side, max_pixels=self.max_pixels)
+        return ImageRules(
+            resolution=self.resolution,
+            min_side=min_side,
+            max_pixels=self.max_pixels,
+            decoding=self.decoding or "srgb",
+            background=self.background,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ import numpy as np
 
 from d2f_core.data.depth import BadDepthError, crop_and_resize, latent_mask, normalise_depth, size_text
 from d2f_core.data.depth_files import decode_npy
-from d2f_core.data.image_headers import read_declared
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.config import DepthSource
@@ -31,8 +30,7 @@ def prepare(sample: DepthSample, spec: EncodeSpec) -> dict[str, Any]:
     assert sample.image is not None  # checked by `identify`
     size = spec.config.resolution
     image = prepare_image(sample.image, spec.config.rules)
-    declared = read_declared(sample.image)
-    if declared is not None and declared.orientation != 1:
+    if image.turned:
         raise BadImageError("orientation: the image is turned by its metadata, its depth is not")
     depth = read_depth(sample, _source(spec), spec.config.max_pixels)
     if depth is None:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from d2f_core.batch.actor_pool import map_items
-from d2f_core.data.images import to_rgb
+from d2f_core.data.image_decoding import to_rgb
 from d2f_core.data.manifest import (
     Manifest,
     ManifestError,

@@ -12,7 +12,7 @@ import jinja2
 import markupsafe
 from PIL import Image
 
-from d2f_core.data.images import to_rgb
+from d2f_core.data.image_decoding import to_rgb
 from d2f_core.flow.generate.first_prompts import first_prompts, rows_of
 from d2f_core.storage import read_bytes
 
