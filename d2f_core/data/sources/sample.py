@@ -38,7 +38,8 @@ class Sample:
     problem: str | None = None
     """Why the source could not deliver the image; None if it did."""
     rows: int = 1
-    """Number of samples that this one stands for: more than 1 where the rest of a parquet shard cannot be read."""
+    """Number of samples that this one stands for: more than 1 where the rest of a file cannot be read. Of a tar
+    they are an estimate."""
 
 
 class Shard(Protocol):
