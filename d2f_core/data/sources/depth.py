@@ -28,7 +28,7 @@ from d2f_core.data.sources.config import DepthSource
 from d2f_core.data.sources.listing import Sizes, SourcePlan, plan_source
 from d2f_core.data.sources.parquet_rows import DamagedFileError, RowRun, check_bytes_column, plan_rows
 from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, Sample, Shard, SourceError, SourceKind
-from d2f_core.data.sources.tar import CLIMBS, climbs
+from d2f_core.data.sources.tar import CLIMBS, climbs, is_tar
 from d2f_core.data.sources.tar_archive import DamagedArchiveError, Members, Sibling, read_tar, siblings
 
 MEMBERS = {
@@ -102,7 +102,7 @@ def plan_depth(source: DepthSource, *, rows_per_shard: int = 256) -> SourcePlan:
 
     def cut(kind: SourceKind, sizes: Sizes) -> Collection[Shard]:
         if kind == "webdataset":
-            found = siblings({uri: size for uri, size in sizes.items() if uri.endswith(".tar")})
+            found = siblings({uri: size for uri, size in sizes.items() if is_tar(uri)})
             return [DepthTarShard(uri=uri, latents=source.latents, sibling=found[uri]) for uri in sorted(found)]
         if kind == "folder":
             raise SourceError(f"{source.uri!r} is a folder of images. Depth is read from tars and depth tables.")

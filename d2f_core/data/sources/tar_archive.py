@@ -141,12 +141,15 @@ def scattered_keys(uri: str) -> dict[str, int]:
     """
     first: dict[str, tuple[int, bool]] = {}
     scattered: dict[str, int] = {}
+    last = None
     with suppress(*DAMAGE):
         for number, (key, members) in enumerate(_opened(uri, lambda _: None, _Place())):
             has_image = any(suffix in members for suffix in ALL_IMAGE_SUFFIXES)
-            if key in first and not (has_image and first[key][1]):
+            # Groups of one key in a row are those of names with dots.
+            if key in first and key != last and not (has_image and first[key][1]):
                 scattered[key] = first[key][0]
             first.setdefault(key, (number, has_image))
+            last = key
             if len(first) >= MAX_KEYS:
                 break
     return scattered
