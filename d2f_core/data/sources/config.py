@@ -11,6 +11,11 @@ SPLITS = ("train", "validation", "test")
 ALL_SPLITS = "all"
 
 
+def check_split(split: str | None) -> None:
+    if split not in (None, ALL_SPLITS, *SPLITS):
+        raise SourceError(f"split={split!r} is none of {', '.join(SPLITS)}, and not {ALL_SPLITS}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
     """Where images are, and how to read them."""
@@ -37,8 +42,7 @@ class ImageSource:
     """Caption of images that have none; None: they are left out."""
 
     def __post_init__(self) -> None:
-        if self.split not in (None, ALL_SPLITS, *SPLITS):
-            raise SourceError(f"split={self.split!r} is none of {', '.join(SPLITS)}, and not {ALL_SPLITS}.")
+        check_split(self.split)
         if self.captions not in (None, "first", "all"):
             raise SourceError(f"captions={self.captions!r} must be first or all.")
         if self.default_caption is not None and not self.default_caption.strip():
@@ -64,7 +68,7 @@ class DepthSource:
     """Where images with depth are, and how to read them."""
 
     uri: str = ""
-    """A depth table, a directory of tars, or one .tar: s3://bucket/key or a local path."""
+    """A depth table, a directory of tars, or one .tar: s3://bucket/key or a local path; or a pattern, as for images."""
     kind: Literal["auto", "webdataset", "parquet"] = "auto"
     """Layout of the source; `auto` detects it, and refuses a mixture."""
     metres_per_level: float = 0.01
@@ -78,8 +82,12 @@ class DepthSource:
     latents: bool = False
     """Use the latents stored in a tar instead of encoding image and depth, which may then be missing. They must come
     from the base model's autoencoder at this resolution: tars hold no fingerprint to check that by."""
+    split: str | None = since(None, before=None)
+    """Part of the source by the names of its folders and tars: `train`, `validation` or `test`; `all` reads them
+    together. None: all there is, and a mixture of them is refused."""
 
     def __post_init__(self) -> None:
+        check_split(self.split)
         for name in ("metres_per_level", "focal", "max_depth"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

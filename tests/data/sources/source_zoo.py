@@ -254,7 +254,7 @@ def table() -> str:
     rows = [
         f"| {kind} | {layout.name} | {layout.becomes} | {layout.detail} |" for kind in KINDS for layout in KINDS[kind]
     ]
-    return "\n".join(["| in | what is there | | |", "|---|---|---|---|", *rows])
+    return "\n".join(["| in | what is there | becomes | reason, or more |", "|---|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.config import DepthSource, ImageSource
+from d2f_core.data.sources.depth import plan_depth
 from d2f_core.data.sources.files import expand, split_of
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.sample import SourceError
@@ -123,6 +124,16 @@ def test_an_archive_beside_tars_counts_for_its_size(tmp_path: Path) -> None:
     samples = [s for shard in plan_images(ImageSource(uri=str(tmp_path))).shards for s in shard.read()]
     assert samples[-1].source_uri.endswith("more.tar.gz") and abs(samples[-1].rows - 12) <= 6
     assert len(names(str(tmp_path), kind="webdataset")) == 12
+
+
+def test_tars_of_depth_have_splits_and_archives_beside_them_too(tmp_path: Path) -> None:
+    for name in ("train-0.tar", "test-0.tar", "train-1.tar.gz"):
+        (tmp_path / name).write_bytes(tar_bytes({"0.png": b"x", "0.depth.png": b"x"}))
+    with pytest.raises(SourceError, match="holds the splits train, test"):
+        plan_depth(DepthSource(uri=str(tmp_path)))
+    plan = plan_depth(DepthSource(uri=str(tmp_path), split="train"))
+    found = [(Path(s.source_uri).name, s.problem is None) for shard in plan.shards for s in shard.read()]
+    assert found == [("train-0.tar#0.png", True), ("train-1.tar.gz", False)]
 
 
 def test_of_an_unsorted_tar_every_sample_counts_once(tmp_path: Path) -> None:
