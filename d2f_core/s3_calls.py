@@ -26,6 +26,9 @@ RETRY_SECONDS = 180.0
 """How long a call to S3 is repeated, from its first failure on."""
 
 
+KEYS_AT_ONCE = 1000
+"""Most keys that one request may delete."""
+
 CHECK_WAY = (
     "Look for a proxy or a cache on the way to S3 that changes answers, or for another process that writes the object."
 )
@@ -181,6 +184,30 @@ def download(fs: Any, path: str, copy: Path, size: int | None) -> None:
             raise ShortDownloadError(f"{path}: {found:,} bytes came, and it has {size:,}. {CHECK_WAY}")
 
     fetched_whole(f"s3://{path}", fetch, ShortDownloadError)
+
+
+def remove_objects(fs: Any, path: str) -> None:
+    """Delete the object `bucket/key`, and all those below `bucket/key/`; nothing when there are none.
+
+    s3fs itself takes `*`, `?` and `[` in a path that it deletes as a pattern.
+
+    Raises:
+        StorageError: S3 keeps some of them; names the first.
+    """
+    bucket = path.partition("/")[0]
+    # With folders, deepest first: on S3 they are no keys, and servers that keep them list them even when empty.
+    found = {path, *retried(f"list s3://{path}", lambda: fs.find(path, withdirs=True))}
+    keys = [key for place in sorted(found, reverse=True) if (key := place.partition("/")[2])]
+    for start in range(0, len(keys), KEYS_AT_ONCE):
+        chosen = {"Objects": [{"Key": key} for key in keys[start : start + KEYS_AT_ONCE]], "Quiet": True}
+        answer = retried(
+            f"delete s3://{path}", lambda chosen=chosen: fs.call_s3("delete_objects", Bucket=bucket, Delete=chosen)
+        )
+        for error in answer.get("Errors", []):
+            raise StorageError(
+                f"s3://{bucket}/{error.get('Key')} cannot be deleted ({error.get('Code')}: {error.get('Message')}). "
+                "Allow s3:DeleteObject there, or delete it by hand."
+            )
 
 
 def _what_to_check(error: BaseException | None) -> str:

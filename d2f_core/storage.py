@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2f_core import s3, s3_put
 from d2f_core.retry import GaveUpError, is_credential_trouble, is_network_trouble, keep_trying, one_line
-from d2f_core.s3_calls import StorageError, UnreachableStorageError, download, renewing, retried
+from d2f_core.s3_calls import StorageError, UnreachableStorageError, download, remove_objects, renewing, retried
 
 if TYPE_CHECKING:
     import pyarrow.fs
@@ -90,10 +90,12 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """The pyarrow filesystem that serves `uri`, and the path inside it; wrap its reads in `retried`."""
     import pyarrow.fs
 
-    if is_s3(uri):
-        s3.endpoint()  # refuses one that holds a secret
-        return retried(f"find the region of {uri}", lambda: pyarrow.fs.FileSystem.from_uri(uri))
-    return pyarrow.fs.LocalFileSystem(), filesystem(uri)[1]
+    path = filesystem(uri)[1]
+    if not is_s3(uri):
+        return pyarrow.fs.LocalFileSystem(), path
+    # The bucket alone: in a key, `%20`, blanks, `#` and `?` are plain characters, and `from_uri` parses them.
+    bucket = f"s3://{path.partition('/')[0]}"
+    return retried(f"find the region of {uri}", lambda: pyarrow.fs.FileSystem.from_uri(bucket))[0], path
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None, *, small: bool = False) -> bytes:
@@ -162,12 +164,10 @@ def list_names(uri: str) -> list[str]:
 def remove_tree(uri: str) -> None:
     """Delete everything under `uri`, if anything exists."""
     fs, path = _open(uri)
-
-    def remove() -> None:
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
-
-    retried(f"delete {uri}", remove)
+    if is_s3(uri):
+        remove_objects(fs, path)
+    elif fs.exists(path):
+        fs.rm(path, recursive=True)
 
 
 def list_tree(uri: str, chosen: Callable[[str], bool] | None = None) -> dict[str, dict[str, Any]]:

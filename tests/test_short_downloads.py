@@ -16,7 +16,7 @@ from d2f_core import s3_calls, storage
 from d2f_core.data.arrays import arrays_to_table
 from d2f_core.data.manifest import Manifest, ManifestError, read_file, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import array_field
-from d2f_core.data.sources.tar import DamagedArchiveError, read_tar
+from d2f_core.data.sources.tar_archive import DamagedArchiveError, read_tar
 from d2f_core.data.table_reader import TableReader
 from d2f_core.s3_calls import ChecksumError, ShortDownloadError, fetched_whole, read_on, retried
 from d2f_core.tracking import model_files

@@ -353,3 +353,29 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert all("needs 200,000 bytes" in line and str(target) in line and "Free space" in line for line in lines)
     assert [(file.name, file.read_bytes()) for file in target.rglob("*") if file.is_file()] == [("object", b"old")]
     assert not list(target.rglob("*.partial"))
+
+
+def test_keys_are_plain_characters_to_every_reader_and_writer(s3: StackEnv) -> None:
+    root = f"s3://d2f/test-storage/{os.urandom(8).hex()}"
+    names = ["a b", "a%20b", "a#b", "a?b", "a?x=1&endpoint_override=nowhere", "[ab]*", "ü+a:b"]
+    for number, name in enumerate(names):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"number": [number]}), sink)
+        storage.write_bytes(f"{root}/{name}/x.parquet", sink.getvalue().to_pybytes())
+    for number, name in enumerate(names):
+        fs, path = storage.arrow_filesystem(f"{root}/{name}/x.parquet")
+        assert pq.read_table(path, filesystem=fs)["number"].to_pylist() == [number]
+        assert storage.list_names(f"{root}/{name}") == ["x.parquet"]
+    for name in ("a?b", "[ab]*"):  # which, read as patterns, are other keys too
+        storage.remove_tree(f"{root}/{name}")
+        names.remove(name)
+        assert storage.list_names(root) == sorted(names)
+
+
+def test_a_key_that_s3_keeps_is_named() -> None:
+    fs = SimpleNamespace(
+        find=lambda path, withdirs: [f"{path}/a", f"{path}/b"],
+        call_s3=lambda *_, **__: {"Errors": [{"Key": "k/b", "Code": "AccessDenied", "Message": "no"}]},
+    )
+    with pytest.raises(StorageError, match=r"s3://bucket/k/b cannot be deleted \(AccessDenied: no\)"):
+        s3_calls.remove_objects(fs, "bucket/k")

@@ -15,7 +15,7 @@ from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.sample import SourceError
-from d2f_core.data.sources.tar import split_name
+from d2f_core.data.sources.tar_archive import split_name
 from d2f_core.storage import join, write_bytes
 from tests.data.pictures import pictures, tar_bytes, write_folder, write_parquet, write_tars
 

@@ -31,15 +31,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
         with path.open("w", newline="", encoding="utf-8-sig") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["p.parquet", "p.jsonl", "p.csv"])
+@pytest.mark.parametrize("name", ["p.parquet", "p.jsonl", "p.json", "p.csv", "p.tsv"])
 def test_all_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
     uri = write(tmp_path / name, ROWS)
     assert list(checked_rows(uri)) == ROWS
@@ -85,7 +87,13 @@ def test_integers_that_pandas_stored_as_floats_are_seeds(tmp_path: Path) -> None
         ("p.parquet", [{"caption": "a"}], r"no column 'prompt'; its columns are \['caption'\]"),
         ("p.jsonl", [{"prompt": "a"}, {"promt": "b"}], r"line 2' has no column 'prompt'; its columns are \['promt'\]"),
         ("p.jsonl", [{"prompt": 3}], r"row 1: prompt is 3\. It must be text"),
-        ("p.csv", [{"prompt": None, "seed": 1}], r"row 1: prompt is None"),
+        ("p.csv", [{"prompt": None, "seed": 1}], r"row 1: prompt is empty\. Write one, or a blank"),
+        ("p.jsonl", [{"prompt": ""}], r"row 1: prompt is empty"),
+        ("p.json", [{"prompt": None}], r"row 1: prompt is empty"),
+        ("p.parquet", [{"prompt": "a"}, {"prompt": ""}], r"row 2: prompt is empty"),
+        ("p.jsonl", [{"prompt": "a\0b"}], r"row 1: prompt holds NUL"),
+        ("p.jsonl", [{"prompt": "a", "sample_id": True}], r"row 1: sample_id is True"),
+        ("p.csv", [{"prompt": "a", "seed": "5.5"}], r"row 1: seed is '5\.5'"),
         ("p.jsonl", [{"prompt": "a", "seed": -1}], r"row 1: seed is -1.*whole number"),
         ("p.csv", [{"prompt": "a", "seed": "x"}], r"row 1: seed is 'x'"),
         ("p.jsonl", [{"prompt": "a", "steps": 0}], r"row 1: steps is 0.*from 1 to"),
@@ -95,7 +103,7 @@ def test_integers_that_pandas_stored_as_floats_are_seeds(tmp_path: Path) -> None
         ("p.jsonl", [{"prompt": "a", "sample_id": "../b"}], r"sample_id '\.\./b' cannot be a file name"),
         ("p.jsonl", [{"prompt": "a", "sample_id": "x"}] * 2, r"'x' stands in rows 1 and 2.*unique"),
         ("p.jsonl", [], r"holds no rows"),
-        ("p.txt", [{"prompt": "a"}], r"ends in 'txt'.*\.parquet, \.jsonl or \.csv"),
+        ("p.xlsx", [{"prompt": "a"}], r"ends in 'xlsx'.*\.parquet, \.jsonl, \.json, \.csv, \.tsv, \.txt"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place_and_the_rule(
@@ -113,6 +121,12 @@ def test_a_bad_file_is_refused_with_the_place_and_the_rule(
         ("p.jsonl", b"[1]", "line 1 holds a list"),
         ("p.jsonl", b"\xff\xfe", "is not UTF-8"),
         ("p.parquet", b"PAR1 not really", "is not a parquet file"),
+        ("p.csv", b"prompt,negative_prompt\na cat, on a mat, asleep\n", "row 1 has 3 fields, and the header 2"),
+        ("p.csv", b'prompt,seed\na,1\n "b",2\n', "row 2: a blank before a quote"),
+        ("p.csv", b"prompt,seed,prompt\na,1,b\n", "has 2 columns 'prompt'"),
+        ("p.json", b'{"prompt": "a"}', "holds a dict. Write a list"),
+        ("p.json", b'["a", 3]', "row 2 is a int. Write a list"),
+        ("p.txt", "a cat".encode("utf-16-le"), "row 1: prompt holds NUL"),
         ("p.csv", b"", r"no column 'prompt'; its columns are \[\]"),
     ],
 )
@@ -125,3 +139,29 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, data: bytes, messa
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="No prompt file at"):
         scan_prompts(str(tmp_path / "none.csv"))
+
+
+def test_a_text_file_has_a_prompt_in_each_line_and_a_list_may_hold_texts(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeffa cat, on a mat\r\n\n  a \u2028 dog\n".encode())
+    (tmp_path / "p.json").write_text(json.dumps(["a cat, on a mat", "a \u2028 dog"]))
+    assert list(checked_rows(str(tmp_path / "p.txt"))) == list(checked_rows(str(tmp_path / "p.json")))
+    assert [row["prompt"] for row in checked_rows(str(tmp_path / "p.txt"))] == ["a cat, on a mat", "a \u2028 dog"]
+
+
+def test_values_that_pandas_writes_are_read(tmp_path: Path) -> None:
+    nothing = pa.array([float("nan"), float("nan")])
+    kinds = {"prompt": pa.array(["a", "b"]).dictionary_encode(), "negative_prompt": nothing, "sample_id": [7, 8]}
+    pq.write_table(pa.table(kinds), tmp_path / "p.parquet")
+    (tmp_path / "p.csv").write_text("prompt,sample_id,seed\na,7,5.0\nb,8,\n")
+    for name, seed in (("p.parquet", None), ("p.csv", 5)):
+        rows = list(checked_rows(str(tmp_path / name)))
+        assert [(row["prompt"], row["negative_prompt"], row["sample_id"]) for row in rows] == [
+            ("a", "", "7"),
+            ("b", "", "8"),
+        ]
+        assert [row["seed"] for row in rows] == [seed, None]
+
+
+def test_a_blank_asks_for_an_image_of_no_text(tmp_path: Path) -> None:
+    for name in ("p.csv", "p.jsonl", "p.parquet"):
+        assert [row["prompt"] for row in checked_rows(write(tmp_path / name, [{"prompt": " "}]))] == [" "]

@@ -5,6 +5,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from d2f_core.data.sources.sample import SourceError
+from d2f_core.identity import since
+
+SPLITS = ("train", "validation", "test")
+ALL_SPLITS = "all"
+
+
+def check_split(split: str | None) -> None:
+    if split not in (None, ALL_SPLITS, *SPLITS):
+        raise SourceError(f"split={split!r} is none of {', '.join(SPLITS)}, and not {ALL_SPLITS}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,13 +21,46 @@ class ImageSource:
     """Where images are, and how to read them."""
 
     uri: str = ""
-    """A directory, or one .tar or .parquet file: s3://bucket/key or a local path."""
+    """A directory, or one .tar or .parquet file: s3://bucket/key or a local path. Several: `*`, `{000..099}`, `{a,b}`
+    and lists with commas, unless a file or folder has that very name; each has to name something."""
     kind: Literal["auto", "folder", "webdataset", "parquet"] = "auto"
     """Layout of the source; `auto` detects it, and refuses a mixture."""
     image_column: str = "image"
-    """Parquet column with the bytes of image files (or the `datasets` library's struct of bytes and path)."""
+    """Parquet column with the bytes of image files (or the `datasets` library's struct of bytes and path); without a
+    column `image`, `images` is tried."""
     caption_column: str | None = None
     """Column or JSON key of the captions; None tries `caption`, then `text`."""
+    split: str | None = since(None, before=None)
+    """Part of the source by the names of its folders and shards: `train`, `validation` or `test`; `all` reads them
+    together. None: all there is, and a mixture of them is refused."""
+    image_extension: str | None = since(None, before=None)
+    """Extension of the images, such as `jpg` or `jpg,jpeg`: other pictures, such as a mask beside each, are no images.
+    None: of any, and pictures that share one caption are refused."""
+    captions: Literal["first", "all"] | None = since(None, before=None)
+    """Where an image has several captions: the first, or a sample for each. None refuses them."""
+    default_caption: str | None = since(None, before=None)
+    """Caption of images that have none; None: they are left out."""
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        if self.captions not in (None, "first", "all"):
+            raise SourceError(f"captions={self.captions!r} must be first or all.")
+        if self.default_caption is not None and not self.default_caption.strip():
+            raise SourceError("default_caption is empty. Give a text, or leave it out.")
+        if self.image_extension is not None and not self.extensions:
+            raise SourceError(f"image_extension={self.image_extension!r} names none. Give one, such as jpg.")
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Those of `image_extension`, in lower case and with their dot; empty: all."""
+        names = (name.strip().lstrip(".").lower() for name in (self.image_extension or "").split(","))
+        return tuple(f".{name}" for name in names if name)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The settings that choose among what is there, without those that have no effect."""
+        names = ("image_extension", "captions", "default_caption")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +68,7 @@ class DepthSource:
     """Where images with depth are, and how to read them."""
 
     uri: str = ""
-    """A depth table, a directory of tars, or one .tar: s3://bucket/key or a local path."""
+    """A depth table, a directory of tars, or one .tar: s3://bucket/key or a local path; or a pattern, as for images."""
     kind: Literal["auto", "webdataset", "parquet"] = "auto"
     """Layout of the source; `auto` detects it, and refuses a mixture."""
     metres_per_level: float = 0.01
@@ -40,8 +82,12 @@ class DepthSource:
     latents: bool = False
     """Use the latents stored in a tar instead of encoding image and depth, which may then be missing. They must come
     from the base model's autoencoder at this resolution: tars hold no fingerprint to check that by."""
+    split: str | None = since(None, before=None)
+    """Part of the source by the names of its folders and tars: `train`, `validation` or `test`; `all` reads them
+    together. None: all there is, and a mixture of them is refused."""
 
     def __post_init__(self) -> None:
+        check_split(self.split)
         for name in ("metres_per_level", "focal", "max_depth"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

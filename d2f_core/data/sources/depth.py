@@ -27,8 +27,9 @@ from d2f_core.data.image_headers import MAX_IMAGE_BYTES, PNG, too_large
 from d2f_core.data.sources.config import DepthSource
 from d2f_core.data.sources.listing import Sizes, SourcePlan, plan_source
 from d2f_core.data.sources.parquet_rows import DamagedFileError, RowRun, check_bytes_column, plan_rows
-from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, Sample, Shard, SourceError, SourceKind
-from d2f_core.data.sources.tar import CLIMBS, DamagedArchiveError, Members, climbs, read_tar
+from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, PACKED_SUFFIXES, Sample, Shard, SourceError, SourceKind
+from d2f_core.data.sources.tar import CLIMBS, climbs, is_tar, plan_packed
+from d2f_core.data.sources.tar_archive import DamagedArchiveError, Members, Sibling, read_tar, siblings
 
 MEMBERS = {
     "image": tuple(f"{stem}{suffix}" for stem in ("", ".rgb", ".image") for suffix in ALL_IMAGE_SUFFIXES),
@@ -101,14 +102,20 @@ def plan_depth(source: DepthSource, *, rows_per_shard: int = 256) -> SourcePlan:
 
     def cut(kind: SourceKind, sizes: Sizes) -> Collection[Shard]:
         if kind == "webdataset":
-            return [DepthTarShard(uri=uri, latents=source.latents) for uri in sorted(sizes) if uri.endswith(".tar")]
+            found = siblings({uri: size for uri, size in sizes.items() if is_tar(uri)})
+            packed = plan_packed(sizes) if source.kind == "auto" else []
+            return [
+                *(DepthTarShard(uri=uri, latents=source.latents, sibling=found[uri]) for uri in sorted(found)),
+                *packed,
+            ]
         if kind == "folder":
             raise SourceError(f"{source.uri!r} is a folder of images. Depth is read from tars and depth tables.")
         if source.latents:
             raise SourceError(f"{source.uri!r} is a depth table, which holds no latents. Leave out --source.latents.")
         return [DepthTableShard(run=run) for run in plan_rows(sizes, _columns, rows_per_shard)]
 
-    return plan_source(source.uri, source.kind, ("depth",), cut)
+    newly = PACKED_SUFFIXES if source.kind == "auto" else ()
+    return plan_source(source.uri, source.kind, ("depth",), cut, split=source.split, newly_listed=newly)
 
 
 def _columns(uri: str, schema: pa.Schema) -> list[str]:
@@ -146,6 +153,7 @@ def _row_sample(uri: str, image: bytes | None, depth: bytes | None) -> DepthSamp
 class DepthTarShard:
     uri: str
     latents: bool
+    sibling: Sibling | None = None
 
     @property
     def num_rows(self) -> None:
@@ -163,10 +171,10 @@ class DepthTarShard:
 
     def read(self) -> Iterator[DepthSample]:
         try:
-            for key, members in read_tar(self.uri, self._most_bytes):
+            for key, members in read_tar(self.uri, self._most_bytes, self.sibling):
                 yield self._sample(key, members)
         except DamagedArchiveError as error:
-            yield DepthSample(source_uri=self.uri, image=None, problem=str(error))
+            yield DepthSample(source_uri=self.uri, image=None, problem=str(error), rows=error.rows)
 
     def _most_bytes(self, extension: str) -> int | None:
         part = next((part for part in self.wanted if extension in MEMBERS[part]), None)

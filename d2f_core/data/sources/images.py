@@ -6,12 +6,13 @@ from typing import Any
 import ray.data
 
 from d2f_core.data.ray_data import configure
+from d2f_core.data.sources.captions import caption_rules
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.data.sources.folder import plan_folder
 from d2f_core.data.sources.listing import Sizes, SourcePlan, plan_source
 from d2f_core.data.sources.parquet import plan_parquet
-from d2f_core.data.sources.sample import Shard, SourceKind
-from d2f_core.data.sources.tar import plan_tars
+from d2f_core.data.sources.sample import LATER_IMAGE_SUFFIXES, PACKED_SUFFIXES, Shard, SourceKind
+from d2f_core.data.sources.tar import plan_packed, plan_tars
 
 MAX_READ_BLOCKS = 1000
 
@@ -26,15 +27,21 @@ def plan_images(source: ImageSource, *, rows_per_shard: int = 256, captions: boo
         SourceError: the source is empty, mixes layouts, or lacks columns.
     """
 
-    def cut(kind: SourceKind, sizes: Sizes) -> Collection[Shard]:
-        if kind == "parquet":
-            return plan_parquet(sizes, source.image_column, source.caption_column, rows_per_shard, captions=captions)
-        if kind == "webdataset":
-            return plan_tars(sizes, source.caption_column, captions=captions)
-        return plan_folder(sizes, source.caption_column, rows_per_shard, captions=captions)
+    rules = caption_rules(source, read=captions)
 
-    columns = (source.image_column, source.caption_column, *(() if captions else ("no captions",)))
-    return plan_source(source.uri, source.kind, columns, cut)
+    def cut(kind: SourceKind, sizes: Sizes) -> Collection[Shard]:
+        packed = plan_packed(sizes) if source.kind == "auto" else []
+        if kind == "parquet":
+            return [*plan_parquet(sizes, source.image_column, rules, rows_per_shard), *packed]
+        if kind == "webdataset":
+            return [*plan_tars(sizes, rules, source.extensions), *packed]
+        shards = plan_folder(sizes, rules, rows_per_shard, extensions=source.extensions, split=source.split)
+        return [*shards, *packed]
+
+    columns: list[Any] = [source.image_column, source.caption_column, *([] if captions else ["no captions"])]
+    columns += [source.choices] if source.choices else []
+    newly = (*LATER_IMAGE_SUFFIXES, *(PACKED_SUFFIXES if source.kind == "auto" else ()))
+    return plan_source(source.uri, source.kind, columns, cut, split=source.split, newly_listed=newly)
 
 
 def read_images(source: ImageSource, *, rows_per_shard: int = 256, captions: bool = True) -> ray.data.Dataset:

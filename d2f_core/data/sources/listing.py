@@ -8,7 +8,18 @@ from typing import Any
 
 from d2f_core.data.image_headers import too_large
 from d2f_core.data.manifest import manifest_exists, read_manifest
-from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, CAPTION_TABLES, Shard, SourceError, SourceKind, whole_text
+from d2f_core.data.sources.config import ALL_SPLITS
+from d2f_core.data.sources.files import Listing, list_files, of_split
+from d2f_core.data.sources.sample import (
+    ALL_IMAGE_SUFFIXES,
+    CAPTION_TABLES,
+    COMPANION_SUFFIXES,
+    PACKED_SUFFIXES,
+    Shard,
+    SourceError,
+    SourceKind,
+    whole_text,
+)
 from d2f_core.identity import canonical_json
 from d2f_core.storage import filesystem, is_s3
 
@@ -39,16 +50,15 @@ class SourcePlan:
         return sum(count for count in rows if count is not None) if None not in rows else None
 
 
-Listing = Mapping[str, Mapping[str, Any]]
-"""The storage's properties of the files by URI."""
-
-
 def plan_source(
     uri: str,
     kind: str,
     columns: Collection[Any],
     cut: Callable[[SourceKind, Sizes], Collection[Shard]],
     detect: Callable[[str, Listing], SourceKind] | None = None,
+    *,
+    split: str | None = ALL_SPLITS,
+    newly_listed: tuple[str, ...] = (),
 ) -> SourcePlan:
     """List the files at a URI and split them into shards.
 
@@ -58,18 +68,25 @@ def plan_source(
         cut: function that makes the shards from the files. Of this project's tables it gets only the files in the
             manifest.
         detect: function of the URI and its files that tells the layout; None: one of images.
+        split: the part that is read, as `ImageSource.split` says it. This project's tables are read whole.
+        newly_listed: endings of files that earlier releases left out in silence: a job begun without them is another.
 
     Raises:
-        SourceError: the source is empty or mixes layouts; or raised by `cut`.
+        SourceError: the source is empty, cannot be listed, or mixes layouts or splits; or raised by `cut`.
     """
     if not uri:
         raise SourceError("The source has no URI. Give --source.uri s3://bucket/key or a local path.")
-    listing = _list_files(uri)
+    listing: Listing = list_files(uri)
     told: SourceKind = kind  # pyright: ignore[reportAssignmentType]
     found = (detect or _detect)(uri, listing) if kind == "auto" else told
+    table = found == "parquet" and manifest_exists(uri)
+    if not table:
+        listing = of_split(uri, listing, split, by_file=found != "folder")
     content: Any = sorted((whole_text(file), entry["size"], _version(entry)) for file, entry in listing.items())
+    if any(file.lower().endswith(newly_listed) for file in listing):
+        content.append(["also", *newly_listed])
     sizes = {file: _size(entry) for file, entry in listing.items()}
-    if found == "parquet" and manifest_exists(uri):  # only files in the manifest belong to a table of this project
+    if table:  # only files in the manifest belong to a table of this project
         manifest = read_manifest(uri)
         root = ("s3://" if is_s3(uri) else "") + filesystem(uri)[1]
         sizes, content = {f"{root}/{file.path}": file.size for file in manifest.files}, manifest.digest
@@ -80,27 +97,12 @@ def plan_source(
     return SourcePlan(kind=found, shards=tuple(shards), digest=digest)
 
 
-def _list_files(uri: str) -> dict[str, dict[str, Any]]:
-    """Files under a URI, or the file that the URI names, with their properties; hidden ones (".git", "._a.png") are
-    left out.
-    """
-    fs, path = filesystem(uri)
-    prefix = "s3://" if is_s3(uri) else ""
-    found = fs.find(path, detail=True)
-    files = {}
-    for name, entry in found.items():
-        below = name.removeprefix(path).lstrip("/").split("/")
-        if not any(part.startswith(".") for part in below):
-            files[prefix + name] = entry
-    return files
-
-
-def _version(entry: dict[str, Any]) -> str:
+def _version(entry: Mapping[str, Any]) -> str:
     """A value that changes when a file is replaced: its hash on S3, its modification time on a disk."""
     return str(entry.get("ETag") or entry.get("mtime"))
 
 
-def _size(entry: dict[str, Any]) -> int | None:
+def _size(entry: Mapping[str, Any]) -> int | None:
     plain = entry["type"] == "file" or (entry.get("islink") and os.path.isfile(entry["name"]))
     return int(entry["size"]) if plain else None
 
@@ -121,12 +123,18 @@ def file_problem(code: str, uri: str, sizes: Sizes, most: int) -> str | None:
 
 
 def _detect(uri: str, listing: Listing) -> SourceKind:
-    names = list(listing)
+    images = any(name.lower().endswith(ALL_IMAGE_SUFFIXES) for name in listing)
+    # Beside images, `metadata.parquet` is a table of captions.
+    names = [name for name in listing if not (images and name.rpartition("/")[2] == "metadata.parquet")]
     found: list[SourceKind] = [
         kind for kind, ends in SUFFIXES.items() if any(name.lower().endswith(ends) for name in names)
     ]
+    if not found and any(name.lower().endswith(COMPANION_SUFFIXES) for name in names):
+        return "folder"
     if not found:
-        raise SourceError(f"{uri!r} holds no images, no .tar and no .parquet ({summary(listing)}). Check the URI.")
+        packed = any(name.lower().endswith(PACKED_SUFFIXES) for name in names)
+        fix = "Unpack the archives." if packed else "Check the URI."
+        raise SourceError(f"{uri!r} holds no images, no .tar and no .parquet ({summary(listing)}). {fix}")
     if len(found) > 1:
         raise SourceError(
             f"{uri!r} is a mixture of {' and '.join(found)} ({summary(listing)}). Say which to read: --source.kind "

@@ -21,6 +21,8 @@ BOMB_BYTES, BOMB_RATIO = 128 * 2**20, 20
 """A column of a row group is not unpacked if it would exceed both limits, in bytes and as a multiple of its compressed
 size: image files are already compressed, and grow by a few per cent."""
 
+BYTES_OF_TEXT = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
 
 class DamagedFileError(ValueError):
     """The remaining rows of a run cannot be read; holds their number, and the ledger's reason as its message."""
@@ -50,7 +52,7 @@ class RowRun:
         row = self.first_row
         try:
             for record in read_on(self.uri, self._records, _is_damage):
-                yield text_of(record.get("source_uri")) or f"{self.uri}#row={row}", record
+                yield _origin(record.get("source_uri")) or f"{self.uri}#row={row}", record
                 row += 1
         except Exception as error:
             if not _is_damage(error):
@@ -65,7 +67,7 @@ class RowRun:
             for group in self.row_groups:
                 rows = max(1, min(READ_ROWS, READ_BYTES // max(1, _unpacked_bytes(file, group, self.columns))))
                 for batch in file.iter_batches(rows, row_groups=[group], columns=list(self.columns)):
-                    yield from batch.cast(_texts_as_bytes(batch.schema)).to_pylist()
+                    yield from _texts_as_bytes(batch).to_pylist()
 
 
 def _unpacked_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) -> int:
@@ -86,10 +88,25 @@ def _unpacked_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) 
     return largest
 
 
-def _texts_as_bytes(schema: pa.Schema) -> pa.Schema:
-    """The same columns with text as bytes, since text in a parquet file need not be valid UTF-8."""
-    kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-    return pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in schema])
+def _texts_as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows with text as bytes, since text in a parquet file need not be valid UTF-8."""
+    columns = []
+    for column in batch.columns:
+        plain = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+        columns.append(plain.cast(BYTES_OF_TEXT.get(plain.type, plain.type)))
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts, each as it is or by its number in a dictionary."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in BYTES_OF_TEXT
+
+
+def _origin(value: Any) -> str | None:
+    """A row's own `source_uri`, which may be a number in somebody else's table."""
+    return text_of(value) if isinstance(value, bytes) else None if value is None else str(value)
 
 
 def text_of(value: bytes | None) -> str | None:
@@ -127,7 +144,7 @@ def plan_rows(
     Raises:
         SourceError: a file is not parquet; or raised by `columns`.
     """
-    uris = sorted(uri for uri in files if uri.endswith(".parquet"))
+    uris = sorted(uri for uri in files if uri.lower().endswith(".parquet"))
     with ThreadPoolExecutor(READ_THREADS) as pool:
         return list(itertools.chain.from_iterable(pool.map(lambda uri: _plan_file(uri, columns, rows_per_run), uris)))
 
@@ -150,13 +167,20 @@ def _plan_file(uri: str, columns: Callable[[str, pa.Schema], Collection[str]], r
 
 def check_bytes_column(uri: str, schema: pa.Schema, name: str, what: str, fix: str) -> None:
     """Raise SourceError unless the column holds bytes, or a struct with a field of bytes."""
-    if name in schema.names:
-        kind = schema.field(name).type
-        if pa.types.is_struct(kind):
-            kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            return
-    raise SourceError(f"{uri!r} has no column {name!r} of {what} bytes. Its columns: {describe(schema)}. {fix}")
+    if not holds_bytes(schema, name):
+        raise SourceError(f"{uri!r} has no column {name!r} of {what} bytes. Its columns: {describe(schema)}. {fix}")
+
+
+def holds_bytes(schema: pa.Schema, name: str) -> bool:
+    """Whether there is a column of this name with bytes, or with structs that have a field of bytes."""
+    if name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    if pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 def describe(schema: pa.Schema) -> str:

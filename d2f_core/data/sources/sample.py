@@ -1,26 +1,32 @@
 """The samples that every source yields, and the shards that tasks read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 SourceKind = Literal["folder", "webdataset", "parquet", "spair", "jsonl", "coco"]
 """The last three hold pairs of images with keypoints."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_IMAGE_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl")
-"""Suffixes of image formats that are not supported. Such files are listed all the same, so that each gets an entry in
-the ledger."""
-ALL_IMAGE_SUFFIXES = IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES
+LATER_IMAGE_SUFFIXES = (
+    *(".jfif", ".jpe", ".pjpeg", ".pjp", ".mpo"),  # JPEG by other names
+    *(".apng", ".heif", ".hif", ".dib", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".pnm", ".ico"),
+)
+"""Those that earlier releases did not list."""
+ALL_IMAGE_SUFFIXES = IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES + LATER_IMAGE_SUFFIXES
+"""Of pictures, whether they can be decoded or not: each is read by its content, or gets an entry in the ledger."""
+COMPANION_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".psd", ".svg")
+"""Of raw photos and drawings, from which a picture of the same name is usually made: they get an entry in the ledger
+where it is missing."""
+PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
+"""Of archives that are not read: each gets an entry in the ledger."""
 
 CAPTION_TABLES = ("metadata.jsonl", "captions.jsonl")
 """Names of a folder's caption table."""
 
 MAX_TEXT_BYTES = 2**20
 """Largest caption or JSON file that is read, in bytes; a larger one goes to the ledger unread."""
-
-CAPTION_COLUMNS = ("caption", "text")
-"""Caption columns tried, in this order, when none is given."""
 
 
 class SourceError(ValueError):
@@ -38,7 +44,8 @@ class Sample:
     problem: str | None = None
     """Why the source could not deliver the image; None if it did."""
     rows: int = 1
-    """Number of samples that this one stands for: more than 1 where the rest of a parquet shard cannot be read."""
+    """Number of samples that this one stands for: more than 1 where the rest of a file cannot be read. Of a tar
+    they are an estimate."""
 
 
 class Shard(Protocol):
@@ -57,11 +64,3 @@ class Shard(Protocol):
 def whole_text(text: str) -> str:
     """The text with lone surrogates replaced by U+FFFD: JSON can contain them, but UTF-8 cannot encode them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def find_caption(record: Mapping[str, Any], column: str | None) -> str | None:
-    """The caption in a JSON record, or None."""
-    for name in (column,) if column else CAPTION_COLUMNS:
-        if isinstance(value := record.get(name), str):
-            return whole_text(value)
-    return None

@@ -20,8 +20,9 @@ class GenerateWork:
     """What images are generated, and in which units of work."""
 
     prompts: str = ""
-    """Prompt file: .parquet, .jsonl or .csv with a column `prompt`; s3:// or local. Its columns `seed`, `steps`,
-    `guidance`, `height`, `width` and `negative_prompt` override the settings here for each row."""
+    """Prompt file with a column `prompt` (.parquet, .jsonl, .json, .csv, .tsv), or a .txt of lines; s3:// or local. Its
+    columns `seed`, `steps`, `guidance`, `height`, `width` and `negative_prompt` override the settings here for each
+    row."""
     model: str = ""
     """models:/NAME@ALIAS, models:/NAME/VERSION, or the directory of a trained or base model (s3:// or local)."""
     base_prediction: PredictionName = since("", before="")

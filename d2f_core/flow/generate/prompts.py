@@ -1,15 +1,12 @@
-"""Prompt files: parquet, jsonl or csv, on S3 or local, read and checked row by row, so that files may be of any
-size.
-"""
+"""Prompt files, on S3 or local, read and checked row by row, so that files may be of any size."""
 
-import csv
 import hashlib
 import itertools
 import json
 import math
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,31 +17,14 @@ import pyarrow.parquet as pq
 
 from d2f_core.data.manifest import read_manifest
 from d2f_core.data.table_reader import RowReader
+from d2f_core.flow.generate.prompt_rows import PROMPT_SCHEMA, PromptError, read_rows
 from d2f_core.storage import local_file, write_bytes
 
-PROMPT_SCHEMA = pa.schema(
-    [
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("negative_prompt", pa.string(), nullable=False),
-        # Null: the job's setting.
-        pa.field("seed", pa.int64()),
-        pa.field("steps", pa.int32()),
-        pa.field("guidance", pa.float64()),
-        pa.field("height", pa.int32()),
-        pa.field("width", pa.int32()),
-    ]
-)
-COLUMNS = tuple(PROMPT_SCHEMA.names)
 SAMPLE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Allowed sample_id, which becomes part of a file name."""
-BATCH_ROWS = 1024
+WHOLE = re.compile(r"[+-]?\d+\.0*")
 MAX_STEPS, MAX_PIXELS = 10_000, 65_536
 """Most solver steps, and the most pixels along one side of an image."""
-
-
-class PromptError(ValueError):
-    """A prompt file cannot be used; the message gives the file, the row, the rule and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +80,7 @@ def checked_rows(uri: str) -> Iterator[dict[str, Any]]:
     """
     try:
         with local_file(uri) as path:
-            yield from (_check(uri, index, row) for index, row in enumerate(_rows(uri, path)))
+            yield from (_check(uri, index, row) for index, row in enumerate(read_rows(uri, path)))
     except FileNotFoundError:
         raise PromptError(f"No prompt file at {uri!r}. Check the URI, or upload the file there first.") from None
     except OSError as error:
@@ -144,89 +124,42 @@ def _short_hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def _rows(uri: str, path: Path) -> Iterable[Mapping[str, Any]]:
-    suffix = uri.rsplit(".", 1)[-1].lower()
-    if suffix == "parquet":
-        return _parquet_rows(uri, path)
-    if suffix not in ("jsonl", "csv"):
-        raise PromptError(f"{uri!r} ends in {suffix!r}. A prompt file is .parquet, .jsonl or .csv.")
-    return _text_rows(uri, path, suffix)
-
-
-def _text_rows(uri: str, path: Path, suffix: str) -> Iterator[Mapping[str, Any]]:
-    # csv needs line ends untranslated; JSON lines end only at \n, because other line separators may occur in a string.
-    with path.open(encoding="utf-8-sig", newline="" if suffix == "csv" else "\n") as file:
-        try:
-            yield from (_jsonl_rows if suffix == "jsonl" else _csv_rows)(uri, file)
-        except UnicodeDecodeError as error:
-            raise PromptError(f"{uri!r} is not UTF-8 ({error}). Save it as UTF-8.") from None
-
-
-def _require_prompt(uri: str, columns: Iterable[str]) -> None:
-    found = list(columns)
-    if "prompt" not in found:
-        raise PromptError(
-            f"{uri!r} has no column 'prompt'; its columns are {found}. Rename the one that holds the prompts "
-            f"(also read: {', '.join(name for name in COLUMNS if name != 'prompt')})."
-        )
-
-
-def _parquet_rows(uri: str, path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            _require_prompt(uri, file.schema_arrow.names)
-            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise PromptError(f"{uri!r} is not a parquet file ({error}). Write it again.") from None
-
-
-def _csv_rows(uri: str, file: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    reader = csv.DictReader(file, strict=True)
-    try:
-        _require_prompt(uri, reader.fieldnames or [])
-        # An empty field counts as missing, as csv cannot tell the two apart; an empty prompt is then refused.
-        yield from ({name: value or None for name, value in row.items() if name in COLUMNS} for row in reader)
-    except csv.Error as error:
-        raise PromptError(f"{uri!r} is not CSV near line {reader.line_num} ({error}). Correct that line.") from None
-
-
-def _jsonl_rows(uri: str, file: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{uri!r} line {number} is not JSON ({error}). Write one object per line.") from None
-        if not isinstance(row, dict):
-            raise PromptError(f"{uri!r} line {number} holds a {type(row).__name__}. Write one object per line.")
-        _require_prompt(f"{uri} line {number}", row)
-        yield row
-
-
 def _check(uri: str, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
     where = f"{uri!r} row {index + 1}"
-    for name in ("prompt", "negative_prompt", "sample_id"):
-        value = row.get(name)
-        if not isinstance(value, str) and (value is not None or name == "prompt"):
-            raise PromptError(f"{where}: {name} is {value!r}. It must be text; correct or remove the row.")
-    sample_id = row.get("sample_id") or hashlib.sha256(f"{index}\0{row['prompt']}".encode()).hexdigest()[:32]
+    prompt, negative, sample_id = (
+        _text(where, name, row.get(name)) for name in ("prompt", "negative_prompt", "sample_id")
+    )
+    if not prompt:  # one rule for all formats, as CSV cannot tell an empty text from a missing one
+        raise PromptError(f"{where}: prompt is empty. Write one, or a blank (' ') for an image of no text.")
+    sample_id = sample_id or hashlib.sha256(f"{index}\0{prompt}".encode()).hexdigest()[:32]
     if not SAMPLE_ID.fullmatch(sample_id):
         raise PromptError(
             f"{where}: sample_id {sample_id!r} cannot be a file name. Use letters, digits, '.', '_', '-'; at most 128."
         )
     return {
         "sample_id": sample_id,
-        "prompt": row["prompt"],
-        "negative_prompt": row.get("negative_prompt") or "",
+        "prompt": prompt,
+        "negative_prompt": negative,
         "seed": _whole(where, "seed", row.get("seed"), 0, 2**63 - 1),
         "steps": _whole(where, "steps", row.get("steps"), 1, MAX_STEPS),
         "guidance": _number(where, "guidance", row.get("guidance")),
         "height": _whole(where, "height", row.get("height"), 1, MAX_PIXELS),
         "width": _whole(where, "width", row.get("width"), 1, MAX_PIXELS),
     }
+
+
+def _text(where: str, name: str, value: Any) -> str:
+    """A text column's value, empty where it is absent; of `sample_id` whole numbers count as texts."""
+    if _absent(value):
+        return ""
+    if name == "sample_id" and not isinstance(value, bool):
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        value = str(value) if isinstance(value, int) else value
+    if not isinstance(value, str):
+        raise PromptError(f"{where}: {name} is {value!r}. It must be text; correct or remove the row.")
+    if "\0" in value:
+        raise PromptError(f"{where}: {name} holds NUL characters, as in UTF-16. Save the file as UTF-8.")
+    return value
 
 
 def _absent(value: Any) -> bool:
@@ -238,6 +171,8 @@ def _whole(where: str, name: str, value: Any, lowest: int, highest: int) -> int 
         return None
     if isinstance(value, float) and value.is_integer():  # pandas stores a column of integers with gaps as floats
         value = int(value)
+    if isinstance(value, str) and WHOLE.fullmatch(value.strip()):  # and writes them so to CSV
+        value = value.strip().partition(".")[0]
     try:
         number = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else lowest - 1
     except ValueError:
