@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from d2f_core.model.artifact import DescribedModel, describe_model, load_model
+from d2f_core.model.autoencoder import DEFAULT_SCALING
 from d2f_core.model.base import BaseModel, local_copy, resolve_base
 from d2f_core.model.base_probe import kept_reading
 from d2f_core.model.denoiser import load_unet
@@ -43,8 +44,6 @@ STANDARD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.01
 """The noise schedule that programs assume of all three families."""
 ROUNDING = 1e-6
 """Largest difference of two schedules' alpha-bars that comes from rounding."""
-DEFAULT_SCALING = 0.18215
-"""Of an autoencoder whose config names none."""
 OPENCLIP_H = (1024, 23)
 """Width of SD 2.1's text encoder, and the layers that are read: all but the last."""
 OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
