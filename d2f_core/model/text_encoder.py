@@ -14,8 +14,8 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from d2f_core.file_systems import read_or_map
 from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
-from d2f_core.model.fit import require_fit, silent_transformers, transformers_on_meta
+from d2f_core.model.fit import Misfit, automatic_on_meta, require_fit, silent_transformers, transformers_on_meta
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,8 @@ def _describe_referenced(base: BaseModel) -> DescribedTextEncoder:
     from transformers import AutoModel, AutoTokenizer
 
     directory, reference = _referenced(base)
+    place = f"the package {reference['package']!r}, named by text_encoder"
+    require_fit(base, place, partial(_referenced_misfit, directory))
     length = int(reference["max_length"])
     return DescribedTextEncoder(
         kinds=(AutoModel,),
@@ -199,6 +201,12 @@ def _describe_referenced(base: BaseModel) -> DescribedTextEncoder:
         masked=True,
         determined_by=lambda: (hash_directory(directory), length),
     )
+
+
+def _referenced_misfit(directory: Path) -> Misfit:
+    found = automatic_on_meta(directory)[1]
+    # Only hidden states are read, which the pooler does not make.
+    return replace(found, missing=tuple(name for name in found.missing if not name.startswith("pooler.")))
 
 
 def _describe_pair(base: BaseModel, unet_config: dict[str, Any]) -> DescribedTextEncoder:

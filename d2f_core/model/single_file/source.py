@@ -24,7 +24,7 @@ from d2f_core.model.base import BaseModel, local_copy, resolve_base
 from d2f_core.model.base_probe import kept_reading
 from d2f_core.model.denoiser import load_unet
 from d2f_core.model.description import describe, read_description
-from d2f_core.model.fit import shard_names
+from d2f_core.model.fit import is_plain, shard_names
 from d2f_core.model.safetensors_header import HeaderError
 from d2f_core.model.single_file.family import (
     SD21,
@@ -197,6 +197,11 @@ def _files_reader(directory: Path, part: Part) -> Read:
             raise LayoutError(
                 f"{directory.name}/ has {name!r} in the shape {list(tensor.shape)}, its config.json asks for "
                 f"{list(part.shapes[name])}. Copy that directory of the original model."
+            )
+        if not is_plain(tensor):
+            raise LayoutError(
+                f"{directory.name}/ has {name!r} as {tensor.dtype}, which is no weight without its scale. Copy that "
+                "directory of the original model, in float16, bfloat16 or float32."
             )
         return tensor
 
