@@ -21,8 +21,9 @@ from torch import Tensor
 from d2f_core.file_systems import read_or_map
 from d2f_core.hashing import hash_directory
 from d2f_core.model.base import BaseModel, BaseModelError
-from d2f_core.model.fit import diffusers_misfit, require_fit
+from d2f_core.model.fit import diffusers_misfit, require_fit, require_safetensors
 from d2f_core.model.plain_json import NotPlainError, parse
+from d2f_core.model.weight_files import DIFFUSERS_NAME, variant_argument
 
 DEFAULT_SCALING = 0.18215
 """Of an autoencoder whose config names none: diffusers' default, as in the published SD 1.5 and SD 2.1."""
@@ -177,7 +178,11 @@ def load_autoencoder(
     check_autoencoder(base)
     directory = base.files.require_whole() / "vae"
     network: Any = AutoencoderKL.from_pretrained(
-        directory, torch_dtype=dtype, use_safetensors=True, **read_or_map(directory)
+        directory,
+        torch_dtype=dtype,
+        use_safetensors=True,
+        variant=variant_argument(directory, DIFFUSERS_NAME),
+        **read_or_map(directory),
     )
     return Autoencoder(network.to(device).eval().requires_grad_(False), fingerprint)
 
@@ -190,8 +195,7 @@ def check_autoencoder(base: BaseModel) -> None:
             network.
     """
     directory = base.path / "vae"
-    if not any(directory.glob("*.safetensors")):
-        raise BaseModelError(f"{base.uri!r} has no safetensors in vae/. Train or convert the autoencoder first.")
+    require_safetensors(base, "vae", "diffusers.AutoencoderKL")
     latent_scale(base)
     with torch.device("meta"):
         network = cast(Any, AutoencoderKL).from_config(AutoencoderKL.load_config(directory))

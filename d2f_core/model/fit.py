@@ -3,7 +3,6 @@
 The libraries themselves only warn of weights that are missing, and leave these empty or draw them at random.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from d2f_core.model.base import BaseModel, BaseModelError
-from d2f_core.model.plain_json import NotPlainError, parse
 from d2f_core.model.safetensors_header import HeaderError, read_header
+from d2f_core.model.weight_files import DIFFUSERS_NAME, TRANSFORMERS_NAME, shard_names
 
-DIFFUSERS_NAME, TRANSFORMERS_NAME = "diffusion_pytorch_model.safetensors", "model.safetensors"
-"""The files that the libraries load from a network's directory; with a name + `.index.json`, its shards."""
 POSITIONS = "position_ids"
 
 
@@ -75,18 +72,23 @@ def header_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     return found
 
 
-def shard_names(directory: Path, name: str) -> list[str]:
-    index = directory / f"{name}.index.json"
-    if not index.is_file():
-        return [name]
-    try:
-        shards = parse(index.read_bytes()).get("weight_map")
-    except NotPlainError as error:
-        raise HeaderError(f"{directory.name}/{index.name} {error}") from None
-    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-    if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", each) for each in names):
-        raise HeaderError(f"{directory.name}/{index.name} names no safetensors beside it. Copy the weights again.")
-    return sorted(names)
+def require_safetensors(base: BaseModel, part: str, kind: str) -> None:
+    """Raise BaseModelError when a part of a base has no weights in safetensors.
+
+    Args:
+        kind: class of the part's network, as `library.Name`.
+    """
+    directory = base.path / part
+    if any(directory.glob("*.safetensors")):
+        return
+    library, _, name = kind.partition(".")
+    if any(directory.glob("*.bin")):
+        raise BaseModelError(
+            f"{base.uri!r} has no safetensors in {part}/, but .bin files, which are pickles and may run code. If you "
+            f"trust them, convert them: python -c \"from {library} import {name} as N; N.from_pretrained('{part}', "
+            f"use_safetensors=False).save_pretrained('{part}')\""
+        )
+    raise BaseModelError(f"{base.uri!r} has no safetensors in {part}/. Copy the weights of the original model there.")
 
 
 def diffusers_misfit(network: nn.Module, directory: Path) -> Misfit:

@@ -13,6 +13,7 @@ from d2f_core.file_systems import read_or_map
 from d2f_core.model.base import described_copy, local_copy
 from d2f_core.model.fit import automatic_on_meta, silent_transformers
 from d2f_core.model.model_files import ModelFiles
+from d2f_core.model.weight_files import TRANSFORMERS_NAME, variant_argument
 
 
 class VisionModelError(ValueError):
@@ -114,6 +115,7 @@ def _loaded(directory: Path) -> tuple[Any, Iterable[str]]:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            variant=variant_argument(directory, TRANSFORMERS_NAME),
             **read_or_map(directory),
         )
     return network, info["missing_keys"]

@@ -61,8 +61,8 @@ def cut_off(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 100)
 
 
-def only_a_variant(file: Path) -> None:
-    file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+def under_another_name(file: Path) -> None:
+    file.rename(file.with_name(f"my_{file.name}"))
 
 
 def a_web_page(file: Path) -> None:
@@ -80,7 +80,7 @@ def no_weights(file: Path) -> None:
         (without_the_last, r"/ does not hold what its config.json asks for: it lacks 1 tensors, such as \['"),
         (of_another_width, r"asks for: 1 of its tensors have other shapes than the config's, such as \['"),
         (cut_off, r"model.safetensors has [\d,]+ bytes of tensors; its header tells of [\d,]+. Copy it again"),
-        (only_a_variant, r"model.safetensors is missing. Copy the weights again"),
+        (under_another_name, r"model.safetensors is missing. Copy the weights again"),
         (a_web_page, r"model.safetensors has 39 bytes and says that [\d,]+ are its header. Copy the weights again"),
         (no_weights, r"has no safetensors in "),
     ],

@@ -24,7 +24,7 @@ from d2f_core.model.base import BaseModel, local_copy, resolve_base
 from d2f_core.model.base_probe import kept_reading
 from d2f_core.model.denoiser import load_unet
 from d2f_core.model.description import describe, read_description
-from d2f_core.model.fit import is_plain, shard_names
+from d2f_core.model.fit import is_plain
 from d2f_core.model.safetensors_header import HeaderError
 from d2f_core.model.single_file.family import (
     SD21,
@@ -38,6 +38,7 @@ from d2f_core.model.single_file.family import (
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.prediction import FLOW, Prediction
 from d2f_core.model.single_file.tensor_file import TensorReader
+from d2f_core.model.weight_files import shard_names
 from d2f_core.objective.schedule import NoiseSchedule
 
 STANDARD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
