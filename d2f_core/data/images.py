@@ -59,7 +59,11 @@ def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
     Raises:
         BadImageError: with the reason.
     """
-    decoded = decode(data, rules)
+    return prepare_decoded(decode(data, rules), rules)
+
+
+def prepare_decoded(decoded: Decoded, rules: ImageRules) -> PreparedImage:
+    """As `prepare_image`, of an image that was decoded by the same rules."""
     return {"crop": _cropped, "pad": _padded, "whole": _whole}[rules.fit](decoded, rules)
 
 

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
-from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules, check_background
 from d2f_core.data.sources.config import ImageSource
 
+UNBOUNDED = 65_536
+"""Side in pixels that no image reaches, as all are decoded that are not made smaller."""
 MOST_DISTANCE = 10
 """Of 64 bits: pictures whose hashes differ in more of them are seldom the same photo."""
 
@@ -32,6 +34,8 @@ class ImportImagesWork:
     """Smallest accepted short side in pixels; with a resolution, at least that one, so that no image is enlarged."""
     max_pixels: int = 50_000_000
     """Largest accepted width x height of an image file."""
+    background: str = ""
+    """Colour, as #rrggbb, behind transparent pixels; empty: white."""
     held_out_share: float = 0.05
     """Share of the images that go to test/, chosen by content: the same image is always on the same side, and so are
     images that look alike."""
@@ -68,6 +72,7 @@ class ImportImagesConfig(AwaitedPoolConfig, ImportImagesWork):
                 f"short_side={self.short_side} is below min_side={self.min_side}, so that every image would become too "
                 "small to be read again. Lower min_side."
             )
+        check_background(self.background)
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
             raise ImportImagesError(f"max_pixels={self.max_pixels} must be between 1 and {MAX_PIXELS_LIMIT}.")
         for name in ("max_quarantined_share", "held_out_share"):
@@ -83,7 +88,9 @@ class ImportImagesConfig(AwaitedPoolConfig, ImportImagesWork):
     @property
     def rules(self) -> ImageRules:
         return ImageRules(
-            resolution=self.resolution or 1,
+            resolution=self.resolution or self.short_side or UNBOUNDED,
             min_side=max(self.min_side, self.resolution),
             max_pixels=self.max_pixels,
+            decoding="srgb",
+            background=self.background,
         )

@@ -10,8 +10,9 @@ from PIL import Image
 from d2f_core.batch.chunks import TableActor
 from d2f_core.batch.table_spec import TableSpec
 from d2f_core.data.captions import check_caption
+from d2f_core.data.image_decoding import STORED_FORMATS, Decoded, decode
 from d2f_core.data.image_headers import BadImageError
-from d2f_core.data.images import decode_image, prepare_image
+from d2f_core.data.images import prepare_decoded
 from d2f_core.data.manifest import rows_per_group
 from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
 from d2f_core.data.sources.sample import Sample
@@ -60,27 +61,26 @@ class ImportSpec(TableSpec):
     def prepare(self, sample: Sample) -> dict[str, Any]:
         """The row, with the id of the stored bytes: that is the one by which encoded and real images are compared."""
         assert sample.image is not None  # checked by `identify`
-        picture, original = self._picture(sample.image)
-        data, caption = stored(picture, sample.image), check_caption(sample.caption)
+        decoded = decode(sample.image, self.config.rules)
+        picture = self._picture(decoded)
+        data, caption = stored(picture, decoded, sample.image), check_caption(sample.caption)
         return {
             "sample_id": sample_id(data, caption),
             "caption": caption,
             "image": data,
             "width": picture.width,
             "height": picture.height,
-            "original_width": original[0],
-            "original_height": original[1],
+            "original_width": decoded.width,
+            "original_height": decoded.height,
             "perceptual_hash": perceptual_hash(picture),
             "sharpness": sharpness(picture),
         }
 
-    def _picture(self, data: bytes) -> tuple[Image.Image, tuple[int, int]]:
-        """The picture as it is stored, and the width and height of the upright original."""
+    def _picture(self, decoded: Decoded) -> Image.Image:
+        """The picture as it is stored, in sRGB; `decoded` itself if nothing is to be done."""
         if self.config.resolution:
-            prepared = prepare_image(data, self.config.rules)
-            return Image.fromarray(prepared.pixels), (prepared.width, prepared.height)
-        image = decode_image(data, self.config.rules)
-        return _smaller(image, self.config.short_side), image.size
+            return Image.fromarray(prepare_decoded(decoded, self.config.rules).pixels)
+        return decoded.in_srgb(_smaller(decoded.image, self.config.short_side))
 
 
 def _smaller(image: Image.Image, short_side: int) -> Image.Image:
@@ -91,28 +91,26 @@ def _smaller(image: Image.Image, short_side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def stored(picture: Image.Image, source: bytes) -> bytes:
+def stored(picture: Image.Image, decoded: Decoded, source: bytes) -> bytes:
     """The bytes that are stored: the source's own where its pixels are the picture's, else a new file without metadata.
 
     A new file of a lossy one is a JPEG of quality 95 without subsampling; of any other, a PNG.
+
+    Args:
+        picture: RGB [height, width], as it is stored.
+        decoded: the original.
     """
     with Image.open(io.BytesIO(source)) as opened:
-        lossy = opened.format == "JPEG" or (opened.format == "WEBP" and b"VP8L" not in source[:32])
-        if _is_plain(opened) and opened.size == picture.size:
-            return source
+        lossy = opened.format in ("JPEG", "AVIF") or (opened.format == "WEBP" and b"VP8L" not in source[:32])
+        plain = opened.format in STORED_FORMATS and opened.mode in ("RGB", "L") and "transparency" not in opened.info
+    if plain and not decoded.turned and decoded.profile is None and picture.size == (decoded.width, decoded.height):
+        return source
     sink = io.BytesIO()
     if lossy:
         picture.save(sink, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     else:
         picture.save(sink, "PNG")
     return sink.getvalue()
-
-
-def _is_plain(image: Image.Image) -> bool:
-    """Whether every reader sees the same pixels: RGB or grey, upright, and without a colour profile."""
-    upright = image.getexif().get(0x0112, 1) == 1
-    plain = image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L") and "transparency" not in image.info
-    return plain and upright and not image.info.get("icc_profile")
 
 
 class Passing(TableActor):

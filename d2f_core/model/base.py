@@ -15,6 +15,7 @@ from typing import Any
 
 from d2f_core import storage
 from d2f_core.hashing import HASHED_SUFFIXES, cache_root, one_at_a_time
+from d2f_core.model.base_kinds import why_not
 from d2f_core.model.model_files import ModelFiles, describe_tree
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.read import converted, is_single_file
@@ -264,6 +265,8 @@ def _checked(uri: str, files: ModelFiles) -> BaseModel:
                 f"{uri!r} has no {needed}. A base model is a directory in diffusers' layout; save one with "
                 "DiffusionPipeline.save_pretrained, or copy the missing part from the original model."
             )
+    if reason := why_not(path):
+        raise BaseModelError(f"{uri!r} {reason}")
     if is_sdxl(json.loads((path / "unet/config.json").read_text())):
         for part in SDXL_PARTS:
             if not (path / part).is_dir():

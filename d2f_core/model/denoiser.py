@@ -19,9 +19,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from d2f_core.file_systems import read_or_map
-from d2f_core.model.base import BaseModel, BaseModelError
+from d2f_core.model.base import BaseModel
 from d2f_core.model.base_probe import can_be_asked, check_reading
-from d2f_core.model.fit import diffusers_misfit, require_fit
+from d2f_core.model.fit import diffusers_misfit, require_fit, require_safetensors
+from d2f_core.model.weight_files import DIFFUSERS_NAME, variant_argument
 from d2f_core.objective.alignment import Denoiser
 
 POOLED_AND_TIME_IDS = "text_time"
@@ -51,7 +52,11 @@ def load_unet(
     base.files.require_whole()
     check_unet(base)
     unet = UNet2DConditionModel.from_pretrained(
-        directory, torch_dtype=torch.float32, use_safetensors=True, **read_or_map(directory)
+        directory,
+        torch_dtype=torch.float32,
+        use_safetensors=True,
+        variant=variant_argument(directory, DIFFUSERS_NAME),
+        **read_or_map(directory),
     )
     if probe and can_be_asked(unet):
         check_reading(base, unet)
@@ -64,11 +69,7 @@ def check_unet(base: BaseModel) -> UNet2DConditionModel:
     Raises:
         BaseModelError: there are no safetensors, or they are damaged or of another network.
     """
-    if not any((base.path / "unet").glob("*.safetensors")):
-        raise BaseModelError(
-            f"{base.uri!r} has no safetensors in unet/. Convert the weights with "
-            "save_pretrained(safe_serialization=True), or train from random weights with --from-scratch."
-        )
+    require_safetensors(base, "unet", "diffusers.UNet2DConditionModel")
     unet = unet_on_meta(base.path / "unet")
     require_fit(base, "unet", lambda: diffusers_misfit(unet, base.path / "unet"))
     return unet

@@ -13,6 +13,7 @@ import diffusers
 from d2f_core.hashing import HASHED_SUFFIXES
 from d2f_core.model.base import PARTS
 from d2f_core.model.published_names import with_published_names
+from d2f_core.model.weight_files import NAMES, with_plain_names
 
 MODEL_INDEX = "model_index.json"
 CLASS_FIELDS = (
@@ -79,6 +80,8 @@ def copy_base_parts(base: Path, target: Path) -> tuple[dict[str, Any], dict[str,
             continue
         if part.is_dir():
             copy_part(part, target / name)
+            if name in NAMES:
+                with_plain_names(target / name, NAMES[name])
             with_published_names(target / name)
         if entry and entry[0] is None:
             index[name] = entry

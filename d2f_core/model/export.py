@@ -24,6 +24,7 @@ from diffusers import DPMSolverMultistepScheduler
 from d2f_core import storage
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError, TrainedModel, load_model, read_description
 from d2f_core.model.artifact_files import PARTS
+from d2f_core.model.autoencoder import latent_scale
 from d2f_core.model.base import local_copy
 from d2f_core.model.description import FORMAT_VERSION, write_description
 from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, read_json
@@ -170,6 +171,7 @@ def export_diffusers(
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         index, missing = copy_base_parts(model.base.path, directory)
+        _check_scaling(model, index["_class_name"])
         turned = {"naive_target": "noise_minus_data", "format_version": FORMAT_VERSION} if _turn_round(model) else {}
         index["unet"] = _write_unet(model, directory / "unet", dtype)
         index["scheduler"] = _write_scheduler(model, directory / "scheduler")
@@ -181,6 +183,20 @@ def export_diffusers(
         (directory / MODEL_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         _replace(directory, target)
     return DiffusersExport(target=target, missing=missing)
+
+
+def _check_scaling(model: TrainedModel, pipeline: str) -> None:
+    """Raise ArtifactError when a pipeline of diffusers would decode latents otherwise than the autoencoder asks for."""
+    if not (model.base.path / "vae/config.json").is_file():
+        return
+    scale = latent_scale(model.base)
+    applied = {"shift_factor": False, "latents_mean and latents_std": "StableDiffusionXL" in pipeline}
+    asked = {"shift_factor": bool(scale.mean and not scale.std), "latents_mean and latents_std": bool(scale.std)}
+    if ignored := [name for name in asked if asked[name] and not applied[name]]:
+        raise ArtifactError(
+            f"the autoencoder of {model.base.uri!r} has {ignored[0]}, and {pipeline} decodes latents without them. "
+            "Sample it with this project."
+        )
 
 
 def _replace(directory: Path, target: str) -> None:

@@ -14,8 +14,8 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,16 @@ from torch import Tensor
 
 from d2f_core.file_systems import read_or_map
 from d2f_core.hashing import hash_directory
-from d2f_core.model.base import BaseModel, BaseModelError, is_sdxl
-from d2f_core.model.fit import require_fit, silent_transformers, transformers_on_meta
+from d2f_core.model.base import SDXL_PARTS, BaseModel, BaseModelError, is_sdxl
+from d2f_core.model.fit import (
+    Misfit,
+    automatic_on_meta,
+    require_fit,
+    require_safetensors,
+    silent_transformers,
+    transformers_on_meta,
+)
+from d2f_core.model.weight_files import TRANSFORMERS_NAME, variant_argument
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,13 @@ def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") ->
     described = describe_text_encoder(base)
     networks = []
     for kind, directory in zip(described.kinds, described.directories, strict=True):
-        options = {"local_files_only": True, "dtype": torch.float32, "use_safetensors": True, **read_or_map(directory)}
+        options = {
+            "local_files_only": True,
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            "variant": variant_argument(directory, TRANSFORMERS_NAME),
+            **read_or_map(directory),
+        }
         with silent_transformers():
             network = kind.from_pretrained(directory, **options)
         networks.append(network.to(device).eval().requires_grad_(False))
@@ -174,9 +188,9 @@ def describe_text_encoder(base: BaseModel) -> DescribedTextEncoder:
     from transformers import CLIPTextModel
 
     directory = _encoder_directory(base, "text_encoder")
-    _require_weights(base, "text_encoder", CLIPTextModel)
+    config = _require_weights(base, "text_encoder", CLIPTextModel)
     tokenizer = _tokenizer(base, "tokenizer")
-    length = int(tokenizer.model_max_length)
+    length = _length(tokenizer, config)
     return DescribedTextEncoder(
         kinds=(CLIPTextModel,),
         directories=(directory,),
@@ -190,6 +204,8 @@ def _describe_referenced(base: BaseModel) -> DescribedTextEncoder:
     from transformers import AutoModel, AutoTokenizer
 
     directory, reference = _referenced(base)
+    place = f"the package {reference['package']!r}, named by text_encoder"
+    require_fit(base, place, partial(_referenced_misfit, directory))
     length = int(reference["max_length"])
     return DescribedTextEncoder(
         kinds=(AutoModel,),
@@ -201,6 +217,12 @@ def _describe_referenced(base: BaseModel) -> DescribedTextEncoder:
     )
 
 
+def _referenced_misfit(directory: Path) -> Misfit:
+    found = automatic_on_meta(directory)[1]
+    # Only hidden states are read, which the pooler does not make.
+    return replace(found, missing=tuple(name for name in found.missing if not name.startswith("pooler.")))
+
+
 def _describe_pair(base: BaseModel, unet_config: dict[str, Any]) -> DescribedTextEncoder:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -208,7 +230,7 @@ def _describe_pair(base: BaseModel, unet_config: dict[str, Any]) -> DescribedTex
     directories = tuple(_encoder_directory(base, part) for part in parts)
     configs = tuple(_require_weights(base, part, kind) for part, kind in zip(parts, kinds, strict=True))
     tokenizers = tuple(_tokenizer(base, part) for part in ("tokenizer", "tokenizer_2"))
-    lengths = [int(tokenizer.model_max_length) for tokenizer in tokenizers]
+    lengths = [_length(tokenizer, config) for tokenizer, config in zip(tokenizers, configs, strict=True)]
     _check_fit(base, unet_config, configs, lengths)
     zeros = _zeros_for_empty(base)
     return DescribedTextEncoder(
@@ -227,6 +249,13 @@ def _tokenizer(base: BaseModel, part: str) -> Any:
     return CLIPTokenizer.from_pretrained(base.path / part, local_files_only=True)
 
 
+def _length(tokenizer: Any, config: Any) -> int:
+    """Tokens per caption: as many as the tokenizer says, which says 1e30 if its config names none, and at most as many
+    as the encoder has positions for.
+    """
+    return min(int(tokenizer.model_max_length), config.max_position_embeddings)
+
+
 def _hash(base: BaseModel, directory: Path) -> str:
     return hash_directory(directory, sha256=base.files.sha256)
 
@@ -234,11 +263,7 @@ def _hash(base: BaseModel, directory: Path) -> str:
 def _encoder_directory(base: BaseModel, part: str) -> Path:
     if not (base.path / part / "config.json").is_file():
         raise BaseModelError(f"{base.uri!r} has no {part}/config.json. Copy that directory of the original model.")
-    if not any((base.path / part).glob("*.safetensors")):
-        raise BaseModelError(
-            f"{base.uri!r} has no safetensors in {part}/. Convert the weights with "
-            "save_pretrained(safe_serialization=True)."
-        )
+    require_safetensors(base, part, f"transformers.CLIPTextModel{'WithProjection' if part == SDXL_PARTS[0] else ''}")
     return base.path / part
 
 

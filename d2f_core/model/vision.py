@@ -11,8 +11,9 @@ from torch import Tensor
 
 from d2f_core.file_systems import read_or_map
 from d2f_core.model.base import described_copy, local_copy
-from d2f_core.model.fit import silent_transformers, transformers_on_meta
+from d2f_core.model.fit import automatic_on_meta, silent_transformers
 from d2f_core.model.model_files import ModelFiles
+from d2f_core.model.weight_files import TRANSFORMERS_NAME, variant_argument
 
 
 class VisionModelError(ValueError):
@@ -51,7 +52,7 @@ class VisionModel:
             self._processor = AutoImageProcessor.from_pretrained(
                 self.path, backend="pil", trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # one of them for tensors of other shapes
             reason = " ".join(str(error).split())[:300]
             raise VisionModelError(f"{uri!r} cannot be loaded as a vision model in safetensors: {reason}") from None
         self.network.eval().requires_grad_(False)
@@ -106,6 +107,7 @@ def _loaded(directory: Path) -> tuple[Any, Iterable[str]]:
     """The network in a directory, and the names of the weights that its files lack."""
     from transformers import AutoModel
 
+    _described(directory)  # the library takes quantised weights as they are
     with silent_transformers():
         network, info = cast(Any, AutoModel).from_pretrained(
             directory,
@@ -113,6 +115,7 @@ def _loaded(directory: Path) -> tuple[Any, Iterable[str]]:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            variant=variant_argument(directory, TRANSFORMERS_NAME),
             **read_or_map(directory),
         )
     return network, info["missing_keys"]
@@ -120,14 +123,9 @@ def _loaded(directory: Path) -> tuple[Any, Iterable[str]]:
 
 def _described(directory: Path) -> tuple[Any, Iterable[str]]:
     """`_loaded` on torch's meta device."""
-    from transformers import MODEL_MAPPING, AutoConfig
-
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    if type(config) not in MODEL_MAPPING:
-        raise ValueError(f"transformers knows no network for a {type(config).__name__}")
-    network, misfit = transformers_on_meta(MODEL_MAPPING[type(config)], config, directory)
-    if misfit.reshaped:
-        raise ValueError(str(replace(misfit, missing=())))
+    network, misfit = automatic_on_meta(directory)
+    if wrong := replace(misfit, missing=(), unexpected=()):
+        raise ValueError(str(wrong))
     return network, misfit.missing
 
 

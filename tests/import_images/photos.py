@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -28,7 +29,7 @@ def photo(number: int, *, blurred: bool = False, scale: int = 1) -> tuple[Image.
     return image.filter(ImageFilter.GaussianBlur(4)) if blurred else image, " and ".join(words)
 
 
-def jpeg(image: Image.Image, quality: int = 90, **how: object) -> bytes:
+def jpeg(image: Image.Image, quality: int = 90, **how: Any) -> bytes:
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=quality, **how)
     return sink.getvalue()
@@ -43,7 +44,7 @@ def write_photos(directory: Path, count: int, *, first: int = 0, scale: int = 1)
     return directory
 
 
-def put(directory: Path, name: str, image: Image.Image, caption: str, **how: int) -> Path:
+def put(directory: Path, name: str, image: Image.Image, caption: str, **how: Any) -> Path:
     (directory / f"{name}.txt").write_text(caption)
     file = directory / f"{name}.jpg"
     file.write_bytes(jpeg(image, **how))

@@ -18,6 +18,7 @@ from d2f_core.data.sources.config import ImageSource
 from d2f_core.import_images.config import ImportImagesConfig, ImportImagesError
 from d2f_core.import_images.job import check_import, import_images
 from d2f_core.import_images.parting import Side
+from tests.data.profiles import DISPLAY_P3, SRGB, matrix_profile
 from tests.flow.here import here
 from tests.import_images.photos import jpeg, photo, put, write_photos
 
@@ -141,6 +142,18 @@ def test_a_file_is_stored_as_it_is_unless_its_pixels_change(image: bytes, kept: 
     assert stored.format == "JPEG" and stored.getexif().get(0x0112, 1) == 1 and min(stored.size) == 64
     turned = row["height"] > row["width"]
     assert turned == (b"Exif" in image)
+
+
+@pytest.mark.parametrize("profile", [matrix_profile(SRGB), matrix_profile(DISPLAY_P3)], ids=["srgb", "display-p3"])
+def test_another_colour_space_is_stored_as_srgb_and_srgb_as_it_is(profile: bytes, tmp_path: Path) -> None:
+    home = write_photos(tmp_path / "in", 1, first=3)
+    file = put(home, "it", Image.new("RGB", (64, 64), (200, 60, 40)), "it", icc_profile=profile)
+    run(settings(home, tmp_path / "out", held_out_share=0))
+    (row,) = (row for row in rows(tmp_path / "out", "train") if row["caption"] == "it")
+    assert (row["image"] == file.read_bytes()) == (profile == matrix_profile(SRGB))
+    red, green, blue = np.asarray(Image.open(io.BytesIO(row["image"])))[30, 30]
+    wanted = (200, 60, 40) if profile == matrix_profile(SRGB) else (219, 37, 13)
+    assert np.abs(np.array([red, green, blue], int) - wanted).max() <= 5
 
 
 def test_transparency_is_stored_as_what_lies_behind_it_without_loss(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def cut_off(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 100)
 
 
-def only_a_variant(file: Path) -> None:
-    file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+def under_another_name(file: Path) -> None:
+    file.rename(file.with_name(f"my_{file.name}"))
 
 
 def a_web_page(file: Path) -> None:
@@ -80,7 +80,7 @@ def no_weights(file: Path) -> None:
         (without_the_last, r"/ does not hold what its config.json asks for: it lacks 1 tensors, such as \['"),
         (of_another_width, r"asks for: 1 of its tensors have other shapes than the config's, such as \['"),
         (cut_off, r"model.safetensors has [\d,]+ bytes of tensors; its header tells of [\d,]+. Copy it again"),
-        (only_a_variant, r"model.safetensors is missing. Copy the weights again"),
+        (under_another_name, r"model.safetensors is missing. Copy the weights again"),
         (a_web_page, r"model.safetensors has 39 bytes and says that [\d,]+ are its header. Copy the weights again"),
         (no_weights, r"has no safetensors in "),
     ],
@@ -109,6 +109,20 @@ def test_the_config_of_another_network_is_refused(base: BaseModel) -> None:
     for look in (check_unet, load_unet, check_autoencoder, load_autoencoder):
         with pytest.raises(BaseModelError, match="does not hold what its config"):
             look(base)
+
+
+def renamed(prefix: str) -> Callable[[Path], None]:
+    def rename(file: Path) -> None:
+        change(file, lambda tensors: [tensors.update({prefix + name: tensors.pop(name)}) for name in list(tensors)])
+
+    return rename
+
+
+def quantised(dtype: torch.dtype) -> Callable[[Path], None]:
+    def cast(file: Path) -> None:
+        change(file, lambda tensors: tensors.update({name: tensors[name].to(dtype) for name in sorted(tensors)[:4]}))
+
+    return cast
 
 
 def test_weights_in_shards_are_compared_shard_by_shard(base: BaseModel) -> None:
@@ -178,9 +192,17 @@ def test_a_vision_model_is_described_with_its_width_and_refused_as_when_it_is_lo
 
 def test_a_vision_model_of_another_width_or_kind_is_refused_by_its_description(tmp_path: Path) -> None:
     directory = write_tiny_vit(tmp_path)
-    of_another_width(directory / "model.safetensors")
-    with pytest.raises(VisionModelError, match="1 of its tensors have other shapes"):
-        VisionModel(str(directory), "meta")
+    whole = (directory / "model.safetensors").read_bytes()
+    for damage, message in (
+        (of_another_width, "1 of its tensors have other shapes"),
+        (quantised(torch.int8), "4 of its tensors are quantised"),
+        (renamed("module."), "lacks weights: .*, .*, "),
+    ):
+        (directory / "model.safetensors").write_bytes(whole)
+        damage(directory / "model.safetensors")
+        for device in ("cpu", "meta"):
+            with pytest.raises(VisionModelError, match=message):
+                VisionModel(str(directory), device)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "model_type": "encoder-decoder"}))
     with pytest.raises(VisionModelError, match="cannot be loaded as a vision model"):
@@ -209,7 +231,7 @@ def test_a_header_is_read_without_a_byte_of_the_tensors(tmp_path: Path) -> None:
 def test_a_misfit_tells_all_its_kinds() -> None:
     found = Misfit(missing=("a", "b", "c"), unexpected=("d",), reshaped=("e",))
     assert str(found) == (
-        "it lacks 3 tensors, such as ['a', 'b'], and 1 of its tensors have other shapes than the config's, such as "
-        "['e'], and 1 of its tensors are not known to the config, such as ['d']"
+        "it lacks 3 tensors, such as ['a', 'b', 'c'], and 1 of its tensors have other shapes than the config's, such "
+        "as ['e'], and 1 of its tensors are not known to the config, such as ['d']"
     )
     assert found and not Misfit()

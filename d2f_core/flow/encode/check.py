@@ -18,7 +18,7 @@ from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig, EncodeE
 from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec
 from d2f_core.flow.encode.with_depth import DEPTH, DEPTH_LATENTS
 from d2f_core.identity import identity_values
-from d2f_core.model.autoencoder import autoencoder_fingerprint, check_autoencoder
+from d2f_core.model.autoencoder import autoencoder_fingerprint, check_autoencoder, latent_scale
 from d2f_core.model.base import BaseModel, describe_base
 from d2f_core.storage import check_reachable
 
@@ -96,7 +96,7 @@ def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:
         text_encoder = describe_text_encoder(base).fingerprint
     return {
         "autoencoder": autoencoder_fingerprint(base),
-        "scaling_factor": float(_vae_config(base.path)["scaling_factor"]),
+        "scaling_factor": latent_scale(base).factor,
         "resolution": resolution,
         "crop": "center",
         "text": text,

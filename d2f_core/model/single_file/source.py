@@ -19,11 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from d2f_core.model.artifact import DescribedModel, describe_model, load_model
+from d2f_core.model.autoencoder import DEFAULT_SCALING
 from d2f_core.model.base import BaseModel, local_copy, resolve_base
 from d2f_core.model.base_probe import kept_reading
 from d2f_core.model.denoiser import load_unet
 from d2f_core.model.description import describe, read_description
-from d2f_core.model.fit import shard_names
+from d2f_core.model.fit import is_plain
 from d2f_core.model.safetensors_header import HeaderError
 from d2f_core.model.single_file.family import (
     SD21,
@@ -37,14 +38,13 @@ from d2f_core.model.single_file.family import (
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.prediction import FLOW, Prediction
 from d2f_core.model.single_file.tensor_file import TensorReader
+from d2f_core.model.weight_files import shard_names
 from d2f_core.objective.schedule import NoiseSchedule
 
 STANDARD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 """The noise schedule that programs assume of all three families."""
 ROUNDING = 1e-6
 """Largest difference of two schedules' alpha-bars that comes from rounding."""
-DEFAULT_SCALING = 0.18215
-"""Of an autoencoder whose config names none."""
 OPENCLIP_H = (1024, 23)
 """Width of SD 2.1's text encoder, and the layers that are read: all but the last."""
 OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -198,6 +198,11 @@ def _files_reader(directory: Path, part: Part) -> Read:
             raise LayoutError(
                 f"{directory.name}/ has {name!r} in the shape {list(tensor.shape)}, its config.json asks for "
                 f"{list(part.shapes[name])}. Copy that directory of the original model."
+            )
+        if not is_plain(tensor):
+            raise LayoutError(
+                f"{directory.name}/ has {name!r} as {tensor.dtype}, which is no weight without its scale. Copy that "
+                "directory of the original model, in float16, bfloat16 or float32."
             )
         return tensor
 
