@@ -12,7 +12,7 @@ from d2f_core.data.sources.files import expand, split_of
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.sample import SourceError
 from d2f_core.identity import canonical_json
-from tests.data.pictures import pictures, tar_bytes, write_folder, write_tars
+from tests.data.pictures import pictures, tar_bytes, write_folder, write_parquet, write_tars
 
 
 def names(uri: str, **how) -> list[str]:
@@ -170,3 +170,14 @@ def test_names_with_dots_count_one_by_one_in_the_ledger(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     samples = [s for shard in plan_images(ImageSource(uri=str(tmp_path))).shards for s in shard.read()]
     assert sum(s.rows for s in samples) == 130 and all((s.problem or "").startswith("dots_in_name") for s in samples)
+
+
+def test_patterns_and_odd_keys_name_the_same_on_s3(bucket: str) -> None:
+    for name, first in (("a%20 b#1", 0), ("a%20 b#2", 1)):
+        write_parquet(f"{bucket}/{name}", pictures(1, first=first))
+        write_tars(f"{bucket}/{name}", pictures(1, first=first))
+    for uri in (f"{bucket}/a%20 b#*", f"{bucket}/a%20 b#{{1..2}}", f"{bucket}/a%20 b#1,{bucket}/a%20 b#2"):
+        for kind in ("parquet", "webdataset"):
+            shards = plan_images(ImageSource(uri=uri, kind=kind)).shards
+            found = [(sample.image, sample.caption) for shard in shards for sample in shard.read()]
+            assert found == [(image, text) for _, image, text in pictures(2)]
