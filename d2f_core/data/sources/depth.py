@@ -114,8 +114,10 @@ def plan_depth(source: DepthSource, *, rows_per_shard: int = 256) -> SourcePlan:
             raise SourceError(f"{source.uri!r} is a depth table, which holds no latents. Leave out --source.latents.")
         return [DepthTableShard(run=run) for run in plan_rows(sizes, _columns, rows_per_shard)]
 
-    newly = PACKED_SUFFIXES if source.kind == "auto" else ()
-    return plan_source(source.uri, source.kind, ("depth",), cut, split=source.split, newly_listed=newly)
+    def newly_listed(files: Collection[str]) -> bool:
+        return source.kind == "auto" and any(file.lower().endswith(PACKED_SUFFIXES) for file in files)
+
+    return plan_source(source.uri, source.kind, ("depth",), cut, split=source.split, newly_listed=newly_listed)
 
 
 def _columns(uri: str, schema: pa.Schema) -> list[str]:

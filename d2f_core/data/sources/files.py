@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from d2f_core.data.manifest import MANIFEST_NAME
 from d2f_core.data.sources.config import SPLITS
 from d2f_core.data.sources.sample import ALL_IMAGE_SUFFIXES, COMPANION_SUFFIXES, PACKED_SUFFIXES, SourceError
 from d2f_core.storage import exists, filesystem, is_s3, retried
@@ -40,6 +41,12 @@ def list_files(uri: str) -> dict[str, dict[str, Any]]:
         files = _matching(piece) if "*" in piece else _files_at(piece)
         if not files:
             raise SourceError(f"{piece!r}, of {uri!r}, names no files. Correct the pattern, or bring them there.")
+        parts = {file.rpartition("/")[0] for file in files if "/part-" in file and file.endswith(".parquet")}
+        if table := next((folder for folder in sorted(parts) if f"{folder}/{MANIFEST_NAME}" in files), None):
+            raise SourceError(
+                f"{uri!r} is a pattern, and {table!r} is a table of this project, which is read alone by its manifest. "
+                "Give the table's own URI."
+            )
         found.update(files)
     return found
 
@@ -53,7 +60,7 @@ def expand(uri: str) -> list[str]:
     """The places that commas, `{a,b}` and `{000..099}` stand for, in order.
 
     Raises:
-        SourceError: a brace is not closed, or they are too many.
+        SourceError: they are too many.
     """
     pieces = list(itertools.islice(_alternatives(uri), MOST_PIECES + 1))
     if len(pieces) > MOST_PIECES:

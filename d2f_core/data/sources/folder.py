@@ -1,7 +1,7 @@
 """A folder of images, with a caption file beside each, or a table of captions per folder, such as `metadata.jsonl`."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -113,11 +113,14 @@ def plan_folder(
 
 def _images(sizes: Sizes, extensions: tuple[str, ...]) -> list[str]:
     images = sorted(uri for uri in sizes if uri.lower().endswith(extensions or ALL_IMAGE_SUFFIXES))
-    if extensions:
-        return images
-    stems = {image.rpartition(".")[0] for image in images}
-    companions = (uri for uri in sizes if uri.lower().endswith(COMPANION_SUFFIXES))
-    return sorted([*images, *(uri for uri in companions if uri.rpartition(".")[0] not in stems)])
+    return images if extensions else sorted([*images, *lone_companions(sizes)])
+
+
+def lone_companions(files: Collection[str]) -> list[str]:
+    """Raw photos and drawings among the files from which no picture was made."""
+    found = [uri for uri in files if uri.lower().endswith(COMPANION_SUFFIXES)]
+    stems = {uri.rpartition(".")[0] for uri in files if uri.lower().endswith(ALL_IMAGE_SUFFIXES)} if found else set()
+    return [uri for uri in found if uri.rpartition(".")[0] not in stems]
 
 
 def _texts(images: list[str], sizes: Sizes, rules: CaptionRules) -> dict[str, str]:

@@ -8,7 +8,7 @@ import ray.data
 from d2f_core.data.ray_data import configure
 from d2f_core.data.sources.captions import caption_rules
 from d2f_core.data.sources.config import ImageSource
-from d2f_core.data.sources.folder import plan_folder
+from d2f_core.data.sources.folder import lone_companions, plan_folder
 from d2f_core.data.sources.listing import Sizes, SourcePlan, plan_source
 from d2f_core.data.sources.parquet import plan_parquet
 from d2f_core.data.sources.sample import LATER_IMAGE_SUFFIXES, PACKED_SUFFIXES, Shard, SourceKind
@@ -40,8 +40,13 @@ def plan_images(source: ImageSource, *, rows_per_shard: int = 256, captions: boo
 
     columns: list[Any] = [source.image_column, source.caption_column, *([] if captions else ["no captions"])]
     columns += [source.choices] if source.choices else []
-    newly = (*LATER_IMAGE_SUFFIXES, *(PACKED_SUFFIXES if source.kind == "auto" else ()))
-    return plan_source(source.uri, source.kind, columns, cut, split=source.split, newly_listed=newly)
+    suffixes = (*LATER_IMAGE_SUFFIXES, *(PACKED_SUFFIXES if source.kind == "auto" else ()))
+
+    def newly_listed(files: Collection[str]) -> bool:
+        alone = not source.extensions and lone_companions(files)
+        return bool(alone) or any(file.lower().endswith(suffixes) for file in files)
+
+    return plan_source(source.uri, source.kind, columns, cut, split=source.split, newly_listed=newly_listed)
 
 
 def read_images(source: ImageSource, *, rows_per_shard: int = 256, captions: bool = True) -> ray.data.Dataset:

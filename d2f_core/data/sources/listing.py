@@ -58,7 +58,7 @@ def plan_source(
     detect: Callable[[str, Listing], SourceKind] | None = None,
     *,
     split: str | None = ALL_SPLITS,
-    newly_listed: tuple[str, ...] = (),
+    newly_listed: Callable[[Collection[str]], bool] = lambda _: False,
 ) -> SourcePlan:
     """List the files at a URI and split them into shards.
 
@@ -69,7 +69,8 @@ def plan_source(
             manifest.
         detect: function of the URI and its files that tells the layout; None: one of images.
         split: the part that is read, as `ImageSource.split` says it. This project's tables are read whole.
-        newly_listed: endings of files that earlier releases left out in silence: a job begun without them is another.
+        newly_listed: function of the files that tells whether earlier releases left some of them out in silence: a job
+            begun without them is another.
 
     Raises:
         SourceError: the source is empty, cannot be listed, or mixes layouts or splits; or raised by `cut`.
@@ -83,8 +84,8 @@ def plan_source(
     if not table:
         listing = of_split(uri, listing, split, by_file=found != "folder")
     content: Any = sorted((whole_text(file), entry["size"], _version(entry)) for file, entry in listing.items())
-    if any(file.lower().endswith(newly_listed) for file in listing):
-        content.append(["also", *newly_listed])
+    if newly_listed(listing):
+        content.append(["newly listed"])
     sizes = {file: _size(entry) for file, entry in listing.items()}
     if table:  # only files in the manifest belong to a table of this project
         manifest = read_manifest(uri)

@@ -44,6 +44,8 @@ class TarShard:
         scattered: dict[str, int] | None = None
         try:
             for number, (key, members) in enumerate(read_tar(self.uri, self._most_bytes, self.sibling)):
+                if self._is_note(key, members):
+                    continue
                 if self._is_part(members):
                     scattered = scattered_keys(self.uri) if scattered is None else scattered
                     if key in scattered:
@@ -69,14 +71,17 @@ class TarShard:
         has_text = not self.rules.read or any(name in members for name in (*TEXT_SUFFIXES, JSON_SUFFIX))
         return not (has_text and any(name in members for name in self._images))
 
+    def _is_note(self, key: str, members: Members) -> bool:
+        """Whether a member is a text about the data."""
+        return key.rpartition("/")[2].lower() in NOTES and not any(name in members for name in self._images)
+
     def _unusable(self, key: str, problem: str, rows: int = 1) -> Sample:
         return Sample(source_uri=f"{self.uri}#{key}", image=None, caption=None, problem=problem, rows=rows)
 
     def _samples(self, key: str, members: Members) -> Iterator[Sample]:
         found = [name for name in self._images if name in members]
         if not found:
-            if key.rpartition("/")[2].lower() not in NOTES:
-                yield self._without_image(key, members)
+            yield self._without_image(key, members)
             return
         if len(found) > 1 and not self.extensions:
             what = f"several_images: {' and '.join(found)} under this key"

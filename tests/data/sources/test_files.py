@@ -1,7 +1,6 @@
 """Which files a source's URI names: patterns, links, splits; and that nothing is left out in silence."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from d2f_core.data.sources.files import expand, split_of
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.sample import SourceError
 from d2f_core.identity import canonical_json
-from tests.data.pictures import pictures, tar_bytes, write_folder, write_tars
+from tests.data.pictures import pictures, tar_bytes, write_folder, write_parquet, write_tars
 
 
 def names(uri: str, **how) -> list[str]:
@@ -111,10 +110,30 @@ def test_a_source_that_was_read_right_keeps_its_digest(tmp_path: Path) -> None:
     before = hashlib.sha256(canonical_json(["folder", ["image", None], files])).hexdigest()
     assert plan_images(ImageSource(uri=str(tmp_path))).digest == before
     assert plan_images(ImageSource(uri=str(tmp_path), default_caption="x")).digest != before
-    os.rename(tmp_path / "000.png", tmp_path / "000.jfif")  # which was left out before
-    files = [(name.replace("000.png", "000.jfif"), *rest) for name, *rest in files]
-    again = hashlib.sha256(canonical_json(["folder", ["image", None], sorted(files)])).hexdigest()
-    assert plan_images(ImageSource(uri=str(tmp_path))).digest != again
+    for late, listed in (("001.nef", False), ("002.nef", True)):  # beside its picture, and alone
+        (tmp_path / late).write_bytes(b"x")
+        stat = (tmp_path / late).stat()
+        files = sorted([*files, (str(tmp_path / late), stat.st_size, str(stat.st_mtime))])
+        as_before = hashlib.sha256(canonical_json(["folder", ["image", None], files])).hexdigest()
+        assert (plan_images(ImageSource(uri=str(tmp_path))).digest != as_before) == listed
+
+
+@pytest.mark.parametrize("late", ["x.jfif", "x.JPE", "x.zip"])
+def test_a_job_that_began_without_what_is_listed_now_is_another(late: str, tmp_path: Path) -> None:
+    write_folder(str(tmp_path), pictures(1))
+    (tmp_path / late).write_bytes(b"x")
+    files = [(str(file), file.stat().st_size, str(file.stat().st_mtime)) for file in sorted(tmp_path.iterdir())]
+    before = hashlib.sha256(canonical_json(["folder", ["image", None], files])).hexdigest()
+    assert plan_images(ImageSource(uri=str(tmp_path))).digest != before
+
+
+def test_tables_of_this_project_are_no_part_of_a_pattern(tmp_path: Path) -> None:
+    for name, file in (("a", "x"), ("b", "part-00000")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{file}.parquet").write_bytes(b"")
+        (tmp_path / name / "manifest.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"b' is a table of this project"):
+        names(f"{tmp_path}/{{a,b}}")
 
 
 def test_an_archive_beside_tars_counts_for_its_size(tmp_path: Path) -> None:
@@ -151,3 +170,14 @@ def test_names_with_dots_count_one_by_one_in_the_ledger(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     samples = [s for shard in plan_images(ImageSource(uri=str(tmp_path))).shards for s in shard.read()]
     assert sum(s.rows for s in samples) == 130 and all((s.problem or "").startswith("dots_in_name") for s in samples)
+
+
+def test_patterns_and_odd_keys_name_the_same_on_s3(bucket: str) -> None:
+    for name, first in (("a%20 b#1", 0), ("a%20 b#2", 1)):
+        write_parquet(f"{bucket}/{name}", pictures(1, first=first))
+        write_tars(f"{bucket}/{name}", pictures(1, first=first))
+    for uri in (f"{bucket}/a%20 b#*", f"{bucket}/a%20 b#{{1..2}}", f"{bucket}/a%20 b#1,{bucket}/a%20 b#2"):
+        for kind in ("parquet", "webdataset"):
+            shards = plan_images(ImageSource(uri=uri, kind=kind)).shards
+            found = [(sample.image, sample.caption) for shard in shards for sample in shard.read()]
+            assert found == [(image, text) for _, image, text in pictures(2)]
