@@ -30,15 +30,22 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def hash_directory(path: Path, parts: tuple[str, ...] = ("",), sha256: Callable[[Path], str] = file_sha256) -> str:
+def hash_directory(
+    path: Path,
+    parts: tuple[str, ...] = ("",),
+    sha256: Callable[[Path], str] = file_sha256,
+    chosen: Callable[[str], bool] | None = None,
+) -> str:
     """sha256 over the sorted (relative name, sha256) of the configs and weights under `path`'s `parts`.
 
     Args:
         sha256: of a file's contents.
+        chosen: of a file's relative name, whether it counts; None: all do.
     """
     digest = hashlib.sha256()
     for part in parts:
         for file in sorted((path / part).rglob("*")):
-            if file.is_file() and file.suffix in HASHED_SUFFIXES:
-                digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+            name = file.relative_to(path).as_posix()
+            if file.is_file() and file.suffix in HASHED_SUFFIXES and (chosen is None or chosen(name)):
+                digest.update(f"{name} {sha256(file)}\n".encode())
     return digest.hexdigest()

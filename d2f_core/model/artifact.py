@@ -192,7 +192,7 @@ def _check_weights(uri: str, files: ModelFiles, description: Mapping[str, Any]) 
 
 def _fitting_base(uri: str, base: BaseModel, description: Mapping[str, Any]) -> BaseModel:
     """The base, read as the model was trained on it; raises ArtifactError if it is another."""
-    if base.content_hash != description["base"]["sha256"]:
+    if not base.has_hash(description["base"]["sha256"]):
         raise ArtifactError(
             f"{uri!r} was trained on a base with sha256 {description['base']['sha256']}, but {base.uri!r} has "
             f"{base.content_hash}. Give the original base."

@@ -19,6 +19,7 @@ from d2f_core.model.base_kinds import why_not
 from d2f_core.model.model_files import ModelFiles, describe_tree
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.read import converted, is_single_file
+from d2f_core.model.weight_files import read_files
 from d2f_core.objective.schedule import FLOW_PREDICTION, Schedule, ScheduleError, prediction_type_of, read_schedule
 from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying
 
@@ -89,6 +90,17 @@ class BaseModel:
             UnreachableError: S3, where the files of a described base lie, stays away.
         """
         return self.original_hash or self.files.hash(*PARTS, *SDXL_PARTS)
+
+    @cached_property
+    def read_hash(self) -> str:
+        """Like `content_hash`, of the files alone that are read when the base is loaded: a second variant of its
+        weights or a note beside them does not change it. The same hash where there are none such.
+        """
+        return self.original_hash or self.files.hash(*PARTS, *SDXL_PARTS, chosen=read_files(self.path).__contains__)
+
+    def has_hash(self, recorded: str) -> bool:
+        """Whether a trained model that recorded this hash was trained on this base."""
+        return recorded in (self.content_hash, self.read_hash)
 
     @property
     def schedule(self) -> Schedule:

@@ -88,7 +88,7 @@ def describe(
         "method": method,
         "task": task,
         "joined_channels": joined_channels,
-        "base": {"uri": base.uri, "sha256": base.content_hash},
+        "base": {"uri": base.uri, "sha256": base.read_hash},
         "prediction_type": base.prediction_type,
         "schedule": dict(base.scheduler_config),
         "schedule_sha256": schedule_hash(base.scheduler_config),

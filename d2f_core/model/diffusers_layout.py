@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 
 from d2f_core.hashing import HASHED_SUFFIXES
-from d2f_core.model.base import PARTS
+from d2f_core.model.base import PARTS, SDXL_PARTS, is_sdxl
 from d2f_core.model.published_names import with_published_names
 from d2f_core.model.weight_files import NAMES, with_plain_names
 
@@ -69,12 +69,14 @@ def copy_base_parts(base: Path, target: Path) -> tuple[dict[str, Any], dict[str,
         part with the reason. The existing files of an incomplete part are copied too. Tensors get their published
         names.
     """
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", **read_json(base / MODEL_INDEX)}
+    pair = is_sdxl(read_json(base / "unet/config.json"))
+    kind = "StableDiffusionXLPipeline" if pair else "StableDiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": kind, **read_json(base / MODEL_INDEX)}
     index.pop("_name_or_path", None)  # a local path of the machine that saved it
     index["_diffusers_version"] = diffusers.__version__
     named = [name for name, value in index.items() if isinstance(value, list)]
     missing = {}
-    for name in dict.fromkeys([*named, *PARTS]):
+    for name in dict.fromkeys([*named, *PARTS, *(SDXL_PARTS if pair else ())]):
         part, entry = base / name, index.pop(name, None)
         if name in ("unet", "scheduler"):
             continue

@@ -111,7 +111,7 @@ def check_start(base: BaseModel, config: ModelConfig) -> DescribedModel:
             put out something else.
     """
     trained = describe_model(config.start)  # checks files and hashes
-    if trained.base.content_hash != base.content_hash:
+    if not base.has_hash(trained.base.content_hash) and trained.base.read_hash != base.read_hash:
         raise ValueError(
             f"start={config.start!r} was trained on a base with the hash {trained.base.content_hash}; base="
             f"{base.uri!r} has {base.content_hash}. Give that model's base."

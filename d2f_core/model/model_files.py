@@ -8,7 +8,7 @@ identified by), they are read from S3 in pieces that are not kept, once per vers
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ class ModelFiles:
             )
         return self.path
 
-    def hash(self, *parts: str) -> str:
-        """Content hash of the directory, or of some of its parts, as by `hash_directory`."""
-        return hash_directory(self.path, parts or ("",), self.sha256)
+    def hash(self, *parts: str, chosen: Callable[[str], bool] | None = None) -> str:
+        """Content hash of the directory, or of some of its parts or names, as by `hash_directory`."""
+        return hash_directory(self.path, parts or ("",), self.sha256, chosen)
 
 
 def describe_tree(uri: str, found: Mapping[str, Mapping[str, Any]], target: Path) -> ModelFiles:
