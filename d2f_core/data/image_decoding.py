@@ -32,6 +32,8 @@ HEIC_BRANDS = ("heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1")
 JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 HEIC = "HEIC is not read; convert it to JPEG, as the phone does when it is set to share the most compatible format"
 
+REDUCED_TO = 2
+"""Times the result's size that a large JPEG is decoded at, at least; what lies between is done by Lanczos."""
 WHITE = "#ffffff"
 PLAIN_MODES = ("RGB", "L", "1", "CMYK", "YCbCr")
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -69,8 +71,12 @@ class Decoded:
         return image if self.profile is None else to_srgb(image, self.profile)
 
 
-def decode(data: bytes, rules: ImageRules) -> Decoded:
+def decode(data: bytes, rules: ImageRules, *, reduced: bool = False) -> Decoded:
     """The upright image, checked against the rules; transparency becomes the background.
+
+    Args:
+        reduced: decode a JPEG at 1/2, 1/4 or 1/8 of its size where at least twice the rules' resolution is left, unless
+            the rules ask for pixels as stored. `image` is then smaller than `width` and `height`.
 
     Raises:
         BadImageError: with the reason.
@@ -85,6 +91,8 @@ def decode(data: bytes, rules: ImageRules) -> Decoded:
             raise BadImageError(f"undecodable: its header says {declared.width}x{declared.height}, not {image.size}")
         if declared.format == "AVIF" and image.n_frames > 1:  # pyright: ignore[reportAttributeAccessIssue]
             raise BadImageError(_animated(image.n_frames))  # pyright: ignore[reportAttributeAccessIssue]
+        if reduced and declared.format == "JPEG" and rules.decoding == "srgb":
+            image.draft(None, _reduced(image.size, rules))  # pyright: ignore[reportArgumentType] -- None keeps the mode
         image.load()
         orientation = image.getexif().get(274, 1) if declared.format == "AVIF" else declared.orientation
         if orientation in UPRIGHT:
@@ -95,7 +103,20 @@ def decode(data: bytes, rules: ImageRules) -> Decoded:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on broken data; each means the same here
         raise BadImageError(f"undecodable: {_without_addresses(error)}") from error
-    return Decoded(image=image, width=image.width, height=image.height, profile=profile, turned=orientation in UPRIGHT)
+    width, height = (declared.height, declared.width) if orientation >= 5 else (declared.width, declared.height)
+    return Decoded(image=image, width=width, height=height, profile=profile, turned=orientation in UPRIGHT)
+
+
+def _reduced(size: tuple[int, int], rules: ImageRules) -> tuple[int, int]:
+    """Width and height to decode a JPEG at, from which the resized image differs by nothing that is seen.
+
+    Sides that the fraction does not divide would end in a column that lies partly outside the image.
+    """
+    side = min(size) if rules.fit == "crop" else max(size)
+    for factor in (8, 4, 2):
+        if side >= factor * REDUCED_TO * rules.resolution and not any(each % factor for each in size):
+            return size[0] // factor, size[1] // factor
+    return size
 
 
 def _check_declared(data: bytes, rules: ImageRules) -> Declared:

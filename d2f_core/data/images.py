@@ -59,7 +59,7 @@ def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
     Raises:
         BadImageError: with the reason.
     """
-    return prepare_decoded(decode(data, rules), rules)
+    return prepare_decoded(decode(data, rules, reduced=True), rules)
 
 
 def prepare_decoded(decoded: Decoded, rules: ImageRules) -> PreparedImage:
@@ -105,10 +105,13 @@ def _whole(decoded: Decoded, rules: ImageRules) -> PreparedImage:
 def _resized(decoded: Decoded, crop: Box, size: tuple[int, int]) -> Image.Image:
     """A part of the image at a width and height, in sRGB. Pixels of that size already are untouched."""
     left, top, right, bottom = crop
-    if (right - left, bottom - top) == size:
-        part = decoded.image if size == decoded.image.size else decoded.image.crop(crop)
+    whole = decoded.width, decoded.height
+    if (right - left, bottom - top) == size and decoded.image.size == whole:
+        part = decoded.image if size == whole else decoded.image.crop(crop)
     else:
-        part = decoded.image.resize(size, Image.Resampling.LANCZOS, box=crop)
+        x, y = decoded.image.width / whole[0], decoded.image.height / whole[1]  # 1, unless it was reduced
+        box = (left * x, top * y, right * x, bottom * y)
+        part = decoded.image.resize(size, Image.Resampling.LANCZOS, box=box)
     return decoded.in_srgb(part)
 
 

@@ -61,7 +61,7 @@ class ImportSpec(TableSpec):
     def prepare(self, sample: Sample) -> dict[str, Any]:
         """The row, with the id of the stored bytes: that is the one by which encoded and real images are compared."""
         assert sample.image is not None  # checked by `identify`
-        decoded = decode(sample.image, self.config.rules)
+        decoded = decode(sample.image, self.config.rules, reduced=True)
         picture = self._picture(decoded)
         data, caption = stored(picture, decoded, sample.image), check_caption(sample.caption)
         return {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2f_core.data.image_decoding import to_rgb
+from d2f_core.data.image_decoding import decode, to_rgb
 from d2f_core.data.image_rules import ImageRules
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.identity import identity_values
@@ -251,3 +251,28 @@ def test_damaged_files_are_decoded_or_refused_and_nothing_else(start, junk, kind
         assert prepare_image(damaged, RULES).pixels.shape == (16, 16, 3)
     except BadImageError as error:
         assert ":" in str(error) and "0x" not in str(error)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "whole"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_smaller_and_nobody_sees_it(fit, orientation):
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0" + bytes([orientation]) + bytes(6)
+    smooth = Image.fromarray(pixels(3, 9, 13)).resize((1296, 904), Image.Resampling.BICUBIC)
+    sink = io.BytesIO()
+    smooth.save(sink, "JPEG", quality=95, exif=exif)
+    rules = ImageRules(resolution=64, min_side=1, max_pixels=10**7, fit=fit, decoding="srgb")
+    reduced = decode(sink.getvalue(), rules, reduced=True)
+    factor = 4 if fit == "crop" else 8  # the short side has the resolution, or the long one
+    assert (reduced.image.width * factor, reduced.image.height * factor) == (reduced.width, reduced.height)
+    made = prepare_image(sink.getvalue(), rules)
+    whole = prepare_image(sink.getvalue(), dataclasses.replace(rules, decoding="stored"))
+    assert (made.width, made.height, made.crop, made.box) == (whole.width, whole.height, whole.crop, whole.box)
+    assert np.abs(made.pixels.astype(int) - whole.pixels).mean() < 0.5
+
+
+def test_a_jpeg_below_twice_the_result_is_decoded_as_it_is():
+    sink = io.BytesIO()
+    Image.fromarray(pixels(3, 120, 126)).save(sink, "JPEG")
+    rules = ImageRules(resolution=64, min_side=1, max_pixels=10**7, decoding="srgb")
+    full = prepare_image(sink.getvalue(), dataclasses.replace(rules, decoding="stored"))
+    assert np.array_equal(prepare_image(sink.getvalue(), rules).pixels, full.pixels)
