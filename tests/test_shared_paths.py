@@ -190,7 +190,7 @@ def test_every_job_that_uses_a_cluster_asks_its_nodes() -> None:
     asking = {name for name, text in files.items() if re.search(r"\bconnect\(reads=", text)}
     assert asking == {
         "depth.py", "distillation.py", "embed_images.py", "embed_pairs.py", "encode_depth.py", "encode_latents.py",
-        "evaluate.py", "evaluate_depth.py", "evaluate_matches.py", "generate.py", "make_dataset.py",
-        "make_views.py", "mine_pairs.py", "predict_depth.py", "reflow.py", "serve.py", "text_to_image.py",
-        "training.py",
+        "evaluate.py", "evaluate_depth.py", "evaluate_matches.py", "generate.py", "import_images.py",
+        "make_dataset.py", "make_views.py", "mine_pairs.py", "photos.py", "predict_depth.py", "reflow.py", "serve.py",
+        "text_to_image.py", "training.py",
     }  # fmt: skip
