@@ -9,14 +9,16 @@ skipped; after a kill, the same command resumes.
 import dataclasses
 
 from d2f_core.data.manifest import manifest_exists, read_manifest
+from d2f_core.flow.encode.check import latent_shape
 from d2f_core.flow.evaluate.feature_networks import load_features
-from d2f_core.flow.evaluate.job import check_rules
+from d2f_core.flow.evaluate.job import check_dimensions, check_rules
 from d2f_core.flow.generate.prompts import table_captions, write_prompts
 from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.identity import stage_key
 from d2f_core.import_images.job import check_import
 from d2f_core.import_images.parting import SIDES
 from d2f_core.model.base import describe_base
+from d2f_core.model.latent_task import check_networks
 from d2f_core.stages import StageOutcome
 from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking
@@ -52,10 +54,15 @@ def check(config: PhotosConfig) -> None:
     check_reachable(config.output, write=True)
     check_reachable(config.base)
     check_tracking()
-    describe_base(config.base).read_as(config.base_prediction)
+    base = describe_base(config.base).read_as(config.base_prediction)
+    latent_shape(config.wired_encode(), base.path)
+    check_networks(base, config.wired_finetune().model)
+    config.wired_generate(config.base, "output")
     if config.evaluated:
-        check_rules(config.evaluate)
-        load_features(config.evaluate.score.features, resize=config.evaluate.score.resize, device="meta")
+        judged = config.wired_evaluate("candidate")
+        check_rules(judged)
+        features = load_features(judged.score.features, resize=judged.score.resize, device="meta")
+        check_dimensions(judged, features.width)
     check_import(config.wired_images())
 
 
@@ -74,7 +81,7 @@ def main(config: PhotosConfig) -> Outputs:
     model = finetune_with(flow, "finetune", training, latents=latents["digest"], base=base)
     version = register_with(flow, "register", RegisterConfig(name=config.name), training, model)
     if config.evaluated:
-        evaluate_with(flow, "evaluate", config.wired_evaluate(version["uri"]), model)
+        evaluate_with(flow, "evaluate", config.wired_evaluate(version["uri"]), model, reference=images["test"])
     models = {"generate_base": (config.base, base), "generate_flow": (version["uri"], version["digest"])}
     sheet = contact_sheet_stage(flow, config, *generate_stage(flow, config, models))
     write_summary(flow, training, version, sheet["uri"])
@@ -93,6 +100,13 @@ def import_stage(flow: Workflow, config: PhotosConfig) -> Outputs:
         import_images.main(wired)
         places = {side: config.images_of(side) for side in SIDES}
         there = {side: read_manifest(place) for side, place in places.items() if manifest_exists(place)}
+        trained, kept = there["train"].num_rows, config.finetune.holdout_rows
+        if trained - kept < (batch := config.finetune.train.global_batch_size):
+            raise ValueError(
+                f"{config.images_of('train')!r} has {trained} images, of which the training keeps {kept} for "
+                f"validation: less than a batch of {batch} is left. Give more images, "
+                "or lower --finetune.holdout-rows or --finetune.train.global-batch-size."
+            )
         digests = {side: table.digest for side, table in there.items()}
         return StageOutcome(count=sum(table.num_rows for table in there.values()), outputs=digests)
 
@@ -109,6 +123,7 @@ def import_stage(flow: Workflow, config: PhotosConfig) -> Outputs:
 
 
 def shown_captions(config: PhotosConfig) -> tuple[str, ...]:
-    """Captions of photos that the training does not see, or, where none is held out, of those that it sees."""
-    side = "test" if manifest_exists(config.images_of("test")) else "train"
-    return tuple(sorted(set(table_captions(config.images_of(side))))[: config.shown])
+    """Captions of photos that the training does not see, and then, if these are too few, of those that it sees."""
+    places = [config.images_of(side) for side in ("test", "train")]
+    captions = [caption for place in places if manifest_exists(place) for caption in sorted(set(table_captions(place)))]
+    return tuple(dict.fromkeys(captions))[: config.shown]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.encode.config import EncodeConfig
-from d2f_core.flow.evaluate.config import EvaluateConfig
+from d2f_core.flow.evaluate.config import AUTO, EvaluateConfig
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.import_images.config import ImportImagesConfig
 from d2f_core.model.config import PredictionName
@@ -56,24 +56,31 @@ class PhotosConfig:
         check_name(self.name)
         if self.shown < 1:
             raise ValueError(f"shown={self.shown} must be at least 1.")
-        for name, value in self._filled_in().items():
-            if value:
+        for name, (value, nothing) in self._filled_in().items():
+            if value != nothing:
                 raise ValueError(f"{name}={value!r} is filled in by this workflow. Leave it out; see --help.")
 
-    def _filled_in(self) -> dict[str, str]:
-        """The stages' fields that must be empty, by name."""
+    def _filled_in(self) -> dict[str, tuple[object, object]]:
+        """The stages' fields that this workflow fills in: their value, and the one that says nothing, by name."""
+        says_nothing: dict[str, tuple[object, dict[str, object]]] = {
+            "images": (self.images, {"source": ImageSource(), "output": "", "resolution": 0, "base": ""}),
+            "encode": (self.encode, {"source": ImageSource(), "output": "", "resolution": 64, "base": ""}),
+            "finetune": (self.finetune, {"latents": "", "output": "", "name": ""}),
+            "finetune.model": (self.finetune.model, {"base": "", "base_prediction": ""}),
+            "finetune.preview": (self.finetune.preview, {"prompts": ()}),
+            "generate": (
+                self.generate, {"prompts": "", "model": "", "output": "", "resolution": None, "base_prediction": ""}
+            ),
+            "evaluate": (
+                self.evaluate,
+                {"candidate": "", "base": "", "reference": "", "output": "", "resolution": None, "base_prediction": ""},
+            ),
+            "sheet": (self.sheet, {"generations": (), "output": "", "run": "", "experiment": "diff2flow"}),
+        }  # fmt: skip
         return {
-            "images.source.uri": self.images.source.uri,
-            "images.output": self.images.output,
-            "encode.source.uri": self.encode.source.uri,
-            "encode.base": self.encode.base,
-            "encode.output": self.encode.output,
-            "finetune.model.base": self.finetune.model.base,
-            "finetune.latents": self.finetune.latents,
-            "finetune.output": self.finetune.output,
-            "evaluate.candidate": self.evaluate.candidate,
-            "evaluate.reference": self.evaluate.reference,
-            "evaluate.output": self.evaluate.output,
+            f"{stage}.{name}": (getattr(config, name), nothing)
+            for stage, (config, fields) in says_nothing.items()
+            for name, nothing in fields.items()
         }
 
     @property
@@ -131,7 +138,7 @@ class PhotosConfig:
             base=self.base,
             base_prediction=self.base_prediction,
             reference=self.images_of("test"),
-            training=self.images_of("train"),
+            training=self.images_of("train") if self.evaluate.training == AUTO else self.evaluate.training,
             output=join(self.output, "evaluation"),
             resolution=self.resolution,
         )

@@ -101,13 +101,13 @@ def register_with(
     return flow.stage(name, stage_key(wired, {"model": model["digest"]}), "versions", run, version_is_there)
 
 
-def evaluate_with(flow: Workflow, name: str, config: EvaluateConfig, model: Outputs) -> Outputs:
+def evaluate_with(flow: Workflow, name: str, config: EvaluateConfig, model: Outputs, **inputs: str) -> Outputs:
     def run() -> StageOutcome:
         verdict = evaluate.main(config)
         outputs = {"uri": join(config.output, REPORT_NAME), "passed": verdict.passed}
         return StageOutcome(count=len(config.evaluations), outputs=outputs)
 
-    key = stage_key(config, {"model": model["digest"]})
+    key = stage_key(config, {"model": model["digest"], **inputs})
     return flow.stage(name, key, "points", run, lambda done: exists(done["uri"]))
 
 

@@ -6,6 +6,8 @@ import numpy as np
 
 from d2f_core.import_images.looks import HASH_BITS
 
+bits_of = np.bitwise_count
+
 
 def clusters(hashes: np.ndarray, distance: int) -> np.ndarray:
     """The number of each picture's cluster: the smallest row among those that it is connected with.
@@ -51,10 +53,24 @@ def _close_pairs(unique: np.ndarray, distance: int) -> Iterator[tuple[int, int]]
         order = np.argsort(values, kind="stable")
         edges = np.flatnonzero(np.diff(values[order])) + 1
         for group in np.split(order, edges):
-            for number, one in enumerate(group[:-1]):
-                others = group[number + 1 :]
-                near = others[np.bitwise_count(unique[others] ^ unique[one]) <= distance]
-                yield from ((int(one), int(other)) for other in near)
+            yield from _connections(unique, group, distance)
+
+
+def _connections(unique: np.ndarray, group: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
+    """Pairs that connect what is connected in a group. Whoever is reached leaves it, so that a burst of alike pictures
+    is not compared each with each.
+    """
+    reached: list[int] = []
+    while len(group):
+        if reached:
+            one = reached.pop()
+        else:
+            one, group = int(group[0]), group[1:]
+        near = bits_of(unique[group] ^ unique[one]) <= distance
+        found = group[near].tolist()
+        yield from ((one, other) for other in found)
+        reached += found
+        group = group[~near]
 
 
 def _bands(count: int) -> Iterator[tuple[int, int]]:

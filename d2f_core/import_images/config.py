@@ -37,15 +37,17 @@ class ImportImagesWork:
     background: str = ""
     """Colour, as #rrggbb, behind transparent pixels; empty: white."""
     held_out_share: float = 0.05
-    """Share of the images that go to test/, chosen by content: the same image is always on the same side, and so are
-    images that look alike."""
+    """Share of the images that go to test/, chosen by the bytes of their files: whatever is made of an image, and
+    whatever its caption, it is on the same side; images that look alike follow the one whose hash is smallest."""
     held_out_least: int = 0
-    """Fewest images that go to test/, whatever the share: an evaluation needs at least 16."""
+    """Fewest images that go to test/, whatever the share: an evaluation needs at least 16. Which ones are added then
+    depends on the other images too."""
     near_distance: int = 4
     """Images whose 64-bit perceptual hashes differ in at most so many bits count as alike; -1: none do."""
     near_duplicates: Literal["keep", "drop"] = "keep"
     """Of images that look alike: `keep` them all, on one side of the split, or `drop` all but the largest. Either way
-    they are listed in duplicates.jsonl and shown in the report."""
+    they are listed in duplicates.jsonl and shown in the report. The hashes see no colour: even areas of any colour look
+    alike to them."""
     base: str = ""
     """Base model whose tokenizer counts the captions' tokens for the report; empty: only words are counted."""
     max_quarantined_share: float = 0.05
@@ -54,7 +56,8 @@ class ImportImagesWork:
     rows_per_part: int = 64
     """Images per output file, the most that is lost when a task is killed."""
     num_readers: int = 2
-    """Number of parallel tasks that read, decode and write images; each reserves half a logical CPU."""
+    """Number of parallel tasks that read and decode images, with half a logical CPU each, and that write the tables
+    afterwards, with a whole one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from d2f_core.batch.output import OutputError
 from d2f_core.batch.table_job import TableJob, make_table
+from d2f_core.data.datasets.generated_table import PROGRESS as GENERATING
 from d2f_core.data.datasets.generated_table import GeneratedTable, generate_table
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import QUARANTINE_NAME
@@ -26,7 +27,8 @@ from d2f_core.import_images.config import ImportImagesConfig, ImportImagesError
 from d2f_core.import_images.parting import SIDES, Parting, Side, part_rows, read_known, side_parts, write_side_part
 from d2f_core.import_images.report import write_report
 from d2f_core.import_images.spec import ImportSpec, Passing
-from d2f_core.storage import check_reachable, join, list_names, read_bytes, remove_tree, write_bytes
+from d2f_core.retry import one_line
+from d2f_core.storage import check_reachable, exists, join, list_names, read_bytes, remove_tree, write_bytes
 
 ALL = "_all"
 SUMMARY, DUPLICATES = "summary.json", "duplicates.jsonl"
@@ -73,9 +75,8 @@ def check_import(config: ImportImagesConfig) -> ImportJob:
     fingerprint = {"height": config.resolution, "width": config.resolution} if config.resolution else {}
     everything = dataclasses.replace(config, output=join(config.output, ALL))
     spec = ImportSpec(config=everything, fingerprint=fingerprint, inputs=made_from)
-    parted = {
-        name: getattr(config, name) for name in ("held_out_share", "held_out_least", "near_distance", "near_duplicates")
-    }
+    parted = {name: getattr(config, name) for name in ("held_out_share", "near_distance", "near_duplicates")}
+    _check_base(config.base)
     job = ImportJob(
         config=config, table=TableJob(spec=spec, source=planned, actor=Passing), inputs={**spec.identity(), **parted}
     )
@@ -92,12 +93,32 @@ def _refuse_other(job: ImportJob) -> None:
         )
     for side in SIDES:
         if manifest_exists(job.place(side)):
-            there = {name: value for name, value in read_manifest(job.place(side)).inputs.items() if name != "side"}
+            there = read_manifest(job.place(side)).inputs
+            there = {name: value for name, value in there.items() if name not in ("side", "parting")}
             if changed := differences(there, json.loads(json.dumps(job.inputs))):
                 raise OutputError(
                     f"{job.config.output!r} holds images of another import: {'; '.join(changed)}. Give another output, "
                     "or remove it."
                 )
+    done, least = _finished(job), job.config.held_out_least
+    if done is not None and (held_out := done["test"].num_rows if "test" in done else 0) < least:
+        raise OutputError(
+            f"{job.config.output!r} holds a finished import with {held_out} images held out, and "
+            f"held_out_least={least} asks for more. Give another output, or remove it."
+        )
+
+
+def _check_base(uri: str) -> None:
+    """Refuse a base whose tokenizer cannot count the captions' tokens, before all images are read."""
+    if uri:
+        from d2f_core.model.base import describe_base
+        from d2f_core.model.text_encoder import describe_text_encoder
+
+        check_reachable(uri)
+        try:
+            describe_text_encoder(describe_base(uri))
+        except OSError as error:  # transformers, of a tokenizer without its files
+            raise ImportImagesError(f"base={uri!r} has no tokenizer that can be read ({one_line(error)}).") from None
 
 
 def import_images(job: ImportJob) -> dict[Side, Manifest]:
@@ -123,18 +144,14 @@ def import_images(job: ImportJob) -> dict[Side, Manifest]:
         held_out_least=config.held_out_least,
         drop=config.near_duplicates == "drop",
     )
-    held_out, trained = (int(parting.chosen(side).sum()) for side in ("test", "train"))
-    if held_out > trained:
-        raise ImportImagesError(
-            f"held_out_share={config.held_out_share:g} and held_out_least={config.held_out_least} take {held_out} of "
-            f"{held_out + trained} images, more than are left to train on. Give more images, or hold out less."
-        )
+    _check_sides(config, parting)
     write_bytes(join(output, DUPLICATES), "".join(f"{line}\n" for line in parting.alike_lines()).encode())
     write_bytes(join(output, QUARANTINE_NAME), read_bytes(join(everything, QUARANTINE_NAME)))
     summary = write_report(config, everything, table, parting)
     made: dict[Side, Manifest] = {
         side: _write_side(job, everything, table, parting, side) for side in SIDES if parting.chosen(side).any()
     }
+    summary |= {"base": config.base, "tables": {side: manifest.digest for side, manifest in made.items()}}
     write_bytes(join(output, SUMMARY), json.dumps(summary, indent=1).encode())  # last: the import is complete
     remove_tree(everything)
     rows = ", ".join(f"{manifest.num_rows} in {side}/" for side, manifest in made.items())
@@ -142,24 +159,58 @@ def import_images(job: ImportJob) -> dict[Side, Manifest]:
     return made
 
 
+def _check_sides(config: ImportImagesConfig, parting: Parting) -> None:
+    held_out, trained = (int(parting.chosen(side).sum()) for side in ("test", "train"))
+    if held_out > trained or not trained:
+        largest = max(map(len, parting.alike), default=1)
+        raise ImportImagesError(
+            f"held_out_share={config.held_out_share:g} and held_out_least={config.held_out_least} take {held_out} of "
+            f"{held_out + trained} images, more than are left to train on; up to {largest} of them look alike and stay "
+            "together. Give more images, hold out less (held_out_share=0: none), or lower near_distance."
+        )
+
+
 def _finished(job: ImportJob) -> dict[Side, Manifest] | None:
+    """The tables of a finished import; None if it is not finished, or its tables are gone."""
     if SUMMARY not in list_names(job.config.output):
         return None
-    return {side: read_manifest(job.place(side)) for side in SIDES if manifest_exists(job.place(side))}
+    summary = json.loads(read_bytes(join(job.config.output, SUMMARY)))
+    done: dict[Side, Manifest] = {
+        side: read_manifest(job.place(side)) for side in SIDES if manifest_exists(job.place(side))
+    }
+    if summary["tables"] != {side: manifest.digest for side, manifest in done.items()}:
+        return None
+    if job.config.base not in ("", summary["base"]):
+        logger.warning("the report is of an import with base=%r; for another remove %s", summary["base"], SUMMARY)
+    return done
 
 
 def _write_side(job: ImportJob, everything: str, table: Manifest, parting: Parting, side: Side) -> Manifest:
     parts = side_parts(table, parting, side, job.config.rows_per_part)
+    inputs = {**job.inputs, "side": side, "parting": parting.digest}
+    _remove_other(job.place(side), inputs)
     made, _ = generate_table(
         GeneratedTable(
             job=f"write {side}/",
             output=job.place(side),
             kind=table.kind,
             fingerprint=table.fingerprint,
-            inputs={**job.inputs, "side": side},
+            inputs=inputs,
             num_parts=len(parts),
             make_part=partial(write_side_part, parts, everything, job.place(side)),
             num_tasks=job.config.num_readers,
         )
     )
     return made
+
+
+def _remove_other(place: str, inputs: Mapping[str, Any]) -> None:
+    """Remove what an unfinished import with another parting left of a side."""
+    if manifest_exists(place):
+        there = read_manifest(place).inputs
+    elif exists(begun := join(place, GENERATING, "job.json")):
+        there = json.loads(read_bytes(begun))
+    else:
+        return
+    if there != json.loads(json.dumps(inputs)):
+        remove_tree(place)

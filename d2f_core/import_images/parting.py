@@ -1,7 +1,9 @@
 """Parts a table of images into training and held-out ones, so that images that look alike stay on one side."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -18,10 +20,11 @@ from d2f_core.storage import arrow_filesystem, join, retried
 Side = Literal["train", "test"]
 SIDES: tuple[Side, ...] = ("train", "test")
 KNOWN = (
-    "sample_id", "source_uri", "caption", "width", "height", "original_width", "original_height", "perceptual_hash",
-    "sharpness",
+    "sample_id", "source_uri", "caption", "width", "height", "original_width", "original_height", "source_hash",
+    "perceptual_hash", "sharpness",
 )  # fmt: skip
 """Columns that tell of an image without its bytes."""
+READ_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,11 @@ class Parting:
         """Bool [rows]."""
         return (self.held_out == (side == "test")) & ~self.dropped
 
+    @property
+    def digest(self) -> str:
+        """Of what goes where; with the table, it determines both sides."""
+        return hashlib.sha256(self.held_out.tobytes() + self.dropped.tobytes()).hexdigest()[:32]
+
     @cached_property
     def alike(self) -> list[list[int]]:
         """Numbers of the rows that look alike, a list for each cluster of more than one, the largest picture first."""
@@ -49,8 +57,8 @@ class Parting:
         groups = [group for group in np.split(order, edges) if len(group) > 1]
         return [sorted(group.tolist(), key=self._by_size) for group in groups]
 
-    def _by_size(self, row: int) -> tuple[int, int]:
-        return -int(self._pixels[row]), row
+    def _by_size(self, row: int) -> tuple[int, str]:
+        return -int(self._pixels[row]), str(self.rows["sample_id"][row])
 
     @cached_property
     def _pixels(self) -> np.ndarray:
@@ -79,39 +87,51 @@ def read_known(uri: str, table: Manifest) -> pa.Table:
         path = arrow_filesystem(join(uri, file.path))[1]
         return retried(f"read {file.path}", lambda: pq.read_table(path, columns=list(KNOWN), filesystem=fs))
 
-    return pa.concat_tables(map(read, table.files))
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return pa.concat_tables(pool.map(read, table.files))
 
 
 def part_rows(
     rows: pa.Table, *, near_distance: int, held_out_share: float, held_out_least: int = 0, drop: bool = False
 ) -> Parting:
-    """Decide where each row goes, by the rows' content alone: their order and the number of machines play no part.
+    """Decide where each row goes: by what the images are, not by their order or the number of machines.
 
     Args:
         rows: with the columns `KNOWN`.
         near_distance: bits in which the hashes of images that look alike differ at most; -1: all look different.
         held_out_share: of the clusters of images that look alike, those that go to test/.
-        held_out_least: images that go there at least: further clusters follow until they are so many.
+        held_out_least: images that go there at least: further clusters follow until they are so many, those first that
+            are not larger than what is missing.
         drop: of images that look alike, only the largest goes anywhere.
     """
     cluster = clusters(rows["perceptual_hash"].to_numpy(), near_distance)
-    names: list[str] = rows["sample_id"].to_pylist()  # pyright: ignore[reportAssignmentType]
-    smallest: dict[int, str] = {}
-    for number, name in zip(cluster.tolist(), names, strict=True):
-        smallest[number] = min(name, smallest.get(number, name))
-    chance = np.array([int(smallest[number][:13], 16) / 16**13 for number in cluster.tolist()])
-    dropped = np.zeros(len(names), bool)
+    dropped = np.zeros(len(cluster), bool)
     parting = Parting(rows=rows, cluster=cluster, held_out=np.zeros_like(dropped), dropped=dropped)
     if drop:
         for _, *others in parting.alike:
             dropped[others] = True
+    leaders, place = np.unique(cluster, return_inverse=True)
+    hashes: list[str] = rows["source_hash"].to_pylist()  # pyright: ignore[reportAssignmentType]
+    smallest = ["g"] * len(leaders)  # above any hexadecimal digit
+    for number, name in zip(place.tolist(), hashes, strict=True):
+        smallest[number] = min(name, smallest[number])
+    chance = np.array([int(name[:13], 16) / 16**13 for name in smallest])
+    sizes = np.bincount(place, weights=~dropped, minlength=len(leaders)).astype(int)
     held_out = chance < held_out_share
     least = max(held_out_least, 1 if held_out_share else 0)  # of a handful of images one is held out all the same
-    for further in np.unique(chance):
-        if (held_out & ~dropped).sum() >= least:
-            break
-        held_out |= chance == further
-    return replace(parting, held_out=held_out)
+    _hold_out_more(held_out, chance, sizes, least)
+    return replace(parting, held_out=held_out[place])
+
+
+def _hold_out_more(held_out: np.ndarray, chance: np.ndarray, sizes: np.ndarray, least: int) -> None:
+    """Set further clusters in `held_out`, until they have so many images."""
+    missing = least - int(sizes[held_out].sum())
+    further = [number for number in np.argsort(chance, kind="stable").tolist() if not held_out[number]]
+    for whatever_size in (False, True):
+        for number in further:
+            if missing > 0 and not held_out[number] and (whatever_size or sizes[number] <= missing):
+                held_out[number] = True
+                missing -= int(sizes[number])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ SHOWN = 50
 """Images shown of each kind, and lines of the ledger."""
 THUMBNAIL = 144
 """Stored long side in pixels: twice the displayed one, for high-density screens."""
+CAPTIONS_AT_ONCE = 10_000
 SIDES_PX = (0, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
 """Lower ends of the bars of short sides, in pixels."""
 ASPECTS = (0.0, 0.4, 0.5, 0.62, 0.72, 0.88, 1.14, 1.4, 1.6, 2.0, 2.5)
@@ -70,7 +71,10 @@ def caption_lengths(captions: Sequence[str], base: str) -> tuple[np.ndarray, int
     described = describe_text_encoder(describe_base(base))
     tokenizer = described.tokenizers[0]
     special = tokenizer.num_special_tokens_to_add()
-    counts = [len(ids) for ids in tokenizer(list(captions), add_special_tokens=False)["input_ids"]]
+    counts: list[int] = []
+    for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+        some = list(captions[start : start + CAPTIONS_AT_ONCE])
+        counts += map(len, tokenizer(some, add_special_tokens=False)["input_ids"])
     return np.array(counts), described.max_length - special
 
 

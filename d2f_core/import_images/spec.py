@@ -1,5 +1,6 @@
 """What an imported image becomes: a row of an image table. Imports no torch."""
 
+import hashlib
 import io
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ SCHEMA = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("original_width", pa.int32(), nullable=False),
         pa.field("original_height", pa.int32(), nullable=False),
+        # Of the source's bytes, whatever is made of them: what decides on which side of the split an image goes.
+        pa.field("source_hash", pa.string(), nullable=False),
         pa.field("perceptual_hash", pa.uint64(), nullable=False),
         pa.field("sharpness", pa.float32(), nullable=False),
     ]
@@ -72,6 +75,7 @@ class ImportSpec(TableSpec):
             "height": picture.height,
             "original_width": decoded.width,
             "original_height": decoded.height,
+            "source_hash": hashlib.sha256(sample.image).hexdigest()[:32],
             "perceptual_hash": perceptual_hash(picture),
             "sharpness": sharpness(picture),
         }
@@ -101,7 +105,7 @@ def stored(picture: Image.Image, decoded: Decoded, source: bytes) -> bytes:
         decoded: the original.
     """
     with Image.open(io.BytesIO(source)) as opened:
-        lossy = opened.format in ("JPEG", "AVIF") or (opened.format == "WEBP" and b"VP8L" not in source[:32])
+        lossy = opened.format in ("JPEG", "AVIF") or opened.info.get("compression") == "jpeg" or _is_lossy_webp(source)
         plain = opened.format in STORED_FORMATS and opened.mode in ("RGB", "L") and "transparency" not in opened.info
     if plain and not decoded.turned and decoded.profile is None and picture.size == (decoded.width, decoded.height):
         return source
@@ -111,6 +115,19 @@ def stored(picture: Image.Image, decoded: Decoded, source: bytes) -> bytes:
     else:
         picture.save(sink, "PNG")
     return sink.getvalue()
+
+
+def _is_lossy_webp(source: bytes) -> bool:
+    """Whether a WebP file's picture is a VP8 chunk; chunks with a profile or an alpha channel may stand before it."""
+    if source[:4] != b"RIFF" or source[8:12] != b"WEBP":
+        return False
+    place = 12
+    while place + 8 <= len(source) and (name := source[place : place + 4]) != b"VP8L":
+        if name == b"VP8 ":
+            return True
+        length = int.from_bytes(source[place + 4 : place + 8], "little")
+        place += 8 + length + length % 2
+    return False
 
 
 class Passing(TableActor):

@@ -270,9 +270,11 @@ def test_a_large_jpeg_is_decoded_smaller_and_nobody_sees_it(fit, orientation):
     assert np.abs(made.pixels.astype(int) - whole.pixels).mean() < 0.5
 
 
-def test_a_jpeg_below_twice_the_result_is_decoded_as_it_is():
+@pytest.mark.parametrize(("side", "decoded"), [(252, 252), (254, 254), (256, 128), (257, 257), (1022, 511)])
+def test_a_jpeg_is_halved_as_long_as_twice_the_result_is_left_and_the_half_is_whole(side, decoded):
     sink = io.BytesIO()
-    Image.fromarray(pixels(3, 120, 126)).save(sink, "JPEG")
+    Image.new("RGB", (side, side)).save(sink, "JPEG")
     rules = ImageRules(resolution=64, min_side=1, max_pixels=10**7, decoding="srgb")
-    full = prepare_image(sink.getvalue(), dataclasses.replace(rules, decoding="stored"))
-    assert np.array_equal(prepare_image(sink.getvalue(), rules).pixels, full.pixels)
+    assert decode(sink.getvalue(), rules, reduced=True).image.width == decoded
+    for as_it_is in (dataclasses.replace(rules, decoding="stored"), rules):
+        assert decode(sink.getvalue(), as_it_is, reduced=as_it_is is not rules).image.width == side

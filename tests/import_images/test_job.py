@@ -1,8 +1,10 @@
 """From a folder of photos to two image tables, a list of what looks alike, and a page to look at."""
 
+import dataclasses
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from d2f_core.import_images.parting import Side
 from tests.data.profiles import DISPLAY_P3, SRGB, matrix_profile
 from tests.flow.here import here
 from tests.import_images.photos import jpeg, photo, put, write_photos
+from tests.model.tiny_sd import write_tiny
 
 COPY = 7
 """Number of the photo of which there is a smaller copy."""
@@ -167,6 +170,87 @@ def test_transparency_is_stored_as_what_lies_behind_it_without_loss(tmp_path: Pa
     stored = Image.open(io.BytesIO(row["image"]))
     wanted = np.asarray(photo(0)[0], float) * 128 / 255 + 255 * (1 - 128 / 255)
     assert stored.format == "PNG" and stored.mode == "RGB" and np.abs(np.asarray(stored, float) - wanted).max() <= 1
+
+
+def lossless_webp() -> bytes:
+    sink = io.BytesIO()
+    photo(0)[0].save(sink, "WEBP", lossless=True, icc_profile=matrix_profile(DISPLAY_P3))
+    return sink.getvalue()
+
+
+def test_a_lossless_file_with_a_profile_stays_lossless(tmp_path: Path) -> None:
+    home = write_photos(tmp_path / "in", 1, first=3)
+    (home / "it.webp").write_bytes(lossless_webp())
+    (home / "it.txt").write_text("it")
+    run(settings(home, tmp_path / "out", held_out_share=0))
+    (row,) = (row for row in rows(tmp_path / "out", "train") if row["caption"] == "it")
+    assert Image.open(io.BytesIO(row["image"])).format == "PNG"
+
+
+def sides(output: Path) -> dict[str, str]:
+    return {Path(row["source_uri"]).stem: side for side in ("train", "test") for row in rows(output, side)}
+
+
+def test_a_photo_is_on_the_same_side_at_any_size_with_any_caption_and_in_other_company(tmp_path: Path) -> None:
+    home = write_photos(tmp_path / "in", 60, scale=2)
+    run(settings(home, tmp_path / "one"))
+    for text in list(home.glob("*.txt"))[::2]:
+        text.write_text("another caption")
+    write_photos(home, 40, first=60, scale=2)
+    run(settings(home, tmp_path / "other", resolution=64))
+    one, other = sides(tmp_path / "one"), sides(tmp_path / "other")
+    assert {name: other[name] for name in one} == one and set(one.values()) == {"train", "test"}
+
+
+def test_a_finished_import_serves_whoever_asks_for_less_and_not_whoever_asks_for_more(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = settings(folder, tmp_path / "out", max_quarantined_share=0.1, held_out_least=10)
+    made = run(config)
+    assert run(dataclasses.replace(config, held_out_least=0)) == made
+    with pytest.raises(OutputError, match=r"images held out, and held_out_least=31 asks for more"):
+        check_import(dataclasses.replace(config, held_out_least=31))
+
+
+def test_tables_that_are_gone_are_made_again(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path / "out", max_quarantined_share=0.1)
+    made = run(config)
+    shutil.rmtree(tmp_path / "out/train")
+    assert run(config) == made
+    for side in ("train", "test"):
+        shutil.rmtree(tmp_path / "out" / side)
+    assert run(dataclasses.replace(config, held_out_share=0.4))["test"].num_rows > made["test"].num_rows
+
+
+@pytest.mark.parametrize("drop", ["keep", "drop"])
+def test_photos_that_all_look_alike_are_not_parted_and_the_reason_is_said(tmp_path: Path, drop: str) -> None:
+    home = tmp_path / "in"
+    home.mkdir()
+    for number in range(5):
+        put(home, f"it{number}", photo(3, scale=2)[0].resize((100 + number, 80)), "it")
+    with pytest.raises(ImportImagesError, match=r"up to 5 of them look alike and stay together"):
+        run(settings(home, tmp_path / "out", near_duplicates=drop))
+    assert run(settings(home, tmp_path / "out", near_duplicates=drop, held_out_share=0))["train"].num_rows == (
+        5 if drop == "keep" else 1
+    )
+
+
+def test_photos_without_captions_are_in_the_ledger_or_have_the_one_that_is_given(tmp_path: Path) -> None:
+    home = write_photos(tmp_path / "in", 12)
+    for text in home.glob("photo000[0-3].txt"):
+        text.unlink()
+    config = settings(home, tmp_path / "out", max_quarantined_share=0.5)
+    assert sum(table.num_rows for table in run(config).values()) == 8
+    source = dataclasses.replace(config.source, default_caption="a photo")
+    config = dataclasses.replace(config, source=source, output=str(tmp_path / "with"))
+    assert sum(table.num_rows for table in run(config).values()) == 12
+
+
+def test_a_base_that_cannot_count_tokens_is_refused_before_anything_is_read(folder: Path, tmp_path: Path) -> None:
+    base = write_tiny(tmp_path / "base", "sd15")
+    shutil.rmtree(base / "tokenizer")
+    with pytest.raises(ValueError, match="tokenizer"):
+        check_import(settings(folder, tmp_path / "out", base=str(base)))
 
 
 def test_a_second_run_changes_nothing_and_another_import_is_refused(folder: Path, imported: Path) -> None:

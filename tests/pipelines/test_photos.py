@@ -12,7 +12,7 @@ from d2f_core.data.manifest import read_manifest
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.evaluate.config import EvaluateConfig, MeasureConfig, ScoreConfig
-from d2f_core.flow.generate.config import GenerateConfig
+from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.import_images.config import ImportImagesConfig
 from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
 from d2f_core.storage import read_bytes, upload_tree
@@ -89,6 +89,25 @@ def test_photos_become_a_registered_flow_model_that_was_measured_on_those_held_o
     assert len(drawn) == 6 and all("emoji" not in line and " and " in line for line in drawn)
 
 
+def test_a_later_stages_setting_is_no_other_import(config: PhotosConfig) -> None:
+    photos.check(dataclasses.replace(config, evaluated=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 60}, r"resolution=60 is not a multiple of the autoencoder's 8 pixels"),
+        ({"resolution": 0}, r"resolution=0 must be at least 1"),
+        ({"images": ImportImagesConfig(num_readers=3, near_distance=2)}, r"images of another import: .*near_distance was 4, now 2"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_at_the_prompt(
+    config: PhotosConfig, changes: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        photos.check(dataclasses.replace(config, **changes))
+
+
 def test_new_photos_at_the_same_place_are_refused_and_not_passed_over(config: PhotosConfig, tmp_path: Path) -> None:
     upload_tree(write_photos(tmp_path / "more", 1, first=777), f"{HOME}/photos")
     with pytest.raises(ValueError, match=r"images of another import: source_digest was"):
@@ -103,6 +122,10 @@ def test_new_photos_at_the_same_place_are_refused_and_not_passed_over(config: Ph
         ({"base": ""}, r"base is empty\. Give --base URI"),
         ({"source": ImageSource()}, r"source\.uri is empty"),
         ({"encode": EncodeConfig(base="x")}, r"encode\.base='x' is filled in by this workflow"),
+        ({"images": ImportImagesConfig(resolution=768)}, r"images\.resolution=768 is filled in"),
+        ({"generate": GenerateConfig(prompts="mine")}, r"generate\.prompts='mine' is filled in"),
+        ({"evaluate": EvaluateConfig(base="x")}, r"evaluate\.base='x' is filled in"),
+        ({"sheet": ContactSheetConfig(output="x")}, r"sheet\.output='x' is filled in"),
         ({"shown": 0}, r"shown=0 must be at least 1"),
     ],
 )

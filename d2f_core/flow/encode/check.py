@@ -62,7 +62,7 @@ def _check(
     base = describe_base(config.base)
     check_autoencoder(base)
     fingerprint = {**_fingerprint(base, config.resolution, text), **kind.fingerprint}
-    shape = _latent_shape(config, base.path)
+    shape = latent_shape(config, base.path)
     planned = plan()
     made_from = {
         "source": source,
@@ -108,7 +108,8 @@ def _vae_config(path: Path) -> dict[str, Any]:
     return json.loads((path / "vae/config.json").read_text())
 
 
-def _latent_shape(config: EncodeSettings, path: Path) -> tuple[int, int, int]:
+def latent_shape(config: EncodeSettings, path: Path) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of a base at a path; EncodeError if the resolution does not fit."""
     vae = _vae_config(path)
     unit = 2 ** (len(vae["block_out_channels"]) - 1)
     if config.resolution % unit:
