@@ -98,7 +98,10 @@ def test_a_later_stages_setting_is_no_other_import(config: PhotosConfig) -> None
     [
         ({"resolution": 60}, r"resolution=60 is not a multiple of the autoencoder's 8 pixels"),
         ({"resolution": 0}, r"resolution=0 must be at least 1"),
-        ({"images": ImportImagesConfig(num_readers=3, near_distance=2)}, r"images of another import: .*near_distance was 4, now 2"),
+        (
+            {"images": ImportImagesConfig(num_readers=3, near_distance=2)},
+            r"another import: .*near_distance was 4, now 2",
+        ),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_the_prompt(
