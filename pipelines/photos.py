@@ -8,21 +8,20 @@ skipped; after a kill, the same command resumes.
 
 import dataclasses
 
-from d2f_core.data.manifest import manifest_exists, read_manifest
+from d2f_core.data.manifest import manifest_exists
 from d2f_core.flow.encode.check import latent_shape
 from d2f_core.flow.evaluate.feature_networks import load_features
 from d2f_core.flow.evaluate.job import check_dimensions, check_rules
 from d2f_core.flow.generate.prompts import table_captions, write_prompts
 from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.identity import stage_key
-from d2f_core.import_images.job import check_import
-from d2f_core.import_images.parting import SIDES
+from d2f_core.import_images.job import ImportJob, check_import, import_images
 from d2f_core.model.base import describe_base
 from d2f_core.model.latent_task import check_networks
 from d2f_core.stages import StageOutcome
 from d2f_core.storage import check_reachable
 from d2f_core.tracking import check_tracking
-from pipelines import encode_latents, import_images
+from pipelines import encode_latents
 from pipelines.cluster import connect
 from pipelines.photos_config import PhotosConfig
 from pipelines.workflow_stages import (
@@ -33,6 +32,7 @@ from pipelines.workflow_stages import (
     finetune_with,
     generate_stage,
     register_with,
+    table_is_there,
     write_summary,
 )
 
@@ -48,7 +48,7 @@ TOLD = {
 """Description of each stage for the waiting user."""
 
 
-def check(config: PhotosConfig) -> None:
+def check(config: PhotosConfig) -> ImportJob:
     """Check photos, storage, MLflow and the base before the first stage runs; raises ValueError if one is unusable."""
     config.check_complete()
     check_reachable(config.output, write=True)
@@ -63,16 +63,18 @@ def check(config: PhotosConfig) -> None:
         check_rules(judged)
         features = load_features(judged.score.features, resize=judged.score.resize, device="meta")
         check_dimensions(judged, features.width)
-    check_import(config.wired_images())
+    return check_import(config.wired_images())
 
 
 def main(config: PhotosConfig) -> Outputs:
     """Run the workflow; returns the registered version."""
-    check(config)
+    job = check(config)
     connect(reads={"source.uri": config.source.uri, "base": config.base}, writes={"output": config.output})
-    flow = Workflow(config.output, told={name: told for name, told in TOLD.items() if _is_run(config, name)})
+    flow = Workflow(
+        config.output, told={name: told for name, told in TOLD.items() if config.evaluated or name != "evaluate"}
+    )
     base = describe_base(config.base).content_hash
-    images = import_stage(flow, config)
+    images = import_stage(flow, config, job)
     encode = config.wired_encode()
     latents = flow.table("encode_latents", "images", encode_latents.main, encode, images=images["train"], base=base)
     config = dataclasses.replace(config, prompts=config.prompts or shown_captions(config))
@@ -88,37 +90,26 @@ def main(config: PhotosConfig) -> Outputs:
     return version
 
 
-def _is_run(config: PhotosConfig, stage: str) -> bool:
-    return stage != "evaluate" or config.evaluated
-
-
-def import_stage(flow: Workflow, config: PhotosConfig) -> Outputs:
+def import_stage(flow: Workflow, config: PhotosConfig, job: ImportJob) -> Outputs:
     """Import the photos; returns the digests of both tables, by side."""
-    wired = config.wired_images()
 
     def run() -> StageOutcome:
-        import_images.main(wired)
-        places = {side: config.images_of(side) for side in SIDES}
-        there = {side: read_manifest(place) for side, place in places.items() if manifest_exists(place)}
-        trained, kept = there["train"].num_rows, config.finetune.holdout_rows
+        made = import_images(job)
+        trained, kept = made["train"].num_rows, config.finetune.holdout_rows
         if trained - kept < (batch := config.finetune.train.global_batch_size):
             raise ValueError(
                 f"{config.images_of('train')!r} has {trained} images, of which the training keeps {kept} for "
                 f"validation: less than a batch of {batch} is left. Give more images, "
                 "or lower --finetune.holdout-rows or --finetune.train.global-batch-size."
             )
-        digests = {side: table.digest for side, table in there.items()}
-        return StageOutcome(count=sum(table.num_rows for table in there.values()), outputs=digests)
+        digests = {side: table.digest for side, table in made.items()}
+        return StageOutcome(count=sum(table.num_rows for table in made.values()), outputs=digests)
 
     def still_there(done: Outputs) -> bool:
-        return all(
-            manifest_exists(config.images_of(side)) and read_manifest(config.images_of(side)).digest == digest
-            for side, digest in done.items()
-        )
+        return all(table_is_there({"uri": config.images_of(side), "digest": digest}) for side, digest in done.items())
 
     # New photos at the same place are another import, which is refused with what differs rather than passed over.
-    source = check_import(wired).inputs["source_digest"]
-    key = stage_key(wired, {"source": source})
+    key = stage_key(job.config, {"source": job.inputs["source_digest"]})
     return flow.stage("import_images", key, "images", run, still_there)
 
 

@@ -36,6 +36,7 @@ class PhotosConfig:
     prompts: tuple[str, ...] = ()
     """What previews and the contact sheet are drawn from; empty: `shown` captions of held-out photos."""
     shown: int = 6
+    """How many captions those are; where fewer photos are held out, others follow."""
     evaluated: bool = True
     """Compare model and base on the held-out photos. False: for less photos than that needs."""
     images: ImportImagesConfig = field(default_factory=ImportImagesConfig)

@@ -71,7 +71,7 @@ class Workflow:
             manifest = read_manifest(config.output)
             return StageOutcome(count=manifest.num_rows, outputs={"uri": config.output, "digest": manifest.digest})
 
-        return self.stage(name, stage_key(config, inputs), unit, run, _table_is_there)
+        return self.stage(name, stage_key(config, inputs), unit, run, table_is_there)
 
 
 def finetune_stage(flow: Workflow, config: WorkflowConfig, **inputs: str) -> Outputs:
@@ -133,7 +133,7 @@ def generate_stage(flow: Workflow, config: Drawn, models: Mapping[str, tuple[str
         return StageOutcome(count=sum(each.num_rows for each in made), outputs={"tables": tables})
 
     key = stage_key(same_for_all, keys)
-    done = flow.stage("generate", key, "images", run, lambda there: all(map(_table_is_there, there["tables"])))
+    done = flow.stage("generate", key, "images", run, lambda there: all(map(table_is_there, there["tables"])))
     return done["tables"]
 
 
@@ -161,7 +161,7 @@ def write_summary(flow: Workflow, training: FinetuneConfig, version: Outputs, sh
     write_bytes(join(flow.output, "summary.json"), json.dumps(summary, indent=2).encode())
 
 
-def _table_is_there(outputs: Outputs) -> bool:
+def table_is_there(outputs: Outputs) -> bool:
     return manifest_exists(outputs["uri"]) and read_manifest(outputs["uri"]).digest == outputs["digest"]
 
 

@@ -44,7 +44,7 @@ class ImportJob:
     table: TableJob
     """Makes the table of all usable images."""
     inputs: Mapping[str, Any]
-    """What both tables are made from."""
+    """What both tables are made from, as JSON values."""
 
     def place(self, side: Side) -> str:
         return join(self.config.output, side)
@@ -95,7 +95,7 @@ def _refuse_other(job: ImportJob) -> None:
         if manifest_exists(job.place(side)):
             there = read_manifest(job.place(side)).inputs
             there = {name: value for name, value in there.items() if name not in ("side", "parting")}
-            if changed := differences(there, json.loads(json.dumps(job.inputs))):
+            if changed := differences(there, job.inputs):
                 raise OutputError(
                     f"{job.config.output!r} holds images of another import: {'; '.join(changed)}. Give another output, "
                     "or remove it."
@@ -212,5 +212,5 @@ def _remove_other(place: str, inputs: Mapping[str, Any]) -> None:
         there = json.loads(read_bytes(begun))
     else:
         return
-    if there != json.loads(json.dumps(inputs)):
+    if there != inputs:
         remove_tree(place)
