@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from d2f_core import storage
-from d2f_core.hashing import HASHED_SUFFIXES, cache_root, one_at_a_time
+from d2f_core.hashing import cache_root, one_at_a_time
 from d2f_core.model.base_kinds import why_not
+from d2f_core.model.hub import HubError, UnreachableHub, fetch, is_hub_id
 from d2f_core.model.model_files import ModelFiles, describe_tree
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.read import converted, is_single_file
 from d2f_core.model.weight_files import read_files
 from d2f_core.objective.schedule import FLOW_PREDICTION, Schedule, ScheduleError, prediction_type_of, read_schedule
-from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying
+from d2f_core.retry import UnreachableError
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
 """Apart, because no other family has or misses them."""
-HUB_SECONDS = 20.0
-"""How long a model hub that does not answer is asked again; its client repeats some requests by itself."""
 PROJECT_ROOT = Path(__file__).parents[2]
 """Relative directories are also looked up here, because a Ray worker has another working directory."""
 
@@ -177,10 +176,11 @@ def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str
     for place in (local, PROJECT_ROOT / local):
         if place.is_dir():
             return place
-    if uri.count("/") == 1 and not uri.startswith((".", "/", "~")) and not local.parent.is_dir():
+    if is_hub_id(uri):
         return _from_hub(uri)
     raise BaseModelError(
-        f"No directory {uri!r}. Give a local directory, an s3:// prefix, or a hub id such as owner/name."
+        f"No directory {uri!r}. Give a local directory, an s3:// prefix, or a hub id such as owner/name or "
+        "owner/name@revision."
     )
 
 
@@ -217,40 +217,12 @@ def described_copy(uri: str, *, cache_dir: Path | None = None) -> ModelFiles:
         return describe_tree(uri, found, root / "described" / version)
 
 
-def _from_hub(name: str) -> Path:
-    import huggingface_hub
-
-    patterns = [f"{part}/*{suffix}" for part in (*PARTS, *SDXL_PARTS) for suffix in HASHED_SUFFIXES]
-    fetch = lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*patterns, "model_index.json"])  # noqa: E731
+def _from_hub(uri: str) -> Path:
     try:
-        return Path(keep_trying(f"fetch {name} from the hub", fetch, patience=_patience))
-    except Exception as error:
-        cause = error.__cause__ or error
-        kind = UnreachableHubError if isinstance(error, GaveUpError) else BaseModelError
-        raise kind(
-            f"{name!r} is no local directory and could not be fetched from the hub ({type(cause).__name__}). Check the "
-            "spelling and the network, or download it and give the directory."
-        ) from cause
-
-
-def _patience(error: Exception) -> float:
-    return HUB_SECONDS if _hub_is_away(error) else 0.0
-
-
-def _hub_is_away(error: BaseException) -> bool:
-    """Whether the same download may succeed later: no answer, or one of a server in trouble."""
-    from httpx2 import TransportError
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OfflineModeIsEnabled):  # a setting, though it is a ConnectionError
-            return False
-        status = getattr(getattr(link, "response", None), "status_code", 0)
-        if isinstance(link, TransportError) or status == 429 or status >= 500 or is_network_trouble(link):
-            return True
-        link = link.__cause__
-    return False
+        return fetch(uri, (*PARTS, *SDXL_PARTS))
+    except HubError as error:
+        kind = UnreachableHubError if isinstance(error, UnreachableHub) else BaseModelError
+        raise kind(f"{uri!r} {error}") from error.__cause__
 
 
 def resolve_base(uri: str, *, cache_dir: Path | None = None) -> BaseModel:

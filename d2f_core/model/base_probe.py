@@ -54,6 +54,10 @@ class Reading:
     def best(self) -> str:
         return min(self.left, key=lambda kind: self.left[kind])
 
+    def fits(self, prediction_type: str) -> bool:
+        """Whether this reading explains the answers, and none explains them clearly better."""
+        return self.left[prediction_type] < FITS and not self.contradicts(prediction_type)
+
     def contradicts(self, prediction_type: str) -> bool:
         """Whether another reading fits, and clearly better than this one."""
         return self.left[self.best] < min(FITS, APART * self.left[prediction_type])

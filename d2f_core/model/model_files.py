@@ -124,3 +124,24 @@ def _remembered_sha256(there: StoredObject) -> str:
         raise storage.StorageError(f"{there.uri!r} was replaced while it was read. Run the command again.")
     storage.write_bytes(str(there.digest_file), digest.hexdigest().encode())
     return digest.hexdigest()
+
+
+def described_file(uri: str, directory: Path) -> Path:
+    """A local path of a safetensors file of which the header and the size can be read: the file itself, or of one on
+    S3 a copy of its beginning in `directory`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StorageError: S3 stays away.
+    """
+    if not storage.is_s3(uri):
+        local = Path(uri.removeprefix("file://")).expanduser()
+        if not local.is_file():
+            raise FileNotFoundError(f"{uri!r} does not exist. Check the path.")
+        return local
+    if (info := storage.list_tree(uri).get(path := uri.removeprefix("s3://"))) is None:
+        raise FileNotFoundError(f"{uri!r} does not exist. Check the URI.")
+    copy = directory / hashlib.sha256(uri.encode()).hexdigest()[:16] / path.rsplit("/", 1)[-1]
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    _fetch(path, int(info["size"]), copy)
+    return copy

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from d2f_core import retry, storage
-from d2f_core.model import base as base_module
+from d2f_core.model import hub
 from d2f_core.model.base import BaseModelError, UnreachableHubError, local_copy, resolve_base
 from d2f_core.storage import upload_tree, write_bytes
 from infra.local.stack import StackEnv
@@ -55,7 +55,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(base_module, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.1)
     with pytest.raises(
         UnreachableHubError, match=r"'owner/name' is no local .* from the hub \(ConnectionError"
     ) as caught:

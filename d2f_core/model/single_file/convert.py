@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,22 @@ UNREAD = re.compile(
 """Keys beside the networks' that published files hold: averaged weights, the noise schedule, buffers."""
 
 
-def convert(file: Path, target: Path, configs: Path | None = None) -> None:
-    """Write the directory `target` in diffusers' layout.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A file that was found to hold a whole model, told by its header."""
+
+    family: Family
+    parts: Sequence[Part]
+    prediction: Prediction
+    headers: Mapping[str, TensorHeader]
+    """By the family's names of the tensors, of which the file may have older ones."""
+    keys: Mapping[str, str]
+    """The family's name of a tensor -> the file's."""
+    reader: TensorReader
+
+
+def examine(file: Path, configs: Path | None = None) -> Checkpoint:
+    """Check a file by its header; of the rest only the size has to be right.
 
     Args:
         configs: directory with the model's own configs, scheduler and tokenizers; None: those of its family.
@@ -60,16 +75,23 @@ def convert(file: Path, target: Path, configs: Path | None = None) -> None:
     parts = read_parts(configs or CONFIGS / family.name, family)
     prediction = read_prediction(reader.metadata, keys, family)
     _check(headers, parts, family)
-    logger.info("%s: %s, %s by %s", file.name, family.title, prediction.kind, prediction.told_by)
-    if any(key.startswith("model_ema.") for key in keys):
+    return Checkpoint(family=family, parts=parts, prediction=prediction, headers=headers, keys=keys, reader=reader)
+
+
+def convert(file: Path, target: Path, configs: Path | None = None) -> Checkpoint:
+    """Write the directory `target` in diffusers' layout; arguments and errors as of `examine`."""
+    found = examine(file, configs)
+    logger.info("%s: %s, %s by %s", file.name, found.family.title, found.prediction.kind, found.prediction.told_by)
+    if any(key.startswith("model_ema.") for key in found.keys):
         logger.warning("%s also holds averaged weights (model_ema.), which are not read", file.name)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left; each target is made by one at a time
     partial.parent.mkdir(parents=True, exist_ok=True)
-    _write_configs(partial, family, configs, prediction, reader.metadata)
-    for part in parts:
-        _write_part(partial / part.directory, part, headers, keys, reader)
+    write_configs(partial, found, configs)
+    for part in found.parts:
+        _write_part(partial / part.directory, part, found.headers, found.keys, found.reader)
     partial.rename(target)
+    return found
 
 
 def _check(headers: Mapping[str, TensorHeader], parts: Sequence[Part], family: Family) -> None:
@@ -118,25 +140,27 @@ def _unknown(headers: Collection[str], wanted: Collection[str], family: Family) 
     return sorted(left)
 
 
-def _write_configs(
-    made: Path, family: Family, own: Path | None, prediction: Prediction, metadata: Mapping[str, str]
-) -> None:
-    """Write configs, scheduler and tokenizers; parts that a model brings along itself are taken as they are."""
-    shutil.copytree(CONFIGS / family.name, made)
-    scheduler = _scheduler_config(_read_json(made / SCHEDULER), prediction, metadata)
+def write_configs(made: Path, found: Checkpoint, own: Path | None) -> None:
+    """Write configs, scheduler and tokenizers; parts that a model brings along itself (`own`) are taken as they are."""
+    shutil.copytree(CONFIGS / found.family.name, made)
+    scheduler = scheduler_config(_read_json(made / SCHEDULER), found.prediction, found.reader.metadata)
     index = {**_read_json(made / INDEX), "scheduler": ["diffusers", scheduler["_class_name"]]}
     _write_json(made / SCHEDULER, scheduler)
     _write_json(made / INDEX, index)
     if own:
         _copy_configs(own, made)
-    for encoder in family.encoders:
+    for encoder in found.family.encoders:
         tokenizer = made / encoder.part.replace("text_encoder", "tokenizer")
         if not any((tokenizer / name).is_file() for name in ("vocab.json", "tokenizer.json")):
             write_vocabulary(tokenizer, clip_merges())
 
 
-def _scheduler_config(before: dict[str, Any], prediction: Prediction, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """A family's scheduler config with what a file says of its own network."""
+def scheduler_config(before: dict[str, Any], prediction: Prediction, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """A scheduler config with what is known of the network.
+
+    Args:
+        metadata: of the file, where a flow model's shift may stand.
+    """
     if prediction.kind == FLOW:
         # Stock pipelines can sample a flow model by this scheduler; FlowMatchEulerDiscreteScheduler fails in them. The
         # family's noise levels stay, for whoever says that the network is no flow after all.

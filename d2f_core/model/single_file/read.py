@@ -43,9 +43,9 @@ def converted(uri: str, *, cache_dir: Path | None = None) -> Path:
             "is a pickle, which runs code when it is loaded. Give the model's .safetensors, or convert it on a machine "
             "that may run it."
         )
-    root, there = cache_dir or cache_root(), _found(uri)
+    root, there = cache_dir or cache_root(), stored_object(uri)
     root.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(there.digest_file), _own_configs(uri) as configs:
+    with one_at_a_time(there.digest_file), own_configs(uri) as configs:
         known = there.digest_file.read_text() if there.digest_file.is_file() else ""
         if known and (target := _place(root, known, configs)).is_dir():
             return target
@@ -59,7 +59,7 @@ def converted(uri: str, *, cache_dir: Path | None = None) -> Path:
     return target
 
 
-def _found(uri: str) -> StoredObject:
+def stored_object(uri: str) -> StoredObject:
     """The file's present version, by which its hash is remembered."""
     if storage.is_s3(uri):
         for path, info in storage.list_tree(uri).items():
@@ -72,7 +72,7 @@ def _found(uri: str) -> StoredObject:
 
 
 @contextlib.contextmanager
-def _own_configs(uri: str) -> Iterator[Path | None]:
+def own_configs(uri: str) -> Iterator[Path | None]:
     """A local copy of the directory of configs beside a file; None if there is none."""
     place = uri.removesuffix(SUFFIX) + OWN_CONFIGS
     if not storage.is_s3(place):
