@@ -48,6 +48,7 @@ from d2f_core.model.description import (
 from d2f_core.model.fit import diffusers_misfit
 from d2f_core.model.lora import describe_lora, load_lora
 from d2f_core.model.model_files import ModelFiles
+from d2f_core.model.named_base import require_allowed
 from d2f_core.model.trained_model import DescribedModel, TrainedModel
 from d2f_core.objective.schedule import flow_shift, prediction_type_of, read_schedule
 from d2f_core.retry import one_line
@@ -133,8 +134,11 @@ def _described(
             f"base_prediction={base_prediction!r} is for unchanged bases. Leave it out."
         )
     _check_weights(uri, files, description)
-    if base_uri or not _is_export(description):
-        base = find_base(base_uri or description["base"]["uri"])
+    if base_uri:
+        base = find_base(base_uri)
+    elif not _is_export(description):
+        require_allowed(description["base"]["uri"], uri)
+        base = find_base(description["base"]["uri"])
     else:
         base = _copied_base(find_base(uri), description)
     base = _fitting_base(uri, base, description)

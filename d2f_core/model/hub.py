@@ -59,6 +59,24 @@ def fetch(uri: str, parts: Sequence[str]) -> Path:
     return Path(_asked(name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns)))
 
 
+def size(uri: str) -> int:
+    """Bytes of the safetensors in the directories of a hub's model, the most that `fetch` brings here; 0 when the hub's
+    client is told to stay offline.
+
+    Raises:
+        the errors of `fetch`.
+    """
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return 0
+    name, _, revision = uri.partition("@")
+    ask = lambda: huggingface_hub.HfApi().model_info(name, revision=revision or None, files_metadata=True)  # noqa: E731
+    files = _asked(name, ask).siblings or []
+    weights = [file for file in files if "/" in file.rfilename and file.rfilename.endswith(".safetensors")]
+    return sum(file.size or 0 for file in weights)
+
+
 def _fetch_read_files(name: str, revision: str) -> Path:
     """A directory of links to the files of a revision that are read when the model is loaded."""
     import huggingface_hub
