@@ -58,8 +58,10 @@ def scratch_directory() -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=SCRATCH))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, place, ignore_errors=True)
-        mine = stack.enter_context((place / "alive").open("w"))
+        mine = stack.enter_context((place / "locked").open("w"))
         fcntl.flock(mine, fcntl.LOCK_EX)  # until the process ends, however it does
+        # Under its name only now: another worker that finds it unlocked takes its owner for dead.
+        (place / "locked").rename(place / "alive")
         for other in place.parent.glob(f"{SCRATCH}*"):
             if other != place:
                 _remove_unless_alive(other)
@@ -160,6 +162,8 @@ class FileShare:
             return Path(storage.filesystem(place)[1])
         if self._directory is None:
             self._directory = self._scratch.enter_context(scratch_directory())
+        if not self._directory.is_dir():  # or the object would count as missing, and the checkpoint as damaged
+            raise OSError(f"{str(self._directory)!r} was deleted while a checkpoint was restored. Start the run again.")
         if file not in self._copies:
             with contextlib.ExitStack() as stack:
                 path = stack.enter_context(storage.local_file(place, self._directory, by_size=False))

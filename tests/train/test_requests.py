@@ -4,7 +4,9 @@ On 1, 2 and 4 workers it is counted in their own clients of the S3 server. 1,024
 are threads of one process, their shares of a restore are verified one after the other, and S3 is a dictionary.
 """
 
+import fcntl
 import os
+import shutil
 import tempfile
 import threading
 from collections import Counter
@@ -233,3 +235,39 @@ def test_copies_that_a_killed_worker_has_left_are_deleted_and_no_others(
         left = {path.name for path in tmp_path.iterdir()}
         assert left == {one.name, other.name, f"{file_share.SCRATCH}new"}
     assert [path.name for path in tmp_path.iterdir()] == [f"{file_share.SCRATCH}new"]
+
+
+def test_a_worker_that_has_not_locked_its_directory_yet_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Workers of a node make their directories at the same time, and each looks for those of dead ones."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    flock, looked = fcntl.flock, []
+
+    def another_looks_first(file: Any, operation: int) -> None:
+        if not looked:
+            looked.extend(tmp_path.iterdir())
+            for place in looked:
+                file_share._remove_unless_alive(place)
+        flock(file, operation)
+
+    monkeypatch.setattr(file_share.fcntl, "flock", another_looks_first)
+    with file_share.scratch_directory() as mine:
+        assert looked == [mine] and mine.is_dir()
+
+
+def test_a_lost_directory_of_copies_is_no_damage_of_the_checkpoint(
+    fake: FakeS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    simulated_save("s3://d2f/run", 1)
+    (found,) = checkpoint.candidates("s3://d2f/run", "run")
+    share = FileShare(found, 0, 1)
+    share.verify({name: (2,) for name in found.manifest.tensors["weights"]})
+    for place in tmp_path.iterdir():
+        shutil.rmtree(place)
+    share.drop("weights")
+    with pytest.raises(OSError, match="was deleted while a checkpoint was restored") as caught:
+        share._local(found.manifest.files[0])
+    assert not isinstance(caught.value, FileNotFoundError)
+    share.close()
