@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f_core import storage
+from d2f_core.cache import kept, make_room
 from d2f_core.hashing import cache_root, one_at_a_time
 from d2f_core.model.base_kinds import why_not
 from d2f_core.model.hub import HubError, UnreachableHub, fetch, is_hub_id
@@ -171,7 +172,11 @@ def local_copy(uri: str, *, cache_dir: Path | None = None, chosen: Callable[[str
         _, version = _listed(uri, chosen)
         target = (cache_dir or cache_root()) / "models" / version
         with one_at_a_time(target):
-            return target if target.is_dir() else storage.download_tree(uri, target, chosen)
+            if not target.is_dir():
+                storage.download_tree(uri, target, chosen)
+            kept(target, uri)
+        make_room(target.parent)
+        return target
     local = Path(uri.removeprefix("file://")).expanduser()
     for place in (local, PROJECT_ROOT / local):
         if place.is_dir():
@@ -211,8 +216,9 @@ def described_copy(uri: str, *, cache_dir: Path | None = None) -> ModelFiles:
         return ModelFiles(path=local_copy(uri, cache_dir=cache_dir))
     found, version = _listed(uri)
     root = cache_dir or cache_root()
-    if (whole := root / "models" / version).is_dir():
-        return ModelFiles(path=whole)
+    with one_at_a_time(whole := root / "models" / version):
+        if whole.is_dir():
+            return ModelFiles(path=kept(whole, uri))
     with one_at_a_time(root / "described" / version):
         return describe_tree(uri, found, root / "described" / version)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from d2f_core.cache import kept
 from d2f_core.hashing import HASHED_SUFFIXES, cache_root, one_at_a_time
 from d2f_core.model.weight_files import DIFFUSERS_NAME, read_files, shard_names
 from d2f_core.retry import GaveUpError, UnreachableError, is_network_trouble, keep_trying
@@ -82,7 +83,9 @@ def _fetch_read_files(name: str, revision: str) -> Path:
     import huggingface_hub
 
     if re.fullmatch("[0-9a-f]{40}", revision) and (known := _place(name, revision)).is_dir() and _is_whole(known):
-        return known  # a commit never changes
+        with one_at_a_time(known):
+            if known.is_dir():
+                return kept(known, f"{name}@{revision}")  # a commit never changes
     listed = _asked(name, lambda: huggingface_hub.HfApi().list_repo_files(name, revision=revision))
     small = [file for file in listed if file.endswith(NOT_WEIGHTS) and file.count("/") < 2]
     download = lambda files: huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)  # noqa: E731
@@ -99,7 +102,7 @@ def _fetch_read_files(name: str, revision: str) -> Path:
                 (partial / file).symlink_to((snapshot / file).resolve())
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-    return target
+        return kept(target, f"{name}@{revision}")
 
 
 def _place(name: str, commit: str) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from d2f_core.cache import kept, make_room
 from d2f_core.hashing import cache_root, hash_directory, one_at_a_time
 from d2f_core.s3_calls import fetched_whole
 from d2f_core.tracking.pyfunc_files import MODEL_PART
@@ -60,6 +61,8 @@ def resolve_model(uri: str, *, cache_dir: Path | None = None) -> str:
             source = attempt("look up the model's files", where)
             fetch = lambda: attempt(f"download {uri}", lambda: download_model(source, target, expected))  # noqa: E731
             fetched_whole(uri, fetch, DamagedModelError)
+        kept(target, uri)
+    make_room(target.parent)
     return str(target)
 
 

@@ -102,5 +102,5 @@ def test_a_copy_is_fetched_without_a_probe(base: Path, monkeypatch: pytest.Monke
     (tmp_path / "there").mkdir()
     monkeypatch.setattr(storage, "check_reachable", lambda uri, **_: pytest.fail("probed"))
     monkeypatch.setattr(storage, "list_tree", lambda uri, chosen: {"b/unet/config.json": {"ETag": "1", "size": 2}})
-    monkeypatch.setattr(storage, "download_tree", lambda uri, target, chosen: target)
+    monkeypatch.setattr(storage, "download_tree", lambda uri, target, chosen: target.mkdir(parents=True))
     assert local_copy("s3://b/base", cache_dir=tmp_path).is_relative_to(tmp_path)

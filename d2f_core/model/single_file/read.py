@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from d2f_core import storage
+from d2f_core.cache import kept, make_room
 from d2f_core.hashing import cache_root, file_sha256, hash_directory, one_at_a_time
 from d2f_core.model.model_files import StoredObject
 from d2f_core.model.single_file.convert import CONFIGS, convert
@@ -48,7 +49,9 @@ def converted(uri: str, *, cache_dir: Path | None = None) -> Path:
     with one_at_a_time(there.digest_file), own_configs(uri) as configs:
         known = there.digest_file.read_text() if there.digest_file.is_file() else ""
         if known and (target := _place(root, known, configs)).is_dir():
-            return target
+            with one_at_a_time(target):
+                if target.is_dir():
+                    return kept(target, uri)
         with storage.local_file(uri, root) as file:
             digest = known or file_sha256(file)
             storage.write_bytes(str(there.digest_file), digest.encode())
@@ -56,6 +59,8 @@ def converted(uri: str, *, cache_dir: Path | None = None) -> Path:
             with one_at_a_time(target):
                 if not target.is_dir():
                     convert(file, target, configs)
+                kept(target, uri)
+    make_room(target.parent)
     return target
 
 
