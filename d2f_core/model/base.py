@@ -19,6 +19,7 @@ from d2f_core.hashing import cache_root, one_at_a_time
 from d2f_core.model.base_kinds import why_not
 from d2f_core.model.hub import HubError, UnreachableHub, fetch, is_hub_id
 from d2f_core.model.model_files import ModelFiles, describe_tree
+from d2f_core.model.plain_json import parse
 from d2f_core.model.single_file.keys import LayoutError
 from d2f_core.model.single_file.read import converted, is_single_file
 from d2f_core.model.weight_files import read_files
@@ -26,6 +27,8 @@ from d2f_core.objective.schedule import FLOW_PREDICTION, Schedule, ScheduleError
 from d2f_core.retry import UnreachableError
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+IMPORT_RECORD = "import.json"
+"""Beside the parts of a base that was imported: of what it was made."""
 SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
 """Apart, because no other family has or misses them."""
 PROJECT_ROOT = Path(__file__).parents[2]
@@ -270,6 +273,13 @@ def _checked(uri: str, files: ModelFiles) -> BaseModel:
         files=files,
         prediction_type=prediction_type_of(config),
         scheduler_config=config,
+        told=_was_told(path / IMPORT_RECORD),
     )
     read_schedule(config)
     return base
+
+
+def _was_told(record: Path) -> bool:
+    """Whether somebody said, when a base was imported, what it predicts."""
+    settings = parse(record.read_bytes()).get("settings") if record.is_file() else {}
+    return isinstance(settings, dict) and bool(settings.get("prediction"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f_core import storage
-from d2f_core.model.base import BaseModel, BaseModelError, local_copy, resolve_base
+from d2f_core.model.base import IMPORT_RECORD, BaseModel, BaseModelError, local_copy, resolve_base
 from d2f_core.model.base_probe import kept_reading
 from d2f_core.model.denoiser import load_unet
 from d2f_core.model.importing import sources
@@ -28,7 +28,6 @@ from d2f_core.model.single_file.prediction import FLOW, Prediction
 
 logger = logging.getLogger(__name__)
 
-RECORD = "import.json"
 SUFFIX = ".safetensors"
 
 
@@ -86,7 +85,7 @@ def _finished(config: ImportCheckpointConfig) -> dict[str, Any] | None:
         ImportCheckpointError: something else is there.
     """
     try:
-        record = json.loads(storage.read_bytes(storage.join(config.output, RECORD)))
+        record = json.loads(storage.read_bytes(storage.join(config.output, IMPORT_RECORD)))
     except FileNotFoundError:
         if storage.list_names(config.output):
             raise ImportCheckpointError(
@@ -94,12 +93,15 @@ def _finished(config: ImportCheckpointConfig) -> dict[str, Any] | None:
             ) from None
         return None
     except ValueError as error:
-        raise ImportCheckpointError(f"{config.output}/{RECORD} is no JSON ({error}). Give an empty place.") from None
-    if record["settings"] != _settings(config):
-        different = sorted(name for name, value in _settings(config).items() if record["settings"].get(name) != value)
+        raise ImportCheckpointError(
+            f"{config.output}/{IMPORT_RECORD} is no JSON ({error}). Give an empty place."
+        ) from None
+    settings = record.get("settings", {})
+    if settings != _settings(config):
+        different = sorted(name for name, value in _settings(config).items() if settings.get(name) != value)
         raise ImportCheckpointError(
             f"output={config.output!r} is an import with another {' and '.join(different)}, of "
-            f"{record['settings'].get('source')!r}. Give another output, or remove that."
+            f"{settings.get('source')!r}. Give another output, or remove that."
         )
     return record if record["complete"] else None
 
@@ -276,13 +278,13 @@ def _put(made: Path, output: str, record: dict[str, Any]) -> None:
     """Bring the model to its place, its record last."""
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
     if not storage.is_s3(output):
-        (made / RECORD).write_text(text)
+        (made / IMPORT_RECORD).write_text(text)
         target = Path(storage.filesystem(output)[1])
         if target.is_dir():
             target.rmdir()  # which is empty, or else was refused
         made.rename(target)
         return
     unfinished = json.dumps({**record, "complete": False}).encode()  # so that a killed import may be gone on with
-    storage.write_bytes(storage.join(output, RECORD), unfinished)
+    storage.write_bytes(storage.join(output, IMPORT_RECORD), unfinished)
     storage.upload_tree(made, output)
-    storage.write_bytes(storage.join(output, RECORD), text.encode())
+    storage.write_bytes(storage.join(output, IMPORT_RECORD), text.encode())

@@ -15,6 +15,7 @@ from d2f_core.model import base_probe
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import BaseModelError, resolve_base
 from d2f_core.model.base_probe import Reading
+from d2f_core.model.denoiser import load_unet
 from d2f_core.model.importing import job
 from d2f_core.model.importing.config import ImportCheckpointConfig, ImportCheckpointError, lora_and_strength
 from d2f_core.model.importing.job import check_checkpoint_import, import_checkpoint
@@ -210,7 +211,11 @@ def test_a_network_that_contradicts_is_refused_and_taken_with_a_warning_as_told(
         import_checkpoint(config)
     assert not (tmp_path / "out").exists()
     imported(base, tmp_path / "out", prediction="epsilon")
-    assert "is read as epsilon, but its network puts out what a network of v_prediction does" in caplog.text
+    said = "is read as epsilon, but its network puts out what a network of v_prediction does"
+    assert said in caplog.text
+    caplog.clear()
+    load_unet(resolve_base(str(tmp_path / "out")))
+    assert said in caplog.text, "what was told holds for whoever reads the base"
 
 
 def test_a_file_that_says_nothing_is_asked_about_unless_its_network_tells(
