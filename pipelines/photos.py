@@ -2,8 +2,8 @@
 
     python -m pipelines.workflow photos --source.uri s3://photos/train --base s3://models/my.safetensors --name my-flow
 
-import_images -> encode_latents -> finetune -> register -> evaluate -> generate -> contact_sheet. Complete stages are
-skipped; after a kill, the same command resumes.
+import_checkpoint -> import_images -> encode_latents -> finetune -> register -> evaluate -> generate -> contact_sheet.
+A base in diffusers' layout is used where it lies. Complete stages are skipped; after a kill, the same command resumes.
 """
 
 import dataclasses
@@ -16,10 +16,11 @@ from d2f_core.flow.generate.prompts import table_captions, write_prompts
 from d2f_core.flow.publish.config import RegisterConfig
 from d2f_core.identity import stage_key
 from d2f_core.import_images.job import ImportJob, check_import, import_images
-from d2f_core.model.base import describe_base
+from d2f_core.model.base import IMPORT_RECORD, describe_base
+from d2f_core.model.importing.job import check_checkpoint_import, import_checkpoint
 from d2f_core.model.latent_task import check_networks
 from d2f_core.stages import StageOutcome
-from d2f_core.storage import check_reachable
+from d2f_core.storage import check_reachable, exists, join
 from d2f_core.tracking import check_tracking
 from pipelines import encode_latents
 from pipelines.cluster import connect
@@ -37,6 +38,7 @@ from pipelines.workflow_stages import (
 )
 
 TOLD = {
+    "import_checkpoint": "make a base model of the checkpoint",
     "import_images": "look at the photos, make them squares, hold some out",
     "encode_latents": "encode the others with the base model's autoencoder",
     "finetune": "train the base model as a flow model",
@@ -54,6 +56,8 @@ def check(config: PhotosConfig) -> ImportJob:
     check_reachable(config.output, write=True)
     check_reachable(config.base)
     check_tracking()
+    if config.imports_checkpoint:
+        check_checkpoint_import(config.wired_checkpoint())
     base = describe_base(config.base).read_as(config.base_prediction)
     latent_shape(config.wired_encode(), base.path)
     check_networks(base, config.wired_finetune().model)
@@ -70,9 +74,10 @@ def main(config: PhotosConfig) -> Outputs:
     """Run the workflow; returns the registered version."""
     job = check(config)
     connect(reads={"source.uri": config.source.uri, "base": config.base}, writes={"output": config.output})
-    flow = Workflow(
-        config.output, told={name: told for name, told in TOLD.items() if config.evaluated or name != "evaluate"}
-    )
+    left_out = {"evaluate": config.evaluated, "import_checkpoint": config.imports_checkpoint}
+    flow = Workflow(config.output, told={name: told for name, told in TOLD.items() if left_out.get(name, True)})
+    if config.imports_checkpoint:
+        config = dataclasses.replace(config, base=base_stage(flow, config)["uri"])
     base = describe_base(config.base).content_hash
     images = import_stage(flow, config, job)
     encode = config.wired_encode()
@@ -88,6 +93,20 @@ def main(config: PhotosConfig) -> Outputs:
     sheet = contact_sheet_stage(flow, config, *generate_stage(flow, config, models))
     write_summary(flow, training, version, sheet["uri"])
     return version
+
+
+def base_stage(flow: Workflow, config: PhotosConfig) -> Outputs:
+    """Import the checkpoint; returns where the base model lies."""
+    wired = config.wired_checkpoint()
+
+    def run() -> StageOutcome:
+        done = import_checkpoint(wired)
+        return StageOutcome(count=1, outputs={"uri": done.output, "digest": done.content_hash})
+
+    def still_there(done: Outputs) -> bool:
+        return exists(join(done["uri"], IMPORT_RECORD))
+
+    return flow.stage("import_checkpoint", stage_key(wired, {}), "models", run, still_there)
 
 
 def import_stage(flow: Workflow, config: PhotosConfig, job: ImportJob) -> Outputs:

@@ -8,6 +8,8 @@ from d2f_core.flow.evaluate.config import AUTO, EvaluateConfig
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.import_images.config import ImportImagesConfig
 from d2f_core.model.config import PredictionName
+from d2f_core.model.hub import is_hub_id
+from d2f_core.model.importing.config import ImportCheckpointConfig
 from d2f_core.registration import check_name
 from d2f_core.storage import join
 from pipelines.configs import FinetuneConfig
@@ -39,6 +41,8 @@ class PhotosConfig:
     """How many captions those are; where fewer photos are held out, others follow."""
     evaluated: bool = True
     """Compare model and base on the held-out photos. False: for less photos than that needs."""
+    checkpoint: ImportCheckpointConfig = field(default_factory=ImportCheckpointConfig)
+    """Another autoencoder, and LoRAs that are merged into the base."""
     images: ImportImagesConfig = field(default_factory=ImportImagesConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     finetune: FinetuneConfig
@@ -64,6 +68,7 @@ class PhotosConfig:
     def _filled_in(self) -> dict[str, tuple[object, object]]:
         """The stages' fields that this workflow fills in: their value, and the one that says nothing, by name."""
         says_nothing: dict[str, tuple[object, dict[str, object]]] = {
+            "checkpoint": (self.checkpoint, {"source": "", "output": "", "prediction": ""}),
             "images": (self.images, {"source": ImageSource(), "output": "", "resolution": 0, "base": ""}),
             "encode": (self.encode, {"source": ImageSource(), "output": "", "resolution": 64, "base": ""}),
             "finetune": (self.finetune, {"latents": "", "output": "", "name": ""}),
@@ -92,6 +97,17 @@ class PhotosConfig:
     def images_of(self, side: str) -> str:
         """URI of the image table of `train` or `test`."""
         return join(self.output, "images", side)
+
+    @property
+    def imports_checkpoint(self) -> bool:
+        """Whether the base is made first: of one file, of a hub's model, or with something put in."""
+        base, given = self.base, self.checkpoint
+        is_elsewhere = base.endswith(".safetensors") or is_hub_id(base)
+        return is_elsewhere or bool(given.vae or given.lora) or given.zero_snr is not None
+
+    def wired_checkpoint(self) -> ImportCheckpointConfig:
+        given = {"source": self.base, "output": join(self.output, "base"), "prediction": self.base_prediction}
+        return replace(self.checkpoint, **given)
 
     def wired_images(self) -> ImportImagesConfig:
         # The captions' tokens are counted as the base's encoder reads them.

@@ -15,6 +15,7 @@ from d2f_core.flow.evaluate.config import EvaluateConfig, MeasureConfig, ScoreCo
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.import_images.config import ImportImagesConfig
 from d2f_core.model.config import LoraConfig, ModelConfig, SamplingDefaults
+from d2f_core.model.importing.config import ImportCheckpointConfig
 from d2f_core.storage import read_bytes, upload_tree
 from d2f_core.train.config import EmaConfig, TrainConfig
 from pipelines import photos
@@ -80,6 +81,8 @@ def test_photos_become_a_registered_flow_model_that_was_measured_on_those_held_o
     assert version == again and version["name"] == "test-photos"
     summary = json.loads(read_bytes(f"{config.output}/summary.json"))
     assert [(stage["name"], stage["skipped"]) for stage in summary["stages"]] == [(name, True) for name in photos.TOLD]
+    assert json.loads(read_bytes(f"{config.output}/base/import.json"))["settings"]["source"] == config.base
+    assert f"base: {config.output}/base" in read_bytes(f"{config.output}/run/config.yaml").decode()
     train, test = (read_manifest(config.images_of(side)) for side in ("train", "test"))
     assert train.num_rows + test.num_rows == 200 and test.num_rows >= 24
     assert read_manifest(f"{config.output}/latents").num_rows == train.num_rows
@@ -125,6 +128,7 @@ def test_new_photos_at_the_same_place_are_refused_and_not_passed_over(config: Ph
         ({"base": ""}, r"base is empty\. Give --base URI"),
         ({"source": ImageSource()}, r"source\.uri is empty"),
         ({"encode": EncodeConfig(base="x")}, r"encode\.base='x' is filled in by this workflow"),
+        ({"checkpoint": ImportCheckpointConfig(source="x")}, r"checkpoint\.source='x' is filled in"),
         ({"images": ImportImagesConfig(resolution=768)}, r"images\.resolution=768 is filled in"),
         ({"generate": GenerateConfig(prompts="mine")}, r"generate\.prompts='mine' is filled in"),
         ({"evaluate": EvaluateConfig(base="x")}, r"evaluate\.base='x' is filled in"),
@@ -137,6 +141,26 @@ def test_what_is_the_users_to_say_is_asked_for(changes: dict, message: str) -> N
     given.check_complete()
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(given, **changes).check_complete()
+
+
+@pytest.mark.parametrize(
+    ("base", "checkpoint", "imports"),
+    [
+        ("s3://models/sd15", ImportCheckpointConfig(), False),
+        ("infra/models/emoji-sd", ImportCheckpointConfig(), False),
+        ("s3://models/mine.safetensors", ImportCheckpointConfig(), True),
+        ("owner/name@main", ImportCheckpointConfig(), True),
+        ("s3://models/sd15", ImportCheckpointConfig(lora=("a.safetensors",)), True),
+        ("s3://models/sd15", ImportCheckpointConfig(vae="b"), True),
+        ("s3://models/sd15", ImportCheckpointConfig(zero_snr=False), True),
+    ],
+)
+def test_a_base_is_made_where_there_is_something_to_make(
+    base: str, checkpoint: ImportCheckpointConfig, imports: bool
+) -> None:
+    given = dataclasses.replace(PHOTOS["photos"], name="n", base=base, checkpoint=checkpoint)
+    assert given.imports_checkpoint == imports
+    assert given.wired_checkpoint().source == base and given.wired_checkpoint().output.endswith("/n/base")
 
 
 @pytest.mark.parametrize("name", PHOTOS)

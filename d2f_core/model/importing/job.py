@@ -247,7 +247,8 @@ def _checked(config: ImportCheckpointConfig, made: Path, told_by: str) -> BaseMo
         if (reading := kept_reading(base)) is None:
             raise
         raise ImportCheckpointError(
-            f"{str(error).split(': it leaves')[0]}. Say --prediction {reading.best} if that is so."
+            f"{str(error).split(': it leaves')[0]}. Say --prediction {reading.best} (in the workflow of photos "
+            "--base-prediction) if that is so."
         ) from None
     reading = kept_reading(base)
     if reading is None:
@@ -259,7 +260,7 @@ def _checked(config: ImportCheckpointConfig, made: Path, told_by: str) -> BaseMo
         raise ImportCheckpointError(
             f"{config.source!r} does not say what its network predicts, and its answers fit nothing (what they leave "
             f"unexplained: {left}). Say it: --prediction {base.prediction_type} as the family's published model, or "
-            "v_prediction, sample, flow_prediction."
+            "v_prediction, sample, flow_prediction (in the workflow of photos --base-prediction)."
         )
     return base
 
