@@ -10,6 +10,8 @@ MAX_PIXELS_LIMIT = 178_956_970
 """Pillow refuses larger images by itself."""
 
 Decoding = Literal["srgb", "stored"]
+Crop = Literal["center", "top", "random"]
+CROPS: tuple[Crop, ...] = ("center", "top", "random")
 COLOUR = re.compile("#[0-9a-fA-F]{6}")
 
 
@@ -19,6 +21,12 @@ def check_background(colour: str) -> None:
         raise ValueError(
             f"background={colour!r} is not a colour. Give it as #rrggbb, such as #808080, or leave it out."
         )
+
+
+def check_crop(crop: str) -> None:
+    """Raise ValueError unless it is one of `CROPS`."""
+    if crop not in CROPS:
+        raise ValueError(f"crop={crop!r} is not a way to crop. Use one of {', '.join(CROPS)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,7 @@ class ImageRules:
     max_pixels: int
     """Largest accepted width x height; checked before decoding, so that a decompression bomb is never unpacked."""
     fit: Literal["crop", "pad", "whole"] = since("crop", before="crop")
-    """How an image becomes square. `crop`: its centre square. `pad`: the whole image, with black bars on two sides.
+    """How an image becomes square. `crop`: a part of it. `pad`: the whole image, with black bars on two sides.
     `whole`: not at all, it keeps its aspect."""
     multiple: int = since(1, before=1)
     """With `whole`: what both sides of the result are multiples of, in pixels; the aspect is rounded to it."""
@@ -45,8 +53,12 @@ class ImageRules:
     background: str = since("", before="")
     """Colour, as #rrggbb, behind transparent pixels and beside a padded image; empty: white behind, black beside."""
 
+    crop: Crop = since("center", before="center")
+    """With `fit` crop: which part is kept (see `crops.crop_box`)."""
+
     def __post_init__(self) -> None:
         check_background(self.background)
+        check_crop(self.crop)
         if self.decoding not in ("srgb", "stored"):
             raise ValueError(f"decoding={self.decoding!r} is not known. Use 'srgb', or 'stored' as before profiles.")
         if self.fit not in ("crop", "pad", "whole"):

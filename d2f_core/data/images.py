@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from d2f_core.data.crops import Box, crop_box
 from d2f_core.data.image_decoding import Decoded, decode
 from d2f_core.data.image_headers import BadImageError
 from d2f_core.data.image_rules import ImageRules
@@ -12,8 +13,6 @@ from d2f_core.data.image_rules import ImageRules
 __all__ = ["BadImageError", "PreparedImage", "decode_image", "prepare_image"]
 
 BLACK = "#000000"
-Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +51,24 @@ def _moved(points: np.ndarray, source: Box, target: Box) -> np.ndarray:
     return (np.asarray(points, np.float64) - (left, top)) * scale + (to_left, to_top)
 
 
-def prepare_image(data: bytes, rules: ImageRules) -> PreparedImage:
+def prepare_image(data: bytes, rules: ImageRules, key: str = "") -> PreparedImage:
     """Decode, make upright, crop or pad to a square or keep whole as the rules say, resize; transparency becomes the
     background.
+
+    Args:
+        key: what a random crop is drawn from, such as the sample's id.
 
     Raises:
         BadImageError: with the reason.
     """
-    return prepare_decoded(decode(data, rules, reduced=True), rules)
+    return prepare_decoded(decode(data, rules, reduced=True), rules, key)
 
 
-def prepare_decoded(decoded: Decoded, rules: ImageRules) -> PreparedImage:
+def prepare_decoded(decoded: Decoded, rules: ImageRules, key: str = "") -> PreparedImage:
     """As `prepare_image`, of an image that was decoded by the same rules."""
-    return {"crop": _cropped, "pad": _padded, "whole": _whole}[rules.fit](decoded, rules)
+    if rules.fit == "crop":
+        return _cropped(decoded, rules, key)
+    return _padded(decoded, rules) if rules.fit == "pad" else _whole(decoded, rules)
 
 
 def decode_image(data: bytes, rules: ImageRules) -> Image.Image:
@@ -77,12 +81,11 @@ def decode_image(data: bytes, rules: ImageRules) -> Image.Image:
     return decoded.in_srgb(decoded.image)
 
 
-def _cropped(decoded: Decoded, rules: ImageRules) -> PreparedImage:
-    """The centre square."""
-    size, side = rules.resolution, min(decoded.width, decoded.height)
-    left, top = (decoded.width - side) // 2, (decoded.height - side) // 2
-    crop = (left, top, left + side, top + side)
-    return _prepared(decoded, _resized(decoded, crop, (size, size)), crop, (0, 0, size, size))
+def _cropped(decoded: Decoded, rules: ImageRules, key: str) -> PreparedImage:
+    """The part that the rules keep, a square."""
+    size = (rules.resolution, rules.resolution)
+    crop = crop_box((decoded.width, decoded.height), size, rules.crop, key)
+    return _prepared(decoded, _resized(decoded, crop, size), crop, (0, 0, *size))
 
 
 def _padded(decoded: Decoded, rules: ImageRules) -> PreparedImage:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
-from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, ImageRules, check_background
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Crop, ImageRules, check_background, check_crop
 from d2f_core.data.sources.config import ImageSource
+from d2f_core.identity import since
 
 UNBOUNDED = 65_536
 """Side in pixels that no image reaches, as all are decoded that are not made smaller."""
@@ -27,7 +28,10 @@ class ImportImagesWork:
     """Where train/, test/, report.html and the ledger go; repeating the command resumes the job, and does nothing once
     it is complete."""
     resolution: int = 0
-    """Height and width in pixels of every image: its centre square, resized. 0: images keep their aspect."""
+    """Height and width in pixels of every image: a square of it, resized. 0: images keep their aspect."""
+    crop: Crop = since("center", before="center")
+    """With a resolution: the square that is kept. `center`: the middle. `top`: the upper end of a tall image, where
+    faces are, and the middle of a wide one. `random`: any place, drawn from the bytes of the file and its caption."""
     short_side: int = 1024
     """With resolution=0: an image with a longer short side is made smaller until it has this one. 0: none is."""
     min_side: int = 256
@@ -76,6 +80,7 @@ class ImportImagesConfig(AwaitedPoolConfig, ImportImagesWork):
                 "small to be read again. Lower min_side."
             )
         check_background(self.background)
+        check_crop(self.crop)
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
             raise ImportImagesError(f"max_pixels={self.max_pixels} must be between 1 and {MAX_PIXELS_LIMIT}.")
         for name in ("max_quarantined_share", "held_out_share"):
@@ -96,4 +101,5 @@ class ImportImagesConfig(AwaitedPoolConfig, ImportImagesWork):
             max_pixels=self.max_pixels,
             decoding="srgb",
             background=self.background,
+            crop=self.crop,
         )

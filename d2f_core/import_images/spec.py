@@ -65,7 +65,7 @@ class ImportSpec(TableSpec):
         """The row, with the id of the stored bytes: that is the one by which encoded and real images are compared."""
         assert sample.image is not None  # checked by `identify`
         decoded = decode(sample.image, self.config.rules, reduced=True)
-        picture = self._picture(decoded)
+        picture = self._picture(decoded, sample)
         data, caption = stored(picture, decoded, sample.image), check_caption(sample.caption)
         return {
             "sample_id": sample_id(data, caption),
@@ -80,10 +80,11 @@ class ImportSpec(TableSpec):
             "sharpness": sharpness(picture),
         }
 
-    def _picture(self, decoded: Decoded) -> Image.Image:
+    def _picture(self, decoded: Decoded, sample: Sample) -> Image.Image:
         """The picture as it is stored, in sRGB; `decoded` itself if nothing is to be done."""
         if self.config.resolution:
-            return Image.fromarray(prepare_decoded(decoded, self.config.rules).pixels)
+            key = self.identify(sample) if self.config.crop == "random" else ""
+            return Image.fromarray(prepare_decoded(decoded, self.config.rules, key).pixels)
         return decoded.in_srgb(_smaller(decoded.image, self.config.short_side))
 
 

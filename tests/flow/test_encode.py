@@ -24,6 +24,7 @@ from d2f_core.batch.output import OutputError
 from d2f_core.batch.table_job import claim_output, finish_table, make_table
 from d2f_core.batch.table_spec import TableJobError
 from d2f_core.data.arrays import table_to_arrays
+from d2f_core.data.crops import crop_box
 from d2f_core.data.images import prepare_image
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import read_quarantine
@@ -36,6 +37,7 @@ from d2f_core.flow.encode.config import EncodeConfig, EncodeError
 from d2f_core.flow.latents import latent_schema
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
+from d2f_core.model.image_sizes import sizes_of_rows
 from d2f_core.resources import InsufficientResourcesError
 from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
@@ -137,6 +139,40 @@ def test_every_sample_is_written_or_in_the_ledger(config):
     }
     uris = [uri.rpartition("/")[2] for uri in rows_of(config.output)["source_uri"]]
     assert uris == [name for name, *_ in pictures(13)] + ["104.png"]
+
+
+def test_a_crop_keeps_another_part_and_says_which(config, tmp_path):
+    """Tall pictures, whose size numbers for SDXL are those of the part that is kept."""
+    items = [(f"{n}.png", file_bytes(pixels(n, 40, 20)), f"{n}") for n in range(6)]
+    source = ImageSource(uri=write_folder(str(tmp_path / "tall"), items))
+    tables = {}
+    for crop in ("center", "top", "random"):
+        cropped = elsewhere(config, source=source, crop=crop)
+        manifest, tables[crop] = encode_here(cropped), rows_of(cropped.output)
+        assert manifest.fingerprint["crop"] == crop and manifest.inputs.get("crop", "center") == crop
+    tops = {crop: [box[1] for box in rows["crop"].tolist()] for crop, rows in tables.items()}
+    assert tops["center"] == [10] * 6 and tops["top"] == [0] * 6
+    ids = tables["random"]["sample_id"]
+    assert tops["random"] == [crop_box((20, 40), (16, 16), "random", name)[1] for name in ids]
+    assert len(set(tops["random"])) > 2
+    first, expected = (tables["top"][name][0] for name in ("latent_mean", "crop"))
+    assert expected.tolist() == [0, 0, 20, 20] and (first != tables["center"]["latent_mean"][0]).any()
+    for crop, rows in tables.items():
+        numbers = sizes_of_rows(rows).tolist()
+        assert numbers == [[40, 20, round(top * 16 / 20), 0, 16, 16] for top in tops[crop]]
+
+
+def test_a_random_crop_is_the_same_in_any_order_of_the_source(config, tmp_path):
+    items = [(f"{n}.png", file_bytes(pixels(n, 40, 20)), f"{n}") for n in range(5)]
+    other = [(f"{9 - n}.png", *rest) for n, (_, *rest) in enumerate(items)]
+    found = []
+    for number, order in enumerate((items, other)):
+        source = ImageSource(uri=write_folder(str(tmp_path / str(number)), order))
+        cropped = elsewhere(config, source=source, crop="random", rows_per_part=2 + number)
+        encode_here(cropped)
+        rows = rows_of(cropped.output)
+        found.append(dict(zip(rows["sample_id"], rows["crop"].tolist(), strict=True)))
+    assert found[0] == found[1]
 
 
 def test_a_caption_that_is_no_text_and_one_that_is_missing_leave_only_their_own_sample_out(config, tmp_path):

@@ -17,6 +17,7 @@ from d2f_core.batch.output import OutputError
 from d2f_core.batch.table_job import claim_output, finish_table, make_table
 from d2f_core.batch.table_spec import TableJobError
 from d2f_core.data.arrays import table_to_arrays
+from d2f_core.data.crops import crop_box
 from d2f_core.data.datasets.config import MakeDepthConfig
 from d2f_core.data.datasets.depth_table import make_depth_dataset, make_rows
 from d2f_core.data.depth import crop_and_resize, normalise_depth
@@ -208,6 +209,19 @@ def test_another_way_of_reading_the_depth_is_another_job(config):
     source = dataclasses.replace(config.source, distances="radial")
     with pytest.raises(OutputError, match=r"'distances': 'planar'.*'distances': 'radial'"):
         make_table(check_encode_depth(dataclasses.replace(config, source=source)))
+
+
+def test_image_and_depth_are_cropped_alike_wherever_the_crop_lies(config):
+    job = check_encode_depth(dataclasses.replace(config, crop="random"))
+    (image, depth), size = pair(3), config.resolution
+    row = job.spec.prepare(DepthSample(source_uri="a", image=image, depth=npy_bytes(depth)))
+    left = row["crop"][0]
+    assert row["crop"] == crop_box((24, 20), (size, size), "random", sample_id(image, "")) and left != 2
+    expected, _, _ = normalise_depth(crop_and_resize(depth, row["crop"], size), np.ones((size, size), bool))
+    np.testing.assert_array_equal(row["depth_picture"], expected)
+    latents = dataclasses.replace(config, crop="random", source=dataclasses.replace(config.source, latents=True))
+    with pytest.raises(EncodeError, match="crop='random' says nothing about latents that were encoded elsewhere"):
+        check_encode_depth(latents)
 
 
 def test_latents_that_come_with_the_source_are_taken_as_they_are(config, tmp_path):

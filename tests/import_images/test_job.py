@@ -13,13 +13,18 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from d2f_core.batch.output import OutputError
+from d2f_core.data.image_decoding import decode
+from d2f_core.data.images import prepare_decoded
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.quarantine import read_quarantine
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.sample import Sample
+from d2f_core.identity import identity_values
 from d2f_core.import_images.config import ImportImagesConfig, ImportImagesError
 from d2f_core.import_images.job import check_import, import_images
 from d2f_core.import_images.parting import Side
+from d2f_core.import_images.spec import ImportSpec
 from tests.data.profiles import DISPLAY_P3, SRGB, matrix_profile
 from tests.flow.here import here
 from tests.import_images.photos import jpeg, photo, put, write_photos
@@ -289,6 +294,22 @@ def test_the_page_shows_what_came_in(imported: Path) -> None:
     assert summary["read"] == 34 and summary["train"] + summary["test"] == 31
     assert summary["left_out"] == {"duplicate": 1, "too_small": 1, "undecodable": 1}
     assert sum(bar["count"] for bar in summary["sides"]) == sum(bar["count"] for bar in summary["aspects"]) == 31
+
+
+def test_squares_are_cut_where_the_crop_says(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path / "out", resolution=32, crop="top")
+    image = photo(1, scale=2)[0]
+    decoded = decode(jpeg(image), config.rules)
+    assert image.height > image.width and decoded.image.size == image.size
+    kept = prepare_decoded(decoded, config.rules)
+    assert kept.crop == (0, 0, image.width, image.width)
+    sample = Sample(source_uri="x", image=jpeg(image), caption="x")
+    made = np.asarray(
+        Image.open(io.BytesIO(ImportSpec(config=config, fingerprint={}, inputs={}).prepare(sample)["image"]))
+    )
+    assert np.abs(made.astype(int) - kept.pixels).mean() < 3
+    assert identity_values(config.rules)["crop"] == "top"
+    assert "crop" not in identity_values(settings(folder, tmp_path).rules)
 
 
 @pytest.mark.parametrize(

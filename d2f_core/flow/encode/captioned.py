@@ -19,7 +19,8 @@ def identify(sample: Sample) -> str:
 
 def prepare(sample: Sample, spec: EncodeSpec) -> dict[str, Any]:
     assert sample.image is not None  # checked by `identify`
-    image = prepare_image(sample.image, spec.config.rules)
+    rules = spec.config.rules
+    image = prepare_image(sample.image, rules, key=identify(sample) if rules.crop == "random" else "")
     return {
         "caption": check_caption(sample.caption),
         "width": image.width,

@@ -36,6 +36,11 @@ def check_encode(config: EncodeConfig) -> TableJob:
 def check_encode_depth(config: EncodeDepthConfig) -> TableJob:
     """Like `check_encode`, for images with depth."""
     plan = partial(plan_depth, config.source, rows_per_shard=config.rows_per_part)
+    if config.source.latents and config.crop != "center":
+        raise EncodeError(
+            f"crop={config.crop!r} says nothing about latents that were encoded elsewhere; masks beside them are "
+            "cut at their centre. Leave it out."
+        )
     kind = DEPTH_LATENTS if config.source.latents else DEPTH
     how = {name: value for name, value in identity_values(config.source).items() if name not in ("uri", "kind")}
     return _check(config, kind, config.source.uri, plan, inputs={"depth": how})
@@ -61,7 +66,7 @@ def _check(
     config = dataclasses.replace(config, decoding=chosen_decoding(config))
     base = describe_base(config.base)
     check_autoencoder(base)
-    fingerprint = {**_fingerprint(base, config.resolution, text), **kind.fingerprint}
+    fingerprint = {**_fingerprint(base, config, text), **kind.fingerprint}
     shape = latent_shape(config, base.path)
     planned = plan()
     made_from = {
@@ -88,7 +93,7 @@ def chosen_decoding(config: EncodeSettings) -> Decoding:
     return "srgb" if begun is None else begun.get("decoding", "stored")
 
 
-def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:
+def _fingerprint(base: BaseModel, config: EncodeSettings, text: str) -> dict[str, Any]:
     text_encoder = None
     if text == "states":
         from d2f_core.model.text_encoder import describe_text_encoder
@@ -97,8 +102,8 @@ def _fingerprint(base: BaseModel, resolution: int, text: str) -> dict[str, Any]:
     return {
         "autoencoder": autoencoder_fingerprint(base),
         "scaling_factor": latent_scale(base).factor,
-        "resolution": resolution,
-        "crop": "center",
+        "resolution": config.resolution,
+        "crop": config.crop,
         "text": text,
         "text_encoder": text_encoder,
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
-from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Decoding, ImageRules, check_background
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Crop, Decoding, ImageRules, check_background, check_crop
 from d2f_core.data.sources.config import DepthSource, ImageSource
 from d2f_core.identity import since
 
@@ -29,6 +29,10 @@ class EncodeWork:
     complete."""
     resolution: int = 64
     """Height and width in pixels that every image is cropped and resized to."""
+    crop: Crop = since("center", before="center")
+    """The part of an image that is kept. `center`: the middle. `top`: the upper end of a tall image, where faces are,
+    and the middle of a wide one. `random`: any place, drawn from the sample's id, so that it is the same on any number
+    of readers and in any run."""
     min_side: int | None = None
     """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
     max_pixels: int = 50_000_000
@@ -64,6 +68,7 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
         if self.decoding not in (None, "srgb", "stored"):
             raise EncodeError(f"decoding={self.decoding!r} is not known. Use 'srgb', or 'stored' as before profiles.")
         check_background(self.background)
+        check_crop(self.crop)
         if self.min_side is not None and self.min_side < 1:
             raise EncodeError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
@@ -86,6 +91,7 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
             max_pixels=self.max_pixels,
             decoding=self.decoding or "srgb",
             background=self.background,
+            crop=self.crop,
         )
 
 

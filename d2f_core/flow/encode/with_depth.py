@@ -28,8 +28,8 @@ def prepare(sample: DepthSample, spec: EncodeSpec) -> dict[str, Any]:
     latents.
     """
     assert sample.image is not None  # checked by `identify`
-    size = spec.config.resolution
-    image = prepare_image(sample.image, spec.config.rules)
+    size, rules = spec.config.resolution, spec.config.rules
+    image = prepare_image(sample.image, rules, key=identify(sample) if rules.crop == "random" else "")
     if image.turned:
         raise BadImageError("orientation: the image is turned by its metadata, its depth is not")
     depth = read_depth(sample, _source(spec), spec.config.max_pixels)
