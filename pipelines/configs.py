@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 class FinetuneConfig:
     model: ModelConfig
     latents: str
-    """Latent table to train on."""
+    """Latent table to train on, or the output of an encoding by `--buckets`, which holds one per image size."""
     more_latents: tuple[str, ...] = ()
     """Further tables, each with another image size; every batch comes from a single table."""
     output: str
     """Where checkpoints and the resolved config are written; the same output resumes the training."""
     holdout_rows: int = 32
-    """Rows of each table that are kept for validation."""
+    """Rows of each table that are kept for validation; of all sizes together where `latents` holds several."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Default sampling settings of the trained model, stored with it."""
@@ -99,10 +99,24 @@ def _plan(
     holdout_rows: int,
     train: TrainConfig,
 ) -> "StreamPlan":
+    from d2f_core.data.size_tables import is_by_size, shared_holdout, tables_of
     from d2f_core.data.table_plan import plan_tables
 
-    order = order_of(train)
-    return plan_tables(uris, manifests, columns, order, holdout_rows=holdout_rows, num_steps=train.num_steps)
+    tables, held = [], []
+    for uri, manifest in zip(uris, manifests, strict=True):
+        its = tables_of(uri, manifest)
+        tables += its
+        several = is_by_size(manifest)
+        held += shared_holdout([each.num_rows for _, each in its], holdout_rows) if several else [holdout_rows]
+    return plan_tables(
+        [uri for uri, _ in tables],
+        [each for _, each in tables],
+        columns,
+        order_of(train),
+        holdout_rows=held,
+        num_steps=train.num_steps,
+        in_proportion_to="rows" if any(map(is_by_size, manifests)) else "batches",
+    )
 
 
 def order_of(train: TrainConfig) -> "OrderConfig":

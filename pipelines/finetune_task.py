@@ -8,6 +8,7 @@ from d2f_core import storage
 from d2f_core.data.arrays import table_to_arrays
 from d2f_core.data.manifest import Manifest, read_manifest
 from d2f_core.data.schema import SchemaError
+from d2f_core.data.size_tables import tables_of
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.flow.latents import noise_columns
@@ -70,7 +71,8 @@ def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
     manifests = [read_manifest(uri) for uri in config.tables]
     plan = make_plan(config, task.base, manifests)
     total, count, shown, at_once = 0.0, 0, None, config.train.micro_batch_size  # what training has room for
-    for source, manifest in zip(plan.sources, manifests, strict=True):
+    tables = [table for given in zip(config.tables, manifests, strict=True) for table in tables_of(*given)]
+    for source, (_, manifest) in zip(plan.sources, tables, strict=True):
         if len(held := source.order.holdout()):
             arrays = {**table_to_arrays(RowReader(source.uri, manifest, plan.columns).read(held)), "row": held}
             shown = shown or arrays

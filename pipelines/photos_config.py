@@ -61,6 +61,12 @@ class PhotosConfig:
         check_name(self.name)
         if self.shown < 1:
             raise ValueError(f"shown={self.shown} must be at least 1.")
+        if self.encode.buckets or self.encode.crop != "center":
+            raise ValueError(
+                f"encode.buckets={self.encode.buckets!r} and encode.crop={self.encode.crop!r}: this workflow imports "
+                "squares, of which nothing is left to cut. For another part of each photo give --images.crop; for its "
+                "aspect run import_images, encode_latents and finetune one by one (docs/images.md)."
+            )
         for name, (value, nothing) in self._filled_in().items():
             if value != nothing:
                 raise ValueError(f"{name}={value!r} is filled in by this workflow. Leave it out; see --help.")

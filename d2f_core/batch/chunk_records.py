@@ -5,10 +5,15 @@
     OUTPUT/_progress/job.json                 what the job is; another job is refused
     OUTPUT/quarantine.parquet, manifest.json  written at the end; then _progress is removed
 
-A record counts only while its part exists with the size in the record.
+    OUTPUT/TABLE/part-SSSSSS-NNNNN.parquet    of a job that writes several tables: the chunk's part of each, with a
+    OUTPUT/_progress/SSSSSS-NNNNN-TABLE.json  record of its own
+
+A record counts only while its part exists with the size in the record, and a chunk's records only if all are there.
 """
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -45,14 +50,25 @@ class ChunkRecord:
     """Sample ids of the part's rows."""
     file: TableFile | None = None
     """The chunk's part; None if no sample is usable."""
+    table: str = ""
+    """Table below the output that the part belongs to; empty: the output itself."""
+    part: int = 0
+    """Number of the record among those of its chunk; the first counts all that was read."""
+    parts: int = 1
+    """Records of the chunk."""
 
     @property
-    def name(self) -> str:
+    def chunk(self) -> str:
         return f"{self.shard:06d}-{self.number:05d}"
 
     @property
+    def name(self) -> str:
+        return f"{self.chunk}-{self.table}" if self.table else self.chunk
+
+    @property
     def part_name(self) -> str:
-        return f"part-{self.name}.parquet"
+        """Path of the part, relative to the output."""
+        return join(self.table, f"part-{self.chunk}.parquet") if self.table else f"part-{self.chunk}.parquet"
 
     @property
     def unusable(self) -> int:
@@ -60,7 +76,10 @@ class ChunkRecord:
         return sum(bad.rows for bad in self.bad if bad.code != DUPLICATE)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        content = asdict(self)
+        if not self.table:  # as it was before a job could write several
+            del content["table"], content["part"], content["parts"]
+        return json.dumps(content)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ChunkRecord":
@@ -85,22 +104,26 @@ def write_chunk(
 def read_records(output: str) -> list[ChunkRecord]:
     """Records of the finished chunks: those whose part exists in full size."""
     names = [name for name in list_names(join(output, PROGRESS)) if name.endswith(".json") and name != JOB_NAME]
-    sizes = _sizes(output)
     with ThreadPoolExecutor(READ_THREADS) as pool:
         texts = pool.map(lambda name: read_bytes(join(output, PROGRESS, name)), names)
         # Older records count duplicates without naming them; such a chunk is made again.
         records = [ChunkRecord.from_json(text) for text in texts if b'"duplicates":' not in text]
-    return [record for record in records if record.file is None or sizes.get(record.file.path) == record.file.size]
+    sizes = _sizes(output, {"", *(record.table for record in records)})
+    there = [record for record in records if record.file is None or sizes.get(record.file.path) == record.file.size]
+    parts = Counter(record.chunk for record in there)
+    return [record for record in there if parts[record.chunk] == record.parts]
 
 
-def _sizes(output: str) -> dict[str, int]:
-    """Bytes of the files directly under a URI, by name."""
-    fs, path = filesystem(output)
-    try:
-        entries = fs.ls(path, detail=True)
-    except FileNotFoundError:
-        return {}
-    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
+def _sizes(output: str, tables: Iterable[str]) -> dict[str, int]:
+    """Bytes of the files of tables below the output (empty: of the output itself), by their path in it."""
+    found = {}
+    for table in tables:
+        fs, path = filesystem(join(output, table) if table else output)
+        with contextlib.suppress(FileNotFoundError):
+            for entry in fs.ls(path, detail=True):
+                name = entry["name"].rsplit("/", 1)[-1]
+                found[f"{table}/{name}" if table else name] = entry["size"]
+    return found
 
 
 def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[int, frozenset[int]]:
@@ -172,5 +195,5 @@ def _places(part: str) -> pa.Table:
     return retried(f"read {part}", lambda: pq.read_table(path, columns=list(PLACE_COLUMNS), filesystem=fs))
 
 
-def _in_order(record: ChunkRecord) -> tuple[int, int]:
-    return record.shard, record.number
+def _in_order(record: ChunkRecord) -> tuple[int, int, int]:
+    return record.shard, record.number, record.part

@@ -4,6 +4,7 @@ A chunk is passed on as a whole, so that forward passes and files are determined
 schedules or bundles rows. Nothing here imports torch, which would slow the start of every task process.
 """
 
+import itertools
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -86,8 +87,12 @@ class LoadedActor:
         return self._actor(row) if self._problem is None else refused(row, self._problem)
 
 
-def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:
-    """Check and prepare a chunk's samples; of equal samples, the first usable one is kept."""
+def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> Iterator[tuple[ChunkRecord, pa.Table]]:
+    """Check and prepare a chunk's samples; of equal samples, the first usable one is kept.
+
+    Yields:
+        The chunk in one part for each of the spec's tables that it has rows of, or one part without rows.
+    """
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
     seen: set[str] = set()
@@ -104,8 +109,14 @@ def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> t
             seen.add(name)
         except BadSampleError as error:
             bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
-    record = ChunkRecord(read=sum(sample.rows for sample in samples), bad=tuple(bad), **where)
-    return record, _table(good, spec)
+    names = [spec.table_of(row) for row in good]
+    tables = [name for name in spec.tables if name in names] or [""]
+    counted: dict[str, Any] = {"read": sum(sample.rows for sample in samples), "bad": tuple(bad)}
+    for part, table in enumerate(tables):
+        rows = [row for row, name in zip(good, names, strict=True) if name == table]
+        record = ChunkRecord(**where, **counted, table=table, part=part, parts=len(tables))
+        yield record, _table(rows, spec.of_table(table))
+        counted = {"read": 0, "bad": ()}  # what was read is counted with the first part alone
 
 
 def _table(good: Sequence[dict[str, Any]], spec: TableSpec) -> pa.Table:
@@ -137,7 +148,8 @@ def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
         while True:
             following = list(islice(samples, size))
             if number not in done:
-                yield pack(*prepare_chunk(chunk, spec, shard=item["shard"], number=number, last=not following))
+                parts = prepare_chunk(chunk, spec, shard=item["shard"], number=number, last=not following)
+                yield from itertools.starmap(pack, parts)
             if not following:
                 break
             number, chunk = number + 1, following

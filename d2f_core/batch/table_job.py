@@ -5,9 +5,10 @@ Repeating the command resumes a killed job; the finished table is the same byte 
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import Any, cast
@@ -28,9 +29,10 @@ from d2f_core.batch.chunks import LoadedActor, TableActor, prepare_shards, work_
 from d2f_core.batch.output import OutputError
 from d2f_core.batch.resources import await_resources, rows_in_place
 from d2f_core.batch.table_spec import TableJobError, TableSpec
-from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest, write_manifest
+from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
 from d2f_core.data.ray_data import configure
+from d2f_core.data.size_tables import BY_SIZE, join_tables
 from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.identity import differences
 from d2f_core.progress import Progress
@@ -81,7 +83,8 @@ def make_table(job: TableJob) -> Manifest:
         while unusable <= most and (record := next(chunks, None)):
             records.append(record)
             unusable += record.unusable
-            progress.advance(record.read if source.num_rows is not None else int(record.last))
+            done = record.last and record.part == 0
+            progress.advance(record.read if source.num_rows is not None else int(done))
     if unusable > most:  # even if all remaining samples are usable
         bad = ledger(output, records)
         write_quarantine(output, bad)
@@ -181,7 +184,7 @@ def begun_identity(output: str) -> dict[str, Any] | None:
 
 def check_complete_table(spec: TableSpec, manifest: Manifest) -> None:
     """Raise OutputError if the finished table at the output differs from what this job would write."""
-    if manifest.kind != spec.KIND:
+    if manifest.kind != (spec.KIND + BY_SIZE if spec.tables else spec.KIND):
         raise OutputError(f"{spec.config.output!r} holds a table of {manifest.kind}. Give another output.")
     there = {**manifest.inputs, "fingerprint": manifest.fingerprint}
     _refuse_other(spec, there, "is a complete table")
@@ -208,14 +211,13 @@ def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
     """
     output = spec.config.output
     records = drop_duplicates(output, records, row_group_rows=spec.row_group_rows)
-    files = tuple(record.file for record in records if record.file is not None)
     bad = ledger(output, records)
     write_quarantine(output, bad)
     unusable = sum(record.unusable for record in records)
     duplicates = reason_counts(bad).get(DUPLICATE, 0)
     counts = {
         "read": sum(record.read for record in records),
-        "written": sum(file.rows for file in files),
+        "written": sum(record.file.rows for record in records if record.file is not None),
         "quarantined": unusable + duplicates,
         "duplicates": duplicates,
     }
@@ -227,19 +229,32 @@ def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
         )
     if unusable > spec.config.max_quarantined_share * counts["read"]:
         raise _too_many(spec, bad, counts["read"])
-    manifest = Manifest(
-        kind=spec.KIND,
-        files=files,
-        fingerprint=dict(spec.fingerprint),
-        inputs=dict(spec.inputs),
-        counts=counts,
-    )
-    write_manifest(output, manifest)
+    manifest = _declare(spec, records, counts)
     remove_tree(join(output, PROGRESS))
     logger.info(
         "%s: %d %s read, %d written, %d quarantined%s",
         output, counts["read"], spec.UNIT, counts["written"], counts["quarantined"], f" ({reasons})" if reasons else "",
     )  # fmt: skip
+    return manifest
+
+
+def _declare(spec: TableSpec, records: Sequence[ChunkRecord], counts: dict[str, int]) -> Manifest:
+    """Write the manifest of the table; of several, those that have rows, and then the one of all."""
+    output, files = spec.config.output, defaultdict[str, list[TableFile]](list)
+    for record in records:
+        if record.file is not None:
+            files[record.table].append(replace(record.file, path=record.file.path.rpartition("/")[2]))
+    described = {"kind": spec.KIND, "fingerprint": dict(spec.fingerprint), "inputs": dict(spec.inputs)}
+    manifest = Manifest(files=tuple(files[""]), counts=counts, **described)
+    if spec.tables:
+        tables = [(name, Manifest(files=tuple(files[name]), **described)) for name in spec.tables if files[name]]
+        for name, table in tables:
+            write_manifest(join(output, name), table)
+        manifest = join_tables(tables, manifest)
+        found = ", ".join(f"{rows} in {name}" for name, rows in manifest.buckets)
+        unused = ", ".join(name for name in spec.tables if not files[name])
+        logger.info("%s: %s%s", output, found, f"; none in {unused}, which are not written" if unused else "")
+    write_manifest(output, manifest)
     return manifest
 
 

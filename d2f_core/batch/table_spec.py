@@ -99,6 +99,23 @@ class TableSpec(ABC):
         """
         return ROW_GROUP_ROWS
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables that the job writes below its output, where rows are of several schemas, such as image
+        sizes; empty: the output is the one table.
+        """
+        return ()
+
+    def table_of(self, row: Mapping[str, Any]) -> str:
+        """Name of the table of a prepared row; empty: the output itself."""
+        del row
+        return ""
+
+    def of_table(self, name: str) -> "TableSpec":
+        """The specification of one of `tables`, whose rows are of one schema."""
+        del name
+        return self
+
     def identity(self) -> dict[str, Any]:
         """The values that must be equal for two jobs to write the same table; cluster and batch size are not among
         them.

@@ -1,13 +1,19 @@
-"""Which part of an image is kept when it is cropped to another aspect."""
+"""Which size an image is brought to, and which part of it is kept."""
 
-from d2f_core.data.image_rules import Crop
+from d2f_core.data.aspect_buckets import Size, nearest_size
+from d2f_core.data.image_rules import Crop, ImageRules
 from d2f_core.randomness import keyed_generator
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
 
 
-def crop_box(whole: tuple[int, int], size: tuple[int, int], crop: Crop, key: str = "") -> Box:
+def size_of(whole: Size, rules: ImageRules) -> Size:
+    """Width and height that an image is cropped and resized to."""
+    return nearest_size(whole, rules.sizes) if rules.sizes else (rules.resolution, rules.resolution)
+
+
+def crop_box(whole: Size, size: Size, crop: Crop, key: str = "") -> Box:
     """The largest box of one aspect inside an image, in whole pixels.
 
     Args:

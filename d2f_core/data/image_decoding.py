@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, features
 
+from d2f_core.data.crops import size_of
 from d2f_core.data.image_colours import check_profile, embedded_profile, to_srgb
 from d2f_core.data.image_containers import read_container
 from d2f_core.data.image_headers import MAX_IMAGE_BYTES, BadImageError, Declared, read_declared, too_large
@@ -92,7 +93,7 @@ def decode(data: bytes, rules: ImageRules, *, reduced: bool = False) -> Decoded:
         if declared.format == "AVIF" and image.n_frames > 1:  # pyright: ignore[reportAttributeAccessIssue]
             raise BadImageError(_animated(image.n_frames))  # pyright: ignore[reportAttributeAccessIssue]
         if reduced and declared.format == "JPEG" and rules.decoding == "srgb":
-            image.draft(None, _reduced(image.size, rules))  # pyright: ignore[reportArgumentType] -- None keeps the mode
+            image.draft(None, _reduced(declared, rules))  # pyright: ignore[reportArgumentType] -- None keeps the mode
         image.load()
         orientation = image.getexif().get(274, 1) if declared.format == "AVIF" else declared.orientation
         if orientation in UPRIGHT:
@@ -107,16 +108,26 @@ def decode(data: bytes, rules: ImageRules, *, reduced: bool = False) -> Decoded:
     return Decoded(image=image, width=width, height=height, profile=profile, turned=orientation in UPRIGHT)
 
 
-def _reduced(size: tuple[int, int], rules: ImageRules) -> tuple[int, int]:
+def _reduced(declared: Declared, rules: ImageRules) -> tuple[int, int]:
     """Width and height to decode a JPEG at, from which the resized image differs by nothing that is seen.
 
     Sides that the fraction does not divide would end in a column that lies partly outside the image.
     """
-    side = min(size) if rules.fit == "crop" else max(size)
+    size = declared.width, declared.height
+    upright = (declared.height, declared.width) if declared.orientation >= 5 else size
+    times = _times_of_result(upright, rules)
     for factor in (8, 4, 2):
-        if side >= factor * REDUCED_TO * rules.resolution and not any(each % factor for each in size):
+        if times >= factor * REDUCED_TO and not any(each % factor for each in size):
             return size[0] // factor, size[1] // factor
     return size
+
+
+def _times_of_result(whole: tuple[int, int], rules: ImageRules) -> float:
+    """How many times an upright image's sides are those of what it is resized to."""
+    if rules.fit != "crop":
+        return max(whole) / rules.resolution
+    width, height = size_of(whole, rules)
+    return min(whole[0] / width, whole[1] / height)
 
 
 def _check_declared(data: bytes, rules: ImageRules) -> Declared:

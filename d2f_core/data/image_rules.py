@@ -55,6 +55,11 @@ class ImageRules:
 
     crop: Crop = since("center", before="center")
     """With `fit` crop: which part is kept (see `crops.crop_box`)."""
+    sizes: tuple[tuple[int, int], ...] = since((), before=())
+    """With `fit` crop: widths and heights, of which each image is cropped and resized to the one with the nearest
+    aspect; empty: all become squares of the resolution."""
+    enlarged: bool = since(True, before=True)
+    """With `sizes`: whether an image that is smaller than its size is enlarged; otherwise it is left out."""
 
     def __post_init__(self) -> None:
         check_background(self.background)

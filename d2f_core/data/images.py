@@ -1,11 +1,12 @@
-"""Bytes of an image file -> RGB pixels of a fixed size, or the reason why not; and the mapping of coordinates."""
+"""Bytes of an image file -> RGB pixels of a given size, or the reason why not; and the mapping of coordinates."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from d2f_core.data.crops import Box, crop_box
+from d2f_core.data.aspect_buckets import enlarges, size_name
+from d2f_core.data.crops import Box, crop_box, size_of
 from d2f_core.data.image_decoding import Decoded, decode
 from d2f_core.data.image_headers import BadImageError
 from d2f_core.data.image_rules import ImageRules
@@ -52,7 +53,7 @@ def _moved(points: np.ndarray, source: Box, target: Box) -> np.ndarray:
 
 
 def prepare_image(data: bytes, rules: ImageRules, key: str = "") -> PreparedImage:
-    """Decode, make upright, crop or pad to a square or keep whole as the rules say, resize; transparency becomes the
+    """Decode, make upright, crop, pad to a square or keep whole as the rules say, resize; transparency becomes the
     background.
 
     Args:
@@ -82,9 +83,12 @@ def decode_image(data: bytes, rules: ImageRules) -> Image.Image:
 
 
 def _cropped(decoded: Decoded, rules: ImageRules, key: str) -> PreparedImage:
-    """The part that the rules keep, a square."""
-    size = (rules.resolution, rules.resolution)
-    crop = crop_box((decoded.width, decoded.height), size, rules.crop, key)
+    """The part that the rules keep, a square or of one of their sizes."""
+    whole = decoded.width, decoded.height
+    size = size_of(whole, rules)
+    if not rules.enlarged and enlarges(whole, size):
+        raise BadImageError(f"too_small: {size_name(whole)} px, its bucket is {size_name(size)}")
+    crop = crop_box(whole, size, rules.crop, key)
     return _prepared(decoded, _resized(decoded, crop, size), crop, (0, 0, *size))
 
 

@@ -187,3 +187,35 @@ class BucketSchedule:
         buckets, before = _cycle(self.batches, self.seed, cycle)
         bucket = int(buckets[place])
         return bucket, cycle * self.batches[bucket] + int(before[place])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSchedule:
+    """As `BucketSchedule`, with every row of all buckets equally often, however few rows a bucket has.
+
+    By the end of cycle c a bucket of r rows has given floor((c + 1) * r / batch) batches: less than one below its share
+    of what was drawn. A bucket with fewer rows than a batch sits out cycles, in place of being repeated in each.
+    """
+
+    rows: tuple[int, ...]
+    """Training rows of each bucket."""
+    batch: int
+    """Rows of a batch."""
+    seed: int = 0
+
+    def at(self, batch: int) -> tuple[int, int]:
+        """The bucket of a batch, and how many batches came from that bucket before."""
+        low, high = 0, batch * self.batch // sum(self.rows) + len(self.rows) * self.batch + 1
+        while high - low > 1:  # the last cycle that begins with this batch or before it
+            middle = (low + high) // 2
+            low, high = (middle, high) if sum(self._before(middle)) <= batch else (low, middle)
+        before = self._before(low)
+        batches = tuple(end - start for start, end in zip(before, self._before(low + 1), strict=True))
+        buckets, earlier = _cycle(batches, self.seed, low)
+        place = batch - sum(before)
+        bucket = int(buckets[place])
+        return bucket, before[bucket] + int(earlier[place])
+
+    def _before(self, cycle: int) -> tuple[int, ...]:
+        """Batches that each bucket has given before a cycle."""
+        return tuple(cycle * rows // self.batch for rows in self.rows)

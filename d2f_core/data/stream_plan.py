@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from d2f_core.data.sample_order import BucketSchedule, SampleOrder
+from d2f_core.data.sample_order import BucketSchedule, RowSchedule, SampleOrder
 
 BUFFER_BYTES = 2 * 2**30
 
@@ -85,6 +85,9 @@ class StreamPlan:
     seed: int = 0
     one_source_per: Literal["global_batch", "micro_batch"] = "global_batch"
     """Unit that holds rows of one source only; `batch` in the sources' orders is its size."""
+    in_proportion_to: Literal["batches", "rows"] = "batches"
+    """How often sources take turns: by their batches per epoch, of which a last one that is not full counts whole; or
+    by their rows, so that those of small sources are not seen more often than others."""
     buffer_bytes: int = BUFFER_BYTES
     """Memory of each worker's reader in bytes. It determines how much is read ahead, never the order of rows."""
 
@@ -121,7 +124,10 @@ class StreamPlan:
         return self.global_batch_size if self.one_source_per == "global_batch" else self.micro_batch_size
 
     @cached_property
-    def _schedule(self) -> BucketSchedule:
+    def _schedule(self) -> BucketSchedule | RowSchedule:
+        if self.in_proportion_to == "rows":
+            rows = tuple(source.order.num_samples for source in self.sources)
+            return RowSchedule(rows=rows, batch=self._batch_size, seed=self.seed)
         batches = (-(-source.order.num_samples // self._batch_size) for source in self.sources)
         return BucketSchedule(batches=tuple(batches), seed=self.seed)
 

@@ -22,7 +22,7 @@ row group, down to one where rows are megabytes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -89,24 +89,26 @@ def plan_tables(
     columns: tuple[str, ...],
     order: OrderConfig,
     *,
-    holdout_rows: int,
+    holdout_rows: int | Sequence[int],
     num_steps: int,
     buckets: Sequence[Buckets | RowBuckets] | None = None,
+    in_proportion_to: Literal["batches", "rows"] = "batches",
 ) -> StreamPlan:
     """Plan the order of the training rows and the held-out rows.
 
     Args:
-        holdout_rows: rows of each bucket that are kept for validation.
+        holdout_rows: rows of each bucket that are kept for validation; a number, or one for each table.
         buckets: of each table, where a bucket column is given; None: those of the manifests. So one table can be
             trained on by this column or by that.
+        in_proportion_to: how often buckets take turns; see `StreamPlan`.
 
     Raises:
         BucketError: a bucket column is given, but a table has no buckets, or a bucket has no rows to train on.
     """
+    held = [holdout_rows] * len(uris) if isinstance(holdout_rows, int) else holdout_rows
+    its = buckets or [each.buckets for each in manifests]
     sources = [
-        source
-        for uri, manifest, its in zip(uris, manifests, buckets or [each.buckets for each in manifests], strict=True)
-        for source in _sources(uri, manifest, its, order, holdout_rows)
+        source for table in zip(uris, manifests, its, held, strict=True) for source in _sources(*table, order=order)
     ]
     return StreamPlan(
         sources=tuple(sources),
@@ -116,11 +118,12 @@ def plan_tables(
         num_steps=num_steps,
         seed=order.seed,
         one_source_per="micro_batch" if order.bucket_column else "global_batch",
+        in_proportion_to=in_proportion_to,
     )
 
 
 def _sources(
-    uri: str, manifest: Manifest, buckets: Buckets | RowBuckets, order: OrderConfig, holdout_rows: int
+    uri: str, manifest: Manifest, buckets: Buckets | RowBuckets, holdout_rows: int, *, order: OrderConfig
 ) -> Iterator[Source]:
     """One source for the whole table, or one per bucket."""
     if not order.bucket_column:

@@ -9,6 +9,8 @@ from d2f_core.data.schema import SchemaError, array_field
 
 DEPTH_TASK = "image_to_depth"
 """Value of `task` in the fingerprint of a depth latent table."""
+KINDS = ("latents", "latents_by_size")
+"""Kinds of a latent table, and of several below one URI (see `size_tables`)."""
 
 
 def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | None = None) -> pa.Schema:
@@ -59,7 +61,7 @@ def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
     Raises:
         SchemaError: the table holds no latents, or those of another autoencoder.
     """
-    if manifest.kind != "latents":
+    if manifest.kind not in KINDS:
         raise SchemaError(f"The table holds {manifest.kind}, not latents. Run encode_latents on it first.")
     made_with = manifest.fingerprint.get("autoencoder")
     if made_with != autoencoder_fingerprint:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_core.data.sample_order import BucketSchedule, SampleOrder, _permutation, _windows
+from d2f_core.data.sample_order import BucketSchedule, RowSchedule, SampleOrder, _permutation, _windows
 from d2f_core.data.stream_plan import Source, StreamPlan
 
 orders = st.builds(
@@ -181,3 +181,24 @@ def test_buckets_take_turns_in_proportion_to_their_size_without_gaps(batches, se
 def test_an_impossible_order_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         SampleOrder(num_rows=5, **fields)
+
+
+@settings(deadline=None, derandomize=True)
+@given(rows=st.lists(st.integers(1, 40), min_size=1, max_size=6), batch=st.integers(1, 9), seed=st.integers(0, 3))
+def test_a_small_bucket_s_rows_come_no_more_often_than_those_of_others(rows, batch, seed):
+    schedule, taken = RowSchedule(rows=tuple(rows), batch=batch, seed=seed), [0] * len(rows)
+    for number in range(120):
+        bucket, before = schedule.at(number)
+        assert before == taken[bucket], "a bucket's batches follow one another"
+        taken[bucket] += 1
+        # A cycle gives a bucket at most one batch more or less than its share, and its own batches in any order.
+        drawn = [count * batch / own for count, own in zip(taken, rows, strict=True)]
+        slack = [1 + 2 * batch / own for own in rows]
+        assert all(abs(one - drawn[-1]) <= off + slack[-1] for one, off in zip(drawn, slack, strict=True))
+
+
+def test_turns_by_rows_are_those_of_every_release():
+    schedule = RowSchedule(rows=(3, 20, 9), batch=8, seed=5)
+    turns = [(1, 0), (2, 0), (1, 1), (2, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 2), (1, 6), (0, 0), (1, 7)]
+    assert [schedule.at(number) for number in range(12)] == turns
+    assert schedule.at(10**9)[0] in range(3), "any batch is found at once"

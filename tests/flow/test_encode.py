@@ -199,7 +199,7 @@ def test_a_sample_of_a_users_own_source_without_an_image_is_left_out_with_the_re
         Sample(source_uri="own#0", image=None, caption="a"),
         Sample(source_uri="own#1", image=image, caption="b"),
     ]
-    record, prepared = prepare_chunk(samples, check_encode(config).spec, shard=0, number=0, last=True)
+    ((record, prepared),) = prepare_chunk(samples, check_encode(config).spec, shard=0, number=0, last=True)
     assert [(bad.source_uri, bad.reason) for bad in record.bad] == [("own#0", "no_image: none found")]
     assert record.read == 2 and prepared["caption"].to_pylist() == ["b"]
 

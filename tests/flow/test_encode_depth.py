@@ -281,7 +281,7 @@ def test_half_a_pair_of_a_users_own_source_is_left_out_with_the_reason(config, l
     spec = check_encode_depth(
         dataclasses.replace(config, source=dataclasses.replace(config.source, latents=latents))
     ).spec
-    record, prepared = prepare_chunk(samples, spec, shard=0, number=0, last=True)
+    ((record, prepared),) = prepare_chunk(samples, spec, shard=0, number=0, last=True)
     assert [(bad.source_uri, bad.reason) for bad in record.bad] == [("own#0", reason)]
     assert prepared["source_uri"].to_pylist() == ["own#1"]
 

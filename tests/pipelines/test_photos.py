@@ -127,6 +127,8 @@ def test_new_photos_at_the_same_place_are_refused_and_not_passed_over(config: Ph
         ({"name": ""}, r"name is empty\. Give --name NAME"),
         ({"base": ""}, r"base is empty\. Give --base URI"),
         ({"source": ImageSource()}, r"source\.uri is empty"),
+        ({"encode": EncodeConfig(buckets=("auto",), bucket_step=8)}, r"imports squares.* give --images\.crop; for its"),
+        ({"encode": EncodeConfig(crop="top")}, r"encode\.crop='top': this workflow imports squares"),
         ({"encode": EncodeConfig(base="x")}, r"encode\.base='x' is filled in by this workflow"),
         ({"checkpoint": ImportCheckpointConfig(source="x")}, r"checkpoint\.source='x' is filled in"),
         ({"images": ImportImagesConfig(resolution=768)}, r"images\.resolution=768 is filled in"),

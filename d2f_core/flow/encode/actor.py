@@ -11,7 +11,7 @@ from torch import Tensor
 from d2f_core.batch.chunks import TableActor
 from d2f_core.batch.table_spec import TableJobError
 from d2f_core.data.arrays import arrays_to_table, table_to_arrays
-from d2f_core.data.schema import array_field
+from d2f_core.data.schema import array_field, array_kind
 from d2f_core.device import reserved_device
 from d2f_core.flow.encode.spec import EncodeSpec
 from d2f_core.model.autoencoder import load_autoencoder
@@ -37,23 +37,31 @@ class LatentEncoder(TableActor):
                 f"{self._spec.config.base!r} is another model on some node. Give a URI that all nodes share."
             )
         columns: dict[str, Any] = table_to_arrays(prepared)
-        schema = self._spec.kind.schema(self._spec.latent_shape)
+        shape = self._latent_shape(prepared.schema)
+        schema = self._spec.kind.schema(shape)
         encoded = []
         for picture in self._spec.kind.pictures:
-            moments = self._encode(columns.pop(picture.name))
+            moments = self._encode(columns.pop(picture.name), shape)
             for name, values in zip((picture.mean, picture.std), moments, strict=True):
                 if name is not None:
                     columns[name] = values
                     encoded.append(name)
         if self._text_encoder is not None:
-            columns["text_state"], shape = self._encode_text(list(columns["caption"]), self._spec.config.batch_size)
-            schema = schema.append(array_field("text_state", "float16", shape))
+            columns["text_state"], of_states = self._encode_text(list(columns["caption"]), self._spec.config.batch_size)
+            schema = schema.append(array_field("text_state", "float16", of_states))
         _check_finite(columns, encoded)
         return arrays_to_table(columns, schema)
 
-    def _encode(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _latent_shape(self, prepared: pa.Schema) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of prepared pictures, which are all of one size."""
+        if not self._spec.kind.pictures:
+            return self._spec.latent_shape
+        height, width, *_ = array_kind(prepared.field(self._spec.kind.pictures[0].name))[0]
+        return self._spec.of_size((width, height)).latent_shape
+
+    def _encode(self, pictures: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the scaled latents of a chunk's pictures, float16 [rows, C, h, w] each."""
-        empty = np.empty((0, *self._spec.latent_shape), np.float16)
+        empty = np.empty((0, *shape), np.float16)
         means, stds = [empty], [empty]
         for start in range(0, len(pictures), self._spec.config.batch_size):
             batch = to_input(pictures[start : start + self._spec.config.batch_size], self._device)

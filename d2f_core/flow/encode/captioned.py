@@ -21,7 +21,9 @@ def prepare(sample: Sample, spec: EncodeSpec) -> dict[str, Any]:
     assert sample.image is not None  # checked by `identify`
     rules = spec.config.rules
     image = prepare_image(sample.image, rules, key=identify(sample) if rules.crop == "random" else "")
+    height, width, _ = image.pixels.shape
     return {
+        "bucket": f"{height}x{width}",
         "caption": check_caption(sample.caption),
         "width": image.width,
         "height": image.height,

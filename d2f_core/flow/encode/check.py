@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2f_core.batch.table_job import TableJob, begun_identity
+from d2f_core.data.aspect_buckets import size_name
 from d2f_core.data.image_rules import Decoding
 from d2f_core.data.sources.depth import plan_depth
 from d2f_core.data.sources.images import plan_images
@@ -114,7 +115,9 @@ def _vae_config(path: Path) -> dict[str, Any]:
 
 
 def latent_shape(config: EncodeSettings, path: Path) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of a base at a path; EncodeError if the resolution does not fit."""
+    """Channels, height and width of the latents of a base at a path, of squares of the resolution; EncodeError if the
+    resolution or a bucket does not fit.
+    """
     vae = _vae_config(path)
     unit = 2 ** (len(vae["block_out_channels"]) - 1)
     if config.resolution % unit:
@@ -122,5 +125,10 @@ def latent_shape(config: EncodeSettings, path: Path) -> tuple[int, int, int]:
         raise EncodeError(
             f"resolution={config.resolution} is not a multiple of the autoencoder's {unit} pixels per latent. "
             f"Nearest that fits: {nearest}."
+        )
+    if wrong := [size_name(size) for size in config.sizes if size[0] % unit or size[1] % unit]:
+        raise EncodeError(
+            f"buckets {', '.join(wrong[:5])}: sides are not multiples of the autoencoder's {unit} pixels per latent. "
+            "Give sizes or a bucket_step that are."
         )
     return vae["latent_channels"], config.resolution // unit, config.resolution // unit

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
+from d2f_core.data.aspect_buckets import BucketSizeError, Size, parse_sizes
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Crop, Decoding, ImageRules, check_background, check_crop
 from d2f_core.data.sources.config import DepthSource, ImageSource
 from d2f_core.identity import since
@@ -75,16 +76,23 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
             raise EncodeError(f"max_pixels={self.max_pixels} must be between 1 and {MAX_PIXELS_LIMIT}.")
         if not 0 <= self.max_quarantined_share <= 1:
             raise EncodeError(f"max_quarantined_share={self.max_quarantined_share} must lie in [0, 1]. Use 0.01.")
-        rows = MAX_CHUNK_BYTES // (self.BYTES_PER_PIXEL * self.resolution**2)
+        width, height = max(self.sizes or [(self.resolution, self.resolution)], key=lambda size: size[0] * size[1])
+        rows = MAX_CHUNK_BYTES // (self.BYTES_PER_PIXEL * width * height)
         if self.rows_per_part > rows:
+            pixels = f"{width}x{height}" if self.sizes else str(self.resolution)
             raise EncodeError(
-                f"rows_per_part={self.rows_per_part} images of {self.resolution} pixels are more than "
+                f"rows_per_part={self.rows_per_part} images of {pixels} pixels are more than "
                 f"{MAX_CHUNK_BYTES >> 20} MiB in one piece. Most that fits: {rows}."
             )
 
     @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Widths and heights of the aspect-ratio buckets; empty: all images become squares of the resolution."""
+        return ()
+
+    @property
     def rules(self) -> ImageRules:
-        min_side = self.resolution if self.min_side is None else self.min_side
+        min_side = self.min_side or (1 if self.sizes else self.resolution)
         return ImageRules(
             resolution=self.resolution,
             min_side=min_side,
@@ -92,6 +100,8 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
             decoding=self.decoding or "srgb",
             background=self.background,
             crop=self.crop,
+            sizes=self.sizes,
+            enlarged=not self.sizes or self.min_side is not None,
         )
 
 
@@ -101,6 +111,23 @@ class EncodeConfig(EncodeSettings):
     """Source of captioned images."""
     text: Literal["online", "states"] = "online"
     """`online`: captions are encoded during training. `states`: text states are stored, in about 5 times the bytes."""
+    buckets: tuple[str, ...] = since((), before=())
+    """Aspect-ratio buckets, WIDTHxHEIGHT in pixels each: an image goes to the one of the nearest aspect in place of
+    being cut to a square. `auto`: the sizes of at most the resolution's area whose sides are multiples of
+    `bucket_step`. The output then holds a table per bucket that got an image, OUTPUT/WIDTHxHEIGHT, and a training takes
+    them all by the one OUTPUT. Without `min_side`, images smaller than their bucket are left out."""
+    bucket_step: int = since(64, before=64)
+    """What the sides of `--buckets auto` are multiples of, in pixels."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except BucketSizeError as error:
+            raise EncodeError(str(error)) from None
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        return parse_sizes(self.buckets, self.resolution, self.bucket_step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """The differences between kinds of encode jobs, and everything that determines their tables. Imports no torch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
 from d2f_core.batch.table_spec import TableSpec
+from d2f_core.data.aspect_buckets import Size, size_name
 from d2f_core.data.schema import array_field
 from d2f_core.flow.encode.config import EncodeSettings
 
@@ -55,14 +56,33 @@ class EncodeSpec(TableSpec):
     kind: EncodeKind
     latent_shape: tuple[int, int, int]
     """Channels, height, width."""
+    size: Size | None = None
+    """Width and height of the pictures; None: squares of the resolution."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return tuple(map(size_name, self.config.sizes))
+
+    def table_of(self, row: Mapping[str, Any]) -> str:
+        height, _, width = row["bucket"].partition("x")
+        return f"{width}x{height}" if self.config.sizes else ""
+
+    def of_table(self, name: str) -> "EncodeSpec":
+        return self.of_size(dict(zip(self.tables, self.config.sizes, strict=True))[name]) if name else self
+
+    def of_size(self, size: Size) -> "EncodeSpec":
+        """The specification for pictures of a width and height in pixels."""
+        channels, height, _ = self.latent_shape
+        unit = (self.size or (self.config.resolution,) * 2)[1] // height
+        return replace(self, size=size, latent_shape=(channels, size[1] // unit, size[0] // unit))
 
     def prepared_schema(self) -> pa.Schema:
         """The table's columns that are known before encoding, and the pictures."""
         encoded = {name for picture in self.kind.pictures for name in (picture.mean, picture.std)}
         fields = [column for column in self.kind.schema(self.latent_shape) if column.name not in encoded]
-        size = self.config.resolution
+        width, height = self.size or (self.config.resolution,) * 2
         for picture in self.kind.pictures:
-            shape = (size, size, 3) if picture.dtype == "uint8" else (size, size)
+            shape = (height, width, 3) if picture.dtype == "uint8" else (height, width)
             fields.append(array_field(picture.name, picture.dtype, shape))
         return pa.schema(fields)
 

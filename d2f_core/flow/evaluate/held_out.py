@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, read_manifest, write_manifest, write_part
-from d2f_core.data.sample_order import SampleOrder
 from d2f_core.data.schema import IMAGE_SCHEMA
+from d2f_core.data.size_tables import held_out_rows
 from d2f_core.data.table_reader import RowReader, read_columns
 from d2f_core.evaluation.pins import registered_name
 from d2f_core.flow.evaluate.compared_models import carried
@@ -109,7 +109,7 @@ def held_out_ids(training: Mapping[str, Any]) -> pa.ChunkedArray | None:
     latents, held = _latents(training), int(training.get("holdout_rows") or 0)
     if latents is None or not held:
         return None
-    rows = SampleOrder(num_rows=latents.num_rows, holdout_rows=held).holdout()
+    rows = held_out_rows(latents, held)
     return RowReader(str(training["latents"]), latents, ("sample_id",)).read(rows).column("sample_id")
 
 
