@@ -39,6 +39,32 @@ def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | No
     return pa.schema(fields)
 
 
+FLIPPED = ("flipped_mean", "flipped_std")
+"""Columns with the (scaled) moments of the images mirrored left to right, in tables with `flip` in the fingerprint."""
+
+
+def flipped_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:
+    """Columns of a latent table with the mirrored images' moments beside those of the images."""
+    schema = latent_schema(latent_shape)
+    for name in FLIPPED:
+        schema = schema.append(array_field(name, "float16", latent_shape))
+    return schema
+
+
+def flip_columns(manifests: Sequence[Manifest]) -> tuple[str, ...]:
+    """`FLIPPED` if the tables hold the mirrored images' moments, else ().
+
+    Raises:
+        SchemaError: only some of the tables do.
+    """
+    flipped = [bool(manifest.fingerprint.get("flip")) for manifest in manifests]
+    if any(flipped) and not all(flipped):
+        raise SchemaError(
+            "Some latent tables hold mirrored images (--flip) and some do not. Train on tables of one kind."
+        )
+    return FLIPPED if any(flipped) else ()
+
+
 def depth_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:
     """Columns of a depth latent table: those of `latent_schema` for the depth pictures, with empty captions, and two
     more.

@@ -143,6 +143,20 @@ def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> Non
         network.load_state_dict(load_model(config.start).network.state_dict())
 
 
+def flipped_rows(arrays: Mapping[str, Any], flipped: np.ndarray) -> dict[str, Any]:
+    """Columns of a latent table that holds mirrored images too, with those in place of the images where `flipped`, bool
+    [rows]; a mirrored image's crop is mirrored as well.
+    """
+    chosen, where = dict(arrays), flipped[:, None, None, None]
+    for name in ("mean", "std"):
+        chosen[f"latent_{name}"] = np.where(where, arrays[f"flipped_{name}"], arrays[f"latent_{name}"])
+    left, top, right, bottom = np.asarray(arrays["crop"]).T
+    width = np.asarray(arrays["width"])
+    mirrored = np.stack([width - right, top, width - left, bottom], 1)
+    chosen["crop"] = np.where(flipped[:, None], mirrored, arrays["crop"])
+    return chosen
+
+
 class LatentTask(abc.ABC):
     """A task on one worker's device. The training loop calls its methods."""
 
@@ -184,8 +198,12 @@ class LatentTask(abc.ABC):
         return condition
 
     def to_batch(self, arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Columns of a latent table, with `epoch` and `row`, -> tensors. A column `noise` is the noise (reflow)."""
+        """Columns of a latent table, with `epoch` and `row`, -> tensors. A column `noise` is the noise (reflow); of
+        columns with the mirrored images' latents, half the samples of an epoch are taken.
+        """
         keys = sample_keys(arrays["epoch"], arrays["row"])
+        if "flipped_mean" in arrays:
+            arrays = flipped_rows(arrays, keyed_uniform(self.seed, keys, "flip") < 0.5)
         mean = np.asarray(arrays["latent_mean"], dtype=np.float32)
         std = np.asarray(arrays["latent_std"], dtype=np.float32)
         data = mean + std * keyed_normal(self.seed, keys, mean.shape[1:], "latent")

@@ -162,6 +162,22 @@ def test_a_crop_keeps_another_part_and_says_which(config, tmp_path):
         assert numbers == [[40, 20, round(top * 16 / 20), 0, 16, 16] for top in tops[crop]]
 
 
+def test_mirrored_images_are_encoded_beside_the_images(config):
+    flipped = elsewhere(config, flip=True)
+    manifest, plain = encode_here(flipped), encode_here(config)
+    rows, expected = rows_of(flipped.output), rows_of(config.output)
+    assert manifest.fingerprint["flip"] is True and "flip" not in plain.fingerprint
+    for name in ("latent_mean", "latent_std", "crop", "sample_id"):
+        np.testing.assert_array_equal(rows[name], expected[name])
+    image = prepare_image(pictures(1)[0][1], config.rules).pixels
+    autoencoder = load_autoencoder(resolve_base(config.base), device="cpu")
+    mean, std = autoencoder.encode(to_input(image[None, :, ::-1], "cpu"))
+    np.testing.assert_allclose(rows["flipped_mean"][0], mean[0].numpy(), atol=5e-3)
+    np.testing.assert_allclose(rows["flipped_std"][0], std[0].numpy(), atol=5e-3)
+    with pytest.raises(OutputError, match="flip was None, now True"):
+        make_table(check_encode(dataclasses.replace(config, flip=True)))
+
+
 def test_a_random_crop_is_the_same_in_any_order_of_the_source(config, tmp_path):
     items = [(f"{n}.png", file_bytes(pixels(n, 40, 20)), f"{n}") for n in range(5)]
     other = [(f"{9 - n}.png", *rest) for n, (_, *rest) in enumerate(items)]

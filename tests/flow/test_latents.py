@@ -6,7 +6,15 @@ import pytest
 
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError, check_schema
-from d2f_core.flow.latents import check_fingerprint, depth_latent_schema, latent_schema, noise_columns
+from d2f_core.flow.latents import (
+    FLIPPED,
+    check_fingerprint,
+    depth_latent_schema,
+    flip_columns,
+    flipped_latent_schema,
+    latent_schema,
+    noise_columns,
+)
 
 
 def test_latents_of_another_autoencoder_are_refused():
@@ -22,6 +30,15 @@ def test_a_depth_latent_table_is_a_latent_table_with_two_more_columns():
     schema = depth_latent_schema((4, 8, 8))
     check_schema(schema, latent_schema((4, 8, 8)), where="table")
     assert set(schema.names) - set(latent_schema((4, 8, 8)).names) == {"joined_mean", "mask"}
+
+
+def test_mirrored_latents_are_read_where_all_tables_hold_them():
+    plain = Manifest(kind="latents", files=())
+    flipped = dataclasses.replace(plain, fingerprint={"flip": True})
+    assert flip_columns([plain, plain]) == () and flip_columns([flipped, flipped]) == FLIPPED
+    check_schema(flipped_latent_schema((4, 8, 8)), latent_schema((4, 8, 8)), where="table")
+    with pytest.raises(SchemaError, match=r"Some latent tables hold mirrored images \(--flip\) and some do not"):
+        flip_columns([flipped, plain])
 
 
 def test_pairs_are_read_with_their_noise_and_not_beside_tables_without():

@@ -98,6 +98,23 @@ def test_a_batch_holds_both_encoders_words_and_the_sizes_of_each_image(base):
     assert batch["time_ids"].tolist() == [[800, 1200, 0, 16, 64, 64]] * 4
 
 
+def test_a_mirrored_image_is_drawn_for_half_the_samples_by_sample_and_epoch_with_its_crop_mirrored(base):
+    sdxl, columns = task(base, caption_dropout=0.0), {name: np.repeat(each, 16, 0) for name, each in rows().items()}
+    columns |= {"row": np.arange(64), "crop": np.array([[100, 0, 900, 800]] * 64, np.int32)}
+    zero, one = np.zeros_like(columns["latent_std"]), np.ones_like(columns["latent_std"])
+    columns |= {"latent_mean": zero, "latent_std": zero, "flipped_mean": one, "flipped_std": zero}
+    batch = sdxl.to_batch(columns)
+    flipped = batch["data"].mean((1, 2, 3)).bool()
+    assert batch["data"].unique().tolist() == [0, 1] and 20 < flipped.sum() < 44
+    corners = batch["time_ids"][:, 3].tolist()
+    assert corners == [24 if each else 8 for each in flipped], "of 1200 pixels, 300 are left out on the right"
+    order = np.random.default_rng(0).permutation(64)
+    again = sdxl.to_batch({name: each[order] for name, each in columns.items()})
+    assert torch.equal(again["data"], batch["data"][order]), "the coin is the sample's"
+    later = sdxl.to_batch(columns | {"epoch": np.ones(64, np.int64)})["data"].mean((1, 2, 3)).bool()
+    assert 16 < (later != flipped).sum() < 48, "and is tossed again in every epoch"
+
+
 def test_a_dropped_caption_is_what_guidance_starts_from(base):
     sdxl = task(base, caption_dropout=0.999)
     batch, null = sdxl.to_batch(rows()), sdxl.condition([""] * 4)

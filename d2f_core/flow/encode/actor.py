@@ -39,13 +39,15 @@ class LatentEncoder(TableActor):
         columns: dict[str, Any] = table_to_arrays(prepared)
         shape = self._latent_shape(prepared.schema)
         schema = self._spec.kind.schema(shape)
-        encoded = []
+        encoded: list[str] = []
         for picture in self._spec.kind.pictures:
-            moments = self._encode(columns.pop(picture.name), shape)
-            for name, values in zip((picture.mean, picture.std), moments, strict=True):
-                if name is not None:
-                    columns[name] = values
-                    encoded.append(name)
+            pixels = columns.pop(picture.name)
+            columns[picture.mean], std = self._encode(pixels, shape)
+            if picture.std is not None:
+                columns[picture.std] = std
+            if picture.flipped is not None:
+                columns |= zip(picture.flipped, self._encode(np.flip(pixels, 2), shape), strict=True)
+            encoded += picture.encoded
         if self._text_encoder is not None:
             columns["text_state"], of_states = self._encode_text(list(columns["caption"]), self._spec.config.batch_size)
             schema = schema.append(array_field("text_state", "float16", of_states))
@@ -98,7 +100,7 @@ def to_input(pictures: np.ndarray, device: str) -> Tensor:
         pictures: uint8 [batch, height, width, 3], or float32 [batch, height, width] in [-1, 1], which becomes three
             equal channels.
     """
-    tensor = torch.tensor(pictures, device=device)
+    tensor = torch.tensor(np.ascontiguousarray(pictures), device=device)
     if pictures.dtype == np.uint8:
         return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     return tensor[:, None].expand(-1, 3, -1, -1)

@@ -1,5 +1,6 @@
 """Captioned images as samples of an encode job."""
 
+import dataclasses
 from typing import Any
 
 from d2f_core.data.captions import check_caption
@@ -7,7 +8,7 @@ from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.data.schema import sample_id
 from d2f_core.data.sources.sample import Sample
 from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec, Picture
-from d2f_core.flow.latents import latent_schema
+from d2f_core.flow.latents import FLIPPED, flipped_latent_schema, latent_schema
 
 
 def identify(sample: Sample) -> str:
@@ -38,3 +39,11 @@ CAPTIONED = EncodeKind(
     identify=identify,
     prepare=prepare,
 )
+
+CAPTIONED_AND_FLIPPED = dataclasses.replace(
+    CAPTIONED,
+    schema=flipped_latent_schema,
+    pictures=tuple(dataclasses.replace(picture, flipped=FLIPPED) for picture in CAPTIONED.pictures),
+    fingerprint={"flip": True},
+)
+"""Captioned images, each encoded a second time mirrored left to right."""

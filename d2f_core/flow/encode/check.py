@@ -14,7 +14,7 @@ from d2f_core.data.sources.depth import plan_depth
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.encode.actor import LatentEncoder
-from d2f_core.flow.encode.captioned import CAPTIONED
+from d2f_core.flow.encode.captioned import CAPTIONED, CAPTIONED_AND_FLIPPED
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeSettings
 from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec
 from d2f_core.flow.encode.with_depth import DEPTH, DEPTH_LATENTS
@@ -31,7 +31,8 @@ def check_encode(config: EncodeConfig) -> TableJob:
         ValueError: unusable storage, source, base model or resolution; one line each.
     """
     plan = partial(plan_images, config.source, rows_per_shard=config.rows_per_part)
-    return _check(config, CAPTIONED, config.source.uri, plan, text=config.text)
+    kind = CAPTIONED_AND_FLIPPED if config.flip else CAPTIONED
+    return _check(config, kind, config.source.uri, plan, text=config.text)
 
 
 def check_encode_depth(config: EncodeDepthConfig) -> TableJob:

@@ -118,6 +118,9 @@ class EncodeConfig(EncodeSettings):
     them all by the one OUTPUT. Without `min_side`, images smaller than their bucket are left out."""
     bucket_step: int = since(64, before=64)
     """What the sides of `--buckets auto` are multiples of, in pixels."""
+    flip: bool = since(False, before=False)
+    """Encode each image a second time, mirrored left to right, in twice the time and bytes. A training then draws one
+    of both for each sample and epoch. Not for images with text, or captions that tell left from right."""
 
     def __post_init__(self) -> None:
         try:

@@ -24,6 +24,13 @@ class Picture:
     """Output column of the scaled latent's mean."""
     std: str | None
     """Output column of the scaled latent's standard deviation; None: not stored."""
+    flipped: tuple[str, str] | None = None
+    """Output columns of mean and standard deviation of the picture mirrored left to right; None: not encoded."""
+
+    @property
+    def encoded(self) -> tuple[str, ...]:
+        """All its output columns."""
+        return tuple(name for name in (self.mean, self.std, *(self.flipped or ())) if name is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,7 @@ class EncodeSpec(TableSpec):
 
     def prepared_schema(self) -> pa.Schema:
         """The table's columns that are known before encoding, and the pictures."""
-        encoded = {name for picture in self.kind.pictures for name in (picture.mean, picture.std)}
+        encoded = {name for picture in self.kind.pictures for name in picture.encoded}
         fields = [column for column in self.kind.schema(self.latent_shape) if column.name not in encoded]
         width, height = self.size or (self.config.resolution,) * 2
         for picture in self.kind.pictures:
