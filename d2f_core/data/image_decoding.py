@@ -4,14 +4,23 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from PIL import Image, features
+from PIL.JpegImagePlugin import JpegImageFile
 
 from d2f_core.data.crops import size_of
 from d2f_core.data.image_colours import check_profile, embedded_profile, to_srgb
 from d2f_core.data.image_containers import read_container
-from d2f_core.data.image_headers import MAX_IMAGE_BYTES, BadImageError, Declared, read_declared, too_large
+from d2f_core.data.image_headers import (
+    MAX_IMAGE_BYTES,
+    MAX_SCANS,
+    BadImageError,
+    Declared,
+    read_declared,
+    too_large,
+)
 from d2f_core.data.image_rules import ImageRules
 
 STORED_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -33,6 +42,10 @@ HEIC_BRANDS = ("heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1")
 JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 HEIC = "HEIC is not read; convert it to JPEG, as the phone does when it is set to share the most compatible format"
 
+BYTES_PER_PIXEL = 16
+"""Most bytes that decoding takes for a pixel, with all copies."""
+MAX_REDUCED_PIXELS = 500_000_000
+"""Largest width x height of a JPEG that is decoded at a fraction of its size, in little memory but some seconds."""
 REDUCED_TO = 2
 """Times the result's size that a large JPEG is decoded at, at least; what lies between is done by Lanczos."""
 WHITE = "#ffffff"
@@ -82,18 +95,18 @@ def decode(data: bytes, rules: ImageRules, *, reduced: bool = False) -> Decoded:
     Raises:
         BadImageError: with the reason.
     """
-    declared = _check_declared(data, rules)
+    declared, size = _check_declared(data, rules, reduced)
     profile = embedded_profile(declared) if rules.decoding == "srgb" else None
     if profile is not None and not check_profile(profile):
         profile = None
     try:
-        image = Image.open(io.BytesIO(declared.picture), formats=[declared.format])
+        image = _opened(declared)
         if image.size != (declared.width, declared.height):
             raise BadImageError(f"undecodable: its header says {declared.width}x{declared.height}, not {image.size}")
         if declared.format == "AVIF" and image.n_frames > 1:  # pyright: ignore[reportAttributeAccessIssue]
             raise BadImageError(_animated(image.n_frames))  # pyright: ignore[reportAttributeAccessIssue]
-        if reduced and declared.format == "JPEG" and rules.decoding == "srgb":
-            image.draft(None, _reduced(declared, rules))  # pyright: ignore[reportArgumentType] -- None keeps the mode
+        if size != image.size:
+            image.draft(None, size)  # pyright: ignore[reportArgumentType] -- None keeps the mode
         image.load()
         orientation = image.getexif().get(274, 1) if declared.format == "AVIF" else declared.orientation
         if orientation in UPRIGHT:
@@ -108,16 +121,28 @@ def decode(data: bytes, rules: ImageRules, *, reduced: bool = False) -> Decoded:
     return Decoded(image=image, width=width, height=height, profile=profile, turned=orientation in UPRIGHT)
 
 
+def _opened(declared: Declared) -> Image.Image:
+    """The image, of which nothing is decoded yet. Pillow's own limit of pixels is passed by for JPEGs, whose memory was
+    checked.
+    """
+    file = io.BytesIO(declared.picture)
+    if declared.format == "JPEG" and declared.width * declared.height > (Image.MAX_IMAGE_PIXELS or inf):
+        return JpegImageFile(file)
+    return Image.open(file, formats=[declared.format])
+
+
 def _reduced(declared: Declared, rules: ImageRules) -> tuple[int, int]:
     """Width and height to decode a JPEG at, from which the resized image differs by nothing that is seen.
 
-    Sides that the fraction does not divide would end in a column that lies partly outside the image.
+    Sides that the fraction does not divide would end in a column that lies partly outside the image: only an image that
+    is too large otherwise is decoded so.
     """
     size = declared.width, declared.height
     upright = (declared.height, declared.width) if declared.orientation >= 5 else size
     times = _times_of_result(upright, rules)
+    over_limit = size[0] * size[1] > rules.max_pixels
     for factor in (8, 4, 2):
-        if times >= factor * REDUCED_TO and not any(each % factor for each in size):
+        if times >= factor * REDUCED_TO and (over_limit or not any(each % factor for each in size)):
             return size[0] // factor, size[1] // factor
     return size
 
@@ -130,8 +155,8 @@ def _times_of_result(whole: tuple[int, int], rules: ImageRules) -> float:
     return min(whole[0] / width, whole[1] / height)
 
 
-def _check_declared(data: bytes, rules: ImageRules) -> Declared:
-    """What the file declares, checked against the rules without decoding."""
+def _check_declared(data: bytes, rules: ImageRules, reduced: bool) -> tuple[Declared, tuple[int, int]]:
+    """What the file declares, checked against the rules without decoding, and the width and height to decode it at."""
     if not data:
         raise BadImageError("undecodable: empty file")
     if len(data) > MAX_IMAGE_BYTES:
@@ -145,14 +170,29 @@ def _check_declared(data: bytes, rules: ImageRules) -> Declared:
         )
     if declared is None:
         raise BadImageError(_unknown(data, FORMATS if rules.decoding == "srgb" else STORED_FORMATS))
-    width, height = declared.width, declared.height
-    if width * height > rules.max_pixels:
-        raise BadImageError(f"too_many_pixels: {width}x{height} px, at most {rules.max_pixels} pixels are decoded")
+    width, height = size = declared.width, declared.height
+    if reduced and declared.format == "JPEG" and rules.decoding == "srgb":
+        size = _reduced(declared, rules) if width and height else size
+    _check_cost(declared, size, rules.max_pixels)
     if min(width, height) < rules.min_side:
         raise BadImageError(f"too_small: {width}x{height} px, the short side must be at least {rules.min_side}")
     if declared.frames > 1:
         raise BadImageError(_animated(declared.frames))
-    return declared
+    return declared, size
+
+
+def _check_cost(declared: Declared, size: tuple[int, int], max_pixels: int) -> None:
+    """Raise BadImageError if decoding at a size takes more memory than that many pixels do at full size, or more passes
+    over the picture than they may.
+    """
+    whole, pixels = declared.width * declared.height, size[0] * size[1]
+    limit = f"{declared.width}x{declared.height} px, at most {max_pixels} pixels are decoded"
+    if pixels == whole > max_pixels or whole > max(max_pixels, MAX_REDUCED_PIXELS):
+        raise BadImageError(f"too_many_pixels: {limit}")
+    if pixels < whole and (pixels := pixels + declared.coefficient_bytes // BYTES_PER_PIXEL) > max_pixels:
+        raise BadImageError(f"too_many_pixels: {limit}, and these take the memory of {pixels}")
+    if declared.scans * whole > MAX_SCANS * max_pixels:
+        raise BadImageError(f"too_many_scans: {declared.scans} of {declared.width}x{declared.height} px")
 
 
 def _animated(frames: int) -> str:

@@ -26,6 +26,8 @@ PNG_PICTURE = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 # A marker that begins a segment: neither an escaped byte of image data (00), nor fill (FF), TEM or a restart.
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
 FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+COEFFICIENT_BYTES = 2
 START, END, SCAN, EXIF_OR_XMP, ICC = 0xD8, 0xD9, 0xDA, 0xE1, 0xE2
 ICC_SIGNATURE = b"ICC_PROFILE\0"
 # All application segments but JFIF's and Adobe's, which say how the colours are stored; and comments.
@@ -55,6 +57,11 @@ class Declared:
     """The file's bytes without the parts that a decoder does not need."""
     profile: tuple[memoryview, ...] = ()
     """The parts of the embedded colour profile, as they lie in the file: compressed in a PNG, numbered in a JPEG."""
+    scans: int = 1
+    """Passes over a JPEG's picture."""
+    coefficient_bytes: int = 0
+    """What a decoder keeps of a JPEG until its last scan has come, at whatever size it is decoded; 0 of one with a
+    single scan."""
     cicp: bytes | None = None
     """Primaries, transfer function, matrix and range of ITU-T H.273, a byte each, where the file declares them."""
 
@@ -132,7 +139,7 @@ def _png(data: bytes) -> Declared:
 
 def _jpeg(data: bytes) -> Declared:
     view, kept, size, orientation, profile = memoryview(data), [], None, None, []
-    at, taken, parts, scans = 2, 0, 0, 0
+    at, taken, parts, scans, samples, progressive = 2, 0, 0, 0, 0.0, False
     while found := JPEG_MARKER.search(data, at):
         code, at = found[1][0], found.end()
         parts += 1
@@ -150,6 +157,7 @@ def _jpeg(data: bytes) -> Declared:
             if size is not None:
                 raise BadImageError("undecodable: two frame headers")
             size = struct.unpack_from(">HH", data, at + 3)
+            samples, progressive = _samples_per_pixel(data, at), code in PROGRESSIVE
         elif code == SCAN:
             scans += 1
             if scans > MAX_SCANS:
@@ -168,10 +176,21 @@ def _jpeg(data: bytes) -> Declared:
     if size is None:
         raise BadImageError("undecodable: no frame header")
     kept.append(view[taken:at])
+    whole = progressive or scans > 1
     return Declared(
         format="JPEG", width=size[1], height=size[0], frames=1, orientation=orientation or 1,
-        picture=b"".join(kept), profile=tuple(profile),
+        picture=b"".join(kept), profile=tuple(profile), scans=max(1, scans),
+        coefficient_bytes=int(whole * COEFFICIENT_BYTES * size[0] * size[1] * samples),
     )  # fmt: skip
+
+
+def _samples_per_pixel(data: bytes, at: int) -> float:
+    """Samples of all components per pixel, by a frame header's sampling factors: 3, or 1.5 with colours at half width
+    and height.
+    """
+    factors = [divmod(data[at + 9 + 3 * number], 16) for number in range(data[at + 7])]
+    most = max((across for across, _ in factors), default=0) * max((down for _, down in factors), default=0)
+    return sum(across * down for across, down in factors) / most if most else len(factors)
 
 
 def _webp(data: bytes) -> Declared:

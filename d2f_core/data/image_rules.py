@@ -38,7 +38,8 @@ class ImageRules:
     min_side: int
     """Smallest accepted short side in pixels."""
     max_pixels: int
-    """Largest accepted width x height; checked before decoding, so that a decompression bomb is never unpacked."""
+    """Largest number of pixels that is decoded, 16 bytes of memory each; checked before decoding, so that a
+    decompression bomb is never unpacked. A JPEG that is decoded at a fraction of its size counts with that."""
     fit: Literal["crop", "pad", "whole"] = since("crop", before="crop")
     """How an image becomes square. `crop`: a part of it. `pad`: the whole image, with black bars on two sides.
     `whole`: not at all, it keeps its aspect."""

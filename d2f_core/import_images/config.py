@@ -37,7 +37,8 @@ class ImportImagesWork:
     min_side: int = 256
     """Smallest accepted short side in pixels; with a resolution, at least that one, so that no image is enlarged."""
     max_pixels: int = 50_000_000
-    """Largest accepted width x height of an image file."""
+    """Most pixels of an image that are decoded, 16 bytes of memory each. Of a JPEG much larger than the result only a
+    fraction is, so that photos of 200 million pixels are read with this."""
     background: str = ""
     """Colour, as #rrggbb, behind transparent pixels; empty: white."""
     held_out_share: float = 0.05

@@ -12,7 +12,7 @@ from d2f_core.batch.chunks import TableActor
 from d2f_core.batch.table_spec import TableSpec
 from d2f_core.data.captions import check_caption
 from d2f_core.data.image_decoding import STORED_FORMATS, Decoded, decode
-from d2f_core.data.image_headers import BadImageError
+from d2f_core.data.image_headers import JPEG, BadImageError
 from d2f_core.data.images import prepare_decoded
 from d2f_core.data.manifest import rows_per_group
 from d2f_core.data.schema import IMAGE_SCHEMA, sample_id
@@ -105,9 +105,13 @@ def stored(picture: Image.Image, decoded: Decoded, source: bytes) -> bytes:
         picture: RGB [height, width], as it is stored.
         decoded: the original.
     """
-    with Image.open(io.BytesIO(source)) as opened:
-        lossy = opened.format in ("JPEG", "AVIF") or opened.info.get("compression") == "jpeg" or _is_lossy_webp(source)
-        plain = opened.format in STORED_FORMATS and opened.mode in ("RGB", "L") and "transparency" not in opened.info
+    lossy, plain = source.startswith(JPEG), False
+    if not lossy or picture.size == (decoded.width, decoded.height):  # else it may be above Pillow's limit of pixels
+        with Image.open(io.BytesIO(source)) as opened:
+            lossy = lossy or opened.format == "AVIF" or opened.info.get("compression") == "jpeg"
+            lossy = lossy or _is_lossy_webp(source)
+            plain = opened.format in STORED_FORMATS and opened.mode in ("RGB", "L")
+            plain = plain and "transparency" not in opened.info
     if plain and not decoded.turned and decoded.profile is None and picture.size == (decoded.width, decoded.height):
         return source
     sink = io.BytesIO()

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2f_core.data.image_decoding import decode, to_rgb
+from d2f_core.data.image_decoding import _check_cost, decode, to_rgb
+from d2f_core.data.image_headers import read_declared
 from d2f_core.data.image_rules import ImageRules
 from d2f_core.data.images import BadImageError, prepare_image
 from d2f_core.identity import identity_values
@@ -278,3 +279,61 @@ def test_a_jpeg_is_halved_as_long_as_twice_the_result_is_left_and_the_half_is_wh
     assert decode(sink.getvalue(), rules, reduced=True).image.width == decoded
     for as_it_is in (dataclasses.replace(rules, decoding="stored"), rules):
         assert decode(sink.getvalue(), as_it_is, reduced=as_it_is is not rules).image.width == side
+
+
+def large(width: int = 320, height: int = 240, **how) -> bytes:
+    smooth = Image.fromarray(pixels(3, 5, 7)).resize((width, height), Image.Resampling.BICUBIC)
+    return saved(smooth, "JPEG", **how)
+
+
+LARGE = ImageRules(resolution=8, min_side=1, max_pixels=3000, decoding="srgb")
+"""320x240 are 76,800 pixels, 25 times as many; at 1/8 they are 1,200."""
+
+
+def test_a_photo_of_more_pixels_than_the_limit_is_read_if_it_is_decoded_in_less_memory(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow's own limit stays what it is for the others
+    whole = prepare_image(large(), dataclasses.replace(LARGE, max_pixels=10**6, decoding="stored"))
+    made = prepare_image(large(), LARGE)
+    assert (made.width, made.height, made.crop) == (320, 240, whole.crop)
+    assert np.abs(made.pixels.astype(int) - whole.pixels).mean() < 1.5
+    odd, plain = large(1607, 1201), dataclasses.replace(LARGE, max_pixels=10**7, decoding="stored")
+    made, whole = prepare_image(odd, dataclasses.replace(LARGE, max_pixels=40_000)), prepare_image(odd, plain)
+    assert np.abs(made.pixels.astype(int) - whole.pixels).mean() < 1.5 and made.crop == whole.crop
+
+
+@pytest.mark.parametrize(
+    ("data", "rules", "reason"),
+    [
+        (large(), dataclasses.replace(LARGE, decoding="stored"), "too_many_pixels: 320x240 px, at most 3000 pixels"),
+        (large(), dataclasses.replace(LARGE, resolution=64), "too_many_pixels: 320x240 px, at most 3000 pixels"),
+        (saved(Image.new("RGB", (320, 240))), LARGE, "too_many_pixels: 320x240 px, at most 3000 pixels"),
+        (large(progressive=True), LARGE, r"too_many_pixels: .* decoded, and these take the memory of 15600"),
+    ],
+)
+def test_other_images_above_the_limit_are_left_out(data, rules, reason):
+    with pytest.raises(BadImageError, match=reason):
+        prepare_image(data, rules)
+
+
+def test_a_progressive_jpeg_counts_with_what_is_kept_until_its_last_scan():
+    wanted = {(True, 0): 6, (True, 2): 3, (False, 0): 0, (False, 2): 0}
+    for (progressive, subsampling), each in wanted.items():
+        declared = read_declared(large(progressive=progressive, subsampling=subsampling))
+        assert declared is not None and declared.coefficient_bytes == each * 320 * 240
+        assert (declared.scans > 1) == progressive
+    grey = read_declared(saved(Image.new("L", (320, 240)), "JPEG", progressive=True))
+    assert grey is not None and grey.coefficient_bytes == 2 * 320 * 240
+    assert prepare_image(large(progressive=True), dataclasses.replace(LARGE, max_pixels=16_000)).width == 320
+
+
+def test_passes_over_a_picture_are_no_more_than_those_of_the_largest_that_is_decoded_in_full():
+    rules = dataclasses.replace(LARGE, max_pixels=16_000)
+    scan = large(progressive=True)
+    scans = read_declared(scan)
+    assert scans is not None
+    monstrous = dataclasses.replace(scans, scans=30)
+    _check_cost(monstrous, (320, 240), 76_800)
+    with pytest.raises(BadImageError, match="too_many_scans: 30 of 320x240 px"):
+        _check_cost(monstrous, (40, 30), rules.max_pixels)
+    with pytest.raises(BadImageError, match="too_many_pixels"):
+        _check_cost(dataclasses.replace(scans, width=50_000, height=20_000), (6250, 2500), 50_000_000)

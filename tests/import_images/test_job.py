@@ -296,6 +296,17 @@ def test_the_page_shows_what_came_in(imported: Path) -> None:
     assert sum(bar["count"] for bar in summary["sides"]) == sum(bar["count"] for bar in summary["aspects"]) == 31
 
 
+def test_a_photo_above_pillows_limit_of_pixels_is_made_smaller_and_stays_a_jpeg(tmp_path: Path, monkeypatch) -> None:
+    spec = ImportSpec(config=settings(tmp_path, tmp_path, short_side=32, max_pixels=7000), fingerprint={}, inputs={})
+    image, sink = photo(1, scale=4)[0], io.BytesIO()
+    image.save(sink, "MPO", save_all=True, append_images=[image])  # as phones write it, with a second picture behind
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    for source in (jpeg(image), sink.getvalue()):
+        row = spec.prepare(Sample(source_uri="x", image=source, caption="x"))
+        assert row["original_width"] * row["original_height"] > 2 * 40_000 > row["width"] * row["height"]
+        assert min(row["width"], row["height"]) == 32 and row["image"][:3] == b"\xff\xd8\xff"
+
+
 def test_squares_are_cut_where_the_crop_says(folder: Path, tmp_path: Path) -> None:
     config = settings(folder, tmp_path / "out", resolution=32, crop="top")
     image = photo(1, scale=2)[0]

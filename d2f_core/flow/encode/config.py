@@ -37,7 +37,8 @@ class EncodeWork:
     min_side: int | None = None
     """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
     max_pixels: int = 50_000_000
-    """Largest accepted width x height of an image file."""
+    """Most pixels of an image that are decoded, 16 bytes of memory each. Of a JPEG much larger than the result only a
+    fraction is, so that photos of 200 million pixels are read with this."""
     decoding: Decoding | None = since(None, before=None)
     """How pixels are read. `srgb`: colours are converted from the file's colour profile to sRGB. `stored`: profiles are
     ignored, as all releases before did. None: as the table at `output` was begun, and `srgb` for a new one."""
