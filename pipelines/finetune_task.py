@@ -11,7 +11,7 @@ from d2f_core.data.schema import SchemaError
 from d2f_core.data.size_tables import tables_of
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
-from d2f_core.flow.latents import flip_columns, noise_columns
+from d2f_core.flow.latents import image_columns, noise_columns
 from d2f_core.model.base import BaseModel, BaseModelError, resolve_base
 from d2f_core.model.base_probe import kept_reading
 from d2f_core.model.config import ModelConfig, PreviewConfig
@@ -94,7 +94,7 @@ def preview_of(config: FinetuneConfig, base: BaseModel, manifest: Manifest) -> P
 def make_plan(config: FinetuneConfig, base: BaseModel, manifests: list[Manifest]) -> StreamPlan:
     """Plan the rows and columns to read, and their order."""
     columns = TASKS[config.model.task].columns
-    columns += noise_columns(manifests, lambda: base.content_hash) + flip_columns(manifests)
+    columns += noise_columns(manifests, lambda: base.content_hash) + image_columns(manifests)
     return config.plan(manifests, columns)
 
 

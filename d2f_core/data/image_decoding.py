@@ -149,10 +149,11 @@ def _reduced(declared: Declared, rules: ImageRules) -> tuple[int, int]:
 
 def _times_of_result(whole: tuple[int, int], rules: ImageRules) -> float:
     """How many times an upright image's sides are those of what it is resized to."""
-    if rules.fit != "crop":
+    if rules.fit == "whole":
         return max(whole) / rules.resolution
     width, height = size_of(whole, rules)
-    return min(whole[0] / width, whole[1] / height)
+    times = whole[0] / width, whole[1] / height
+    return min(times) if rules.fit == "crop" else max(times)
 
 
 def _check_declared(data: bytes, rules: ImageRules, reduced: bool) -> tuple[Declared, tuple[int, int]]:

@@ -41,7 +41,7 @@ class ImageRules:
     """Largest number of pixels that is decoded, 16 bytes of memory each; checked before decoding, so that a
     decompression bomb is never unpacked. A JPEG that is decoded at a fraction of its size counts with that."""
     fit: Literal["crop", "pad", "whole"] = since("crop", before="crop")
-    """How an image becomes square. `crop`: a part of it. `pad`: the whole image, with black bars on two sides.
+    """How an image becomes square. `crop`: a part of it. `pad`: the whole image, with bars on two sides.
     `whole`: not at all, it keeps its aspect."""
     multiple: int = since(1, before=1)
     """With `whole`: what both sides of the result are multiples of, in pixels; the aspect is rounded to it."""
@@ -57,10 +57,10 @@ class ImageRules:
     crop: Crop = since("center", before="center")
     """With `fit` crop: which part is kept (see `crops.crop_box`)."""
     sizes: tuple[tuple[int, int], ...] = since((), before=())
-    """With `fit` crop: widths and heights, of which each image is cropped and resized to the one with the nearest
-    aspect; empty: all become squares of the resolution."""
+    """With `fit` crop or pad: widths and heights, of which each image is brought to the one with the nearest aspect;
+    empty: all become squares of the resolution."""
     enlarged: bool = since(True, before=True)
-    """With `sizes`: whether an image that is smaller than its size is enlarged; otherwise it is left out."""
+    """With `fit` crop or pad: whether an image that is smaller than its size is enlarged; otherwise it is left out."""
 
     def __post_init__(self) -> None:
         check_background(self.background)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from d2f_core.data.aspect_buckets import enlarges, size_name
+from d2f_core.data.aspect_buckets import Size, enlarges, size_name
 from d2f_core.data.crops import Box, crop_box, size_of
 from d2f_core.data.image_decoding import Decoded, decode
 from d2f_core.data.image_headers import BadImageError
@@ -86,21 +86,30 @@ def _cropped(decoded: Decoded, rules: ImageRules, key: str) -> PreparedImage:
     """The part that the rules keep, a square or of one of their sizes."""
     whole = decoded.width, decoded.height
     size = size_of(whole, rules)
-    if not rules.enlarged and enlarges(whole, size):
-        raise BadImageError(f"too_small: {size_name(whole)} px, its bucket is {size_name(size)}")
+    _check_large(whole, size, rules, short=enlarges(whole, size))
     crop = crop_box(whole, size, rules.crop, key)
     return _prepared(decoded, _resized(decoded, crop, size), crop, (0, 0, *size))
 
 
+def _check_large(whole: Size, size: Size, rules: ImageRules, *, short: bool) -> None:
+    """Raise BadImageError for an image that is too short to fill its size, unless the rules enlarge it."""
+    if short and not rules.enlarged:
+        raise BadImageError(f"too_small: {size_name(whole)} px would be enlarged to {size_name(size)}")
+
+
 def _padded(decoded: Decoded, rules: ImageRules) -> PreparedImage:
-    """The whole image, centred; its longer side fills the square."""
-    size, crop = rules.resolution, (0, 0, decoded.width, decoded.height)
-    longer = max(decoded.width, decoded.height)
-    inner = (max(1, round(decoded.width * size / longer)), max(1, round(decoded.height * size / longer)))
-    left, top = (size - inner[0]) // 2, (size - inner[1]) // 2
-    square = Image.new("RGB", (size, size), rules.background or BLACK)
-    square.paste(_resized(decoded, crop, inner), (left, top))
-    return _prepared(decoded, square, crop, (left, top, left + inner[0], top + inner[1]))
+    """The whole image, centred in a square or one of the rules' sizes, which one of its sides fills."""
+    whole, crop = (decoded.width, decoded.height), (0, 0, decoded.width, decoded.height)
+    size = size_of(whole, rules)
+    _check_large(whole, size, rules, short=whole[0] < size[0] and whole[1] < size[1])
+    if whole[0] * size[1] >= whole[1] * size[0]:
+        inner = (size[0], max(1, round(whole[1] * size[0] / whole[0])))
+    else:
+        inner = (max(1, round(whole[0] * size[1] / whole[1])), size[1])
+    left, top = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    canvas = Image.new("RGB", size, rules.background or BLACK)
+    canvas.paste(_resized(decoded, crop, inner), (left, top))
+    return _prepared(decoded, canvas, crop, (left, top, left + inner[0], top + inner[1]))
 
 
 def _whole(decoded: Decoded, rules: ImageRules) -> PreparedImage:

@@ -9,16 +9,29 @@ from d2f_core.data.schema import SchemaError, array_field
 
 DEPTH_TASK = "image_to_depth"
 """Value of `task` in the fingerprint of a depth latent table."""
+FLIPPED = ("flipped_mean", "flipped_std")
+"""Columns with the (scaled) moments of the images mirrored left to right, in tables with `flip` in the fingerprint."""
+PADDED = "pad"
+"""Value of `crop` in the fingerprint of a table of whole images with bars beside them, whose column `mask` tells both
+apart."""
 KINDS = ("latents", "latents_by_size")
 """Kinds of a latent table, and of several below one URI (see `size_tables`)."""
 
 
-def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | None = None) -> pa.Schema:
+def latent_schema(
+    latent_shape: Sequence[int],
+    *,
+    text_shape: Sequence[int] | None = None,
+    flipped: bool = False,
+    masked: bool = False,
+) -> pa.Schema:
     """Columns of a latent table.
 
     Args:
         latent_shape: channels, height, width of the (scaled) moments.
         text_shape: tokens and width of stored text states; None when captions are encoded during training.
+        flipped: whether the mirrored images' moments are stored too, in the columns `FLIPPED`.
+        masked: whether a column `mask` is 1 where every pixel that a latent covers is of the image, 0 beside it.
     """
     text = pa.string()
     fields = [
@@ -36,33 +49,27 @@ def latent_schema(latent_shape: Sequence[int], *, text_shape: Sequence[int] | No
     ]
     if text_shape is not None:
         fields.append(array_field("text_state", "float16", text_shape))
+    fields += [array_field(name, "float16", latent_shape) for name in FLIPPED * flipped]
+    fields += [array_field("mask", "uint8", (1, *latent_shape[1:]))] * masked
     return pa.schema(fields)
 
 
-FLIPPED = ("flipped_mean", "flipped_std")
-"""Columns with the (scaled) moments of the images mirrored left to right, in tables with `flip` in the fingerprint."""
-
-
-def flipped_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:
-    """Columns of a latent table with the mirrored images' moments beside those of the images."""
-    schema = latent_schema(latent_shape)
-    for name in FLIPPED:
-        schema = schema.append(array_field(name, "float16", latent_shape))
-    return schema
-
-
-def flip_columns(manifests: Sequence[Manifest]) -> tuple[str, ...]:
-    """`FLIPPED` if the tables hold the mirrored images' moments, else ().
+def image_columns(manifests: Sequence[Manifest]) -> tuple[str, ...]:
+    """Columns that captioned images' tables hold beyond the usual: `FLIPPED`, and `mask` of padded images.
 
     Raises:
-        SchemaError: only some of the tables do.
+        SchemaError: only some of the tables hold them.
     """
-    flipped = [bool(manifest.fingerprint.get("flip")) for manifest in manifests]
-    if any(flipped) and not all(flipped):
-        raise SchemaError(
-            "Some latent tables hold mirrored images (--flip) and some do not. Train on tables of one kind."
-        )
-    return FLIPPED if any(flipped) else ()
+    columns: tuple[str, ...] = ()
+    for name, value, its in (("flip", True, FLIPPED), ("crop", PADDED, ("mask",))):
+        has = [manifest.fingerprint.get(name) == value for manifest in manifests]
+        if any(has) and not all(has):
+            raise SchemaError(
+                f"Some latent tables hold {', '.join(its)} ({name}={value!r} at their encoding) and some do not. Train "
+                "on tables that were encoded alike."
+            )
+        columns += its * any(has)
+    return columns
 
 
 def depth_latent_schema(latent_shape: Sequence[int]) -> pa.Schema:

@@ -145,7 +145,7 @@ def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> Non
 
 def flipped_rows(arrays: Mapping[str, Any], flipped: np.ndarray) -> dict[str, Any]:
     """Columns of a latent table that holds mirrored images too, with those in place of the images where `flipped`, bool
-    [rows]; a mirrored image's crop is mirrored as well.
+    [rows]; a mirrored image's crop and mask are mirrored as well.
     """
     chosen, where = dict(arrays), flipped[:, None, None, None]
     for name in ("mean", "std"):
@@ -154,6 +154,8 @@ def flipped_rows(arrays: Mapping[str, Any], flipped: np.ndarray) -> dict[str, An
     width = np.asarray(arrays["width"])
     mirrored = np.stack([width - right, top, width - left, bottom], 1)
     chosen["crop"] = np.where(flipped[:, None], mirrored, arrays["crop"])
+    if "mask" in arrays:
+        chosen["mask"] = np.where(where, np.flip(arrays["mask"], 3), arrays["mask"])
     return chosen
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,8 +20,11 @@ class TextToImage(LatentTask):
     """The text-to-image task: generates images from captions."""
 
     def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:
-        """The captions' condition; every pixel counts."""
-        return self.text_of_rows(captions, arrays)
+        """The captions' condition, and of padded images the mask [batch, 1, h, w] of what is image."""
+        given = self.text_of_rows(captions, arrays)
+        if "mask" in arrays:
+            given["mask"] = torch.from_numpy(np.array(arrays["mask"], np.float32)).to(self.device)
+        return given
 
     def preview_images(
         self, network: Callable[..., Any], config: PreviewConfig, held: Mapping[str, Any] | None, micro_batch: int

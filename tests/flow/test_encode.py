@@ -38,6 +38,7 @@ from d2f_core.flow.latents import latent_schema
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
 from d2f_core.model.image_sizes import sizes_of_rows
+from d2f_core.model.latent_task import flipped_rows
 from d2f_core.resources import InsufficientResourcesError
 from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
@@ -160,6 +161,33 @@ def test_a_crop_keeps_another_part_and_says_which(config, tmp_path):
     for crop, rows in tables.items():
         numbers = sizes_of_rows(rows).tolist()
         assert numbers == [[40, 20, round(top * 16 / 20), 0, 16, 16] for top in tops[crop]]
+
+
+def test_a_padded_image_is_whole_between_bars_that_its_mask_tells(config, tmp_path):
+    """17 of 40 pixels wide: 7 of 16, from the fourth on, of which 3 latents of 2 pixels lie within the image."""
+    items = [(f"{n}.png", file_bytes(pixels(n, 40, 17)), f"{n}") for n in range(3)]
+    items += [("8.png", file_bytes(pixels(8, 12, 14)), "small"), ("9.png", file_bytes(pixels(9, 4, 150)), "a line")]
+    source = ImageSource(uri=write_folder(str(tmp_path / "tall"), items))
+    padded = elsewhere(config, source=source, crop="pad", flip=True, max_quarantined_share=0.5)
+    manifest, rows = encode_here(padded), rows_of(padded.output)
+    assert manifest.fingerprint["crop"] == manifest.inputs["fit"] == "pad" and "crop" not in manifest.inputs
+    assert {bad.partition(":")[0] for bad in in_ledger(padded).values()} == {"too_small", "too_narrow"}
+    expected = np.zeros((1, 8, 8), np.uint8)
+    expected[:, :, 2:5] = 1
+    np.testing.assert_array_equal(rows["mask"], [expected] * 3)
+    assert rows["crop"].tolist() == [[0, 0, 17, 40]] * 3
+    assert sizes_of_rows(rows).tolist() == [[40, 17, 0, 0, 16, 16]] * 3, "SDXL is told that nothing was cut"
+    mirrored = flipped_rows(rows, np.array([True, False, True]))
+    np.testing.assert_array_equal(mirrored["mask"][0], expected[:, :, ::-1])
+    np.testing.assert_array_equal(mirrored["mask"][1], expected)
+    assert (mirrored["latent_mean"][0] == rows["flipped_mean"][0]).all()
+    by_size = elsewhere(padded, buckets=("8x32", "16x16"), flip=False)
+    assert dict(encode_here_by_size(by_size).buckets) == {"8x32": 3}
+
+
+def encode_here_by_size(config: EncodeConfig) -> Manifest:
+    with here():
+        return make_table(check_encode(config))
 
 
 def test_mirrored_images_are_encoded_beside_the_images(config):

@@ -84,7 +84,7 @@ def test_each_image_is_in_the_table_of_its_size_and_none_is_lost(config, made):
         assert table["latent_mean"].shape == (rows, 4, *shape) and set(table["bucket"]) == {f"{height}x{width}"}
         assert {caption.split()[0] for caption in table["caption"]} == {kind}
     reasons = {bad.source_uri[-6:]: bad.reason for bad in read_quarantine(config.output)}
-    assert reasons["51.png"] == "too_small: 11x30 px, its bucket is 12x24"
+    assert reasons["51.png"] == "too_small: 11x30 px would be enlarged to 12x24"
     assert reasons["50.png"].startswith("duplicate: of ") and reasons["50.png"].endswith("00.png")
     assert len(table_captions(config.output)) == 22, "captions of all sizes are read by the one folder"
 

@@ -220,6 +220,8 @@ def test_image_and_depth_are_cropped_alike_wherever_the_crop_lies(config):
     expected, _, _ = normalise_depth(crop_and_resize(depth, row["crop"], size), np.ones((size, size), bool))
     np.testing.assert_array_equal(row["depth_picture"], expected)
     latents = dataclasses.replace(config, crop="random", source=dataclasses.replace(config.source, latents=True))
+    with pytest.raises(EncodeError, match=r"crop='pad' is for captioned images.* Use center, top, random\."):
+        check_encode_depth(dataclasses.replace(config, crop="pad"))
     with pytest.raises(EncodeError, match="crop='random' says nothing about latents that were encoded elsewhere"):
         check_encode_depth(latents)
 

@@ -10,8 +10,7 @@ from d2f_core.flow.latents import (
     FLIPPED,
     check_fingerprint,
     depth_latent_schema,
-    flip_columns,
-    flipped_latent_schema,
+    image_columns,
     latent_schema,
     noise_columns,
 )
@@ -32,13 +31,18 @@ def test_a_depth_latent_table_is_a_latent_table_with_two_more_columns():
     assert set(schema.names) - set(latent_schema((4, 8, 8)).names) == {"joined_mean", "mask"}
 
 
-def test_mirrored_latents_are_read_where_all_tables_hold_them():
+def test_mirrored_latents_and_masks_are_read_where_all_tables_hold_them():
     plain = Manifest(kind="latents", files=())
     flipped = dataclasses.replace(plain, fingerprint={"flip": True})
-    assert flip_columns([plain, plain]) == () and flip_columns([flipped, flipped]) == FLIPPED
-    check_schema(flipped_latent_schema((4, 8, 8)), latent_schema((4, 8, 8)), where="table")
-    with pytest.raises(SchemaError, match=r"Some latent tables hold mirrored images \(--flip\) and some do not"):
-        flip_columns([flipped, plain])
+    padded = dataclasses.replace(plain, fingerprint={"flip": True, "crop": "pad"})
+    assert image_columns([plain, plain]) == () and image_columns([flipped, flipped]) == FLIPPED
+    assert image_columns([padded]) == (*FLIPPED, "mask")
+    both = latent_schema((4, 8, 8), flipped=True, masked=True)
+    assert set(both.names) - set(latent_schema((4, 8, 8)).names) == {*FLIPPED, "mask"}
+    with pytest.raises(SchemaError, match=r"tables hold flipped_mean, flipped_std \(flip=True at their encoding\) and"):
+        image_columns([flipped, plain])
+    with pytest.raises(SchemaError, match=r"tables hold mask \(crop='pad' at their encoding\) and some do not"):
+        image_columns([flipped, padded])
 
 
 def test_pairs_are_read_with_their_noise_and_not_beside_tables_without():

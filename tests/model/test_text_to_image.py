@@ -69,6 +69,29 @@ def test_flow_times_are_shifted_by_the_size_of_the_images(base: Path):
     assert torch.equal(both, loss(2, times=TimeSampling(shift=3.0)))
 
 
+def test_bars_beside_a_padded_image_are_left_out_of_the_losses(base: Path):
+    task, draw, shape = make(base, caption_dropout=0), np.random.default_rng(0), (3, 4, 8, 8)
+    mask = np.zeros((3, 1, 8, 8), np.uint8)
+    mask[..., 2:5] = 1
+    rows = {
+        "caption": np.array(["a", "b", "c"], object), "row": np.arange(3), "epoch": np.zeros(3, np.int64),
+        "latent_mean": draw.normal(size=shape).astype(np.float16), "latent_std": np.zeros(shape, np.float16),
+    }  # fmt: skip
+    batch = task.to_batch({**rows, "mask": mask})
+    assert batch["mask"].shape == mask.shape and "mask" not in task.to_batch(rows)
+    batch["mask"].requires_grad_()
+    losses = task.loss(task.module, batch)
+    (slope,) = torch.autograd.grad(losses.sum(), batch["mask"])
+    error = slope * batch["mask"].sum((2, 3), keepdim=True) + losses[:, None, None, None]  # of each latent, by the rule
+    inside = (error * batch["mask"]).sum((1, 2, 3)) / batch["mask"].sum((1, 2, 3))
+    torch.testing.assert_close(losses, inside, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(losses, task.loss(task.module, task.to_batch(rows)))
+    masked, whole = (task.validation_loss(task.module, rows | more)[0] for more in ({"mask": mask}, {}))
+    assert masked != whole
+    everything = {"mask": np.ones_like(mask)}
+    assert task.validation_loss(task.module, rows | everything)[0] == pytest.approx(whole)
+
+
 def test_a_shift_is_refused_where_no_flow_times_are_drawn(base: Path):
     with pytest.raises(ValueError, match=r"shift_by_resolution belong to the flow losses.*Remove them"):
         make(base, objective="diffusion", shift_by_resolution=True)

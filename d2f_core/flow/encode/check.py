@@ -9,15 +9,16 @@ from typing import Any
 
 from d2f_core.batch.table_job import TableJob, begun_identity
 from d2f_core.data.aspect_buckets import size_name
-from d2f_core.data.image_rules import Decoding
+from d2f_core.data.image_rules import CROPS, Decoding
 from d2f_core.data.sources.depth import plan_depth
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.listing import SourcePlan
 from d2f_core.flow.encode.actor import LatentEncoder
-from d2f_core.flow.encode.captioned import CAPTIONED, CAPTIONED_AND_FLIPPED
+from d2f_core.flow.encode.captioned import captioned
 from d2f_core.flow.encode.config import EncodeConfig, EncodeDepthConfig, EncodeError, EncodeSettings
 from d2f_core.flow.encode.spec import EncodeKind, EncodeSpec
 from d2f_core.flow.encode.with_depth import DEPTH, DEPTH_LATENTS
+from d2f_core.flow.latents import PADDED
 from d2f_core.identity import identity_values
 from d2f_core.model.autoencoder import autoencoder_fingerprint, check_autoencoder, latent_scale
 from d2f_core.model.base import BaseModel, describe_base
@@ -31,13 +32,18 @@ def check_encode(config: EncodeConfig) -> TableJob:
         ValueError: unusable storage, source, base model or resolution; one line each.
     """
     plan = partial(plan_images, config.source, rows_per_shard=config.rows_per_part)
-    kind = CAPTIONED_AND_FLIPPED if config.flip else CAPTIONED
+    kind = captioned(flipped=config.flip, masked=config.crop == PADDED)
     return _check(config, kind, config.source.uri, plan, text=config.text)
 
 
 def check_encode_depth(config: EncodeDepthConfig) -> TableJob:
     """Like `check_encode`, for images with depth."""
     plan = partial(plan_depth, config.source, rows_per_shard=config.rows_per_part)
+    if config.crop == PADDED:
+        raise EncodeError(
+            f"crop={config.crop!r} is for captioned images; depth beside an image would be learned as depth. Use "
+            f"{', '.join(CROPS)}."
+        )
     if config.source.latents and config.crop != "center":
         raise EncodeError(
             f"crop={config.crop!r} says nothing about latents that were encoded elsewhere; masks beside them are "

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.data.aspect_buckets import BucketSizeError, Size, parse_sizes
-from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Crop, Decoding, ImageRules, check_background, check_crop
+from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Decoding, ImageRules, check_background, check_crop
 from d2f_core.data.sources.config import DepthSource, ImageSource
 from d2f_core.identity import since
 
@@ -30,12 +30,14 @@ class EncodeWork:
     complete."""
     resolution: int = 64
     """Height and width in pixels that every image is cropped and resized to."""
-    crop: Crop = since("center", before="center")
+    crop: Literal["center", "top", "random", "pad"] = since("center", before="center")
     """The part of an image that is kept. `center`: the middle. `top`: the upper end of a tall image, where faces are,
     and the middle of a wide one. `random`: any place, drawn from the sample's id, so that it is the same on any number
-    of readers and in any run."""
+    of readers and in any run. `pad`: all of it, with bars on two sides (of `background`, or black), which a mask leaves
+    out of a training's loss; for captioned images."""
     min_side: int | None = None
-    """Smallest accepted short side in pixels; None: the resolution, so that no image is enlarged."""
+    """Smallest accepted short side in pixels; None: as large as it has to be so that no image is enlarged, which for
+    squares is the resolution."""
     max_pixels: int = 50_000_000
     """Most pixels of an image that are decoded, 16 bytes of memory each. Of a JPEG much larger than the result only a
     fraction is, so that photos of 200 million pixels are read with this."""
@@ -70,7 +72,8 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
         if self.decoding not in (None, "srgb", "stored"):
             raise EncodeError(f"decoding={self.decoding!r} is not known. Use 'srgb', or 'stored' as before profiles.")
         check_background(self.background)
-        check_crop(self.crop)
+        if self.crop != "pad":
+            check_crop(self.crop)
         if self.min_side is not None and self.min_side < 1:
             raise EncodeError(f"min_side={self.min_side} must be at least 1 pixel, or None for the resolution.")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
@@ -93,16 +96,19 @@ class EncodeSettings(AwaitedPoolConfig, EncodeWork):
 
     @property
     def rules(self) -> ImageRules:
-        min_side = self.min_side or (1 if self.sizes else self.resolution)
+        padded = self.crop == "pad"
+        by_size = bool(self.sizes) or padded  # which images would be enlarged depends on their aspect
+        min_side = self.min_side or (1 if by_size else self.resolution)
         return ImageRules(
             resolution=self.resolution,
             min_side=min_side,
             max_pixels=self.max_pixels,
             decoding=self.decoding or "srgb",
             background=self.background,
-            crop=self.crop,
+            fit="pad" if padded else "crop",
+            crop="center" if self.crop == "pad" else self.crop,
             sizes=self.sizes,
-            enlarged=not self.sizes or self.min_side is not None,
+            enlarged=not by_size or self.min_side is not None,
         )
 
 

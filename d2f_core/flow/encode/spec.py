@@ -79,9 +79,13 @@ class EncodeSpec(TableSpec):
 
     def of_size(self, size: Size) -> "EncodeSpec":
         """The specification for pictures of a width and height in pixels."""
-        channels, height, _ = self.latent_shape
-        unit = (self.size or (self.config.resolution,) * 2)[1] // height
+        channels, unit = self.latent_shape[0], self.pixels_per_latent
         return replace(self, size=size, latent_shape=(channels, size[1] // unit, size[0] // unit))
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of a latent's side."""
+        return (self.size or (self.config.resolution,) * 2)[1] // self.latent_shape[1]
 
     def prepared_schema(self) -> pa.Schema:
         """The table's columns that are known before encoding, and the pictures."""
