@@ -45,7 +45,7 @@ HEIC = "HEIC is not read; convert it to JPEG, as the phone does when it is set t
 BYTES_PER_PIXEL = 16
 """Most bytes that decoding takes for a pixel, with all copies."""
 MAX_REDUCED_PIXELS = 500_000_000
-"""Largest width x height of a JPEG that is decoded at a fraction of its size, in little memory but some seconds."""
+"""Largest width x height of a JPEG that is decoded at a fraction of its size, in little memory."""
 REDUCED_TO = 2
 """Times the result's size that a large JPEG is decoded at, at least; what lies between is done by Lanczos."""
 WHITE = "#ffffff"
