@@ -148,10 +148,10 @@ def test_buckets_that_cannot_work_are_refused_at_the_prompt(config, changes, mes
 
 
 @pytest.fixture(scope="module")
-def training(base, config, made) -> FinetuneConfig:
+def training(base, config, made, tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
     return FinetuneConfig(
         model=ModelConfig(base=base, lora=LoraConfig(rank=2), caption_dropout=0),
-        latents=config.output, output="unused", holdout_rows=5,
+        latents=config.output, output=str(tmp_path_factory.mktemp("training") / "run"), holdout_rows=5,
         preview=PreviewConfig(prompts=("a",), steps=1),
         train=TrainConfig(
             num_steps=16, global_batch_size=4, micro_batch_size=1, num_workers=1, seed=3, window_rows=4, lanes=2
