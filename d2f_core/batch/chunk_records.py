@@ -40,7 +40,8 @@ class ChunkRecord:
     read: int
     """Number of samples read, including all those that one ledger entry stands for."""
     bad: tuple[BadSample, ...]
-    """Samples left out; duplicates have only their code as reason, to which `ledger` adds the sample that was kept."""
+    """Samples left out. Of a duplicate of another chunk's sample, the reason is only its code, to which `ledger` adds
+    the place of the sample that was kept."""
     sample_ids: tuple[str, ...] = ()
     """Sample ids of the part's rows."""
     file: TableFile | None = None
@@ -53,6 +54,11 @@ class ChunkRecord:
     @property
     def part_name(self) -> str:
         return f"part-{self.name}.parquet"
+
+    @property
+    def samples(self) -> int:
+        """Number of the shard's samples that the chunk took, each line of the ledger being one."""
+        return len(self.sample_ids) + len(self.bad)
 
     @property
     def unusable(self) -> int:
@@ -103,15 +109,14 @@ def _sizes(output: str) -> dict[str, int]:
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
 
 
-def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[int, frozenset[int]]:
-    """Unfinished shards by number, each with the numbers of its finished chunks."""
-    numbers: dict[int, set[int]] = {}
+def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[int, dict[int, int]]:
+    """Unfinished shards by number, each with its finished chunks: how many samples each took, by number."""
+    done: dict[int, dict[int, int]] = {shard: {} for shard in range(num_shards)}
     ends: dict[int, int] = {}
     for record in records:
-        numbers.setdefault(record.shard, set()).add(record.number)
+        done[record.shard][record.number] = record.samples
         if record.last:
             ends[record.shard] = record.number
-    done = {shard: frozenset(numbers.get(shard, ())) for shard in range(num_shards)}
     return {shard: there for shard, there in done.items() if shard not in ends or len(there) <= ends[shard]}
 
 
@@ -160,9 +165,16 @@ def ledger(output: str, records: Sequence[ChunkRecord]) -> list[BadSample]:
         rows = (row for table in tables for row in table.to_pylist())
         kept = {row["sample_id"]: row["source_uri"] for row in rows if row["sample_id"] in wanted}
 
+    # Whoever was kept within a chunk may itself be the duplicate of an earlier chunk's sample, under another id where a
+    # row is named by its stored bytes.
+    instead = {sample.source_uri: kept[sample.sample_id] for sample in bad if sample.sample_id in kept}
+
     def with_place(sample: BadSample) -> BadSample:
-        known = sample.code == DUPLICATE and sample.sample_id in kept
-        return replace(sample, reason=f"{DUPLICATE}: of {kept[sample.sample_id]}") if known else sample
+        if sample.code != DUPLICATE:
+            return sample
+        told = sample.reason.partition(": of ")[2]
+        place = kept.get(sample.sample_id) or instead.get(told, told)
+        return replace(sample, reason=f"{DUPLICATE}: of {place}") if place else sample
 
     return list(map(with_place, bad))
 

@@ -6,8 +6,9 @@ schedules or bundles rows. Nothing here imports torch, which would slow the star
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -86,25 +87,40 @@ class LoadedActor:
         return self._actor(row) if self._problem is None else refused(row, self._problem)
 
 
-def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:
-    """Check and prepare a chunk's samples; of equal samples, the first usable one is kept."""
+MAX_CHUNK_BYTES = 512 * 2**20
+"""A chunk ends early once its files, such as images that are stored as they are, have so many bytes: what is passed on
+in one piece may not have 2 GiB, and is in memory several times."""
+
+
+def prepare_chunk(samples: Iterable[Sample], spec: TableSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:
+    """Check and prepare a chunk's samples; of equal samples, the first usable one is kept.
+
+    Args:
+        samples: those of the chunk; no more of them is taken once `MAX_CHUNK_BYTES` are reached.
+        where: the record's `shard`, `number` and `last`.
+    """
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
-    seen: set[str] = set()
+    read, size = 0, 0
+    seen: dict[str, str] = {}
     for sample in samples:
-        name = None
+        name, read = None, read + sample.rows
         try:
             if sample.problem:
                 raise BadSampleError(sample.problem)
             name = spec.identify(sample)
             if name in seen:
-                raise BadSampleError(DUPLICATE)
-            good.append({"sample_id": name, "source_uri": sample.source_uri, **spec.prepare(sample)})
+                raise BadSampleError(f"{DUPLICATE}: of {seen[name]}")
+            row = {"sample_id": name, "source_uri": sample.source_uri, **spec.prepare(sample)}
+            good.append(row)
+            size += sum(len(value) for value in row.values() if isinstance(value, bytes))
             # Only after success: an image with broken depth may occur again with good depth.
-            seen.add(name)
+            seen[name] = sample.source_uri
         except BadSampleError as error:
             bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
-    record = ChunkRecord(read=sum(sample.rows for sample in samples), bad=tuple(bad), **where)
+        if size >= MAX_CHUNK_BYTES:
+            break
+    record = ChunkRecord(read=read, bad=tuple(bad), **where)
     return record, _table(good, spec)
 
 
@@ -122,8 +138,8 @@ def _stacked(values: list[Any], column: pa.Field) -> np.ndarray:
     return np.stack(values).astype(dtype, copy=False) if values else np.empty((0, *shape), dtype)
 
 
-def work_item(number: int, shard: Shard, done: frozenset[int]) -> dict[str, Any]:
-    """The input row for one shard; chunks in `done` are skipped."""
+def work_item(number: int, shard: Shard, done: Mapping[int, int]) -> dict[str, Any]:
+    """The input row for one shard; chunks in `done`, by number with how many samples each took, are skipped."""
     return {"shard": number, "work": pickle.dumps((shard, done))}
 
 
@@ -133,14 +149,17 @@ def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
     for item in rows.to_pylist():
         shard, done = pickle.loads(item["work"])  # pickled by this job's driver
         samples = shard.read()
-        number, chunk = 0, list(islice(samples, size))
-        while True:
-            following = list(islice(samples, size))
-            if number not in done:
-                yield pack(*prepare_chunk(chunk, spec, shard=item["shard"], number=number, last=not following))
-            if not following:
-                break
-            number, chunk = number + 1, following
+        number, upcoming = 0, next(samples, None)
+        while number == 0 or upcoming is not None:
+            chunk = chain([] if upcoming is None else [upcoming], samples)
+            if number in done:
+                upcoming = next(islice(chunk, done[number], None), None)
+            else:
+                where = {"shard": item["shard"], "number": number}
+                record, table = prepare_chunk(islice(chunk, size), spec, **where, last=False)
+                upcoming = next(samples, None)
+                yield pack(replace(record, last=upcoming is None), table)
+            number += 1
 
 
 def write_row(row: pa.Table, *, output: str, row_group_rows: int = ROW_GROUP_ROWS) -> pa.Table:

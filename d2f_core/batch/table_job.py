@@ -98,7 +98,7 @@ def _progress(job: TableJob, records: Sequence[ChunkRecord], todo: Mapping[int, 
     return Progress(spec.NAME, source.num_rows, spec.UNIT, done=sum(record.read for record in records))
 
 
-def run_chunks(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
+def run_chunks(job: TableJob, todo: Mapping[int, Mapping[int, int]]) -> Generator[ChunkRecord]:
     """Make the rows of the unfinished shards; yields one record per chunk once it is written.
 
     Raises:
@@ -110,7 +110,7 @@ def run_chunks(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Generator[C
         yield ChunkRecord.from_json(row["record"])
 
 
-def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+def _rows(job: TableJob, todo: Mapping[int, Mapping[int, int]]) -> Iterator[dict[str, Any]]:
     """Run the stages on the cluster; yields the row of `write_row` for each chunk."""
     spec, config = job.spec, job.spec.config
     actors = min(config.num_actors, len(todo))
@@ -157,15 +157,32 @@ def claim_output(spec: TableSpec) -> None:
         OutputError: another job began there (names the differences), or the output holds other files.
     """
     place = join(spec.config.output, PROGRESS, JOB_NAME)
-    if (names := list_names(spec.config.output)) and PROGRESS not in names:
-        raise OutputError(
-            f"{spec.config.output!r} is not empty: it holds {', '.join(names[:5])}. Give another output, or remove "
-            "them."
-        )
+    _refuse_strange(spec.config.output)
     try:
         write_bytes(place, json.dumps(spec.identity(), indent=1, sort_keys=True).encode(), exclusive=True)
     except FileExistsError:
         _refuse_other(spec, json.loads(read_bytes(place)), "is an unfinished table")
+
+
+def check_output(spec: TableSpec) -> None:
+    """Refuse at the prompt what `make_table` would refuse when it runs.
+
+    Raises:
+        OutputError: the output holds a table of another job, finished or not (names the differences), or other files.
+    """
+    if manifest_exists(spec.config.output):
+        check_complete_table(spec, read_manifest(spec.config.output))
+    elif begun := begun_identity(spec.config.output):
+        _refuse_other(spec, begun, "is an unfinished table")
+    else:
+        _refuse_strange(spec.config.output)
+
+
+def _refuse_strange(output: str) -> None:
+    if (names := list_names(output)) and PROGRESS not in names:
+        raise OutputError(
+            f"{output!r} is not empty: it holds {', '.join(names[:5])}. Give another output, or remove them."
+        )
 
 
 def begun_identity(output: str) -> dict[str, Any] | None:

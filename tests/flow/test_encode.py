@@ -347,8 +347,8 @@ def test_another_job_at_the_same_output_is_refused_with_the_reason(finished, con
     (encode_here if finished else encode_some)(config)
 
     def refuse(message: str, **changes) -> None:
-        with pytest.raises(OutputError, match=message):
-            make_table(check_encode(dataclasses.replace(config, **changes)))
+        with pytest.raises(OutputError, match=message):  # at the prompt, and so in a dry run
+            check_encode(dataclasses.replace(config, **changes))
 
     refuse("resolution was 16, now 8", resolution=8)
     refuse("autoencoder was [0-9a-f]{64}, now [0-9a-f]{64}", base=other_base)

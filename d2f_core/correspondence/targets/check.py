@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from d2f_core.batch.table_job import TableJob
+from d2f_core.batch.table_job import TableJob, check_output
 from d2f_core.correspondence.targets.actor import PairEmbedder
 from d2f_core.correspondence.targets.config import EmbedPairsConfig, PairsError
 from d2f_core.correspondence.targets.source import plan
@@ -44,6 +44,7 @@ def check_embed_pairs(config: EmbedPairsConfig) -> TableJob:
         "targets": _targets(config, manifest),
     }
     spec = PairsSpec(config=config, fingerprint=fingerprint, inputs=inputs, size=size)
+    check_output(spec)
     return TableJob(spec=spec, source=planned, actor=PairEmbedder)
 
 
