@@ -6,7 +6,7 @@ schedules or bundles rows. Nothing here imports torch, which would slow the star
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
@@ -92,15 +92,19 @@ MAX_CHUNK_BYTES = 512 * 2**20
 in one piece may not have 2 GiB, and is in memory several times."""
 
 
-def prepare_chunk(samples: Iterable[Sample], spec: TableSpec, **where: Any) -> tuple[ChunkRecord, pa.Table]:
+def prepare_chunk(
+    samples: Iterable[Sample], spec: TableSpec, *, known: Container[str] = (), **where: Any
+) -> tuple[ChunkRecord, pa.Table]:
     """Check and prepare a chunk's samples; of equal samples, the first usable one is kept.
 
     Args:
         samples: those of the chunk; no more of them is taken once `MAX_CHUNK_BYTES` are reached.
+        known: ids of the samples that a growing table has; they are named in the record, and not prepared.
         where: the record's `shard`, `number` and `last`.
     """
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
+    there: dict[str, str] = {}
     read, size = 0, 0
     seen: dict[str, str] = {}
     for sample in samples:
@@ -111,6 +115,9 @@ def prepare_chunk(samples: Iterable[Sample], spec: TableSpec, **where: Any) -> t
             name = spec.identify(sample)
             if name in seen:
                 raise BadSampleError(f"{DUPLICATE}: of {seen[name]}")
+            if name in known:
+                seen[name] = there[name] = sample.source_uri
+                continue
             row = {"sample_id": name, "source_uri": sample.source_uri, **spec.prepare(sample)}
             good.append(row)
             size += sum(len(value) for value in row.values() if isinstance(value, bytes))
@@ -120,7 +127,8 @@ def prepare_chunk(samples: Iterable[Sample], spec: TableSpec, **where: Any) -> t
             bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
         if size >= MAX_CHUNK_BYTES:
             break
-    record = ChunkRecord(read=read, bad=tuple(bad), **where)
+    known_ones = {"known_ids": tuple(there), "known_places": tuple(there.values())}
+    record = ChunkRecord(read=read, bad=tuple(bad), **known_ones, **where)
     return record, _table(good, spec)
 
 
@@ -143,8 +151,8 @@ def work_item(number: int, shard: Shard, done: Mapping[int, int]) -> dict[str, A
     return {"shard": number, "work": pickle.dumps((shard, done))}
 
 
-def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
-    """Read the shards of work items, and yield their prepared chunks."""
+def prepare_shards(rows: pa.Table, *, spec: TableSpec, known: Container[str] = ()) -> Iterator[pa.Table]:
+    """Read the shards of work items, and yield their prepared chunks; of `known` samples only the ids."""
     size = spec.config.rows_per_part
     for item in rows.to_pylist():
         shard, done = pickle.loads(item["work"])  # pickled by this job's driver
@@ -156,7 +164,7 @@ def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
                 upcoming = next(islice(chunk, done[number], None), None)
             else:
                 where = {"shard": item["shard"], "number": number}
-                record, table = prepare_chunk(islice(chunk, size), spec, **where, last=False)
+                record, table = prepare_chunk(islice(chunk, size), spec, known=known, **where, last=False)
                 upcoming = next(samples, None)
                 yield pack(replace(record, last=upcoming is None), table)
             number += 1

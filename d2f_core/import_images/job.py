@@ -82,7 +82,7 @@ def check_import(config: ImportImagesConfig) -> ImportJob:
         config=config, table=TableJob(spec=spec, source=planned, actor=Passing), inputs={**spec.identity(), **parted}
     )
     _refuse_other(job)
-    check_output(spec)
+    check_output(job.table)
     return job
 
 

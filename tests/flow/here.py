@@ -51,7 +51,7 @@ def prepared_rows(job: table_job.TableJob, todo: Mapping[int, Mapping[int, int]]
     """The chunks of unfinished shards as they come to an encoder, one after the other."""
     for number, done in todo.items():
         items = pa.Table.from_pylist([work_item(number, job.source.shards[number], done)])
-        yield from prepare_shards(items, spec=job.spec)
+        yield from prepare_shards(items, spec=job.spec, known=job.known)
 
 
 def encode_here(job: table_job.TableJob, todo: Mapping[int, Mapping[int, int]]) -> Iterator[dict[str, Any]]:

@@ -51,8 +51,9 @@ def check_embed(config: EmbedConfig) -> TableJob:
         _check_class_token(config)
         fingerprint["embedding"] = {"of": config.embedded_column, "pooling": config.pooling}
     spec = EmbedSpec(config=config, fingerprint=fingerprint, inputs=inputs, shapes=shapes, points=points)
-    check_output(spec)
-    return TableJob(spec=spec, source=planned, actor=Embedder)
+    job = TableJob(spec=spec, source=planned, actor=Embedder)
+    check_output(job)
+    return job
 
 
 def describe_teacher(config: TeacherConfig) -> tuple[tuple[int, int], str]:

@@ -44,8 +44,9 @@ def check_embed_pairs(config: EmbedPairsConfig) -> TableJob:
         "targets": _targets(config, manifest),
     }
     spec = PairsSpec(config=config, fingerprint=fingerprint, inputs=inputs, size=size)
-    check_output(spec)
-    return TableJob(spec=spec, source=planned, actor=PairEmbedder)
+    job = TableJob(spec=spec, source=planned, actor=PairEmbedder)
+    check_output(job)
+    return job
 
 
 def dropped_share(uri: str, manifest: Manifest) -> float:

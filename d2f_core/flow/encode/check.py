@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2f_core.batch.table_job import TableJob, begun_identity, check_output
+from d2f_core.batch.table_claim import begun_identity
+from d2f_core.batch.table_job import TableJob, check_output
 from d2f_core.data.image_rules import Decoding
 from d2f_core.data.sources.config import lies_in
 from d2f_core.data.sources.depth import plan_depth
@@ -76,8 +77,9 @@ def _check(
         **(inputs or {}),
     }
     spec = EncodeSpec(config=config, kind=kind, fingerprint=fingerprint, inputs=made_from, latent_shape=shape)
-    check_output(spec)
-    return TableJob(spec=spec, source=planned, actor=LatentEncoder)
+    job = TableJob(spec=spec, source=planned, actor=LatentEncoder)
+    check_output(job)
+    return job
 
 
 def chosen_decoding(config: EncodeSettings) -> Decoding:

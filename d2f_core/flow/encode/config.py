@@ -26,7 +26,7 @@ class EncodeWork:
     """Base model whose autoencoder (and text encoder) is used: a directory, s3:// prefix or hub id."""
     output: str = ""
     """Where the latent table is written; repeating the command resumes the job, and does nothing once it is
-    complete."""
+    complete. Without depth, a source that has changed gives it a further version."""
     resolution: int = 64
     """Height and width in pixels that every image is cropped and resized to."""
     min_side: int | None = None

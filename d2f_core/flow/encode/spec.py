@@ -38,6 +38,8 @@ class EncodeKind:
     prepare: Callable[[Any, "EncodeSpec"], dict[str, Any]]
     """Sample -> its pictures and the columns that are known before encoding, except `sample_id`, `source_uri` and
     `bucket`; raises BadImageError when the sample is unusable."""
+    grows: bool = False
+    """Whether the id is a hash of all parts of a sample (see `TableSpec.grows`)."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     """Values that the kind adds to the table's fingerprint."""
 
@@ -68,6 +70,10 @@ class EncodeSpec(TableSpec):
 
     def identify(self, sample: Any) -> str:
         return self.kind.identify(sample)
+
+    @property
+    def grows(self) -> bool:
+        return self.kind.grows
 
     def prepare(self, sample: Any) -> dict[str, Any]:
         size = self.config.resolution
