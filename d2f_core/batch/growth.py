@@ -31,7 +31,7 @@ from d2f_core.batch.chunk_records import (
 )
 from d2f_core.batch.output import map_ahead, threads_for
 from d2f_core.batch.table_claim import SOURCE_DIGEST, begun_identity
-from d2f_core.batch.table_spec import TableSpec
+from d2f_core.batch.table_spec import TableJobError, TableSpec
 from d2f_core.data.manifest import Manifest, TableFile, read_file, write_part
 from d2f_core.data.quarantine import DUPLICATE, BadSample, read_quarantine
 from d2f_core.data.sources.listing import SourcePlan
@@ -115,12 +115,21 @@ def compare(spec: TableSpec, before: Manifest, version: int, place: str, records
     Args:
         place: where the new samples' chunks are.
         records: of all chunks of the source.
+
+    Raises:
+        TableJobError: more rows would be lost than the spec allows.
     """
     output, ordered = spec.config.output, sorted(records, key=in_order)
     is_new = first_of_each([record.sample_ids for record in ordered])
     again, known_places = _known_again(place, ordered)
     found = np.array([name.encode() for record in ordered for name in record.known_ids], np.bytes_)
     stays = np.isin(row_ids(output, before), found)
+    if (removed := int((~stays).sum())) > spec.max_removed_share * len(stays):
+        raise TableJobError(
+            f"{removed} of the {len(stays)} samples in {output!r} are not in {spec.inputs['source']!r} any more, and "
+            f"max_removed_share={spec.max_removed_share:g} allows fewer. Check that the source is whole; or raise the "
+            "limit, and the same command goes on from here."
+        )
     files = [*_remaining(spec, before, stays, version), *_packed(spec, place, ordered, is_new, version)]
     told = [
         replace(record, bad=(*record.bad, *_dropped(place, record, kept), *again.get(number, ())))
@@ -131,7 +140,7 @@ def compare(spec: TableSpec, before: Manifest, version: int, place: str, records
         records=told,
         bad=ledger(place, told, known_places),
         new=sum(int(kept.sum()) for kept in is_new),
-        removed=int((~stays).sum()),
+        removed=removed,
         unchanged=int(stays.sum()),
     )
 

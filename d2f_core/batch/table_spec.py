@@ -102,6 +102,11 @@ class TableSpec(ABC):
         return False
 
     @property
+    def max_removed_share(self) -> float:
+        """Largest share of a table's rows that a further version may lose."""
+        return 1.0
+
+    @property
     def row_group_rows(self) -> int:
         """Rows per row group of the table's files, the smallest piece that a reader can fetch; fewer where rows are
         large (see `manifest.rows_per_group`). It affects the files' bytes: whatever it depends on belongs to `inputs`.

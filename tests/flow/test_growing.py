@@ -23,7 +23,7 @@ from d2f_core.data.table_history import read_version, read_versions
 from d2f_core.data.table_reader import read_columns
 from d2f_core.flow.encode import actor
 from d2f_core.flow.encode.check import check_encode
-from d2f_core.flow.encode.config import EncodeConfig
+from d2f_core.flow.encode.config import EncodeConfig, EncodeError
 from d2f_core.storage import join, list_names, read_bytes
 from infra.local.stack import StackEnv
 from tests.data.pictures import pictures, tar_bytes, write_folder, write_parquet
@@ -230,6 +230,19 @@ def test_an_unfinished_growth_of_another_state_of_the_source_is_refused_at_the_p
     with pytest.raises(OutputError, match=r"_growing' is an unfinished version of another job: source_digest was"):
         check_encode(config)
     assert read_manifest(config.output).num_rows == 13
+
+
+def test_a_source_that_lost_most_of_its_images_makes_no_version_unless_that_is_asked_for(config, encoded):
+    make(config)
+    remove(config, *(f"{number:03d}" for number in range(8)))
+    write_folder(config.source.uri, pictures(1, first=50))
+    with pytest.raises(TableJobError, match=r"8 of the 13 samples in .* not in .*images' any more, and max_removed_sh"):
+        make(config)
+    assert read_manifest(config.output).num_rows == 13
+    encoded.clear()
+    assert make(dataclasses.replace(config, max_removed_share=0.7)).num_rows == 6 and sum(encoded) == 0
+    with pytest.raises(EncodeError, match=r"max_removed_share=1\.5 must lie in \[0, 1\]"):
+        dataclasses.replace(config, max_removed_share=1.5)
 
 
 def test_another_change_beside_the_source_is_refused_as_before(config):

@@ -95,6 +95,14 @@ class EncodeConfig(EncodeSettings):
     """Source of captioned images."""
     text: Literal["online", "states"] = "online"
     """`online`: captions are encoded during training. `states`: text states are stored, in about 5 times the bytes."""
+    max_removed_share: float = since(0.5, before=0.5)
+    """Largest share of a finished table's images that may be gone from the source when the table gets a further
+    version; with more, it is rather the source that is not whole."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.max_removed_share <= 1:
+            raise EncodeError(f"max_removed_share={self.max_removed_share} must lie in [0, 1]. Use 0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)

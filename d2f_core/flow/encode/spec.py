@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from d2f_core.batch.table_spec import TableSpec
 from d2f_core.data.schema import array_field
-from d2f_core.flow.encode.config import EncodeSettings
+from d2f_core.flow.encode.config import EncodeConfig, EncodeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,10 @@ class EncodeSpec(TableSpec):
     @property
     def grows(self) -> bool:
         return self.kind.grows
+
+    @property
+    def max_removed_share(self) -> float:
+        return self.config.max_removed_share if isinstance(self.config, EncodeConfig) else super().max_removed_share
 
     def prepare(self, sample: Any) -> dict[str, Any]:
         size = self.config.resolution
