@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d2f_core import storage
-from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.manifest import Manifest
 from d2f_core.flow.latents import noise_columns
 from d2f_core.model.artifact import describe, upload_artifact
 from d2f_core.model.base import BaseModel, describe_base
@@ -19,6 +19,7 @@ from d2f_core.train.selection import select
 from pipelines.cli import from_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.export_config import CheckpointExportConfig
+from pipelines.latent_versions import begun_with
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def check_checkpoint(config: CheckpointExportConfig) -> _Found:
     found = select(config.run, config.step, run.train.retention)
     storage.check_reachable(config.base or run.model.base)
     base = describe_base(config.base or run.model.base).read_as(run.model.base_prediction)
-    manifests = [read_manifest(uri) for uri in run.tables]
+    manifests = begun_with(run, base.content_hash, found.manifest.identity)
     if (identity := run.identity(base.content_hash, manifests)) != found.manifest.identity:
         raise CheckpointError(
             f"{found.uri} has the identity {found.manifest.identity[:12]}; config.yaml, base and latents as they are "

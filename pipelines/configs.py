@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from d2f_core.identity import identity_hash, identity_values
+from d2f_core.identity import identity_hash, identity_values, since
 from d2f_core.model.config import AutoencoderLossConfig, ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.train.config import TrainConfig
 
@@ -21,6 +21,9 @@ class FinetuneConfig:
     """Latent table to train on, or the output of an encoding by `--buckets`, which holds one per image size."""
     more_latents: tuple[str, ...] = ()
     """Further tables, each with another image size; every batch comes from a single table."""
+    latents_versions: tuple[int, ...] = since((), before=())
+    """Version of each table, that of `latents` first; empty: the newest, and of a training that goes on those that it
+    began with."""
     output: str
     """Where checkpoints and the resolved config are written; the same output resumes the training."""
     holdout_rows: int = 32
@@ -33,6 +36,13 @@ class FinetuneConfig:
     """MLflow experiment."""
     name: str = "finetune"
     """MLflow run name."""
+
+    def __post_init__(self) -> None:
+        if len(self.latents_versions) not in (0, len(self.tables)) or min(self.latents_versions, default=1) < 1:
+            raise ValueError(
+                f"latents_versions={self.latents_versions} must be a number from 1 on for each of the "
+                f"{len(self.tables)} tables, or be left out for the newest."
+            )
 
     @property
     def tables(self) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ r"""Encode captioned images into a latent table.
     python -m pipelines.encode_latents twemoji --source.uri s3://photos/2019 --base /models/sd15 --resolution 512 \
         --output s3://d2f/latents/photos
 
-The same command resumes a killed job, and does nothing once the table is complete.
+The same command resumes a killed job, and does nothing once the table is complete. When the source has changed, it
+encodes what is new, and the table gets a further version.
 """
 
 from d2f_core.data.sources.config import ImageSource

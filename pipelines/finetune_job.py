@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from d2f_core import storage
-from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.manifest import Manifest
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.flow.estimate.job import worker_bytes
 from d2f_core.flow.latents import check_fingerprint
@@ -20,6 +20,7 @@ from pipelines.checkpoint_export import default_weights, write_model
 from pipelines.cli import from_yaml
 from pipelines.configs import FinetuneConfig
 from pipelines.finetune_task import build_task, check_task, make_plan
+from pipelines.latent_versions import begun_with, chosen_tables
 from pipelines.training import TrainingJob
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class CheckedFinetune:
         """The job to run, which the base's hash belongs to."""
         return FinetuneJob(
             config=self.config,
-            build_task=functools.partial(build_task, self.config, self.base.content_hash),
+            build_task=functools.partial(build_task, self.config, self.base.content_hash, self.plan),
             plan=self.plan,
             identity=self.identity,
             base=self.base,
@@ -92,11 +93,11 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
     base = describe_base(config.model.base).read_as(config.model.base_prediction)
-    manifests = [read_manifest(uri) for uri in config.tables]
     logger.info(
         "%s: %s; not probed here, the first worker compares it with the weights", base.uri, base.prediction_type
     )
     check_networks(base, config.model)
+    manifests = chosen_tables(config)
     autoencoder = autoencoder_fingerprint(base)
     for manifest in manifests:
         check_fingerprint(manifest, autoencoder)
@@ -106,6 +107,8 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
     config = replace(config, model=replace(config.model, start=pin_model(config.model.start)))
     if begun := list_checkpoints(config.output):
         config = _as_begun(config)
+        manifests = begun_with(config, base.content_hash, begun[-1].manifest.identity)
+        plan = make_plan(config, base, manifests)
     checked = CheckedFinetune(config=config, base=base, manifests=manifests, plan=plan)
     if begun:
         candidates(config.output, checked.identity)  # raises if the output holds another training

@@ -6,7 +6,8 @@ import json
 
 from d2f_core import storage
 from d2f_core.data.arrays import table_to_arrays
-from d2f_core.data.manifest import Manifest, read_manifest
+from d2f_core.data.manifest import Manifest
+from d2f_core.data.plan_reader import planned_table
 from d2f_core.data.schema import SchemaError
 from d2f_core.data.size_tables import tables_of
 from d2f_core.data.stream_plan import StreamPlan
@@ -28,11 +29,12 @@ COLUMNS = TextToImage.columns
 TASKS: dict[str, type[LatentTask]] = {"text_to_image": TextToImage, "image_to_depth": ImageToDepth}
 
 
-def build_task(config: FinetuneConfig, base_hash: str, device: str) -> Task:
+def build_task(config: FinetuneConfig, base_hash: str, plan: StreamPlan, device: str) -> Task:
     """What a worker trains; called once on each.
 
     Args:
         base_hash: content hash of the base model where the training started.
+        plan: of the training; it names the versions of the tables.
 
     Raises:
         BaseModelError: this node has another base model.
@@ -49,7 +51,7 @@ def build_task(config: FinetuneConfig, base_hash: str, device: str) -> Task:
         module=task.module,
         to_batch=lambda table: task.to_batch(table_to_arrays(table)),
         loss_fn=task.loss,
-        evaluate=functools.partial(evaluate, config, task),
+        evaluate=functools.partial(evaluate, config, plan, task),
         make_grid=functools.partial(image_grid, columns=config.preview.columns),
     )
 
@@ -66,10 +68,9 @@ def on_this_node(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, start=resolve_model(model.start))
 
 
-def evaluate(config: FinetuneConfig, task: LatentTask) -> Evaluation:
+def evaluate(config: FinetuneConfig, plan: StreamPlan, task: LatentTask) -> Evaluation:
     """The validation loss of the held-out rows, and the preview's images."""
-    manifests = [read_manifest(uri) for uri in config.tables]
-    plan = make_plan(config, task.base, manifests)
+    manifests = [planned_table(plan, uri) for uri in config.tables]
     total, count, shown, at_once = 0.0, 0, None, config.train.micro_batch_size  # what training has room for
     tables = [table for given in zip(config.tables, manifests, strict=True) for table in tables_of(*given)]
     for source, (_, manifest) in zip(plan.sources, tables, strict=True):

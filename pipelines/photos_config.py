@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.config import ImageSource, lies_in
 from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.evaluate.config import AUTO, EvaluateConfig
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
@@ -59,6 +59,11 @@ class PhotosConfig:
         if not self.source.uri:
             raise ValueError("source.uri is empty. Give --source.uri URI: a folder, tars or parquet of photos.")
         check_name(self.name)
+        if lies_in(self.output, self.source.uri):
+            raise ValueError(
+                f"place={self.place!r} puts the outputs, {self.output!r}, inside the source {self.source.uri!r}. Give "
+                "--place URI: a directory beside it."
+            )
         if self.shown < 1:
             raise ValueError(f"shown={self.shown} must be at least 1.")
         if self.encode.buckets or self.encode.crop != "center":

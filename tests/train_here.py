@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2f_core.data.manifest import read_manifest
-from d2f_core.data.plan_reader import EPOCH, ROW
+from d2f_core.data.plan_reader import EPOCH, ROW, planned_table
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.data.table_reader import RowReader
 from d2f_core.tracking import RunHandle
@@ -49,7 +48,7 @@ class PlainEngine:
 
 
 def rows_of(plan: StreamPlan) -> Iterator[pa.Table]:
-    readers = [RowReader(source.uri, read_manifest(source.uri), plan.columns) for source in plan.sources]
+    readers = [RowReader(source.uri, planned_table(plan, source.uri), plan.columns) for source in plan.sources]
     for number in range(plan.num_steps * plan.per_step(1)):
         one = plan.micro_batch(number, 0, 1)
         table = readers[one.source].read(one.rows).append_column(EPOCH, pa.array(one.epochs))

@@ -14,7 +14,7 @@ A record counts only while its part exists with the size in the record, and a ch
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
@@ -45,7 +45,8 @@ class ChunkRecord:
     read: int
     """Number of samples read, including all those that one ledger entry stands for."""
     bad: tuple[BadSample, ...]
-    """Samples left out; duplicates have only their code as reason, to which `ledger` adds the sample that was kept."""
+    """Samples left out. Of a duplicate of another chunk's sample, the reason is only its code, to which `ledger` adds
+    the place of the sample that was kept."""
     sample_ids: tuple[str, ...] = ()
     """Sample ids of the part's rows."""
     file: TableFile | None = None
@@ -56,6 +57,10 @@ class ChunkRecord:
     """Number of the record among those of its chunk; the first counts all that was read."""
     parts: int = 1
     """Records of the chunk."""
+    known_ids: tuple[str, ...] = ()
+    """Ids of samples whose rows the table had before it grew."""
+    known_places: tuple[str, ...] = ()
+    """Their places in the source; empty where only the ids are kept, because a driver holds all records."""
 
     @property
     def chunk(self) -> str:
@@ -71,14 +76,24 @@ class ChunkRecord:
         return join(self.table, f"part-{self.chunk}.parquet") if self.table else f"part-{self.chunk}.parquet"
 
     @property
+    def samples(self) -> int:
+        """Number of the shard's samples that the chunk took, each line of the ledger being one."""
+        return len(self.sample_ids) + len(self.known_ids) + len(self.bad)
+
+    @property
     def unusable(self) -> int:
         """Number of samples that are lost; duplicates do not count."""
         return sum(bad.rows for bad in self.bad if bad.code != DUPLICATE)
+
+    def without_places(self) -> "ChunkRecord":
+        return replace(self, known_places=())
 
     def to_json(self) -> str:
         content = asdict(self)
         if not self.table:  # as it was before a job could write several
             del content["table"], content["part"], content["parts"]
+        if not self.known_ids:  # as earlier releases wrote it
+            del content["known_ids"], content["known_places"]
         return json.dumps(content)
 
     @classmethod
@@ -87,7 +102,8 @@ class ChunkRecord:
         file = content.pop("file")
         content["file"] = TableFile.from_json(file) if file else None
         content["bad"] = tuple(BadSample(**bad) for bad in content["bad"])
-        return cls(**{**content, "sample_ids": tuple(content["sample_ids"])})
+        lists = ("sample_ids", "known_ids", "known_places")
+        return cls(**{**content, **{name: tuple(content.get(name, ())) for name in lists}})
 
 
 def write_chunk(
@@ -107,11 +123,16 @@ def read_records(output: str) -> list[ChunkRecord]:
     with ThreadPoolExecutor(READ_THREADS) as pool:
         texts = pool.map(lambda name: read_bytes(join(output, PROGRESS, name)), names)
         # Older records count duplicates without naming them; such a chunk is made again.
-        records = [ChunkRecord.from_json(text) for text in texts if b'"duplicates":' not in text]
+        records = [ChunkRecord.from_json(text).without_places() for text in texts if b'"duplicates":' not in text]
     sizes = _sizes(output, {"", *(record.table for record in records)})
     there = [record for record in records if record.file is None or sizes.get(record.file.path) == record.file.size]
     parts = Counter(record.chunk for record in there)
     return [record for record in there if parts[record.chunk] == record.parts]
+
+
+def stored_record(output: str, record: ChunkRecord) -> ChunkRecord:
+    """The record as it is stored, with the places of known samples."""
+    return ChunkRecord.from_json(read_bytes(join(output, PROGRESS, f"{record.name}.json")))
 
 
 def _sizes(output: str, tables: Iterable[str]) -> dict[str, int]:
@@ -126,15 +147,15 @@ def _sizes(output: str, tables: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[int, frozenset[int]]:
-    """Unfinished shards by number, each with the numbers of its finished chunks."""
-    numbers: dict[int, set[int]] = {}
+def unfinished_shards(num_shards: int, records: Iterable[ChunkRecord]) -> dict[int, dict[int, int]]:
+    """Unfinished shards by number, each with its finished chunks: how many samples each took, by number."""
+    done: dict[int, dict[int, int]] = {shard: {} for shard in range(num_shards)}
     ends: dict[int, int] = {}
     for record in records:
-        numbers.setdefault(record.shard, set()).add(record.number)
+        there = done[record.shard]
+        there[record.number] = there.get(record.number, 0) + record.samples
         if record.last:
             ends[record.shard] = record.number
-    done = {shard: frozenset(numbers.get(shard, ())) for shard in range(num_shards)}
     return {shard: there for shard, there in done.items() if shard not in ends or len(there) <= ends[shard]}
 
 
@@ -146,17 +167,20 @@ def drop_duplicates(
     Safe to repeat: an earlier chunk always keeps the sample that is dropped, and a part whose rewriting was interrupted
     no longer matches its record, so its chunk is made again.
     """
-    ordered = sorted(records, key=_in_order)
+    ordered = sorted(records, key=in_order)
+    return [
+        record if kept.all() else _keep_rows(output, record, kept, row_group_rows)
+        for record, kept in zip(ordered, first_of_each([record.sample_ids for record in ordered]), strict=True)
+    ]
+
+
+def first_of_each(names: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    """For each list of sample ids, which of them stand in no list before, nor earlier in it; bool [ids]."""
     # Bytes take a quarter of NumPy text's memory; they are as long as the longest id, whatever a system's ids are.
-    ids = np.array([sample.encode() for record in ordered for sample in record.sample_ids], dtype=np.bytes_)
-    keep = np.zeros(len(ids), dtype=bool)
-    keep[np.unique(ids, return_index=True)[1]] = True
-    result, first = [], 0
-    for record in ordered:
-        kept = keep[first : first + len(record.sample_ids)]
-        first += len(kept)
-        result.append(record if kept.all() else _keep_rows(output, record, kept, row_group_rows))
-    return result
+    ids = np.array([name.encode() for some in names for name in some], dtype=np.bytes_)
+    is_first = np.zeros(len(ids), dtype=bool)
+    is_first[np.unique(ids, return_index=True)[1]] = True
+    return np.split(is_first, np.cumsum([len(some) for some in names])[:-1]) if names else []
 
 
 def _keep_rows(output: str, record: ChunkRecord, kept: np.ndarray, row_group_rows: int) -> ChunkRecord:
@@ -169,31 +193,48 @@ def _keep_rows(output: str, record: ChunkRecord, kept: np.ndarray, row_group_row
     return write_chunk(output, record, table.filter(pa.array(kept)), row_group_rows=row_group_rows)
 
 
-def ledger(output: str, records: Sequence[ChunkRecord]) -> list[BadSample]:
+def ledger(
+    output: str, records: Sequence[ChunkRecord], known_places: Mapping[str, str] | None = None
+) -> list[BadSample]:
     """All samples that were left out, in the order of the source; duplicates name the location of the sample that was
     kept.
 
     In a job that was stopped midway, the chunk of the kept sample may not be finished; its location is then omitted.
+
+    Args:
+        known_places: location by id of those that a growing table had before.
     """
-    bad = [sample for record in sorted(records, key=_in_order) for sample in record.bad]
+    ordered = sorted(records, key=in_order)
+    bad = [sample for record in ordered for sample in record.bad]
     wanted = {sample.sample_id for sample in bad if sample.code == DUPLICATE}
-    parts = [record.part_name for record in records if not wanted.isdisjoint(record.sample_ids)]
+    parts = [record.part_name for record in ordered if not wanted.isdisjoint(record.sample_ids)]
+    kept = dict(known_places or {})
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        tables = pool.map(lambda name: _places(join(output, name)), parts)
-        rows = (row for table in tables for row in table.to_pylist())
-        kept = {row["sample_id"]: row["source_uri"] for row in rows if row["sample_id"] in wanted}
+        for table in pool.map(lambda name: read_places(join(output, name)), parts):
+            for row in table.to_pylist():
+                if row["sample_id"] in wanted:
+                    kept.setdefault(row["sample_id"], row["source_uri"])
+
+    # Whoever was kept within a chunk may itself be the duplicate of an earlier chunk's sample, under another id where a
+    # row is named by its stored bytes.
+    instead = {sample.source_uri: kept[sample.sample_id] for sample in bad if sample.sample_id in kept}
 
     def with_place(sample: BadSample) -> BadSample:
-        known = sample.code == DUPLICATE and sample.sample_id in kept
-        return replace(sample, reason=f"{DUPLICATE}: of {kept[sample.sample_id]}") if known else sample
+        if sample.code != DUPLICATE:
+            return sample
+        told = sample.reason.partition(": of ")[2]
+        place = kept.get(sample.sample_id or "") or instead.get(told, told)
+        return replace(sample, reason=f"{DUPLICATE}: of {place}") if place else sample
 
     return list(map(with_place, bad))
 
 
-def _places(part: str) -> pa.Table:
+def read_places(part: str, columns: Sequence[str] = PLACE_COLUMNS) -> pa.Table:
+    """Columns of a part that tell of its samples, without the rest of it."""
     fs, path = arrow_filesystem(part)
-    return retried(f"read {part}", lambda: pq.read_table(path, columns=list(PLACE_COLUMNS), filesystem=fs))
+    return retried(f"read {part}", lambda: pq.read_table(path, columns=list(columns), filesystem=fs))
 
 
-def _in_order(record: ChunkRecord) -> tuple[int, int, int]:
+def in_order(record: ChunkRecord) -> tuple[int, int, int]:
+    """Sort key: the order of the source."""
     return record.shard, record.number, record.part

@@ -4,11 +4,11 @@ A chunk is passed on as a whole, so that forward passes and files are determined
 schedules or bundles rows. Nothing here imports torch, which would slow the start of every task process.
 """
 
-import itertools
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -87,31 +87,54 @@ class LoadedActor:
         return self._actor(row) if self._problem is None else refused(row, self._problem)
 
 
-def prepare_chunk(samples: Sequence[Sample], spec: TableSpec, **where: Any) -> Iterator[tuple[ChunkRecord, pa.Table]]:
+MAX_CHUNK_BYTES = 512 * 2**20
+"""A chunk ends early once its files, such as images that are stored as they are, have so many bytes: what is passed on
+in one piece may not have 2 GiB, and is in memory several times."""
+
+
+def prepare_chunk(
+    samples: Iterable[Sample], spec: TableSpec, *, known: Container[str] = (), **where: Any
+) -> Iterator[tuple[ChunkRecord, pa.Table]]:
     """Check and prepare a chunk's samples; of equal samples, the first usable one is kept.
 
+    Args:
+        samples: those of the chunk; no more of them is taken once `MAX_CHUNK_BYTES` are reached.
+        known: ids of the samples that a growing table has; they are named in the record, and not prepared.
+        where: the record's `shard`, `number` and `last`.
+
     Yields:
-        The chunk in one part for each of the spec's tables that it has rows of, or one part without rows.
+        The chunk in one part for each of the spec's tables that it has rows of, or one part without rows. Its samples
+        are taken before the first.
     """
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
-    seen: set[str] = set()
+    there: dict[str, str] = {}
+    read, size = 0, 0
+    seen: dict[str, str] = {}
     for sample in samples:
-        name = None
+        name, read = None, read + sample.rows
         try:
             if sample.problem:
                 raise BadSampleError(sample.problem)
             name = spec.identify(sample)
             if name in seen:
-                raise BadSampleError(DUPLICATE)
-            good.append({"sample_id": name, "source_uri": sample.source_uri, **spec.prepare(sample)})
+                raise BadSampleError(f"{DUPLICATE}: of {seen[name]}")
+            if name in known:
+                seen[name] = there[name] = sample.source_uri
+                continue
+            row = {"sample_id": name, "source_uri": sample.source_uri, **spec.prepare(sample)}
+            good.append(row)
+            size += sum(len(value) for value in row.values() if isinstance(value, bytes))
             # Only after success: an image with broken depth may occur again with good depth.
-            seen.add(name)
+            seen[name] = sample.source_uri
         except BadSampleError as error:
             bad.append(BadSample(source_uri=sample.source_uri, sample_id=name, reason=str(error), rows=sample.rows))
+        if size >= MAX_CHUNK_BYTES:
+            break
     names = [spec.table_of(row) for row in good]
     tables = [name for name in spec.tables if name in names] or [""]
-    counted: dict[str, Any] = {"read": sum(sample.rows for sample in samples), "bad": tuple(bad)}
+    counted: dict[str, Any] = {"read": read, "bad": tuple(bad)}
+    counted |= {"known_ids": tuple(there), "known_places": tuple(there.values())}
     for part, table in enumerate(tables):
         rows = [row for row, name in zip(good, names, strict=True) if name == table]
         record = ChunkRecord(**where, **counted, table=table, part=part, parts=len(tables))
@@ -133,26 +156,30 @@ def _stacked(values: list[Any], column: pa.Field) -> np.ndarray:
     return np.stack(values).astype(dtype, copy=False) if values else np.empty((0, *shape), dtype)
 
 
-def work_item(number: int, shard: Shard, done: frozenset[int]) -> dict[str, Any]:
-    """The input row for one shard; chunks in `done` are skipped."""
+def work_item(number: int, shard: Shard, done: Mapping[int, int]) -> dict[str, Any]:
+    """The input row for one shard; chunks in `done`, by number with how many samples each took, are skipped."""
     return {"shard": number, "work": pickle.dumps((shard, done))}
 
 
-def prepare_shards(rows: pa.Table, *, spec: TableSpec) -> Iterator[pa.Table]:
-    """Read the shards of work items, and yield their prepared chunks."""
+def prepare_shards(rows: pa.Table, *, spec: TableSpec, known: Container[str] = ()) -> Iterator[pa.Table]:
+    """Read the shards of work items, and yield their prepared chunks; of `known` samples only the ids."""
     size = spec.config.rows_per_part
     for item in rows.to_pylist():
         shard, done = pickle.loads(item["work"])  # pickled by this job's driver
         samples = shard.read()
-        number, chunk = 0, list(islice(samples, size))
-        while True:
-            following = list(islice(samples, size))
-            if number not in done:
-                parts = prepare_chunk(chunk, spec, shard=item["shard"], number=number, last=not following)
-                yield from itertools.starmap(pack, parts)
-            if not following:
-                break
-            number, chunk = number + 1, following
+        number, upcoming = 0, next(samples, None)
+        while number == 0 or upcoming is not None:
+            chunk = chain([] if upcoming is None else [upcoming], samples)
+            if number in done:
+                upcoming = next(islice(chunk, done[number], None), None)
+            else:
+                where = {"shard": item["shard"], "number": number}
+                parts = prepare_chunk(islice(chunk, size), spec, known=known, **where, last=False)
+                first = next(parts)
+                upcoming = next(samples, None)
+                for record, table in chain([first], parts):
+                    yield pack(replace(record, last=upcoming is None), table)
+            number += 1
 
 
 def write_row(row: pa.Table, *, output: str, row_group_rows: int = ROW_GROUP_ROWS) -> pa.Table:

@@ -3,21 +3,20 @@
 Repeating the command resumes a killed job; the finished table is the same byte for byte.
 """
 
-import json
 import logging
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import Any, cast
 
+import pyarrow as pa
 import ray
 import ray.data
 
 from d2f_core.batch.chunk_records import (
-    JOB_NAME,
     PROGRESS,
     ChunkRecord,
     drop_duplicates,
@@ -26,17 +25,24 @@ from d2f_core.batch.chunk_records import (
     unfinished_shards,
 )
 from d2f_core.batch.chunks import LoadedActor, TableActor, prepare_shards, work_item, write_row
-from d2f_core.batch.output import OutputError
+from d2f_core.batch.growth import GROWING, KnownIds, begun_growth, compare, foreseen, growing_spec, row_ids
 from d2f_core.batch.resources import await_resources, rows_in_place
+from d2f_core.batch.table_claim import (
+    begun_identity,
+    claim_output,
+    refuse_other,
+    refuse_strange,
+    source_has_changed,
+)
 from d2f_core.batch.table_spec import TableJobError, TableSpec
 from d2f_core.data.manifest import Manifest, TableFile, manifest_exists, read_manifest, write_manifest
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME, BadSample, reason_counts, write_quarantine
 from d2f_core.data.ray_data import configure
-from d2f_core.data.size_tables import BY_SIZE, join_tables
+from d2f_core.data.size_tables import join_tables
 from d2f_core.data.sources.listing import SourcePlan
-from d2f_core.identity import differences
+from d2f_core.data.table_versions import newest_version
 from d2f_core.progress import Progress
-from d2f_core.storage import join, list_names, read_bytes, remove_tree, write_bytes
+from d2f_core.storage import join, remove_tree
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +63,62 @@ class TableJob:
     """The source, split into shards."""
     actor: type[TableActor]
     """Class of the actors, which are constructed with `spec`."""
+    known: Container[str] = ()
+    """Ids of the samples that a growing table has, which are not made again."""
 
 
 def make_table(job: TableJob) -> Manifest:
-    """Write the missing parts of the table; needs a running Ray. A finished table is not changed.
+    """Write the missing parts of the table, or a further version if its source has changed; needs a running Ray. What a
+    finished table consists of is not changed.
 
     Raises:
         ValueError: the output belongs to another job, the cluster is too small, or no sample is usable.
     """
-    spec, source = job.spec, job.source
-    output = spec.config.output
-    if manifest_exists(output):
-        manifest = read_manifest(output)
-        check_complete_table(spec, manifest)
-        remove_tree(join(output, PROGRESS))
-        logger.info("%s: complete with %d rows, nothing to do", output, manifest.num_rows)
-        return manifest
+    spec, output = job.spec, job.spec.config.output
+    if not manifest_exists(output):
+        return finish_table(spec, _made_chunks(job))
+    manifest = read_manifest(output)
+    if source_has_changed(spec, manifest):
+        return _grow(job, manifest)
+    for place in (PROGRESS, GROWING):
+        remove_tree(join(output, place))
+    logger.info("%s: complete with %d rows, nothing to do", output, manifest.num_rows)
+    return manifest
+
+
+def _grow(job: TableJob, before: Manifest) -> Manifest:
+    """Make the rows of new samples, and write the version that has them and no longer those that are gone."""
+    spec, output, version = job.spec, job.spec.config.output, newest_version(job.spec.config.output) + 1
+    growing = growing_spec(spec, before)
+    place = growing.config.output
+    if begun_growth(place, before) is None:
+        remove_tree(place)
+    records = _made_chunks(replace(job, spec=growing, known=KnownIds(row_ids(output, before))))
+    growth = compare(spec, before, version, place, records)
+    write_quarantine(place, growth.bad)
+    counts = _counts(growing, growth.records, growth.bad, sum(file.rows for file in growth.files))
+    counts |= {"new": growth.new, "removed": growth.removed, "unchanged": growth.unchanged}
+    manifest = Manifest(
+        kind=spec.KIND,
+        files=growth.files,
+        fingerprint=dict(spec.fingerprint),
+        inputs=dict(spec.inputs),
+        counts=counts,
+    )
+    write_quarantine(output, growth.bad, version)
+    write_manifest(output, manifest, version)
+    remove_tree(place)
+    logger.info("%s: %s: version %d", output, growth, version)
+    return manifest
+
+
+def _made_chunks(job: TableJob) -> list[ChunkRecord]:
+    """Make the missing chunks; returns the records of all.
+
+    Raises:
+        ValueError: the output belongs to another job, the cluster is too small, or too many samples are unusable.
+    """
+    spec, source, output = job.spec, job.source, job.spec.config.output
     claim_output(spec)
     records = read_records(output)
     todo = unfinished_shards(len(source.shards), records)
@@ -89,7 +135,7 @@ def make_table(job: TableJob) -> Manifest:
         bad = ledger(output, records)
         write_quarantine(output, bad)
         raise _too_many(spec, bad, sum(record.read for record in records))
-    return finish_table(spec, records)
+    return records
 
 
 def _progress(job: TableJob, records: Sequence[ChunkRecord], todo: Mapping[int, Any]) -> Progress:
@@ -101,7 +147,7 @@ def _progress(job: TableJob, records: Sequence[ChunkRecord], todo: Mapping[int, 
     return Progress(spec.NAME, source.num_rows, spec.UNIT, done=sum(record.read for record in records))
 
 
-def run_chunks(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Generator[ChunkRecord]:
+def run_chunks(job: TableJob, todo: Mapping[int, Mapping[int, int]]) -> Generator[ChunkRecord]:
     """Make the rows of the unfinished shards; yields one record per chunk once it is written.
 
     Raises:
@@ -110,10 +156,10 @@ def run_chunks(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Generator[C
     for row in _rows(job, todo) if todo else ():
         if row["problem"] is not None:
             raise TableJobError(row["problem"])
-        yield ChunkRecord.from_json(row["record"])
+        yield ChunkRecord.from_json(row["record"]).without_places()
 
 
-def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+def _rows(job: TableJob, todo: Mapping[int, Mapping[int, int]]) -> Iterator[dict[str, Any]]:
     """Run the stages on the cluster; yields the row of `write_row` for each chunk."""
     spec, config = job.spec, job.spec.config
     actors = min(config.num_actors, len(todo))
@@ -123,7 +169,7 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
     configure(dataset)
     rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     dataset = dataset.map_batches(
-        cast(Any, partial(prepare_shards, spec=spec)),
+        cast(Any, partial(_prepare, spec=spec, known=ray.put(job.known))),
         compute=ray.data.TaskPoolStrategy(size=config.num_readers),
         num_cpus=PREPARE_CPUS,
         **rows,
@@ -153,54 +199,30 @@ def _rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[st
     yield from rows_in_place(dataset, held)
 
 
-def claim_output(spec: TableSpec) -> None:
-    """Record the job at its output, or check that the job begun there is this one.
+def check_output(job: TableJob) -> None:
+    """Refuse at the prompt what `make_table` would refuse when it runs, and say what it will do to a finished table.
 
     Raises:
-        OutputError: another job began there (names the differences), or the output holds other files.
+        OutputError: the output holds a table of another job, finished or not (names the differences), or other files.
     """
-    place = join(spec.config.output, PROGRESS, JOB_NAME)
-    if (names := list_names(spec.config.output)) and PROGRESS not in names:
-        raise OutputError(
-            f"{spec.config.output!r} is not empty: it holds {', '.join(names[:5])}. Give another output, or remove "
-            "them."
-        )
-    try:
-        write_bytes(place, json.dumps(spec.identity(), indent=1, sort_keys=True).encode(), exclusive=True)
-    except FileExistsError:
-        _refuse_other(spec, json.loads(read_bytes(place)), "is an unfinished table")
+    spec, output = job.spec, job.spec.config.output
+    if not manifest_exists(output):
+        if begun := begun_identity(output):
+            refuse_other(spec, begun, "is an unfinished table")
+        else:
+            refuse_strange(output)
+        return
+    before = read_manifest(output)
+    if source_has_changed(spec, before):
+        growing = growing_spec(spec, before)
+        if begun := begun_growth(growing.config.output, before):
+            refuse_other(growing, begun, "is an unfinished version")
+        version, told = newest_version(output), foreseen(spec, job.source, before)
+        logger.info("%s: the source has changed since version %d: %s; version %d", output, version, told, version + 1)
 
 
-def begun_identity(output: str) -> dict[str, Any] | None:
-    """The identity of the finished or unfinished table at an output; None where no table was begun."""
-    if manifest_exists(output):
-        manifest = read_manifest(output)
-        return {**manifest.inputs, "fingerprint": manifest.fingerprint}
-    try:
-        return json.loads(read_bytes(join(output, PROGRESS, JOB_NAME)))
-    except FileNotFoundError:
-        return None
-
-
-def check_complete_table(spec: TableSpec, manifest: Manifest) -> None:
-    """Raise OutputError if the finished table at the output differs from what this job would write."""
-    if manifest.kind != (spec.KIND + BY_SIZE if spec.tables else spec.KIND):
-        raise OutputError(f"{spec.config.output!r} holds a table of {manifest.kind}. Give another output.")
-    there = {**manifest.inputs, "fingerprint": manifest.fingerprint}
-    _refuse_other(spec, there, "is a complete table")
-
-
-def _refuse_other(spec: TableSpec, there: Mapping[str, Any], what: str) -> None:
-    if changed := differences(_counted_values(spec, there), _counted_values(spec, spec.identity())):
-        raise OutputError(
-            f"{spec.config.output!r} {what} of another job: {'; '.join(changed)}. Give another output, or remove it."
-        )
-
-
-def _counted_values(spec: TableSpec, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs and fingerprint in one mapping, without the spec's `FREE` inputs."""
-    values = {**identity, **identity.get("fingerprint", {})}
-    return {name: value for name, value in values.items() if name != "fingerprint" and name not in spec.FREE}
+def _prepare(rows: pa.Table, *, spec: TableSpec, known: ray.ObjectRef) -> Iterator[pa.Table]:
+    yield from prepare_shards(rows, spec=spec, known=ray.get(known))
 
 
 def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
@@ -213,24 +235,10 @@ def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
     records = drop_duplicates(output, records, row_group_rows=spec.row_group_rows)
     bad = ledger(output, records)
     write_quarantine(output, bad)
-    unusable = sum(record.unusable for record in records)
-    duplicates = reason_counts(bad).get(DUPLICATE, 0)
-    counts = {
-        "read": sum(record.read for record in records),
-        "written": sum(record.file.rows for record in records if record.file is not None),
-        "quarantined": unusable + duplicates,
-        "duplicates": duplicates,
-    }
-    reasons = _counted(bad)
-    if not counts["written"]:
-        raise TableJobError(
-            f"None of the {counts['read']} samples in {spec.inputs['source']!r} can be used ({reasons or 'empty'}). "
-            f"The reasons are in {join(output, QUARANTINE_NAME)!r}."
-        )
-    if unusable > spec.config.max_quarantined_share * counts["read"]:
-        raise _too_many(spec, bad, counts["read"])
+    counts = _counts(spec, records, bad, sum(record.file.rows for record in records if record.file is not None))
     manifest = _declare(spec, records, counts)
     remove_tree(join(output, PROGRESS))
+    reasons = _counted(bad)
     logger.info(
         "%s: %d %s read, %d written, %d quarantined%s",
         output, counts["read"], spec.UNIT, counts["written"], counts["quarantined"], f" ({reasons})" if reasons else "",
@@ -256,6 +264,24 @@ def _declare(spec: TableSpec, records: Sequence[ChunkRecord], counts: dict[str, 
         logger.info("%s: %s%s", output, found, f"; none in {unused}, which are not written" if unused else "")
     write_manifest(output, manifest)
     return manifest
+
+
+def _counts(spec: TableSpec, records: Sequence[ChunkRecord], bad: Sequence[BadSample], written: int) -> dict[str, int]:
+    """The manifest's counts.
+
+    Raises:
+        TableJobError: no sample is usable, or more are unusable than allowed.
+    """
+    read, duplicates = sum(record.read for record in records), reason_counts(bad).get(DUPLICATE, 0)
+    unusable = sum(record.unusable for record in records)
+    if not written:
+        raise TableJobError(
+            f"None of the {read} samples in {spec.inputs['source']!r} can be used ({_counted(bad) or 'empty'}). "
+            f"The reasons are in {join(spec.config.output, QUARANTINE_NAME)!r}."
+        )
+    if unusable > spec.config.max_quarantined_share * read:
+        raise _too_many(spec, bad, read)
+    return {"read": read, "written": written, "quarantined": unusable + duplicates, "duplicates": duplicates}
 
 
 def _counted(bad: Sequence[BadSample]) -> str:

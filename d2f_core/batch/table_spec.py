@@ -32,7 +32,8 @@ class TableSettings(Protocol):
 
     @property
     def output(self) -> str:
-        """Where the table is written; repeating the job resumes it, and does nothing once it is complete."""
+        """Where the table is written; repeating the job resumes it, adds a version if the source of a table that grows
+        has changed, and does nothing once it is complete."""
         ...
 
     @property
@@ -91,6 +92,19 @@ class TableSpec(ABC):
         Raises:
             BadSampleError: the sample cannot be used.
         """
+
+    @property
+    def grows(self) -> bool:
+        """Whether a finished table gets a further version when its source has changed: rows of the ids that it has are
+        taken over. Only where an id is the hash of all that a row is made of, or a changed sample would pass for an
+        unchanged one.
+        """
+        return False
+
+    @property
+    def max_removed_share(self) -> float:
+        """Largest share of a table's rows that a further version may lose."""
+        return 1.0
 
     @property
     def row_group_rows(self) -> int:

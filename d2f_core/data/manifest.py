@@ -1,7 +1,8 @@
 """What a table consists of: its files with sizes and hashes, what it was made from, and how.
 
 A table is `URI/part-*.parquet` plus `URI/manifest.json`. The manifest is written last, and only once: without it the
-table does not exist, with it the table is complete and never changes.
+table does not exist, with it the table is complete and never changes. A source that grew makes a further version
+(`table_versions`), with a manifest of its own.
 
 The size of a manifest, and the time to read it, are proportional to the number of files, because a file's row groups
 are run-length encoded. A thousand million rows in 20,000 files are 4 MB of JSON, where one number per row group would
@@ -20,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2f_core.data.schema import READABLE_VERSIONS, ROW_GROUP_ROWS, SCHEMA_VERSION
+from d2f_core.data.table_versions import MANIFEST_NAME, newest_version, versioned
 from d2f_core.identity import canonical_json
 from d2f_core.s3_calls import fetched_whole
 from d2f_core.storage import exists, join, read_bytes, write_bytes
 
-MANIFEST_NAME = "manifest.json"
 NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 KIND_RULE = "[a-z][a-z0-9_]*"
 ROW_GROUP_BYTES = 8 * 2**20
@@ -41,7 +42,6 @@ class ManifestNotFoundError(ManifestError):
 
 Runs = tuple[tuple[int, int], ...]
 """Row groups of a file in order, run-length encoded: (rows per group, number of groups)."""
-
 
 Buckets = tuple[tuple[str, int], ...]
 """The buckets of a table in row order: (value, number of rows). The rows of a bucket are consecutive."""
@@ -173,19 +173,20 @@ def manifest_exists(uri: str) -> bool:
     return exists(join(uri, MANIFEST_NAME))
 
 
-def read_manifest(uri: str) -> Manifest:
-    """The manifest of the table at `uri`.
+def read_manifest(uri: str, version: int | None = None) -> Manifest:
+    """The manifest of the table at `uri`, of its newest version unless another is named.
 
     Raises:
         ManifestNotFoundError: no manifest exists there.
         ManifestError: the file is no manifest, or has another schema version.
     """
-    place = join(uri, MANIFEST_NAME)
+    place = join(uri, versioned(MANIFEST_NAME, version or newest_version(uri)))
     try:
         content = fetched_whole(place, lambda: json.loads(read_bytes(place, small=True)), NOT_JSON)
     except FileNotFoundError:
         raise ManifestNotFoundError(
-            f"{uri!r} has no {MANIFEST_NAME}: no table, or one that was not finished. Run the job that writes it."
+            f"{uri!r} has no {place[len(uri) :].strip('/')}: no table, or one that was not finished. Run the job that "
+            "writes it."
         ) from None
     except NOT_JSON as error:
         raise ManifestError(f"{place!r} is not JSON ({error}). Remove the table and write it again.") from None
@@ -225,16 +226,16 @@ def read_file(uri: str, file: TableFile) -> bytes:
     return fetched_whole(place, fetch, ManifestError)
 
 
-def write_manifest(uri: str, manifest: Manifest) -> None:
-    """Declare the table at `uri` complete.
+def write_manifest(uri: str, manifest: Manifest, version: int = 1) -> None:
+    """Declare a version of the table at `uri` complete.
 
     Raises:
         ManifestError: another manifest is there already; an equal one is fine.
     """
     try:
-        write_bytes(join(uri, MANIFEST_NAME), _to_json(manifest).encode(), exclusive=True)
+        write_bytes(join(uri, versioned(MANIFEST_NAME, version)), _to_json(manifest).encode(), exclusive=True)
     except FileExistsError:
-        if read_manifest(uri).digest != manifest.digest:
+        if read_manifest(uri, version).digest != manifest.digest:
             raise ManifestError(
                 f"{uri!r} is already a complete table with other content. Write to another URI, or remove that one."
             ) from None
@@ -247,12 +248,10 @@ def _to_json(manifest: Manifest) -> str:
         lists["buckets"] = list(manifest.buckets)
     rest = asdict(replace(manifest, files=(), buckets=()))
     del rest["files"], rest["buckets"]
-    text = "".join(f'\n "{name}": [\n{_lines(items)}\n ],' for name, items in lists.items())
+    line = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+    lines = {name: ",\n".join(map(line, items)) for name, items in lists.items()}
+    text = "".join(f'\n "{name}": [\n{items}\n ],' for name, items in lines.items())
     return "{" + text + json.dumps(rest, indent=1, sort_keys=True, ensure_ascii=False)[1:]
-
-
-def _lines(items: list[Any]) -> str:
-    return ",\n".join(json.dumps(item, sort_keys=True, ensure_ascii=False) for item in items)
 
 
 def rows_per_group(row_bytes: int) -> int:

@@ -13,6 +13,7 @@ from d2f_core.data.chunks import ChunkPlanner, Piece, Run
 from d2f_core.data.gather import Gatherer, serialised
 from d2f_core.data.manifest import Manifest, ManifestError, read_manifest
 from d2f_core.data.stream_plan import StreamPlan
+from d2f_core.data.table_history import read_version
 from d2f_core.data.table_reader import DamagedDataError, RowRange, TableReader
 
 EPOCH, ROW, REASON = "epoch", "row", "reason"
@@ -116,16 +117,17 @@ class PlanReader:
 
 
 def planned_table(plan: StreamPlan, uri: str) -> Manifest:
-    """The manifest of one of the plan's tables.
+    """The manifest of one of the plan's tables, of the version that the run was planned with.
 
     Raises:
         ManifestError: another table lies there than when the run was planned.
     """
-    manifest = read_manifest(uri)
     planned = {source.digest for source in plan.sources if source.uri == uri and source.digest}
-    if planned - {manifest.digest}:
-        raise ManifestError(
-            f"{uri!r} has the digest {manifest.digest} here, and {planned.pop()} where the training started: it was "
-            "replaced, or this node reads another place. Put the table back, or train on the new one in another output."
-        )
-    return manifest
+    if not planned:
+        return read_manifest(uri)
+    if len(planned) == 1 and (manifest := read_version(uri, *planned)):
+        return manifest
+    raise ManifestError(
+        f"{uri!r} has the digest {read_manifest(uri).digest} here, and {planned.pop()} where the training started: it "
+        "was replaced, or this node reads another place. Put the table back, or train on the new one in another output."
+    )

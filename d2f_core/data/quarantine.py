@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2f_core.data.table_versions import newest_version, versioned
 from d2f_core.storage import arrow_filesystem, join, write_bytes
 
 QUARANTINE_NAME = "quarantine.parquet"
@@ -44,8 +45,8 @@ class BadSample:
         return self.reason.partition(":")[0]
 
 
-def write_quarantine(uri: str, bad: Iterable[BadSample]) -> int:
-    """Write the ledger of the table at `uri`, also when it is empty, so that the file always exists.
+def write_quarantine(uri: str, bad: Iterable[BadSample], version: int = 1) -> int:
+    """Write the ledger of a version of the table at `uri`, also when it is empty, so that the file always exists.
 
     Returns:
         The number of its lines.
@@ -58,13 +59,13 @@ def write_quarantine(uri: str, bad: Iterable[BadSample]) -> int:
             count += len(part)
             if len(part) < LINES_AT_ONCE:
                 break
-    write_bytes(join(uri, QUARANTINE_NAME), sink.getvalue().to_pybytes())
+    write_bytes(join(uri, versioned(QUARANTINE_NAME, version)), sink.getvalue().to_pybytes())
     return count
 
 
 def read_quarantine(uri: str) -> list[BadSample]:
-    """The ledger of the table at `uri`. Raises FileNotFoundError when there is none."""
-    filesystem, path = arrow_filesystem(join(uri, QUARANTINE_NAME))
+    """The ledger of the table at `uri`, of its newest version. Raises FileNotFoundError when there is none."""
+    filesystem, path = arrow_filesystem(join(uri, versioned(QUARANTINE_NAME, newest_version(uri))))
     return [BadSample(**row) for row in pq.read_table(path, filesystem=filesystem).to_pylist()]
 
 

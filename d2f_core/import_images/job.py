@@ -16,11 +16,12 @@ from functools import partial
 from typing import Any
 
 from d2f_core.batch.output import OutputError
-from d2f_core.batch.table_job import TableJob, make_table
+from d2f_core.batch.table_job import TableJob, check_output, make_table
 from d2f_core.data.datasets.generated_table import PROGRESS as GENERATING
 from d2f_core.data.datasets.generated_table import GeneratedTable, generate_table
 from d2f_core.data.manifest import Manifest, manifest_exists, read_manifest
 from d2f_core.data.quarantine import QUARANTINE_NAME
+from d2f_core.data.sources.config import lies_in
 from d2f_core.data.sources.images import plan_images
 from d2f_core.identity import differences, identity_values
 from d2f_core.import_images.config import ImportImagesConfig, ImportImagesError
@@ -59,7 +60,7 @@ def check_import(config: ImportImagesConfig) -> ImportJob:
     for name, value in (("source.uri", config.source.uri), ("output", config.output)):
         if not value:
             raise ImportImagesError(f"{name} is empty. Give --{name} URI.")
-    if f"{config.output.rstrip('/')}/".startswith(f"{config.source.uri.rstrip('/')}/"):
+    if lies_in(config.output, config.source.uri):
         raise ImportImagesError(f"output={config.output!r} lies inside the source. Put it beside it.")
     check_reachable(config.source.uri)
     check_reachable(config.output, write=True)
@@ -81,6 +82,7 @@ def check_import(config: ImportImagesConfig) -> ImportJob:
         config=config, table=TableJob(spec=spec, source=planned, actor=Passing), inputs={**spec.identity(), **parted}
     )
     _refuse_other(job)
+    check_output(job.table)
     return job
 
 

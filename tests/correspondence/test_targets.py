@@ -74,7 +74,7 @@ def config(tmp_path: Path, **fields) -> EmbedPairsConfig:
 def here() -> Iterator[None]:
     """Without Ray: chunk after chunk in this process."""
 
-    def rows(job: TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+    def rows(job: TableJob, todo: Mapping[int, Mapping[int, int]]) -> Iterator[dict[str, Any]]:
         actor, threads = job.actor(job.spec), torch.get_num_threads()
         for row in prepared_rows(job, todo):
             made = write_row(actor(row), output=job.spec.config.output, row_group_rows=job.spec.row_group_rows)
@@ -132,7 +132,7 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         wanted = make_table(check_embed_pairs(whole))
         job = check_embed_pairs(parts)
         table_job.claim_output(job.spec)
-        next(table_job.run_chunks(job, {1: frozenset()}))
+        next(table_job.run_chunks(job, {1: {}}))
         assert make_table(job).files == wanted.files
 
 

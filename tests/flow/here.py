@@ -47,14 +47,14 @@ def score_here(config: ScoreConfig, items: list[dict[str, Any]]) -> Iterator[Any
         yield scorer({name: np.array([value]) for name, value in item.items()})
 
 
-def prepared_rows(job: table_job.TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[pa.Table]:
+def prepared_rows(job: table_job.TableJob, todo: Mapping[int, Mapping[int, int]]) -> Iterator[pa.Table]:
     """The chunks of unfinished shards as they come to an encoder, one after the other."""
     for number, done in todo.items():
         items = pa.Table.from_pylist([work_item(number, job.source.shards[number], done)])
-        yield from prepare_shards(items, spec=job.spec)
+        yield from prepare_shards(items, spec=job.spec, known=job.known)
 
 
-def encode_here(job: table_job.TableJob, todo: Mapping[int, frozenset[int]]) -> Iterator[dict[str, Any]]:
+def encode_here(job: table_job.TableJob, todo: Mapping[int, Mapping[int, int]]) -> Iterator[dict[str, Any]]:
     """As `table_job._rows`."""
     actor = job.actor(job.spec)
     for row in prepared_rows(job, todo):

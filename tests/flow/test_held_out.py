@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from d2f_core.evaluation.pins import Pins
 from d2f_core.flow.evaluate.compared_models import EvaluateJob, compared_models
 from d2f_core.flow.evaluate.config import EvaluateConfig, EvaluateError, MeasureConfig, ScoreConfig
 from d2f_core.flow.evaluate.feature_table import KnownRows, feature_schema, memorised
-from d2f_core.flow.evaluate.held_out import filled
+from d2f_core.flow.evaluate.held_out import filled, held_out_ids
 from d2f_core.flow.evaluate.held_out_loss import losses_of, not_comparable
 from d2f_core.flow.evaluate.job import check_evaluate
 from d2f_core.flow.evaluate.memorisation import memorisation_rule
@@ -72,6 +73,17 @@ def model(base: Path, target: Path, **training: object) -> str:
     description = describe(resolved, objective="diff2flow", method="full", sampling=sampling, training=training)
     save_artifact(target, load_unet(resolved), description)
     return str(target)
+
+
+def test_the_rows_that_were_held_out_are_those_of_the_version_that_was_trained_on(tables: Path, tmp_path: Path) -> None:
+    latents = str(tmp_path / "latents")
+    shutil.copytree(tables / "latents", latents)
+    first = read_manifest(latents)
+    training = {"latents": latents, "latents_digest": first.digest, "holdout_rows": HELD}
+    held = held_out_ids(training)
+    write_manifest(latents, dataclasses.replace(first, files=first.files[1:]), 2)
+    assert held is not None and held == held_out_ids(training)
+    assert held_out_ids({**training, "latents_digest": "another"}) is None
 
 
 def test_held_out_rows_are_the_reference_and_their_captions_the_prompts(

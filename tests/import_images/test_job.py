@@ -79,6 +79,52 @@ def test_every_usable_photo_is_on_one_side_and_the_others_are_in_the_ledger(impo
     }  # fmt: skip
 
 
+def test_an_equal_file_is_in_the_ledger_with_the_place_of_the_one_that_is_kept(tmp_path: Path) -> None:
+    """Also where files are stored anew, under other ids, and where the kept one of a chunk is another's duplicate."""
+    home = write_photos(tmp_path / "in", 4, scale=2)
+    for number, of in enumerate([3, 3, 0, 0]):
+        put(home, f"photo9{number}", *photo(of, scale=2))
+    for rows_per_part in (8, 2):
+        config = settings(home, tmp_path / f"out{rows_per_part}", short_side=64, rows_per_part=rows_per_part)
+        run(config)
+        left_out = {Path(bad.source_uri).stem: bad.reason for bad in read_quarantine(config.output)}
+        kept = {"photo90": 3, "photo91": 3, "photo92": 0, "photo93": 0}
+        assert left_out == {name: f"duplicate: of {home}/photo{of:04d}.jpg" for name, of in kept.items()}
+
+
+def test_originals_that_are_too_large_for_one_piece_are_written_in_several_and_after_a_kill_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import d2f_core.batch.chunks as chunks
+    import d2f_core.batch.table_job as table_job
+
+    home = write_photos(tmp_path / "in", 12)
+    config = settings(home, tmp_path / "out", short_side=0, rows_per_part=6)
+    sizes = [file.stat().st_size for file in sorted(home.glob("*.jpg"))]
+    monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", sum(sizes[:2]) + 1)
+    with here(), pytest.MonkeyPatch.context() as patch:
+        job = check_import(config).table
+        table_job.claim_output(job.spec)
+        made = list(table_job.run_chunks(job, {0: {}, 1: {}}))
+        taken = [record.samples for record in made]
+        assert taken == [3, 2, 1, 3, 2, 1] and [record.last for record in made[:3]] == [False, False, True]
+        for name in ("000000-00000", "000001-00001"):
+            (tmp_path / f"out/_all/_progress/{name}.json").unlink()
+        patch.setattr(table_job, "finish_table", lambda spec, records: sorted(record.samples for record in records))
+        assert table_job.make_table(job) == sorted(taken)
+    names = [Path(row["source_uri"]).stem for side in run(config) for row in rows(tmp_path / "out", side)]
+    assert sorted(names) == [f"photo{number:04d}" for number in range(12)]
+
+
+def test_an_unfinished_import_with_other_settings_is_refused_at_the_prompt(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="more than max_quarantined_share"):
+        run(settings(folder, tmp_path / "out", max_quarantined_share=0.0))
+    check_import(config)
+    with pytest.raises(OutputError, match=r"is an unfinished table of another job: rows_per_part was 8, now 9"):
+        check_import(settings(folder, tmp_path / "out", rows_per_part=9))
+
+
 def test_a_smaller_copy_is_listed_and_lies_on_the_side_of_its_original(imported: Path) -> None:
     (line,) = map(json.loads, (imported / "duplicates.jsonl").read_text().splitlines())
     assert [Path(line[name]).stem for name in ("kept", "alike")] == [f"photo{COPY:04d}", "photo9000-small"]

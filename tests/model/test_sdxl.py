@@ -244,8 +244,8 @@ def test_the_finetune_job_reads_what_sdxl_needs_from_the_table(base, stack, tmp_
         preview=PreviewConfig(prompts=tuple(PROMPTS), steps=1),
         train=TrainConfig(num_steps=1, global_batch_size=2, micro_batch_size=2),
     )
-    check(config)
-    job = build_task(config, resolve_base(config.model.base).content_hash, "cpu")
+    plan = check(config).plan
+    job = build_task(config, resolve_base(config.model.base).content_hash, plan, "cpu")
     read = pq.read_table(f"{latents}/part-0.parquet", columns=list(COLUMNS))
     numbers = pa.array(range(4), pa.int64())
     batch = job.to_batch(read.append_column("epoch", numbers).append_column("row", numbers))
@@ -255,7 +255,7 @@ def test_the_finetune_job_reads_what_sdxl_needs_from_the_table(base, stack, tmp_
     assert np.isfinite(found.metrics["validation_flow_loss"])
     assert [image.size for image in found.images] == [(64, 64)] * 2
     with pytest.raises(BaseModelError, match=r"has the hash [0-9a-f]{64} on this node, and other where the training"):
-        build_task(config, "other", "cpu")
+        build_task(config, "other", plan, "cpu")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from d2f_core.data.manifest import read_manifest
+from d2f_core.data.manifest import read_manifest, write_manifest
 from d2f_core.model import artifact_writer
 from d2f_core.model.artifact import ArtifactError, load_model, load_weights, read_description, save_artifact
 from d2f_core.model.autoencoder import autoencoder_fingerprint
@@ -229,6 +229,18 @@ def test_what_does_not_belong_together_is_refused(base: str, latents: str, run: 
         check(dataclasses.replace(wanted, weights="ema"))
     main(wanted)
     assert read_description(tmp_path / "model")["training"]["weights"] == "trained"
+
+
+def test_a_run_of_a_table_that_has_grown_is_exported_with_the_version_that_it_began_with(base: str, tmp_path: Path):
+    latents = str(tmp_path / "latents")
+    write_latents(latents, autoencoder_fingerprint(resolve_base(base)), rows=8, rows_per_file=4, captions=8)
+    config = configured(base, latents, tmp_path / "run", lora=LoraConfig(rank=2))
+    write_run(config, 2)
+    first = read_manifest(latents)
+    write_manifest(latents, dataclasses.replace(first, files=first.files[:1]), 2)
+    assert read_manifest(latents).digest != first.digest
+    export_checkpoint(CheckpointExportConfig(run=config.output, output=str(tmp_path / "model")))
+    assert read_description(tmp_path / "model")["training"]["latents_digest"] == first.digest
 
 
 def test_a_checkpoint_that_the_training_deletes_meanwhile_is_not_damaged(run, tmp_path: Path, monkeypatch):

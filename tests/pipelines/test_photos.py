@@ -136,6 +136,7 @@ def test_new_photos_at_the_same_place_are_refused_and_not_passed_over(config: Ph
         ({"evaluate": EvaluateConfig(base="x")}, r"evaluate\.base='x' is filled in"),
         ({"sheet": ContactSheetConfig(output="x")}, r"sheet\.output='x' is filled in"),
         ({"shown": 0}, r"shown=0 must be at least 1"),
+        ({"place": "s/below"}, r"place='s/below' puts the outputs, 's/below/n', inside the source 's'\. Give --place"),
     ],
 )
 def test_what_is_the_users_to_say_is_asked_for(changes: dict, message: str) -> None:

@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import torch
 
-from d2f_core.batch.table_job import TableJob
+from d2f_core.batch.table_job import TableJob, check_output
 from d2f_core.correspondence.diffusion_teacher import described_shape
 from d2f_core.correspondence.embed import source
 from d2f_core.correspondence.embed.actor import Embedder, build_teacher
 from d2f_core.correspondence.embed.config import EmbedConfig, EmbedError, TeacherConfig
 from d2f_core.correspondence.embed.spec import EmbedSpec
 from d2f_core.correspondence.teachers import TransformerTeacher
+from d2f_core.data.sources.config import lies_in
 from d2f_core.hashing import file_sha256
 from d2f_core.model.base import describe_base, described_copy
 from d2f_core.model.efficientnet import load_efficientnet_lite0
@@ -28,7 +29,7 @@ def check_embed(config: EmbedConfig) -> TableJob:
     for name, value in (("source.uri", config.source.uri), ("output", config.output)):
         if not value:
             raise EmbedError(f"{name} is empty. Give --{name} URI.")
-    if f"{config.output.rstrip('/')}/".startswith(f"{config.source.uri.rstrip('/')}/"):
+    if lies_in(config.output, config.source.uri):
         raise EmbedError(f"output={config.output!r} lies inside the source {config.source.uri!r}. Put it beside it.")
     check_reachable(config.source.uri)
     check_reachable(config.output, write=True)
@@ -50,7 +51,9 @@ def check_embed(config: EmbedConfig) -> TableJob:
         _check_class_token(config)
         fingerprint["embedding"] = {"of": config.embedded_column, "pooling": config.pooling}
     spec = EmbedSpec(config=config, fingerprint=fingerprint, inputs=inputs, shapes=shapes, points=points)
-    return TableJob(spec=spec, source=planned, actor=Embedder)
+    job = TableJob(spec=spec, source=planned, actor=Embedder)
+    check_output(job)
+    return job
 
 
 def describe_teacher(config: TeacherConfig) -> tuple[tuple[int, int], str]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from d2f_core.batch.table_job import TableJob
+from d2f_core.batch.table_job import TableJob, check_output
 from d2f_core.correspondence.targets.actor import PairEmbedder
 from d2f_core.correspondence.targets.config import EmbedPairsConfig, PairsError
 from d2f_core.correspondence.targets.source import plan
@@ -44,7 +44,9 @@ def check_embed_pairs(config: EmbedPairsConfig) -> TableJob:
         "targets": _targets(config, manifest),
     }
     spec = PairsSpec(config=config, fingerprint=fingerprint, inputs=inputs, size=size)
-    return TableJob(spec=spec, source=planned, actor=PairEmbedder)
+    job = TableJob(spec=spec, source=planned, actor=PairEmbedder)
+    check_output(job)
+    return job
 
 
 def dropped_share(uri: str, manifest: Manifest) -> float:

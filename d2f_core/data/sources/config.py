@@ -121,3 +121,8 @@ class PairSource:
     def __post_init__(self) -> None:
         if self.partners_per_object < 1:
             raise SourceError(f"partners_per_object={self.partners_per_object} must be at least 1.")
+
+
+def lies_in(output: str, source: str) -> bool:
+    """Whether an output, as it is written, is its source or a place inside it, where the next listing would find it."""
+    return f"{output.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")

@@ -50,6 +50,11 @@ class FolderShard:
         """Not known where each of several captions is a sample."""
         return None if self.rules.several == "all" else len(self.entries)
 
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Places of the samples; not known where each of several captions is one."""
+        return None if self.rules.several == "all" else tuple(whole_text(entry.uri) for entry in self.entries)
+
     def read(self) -> Iterator[Sample]:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             yield from chain.from_iterable(pool.map(self._read_entry, self.entries))

@@ -49,6 +49,12 @@ class SourcePlan:
         rows = [shard.num_rows for shard in self.shards]
         return sum(count for count in rows if count is not None) if None not in rows else None
 
+    @property
+    def names(self) -> set[str] | None:
+        """Places of the samples; None when they are known only after reading."""
+        found: list[Collection[str] | None] = [getattr(shard, "names", None) for shard in self.shards]
+        return {name for names in found for name in names or ()} if None not in found else None
+
 
 def plan_source(
     uri: str,

@@ -115,6 +115,11 @@ class PackedShard:
     """Samples in it, estimated; None: by the tar beside it."""
     sibling: Sibling | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its entry in the ledger."""
+        return (self.uri,)
+
     def read(self) -> Iterator[Sample]:
         problem = "packed: archives of this kind are not read. Unpack it, or say which files to read: --source.kind"
         rows = samples_in(self.size, self.sibling) if self.num_rows is None else self.num_rows

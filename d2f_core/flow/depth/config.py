@@ -6,7 +6,7 @@ from typing import Literal
 
 from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT
-from d2f_core.data.sources.config import ImageSource
+from d2f_core.data.sources.config import ImageSource, lies_in
 from d2f_core.evaluation.config import parse_metric
 from d2f_core.identity import since
 
@@ -73,7 +73,7 @@ class PredictDepthConfig(AwaitedPoolConfig, PredictDepthWork):
         for name, value in (("source.uri", self.source.uri), ("model", self.model), ("output", self.output)):
             if not value:
                 raise PredictDepthError(f"{name} is empty. Give --{name} URI.")
-        if f"{self.output.rstrip('/')}/".startswith(f"{self.source.uri.rstrip('/')}/"):
+        if lies_in(self.output, self.source.uri):
             raise PredictDepthError(f"output={self.output!r} lies inside the source. Put it beside it.")
 
 

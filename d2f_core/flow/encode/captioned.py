@@ -69,5 +69,6 @@ def captioned(*, flipped: bool = False, masked: bool = False) -> EncodeKind:
         pictures=(pixels,),
         identify=identify,
         prepare=prepare,
+        grows=True,
         fingerprint={"flip": True} if flipped else {},
     )

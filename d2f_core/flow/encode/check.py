@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2f_core.batch.table_job import TableJob, begun_identity
+from d2f_core.batch.table_claim import begun_identity
+from d2f_core.batch.table_job import TableJob, check_output
 from d2f_core.data.aspect_buckets import size_name
 from d2f_core.data.image_rules import CROPS, Decoding
+from d2f_core.data.sources.config import lies_in
 from d2f_core.data.sources.depth import plan_depth
 from d2f_core.data.sources.images import plan_images
 from d2f_core.data.sources.listing import SourcePlan
@@ -66,7 +68,7 @@ def _check(
     for name, value in (("source.uri", source), ("base", config.base), ("output", config.output)):
         if not value:
             raise EncodeError(f"{name} is empty. Give --{name} URI.")
-    if f"{config.output.rstrip('/')}/".startswith(f"{source.rstrip('/')}/"):
+    if lies_in(config.output, source):
         raise EncodeError(f"output={config.output!r} lies inside the source {source!r}. Put it beside it.")
     check_reachable(source)
     check_reachable(config.base)
@@ -88,7 +90,9 @@ def _check(
         **(inputs or {}),
     }
     spec = EncodeSpec(config=config, kind=kind, fingerprint=fingerprint, inputs=made_from, latent_shape=shape)
-    return TableJob(spec=spec, source=planned, actor=LatentEncoder)
+    job = TableJob(spec=spec, source=planned, actor=LatentEncoder)
+    check_output(job)
+    return job
 
 
 def chosen_decoding(config: EncodeSettings) -> Decoding:

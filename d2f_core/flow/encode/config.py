@@ -27,7 +27,7 @@ class EncodeWork:
     """Base model whose autoencoder (and text encoder) is used: a directory, s3:// prefix or hub id."""
     output: str = ""
     """Where the latent table is written; repeating the command resumes the job, and does nothing once it is
-    complete."""
+    complete. Without depth, a source that has changed gives it a further version."""
     resolution: int = 64
     """Height and width in pixels that every image is cropped and resized to."""
     crop: Literal["center", "top", "random", "pad"] = since("center", before="center")
@@ -128,12 +128,17 @@ class EncodeConfig(EncodeSettings):
     flip: bool = since(False, before=False)
     """Encode each image a second time, mirrored left to right, in twice the time and bytes. A training then draws one
     of both for each sample and epoch. Not for images with text, or captions that tell left from right."""
+    max_removed_share: float = since(0.5, before=0.5)
+    """Largest share of a finished table's images that may be gone from the source when the table gets a further
+    version; with more, it is rather the source that is not whole."""
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
         except BucketSizeError as error:
             raise EncodeError(str(error)) from None
+        if not 0 <= self.max_removed_share <= 1:
+            raise EncodeError(f"max_removed_share={self.max_removed_share} must lie in [0, 1]. Use 0.5.")
 
     @property
     def sizes(self) -> tuple[Size, ...]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from d2f_core.batch.table_spec import TableSpec
 from d2f_core.data.aspect_buckets import Size, size_name
 from d2f_core.data.schema import array_field
-from d2f_core.flow.encode.config import EncodeSettings
+from d2f_core.flow.encode.config import EncodeConfig, EncodeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class EncodeKind:
     prepare: Callable[[Any, "EncodeSpec"], dict[str, Any]]
     """Sample -> its pictures and the columns that are known before encoding, except `sample_id`, `source_uri` and
     `bucket`; raises BadImageError when the sample is unusable."""
+    grows: bool = False
+    """Whether the id is a hash of all parts of a sample (see `TableSpec.grows`)."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     """Values that the kind adds to the table's fingerprint."""
 
@@ -99,6 +101,14 @@ class EncodeSpec(TableSpec):
 
     def identify(self, sample: Any) -> str:
         return self.kind.identify(sample)
+
+    @property
+    def grows(self) -> bool:
+        return self.kind.grows and not self.tables
+
+    @property
+    def max_removed_share(self) -> float:
+        return self.config.max_removed_share if isinstance(self.config, EncodeConfig) else super().max_removed_share
 
     def prepare(self, sample: Any) -> dict[str, Any]:
         size = self.config.resolution

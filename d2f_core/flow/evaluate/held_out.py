@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from d2f_core.data.manifest import Manifest, ManifestError, manifest_exists, read_manifest, write_manifest, write_part
 from d2f_core.data.schema import IMAGE_SCHEMA
 from d2f_core.data.size_tables import held_out_rows
+from d2f_core.data.table_history import read_version
 from d2f_core.data.table_reader import RowReader, read_columns
 from d2f_core.evaluation.pins import registered_name
 from d2f_core.flow.evaluate.compared_models import carried
@@ -82,16 +83,17 @@ def _known_rows(config: EvaluateConfig, held: pa.ChunkedArray | None) -> KnownRo
 
 
 def _latents(training: Mapping[str, Any]) -> Manifest | None:
-    """The table that a model was trained on; None if it is gone or another by now."""
+    """The table that a model was trained on, in that version; None if it is gone or another by now."""
     uri, digest = str(training.get("latents") or ""), training.get("latents_digest")
+    if not uri or not manifest_exists(uri):
+        return None
     try:
-        found = read_manifest(uri) if uri and manifest_exists(uri) else None
+        found = read_version(uri, str(digest)) if digest else read_manifest(uri)
     except ManifestError as error:
         logger.warning("the latents of the candidate's training cannot be read: %s", error)
         return None
-    if found and digest and found.digest != digest:
+    if found is None:
         logger.warning("%s is not the table any more that the candidate was trained on", uri)
-        return None
     return found
 
 
