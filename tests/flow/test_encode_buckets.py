@@ -182,8 +182,8 @@ def test_the_order_is_equal_on_one_two_and_four_workers_and_no_batch_mixes_sizes
 
 
 @pytest.fixture(scope="module")
-def task(training, base) -> Task:
-    return build_task(training, resolve_base(base).content_hash, "cpu")
+def task(training, base, plan) -> Task:
+    return build_task(training, resolve_base(base).content_hash, plan, "cpu")
 
 
 def test_what_is_read_is_that_order_in_latents_of_each_size(plan, task):

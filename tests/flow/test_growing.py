@@ -5,6 +5,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -48,9 +49,9 @@ def encoded(monkeypatch) -> list[int]:
     """Numbers of pictures that the autoencoder got, call by call."""
     calls, encode = [], actor.LatentEncoder._encode
 
-    def counting(self, pictures: np.ndarray):
+    def counting(self, pictures: np.ndarray, *more: Any):
         calls.append(len(pictures))
-        return encode(self, pictures)
+        return encode(self, pictures, *more)
 
     monkeypatch.setattr(actor.LatentEncoder, "_encode", counting)
     return calls
