@@ -232,7 +232,7 @@ def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
         files=files,
         fingerprint=dict(spec.fingerprint),
         inputs=dict(spec.inputs),
-        counts=counts,
+        counts={**counts, **spec.further_counts(files)},
     )
     write_manifest(output, manifest)
     remove_tree(join(output, PROGRESS))

@@ -3,12 +3,13 @@ tasks that read and write import this module."""
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
+from d2f_core.data.manifest import TableFile
 from d2f_core.data.schema import ROW_GROUP_ROWS
 
 
@@ -98,6 +99,15 @@ class TableSpec(ABC):
         large (see `manifest.rows_per_group`). It affects the files' bytes: whatever it depends on belongs to `inputs`.
         """
         return ROW_GROUP_ROWS
+
+    def further_counts(self, files: Sequence[TableFile]) -> dict[str, int]:
+        """Counts by name that the manifest of the finished table has beside those of its samples.
+
+        Args:
+            files: the table's, already written.
+        """
+        del files
+        return {}
 
     def identity(self) -> dict[str, Any]:
         """The values that must be equal for two jobs to write the same table; cluster and batch size are not among

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2f_core.data.schema import READABLE_VERSIONS, ROW_GROUP_ROWS, SCHEMA_VERSION
+from d2f_core.data.schema import READABLE_VERSIONS, ROW_GROUP_ROWS, SCHEMA_VERSION, written_version
 from d2f_core.identity import canonical_json
 from d2f_core.s3_calls import fetched_whole
 from d2f_core.storage import exists, join, read_bytes, write_bytes
@@ -192,7 +192,7 @@ def read_manifest(uri: str) -> Manifest:
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version not in READABLE_VERSIONS:
         raise ManifestError(
-            f"{place!r} has schema_version={version}; {' and '.join(map(str, READABLE_VERSIONS))} can be read. Write "
+            f"{place!r} has schema_version={version}; {', '.join(map(str, READABLE_VERSIONS))} can be read. Write "
             "the table again, or read it with the release that wrote it."
         )
     try:
@@ -245,7 +245,7 @@ def _to_json(manifest: Manifest) -> str:
     lists: dict[str, list[Any]] = {"files": [asdict(file) for file in manifest.files]}
     if manifest.buckets:
         lists["buckets"] = list(manifest.buckets)
-    rest = asdict(replace(manifest, files=(), buckets=()))
+    rest = asdict(replace(manifest, files=(), buckets=(), schema_version=written_version(manifest.fingerprint)))
     del rest["files"], rest["buckets"]
     text = "".join(f'\n "{name}": [\n{_lines(items)}\n ],' for name, items in lists.items())
     return "{" + text + json.dumps(rest, indent=1, sort_keys=True, ensure_ascii=False)[1:]

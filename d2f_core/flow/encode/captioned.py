@@ -34,4 +34,5 @@ CAPTIONED = EncodeKind(
     pictures=(Picture(name="pixels", dtype="uint8", mean="latent_mean", std="latent_std"),),
     identify=identify,
     prepare=prepare,
+    captioned=True,
 )

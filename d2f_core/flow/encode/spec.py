@@ -1,14 +1,16 @@
 """The differences between kinds of encode jobs, and everything that determines their tables. Imports no torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
 from d2f_core.batch.table_spec import TableSpec
+from d2f_core.data.manifest import TableFile
 from d2f_core.data.schema import array_field
 from d2f_core.flow.encode.config import EncodeSettings
+from d2f_core.model.caption_rules import read_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class EncodeKind:
     `bucket`; raises BadImageError when the sample is unusable."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     """Values that the kind adds to the table's fingerprint."""
+    captioned: bool = False
+    """Whether its samples have captions that a model reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,14 @@ class EncodeSpec(TableSpec):
             shape = (size, size, 3) if picture.dtype == "uint8" else (size, size)
             fields.append(array_field(picture.name, picture.dtype, shape))
         return pa.schema(fields)
+
+    def further_counts(self, files: Sequence[TableFile]) -> dict[str, int]:
+        """How many captions are longer than the text encoder reads, and by how much; nothing if none is."""
+        if not self.kind.captioned:
+            return {}
+        from d2f_core.flow.long_captions import cut_captions
+
+        return cut_captions(self.config.output, files, self.config.base, read_rules(self.fingerprint))
 
     def identify(self, sample: Any) -> str:
         return self.kind.identify(sample)
