@@ -119,6 +119,7 @@ def write_model(
         base,
         objective=model.objective,
         naive_target=model.naive_target,
+        captions=model.captions,
         method=model.method,
         sampling=_sampling(config, base, manifests[0]),
         training=training,

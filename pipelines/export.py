@@ -82,7 +82,9 @@ def main(config: Config) -> None:
     elif config.layout == "peft":
         from d2f_core.model.export_adapter import export_peft
 
-        logger.info("wrote %s", export_peft(_model_files(config), config.output))
+        model = _model_files(config)
+        logger.info("wrote %s", export_peft(model, config.output))
+        _say_how_captions_are_read(model)
     elif config.layout == "diffusers":
         _export_diffusers(config)
     else:
@@ -95,8 +97,10 @@ def _export_diffusers(config: ExportConfig) -> None:
     from d2f_core.model.export import export_diffusers
 
     dtype = getattr(torch, config.dtype)
-    done = export_diffusers(_model_files(config), config.output, base_uri=config.base or None, dtype=dtype)
+    model = _model_files(config)
+    done = export_diffusers(model, config.output, base_uri=config.base or None, dtype=dtype)
     logger.info("wrote %s", done.target)
+    _say_how_captions_are_read(model)
     for part, reason in done.missing.items():
         logger.info("give %s to from_pretrained yourself: %s", part, reason)
 
@@ -109,6 +113,7 @@ def _export_lora_file(config: ExportConfig) -> None:
     model, dtype = _model_files(config), getattr(torch, config.dtype)
     file = export_single_file_lora(model, config.output, base_uri=config.base or None, dtype=dtype, ends=config.ends)
     logger.info("wrote %s: %d keys of %d layers", file.target, file.keys, file.layers)
+    _say_how_captions_are_read(model)
     if file.ends_target:
         logger.info("wrote %s: %s; load it beside the first", file.ends_target, ", ".join(file.ends))
     elif file.ends:
@@ -120,8 +125,9 @@ def _export_lora_file(config: ExportConfig) -> None:
 def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:
     from d2f_core.model.single_file.write import write_checkpoint_file
 
+    model = _model_files(config)
     done = write_checkpoint_file(
-        _model_files(config),
+        model,
         config.output,
         base_uri=config.base or None,
         base_prediction=config.base_prediction,
@@ -130,8 +136,20 @@ def _export_checkpoint_file(config: CheckpointFileExportConfig) -> None:
     )
     told = "a rectified flow (sd3)" if done.prediction == "sd3" else done.prediction
     logger.info("wrote %s: %s, %d tensors, %.2f GB, %s", done.target, done.family, done.keys, done.size / 1e9, told)
+    _say_how_captions_are_read(model)
     if done.prediction == "sd3":
         logger.info("ComfyUI needs the node ModelSamplingSD3 behind the checkpoint's loader; SwarmUI sets it by itself")
+
+
+def _say_how_captions_are_read(model: str) -> None:
+    """Say what other programs do not do by themselves."""
+    from d2f_core.model.base import described_copy
+    from d2f_core.model.caption_rules import read_rules, told_to_others
+    from d2f_core.model.description import DESCRIPTION, read_description
+
+    directory = described_copy(model).path
+    if (directory / DESCRIPTION).is_file() and (told := told_to_others(read_rules(read_description(directory)))):
+        logger.warning("the model reads captions otherwise than other programs do. %s", told)
 
 
 if __name__ == "__main__":

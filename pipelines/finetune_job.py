@@ -9,11 +9,11 @@ from d2f_core import storage
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.stream_plan import StreamPlan
 from d2f_core.flow.estimate.job import worker_bytes
-from d2f_core.flow.latents import check_fingerprint
+from d2f_core.flow.latents import caption_rules, check_fingerprint
 from d2f_core.model.autoencoder import autoencoder_fingerprint
-from d2f_core.model.base import BaseModel, describe_base
-from d2f_core.model.latent_task import check_networks
-from d2f_core.tracking import check_tracking, pin_model
+from d2f_core.model.base import BaseModel, describe_base, described_copy
+from d2f_core.model.latent_task import check_networks, check_start_captions
+from d2f_core.tracking import check_tracking, pin_model, resolve_model
 from d2f_core.train.checkpoint import Checkpoint, candidates, list_checkpoints
 from d2f_core.train.config import TrainConfig
 from pipelines.checkpoint_export import default_weights, write_model
@@ -93,11 +93,13 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
     storage.check_reachable(config.latents)
     storage.check_reachable(config.output, write=True)
     base = describe_base(config.model.base).read_as(config.model.base_prediction)
+    manifests = chosen_tables(config)
     logger.info(
         "%s: %s; not probed here, the first worker compares it with the weights", base.uri, base.prediction_type
     )
+    captions = caption_rules(manifests, config.model.captions)
+    config = replace(config, model=replace(config.model, captions=captions))
     check_networks(base, config.model)
-    manifests = chosen_tables(config)
     autoencoder = autoencoder_fingerprint(base)
     for manifest in manifests:
         check_fingerprint(manifest, autoencoder)
@@ -105,6 +107,8 @@ def check_finetune(config: FinetuneConfig) -> CheckedFinetune:
     plan = make_plan(config, base, manifests)
     check_tracking()
     config = replace(config, model=replace(config.model, start=pin_model(config.model.start)))
+    if config.model.start:
+        check_start_captions(described_copy(resolve_model(config.model.start)).path, config.model)
     if begun := list_checkpoints(config.output):
         config = _as_begun(config)
         manifests = begun_with(config, base.content_hash, begun[-1].manifest.identity)

@@ -40,6 +40,7 @@ def build_task(config: FinetuneConfig, base_hash: str, plan: StreamPlan, device:
         BaseModelError: this node has another base model.
     """
     base, model = resolve_base(config.model.base).read_as(config.model.base_prediction), on_this_node(config.model)
+    base = base.read_captions(model.captions)
     if base.content_hash != base_hash:
         raise BaseModelError(
             f"{config.model.base!r} has the hash {base.content_hash} on this node, and {base_hash} where the training "

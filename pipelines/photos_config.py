@@ -7,6 +7,7 @@ from d2f_core.flow.encode.config import EncodeConfig
 from d2f_core.flow.evaluate.config import AUTO, EvaluateConfig
 from d2f_core.flow.generate.config import ContactSheetConfig, GenerateConfig
 from d2f_core.import_images.config import ImportImagesConfig
+from d2f_core.model.caption_rules import DEFAULT
 from d2f_core.model.config import PredictionName
 from d2f_core.model.hub import is_hub_id
 from d2f_core.model.importing.config import ImportCheckpointConfig
@@ -80,10 +81,12 @@ class PhotosConfig:
         """The stages' fields that this workflow fills in: their value, and the one that says nothing, by name."""
         says_nothing: dict[str, tuple[object, dict[str, object]]] = {
             "checkpoint": (self.checkpoint, {"source": "", "output": "", "prediction": ""}),
-            "images": (self.images, {"source": ImageSource(), "output": "", "resolution": 0, "base": ""}),
+            "images": (
+                self.images, {"source": ImageSource(), "output": "", "resolution": 0, "base": "", "captions": DEFAULT}
+            ),
             "encode": (self.encode, {"source": ImageSource(), "output": "", "resolution": 64, "base": ""}),
             "finetune": (self.finetune, {"latents": "", "output": "", "name": ""}),
-            "finetune.model": (self.finetune.model, {"base": "", "base_prediction": ""}),
+            "finetune.model": (self.finetune.model, {"base": "", "base_prediction": "", "captions": DEFAULT}),
             "finetune.preview": (self.finetune.preview, {"prompts": ()}),
             "generate": (
                 self.generate, {"prompts": "", "model": "", "output": "", "resolution": None, "base_prediction": ""}
@@ -130,6 +133,7 @@ class PhotosConfig:
             output=join(self.output, "images"),
             resolution=self.resolution,
             base=self.base,
+            captions=self.encode.captions,
         )
 
     def wired_encode(self) -> EncodeConfig:
@@ -142,9 +146,10 @@ class PhotosConfig:
         )
 
     def wired_finetune(self) -> FinetuneConfig:
+        given = {"base": self.base, "base_prediction": self.base_prediction, "captions": self.encode.captions}
         return replace(
             self.finetune,
-            model=replace(self.finetune.model, base=self.base, base_prediction=self.base_prediction),
+            model=replace(self.finetune.model, **given),
             latents=join(self.output, "latents"),
             output=join(self.output, "run"),
             preview=replace(self.finetune.preview, prompts=self.prompts),

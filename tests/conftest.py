@@ -24,8 +24,9 @@ RUNGS = ("quick", "process", "servers")
 servers and workers, and clusters."""
 STARTS_PROCESSES = {"s3", "stack", "stack_directory", "pair", "single", "offloading_pair", "offloading_single"}
 """Fixtures of servers and of worker processes."""
-LONGER = ("model", "data/test_hostile_inputs.py", "pipelines/test_checkpoint_export.py", "pipelines/test_recipes.py",
-          "test_credentials.py", "test_fault_proxy.py", "test_storage.py", "test_tracking.py")  # fmt: skip
+LONGER = ("model", "data/test_hostile_inputs.py", "pipelines/test_captions.py", "pipelines/test_checkpoint_export.py",
+          "pipelines/test_recipes.py", "test_credentials.py", "test_fault_proxy.py", "test_storage.py",
+          "test_tracking.py")  # fmt: skip
 QUICK_NEVERTHELESS = ("model/test_artifact.py", "model/test_hostile_artifacts.py")
 
 

@@ -1,5 +1,9 @@
 """Latent tables of random numbers, for tests and benchmarks that train on them."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import numpy as np
 
 from d2f_core.data.arrays import arrays_to_table
@@ -16,11 +20,13 @@ def write_latents(
     shape: tuple[int, int, int] = (4, 8, 8),
     pixels: int = 16,
     captions: int,
+    properties: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write a table of `rows` latents of images `pixels` wide and high, with `captions` different captions.
 
     Args:
         fingerprint: of the autoencoder that a base model must have to be trained on it.
+        properties: what else the table's fingerprint says.
     """
     generator = np.random.default_rng(0)
     columns = {
@@ -40,4 +46,5 @@ def write_latents(
         write_part(uri, f"part-{number}.parquet", table.slice(start, rows_per_file))
         for number, start in enumerate(starts)
     )
-    write_manifest(uri, Manifest(kind="latents", files=files, fingerprint={"autoencoder": fingerprint}))
+    found = {"autoencoder": fingerprint, **properties}
+    write_manifest(uri, Manifest(kind="latents", files=files, fingerprint=found))

@@ -98,6 +98,7 @@ def _grow(job: TableJob, before: Manifest) -> Manifest:
     write_quarantine(place, growth.bad)
     counts = _counts(growing, growth.records, growth.bad, sum(file.rows for file in growth.files))
     counts |= {"new": growth.new, "removed": growth.removed, "unchanged": growth.unchanged}
+    counts |= spec.further_counts(growth.files)
     manifest = Manifest(
         kind=spec.KIND,
         files=growth.files,
@@ -235,7 +236,8 @@ def finish_table(spec: TableSpec, records: Sequence[ChunkRecord]) -> Manifest:
     records = drop_duplicates(output, records, row_group_rows=spec.row_group_rows)
     bad = ledger(output, records)
     write_quarantine(output, bad)
-    counts = _counts(spec, records, bad, sum(record.file.rows for record in records if record.file is not None))
+    files = tuple(record.file for record in records if record.file is not None)
+    counts = _counts(spec, records, bad, sum(file.rows for file in files)) | spec.further_counts(files)
     manifest = _declare(spec, records, counts)
     remove_tree(join(output, PROGRESS))
     reasons = _counted(bad)

@@ -3,12 +3,13 @@ tasks that read and write import this module."""
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
+from d2f_core.data.manifest import TableFile
 from d2f_core.data.schema import ROW_GROUP_ROWS
 
 
@@ -129,6 +130,15 @@ class TableSpec(ABC):
         """The specification of one of `tables`, whose rows are of one schema."""
         del name
         return self
+
+    def further_counts(self, files: Sequence[TableFile]) -> dict[str, int]:
+        """Counts by name that the manifest of the finished table has beside those of its samples.
+
+        Args:
+            files: the table's, already written.
+        """
+        del files
+        return {}
 
     def identity(self) -> dict[str, Any]:
         """The values that must be equal for two jobs to write the same table; cluster and batch size are not among

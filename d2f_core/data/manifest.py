@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2f_core.data.schema import READABLE_VERSIONS, ROW_GROUP_ROWS, SCHEMA_VERSION
+from d2f_core.data.schema import READABLE_VERSIONS, ROW_GROUP_ROWS, SCHEMA_VERSION, written_version
 from d2f_core.data.table_versions import MANIFEST_NAME, newest_version, versioned
 from d2f_core.identity import canonical_json
 from d2f_core.s3_calls import fetched_whole
@@ -193,7 +193,7 @@ def read_manifest(uri: str, version: int | None = None) -> Manifest:
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version not in READABLE_VERSIONS:
         raise ManifestError(
-            f"{place!r} has schema_version={version}; {' and '.join(map(str, READABLE_VERSIONS))} can be read. Write "
+            f"{place!r} has schema_version={version}; {', '.join(map(str, READABLE_VERSIONS))} can be read. Write "
             "the table again, or read it with the release that wrote it."
         )
     try:
@@ -246,7 +246,7 @@ def _to_json(manifest: Manifest) -> str:
     lists: dict[str, list[Any]] = {"files": [asdict(file) for file in manifest.files]}
     if manifest.buckets:
         lists["buckets"] = list(manifest.buckets)
-    rest = asdict(replace(manifest, files=(), buckets=()))
+    rest = asdict(replace(manifest, files=(), buckets=(), schema_version=written_version(manifest.fingerprint)))
     del rest["files"], rest["buckets"]
     line = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
     lines = {name: ",\n".join(map(line, items)) for name, items in lists.items()}

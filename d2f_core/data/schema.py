@@ -7,7 +7,8 @@ Bytes, not lists of numbers: parquet would decode each number, which takes 5 to 
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,10 @@ SCHEMA_VERSION = 3
 """Incremented with every change that an older reader would misread. Version 2 manifests list the rows of every row
 group, version 3 run-length encodes them; the tables are the same."""
 
-READABLE_VERSIONS = (2, 3)
+NEWER_PROPERTIES = {"captions": 4}
+"""Property in a manifest's fingerprint that an older reader would pass over -> version with which it is written."""
+
+READABLE_VERSIONS = (2, 3, 4)
 
 ROW_GROUP_ROWS = 64
 """Rows per parquet row group (the smallest piece that a reader can fetch) in a table with small rows."""
@@ -36,6 +40,11 @@ IMAGE_SCHEMA = pa.schema(
 
 class SchemaError(ValueError):
     """A table whose columns, shapes or encoder are not the expected ones."""
+
+
+def written_version(fingerprint: Mapping[str, Any]) -> int:
+    """Schema version of the manifest of a table with these properties."""
+    return max([SCHEMA_VERSION, *(NEWER_PROPERTIES.get(name, 0) for name in fingerprint)])
 
 
 def sample_id(image: bytes, caption: str) -> str:

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError, array_field
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules, read_rules
 
 DEPTH_TASK = "image_to_depth"
 """Value of `task` in the fingerprint of a depth latent table."""
@@ -102,6 +103,29 @@ def check_fingerprint(manifest: Manifest, autoencoder_fingerprint: str) -> None:
             f"The latents were made with the autoencoder {made_with}, the base model has {autoencoder_fingerprint}. "
             "Run encode_latents again with this base model, or finetune the base model they were made with."
         )
+
+
+def caption_rules(manifests: Sequence[Manifest], asked: CaptionRules) -> CaptionRules:
+    """The rules by which a training on these tables reads captions: those that the tables were made with, or if they
+    say nothing, the rules that its config asks for.
+
+    Raises:
+        SchemaError: the tables were made with different rules, or with others than the config asks for.
+    """
+    first, *others = [read_rules(manifest.fingerprint) for manifest in manifests]
+    for other in others:
+        if other != first:
+            raise SchemaError(
+                f"The latent tables were made with the caption rules {first} and {other}. Encode them with equal "
+                "captions.chunks and captions.clip_skip."
+            )
+    says_nothing = first == DEFAULT and not any(manifest.fingerprint.get("text") == "states" for manifest in manifests)
+    if asked not in (DEFAULT, first) and not says_nothing:
+        raise SchemaError(
+            f"The latents were made with the caption rules {first}, and model.captions asks for {asked}. Leave "
+            "model.captions out, or encode the images again with these rules."
+        )
+    return asked if says_nothing else first
 
 
 def noise_columns(manifests: Sequence[Manifest], base_hash: Callable[[], str]) -> tuple[str, ...]:

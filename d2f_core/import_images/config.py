@@ -7,6 +7,7 @@ from d2f_core.batch.config import AwaitedPoolConfig
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Crop, ImageRules, check_background, check_crop
 from d2f_core.data.sources.config import ImageSource
 from d2f_core.identity import since
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules
 
 UNBOUNDED = 65_536
 """Side in pixels that no image reaches, as all are decoded that are not made smaller."""
@@ -55,6 +56,8 @@ class ImportImagesWork:
     alike to them."""
     base: str = ""
     """Base model whose tokenizer counts the captions' tokens for the report; empty: only words are counted."""
+    captions: CaptionRules = since(DEFAULT, before=DEFAULT)
+    """How captions will be read, by which the report tells those that are cut."""
     max_quarantined_share: float = 0.05
     """Largest share of unusable images before the job stops; duplicates do not count. A stopped job can be resumed
     with a higher share."""

@@ -28,6 +28,7 @@ from d2f_core.import_images.config import ImportImagesConfig, ImportImagesError
 from d2f_core.import_images.parting import SIDES, Parting, Side, part_rows, read_known, side_parts, write_side_part
 from d2f_core.import_images.report import write_report
 from d2f_core.import_images.spec import ImportSpec, Passing
+from d2f_core.model.caption_rules import CaptionRules
 from d2f_core.retry import one_line
 from d2f_core.storage import check_reachable, exists, join, list_names, read_bytes, remove_tree, write_bytes
 
@@ -77,7 +78,7 @@ def check_import(config: ImportImagesConfig) -> ImportJob:
     everything = dataclasses.replace(config, output=join(config.output, ALL))
     spec = ImportSpec(config=everything, fingerprint=fingerprint, inputs=made_from)
     parted = {name: getattr(config, name) for name in ("held_out_share", "near_distance", "near_duplicates")}
-    _check_base(config.base)
+    _check_base(config.base, config.captions)
     job = ImportJob(
         config=config, table=TableJob(spec=spec, source=planned, actor=Passing), inputs={**spec.identity(), **parted}
     )
@@ -110,7 +111,7 @@ def _refuse_other(job: ImportJob) -> None:
         )
 
 
-def _check_base(uri: str) -> None:
+def _check_base(uri: str, captions: CaptionRules) -> None:
     """Refuse a base whose tokenizer cannot count the captions' tokens, before all images are read."""
     if uri:
         from d2f_core.model.base import describe_base
@@ -118,7 +119,7 @@ def _check_base(uri: str) -> None:
 
         check_reachable(uri)
         try:
-            describe_text_encoder(describe_base(uri))
+            describe_text_encoder(describe_base(uri).read_captions(captions))
         except OSError as error:  # transformers, of a tokenizer without its files
             raise ImportImagesError(f"base={uri!r} has no tokenizer that can be read ({one_line(error)}).") from None
 

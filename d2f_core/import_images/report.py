@@ -19,6 +19,7 @@ from d2f_core.data.manifest import Manifest
 from d2f_core.data.quarantine import DUPLICATE, QUARANTINE_NAME
 from d2f_core.import_images.config import ImportImagesConfig
 from d2f_core.import_images.parting import Parting
+from d2f_core.model.caption_rules import CaptionRules
 from d2f_core.storage import arrow_filesystem, join, read_bytes, retried, write_bytes
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -49,7 +50,7 @@ def write_report(config: ImportImagesConfig, everything: str, table: Manifest, p
     Args:
         everything: URI of the table of all usable images.
     """
-    lengths, most = caption_lengths(parting.rows["caption"].to_pylist(), config.base)
+    lengths, most = caption_lengths(parting.rows["caption"].to_pylist(), config.base, config.captions)
     left_out = pq.read_table(pa.BufferReader(read_bytes(join(everything, QUARANTINE_NAME)))).to_pylist()
     summary = summarise(table, parting, lengths, most, left_out)
     page = render(config, summary, _shown(everything, table, parting), left_out[:SHOWN])
@@ -57,7 +58,7 @@ def write_report(config: ImportImagesConfig, everything: str, table: Manifest, p
     return summary
 
 
-def caption_lengths(captions: Sequence[str], base: str) -> tuple[np.ndarray, int]:
+def caption_lengths(captions: Sequence[str], base: str, rules: CaptionRules) -> tuple[np.ndarray, int]:
     """Length of each caption, and the most that the base's text encoder reads.
 
     Returns:
@@ -68,14 +69,13 @@ def caption_lengths(captions: Sequence[str], base: str) -> tuple[np.ndarray, int
     from d2f_core.model.base import describe_base
     from d2f_core.model.text_encoder import describe_text_encoder
 
-    described = describe_text_encoder(describe_base(base))
+    described = describe_text_encoder(describe_base(base).read_captions(rules))
     tokenizer = described.tokenizers[0]
-    special = tokenizer.num_special_tokens_to_add()
     counts: list[int] = []
     for start in range(0, len(captions), CAPTIONS_AT_ONCE):
         some = list(captions[start : start + CAPTIONS_AT_ONCE])
         counts += map(len, tokenizer(some, add_special_tokens=False)["input_ids"])
-    return np.array(counts), described.max_length - special
+    return np.array(counts), described.read_at_most
 
 
 def summarise(

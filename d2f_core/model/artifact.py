@@ -30,6 +30,7 @@ from d2f_core.model.base import (
     resolve_base,
     schedule_hash,
 )
+from d2f_core.model.caption_rules import read_rules
 from d2f_core.model.config import SamplingDefaults
 from d2f_core.model.denoiser import (
     check_unet,
@@ -141,7 +142,7 @@ def _described(
         base = find_base(description["base"]["uri"])
     else:
         base = _copied_base(find_base(uri), description)
-    base = _fitting_base(uri, base, description)
+    base = _fitting_base(uri, base, description).read_captions(read_rules(description))
     described = DescribedModel(
         base=base,
         objective=description["objective"],

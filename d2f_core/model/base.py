@@ -17,6 +17,7 @@ from d2f_core import storage
 from d2f_core.cache import kept, make_room
 from d2f_core.hashing import cache_root, one_at_a_time
 from d2f_core.model.base_kinds import why_not
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules
 from d2f_core.model.hub import HubError, UnreachableHub, fetch, is_hub_id
 from d2f_core.model.model_files import ModelFiles, describe_tree
 from d2f_core.model.plain_json import parse
@@ -57,6 +58,8 @@ class BaseModel:
     """Whether somebody said what it predicts, besides the scheduler config."""
     original_hash: str = ""
     """Content hash of the base whose parts were copied here, if this is an export; empty: that of the files."""
+    captions: CaptionRules = DEFAULT
+    """How captions are read; of a trained model's base, as the model was trained."""
 
     def read_as(self, prediction_type: str) -> "BaseModel":
         """The base with the prediction type that the user, or a model trained on it, says; itself if that is empty.
@@ -78,6 +81,10 @@ class BaseModel:
                 )
         read_schedule(config)
         return dataclasses.replace(self, prediction_type=prediction_type, scheduler_config=config, told=True)
+
+    def read_captions(self, rules: CaptionRules) -> "BaseModel":
+        """The base with captions read by these rules."""
+        return self if rules == self.captions else dataclasses.replace(self, captions=rules)
 
     @property
     def path(self) -> Path:

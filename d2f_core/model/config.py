@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2f_core.identity import since
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules
 from d2f_core.objective.time_sampling import NaiveTarget, TimeSampling
 
 PredictionName = Literal["", "epsilon", "v_prediction", "sample", "flow_prediction"]
@@ -69,6 +70,8 @@ class ModelConfig:
     caption_dropout: float = 0.1
     """Share of samples trained with the empty caption, which classifier-free guidance needs. For SDXL the empty
     caption's states are zeros."""
+    captions: CaptionRules = since(DEFAULT, before=DEFAULT)
+    """How captions are read, in training and by the trained model. Left at its defaults: as the latent tables say."""
     times: TimeSampling = field(default_factory=TimeSampling)
     """Distribution of flow times in the flow losses."""
     shift_by_resolution: bool = False

@@ -12,14 +12,18 @@ from d2f_core.hashing import HASHED_SUFFIXES, file_sha256
 from d2f_core.identity import identity_values
 from d2f_core.model.artifact_files import ArtifactError, check_files
 from d2f_core.model.base import BaseModel, schedule_hash
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules, written_rules
 from d2f_core.model.config import SamplingDefaults, TaskName
 from d2f_core.objective.schedule import FLOW_PREDICTION
 from d2f_core.objective.time_sampling import NaiveTarget
 from d2f_core.retry import one_line
 
 DESCRIPTION = "diff2flow.json"
-FORMAT_VERSION = 2
-"""Newest format. Format 1, which older releases read too, is written wherever it says all."""
+FORMAT_VERSION = 3
+"""Newest format, which adds how captions are read. Formats 1 and 2, which older releases read too, are written wherever
+they say all."""
+NAIVE_TARGET_VERSION = 2
+"""First format that says what a naively trained network puts out; also the first of flow bases and time grids."""
 WEIGHTS = {"full": "unet", "lora": "adapter"}
 """Training method -> directory of the trained weights."""
 MAX_JOINED_CHANNELS = 64
@@ -54,6 +58,8 @@ class _Description:
     sampling: SamplingDefaults
     training: dict[str, Any]
     weights_sha256: dict[str, str]
+    captions: CaptionRules = DEFAULT
+    """How captions are read."""
     diffusers: dict[str, Any] | None = None
     """How diffusers loads the directory, if it is an export."""
 
@@ -76,13 +82,15 @@ def describe(
     task: TaskName = "text_to_image",
     joined_channels: int = 0,
     naive_target: NaiveTarget = "noise_minus_data",
+    captions: CaptionRules = DEFAULT,
 ) -> dict[str, Any]:
     """The contents of `diff2flow.json`, without the weights' hashes."""
     naive = objective == "flow_matching" and naive_target != OLDER["naive_target"]
     sampled = identity_values(sampling)  # a time grid only if it is not the one of format 1
     newer = naive or base.prediction_type == FLOW_PREDICTION or "time_grid" in sampled
+    rules = written_rules(captions)
     return {
-        "format_version": FORMAT_VERSION if newer else 1,
+        "format_version": FORMAT_VERSION if rules else NAIVE_TARGET_VERSION if newer else 1,
         "objective": objective,
         **({"naive_target": naive_target} if naive else {}),
         "method": method,
@@ -94,6 +102,7 @@ def describe(
         "schedule_sha256": schedule_hash(base.scheduler_config),
         "time_convention": "t=0 noise, t=1 data",
         "sampling": sampled,
+        **rules,
         "training": dict(training),
     }
 

@@ -26,7 +26,7 @@ from d2f_core.model.artifact import DESCRIPTION, ArtifactError, TrainedModel, lo
 from d2f_core.model.artifact_files import PARTS
 from d2f_core.model.autoencoder import latent_scale
 from d2f_core.model.base import local_copy
-from d2f_core.model.description import FORMAT_VERSION, write_description
+from d2f_core.model.description import NAIVE_TARGET_VERSION, write_description
 from d2f_core.model.diffusers_layout import MODEL_INDEX, copy_base_parts, read_json
 from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler
 from d2f_core.model.export_readme import readme
@@ -172,7 +172,8 @@ def export_diffusers(
         directory = Path(temporary)
         index, missing = copy_base_parts(model.base.path, directory)
         _check_scaling(model, index["_class_name"])
-        turned = {"naive_target": "noise_minus_data", "format_version": FORMAT_VERSION} if _turn_round(model) else {}
+        version = max(NAIVE_TARGET_VERSION, description["format_version"])
+        turned = {"naive_target": "noise_minus_data", "format_version": version} if _turn_round(model) else {}
         index["unet"] = _write_unet(model, directory / "unet", dtype)
         index["scheduler"] = _write_scheduler(model, directory / "scheduler")
         own = index["scheduler"][0] == SCHEDULER_MODULE

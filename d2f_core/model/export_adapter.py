@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from d2f_core import storage
 from d2f_core.model.adapter_metadata import adapter_metadata
 from d2f_core.model.artifact import DESCRIPTION, ArtifactError
+from d2f_core.model.caption_rules import read_rules, told_to_others
 from d2f_core.model.denoiser import load_unet
 from d2f_core.model.export import artifact, load_for_others
 from d2f_core.model.peft_layout import CONFIG_NAME, public_name, write_peft
@@ -83,7 +84,7 @@ def export_peft(model_uri: str, target: str) -> str:
     adapter, base = _adapter(model_uri, directory, description), public_name(description["base"]["uri"])
     named = {**description, "base": {**description["base"], "uri": base}}
     with tempfile.TemporaryDirectory() as temporary:
-        write_peft(adapter, Path(temporary), base)
+        write_peft(adapter, Path(temporary), base, told_to_others(read_rules(description)))
         Path(temporary, DESCRIPTION).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
         storage.upload_tree(Path(temporary), target, last=CONFIG_NAME)
     return target

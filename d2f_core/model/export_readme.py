@@ -7,7 +7,9 @@ from typing import Any
 import yaml
 
 from d2f_core.model.artifact import TrainedModel
-from d2f_core.model.base import BaseModel
+from d2f_core.model.base import BaseModel, is_sdxl
+from d2f_core.model.caption_rules import DEFAULT, told_to_others
+from d2f_core.model.diffusers_layout import read_json
 from d2f_core.model.diffusers_scheduler import Diff2FlowScheduler
 
 LICENCE = ("license", "license_name", "license_link")
@@ -56,6 +58,26 @@ from diff2flow_scheduler import Diff2FlowScheduler
 
 pipeline.scheduler = Diff2FlowScheduler.from_config(pipeline.scheduler.config)
 ```"""
+CAPTIONS = """\
+## Prompts
+
+{told}
+
+The package diff2flow-ray encodes prompts as in training:
+
+```python
+from d2f_core.model.artifact import describe_model
+from d2f_core.model.text_encoder import load_text_encoder
+
+encoder = load_text_encoder(describe_model("this directory").base)
+given, empty = encoder.condition([prompt]), encoder.condition([""])
+pipeline({arguments})
+```"""
+EMBEDDINGS = {
+    "text_states": ("prompt_embeds", "negative_prompt_embeds"),
+    "pooled_text": ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+}
+"""Part of a condition -> the arguments of diffusers' pipelines, for the prompt and for the empty one."""
 MERGED = """\
 The UNet holds the trained adapter. The LoRA file or PEFT directory of the same model, put on this pipeline, would count
 twice."""
@@ -86,6 +108,7 @@ def readme(model: TrainedModel, base: Mapping[str, str], loading: Mapping[str, A
         _solver(model, loading["scheduler"]),
         WITHOUT_PACKAGE.format(missing=arguments) if loading["import"] else "",
         FLOW.format(count=model.schedule.num_timesteps) if model.puts_out_velocity else "",
+        _captions(model.base),
         _missing(missing),
         f"Trained from {base['uri']}, whose files have sha256 {base['sha256']}; diff2flow.json says how.",
         MERGED if model.method == "lora" else "",
@@ -120,6 +143,21 @@ def _solver(model: TrainedModel, scheduler: str) -> str:
     if model.sampling.time_grid != "uniform" and not own:
         told += [f"Its own flow times are a {model.sampling.time_grid} grid; the scheduler's are even."]
     return "\n".join(told)
+
+
+def _captions(base: BaseModel) -> str:
+    """How prompts must be read where a stock pipeline reads them otherwise."""
+    if base.captions == DEFAULT:
+        return ""
+    parts = (
+        EMBEDDINGS if is_sdxl(read_json(base.path / "unet/config.json")) else {"text_states": EMBEDDINGS["text_states"]}
+    )
+    names = [
+        f'{name}={value}["{part}"]'
+        for part, both in parts.items()
+        for name, value in zip(both, ("given", "empty"), strict=True)
+    ]
+    return CAPTIONS.format(told=told_to_others(base.captions), arguments=", ".join(names))
 
 
 def _missing(parts: Mapping[str, str]) -> str:

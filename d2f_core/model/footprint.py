@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from d2f_core.model.denoiser import POOLED_AND_TIME_IDS, as_denoiser
 
 TOKENS = 77
-"""Tokens per caption of every CLIP text encoder."""
+"""Tokens in the window of every CLIP text encoder."""
 TIME_IDS = 6
 UNCERTAIN = 1.01
 """The counted peak may be too high by up to this factor."""
@@ -95,7 +95,7 @@ def sizes(module: nn.Module, *, trained: bool) -> list[int]:
 
 
 def count_pass(
-    network: nn.Module, *, batch: int, side: int, dtype: torch.dtype, checkpointing: bool = False
+    network: nn.Module, *, batch: int, side: int, dtype: torch.dtype, checkpointing: bool = False, chunks: int = 1
 ) -> PassCount:
     """Count a training pass of a UNet, bare or with adapters, on any device, also meta; the UNet is not changed.
 
@@ -103,6 +103,7 @@ def count_pass(
         side: height and width of the latents.
         dtype: of weights and activations.
         checkpointing: recompute the blocks' activations in the backward pass (activation checkpointing).
+        chunks: windows of the text encoder that a caption fills.
     """
     network = copy.deepcopy(network)
     unet = next(module for module in network.modules() if isinstance(module, UNet2DConditionModel))
@@ -110,7 +111,7 @@ def count_pass(
         materialize(network, dtype)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        return measure_pass(network.train(), unet_inputs(unet, batch, side), dtype)
+        return measure_pass(network.train(), unet_inputs(unet, batch, side, chunks), dtype)
 
 
 def materialize(network: nn.Module, dtype: torch.dtype) -> None:
@@ -122,13 +123,13 @@ def materialize(network: nn.Module, dtype: torch.dtype) -> None:
     cast(Any, network)._apply(empty)
 
 
-def unet_inputs(unet: UNet2DConditionModel, batch: int, side: int) -> dict[str, Tensor]:
+def unet_inputs(unet: UNet2DConditionModel, batch: int, side: int, chunks: int = 1) -> dict[str, Tensor]:
     """Inputs of the denoiser around this UNet, as zeros of the right shapes by argument name."""
     config = cast(Any, unet.config)
     inputs = {
         "x_dm": torch.zeros(batch, config.out_channels, side, side),
         "timestep": torch.zeros(batch),
-        "text_states": torch.zeros(batch, TOKENS, config.cross_attention_dim),
+        "text_states": torch.zeros(batch, chunks * TOKENS, config.cross_attention_dim),
     }
     if config.addition_embed_type == POOLED_AND_TIME_IDS:
         width = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
@@ -180,7 +181,7 @@ def _little_garbage() -> Iterator[None]:
 
 
 def text_flops(encoders: Sequence[nn.Module]) -> int:
-    """FLOPs of one caption through all text encoders."""
+    """FLOPs of one chunk of a caption through all text encoders."""
     return sum(forward_flops(one, lambda net: net(torch.zeros(1, TOKENS, dtype=torch.long))) for one in encoders)
 
 

@@ -6,6 +6,7 @@ Every random number of a sample is keyed by (seed, epoch, row): no worker, resta
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -15,9 +16,17 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 
-from d2f_core.model.artifact import DescribedModel, TrainedModel, describe_model, load_model
+from d2f_core.model.artifact import (
+    DESCRIPTION,
+    DescribedModel,
+    TrainedModel,
+    describe_model,
+    load_model,
+    read_description,
+)
 from d2f_core.model.base import BaseModel, BaseModelError, described_copy, local_copy
 from d2f_core.model.caption_cache import CaptionCache
+from d2f_core.model.caption_rules import read_rules
 from d2f_core.model.config import ModelConfig, PreviewConfig, SamplingDefaults
 from d2f_core.model.denoiser import as_denoiser, check_unet, extend_input_channels, load_unet, unet_on_meta
 from d2f_core.model.image_sizes import SIZE_COLUMNS, sizes_of_rows
@@ -99,7 +108,7 @@ def check_networks(base: BaseModel, config: ModelConfig) -> None:
     if not config.from_scratch:
         check_unet(base)
     as_denoiser(empty_network(base, config))
-    describe_text_encoder(base)
+    describe_text_encoder(base.read_captions(config.captions))
 
 
 def check_start(base: BaseModel, config: ModelConfig) -> DescribedModel:
@@ -133,10 +142,24 @@ def check_start(base: BaseModel, config: ModelConfig) -> DescribedModel:
     return trained
 
 
+def check_start_captions(directory: Path, config: ModelConfig) -> None:
+    """Refuse (ValueError) a start that reads captions by other rules than the training.
+
+    Args:
+        directory: the trained model's, on this machine.
+    """
+    if (directory / DESCRIPTION).is_file() and (rules := read_rules(read_description(directory))) != config.captions:
+        raise ValueError(
+            f"start={config.start!r} reads captions by {rules}, and this training by {config.captions}. Train on "
+            "tables that were made with the start's rules, or give them as model.captions."
+        )
+
+
 def _start_from(network: nn.Module, base: BaseModel, config: ModelConfig) -> None:
     """Set the trainable parameters to the values of the trained model in `config.start`."""
     directory = local_copy(config.start)  # first, so that the check reads this copy's contents
     check_start(base, config)
+    check_start_captions(directory, config)
     if config.method == "lora":
         set_adapter(cast(PeftModel, network), directory / "adapter")
     else:
@@ -166,9 +189,10 @@ class LatentTask(abc.ABC):
     """Columns of the latent table that are read."""
 
     def __init__(self, base: BaseModel, config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str) -> None:
-        self.base, self.config, self.seed, self.dtype, self.device = base, config, seed, dtype, device
+        self.base, self.config, self.seed = base.read_captions(config.captions), config, seed
+        self.dtype, self.device = dtype, device
         self.module = build_network(base, config, seed)
-        self._captions = CaptionCache(load_text_encoder(base, device=device))
+        self._captions = CaptionCache(load_text_encoder(self.base, device=device))
 
     @abc.abstractmethod
     def row_conditions(self, arrays: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Tensor]:

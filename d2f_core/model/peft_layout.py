@@ -18,16 +18,17 @@ KEPT = ("peft_type", "inference_mode", "r", "lora_alpha", "target_modules")
 """Settings that are written at their defaults too: what a reader wants to know of a LoRA."""
 
 
-def write_peft(adapter: Path, target: Path, base: str) -> None:
+def write_peft(adapter: Path, target: Path, base: str, note: str = "") -> None:
     """Copy an adapter to `target`, its config without defaults, and add README.md.
 
     Args:
         base: name of the base model for people and for PEFT.
+        note: what else README.md tells of how to sample.
     """
     copy_part(adapter, target)
     config = {**plain_config(read_json(adapter / CONFIG_NAME)), "base_model_name_or_path": base}
     (target / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (target / "README.md").write_text(_readme(base))
+    (target / "README.md").write_text(_readme(base) + (f"\n{note}\n" if note else ""))
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules, read_rules, told_to_others
 from d2f_core.model.diffusers_scheduler import SCHEDULE_FIELDS
 from d2f_core.model.sampling import SCHEDULERS
 
@@ -25,4 +26,16 @@ def sampling_metadata(description: Mapping[str, Any]) -> dict[str, str]:
         "d2f_time_convention": description["time_convention"],
         "d2f_schedule": json.dumps({name: schedule[name] for name in SCHEDULE_FIELDS if name in schedule}),
         "d2f_base_sha256": description["base"]["sha256"],
+        **_caption_metadata(read_rules(description)),
+    }
+
+
+def _caption_metadata(rules: CaptionRules) -> dict[str, str]:
+    """How captions are read, and the same in words where programs show a hint of use; nothing if as everywhere."""
+    if rules == DEFAULT:
+        return {}
+    return {
+        "d2f_caption_chunks": str(rules.chunks),
+        "d2f_clip_skip": str(rules.clip_skip),
+        "modelspec.usage_hint": told_to_others(rules),
     }

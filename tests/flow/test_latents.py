@@ -8,12 +8,14 @@ from d2f_core.data.manifest import Manifest
 from d2f_core.data.schema import SchemaError, check_schema
 from d2f_core.flow.latents import (
     FLIPPED,
+    caption_rules,
     check_fingerprint,
     depth_latent_schema,
     image_columns,
     latent_schema,
     noise_columns,
 )
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules, written_rules
 
 
 def test_latents_of_another_autoencoder_are_refused():
@@ -53,3 +55,29 @@ def test_pairs_are_read_with_their_noise_and_not_beside_tables_without():
         noise_columns([pairs], lambda: "b2")
     with pytest.raises(SchemaError, match="Some latent tables hold pairs and some do not"):
         noise_columns([pairs, plain], lambda: "b1")
+
+
+def table(rules: CaptionRules = DEFAULT, **properties) -> Manifest:
+    return Manifest(kind="latents", files=(), fingerprint={**properties, **written_rules(rules)})
+
+
+LONG, SKIPPED = CaptionRules(chunks=3), CaptionRules(clip_skip=1)
+
+
+def test_a_training_reads_captions_as_its_tables_say_and_else_as_its_config_does():
+    assert caption_rules([table()], DEFAULT) == DEFAULT and caption_rules([table()], LONG) == LONG
+    assert caption_rules([table(LONG), table(LONG)], DEFAULT) == LONG == caption_rules([table(LONG)], LONG)
+
+
+@pytest.mark.parametrize(
+    ("tables", "asked", "message"),
+    [
+        ([table(LONG), table(SKIPPED)], DEFAULT, "chunks=3, clip_skip=0 and chunks=1, clip_skip=1.*equal"),
+        ([table(), table(LONG)], LONG, "chunks=1, clip_skip=0 and chunks=3, clip_skip=0"),
+        ([table(LONG)], SKIPPED, "chunks=3, clip_skip=0, and model.captions asks for chunks=1, clip_skip=1"),
+        ([table(text="states")], LONG, "chunks=1, clip_skip=0, and model.captions asks for chunks=3"),
+    ],
+)
+def test_rules_that_contradict_each_other_are_refused_with_both(tables, asked, message):
+    with pytest.raises(SchemaError, match=message):
+        caption_rules(tables, asked)

@@ -6,6 +6,7 @@ import torch
 
 from d2f_core.model.artifact import describe, save_artifact
 from d2f_core.model.base import resolve_base
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules
 from d2f_core.model.config import LoraConfig, SamplingDefaults
 from d2f_core.model.denoiser import as_denoiser, load_unet
 from d2f_core.model.lora import add_lora
@@ -25,6 +26,7 @@ def trained(
     objective: str = "diff2flow",
     *,
     probe: bool = True,
+    captions: CaptionRules = DEFAULT,
     **sampling,
 ) -> str:
     """An artifact whose trained parameters were moved at random; without `lora` all of them."""
@@ -37,7 +39,10 @@ def trained(
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     method = "full" if lora is None else "lora"
     defaults = SamplingDefaults(**sampling)
-    save_artifact(target, network, describe(model, objective=objective, method=method, sampling=defaults, training={}))
+    description = describe(
+        model, objective=objective, method=method, sampling=defaults, training={}, captions=captions
+    )  # fmt: skip
+    save_artifact(target, network, description)
     return str(target)
 
 

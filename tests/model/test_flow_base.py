@@ -148,8 +148,8 @@ def test_a_diffusion_models_description_is_written_as_older_releases_read_it(tmp
 def test_a_format_of_the_future_is_refused(base: Path, tmp_path: Path) -> None:
     save(base, tmp_path / "model")
     file = tmp_path / "model/diff2flow.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 3}))
-    with pytest.raises(ArtifactError, match="format_version=3; this release reads 1 to 2"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 4}))
+    with pytest.raises(ArtifactError, match="format_version=4; this release reads 1 to 3"):
         read_description(tmp_path / "model")
 
 

@@ -153,7 +153,8 @@ FULL: dict[str, tuple[str, Case]] = {
     "picture of gigabytes": ("at most", lambda artifact, canary: (
         file("samples.png", b"\x89PNG\r\n\x1a\n")(artifact, canary), os.truncate(artifact / "samples.png", 2**31))),
     # Descriptions.
-    "another format": ("format_version=3", fields(DESCRIPTION, format_version=3)),
+    "another format": ("format_version=4", fields(DESCRIPTION, format_version=4)),
+    "more chunks than memory": ("captions.chunks=1000000000", fields(DESCRIPTION, captions={"chunks": 10**9})),
     "without weights' hashes": ("weights_sha256", fields(DESCRIPTION, weights_sha256=None)),
     "without the schedule's hash": ("schedule_sha256", fields(DESCRIPTION, schedule_sha256=None)),
     "unknown field": ("evil", fields(DESCRIPTION, evil=1)),

@@ -16,6 +16,7 @@ from d2f_core.device import reserved_device
 from d2f_core.flow.encode.spec import EncodeSpec
 from d2f_core.model.autoencoder import load_autoencoder
 from d2f_core.model.base import resolve_base
+from d2f_core.model.caption_rules import read_rules
 from d2f_core.model.text_encoder import load_text_encoder
 
 
@@ -26,7 +27,7 @@ class LatentEncoder(TableActor):
         torch.set_num_threads(spec.config.cpus_per_actor)
         self._spec = spec
         self._device = reserved_device()
-        base = resolve_base(spec.config.base)
+        base = resolve_base(spec.config.base).read_captions(read_rules(spec.fingerprint))
         self._autoencoder = load_autoencoder(base, device=self._device)
         states = spec.fingerprint["text"] == "states"
         self._text_encoder = load_text_encoder(base, device=self._device) if states else None

@@ -70,5 +70,6 @@ def captioned(*, flipped: bool = False, masked: bool = False) -> EncodeKind:
         identify=identify,
         prepare=prepare,
         grows=True,
+        captioned=True,
         fingerprint={"flip": True} if flipped else {},
     )

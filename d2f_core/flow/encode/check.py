@@ -24,6 +24,7 @@ from d2f_core.flow.latents import PADDED
 from d2f_core.identity import identity_values
 from d2f_core.model.autoencoder import autoencoder_fingerprint, check_autoencoder, latent_scale
 from d2f_core.model.base import BaseModel, describe_base
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules, written_rules
 from d2f_core.storage import check_reachable
 
 
@@ -35,7 +36,7 @@ def check_encode(config: EncodeConfig) -> TableJob:
     """
     plan = partial(plan_images, config.source, rows_per_shard=config.rows_per_part)
     kind = captioned(flipped=config.flip, masked=config.crop == PADDED)
-    return _check(config, kind, config.source.uri, plan, text=config.text)
+    return _check(config, kind, config.source.uri, plan, text=config.text, captions=config.captions)
 
 
 def check_encode_depth(config: EncodeDepthConfig) -> TableJob:
@@ -63,6 +64,7 @@ def _check(
     plan: Callable[[], SourcePlan],
     *,
     text: str = "online",
+    captions: CaptionRules = DEFAULT,
     inputs: Mapping[str, Any] | None = None,
 ) -> TableJob:
     for name, value in (("source.uri", source), ("base", config.base), ("output", config.output)):
@@ -74,7 +76,7 @@ def _check(
     check_reachable(config.base)
     check_reachable(config.output, write=True)
     config = dataclasses.replace(config, decoding=chosen_decoding(config))
-    base = describe_base(config.base)
+    base = describe_base(config.base).read_captions(captions)
     check_autoencoder(base)
     fingerprint = {**_fingerprint(base, config, text), **kind.fingerprint}
     shape = latent_shape(config, base.path)
@@ -107,10 +109,11 @@ def chosen_decoding(config: EncodeSettings) -> Decoding:
 
 def _fingerprint(base: BaseModel, config: EncodeSettings, text: str) -> dict[str, Any]:
     text_encoder = None
-    if text == "states":
+    if text == "states" or base.captions != DEFAULT:
         from d2f_core.model.text_encoder import describe_text_encoder
 
-        text_encoder = describe_text_encoder(base).fingerprint
+        described = describe_text_encoder(base)  # which refuses rules that it cannot follow
+        text_encoder = described.fingerprint if text == "states" else None
     return {
         "autoencoder": autoencoder_fingerprint(base),
         "scaling_factor": latent_scale(base).factor,
@@ -118,6 +121,7 @@ def _fingerprint(base: BaseModel, config: EncodeSettings, text: str) -> dict[str
         "crop": config.crop,
         "text": text,
         "text_encoder": text_encoder,
+        **written_rules(base.captions),
     }
 
 

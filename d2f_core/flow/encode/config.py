@@ -1,4 +1,4 @@
-"""Configs of encode jobs. Imports neither torch nor a model, because the tasks that read and write import this
+"""Configs of encode jobs. Imports neither torch nor a network, because the tasks that read and write import this
 module.
 """
 
@@ -10,6 +10,7 @@ from d2f_core.data.aspect_buckets import BucketSizeError, Size, parse_sizes
 from d2f_core.data.image_rules import MAX_PIXELS_LIMIT, Decoding, ImageRules, check_background, check_crop
 from d2f_core.data.sources.config import DepthSource, ImageSource
 from d2f_core.identity import since
+from d2f_core.model.caption_rules import DEFAULT, CaptionRules
 
 MAX_CHUNK_BYTES = 512 * 2**20
 """Most bytes of pixels in one chunk, which is passed between tasks in one piece."""
@@ -118,6 +119,8 @@ class EncodeConfig(EncodeSettings):
     """Source of captioned images."""
     text: Literal["online", "states"] = "online"
     """`online`: captions are encoded during training. `states`: text states are stored, in about 5 times the bytes."""
+    captions: CaptionRules = since(DEFAULT, before=DEFAULT)
+    """How captions are read, here and by every model that is trained on the table."""
     buckets: tuple[str, ...] = since((), before=())
     """Aspect-ratio buckets, WIDTHxHEIGHT in pixels each: an image goes to the one of the nearest aspect in place of
     being cut to a square. `auto`: the sizes of at most the resolution's area whose sides are multiples of

@@ -1,6 +1,6 @@
 """The differences between kinds of encode jobs, and everything that determines their tables. Imports no torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -8,8 +8,10 @@ import pyarrow as pa
 
 from d2f_core.batch.table_spec import TableSpec
 from d2f_core.data.aspect_buckets import Size, size_name
+from d2f_core.data.manifest import TableFile
 from d2f_core.data.schema import array_field
 from d2f_core.flow.encode.config import EncodeConfig, EncodeSettings
+from d2f_core.model.caption_rules import read_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class EncodeKind:
     """Whether the id is a hash of all parts of a sample (see `TableSpec.grows`)."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     """Values that the kind adds to the table's fingerprint."""
+    captioned: bool = False
+    """Whether its samples have captions that a model reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,14 @@ class EncodeSpec(TableSpec):
             shape = (height, width, 3) if picture.dtype == "uint8" else (height, width)
             fields.append(array_field(picture.name, picture.dtype, shape))
         return pa.schema(fields)
+
+    def further_counts(self, files: Sequence[TableFile]) -> dict[str, int]:
+        """How many captions are longer than the text encoder reads, and by how much; nothing if none is."""
+        if not self.kind.captioned:
+            return {}
+        from d2f_core.flow.long_captions import cut_captions
+
+        return cut_captions(self.config.output, files, self.config.base, read_rules(self.fingerprint))
 
     def identify(self, sample: Any) -> str:
         return self.kind.identify(sample)

@@ -70,10 +70,10 @@ def estimate(config: EstimateConfig) -> Estimate:
             f"resolution={config.resolution} must be a multiple of the autoencoder's "
             f"{architecture.pixels_per_latent} pixels."
         )
-    network = build_on_meta(architecture, config.model)
+    network, chunks = build_on_meta(architecture, config.model), config.model.captions.chunks
     counted = footprint.count_pass(
         network, batch=train.micro_batch_size, side=side, dtype=DTYPES[train.precision],
-        checkpointing=train.activation_checkpointing,
+        checkpointing=train.activation_checkpointing, chunks=chunks,
     )  # fmt: skip
     with torch.device("meta"):
         encoders, vae = architecture.build_text_encoders(), architecture.build_vae()
@@ -94,7 +94,7 @@ def estimate(config: EstimateConfig) -> Estimate:
             others=others,
             evaluation=_evaluation_bytes(train, vae, drawn),
         ),
-        train_hours=samples * (per_sample + footprint.text_flops(encoders)) / rate,
+        train_hours=samples * (per_sample + chunks * footprint.text_flops(encoders)) / rate,
         encode_hours=config.rows * footprint.encode_flops(vae, config.resolution) / rate,
         row_bytes=row_bytes,
         table_bytes=config.rows * row_bytes,
@@ -131,7 +131,8 @@ def _text_bytes(architecture: Architecture, encoders: Iterable[nn.Module], confi
     """Bytes of the text encoders in fp32, and of the encoded captions that a worker caches."""
     weights = 4 * sum(parameter.numel() for one in encoders for parameter in one.parameters())
     pooled = sum(int(each.get("projection_dim") or 0) for each in architecture.text_encoders[1:])
-    each = 4 * (footprint.TOKENS * int(architecture.unet["cross_attention_dim"]) + pooled)
+    tokens = config.model.captions.chunks * footprint.TOKENS
+    each = 4 * (tokens * int(architecture.unet["cross_attention_dim"]) + pooled)
     captions = 1 if config.model.joins_latents else (config.captions or config.rows) + 1
     return weights + min(CACHED_BYTES, captions * each)
 

@@ -100,6 +100,9 @@ def unequal(compared: Sequence[ComparedModel]) -> list[str]:
     found = []
     if len(set(times.values())) > 1:
         found.append(f"the shift of flow times differs: {', '.join(f'{role} {how}' for role, how in times.items())}")
+    rules = {each.role: each.job.model.base.captions for each in compared}
+    if len(set(rules.values())) > 1:
+        found.append(f"prompts are read differently: {', '.join(f'{role} {how}' for role, how in rules.items())}")
     if len(set(guidance.values())) > 1:
         return [*found, f"guidance differs: {', '.join(f'{role} {scale:g}' for role, scale in guidance.items())}"]
     own = {each.role: each.job.model.sampling.guidance for each in compared}

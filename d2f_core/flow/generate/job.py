@@ -14,7 +14,7 @@ any model with latents of that shape.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,9 +26,11 @@ from d2f_core.data.manifest import Manifest, write_manifest
 from d2f_core.flow.generate.actor import LATENTS_FILE, JobsSampler
 from d2f_core.flow.generate.config import GenerateConfig, GenerateError
 from d2f_core.flow.generate.plan import LATENTS, Plan, claim_output, fill_settings, make_plan
-from d2f_core.flow.generate.prompts import PromptFile, scan_prompts
+from d2f_core.flow.generate.prompts import PromptFile, checked_rows, scan_prompts
+from d2f_core.flow.long_captions import cut_prompts
 from d2f_core.model.artifact import DescribedModel, describe_model
 from d2f_core.model.autoencoder import autoencoder_fingerprint, check_autoencoder
+from d2f_core.model.caption_rules import written_rules
 from d2f_core.model.text_encoder import describe_text_encoder
 from d2f_core.progress import Progress
 from d2f_core.storage import check_reachable, join
@@ -60,6 +62,7 @@ class GenerateJob:
             "autoencoder": autoencoder_fingerprint(model.base),
             "resolution": plan.height if plan.height == plan.width else None,
             "made_by": {"model": model.content_hash, "base": model.base.content_hash, "pairs": pairs},
+            **written_rules(model.base.captions),
         }
 
 
@@ -121,6 +124,7 @@ class _Begun:
         self.job, self.output = job, claim_output(config.output, plan, job.prompts)
         if self.output.manifest:
             logger.info("%s: all %d images are there, nothing to do", config.output, self.output.manifest.num_rows)
+        self.cut = {} if self.output.manifest else _cut_prompts(job)
         self.progress = Progress("generate", plan.num_images, "images", done=self.output.rows)
         tags = {
             "d2f.model": plan.model_uri,
@@ -143,7 +147,13 @@ class _Begun:
             self.finish()
 
     def finish(self) -> Manifest:
-        return self.output.manifest or _finish(self.job, self.output)
+        return self.output.manifest or _finish(self.job, self.output, self.cut)
+
+
+def _cut_prompts(job: GenerateJob) -> dict[str, int]:
+    """Count, and say, which prompts the model's text encoder does not read to their end; negative ones too."""
+    given = (row[name] for row in checked_rows(job.config.prompts) for name in ("prompt", "negative_prompt"))
+    return cut_prompts(job.config.prompts, (text for text in given if text), job.model.base)
 
 
 def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -154,7 +164,7 @@ def _run(jobs: Sequence[GenerateJob], chunks: list[tuple[int, int]]) -> Iterator
     return map_items(items, JobsSampler, arguments, config, node_wait_seconds=config.node_wait_seconds)
 
 
-def _finish(job: GenerateJob, output: IndexedOutput) -> Manifest:
+def _finish(job: GenerateJob, output: IndexedOutput, cut: Mapping[str, int]) -> Manifest:
     config, plan = job.config, job.plan
     if output.rows != plan.num_images:
         raise GenerateError(
@@ -168,6 +178,6 @@ def _finish(job: GenerateJob, output: IndexedOutput) -> Manifest:
         write_manifest(join(config.output, LATENTS), table)
     failed = output.failed
     counts = {"prompts": plan.num_prompts, "images": plan.num_images - failed, "failed": failed}
-    manifest = output.finish(inputs, counts)
+    manifest = output.finish(inputs, {**counts, **cut})
     logger.info("%s: %d images, %d failed", config.output, plan.num_images - failed, failed)
     return manifest

@@ -72,6 +72,7 @@ def _rows(description: Mapping[str, Any], record: TrainingRecord) -> dict[str, s
     return {
         **{name: description[name] for name in ("task", "objective", "method", "prediction_type")},
         **{name: str(value) for name, value in description["sampling"].items() if value is not None},
+        **{f"captions.{name}": str(value) for name, value in description.get("captions", {}).items()},
         "base_uri": description["base"]["uri"],
         "base_sha256": description["base"]["sha256"],
         "schedule": f"{schedule.get('beta_schedule')} {schedule.get('beta_start')} to {schedule.get('beta_end')}",
