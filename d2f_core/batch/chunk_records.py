@@ -77,7 +77,7 @@ class ChunkRecord:
 
     @property
     def samples(self) -> int:
-        """Number of the shard's samples that the chunk took, each line of the ledger being one."""
+        """Number of the shard's samples that this part of the chunk took, each line of the ledger being one."""
         return len(self.sample_ids) + len(self.known_ids) + len(self.bad)
 
     @property

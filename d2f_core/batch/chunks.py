@@ -103,8 +103,7 @@ def prepare_chunk(
         where: the record's `shard`, `number` and `last`.
 
     Yields:
-        The chunk in one part for each of the spec's tables that it has rows of, or one part without rows. Its samples
-        are taken before the first.
+        The chunk in one part for each of the spec's tables that it has rows of, or one part without rows.
     """
     good: list[dict[str, Any]] = []
     bad: list[BadSample] = []
@@ -174,10 +173,9 @@ def prepare_shards(rows: pa.Table, *, spec: TableSpec, known: Container[str] = (
                 upcoming = next(islice(chunk, done[number], None), None)
             else:
                 where = {"shard": item["shard"], "number": number}
-                parts = prepare_chunk(islice(chunk, size), spec, known=known, **where, last=False)
-                first = next(parts)
+                parts = list(prepare_chunk(islice(chunk, size), spec, known=known, **where, last=False))
                 upcoming = next(samples, None)
-                for record, table in chain([first], parts):
+                for record, table in parts:
                     yield pack(replace(record, last=upcoming is None), table)
             number += 1
 

@@ -226,9 +226,10 @@ def described_copy(uri: str, *, cache_dir: Path | None = None) -> ModelFiles:
         return ModelFiles(path=local_copy(uri, cache_dir=cache_dir))
     found, version = _listed(uri)
     root = cache_dir or cache_root()
-    with one_at_a_time(whole := root / "models" / version):
-        if whole.is_dir():
-            return ModelFiles(path=kept(whole, uri))
+    if (whole := root / "models" / version).is_dir():
+        with one_at_a_time(whole):
+            if whole.is_dir():
+                return ModelFiles(path=kept(whole, uri))
     with one_at_a_time(root / "described" / version):
         return describe_tree(uri, found, root / "described" / version)
 
