@@ -50,14 +50,19 @@ def check_checkpoint_import(config: ImportCheckpointConfig) -> None:
         UnreachableError: S3 or the hub stays away.
     """
     _check_places(config)
-    if _finished(config) is not None:
-        return
+    if _finished(config) is None:
+        _examine(config)
+
+
+def _examine(config: ImportCheckpointConfig) -> str:
+    """Check what the import is made of; returns what says what the network predicts, empty if nothing does."""
     with sources.examined(config.source) as found, tempfile.TemporaryDirectory() as work:
         prediction = config.prediction or found.prediction
         if config.vae:
             _check_vae(config.vae, found.configs, Path(work))
         _open_loras(config, found.shapes, found.configs, prediction, lambda uri: described_file(uri, Path(work)))
         _told_scheduler(resolve_base(str(found.configs)), config)
+        return "" if found.told_by.startswith("nothing") and not config.prediction else found.told_by
 
 
 def _check_places(config: ImportCheckpointConfig) -> None:
@@ -188,8 +193,7 @@ def import_checkpoint(config: ImportCheckpointConfig) -> ImportedCheckpoint:
     _check_places(config)
     if (record := _finished(config)) is not None:
         return _imported(config, record, was_there=True)
-    with sources.examined(config.source) as found:
-        told_by = "" if found.told_by.startswith("nothing") and not config.prediction else found.told_by
+    told_by = _examine(config)
     with _work_place(config.output) as work:
         made = work / "model"
         source = sources.write(config.source, made)

@@ -175,6 +175,10 @@ def test_loras_are_merged_in_with_their_strengths(base: Path, file: Path, tmp_pa
     found, before = networks_of(out)["unet"].state_dict(), unet.state_dict()
     for layer in layers:
         assert torch.allclose(found[f"{layer}.weight"], before[f"{layer}.weight"] + 1.5 * added[layer], atol=1e-6)
+    missing = ImportCheckpointConfig(source=str(file), output=str(tmp_path / "no"), lora=(f"{tmp_path}/x.safetensors",))
+    for call in (check_checkpoint_import, import_checkpoint):
+        with pytest.raises(FileNotFoundError, match=r"x\.safetensors' does not exist\. Check the path"):
+            call(missing)
     save({"lora_unet_nothing.alpha": torch.tensor(1.0)}, lora)
     config = ImportCheckpointConfig(source=str(file), output=str(tmp_path / "no"), lora=(str(lora),))
     for call in (check_checkpoint_import, import_checkpoint):
@@ -207,7 +211,7 @@ def test_a_network_that_contradicts_is_refused_and_taken_with_a_warning_as_told(
 ):
     answers(monkeypatch, "v_prediction")
     config = ImportCheckpointConfig(source=str(base), output=str(tmp_path / "out"))
-    with pytest.raises(ImportCheckpointError, match=r"is read as epsilon, but .*Say --prediction v_prediction if"):
+    with pytest.raises(ImportCheckpointError, match=r"is read as epsilon, but .*Say --prediction v_prediction \(in .* if"):
         import_checkpoint(config)
     assert not (tmp_path / "out").exists()
     imported(base, tmp_path / "out", prediction="epsilon")
