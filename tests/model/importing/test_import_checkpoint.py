@@ -211,7 +211,7 @@ def test_a_network_that_contradicts_is_refused_and_taken_with_a_warning_as_told(
 ):
     answers(monkeypatch, "v_prediction")
     config = ImportCheckpointConfig(source=str(base), output=str(tmp_path / "out"))
-    with pytest.raises(ImportCheckpointError, match=r"is read as epsilon, but .*Say --prediction v_prediction \(in .* if"):
+    with pytest.raises(ImportCheckpointError, match=r"is read as epsilon.*Say --prediction v_prediction \(in .* if"):
         import_checkpoint(config)
     assert not (tmp_path / "out").exists()
     imported(base, tmp_path / "out", prediction="epsilon")
